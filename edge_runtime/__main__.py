@@ -1,0 +1,176 @@
+"""``fedvit-edge``: the vehicle's process. Also ``python -m edge_runtime``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from starlette.types import ASGIApp
+
+from edge_runtime.access import access_rules
+from edge_runtime.engine import InferenceEngine
+from edge_runtime.server import ServingOptions, ServingProcess
+from fedvit.errors import FedvitError, InterruptedRunError, NotFoundError, PortInUseError, UsageError
+from fedvit.registry.client import ReleaseClient
+from fedvit.registry.feed import open_feed
+from fedvit.types import Variant
+from fedvit.wire.manifest import parse_public_key
+
+GRACE_S = 5
+BACKLOG = 512
+
+app = typer.Typer(
+    name="fedvit-edge",
+    help="Serve a signed model release on a vehicle, with ONNX Runtime alone.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+SourceOption = Annotated[str, typer.Option(help="URL of a control server, or a release folder.")]
+KeyOption = Annotated[
+    list[str], typer.Option("--trusted-key", help="Public key that signs releases: a file or the text (repeatable).")
+]
+VariantOption = Annotated[Variant, typer.Option(help="Which variant to load.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads for one image.")]
+
+
+@app.command()
+def serve(
+    source: SourceOption,
+    trusted_key: KeyOption,
+    cache: Annotated[Path, typer.Option(help="Folder for verified releases.")] = Path("fedvit-edge-cache"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8081,
+    variant: VariantOption = Variant.STANDARD,
+    poll_interval: Annotated[float, typer.Option(min=0.05, help="Seconds between polls.")] = 1.0,
+    device_id: Annotated[str, typer.Option(help="Name in health answers.")] = "edge-1",
+    threads: ThreadsOption = 1,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the token that requests must bear; demanded off loopback.")
+    ] = None,
+) -> None:
+    """Serve the source's current release, and follow it. SIGTERM ends gracefully."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # One request a poll would fill the log of a vehicle that runs for months.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with _explained():
+        rules = access_rules(host, token_file)
+        with _listen(host, port) as listener:
+            client = ReleaseClient(open_feed(source), cache, _trusted(trusted_key), variant.value)
+            options = ServingOptions(device_id=device_id, source=source, poll_interval_s=poll_interval, threads=threads)
+            _serve(ServingProcess(client, options).app(*rules), listener, host)
+
+
+@app.command()
+def infer(
+    source: SourceOption,
+    trusted_key: KeyOption,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    variant: VariantOption = Variant.STANDARD,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Classify image files; one line of JSON each."""
+    with _explained(), tempfile.TemporaryDirectory(prefix="fedvit-edge-") as cache:
+        client = ReleaseClient(open_feed(source), Path(cache), _trusted(trusted_key), variant.value)
+        release = client.poll()
+        if release is None:
+            raise NotFoundError(f"{source} has no release yet.", cure="Train first, or name another source.")
+        engine = InferenceEngine(release.model_path, release.manifest, threads)
+        for path in images:
+            typer.echo(json.dumps({"image": str(path), **dataclasses.asdict(engine.infer(_read(path)))}))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NotFoundError(f"The image {path} cannot be read: {error.strerror}.") from None
+
+
+def _trusted(keys: Sequence[str]) -> list[Ed25519PublicKey]:
+    lines = [line for key in keys for line in _key_lines(key)]
+    return [parse_public_key(line) for line in lines]
+
+
+def _key_lines(key: str) -> list[str]:
+    """The lines of a file if there is one of that name, else the text itself. Base64 may begin with a slash, too."""
+    try:
+        if Path(key).is_file():
+            return [line for line in Path(key).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The trusted key {key!r} cannot be read: {error}.") from None
+    return [key]
+
+
+@contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    """A listening socket; taken before anything is loaded, so that a taken port is said at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(BACKLOG)
+        except OSError as error:
+            raise PortInUseError(
+                f"Port {port} on {host} cannot be listened on: {error.strerror}.",
+                cure="Stop the program that uses it, or give another --port.",
+            ) from None
+        yield listener
+
+
+def _serve(asgi: ASGIApp, listener: socket.socket, host: str) -> None:
+    """Run until a signal. uvicorn raises the signal again when all is closed: SIGTERM then is a normal end."""
+    config = uvicorn.Config(asgi, access_log=False, log_config=None, timeout_graceful_shutdown=GRACE_S, lifespan="on")
+    shown = f"[{host}]" if ":" in host else host
+    server = _AnnouncingServer(config, f"http://{shown}:{listener.getsockname()[1]}")
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        raise InterruptedRunError("Interrupted; the cached release serves at the next start.") from None
+    if not server.started:
+        raise FedvitError("The server did not start; its log says why.")
+
+
+class _AnnouncingServer(uvicorn.Server):
+    """Says on standard output when it takes requests: one line that a supervisor can wait for."""
+
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then announce."""
+        await super().startup(sockets)
+        if self.started:
+            typer.echo(f"listening on {self._url}")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except FedvitError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(error.exit_status) from None
+
+
+def main() -> None:
+    """Console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

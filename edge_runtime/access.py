@@ -1,0 +1,80 @@
+"""Who may ask: anybody on the loopback interface, elsewhere only bearers of the token (RFC 6750)."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from edge_runtime.problems import problem_of
+from fedvit.errors import UsageError
+
+MIN_TOKEN_CHARACTERS = 16
+# A prober holds no token and learns nothing but the version.
+_OPEN_PATHS = frozenset({"/health"})
+
+
+class UnauthorizedError(UsageError):
+    """The request carries no good token."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class BearerToken:
+    """ASGI middleware that demands ``Authorization: Bearer <token>``."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._wanted = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 401."""
+        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._is_good(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        error = UnauthorizedError("The request carries no good token.", cure="Send Authorization: Bearer TOKEN.")
+        response = problem_of(error)
+        response.headers["WWW-Authenticate"] = "Bearer"
+        await response(scope, receive, send)
+
+    def _is_good(self, headers: Headers) -> bool:
+        return hmac.compare_digest(headers.get("authorization", "").encode(), self._wanted)
+
+
+def access_rules(host: str, token_file: Path | None) -> list[Middleware]:
+    """The middleware for listening on ``host``.
+
+    Raises:
+        UsageError: the address is not loopback and there is no token, or the token is too short or unreadable.
+    """
+    if token_file is None:
+        if not _is_loopback(host):
+            raise UsageError(
+                f"Listening on {host} without a token would let anybody ask.",
+                cure="Give --token-file, or listen on 127.0.0.1.",
+            )
+        return []
+    try:
+        token = token_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The token file {token_file} cannot be read: {error}.") from None
+    if len(token) < MIN_TOKEN_CHARACTERS:
+        raise UsageError(
+            f"The token in {token_file} has {len(token)} characters.",
+            cure=f"Use at least {MIN_TOKEN_CHARACTERS}, from a random source.",
+        )
+    return [Middleware(BearerToken, token=token)]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,221 @@
+"""The HTTP face of a serving process. Vehicles and the server's inference replicas answer with the same routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from edge_runtime.engine import InferenceEngine, Prediction
+from edge_runtime.problems import on_fedvit_error, on_http_error, on_surprise
+from edge_runtime.service import ModelService
+from edge_runtime.stats import ProcessMeter, RequestStats
+from fedvit.errors import DataError, FedvitError, UsageError
+from fedvit.monitoring.metrics import render
+from fedvit.registry.client import ReleaseClient
+from fedvit.wire.images import MAX_IMAGE_BYTES
+
+# Two, so that the decoding of one image overlaps with the model's run on another.
+WORKERS = 2
+MAX_IN_FLIGHT = 64
+BODY_TIMEOUT_S = 30.0
+
+
+class PayloadTooLargeError(UsageError):
+    """The body is larger than an image may be."""
+
+    code = "payload-too-large"
+    http_status = 413
+
+
+class SlowBodyError(UsageError):
+    """The body does not arrive in time."""
+
+    code = "slow-body"
+    http_status = 408
+
+
+class OverloadedError(FedvitError):
+    """More requests wait than can be answered in time."""
+
+    code = "overloaded"
+    http_status = 503
+
+
+@dataclass(frozen=True, slots=True)
+class ServingOptions:
+    """How one process serves.
+
+    ``metrics_dir`` is the multiprocess folder on a server and None on a vehicle.
+    """
+
+    device_id: str
+    source: str
+    poll_interval_s: float = 1.0
+    threads: int = 1
+    workers: int = WORKERS
+    max_in_flight: int = MAX_IN_FLIGHT
+    metrics_dir: Path | None = None
+
+
+class ServingProcess:
+    """A model service with its routes, counters and bounded pool of inference threads."""
+
+    def __init__(self, client: ReleaseClient, options: ServingOptions) -> None:
+        self.options = options
+        self._registry = CollectorRegistry()
+        self._stats = RequestStats(self._registry)
+        self._meter = ProcessMeter()
+        self._cache = client.folder
+        self.service = ModelService(client, options.threads, on_swap=self._stats.retired)
+        # Of its own, so that health answers however many images wait.
+        self._pool = ThreadPoolExecutor(options.workers, thread_name_prefix="infer")
+        self._in_flight = 0
+
+    def app(self, *middleware: Middleware) -> Starlette:
+        """The ASGI application. Its lifespan starts and stops the polling."""
+        return Starlette(
+            routes=[
+                Route("/infer", self._infer, methods=["POST"]),
+                Route("/health", self._health),
+                Route("/health/detailed", self._health_detailed),
+                Route("/metrics", self._metrics),
+            ],
+            middleware=middleware,
+            exception_handlers={FedvitError: on_fedvit_error, HTTPException: on_http_error, Exception: on_surprise},
+            lifespan=self._lifespan,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        await asyncio.to_thread(self.service.start, self.options.poll_interval_s)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self.service.stop)
+            self._pool.shutdown(wait=False)
+
+    async def _infer(self, request: Request) -> Response:
+        try:
+            prediction = await self._predict(request)
+        except ClientDisconnect:
+            self._stats.failed("rejected")
+            return Response(status_code=400)
+        except FedvitError as error:
+            self._stats.failed(_outcome(error))
+            raise
+        except Exception:
+            self._stats.failed("failed")
+            raise
+        self._stats.succeeded(prediction.model_version, prediction.duration_s)
+        return JSONResponse(dataclasses.asdict(prediction))
+
+    async def _predict(self, request: Request) -> Prediction:
+        engine = self.service.engine
+        if self._in_flight >= self.options.max_in_flight:
+            raise OverloadedError(
+                f"{self._in_flight} requests are waiting already; no more are taken.", cure="Ask again later."
+            )
+        self._in_flight += 1
+        try:
+            content = await _read_body(request)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, engine.infer, content)
+        finally:
+            self._in_flight -= 1
+
+    async def _health(self, _: Request) -> Response:
+        manifest = self.service.engine.manifest
+        return JSONResponse({"status": "ok", "model_version": manifest.version, "variant": manifest.variant})
+
+    async def _health_detailed(self, _: Request) -> Response:
+        report, engine = self.service.report(), self.service.current
+        status = "no model" if engine is None else "degraded" if report.last_error else "ok"
+        body = {
+            "status": status,
+            "device_id": self.options.device_id,
+            "model": None if engine is None else _describe(engine),
+            "uptime_s": round(self._meter.uptime_s, 3),
+            "requests_total": self._stats.requests_total,
+            "errors_total": self._stats.errors_total,
+            "in_flight": self._in_flight,
+            "latency": self._stats.latency_ms(),
+            "cpu_percent": self._meter.cpu_percent(),
+            "memory_bytes": self._meter.memory_bytes(),
+            "cache": await asyncio.to_thread(_describe_cache, self._cache),
+            "source": self.options.source,
+            "last_poll_at": report.last_poll_at.isoformat() if report.last_poll_at else None,
+            "last_error": report.last_error,
+        }
+        return JSONResponse(body, status_code=503 if engine is None else 200)
+
+    async def _metrics(self, _: Request) -> Response:
+        body, content_type = await asyncio.to_thread(render, self.options.metrics_dir, self._registry)
+        return Response(body, headers={"content-type": content_type})
+
+
+async def _read_body(request: Request) -> bytes:
+    """The raw body, given up at the first byte too many.
+
+    Raises:
+        PayloadTooLargeError: it is larger than ``MAX_IMAGE_BYTES``.
+        SlowBodyError: it takes longer than ``BODY_TIMEOUT_S``; a caller may not hold a place for ever.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > MAX_IMAGE_BYTES:
+        raise _too_large()
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_IMAGE_BYTES:
+                    raise _too_large()
+    except TimeoutError:
+        raise SlowBodyError(f"The body did not arrive within {BODY_TIMEOUT_S:g} s.", cure="Send it at once.") from None
+    return bytes(body)
+
+
+def _too_large() -> PayloadTooLargeError:
+    return PayloadTooLargeError(
+        f"The body is larger than {MAX_IMAGE_BYTES} bytes.", cure="Send one image, encoded, as the raw body."
+    )
+
+
+def _outcome(error: FedvitError) -> str:
+    if isinstance(error, DataError | PayloadTooLargeError | SlowBodyError):
+        return "rejected"
+    return "unavailable" if error.http_status == 503 else "failed"
+
+
+def _describe(engine: InferenceEngine) -> dict[str, Any]:
+    manifest = engine.manifest
+    return {
+        "version": manifest.version,
+        "variant": manifest.variant,
+        "sequence": manifest.sequence,
+        "digest": manifest.artifact_digest,
+        "bytes": manifest.artifact_bytes,
+        "accuracy": manifest.metrics.get("accuracy"),
+        "epsilon": manifest.epsilon,
+        "delta": manifest.delta,
+        "privacy_unit": manifest.privacy_unit,
+        "created_at": manifest.created_at,
+    }
+
+
+def _describe_cache(folder: Path) -> dict[str, Any]:
+    sizes = [path.stat().st_size for path in folder.glob("*.onnx")]
+    return {"folder": str(folder), "models": len(sizes), "bytes": sum(sizes)}

@@ -1,0 +1,89 @@
+"""What a serving process knows about itself: its requests, its latency, its share of the machine."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from fedvit.monitoring.metrics import drop_version, inference_duration, inference_requests
+
+WINDOW = 1000
+_MIN_CPU_SPAN_S = 0.2
+
+
+class RequestStats:
+    """Counts requests for a health answer and, at the same time, for Prometheus. Thread-safe."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._durations = inference_duration(registry)
+        self._requests = inference_requests(registry)
+        self._lock = threading.Lock()
+        self._window_s: deque[float] = deque(maxlen=WINDOW)
+        self.requests_total = 0
+        self.errors_total = 0
+
+    def succeeded(self, model_version: str, duration_s: float) -> None:
+        """Count one answered request."""
+        self._durations.labels(model_version).observe(duration_s)
+        self._requests.labels("ok").inc()
+        with self._lock:
+            self.requests_total += 1
+            self._window_s.append(duration_s)
+
+    def failed(self, outcome: str) -> None:
+        """Count one request that got no prediction."""
+        self._requests.labels(outcome).inc()
+        with self._lock:
+            self.requests_total += 1
+            self.errors_total += 1
+
+    def retired(self, model_version: str, _successor: str) -> None:
+        """Stop exporting a version that no longer serves."""
+        drop_version(self._durations, model_version)
+
+    def latency_ms(self) -> dict[str, float | None]:
+        """Percentiles of the last ``WINDOW`` answered requests, milliseconds; None before the first."""
+        with self._lock:
+            window = list(self._window_s)
+        names = {"p50_ms": 50, "p95_ms": 95, "p99_ms": 99}
+        if not window:
+            return dict.fromkeys(names)
+        return {name: round(float(np.percentile(window, q)) * 1000, 3) for name, q in names.items()}
+
+
+class ProcessMeter:
+    """CPU and memory of this process."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self._last = (self.started, time.process_time())
+        self._cpu_percent = 0.0
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the meter was made."""
+        return time.monotonic() - self.started
+
+    def cpu_percent(self) -> float:
+        """Share of one core since the last question (100 is one whole core)."""
+        now, used = time.monotonic(), time.process_time()
+        span = now - self._last[0]
+        if span >= _MIN_CPU_SPAN_S:
+            self._cpu_percent = round(100 * (used - self._last[1]) / span, 1)
+            self._last = (now, used)
+        return self._cpu_percent
+
+    @staticmethod
+    def memory_bytes() -> int | None:
+        """Resident memory; None where there is no /proc."""
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+        except OSError:
+            return None
+        return pages * os.sysconf("SC_PAGE_SIZE")

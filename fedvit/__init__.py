@@ -1,0 +1,1 @@
+"""Federated training and edge serving of Vision Transformers under differential privacy."""

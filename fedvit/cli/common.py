@@ -1,0 +1,112 @@
+"""What the commands share: settings from options, the running system, output, and errors as one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from fedvit.config import Settings, load_settings
+from fedvit.errors import ConfigError, FedvitError
+from fedvit.ports import SystemPort, SystemUrls
+
+console = Console()
+errors = Console(stderr=True)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file of settings.", envvar="FEDVIT_CONFIG")
+]
+HomeOption = Annotated[Path | None, typer.Option("--home", help="State folder (default: FEDVIT_HOME, or ./var).")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="The data set: a folder, a zip or a wheel.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one setting: --set training.rounds=5 (repeatable).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
+
+
+def settings_from(
+    config: Path | None, home: Path | None = None, data: Path | None = None, assignments: list[str] | None = None
+) -> Settings:
+    """Settings from a command's options.
+
+    Raises:
+        ConfigError: see :func:`fedvit.config.load_settings`.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments or []:
+        _assign(overrides, assignment)
+    if home is not None:
+        overrides["home"] = home
+    if data is not None:
+        overrides.setdefault("data", {})["path"] = data.absolute()
+    return load_settings(config, overrides=overrides)
+
+
+def _assign(tree: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {assignment!r} has no value.", cure="Write --set section.key=value.")
+    *sections, key = path.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[key] = yaml.safe_load(text)
+
+
+def find_system(settings: Settings) -> SystemPort:
+    """The installed implementation of a running system.
+
+    Raises:
+        ConfigError: only the library or the edge runtime is installed.
+    """
+    found = list(entry_points(group="fedvit.system"))
+    try:
+        return found[0].load()(settings)  # type: ignore[no-any-return]
+    except (IndexError, ModuleNotFoundError) as error:
+        raise ConfigError(
+            f"This installation cannot run a whole system ({error}).", cure="Install fedvit[server,edge]."
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSystem:
+    """A system that somebody left running, as its announcement tells."""
+
+    pid: int
+    urls: SystemUrls
+
+
+def running_system(home: Path) -> RunningSystem | None:
+    """The system that runs on this state folder, or None."""
+    try:
+        told = json.loads((home / "run" / "system.json").read_text())
+        pid = int(told.pop("pid"))
+        os.kill(pid, 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return RunningSystem(pid, SystemUrls(**{**told, "edges": tuple(told["edges"])}))
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+@contextmanager
+def explained(as_json: bool = False) -> Iterator[None]:
+    """Turn an error that fedvit understands into its sentence and its exit status; no stack trace."""
+    try:
+        yield
+    except FedvitError as error:
+        if as_json:
+            print_json({"error": error.code, "message": error.message, "cure": error.cure})
+        errors.print(f"[bold red]Error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        raise typer.Exit(error.exit_status) from None

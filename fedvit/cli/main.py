@@ -1,0 +1,36 @@
+"""The ``fedvit`` command. Heavy modules are imported by the commands that need them, not here."""
+
+from __future__ import annotations
+
+import typer
+
+from fedvit.cli import data, model, operations, privacy, system
+
+app = typer.Typer(
+    name="fedvit",
+    help="Federated training and edge serving of Vision Transformers under differential privacy.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("run")(system.run)
+app.command("up")(system.up)
+app.command("down")(system.down)
+app.command("status")(system.status)
+app.command("train")(system.train)
+app.command("health-check")(operations.health_check)
+app.command("backup")(operations.backup)
+app.command("diagnostics")(operations.diagnostics)
+app.command("logs")(operations.logs)
+app.add_typer(data.app, name="data")
+app.add_typer(model.app, name="model")
+app.add_typer(privacy.app, name="privacy")
+
+
+def main() -> None:
+    """Console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Who takes part in a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedvit.config import CohortConfig
+from fedvit.privacy.randomness import SecretStream
+from fedvit.types import Client, Cohort
+
+
+def eligible(clients: Sequence[Client], config: CohortConfig) -> tuple[str, ...]:
+    """Ids of the clients that may be drawn, sorted: active, with data, and validated where the setting says so."""
+    validated_only = config.client_selection == "validated_only"
+    return tuple(
+        sorted(c.client_id for c in clients if c.active and c.num_examples and (c.validated or not validated_only))
+    )
+
+
+def draw_cohort(
+    config: CohortConfig, client_ids: Sequence[str], *, run_id: str, round_index: int, secret: bytes
+) -> Cohort:
+    """The cohort of one round, by secret coins; equal arguments give an equal cohort, so that a retry draws the same.
+
+    ``uniform`` draws ``size`` clients without replacement (all of them where there are fewer).
+    """
+    ids = sorted(client_ids)
+    if config.selection == "uniform" and config.size is not None and config.size < len(ids):
+        stream = SecretStream(secret, "cohort", {"run_id": run_id, "round_index": round_index})
+        ranks = np.argsort(stream.uniform(len(ids)), kind="stable")
+        ids = sorted(ids[i] for i in ranks[: config.size])
+    return Cohort(round_index, tuple(ids))

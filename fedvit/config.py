@@ -1,0 +1,338 @@
+"""Typed configuration: one YAML file, overridden by environment variables, overridden by the command line.
+
+``FEDVIT_TRAINING__ROUNDS=5`` overrides ``training.rounds``: the prefix ``FEDVIT_``, then the path with ``__`` between
+sections. ``FEDVIT_HOME`` names the state folder. Every error names the key, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from fedvit.errors import ConfigError
+from fedvit.types import Variant
+
+ENV_PREFIX = "FEDVIT_"
+# Read by other parts of the program, not settings.
+ENV_RESERVED = frozenset({"FEDVIT_CONFIG"})
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PartitionConfig(_Section):
+    """How the training images are dealt out to virtual clients.
+
+    ``dirichlet`` draws each class's shares from Dirichlet(alpha) (Hsu et al. 2019, arXiv:1909.06335); ``shard`` sorts
+    by label and deals ``shards_per_client`` pieces (McMahan et al. 2017); ``natural`` deals whole units (GTSRB tracks).
+    """
+
+    scheme: Literal["iid", "dirichlet", "shard", "natural"] = "dirichlet"
+    clients: PositiveInt = 30
+    alpha: PositiveFloat = 1.0
+    shards_per_client: PositiveInt = 2
+    min_examples: PositiveInt = 8
+    seed: int = 7
+
+
+class DataConfig(_Section):
+    """Where images come from. ``source`` is ``traffic-lights``, ``folder``, ``gtsrb``, or a torchvision dotted name."""
+
+    source: str = "traffic-lights"
+    path: Path | None = None
+    image_size: Annotated[int, Field(ge=16, le=1024)] = 64
+    options: dict[str, Any] = Field(default_factory=dict)
+    partition: PartitionConfig = PartitionConfig()
+
+
+class HybridConfig(_Section):
+    """The small ViT on the frozen EfficientNet-Lite0 stem (``model.name: hybrid_lite0``)."""
+
+    depth: PositiveInt = 2
+    width: Annotated[int, Field(ge=8)] = 96
+    heads: PositiveInt = 4
+    mlp_ratio: PositiveFloat = 2.0
+    bands: PositiveInt = 3
+    layer_scale_init: PositiveFloat = 1e-3
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> HybridConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+class ModelConfig(_Section):
+    """Which Vision Transformer, and what of it is trained.
+
+    ``name`` is ``hybrid_lite0`` or any timm ViT. ``checkpoint`` is a local safetensors or .pth file that replaces the
+    download of pretrained weights.
+    """
+
+    name: str = "hybrid_lite0"
+    pretrained: bool = True
+    checkpoint: Path | None = None
+    trainable: Literal["all", "head", "adapters"] = "all"
+    adapter_rank: PositiveInt = 4
+    seed: int = 0
+    hybrid: HybridConfig = HybridConfig()
+
+
+class CohortConfig(_Section):
+    """Who takes part in a round."""
+
+    selection: Literal["all", "uniform"] = "all"
+    size: PositiveInt | None = None
+    min_clients: PositiveInt = 1
+    client_selection: Literal["any", "validated_only"] = "any"
+
+    @model_validator(mode="after")
+    def _uniform_needs_a_size(self) -> CohortConfig:
+        if self.selection == "uniform" and self.size is None:
+            raise ValueError("selection 'uniform' needs a size")
+        return self
+
+
+class TrainingConfig(_Section):
+    """Rounds and the local step."""
+
+    rounds: PositiveInt = 30
+    local_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 1.0
+    server_learning_rate: PositiveFloat = 1.0
+    aggregation: Literal["fedavg"] = "fedavg"
+    physical_batch_size: PositiveInt = 64
+    round_timeout_s: PositiveFloat = 600.0
+    cohort: CohortConfig = CohortConfig()
+
+
+class PrivacyConfig(_Section):
+    """Record-level differential privacy in each client.
+
+    ``noise_multiplier`` left out is calibrated so that all rounds together spend at most ``target_epsilon``.
+    """
+
+    privacy_unit: Literal["record"] = "record"
+    target_epsilon: PositiveFloat = 8.0
+    target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    noise_multiplier: PositiveFloat | None = None
+    sampling_prob: Probability = 0.5
+    l2_clip_norm: PositiveFloat = 1.0
+
+
+class ReleaseConfig(_Section):
+    """When a committed version is exported, signed and offered to replicas and vehicles."""
+
+    every_rounds: PositiveInt = 10
+    variants: tuple[Variant, ...] = (Variant.STANDARD, Variant.EDGE_OPTIMIZED)
+    serve_variant: Variant = Variant.STANDARD
+    min_agreement: Probability = 0.995
+
+    @model_validator(mode="after")
+    def _served_variant_is_built(self) -> ReleaseConfig:
+        if self.serve_variant not in self.variants:
+            raise ValueError(f"serve_variant {self.serve_variant.value!r} must be one of variants")
+        return self
+
+
+class ServingConfig(_Section):
+    """The HTTP side on Ray Serve."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    control_replicas: PositiveInt = 1
+    inference_min_replicas: PositiveInt = 1
+    inference_max_replicas: PositiveInt = 2
+    poll_interval_s: PositiveFloat = 1.0
+
+
+class EdgeConfig(_Section):
+    """The edge processes started beside the system; a real vehicle runs ``fedvit-edge`` with the same options."""
+
+    host: str = "127.0.0.1"
+    ports: tuple[Port, ...] = (8081, 8082)
+    poll_interval_s: PositiveFloat = 1.0
+
+    @field_validator("ports")
+    @classmethod
+    def _ports_differ(cls, ports: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(ports)) != len(ports):
+            raise ValueError("the same port appears twice")
+        return ports
+
+
+class RayConfig(_Section):
+    """How actors are placed. CPUs are Ray's book-keeping; threads are what an actor really uses."""
+
+    address: str | None = None
+    proxies: PositiveInt = 2
+    threads_per_proxy: PositiveInt = 1
+    actor_cpus: Annotated[float, Field(ge=0)] = 0.1
+    start_timeout_s: PositiveFloat = 60.0
+    dashboard: bool = True
+
+
+class Settings(_Section):
+    """Everything that can be set, with a working default each: no file at all is the traffic-light demo."""
+
+    home: Path = Path("var")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    release: ReleaseConfig = ReleaseConfig()
+    serving: ServingConfig = ServingConfig()
+    edge: EdgeConfig = EdgeConfig()
+    ray: RayConfig = RayConfig()
+
+    def training_identity(self) -> dict[str, Any]:
+        """What makes two training runs the same run: model, training and privacy. JSON types only."""
+        return self.model_dump(mode="json", include={"model", "training", "privacy"})
+
+    def training_digest(self) -> str:
+        """SHA-256 of :meth:`training_identity`, hex."""
+        return hashlib.sha256(json.dumps(self.training_identity(), sort_keys=True).encode()).hexdigest()
+
+
+def load_settings(
+    path: Path | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Settings from a YAML file, then ``environ``, then ``overrides`` (nested like the file).
+
+    Raises:
+        ConfigError: the file is unreadable, or a key is unknown or out of range.
+    """
+    tree = _read_yaml(path) if path is not None else {}
+    source = str(path) if path is not None else "the built-in defaults"
+    _merge(tree, _environment_tree(os.environ if environ is None else environ))
+    _merge(tree, dict(overrides or {}))
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+    if path is not None:
+        settings = _resolve_paths(settings, path.parent)
+    return settings
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no configuration file {path}.", cure="Name an existing YAML file, or leave --config out."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        place = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not valid YAML: {place}.", cure="Mend the line named.") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} holds a {type(tree).__name__}, not sections.", cure=f"Begin with one of: {_keys(Settings)}."
+        )
+    return tree
+
+
+def _resolve_paths(settings: Settings, folder: Path) -> Settings:
+    """Data and checkpoint paths in a file are relative to that file, as its writer sees them; ``home`` is not."""
+
+    def resolve(path: Path | None) -> Path | None:
+        return path if path is None or path.is_absolute() or path.exists() else folder / path
+
+    data = settings.data.model_copy(update={"path": resolve(settings.data.path)})
+    model = settings.model.model_copy(update={"checkpoint": resolve(settings.model.checkpoint)})
+    return settings.model_copy(update={"data": data, "model": model})
+
+
+def _environment_tree(environ: Mapping[str, str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, text in environ.items():
+        if not name.startswith(ENV_PREFIX) or name in ENV_RESERVED:
+            continue
+        *sections, key = name.removeprefix(ENV_PREFIX).lower().split("__")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{name} contradicts another FEDVIT_ variable.", cure="Unset one of the two.")
+        # YAML reads 5, true, null and [8081, 8082] as a user expects; a path or a name stays text.
+        node[key] = yaml.safe_load(text) if text.strip() else text
+    return tree
+
+
+def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    """The first faults as sentences: key, what was found, what is allowed."""
+    faults = error.errors(include_url=False)
+    sentences = [_explain_one(fault) for fault in faults[:3]]
+    more = f" ({len(faults) - 3} more.)" if len(faults) > 3 else ""
+    return ConfigError(f"In {source} and the environment: " + " ".join(sentences) + more)
+
+
+def _explain_one(fault: Any) -> str:
+    path = [str(part) for part in fault["loc"]]
+    key = ".".join(path) or "the file"
+    if fault["type"] == "extra_forbidden":
+        section = _section_at(path[:-1])
+        allowed = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(path[-1], allowed, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return f"'{key}' is no setting.{hint} Allowed here: {', '.join(allowed)}."
+    found = fault.get("input")
+    shown = "" if isinstance(found, BaseModel | dict) else f" (found {found!r})"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"'{key}': {message[0].lower()}{message[1:]}{shown}."
+
+
+def _section_at(path: list[str]) -> type[BaseModel] | None:
+    section: type[BaseModel] = Settings
+    for part in path:
+        field = section.model_fields.get(part)
+        kind = field.annotation if field else None
+        kinds = [kind, *get_args(kind)]
+        section_kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if section_kind is None:
+            return None
+        section = section_kind
+    return section
+
+
+def _keys(section: type[BaseModel]) -> str:
+    return ", ".join(section.model_fields)
+
+
+def settings_to_json(settings: Settings) -> str:
+    """Settings as JSON that :func:`settings_from_json` reads back; how they travel to actors and replicas."""
+    return settings.model_dump_json()
+
+
+def settings_from_json(text: str) -> Settings:
+    """The inverse of :func:`settings_to_json`."""
+    return TypeAdapter(Settings).validate_json(text)

@@ -1,0 +1,45 @@
+"""The virtual fleet: one data set dealt out to simulated vehicles, the same way in every process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from fedvit.config import DataConfig
+from fedvit.data.partition import partition
+from fedvit.data.sources import ImageSource, Record, open_source
+from fedvit.types import Client, ClientKind
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualFleet:
+    """A data set and who holds which of its training records."""
+
+    source: ImageSource
+    parts: dict[str, tuple[int, ...]]
+    """Indices into ``source.train`` by client id."""
+
+    @classmethod
+    def open(cls, config: DataConfig) -> VirtualFleet:
+        """Deal the training records of the configured data set; equal settings give an equal fleet.
+
+        Raises:
+            DataError: the data set cannot be read, or cannot be dealt as asked.
+        """
+        source = open_source(config)
+        parts = partition(source.train, len(source.classes), config.partition)
+        width = max(2, len(str(len(parts) - 1)))
+        return cls(source, {f"vehicle-{i:0{width}d}": part for i, part in enumerate(parts)})
+
+    def records(self, client_id: str) -> tuple[Record, ...]:
+        """The records of one client."""
+        return tuple(self.source.train[i] for i in self.parts[client_id])
+
+    def parts_digest(self) -> str:
+        """SHA-256 over who holds which records, hex; tells a changed deal even where the settings are the same."""
+        return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
+
+    def clients(self) -> list[Client]:
+        """The fleet as clients to register."""
+        return [Client(name, ClientKind.VIRTUAL, num_examples=len(part)) for name, part in self.parts.items()]

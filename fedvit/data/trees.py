@@ -1,0 +1,185 @@
+"""Read-only trees of files: a folder, a zip, or several zips that complete each other.
+
+A tree pickles as paths and names only; every process opens its own zip handles.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedvit.errors import DataError
+
+
+class FileTree(Protocol):
+    """Named files. Names are relative, with ``/`` between folders; the name of a folder ends with ``/``."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every file and folder, without hidden ones."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file.
+
+        Raises:
+            DataError: it is gone, unreadable or damaged.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FolderTree:
+    """The files below one folder; symbolic links are followed."""
+
+    root: Path
+    names: frozenset[str]
+
+    @classmethod
+    def open(cls, root: Path) -> FolderTree:
+        """List ``root``; nothing is read yet."""
+        return cls(root, frozenset(_walk(root)))
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"{self.root / name} cannot be read: {error.strerror}.", cure="Restore the file or mend its rights."
+            ) from None
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+
+def _walk(root: Path) -> list[str]:
+    names: list[str] = []
+    above: dict[str, frozenset[str]] = {}
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        # A link to a folder above would be walked for ever.
+        real, ancestors = os.path.realpath(folder), above.get(os.path.dirname(folder), frozenset())
+        if real in ancestors:
+            subfolders.clear()
+            continue
+        above[folder] = ancestors | {real}
+        base = Path(folder).relative_to(root).as_posix()
+        prefix = "" if base == "." else f"{base}/"
+        names += [f"{prefix}{name}/" for name in subfolders] + [f"{prefix}{name}" for name in files]
+    return [name for name in names if not _hidden(name)]
+
+
+def _hidden(name: str) -> bool:
+    """Whether the name is bookkeeping of an editor or of macOS, not data."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+@dataclass(slots=True)
+class ZipTree:
+    """The files in one zip."""
+
+    path: Path
+    names: frozenset[str]
+    _local: threading.local = field(default_factory=threading.local, compare=False, repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> ZipTree:
+        """List the zip at ``path``.
+
+        Raises:
+            DataError: it is no zip, or its directory is damaged.
+        """
+        tree = cls(path, frozenset())
+        names = [info.filename for info in tree._handle().infolist()]
+        folders = {name[: i + 1] for name in names for i, letter in enumerate(name) if letter == "/"}
+        tree.names = frozenset(name for name in (*names, *folders) if not _hidden(name))
+        return tree
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._handle().read(name)
+        except (
+            KeyError,
+            OSError,
+            RuntimeError,
+            NotImplementedError,
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+        ) as error:
+            raise DataError(
+                f"{name} in {self.path} cannot be read: {error}.", cure="Fetch or build the zip again."
+            ) from None
+
+    def _handle(self) -> zipfile.ZipFile:
+        # A handle shared with a forked child would share its file offset too.
+        if getattr(self._local, "pid", None) != os.getpid():
+            self._local.file = _open_zip(self.path)
+            self._local.pid = os.getpid()
+        handle: zipfile.ZipFile = self._local.file
+        return handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "names": self.names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path, self.names = state["path"], state["names"]
+        self._local = threading.local()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} is no readable zip: {error}.", cure="Fetch it again, or unpack it and name the folder."
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedTree:
+    """Several trees as one; where two hold the same name, the earlier one wins."""
+
+    trees: tuple[FileTree, ...]
+    names: frozenset[str]
+
+    @classmethod
+    def of(cls, trees: Sequence[FileTree]) -> JoinedTree:
+        """Join ``trees``."""
+        return cls(tuple(trees), frozenset().union(*(tree.names for tree in trees)))
+
+    def read(self, name: str) -> bytes:
+        for tree in self.trees:
+            if name in tree.names:
+                return tree.read(name)
+        raise DataError(f"{name} is in none of {self}.", cure="Restore the file.")
+
+    def __str__(self) -> str:
+        return ", ".join(str(tree) for tree in self.trees)
+
+
+def open_tree(path: Path) -> FileTree:
+    """The folder or the zip at ``path``.
+
+    Raises:
+        DataError: nothing is there, or it is neither.
+    """
+    if path.is_dir():
+        return FolderTree.open(path)
+    if path.exists():
+        return ZipTree.open(path)
+    raise DataError(f"There is no {path}.", cure="Set data.path to an existing folder or zip.")
+
+
+def prefix_before(names: frozenset[str], landmark: str) -> str | None:
+    """What stands before the folder ``landmark`` (``"a/"`` or ``"a/b/"``) where it lies highest; None if nowhere."""
+    found = (name.removesuffix(landmark) for name in names if f"/{name}".endswith(f"/{landmark}"))
+    return min(found, key=lambda prefix: (prefix.count("/"), prefix), default=None)

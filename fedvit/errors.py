@@ -1,0 +1,148 @@
+"""Every error that fedvit raises on purpose, as one tree.
+
+::
+
+    FedvitError                 something went wrong that fedvit understands
+    +-- UsageError              what was asked cannot be done as asked (exit status 2, HTTP 4xx)
+    |   +-- ConfigError         a setting is unknown, of the wrong type or out of range
+    |   +-- DataError           a data set is missing, empty, undecodable or lacks a class
+    |   +-- ModelError          a model is unknown or cannot be trained or exported as asked
+    |   +-- StateError          the state folder is unreadable, corrupt, in use or another fleet's
+    |   +-- PortInUseError      a port that must be listened on is taken
+    |   +-- PlacementError      Ray cannot place an actor or a replica
+    |   +-- NotFoundError       the named thing does not exist (HTTP 404)
+    |   +-- ConflictError       the request contradicts the present state (HTTP 409)
+    +-- BudgetExhaustedError    the privacy budget does not admit the release (HTTP 409)
+    +-- UpdateRejectedError     an update failed a check at the one door for updates (HTTP 422)
+    +-- IntegrityError          content does not match its hash or its signature (HTTP 502)
+    +-- InterruptedRunError     the user or a signal ended the work early (exit status 130)
+
+Each message is one sentence that names what was wrong; ``cure`` is one that names what would be right.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class FedvitError(Exception):
+    """Base of the tree.
+
+    Args:
+        message: one sentence: what was wrong, with the value and the place.
+        cure: one sentence: what would be right.
+        details: machine-readable facts for a problem document; JSON types only.
+    """
+
+    code: ClassVar[str] = "internal-error"
+    http_status: ClassVar[int] = 500
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, cure: str | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.cure = cure
+        self.details = details
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.cure}" if self.cure else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process boundaries inside Ray; the default protocol loses keyword arguments.
+        return _rebuild, (type(self), self.message, self.cure, self.details)
+
+
+def _rebuild(kind: type[FedvitError], message: str, cure: str | None, details: dict[str, Any]) -> FedvitError:
+    return kind(message, cure=cure, **details)
+
+
+class UsageError(FedvitError):
+    """What was asked cannot be done as asked."""
+
+    code = "invalid-request"
+    http_status = 400
+    exit_status = 2
+
+
+class ConfigError(UsageError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+    code = "invalid-config"
+    http_status = 422
+
+
+class DataError(UsageError):
+    """A data set is missing, empty, undecodable or lacks a class."""
+
+    code = "invalid-data"
+    http_status = 422
+
+
+class ModelError(UsageError):
+    """A model is unknown, or cannot be built, trained or exported as asked."""
+
+    code = "invalid-model"
+    http_status = 422
+
+
+class StateError(UsageError):
+    """The state folder is unreadable, corrupt, in use, or belongs to another fleet."""
+
+    code = "invalid-state"
+    http_status = 409
+
+
+class PortInUseError(UsageError):
+    """A port that must be listened on is taken."""
+
+    code = "port-in-use"
+    http_status = 409
+
+
+class PlacementError(UsageError):
+    """Ray cannot place an actor or a replica within its time limit."""
+
+    code = "cannot-place"
+    http_status = 503
+
+
+class NotFoundError(UsageError):
+    """The named thing does not exist."""
+
+    code = "not-found"
+    http_status = 404
+
+
+class ConflictError(UsageError):
+    """The request contradicts the present state."""
+
+    code = "conflict"
+    http_status = 409
+
+
+class BudgetExhaustedError(FedvitError):
+    """The privacy budget does not admit the release that was asked for."""
+
+    code = "privacy-budget-exhausted"
+    http_status = 409
+
+
+class UpdateRejectedError(FedvitError):
+    """An update failed a check at the one door for updates."""
+
+    code = "update-rejected"
+    http_status = 422
+
+
+class IntegrityError(FedvitError):
+    """Content does not match its hash or its signature."""
+
+    code = "integrity"
+    http_status = 502
+
+
+class InterruptedRunError(FedvitError):
+    """The user or a signal ended the work early; the state continues from the last committed step."""
+
+    code = "interrupted"
+    exit_status = 130

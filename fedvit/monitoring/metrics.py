@@ -1,0 +1,110 @@
+"""Metric names, and the one place that makes and renders them.
+
+On the server every actor and replica of a node writes into ``PROMETHEUS_MULTIPROC_DIR`` and any of them renders the
+sum. That variable must be in the environment before ``prometheus_client`` is imported. An edge process does without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+PREFIX = "fed_vit_autorl_"
+INFERENCE_DURATION = f"{PREFIX}inference_duration_seconds"
+INFERENCE_REQUESTS = f"{PREFIX}inference_requests_total"
+TRAINING_LOSS = f"{PREFIX}training_loss"
+TRAINING_ACCURACY = f"{PREFIX}training_accuracy"
+TRAINING_ROUNDS = f"{PREFIX}training_rounds_total"
+ACTIVE_CLIENTS = f"{PREFIX}active_clients"
+TOTAL_CLIENTS = f"{PREFIX}total_clients"
+EPSILON_REMAINING = f"{PREFIX}privacy_epsilon_remaining"
+EPSILON_SPENT = f"{PREFIX}privacy_epsilon_spent"
+
+# Dense around the alert's 100 ms, so that histogram_quantile interpolates little there.
+DURATION_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+
+
+def inference_duration(registry: CollectorRegistry = REGISTRY) -> Histogram:
+    """Seconds from image bytes to prediction, by ``model_version``."""
+    return Histogram(
+        INFERENCE_DURATION,
+        "Seconds from image bytes to prediction.",
+        ["model_version"],
+        buckets=DURATION_BUCKETS_S,
+        registry=registry,
+    )
+
+
+def inference_requests(registry: CollectorRegistry = REGISTRY) -> Counter:
+    """Inference requests by ``outcome``: ok, rejected (the caller's fault), unavailable or failed."""
+    return Counter(INFERENCE_REQUESTS, "Inference requests by outcome.", ["outcome"], registry=registry)
+
+
+def training_loss(registry: CollectorRegistry = REGISTRY) -> Gauge:
+    """Loss of the global model on the held-out images."""
+    return _gauge(TRAINING_LOSS, "Loss of the global model on the held-out images.", registry)
+
+
+def training_accuracy(registry: CollectorRegistry = REGISTRY) -> Gauge:
+    """Accuracy of the global model on the held-out images, 0 to 1."""
+    return _gauge(TRAINING_ACCURACY, "Accuracy of the global model on the held-out images.", registry)
+
+
+def training_rounds(registry: CollectorRegistry = REGISTRY) -> Counter:
+    """Rounds committed since the process began."""
+    return Counter(TRAINING_ROUNDS, "Rounds committed since the process began.", registry=registry)
+
+
+def active_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
+    """Clients that may take part in rounds."""
+    return _gauge(ACTIVE_CLIENTS, "Clients that may take part in rounds.", registry)
+
+
+def total_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
+    """Clients ever registered."""
+    return _gauge(TOTAL_CLIENTS, "Clients ever registered.", registry)
+
+
+def privacy_epsilon_remaining(registry: CollectorRegistry = REGISTRY) -> Gauge:
+    """Epsilon left to the most exposed unit."""
+    return _gauge(EPSILON_REMAINING, "Epsilon left to the most exposed unit.", registry)
+
+
+def privacy_epsilon_spent(registry: CollectorRegistry = REGISTRY) -> Gauge:
+    """Epsilon spent by the most exposed unit."""
+    return _gauge(EPSILON_SPENT, "Epsilon spent by the most exposed unit.", registry)
+
+
+def _gauge(name: str, help_text: str, registry: CollectorRegistry) -> Gauge:
+    # After a restart the new process's value holds, not the sum with the dead one's.
+    return Gauge(name, help_text, registry=registry, multiprocess_mode="mostrecent")
+
+
+def drop_version(histogram: Histogram, version: str) -> None:
+    """Stop exporting the series of a retired model version; harmless if there is none.
+
+    In multiprocess mode a series lives as long as its file, and only ``rate()`` tells it from a live one.
+    """
+    if MULTIPROCESS_VARIABLE not in os.environ:
+        with contextlib.suppress(KeyError):
+            histogram.remove(version)
+
+
+def render(multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:
+    """Exposition text and its content type: of all processes that write to the folder, else of ``registry``.
+
+    Raises:
+        ValueError: ``multiprocess_dir`` is not a folder.
+    """
+    if multiprocess_dir is None:
+        return generate_latest(registry), CONTENT_TYPE_LATEST
+    merged = CollectorRegistry()
+    MultiProcessCollector(merged, path=str(multiprocess_dir))  # type: ignore[no-untyped-call]
+    return generate_latest(merged), CONTENT_TYPE_LATEST

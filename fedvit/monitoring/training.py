@@ -1,0 +1,54 @@
+"""The training side's metrics, set from the one place that knows: the aggregator."""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
+
+from fedvit.monitoring import metrics
+from fedvit.types import BudgetReport, TrainingProgress
+
+
+class TrainingMetrics:
+    """What the training loop exports. Counters count this process's own rounds; gauges say how things stand."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._registry = registry
+        self._rounds = metrics.training_rounds(registry)
+        self._active_clients = metrics.active_clients(registry)
+        self._total_clients = metrics.total_clients(registry)
+        self._epsilon_spent = metrics.privacy_epsilon_spent(registry)
+        self._epsilon_remaining = metrics.privacy_epsilon_remaining(registry)
+        self._lock = threading.Lock()
+        self._counted: tuple[str | None, int] | None = None
+
+    # Made at their first value: an unset gauge would export 0, a perfect loss.
+    @cached_property
+    def _loss(self) -> Gauge:
+        return metrics.training_loss(self._registry)
+
+    @cached_property
+    def _accuracy(self) -> Gauge:
+        return metrics.training_accuracy(self._registry)
+
+    def publish(self, progress: TrainingProgress, budget: BudgetReport, *, active: int, total: int) -> None:
+        """Set everything from one consistent view; the first call counts no rounds, they are an earlier process's."""
+        with self._lock:
+            self._count_rounds(progress)
+        if progress.loss is not None:
+            self._loss.set(progress.loss)
+        if progress.accuracy is not None:
+            self._accuracy.set(progress.accuracy)
+        self._active_clients.set(active)
+        self._total_clients.set(total)
+        self._epsilon_spent.set(budget.epsilon_spent)
+        self._epsilon_remaining.set(budget.epsilon_remaining)
+
+    def _count_rounds(self, progress: TrainingProgress) -> None:
+        run_id, done = progress.run_id, progress.rounds_done
+        before = self._counted
+        if before is not None:
+            self._rounds.inc(max(0, done - (before[1] if before[0] == run_id else 0)))
+        self._counted = run_id, done

@@ -1,0 +1,182 @@
+"""The doors between the library and what runs it: narrow protocols, implemented by Ray handles and by test doubles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedvit.config import Settings
+from fedvit.types import (
+    BudgetReport,
+    Cohort,
+    Evaluation,
+    PartialUpdate,
+    TrainingProgress,
+    TrainTask,
+    Variant,
+    Weights,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """One privacy spend of one unit's data, identified so that a retry is harmless.
+
+    ``release_id`` is the SHA-256 of everything that determines the released value (task, client, data).
+    """
+
+    run_id: str
+    round_index: int
+    unit_id: str
+    release_id: str
+    noise_multiplier: float
+    sampling_prob: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """A line of the privacy ledger, as history shows it."""
+
+    sequence: int
+    at: datetime
+    charge: Charge
+
+
+class AccountantPort(Protocol):
+    """The privacy accountant: one writer of one ledger."""
+
+    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
+        """Write the charges, all or none, before anything is released; those already written are skipped.
+
+        Raises:
+            BudgetExhaustedError: with them the budget would be exceeded; nothing was written.
+        """
+        ...
+
+    def budget(self) -> BudgetReport:
+        """What was spent and what is left."""
+        ...
+
+    def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
+        """Ledger entries from ``since`` on, oldest first."""
+        ...
+
+
+class FleetPort(Protocol):
+    """The clients, wherever they run."""
+
+    def train(self, task: TrainTask, weights: Weights, cohort: Cohort) -> Iterator[PartialUpdate]:
+        """Hand the task to the cohort and yield one partial update a proxy, as they arrive.
+
+        A client that failed is an outcome with an error, not an exception.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedModel:
+    """One variant of a version as ONNX bytes, measured on the server's held-out images.
+
+    ``agreement`` is the share of images on which it predicts what the fp32 torch model predicts.
+    """
+
+    content: bytes
+    agreement: float
+    accuracy: float
+
+
+class ServerModelPort(Protocol):
+    """The global model, on the server's side: where it starts, how good it is, how it is exported."""
+
+    def initial_weights(self) -> Weights:
+        """The trainable weights that a run starts from; equal settings give equal weights."""
+        ...
+
+    def frozen_weights(self) -> Weights:
+        """The weights that never travel."""
+        ...
+
+    def evaluate(self, weights: Weights) -> Evaluation:
+        """The model with these weights on the held-out images."""
+        ...
+
+    def export(self, weights: Weights, variant: Variant) -> ExportedModel:
+        """ONNX bytes of one variant, checked against torch."""
+        ...
+
+
+class AggregatorPort(Protocol):
+    """The training loop, as the control API and the command line see it."""
+
+    def start_training(self) -> TrainingProgress:
+        """Begin, or continue, the run that the settings describe; harmless when it is under way."""
+        ...
+
+    def stop_training(self) -> TrainingProgress:
+        """Ask the loop to end after the round under way."""
+        ...
+
+    def progress(self) -> TrainingProgress:
+        """Where the loop stands."""
+        ...
+
+    def wait(self, timeout_s: float) -> TrainingProgress:
+        """Return when the loop rests, or after ``timeout_s``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SystemUrls:
+    """Where a running system answers. ``edges`` in the order of the configured ports."""
+
+    control: str
+    inference: str
+    edges: tuple[str, ...]
+    dashboard: str | None = None
+
+
+class SystemPort(Protocol):
+    """A whole running system, found by the command line through the entry point group ``fedvit.system``."""
+
+    def __init__(self, settings: Settings) -> None: ...
+
+    def running(self, on_step: Callable[[str], None]) -> AbstractContextManager[SystemUrls]:
+        """Start everything, yield where it answers, stop gracefully what was started. ``on_step`` is told each step."""
+        ...
+
+
+class ClockPort(Protocol):
+    """Time, so that tests can hold it."""
+
+    def now(self) -> datetime:
+        """The present moment, timezone-aware."""
+        ...
+
+
+class BlobStorePort(Protocol):
+    """Content-addressed bytes."""
+
+    def put(self, content: bytes) -> str:
+        """Store ``content``; return its SHA-256, hex. Idempotent."""
+        ...
+
+    def get(self, digest: str) -> bytes:
+        """The bytes of ``digest``, verified.
+
+        Raises:
+            NotFoundError: no such blob.
+            IntegrityError: the stored bytes no longer match.
+        """
+        ...
+
+    def path(self, digest: str) -> Path:
+        """Where the blob lies on this machine, for a reader that wants a file."""
+        ...
+
+
+JsonObject = dict[str, Any]

@@ -1,0 +1,21 @@
+"""Differential privacy: randomness, accountants, the ledger's keeper.
+
+``PrivacyAccountant`` is offered here for the runbook; it is loaded when asked for, because it opens the store.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedvit.privacy.accountant import PrivacyAccountant
+
+__all__ = ["PrivacyAccountant"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PrivacyAccountant":
+        from fedvit.privacy.accountant import PrivacyAccountant
+
+        return PrivacyAccountant
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,58 @@
+"""Secret randomness for Poisson sampling and privacy noise.
+
+One secret key per client; one stream per release, derived from everything that identifies the release. A retry of the
+same release (the process died, the update got lost) draws the very same numbers, so that it publishes the very same
+value and costs nothing more; a release that differs in anything (other base weights, other data, other settings) draws
+from an unrelated stream, so that no noise ever protects two different values.
+
+The generator is AES-256 in counter mode, keyed by HKDF-SHA256 (NIST SP 800-90A's construction in spirit; RFC 5869).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from scipy.special import ndtri
+
+SECRET_BYTES = 32
+_TWO_POW_MINUS_53 = 2.0**-53
+
+
+class SecretStream:
+    """A cryptographic stream of uniforms, coins and standard normals.
+
+    Args:
+        secret: the client's key, at least 32 bytes, never logged and never sent.
+        purpose: what the numbers are for; streams of different purposes are unrelated.
+        context: JSON-able facts that identify the release; any difference gives an unrelated stream.
+
+    Raises:
+        ValueError: the secret is too short.
+    """
+
+    def __init__(self, secret: bytes, purpose: str, context: dict[str, Any]) -> None:
+        if len(secret) < SECRET_BYTES:
+            raise ValueError(f"a secret of {len(secret)} bytes is too short: {SECRET_BYTES} are needed")
+        info = json.dumps({"purpose": purpose, "context": context}, sort_keys=True, allow_nan=False).encode()
+        key = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=hashlib.sha256(info).digest()).derive(secret)
+        self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def uniform(self, count: int) -> npt.NDArray[np.float64]:
+        """``count`` uniforms in the open interval (0, 1), 53 bits each."""
+        raw = np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
+        return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * _TWO_POW_MINUS_53
+
+    def coins(self, count: int, probability: float) -> npt.NDArray[np.bool_]:
+        """``count`` independent coins, each true with ``probability``: exact Poisson sampling."""
+        return np.asarray(self.uniform(count) < probability, dtype=np.bool_)
+
+    def normal(self, count: int) -> npt.NDArray[np.float64]:
+        """``count`` standard normals by inversion (tails to about 8.2 standard deviations)."""
+        return np.asarray(ndtri(self.uniform(count)), dtype=np.float64)

@@ -1,0 +1,55 @@
+"""The secret keys behind Poisson coins, privacy noise and the cohort draw.
+
+On one machine a single root key in the state folder (mode 0600) stands in for the vehicles' own keys: each virtual
+client's key is derived from it. A real vehicle makes its own and never sends it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from fedvit.errors import StateError
+from fedvit.privacy.randomness import SECRET_BYTES
+
+
+def load_or_create_root_secret(home: Path) -> bytes:
+    """The root key of a state folder; made at the first call, the same for ever after.
+
+    Raises:
+        StateError: the key file has the wrong length: somebody changed it.
+    """
+    path = home / "keys" / "root.key"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        _create_once(path)
+    secret = path.read_bytes()
+    if len(secret) != SECRET_BYTES:
+        raise StateError(
+            f"The key file {path} holds {len(secret)} bytes instead of {SECRET_BYTES}.",
+            cure="Restore it from a backup; without it an interrupted round cannot be repeated exactly.",
+        )
+    return secret
+
+
+def _create_once(path: Path) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(SECRET_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        # A link fails if the name exists: of two processes that start together, one key wins for both.
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
+
+
+def derive_secret(root: bytes, name: str) -> bytes:
+    """An independent key for ``name`` (a client id, or a purpose such as ``cohort``)."""
+    return hmac.digest(root, name.encode(), "sha256")

@@ -1,0 +1,239 @@
+"""The vehicle's half of the registry: fetch a release, believe nothing, keep what was proven.
+
+What is defended against (after TUF): arbitrary software (signature and hash before use), rollback (the highest
+sequence ever accepted is remembered on disk), endless data (nothing is read past its signed length), and a server that
+is away (the last two releases are kept). A key is trusted because an operator gave it, never because it came first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from fedvit.errors import FedvitError, IntegrityError, StateError, UsageError
+from fedvit.registry.feed import ENVELOPE_FILE, MODEL_FILE, Feed
+from fedvit.wire.keys import key_id
+from fedvit.wire.manifest import ReleaseManifest, verify_manifest
+
+_CURRENT = "release.json"
+_PREVIOUS = "previous.json"
+_ACCEPTED = "accepted.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRelease:
+    """A release whose signature, hash and length were checked, and where its ONNX file lies."""
+
+    manifest: ReleaseManifest
+    model_path: Path
+
+
+class ReleaseClient:
+    """Polls a feed and keeps the releases that pass, in ``cache_dir/<variant>``. One thread at a time.
+
+    Args:
+        feed: where releases come from.
+        cache_dir: this device's own folder; made if absent.
+        trusted: the keys that may sign releases.
+        variant: the one variant that is accepted.
+
+    Raises:
+        UsageError: no trusted key.
+        StateError: the cache cannot be used.
+    """
+
+    def __init__(self, feed: Feed, cache_dir: Path, trusted: Sequence[Ed25519PublicKey], variant: str) -> None:
+        if not trusted:
+            raise UsageError("No trusted key was given.", cure="Give the server's public key.")
+        self._feed = feed
+        self._trusted = tuple(trusted)
+        self._variant = variant
+        self.folder = cache_dir / variant
+        with _explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._envelope: str | None = None
+        self._current: ReleaseManifest | None = None
+
+    def poll(self) -> LoadedRelease | None:
+        """Fetch the feed's release if it is another than the one at hand; None when there is nothing new.
+
+        On any error everything stays as it was, and what was returned before stays good.
+
+        Raises:
+            IntegrityError: the release fails a check: signature, fields, variant, sequence, length or hash.
+            FeedUnavailableError: the feed does not answer.
+            NotFoundError: the artifact is gone; the feed has another release by now.
+            StateError: the cache cannot be read or written.
+        """
+        envelope = self._feed.current(self._variant)
+        if envelope is None or envelope == self._envelope:
+            return None
+        manifest = self._verify(envelope)
+        if self._is_at_hand(manifest):
+            self._envelope = envelope
+            return None
+        self._check_sequence(manifest)
+        path = self._obtain(manifest)
+        self._commit(envelope, manifest)
+        return LoadedRelease(manifest, path)
+
+    def cached(self) -> Iterator[LoadedRelease]:
+        """The kept releases that still pass every check, newest first: what an offline start serves."""
+        for name in (_CURRENT, _PREVIOUS):
+            release = self._load(self.folder / name)
+            if release is not None:
+                yield release
+
+    def adopt(self, release: LoadedRelease) -> None:
+        """Take a kept release as the one at hand, so that a poll returns only another one."""
+        self._current = release.manifest
+
+    def close(self) -> None:
+        """Give the feed's connections back."""
+        self._feed.close()
+
+    def _verify(self, envelope: str) -> ReleaseManifest:
+        manifest = verify_manifest(envelope, self._trusted)
+        if manifest.variant != self._variant:
+            raise IntegrityError(
+                f"The release is the variant {manifest.variant!r}, and {self._variant!r} was asked for.",
+                cure=f"Ask for --variant {manifest.variant}, or take the release from elsewhere.",
+            )
+        return manifest
+
+    def _is_at_hand(self, manifest: ReleaseManifest) -> bool:
+        if self._current is None or manifest.sequence != self._current.sequence:
+            return False
+        if manifest != self._current:
+            raise IntegrityError(f"There are two different releases with the sequence {manifest.sequence}.")
+        return True
+
+    def _check_sequence(self, manifest: ReleaseManifest) -> None:
+        accepted = self._accepted()
+        floor = max((accepted.get(key_id(key), 0) for key in self._trusted), default=0)
+        if manifest.sequence < floor:
+            raise IntegrityError(
+                f"The release {manifest.version} has the sequence {manifest.sequence}; {floor} was accepted before.",
+                cure="A rollback is released with a new, higher sequence; replaying an old release is refused.",
+            )
+
+    def _obtain(self, manifest: ReleaseManifest) -> Path:
+        """The artifact on disk, proven; downloaded unless it is there already (a rollback to a kept model)."""
+        path = self._blob_path(manifest)
+        if _is_intact(path, manifest):
+            return path
+        content = self._feed.blob(manifest.artifact_digest, manifest.artifact_bytes)
+        digest = hashlib.sha256(content).hexdigest()
+        if len(content) != manifest.artifact_bytes or digest != manifest.artifact_digest:
+            raise IntegrityError(
+                f"The artifact of {manifest.version} has {len(content)} bytes and SHA-256 {digest}; its manifest says "
+                f"{manifest.artifact_bytes} bytes and {manifest.artifact_digest}."
+            )
+        _write(path, content)
+        return path
+
+    def _commit(self, envelope: str, manifest: ReleaseManifest) -> None:
+        accepted = self._accepted()
+        # Every key trusted now moves along, so that neither an old key's releases nor a new one's can go back.
+        accepted |= {key_id(key): manifest.sequence for key in self._trusted}
+        _write(self.folder / _ACCEPTED, json.dumps(accepted, sort_keys=True).encode())
+        current = self.folder / _CURRENT
+        # Taking the same release again must not push the previous one out.
+        if current.exists() and current.read_bytes() != envelope.encode():
+            _write(self.folder / _PREVIOUS, current.read_bytes())
+        _write(current, envelope.encode())
+        self._envelope, self._current = envelope, manifest
+        self._prune()
+
+    def _accepted(self) -> dict[str, int]:
+        """The highest accepted sequence by key. A key that is no longer trusted has no say (TUF's key rotation)."""
+        path = self.folder / _ACCEPTED
+        with _explained(path):
+            if not path.exists():
+                return {}
+            try:
+                content = json.loads(path.read_bytes())
+                return {str(key): int(sequence) for key, sequence in content.items()}
+            except (ValueError, AttributeError, TypeError):
+                raise StateError(
+                    f"{path} is damaged; it is the memory that protects from old releases.",
+                    cure="Delete the cache folder if this device may start anew with any release.",
+                ) from None
+
+    def _load(self, path: Path) -> LoadedRelease | None:
+        try:
+            manifest = self._verify(path.read_text(encoding="utf-8", errors="replace"))
+        except (OSError, FedvitError):
+            return None
+        blob = self._blob_path(manifest)
+        return LoadedRelease(manifest, blob) if _is_intact(blob, manifest) else None
+
+    def _blob_path(self, manifest: ReleaseManifest) -> Path:
+        return self.folder / f"{manifest.artifact_digest}.onnx"
+
+    def _prune(self) -> None:
+        keep = {release.model_path for release in self.cached()}
+        for path in self.folder.glob("*.onnx"):
+            if path not in keep:
+                path.unlink(missing_ok=True)
+
+
+def write_release_folder(folder: Path, envelope: str, model_bytes: bytes) -> None:
+    """Write a release as the folder that :class:`fedvit.registry.feed.FolderFeed` reads. The envelope comes last.
+
+    Raises:
+        StateError: the folder cannot be written.
+    """
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / MODEL_FILE, model_bytes)
+    _write(folder / ENVELOPE_FILE, envelope.encode())
+
+
+def _is_intact(path: Path, manifest: ReleaseManifest) -> bool:
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != manifest.artifact_bytes:
+                return False
+            return hashlib.file_digest(file, "sha256").hexdigest() == manifest.artifact_digest
+    except OSError:
+        return False
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing, also across a loss of power."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with _explained(path):
+        try:
+            with draft.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StateError(f"{path} cannot be used: {error.strerror or error}.") from None

@@ -1,0 +1,125 @@
+"""After training: every test image through every target, one table, one JSON file, one page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import httpx
+from rich.console import Console, Group
+from rich.progress import Progress
+
+from fedvit.config import Settings
+from fedvit.data.fleet import VirtualFleet
+from fedvit.data.manifest import build_manifest
+from fedvit.errors import NotFoundError
+from fedvit.ports import SystemUrls
+from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.report.page import write_page
+from fedvit.report.probe import ProbeResult, probe, summarise
+from fedvit.report.summary import build_summary, summary_tables, write_summary
+from fedvit.store.store import Store
+from fedvit.training.server import ServerModel
+from fedvit.types import Evaluation, LabelArray, ModelVersion
+from fedvit.wire.tensors import decode_weights
+
+SWITCH_TIMEOUT_S = 60.0
+MAX_WEIGHTS_BYTES = 8 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What torch says with the released weights."""
+
+    version: ModelVersion
+    evaluation: Evaluation
+    predictions: LabelArray
+
+
+def measure(settings: Settings, urls: SystemUrls, seconds: dict[str, float], *, quiet: bool) -> dict[str, Any]:
+    """Probe the inference application and the edges with every test image and write the report.
+
+    Writes ``report/summary.json`` and ``report/index.html`` in the state folder and prints the summary as a table.
+
+    Args:
+        seconds: how long each phase took so far; the measuring is added.
+
+    Raises:
+        NotFoundError: nothing is released, or a target does not serve the current release in time.
+        FedvitError: a target fails to answer.
+    """
+    started_s = time.monotonic()
+    store = Store.open(settings.home)
+    source = VirtualFleet.open(settings.data).source
+    reference = _reference(settings, store)
+    images = [source.read(record) for record in source.test]
+    labels = [record.label for record in source.test]
+    results = _probe_all(_targets(urls), images, reference.version.version, quiet)
+    seconds["measuring"] = time.monotonic() - started_s
+    run = store.run(reference.version.run_id)
+    manifest = build_manifest(source)
+    summary = build_summary(
+        evaluation=reference.evaluation,
+        budget=PrivacyAccountant(store, settings).budget(),
+        run=run,
+        model_version=reference.version.version,
+        manifest=manifest,
+        targets={name: summarise(r, labels, reference.predictions.tolist()) for name, r in results.items()},
+        seconds=seconds,
+    )
+    folder = settings.home / "report"
+    write_summary(folder / "summary.json", summary)
+    write_page(
+        folder / "index.html",
+        summary,
+        curve=store.rounds(run.run_id),
+        confusion=reference.evaluation.confusion,
+        latencies={name: result.latencies_s for name, result in results.items()},
+        manifest=manifest,
+        target_epsilon=settings.privacy.target_epsilon,
+    )
+    if not quiet:
+        Console().print(Group(*summary_tables(summary)), f"Report: {folder / 'index.html'}")
+    return summary
+
+
+def _targets(urls: SystemUrls) -> dict[str, str]:
+    return {"inference": urls.inference} | {f"edge-{i}": url for i, url in enumerate(urls.edges, start=1)}
+
+
+def _reference(settings: Settings, store: Store) -> _Reference:
+    release = store.current_release()
+    if release is None:
+        raise NotFoundError("No model version is released yet.", cure="Let training come to its first release.")
+    version = store.version(release.version)
+    weights = decode_weights(store.blobs.get(version.weights_digest), max_bytes=MAX_WEIGHTS_BYTES)
+    model = ServerModel(settings)
+    return _Reference(version, model.evaluate(weights), model.predict(weights))
+
+
+def _probe_all(targets: Mapping[str, str], images: list[bytes], version: str, quiet: bool) -> dict[str, ProbeResult]:
+    results = {}
+    with Progress(disable=quiet) as bar:
+        for name, url in targets.items():
+            _await_version(name, url, version)
+            task = bar.add_task(f"querying {name}", total=len(images))
+            results[name] = probe(f"{url}/infer", images, on_image=partial(bar.advance, task))
+    return results
+
+
+def _await_version(name: str, url: str, version: str) -> None:
+    """Replicas and vehicles switch when they next look; give them that time."""
+    deadline_s = time.monotonic() + SWITCH_TIMEOUT_S
+    told: Any = None
+    while time.monotonic() < deadline_s:
+        told = httpx.get(f"{url}/health/detailed", timeout=10).json()
+        if ((told.get("model") or {}).get("version")) == version:
+            return
+        time.sleep(0.2)
+    raise NotFoundError(
+        f"{name} does not serve {version} after {SWITCH_TIMEOUT_S:g} s; it says {told!r}.",
+        cure="See its log with `make logs`.",
+    )

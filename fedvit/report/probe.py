@@ -1,0 +1,144 @@
+"""Measure a running inference target from the client's side: what it answers, and how long that takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+import httpx
+import numpy as np
+
+from fedvit.errors import DataError, FedvitError
+
+REQUEST_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """The answers to one pass over the images, in their order.
+
+    ``latencies_s`` is seen by this client, connection included; ``server_latencies_s`` is what the target says it
+    took.
+    """
+
+    predictions: tuple[int, ...]
+    latencies_s: tuple[float, ...]
+    versions: frozenset[str]
+    server_latencies_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSummary:
+    """One target in figures. ``agreement`` is the share of images on which it says what the reference says."""
+
+    accuracy: float
+    agreement: float
+    p50_ms: float
+    p95_ms: float
+    num_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    class_index: int
+    model_version: str
+    latency_s: float
+    server_latency_s: float
+
+
+def probe(
+    infer_url: str, images: Sequence[bytes], *, concurrency: int = 1, on_image: Callable[[], None] | None = None
+) -> ProbeResult:
+    """POST every encoded image to ``infer_url``, ``concurrency`` at a time over kept-alive connections.
+
+    ``on_image`` is called after each answer, from the calling thread.
+
+    Raises:
+        DataError: there is no image.
+        FedvitError: a request failed or was answered with something else; names the URL and the status.
+    """
+    if not images:
+        raise DataError(f"There is no image to send to {infer_url}.", cure="Probe with at least one test image.")
+    answers: list[_Answer] = []
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    with (
+        # A proxy from the environment would stand between this machine and itself.
+        httpx.Client(limits=limits, timeout=REQUEST_TIMEOUT_S, trust_env=not _is_loopback(infer_url)) as client,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
+        for answer in pool.map(lambda image: _ask(client, infer_url, image), images):
+            answers.append(answer)
+            if on_image is not None:
+                on_image()
+    return ProbeResult(
+        predictions=tuple(answer.class_index for answer in answers),
+        latencies_s=tuple(answer.latency_s for answer in answers),
+        versions=frozenset(answer.model_version for answer in answers),
+        server_latencies_s=tuple(answer.server_latency_s for answer in answers),
+    )
+
+
+def _is_loopback(url: str) -> bool:
+    host = httpx.URL(url).host
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _ask(client: httpx.Client, url: str, image: bytes) -> _Answer:
+    started = time.perf_counter()
+    try:
+        response = client.post(url, content=image, headers={"content-type": "application/octet-stream"})
+    except httpx.HTTPError as error:
+        raise FedvitError(
+            f"{url} did not answer: {type(error).__name__} {error}.", cure="Check that the target is running."
+        ) from error
+    latency_s = time.perf_counter() - started
+    if not response.is_success:
+        raise FedvitError(f"{url} answered {response.status_code}: {_reason(response)}.", status=response.status_code)
+    return _parse(response, latency_s)
+
+
+def _reason(response: httpx.Response) -> str:
+    """The detail of a problem document (RFC 9457), or the beginning of whatever was sent."""
+    try:
+        text = str(response.json()["detail"])
+    except (ValueError, TypeError, KeyError):
+        text = response.text[:200] or response.reason_phrase
+    return " ".join(text.split()).rstrip(".")
+
+
+def _parse(response: httpx.Response, latency_s: float) -> _Answer:
+    try:
+        body = response.json()
+        return _Answer(int(body["class_index"]), str(body["model_version"]), latency_s, float(body["duration_s"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise FedvitError(
+            f"{response.url} answered {response.status_code} with no prediction: {type(error).__name__} {error}.",
+            cure="Name the URL of a fedvit inference target.",
+        ) from None
+
+
+def summarise(result: ProbeResult, labels: Sequence[int], reference_predictions: Sequence[int]) -> TargetSummary:
+    """Accuracy against ``labels``, agreement with the reference, and client-side latency percentiles.
+
+    Raises:
+        ValueError: the three lengths differ.
+    """
+    predictions = np.asarray(result.predictions)
+    if not len(predictions) == len(labels) == len(reference_predictions):
+        raise ValueError(
+            f"{len(predictions)} predictions, {len(labels)} labels, {len(reference_predictions)} references"
+        )
+    p50_s, p95_s = np.percentile(result.latencies_s, [50, 95])
+    return TargetSummary(
+        accuracy=float(np.mean(predictions == np.asarray(labels))),
+        agreement=float(np.mean(predictions == np.asarray(reference_predictions))),
+        p50_ms=float(p50_s) * 1e3,
+        p95_ms=float(p95_s) * 1e3,
+        num_images=len(predictions),
+    )

@@ -1,0 +1,342 @@
+"""Performs what the round machine decides, against a store, an accountant, a fleet and a model.
+
+Knows no Ray: the aggregator actor hands it Ray-backed ports, tests hand it doubles. Whatever process dies, calling
+:meth:`Coordinator.run` again continues after the last committed round: the recorded cohort is used again, charges that
+are written are not written again, and clients repeat their release bit for bit.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from fedvit.aggregation.fedavg import FedAvg
+from fedvit.cohort.select import draw_cohort, eligible
+from fedvit.config import Settings
+from fedvit.errors import BudgetExhaustedError, FedvitError
+from fedvit.ports import AccountantPort, Charge, FleetPort, ServerModelPort
+from fedvit.privacy.accountants import calibrate_noise_multiplier
+from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.registry.publisher import Publisher
+from fedvit.rounds import machine
+from fedvit.rounds.machine import LoopState, Phase, Plan
+from fedvit.store.store import RoundCommit, Store
+from fedvit.training.release import release_id
+from fedvit.types import (
+    ClientOutcome,
+    Cohort,
+    FloatArray,
+    Run,
+    RunStatus,
+    TrainingProgress,
+    TrainTask,
+    Weights,
+)
+from fedvit.wire.tensors import decode_weights, encode_weights
+
+MAX_WEIGHTS_BYTES = 8 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class _RoundWork:
+    """A round between training and commit."""
+
+    weights: dict[str, FloatArray]
+    outcomes: tuple[ClientOutcome, ...]
+    started_s: float
+
+
+class Coordinator:
+    """The training loop.
+
+    Args:
+        on_progress: told after every event, from the thread that runs the loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        store: Store,
+        accountant: AccountantPort,
+        fleet: FleetPort,
+        model: ServerModelPort,
+        on_progress: Callable[[TrainingProgress], None] = lambda _: None,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._accountant = accountant
+        self._fleet = fleet
+        self._model = model
+        self._publisher = Publisher(store, settings)
+        self._rule = FedAvg(settings.training.server_learning_rate)
+        self._cohort_secret = derive_secret(load_or_create_root_secret(store.home), "cohort")
+        self._on_progress = on_progress
+        self._stop = threading.Event()
+        self._progress = self._resting_progress()
+        self._run: Run | None = None
+        self._weights: Weights = {}
+        self._base_digest = ""
+        self._frozen_digest = ""
+        self._work: _RoundWork | None = None
+
+    def request_stop(self) -> None:
+        """Ask the loop to end after the round under way; harmless when it rests."""
+        self._stop.set()
+
+    def progress(self) -> TrainingProgress:
+        """Where the loop stands, as of the last event."""
+        return self._progress
+
+    def run(self) -> Run:
+        """Begin or continue the run that the settings describe, and drive it until it rests.
+
+        Raises:
+            FedvitError: the run could not begin; once it has begun, faults end it with status FAILED and a reason.
+        """
+        self._stop.clear()
+        run = self._run = self._open_run()
+        if run.status is not RunStatus.COMPLETED:
+            self._store.set_run_status(run.run_id, RunStatus.RUNNING)
+        self._load_weights(run)
+        training = self._settings.training
+        state = LoopState(Plan(run.rounds_total, training.cohort.min_clients, self._settings.release.every_rounds))
+        self._drive(state, machine.Started(run.rounds_done, self._unreleased_version(run)))
+        return self._store.run(run.run_id)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def _drive(self, state: LoopState, first: machine.Event) -> None:
+        state, effects = machine.step(state, first)
+        queue = deque(effects)
+        while queue:
+            self._report(state)
+            event = self._perform_guarded(queue.popleft())
+            if event is not None:
+                if self._stop.is_set() and not state.stop_requested:
+                    state, _ = machine.step(state, machine.StopRequested())
+                state, effects = machine.step(state, event)
+                queue.extend(effects)
+        self._report(state)
+
+    def _perform_guarded(self, effect: machine.Effect) -> machine.Event | None:
+        try:
+            return self._perform(effect)
+        except FedvitError as error:
+            return machine.Failed(str(error))
+        except Exception as error:
+            self._store.set_run_status(self._current.run_id, RunStatus.FAILED, f"{type(error).__name__}: {error}")
+            raise
+
+    def _perform(self, effect: machine.Effect) -> machine.Event | None:
+        match effect:
+            case machine.DrawCohort(round_index):
+                return self._draw(round_index)
+            case machine.ChargeRound(cohort):
+                return self._charge(cohort)
+            case machine.TrainRound(cohort):
+                return self._train(cohort)
+            case machine.CommitRound(round_index):
+                return self._commit(round_index)
+            case machine.ReleaseVersion(version):
+                return self._release(version)
+            case machine.Rest(status, reason):
+                self._store.set_run_status(self._current.run_id, status, reason)
+                return None
+
+    def _draw(self, round_index: int) -> machine.Event:
+        config = self._settings.training.cohort
+        ids = eligible(self._store.clients(active=True), config)
+        cohort = draw_cohort(
+            config, ids, run_id=self._current.run_id, round_index=round_index, secret=self._cohort_secret
+        )
+        record = self._store.open_round(self._current.run_id, round_index, cohort)
+        return machine.CohortDrawn(Cohort(round_index, record.cohort))
+
+    def _charge(self, cohort: Cohort) -> machine.Event:
+        try:
+            self._accountant.charge(self._charges(cohort))
+        except BudgetExhaustedError as error:
+            return machine.ChargeRefused(str(error))
+        return machine.Charged()
+
+    def _charges(self, cohort: Cohort) -> list[Charge]:
+        task = self._task(cohort.round_index)
+        sizes = {c.client_id: c.num_examples for c in self._store.clients()}
+        return [
+            Charge(
+                run_id=task.run_id,
+                round_index=task.round_index,
+                unit_id=client_id,
+                release_id=release_id(task, client_id, sizes[client_id]),
+                noise_multiplier=task.noise_multiplier,
+                sampling_prob=task.sampling_prob,
+                steps=task.local_steps,
+            )
+            for client_id in cohort.client_ids
+        ]
+
+    def _train(self, cohort: Cohort) -> machine.Event:
+        started_s = time.monotonic()
+        answers = list(self._fleet.train(self._task(cohort.round_index), self._weights, cohort))
+        # A fixed order of summation: the result must not depend on who answered first.
+        answers.sort(key=lambda answer: min(o.client_id for o in answer.outcomes))
+        outcomes = tuple(sorted((o for a in answers for o in a.outcomes), key=lambda o: o.client_id))
+        contributed = sum(1 for o in outcomes if o.error is None)
+        if contributed:
+            self._work = _RoundWork(self._rule.fold(self._weights, answers), outcomes, started_s)
+        return machine.Trained(contributed, len(outcomes) - contributed)
+
+    def _commit(self, round_index: int) -> machine.Event:
+        work = self._work
+        if work is None:
+            raise machine.ImpossibleEventError("a round is committed that was not trained")
+        evaluation = self._model.evaluate(work.weights)
+        epsilon = self._accountant.budget().epsilon_spent
+        digest = self._store.blobs.put(encode_weights(work.weights))
+        version = self._store.commit_round(
+            self._current.run_id,
+            round_index,
+            RoundCommit(
+                weights_digest=digest,
+                frozen_digest=self._frozen_digest,
+                epsilon=epsilon,
+                loss=evaluation.loss,
+                accuracy=evaluation.accuracy,
+                metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy},
+                lineage=self._lineage(round_index, work.outcomes),
+                outcomes=work.outcomes,
+                duration_s=time.monotonic() - work.started_s,
+            ),
+        )
+        self._weights, self._base_digest, self._work = work.weights, digest, None
+        self._progress = replace(
+            self._progress,
+            rounds_done=round_index,
+            loss=evaluation.loss,
+            accuracy=evaluation.accuracy,
+            epsilon=epsilon,
+            version=version.version,
+        )
+        return machine.Committed(version.version)
+
+    def _lineage(self, round_index: int, outcomes: tuple[ClientOutcome, ...]) -> dict[str, object]:
+        return {
+            "run_id": self._current.run_id,
+            "round_index": round_index,
+            "parent_weights_digest": self._base_digest,
+            "data_digest": self._current.data_digest,
+            "config_digest": self._current.config_digest,
+            "clients": [o.client_id for o in outcomes if o.error is None],
+        }
+
+    def _release(self, version: str) -> machine.Event:
+        variants = self._settings.release.variants
+        exports = {variant: self._model.export(self._weights, variant) for variant in variants}
+        record = self._store.version(version)
+        self._publisher.release(record, exports, f"round {record.round_index} of {record.run_id}")
+        return machine.Released()
+
+    # --- beginning and continuing ------------------------------------------------------------------------------------
+
+    def _open_run(self) -> Run:
+        """The unfinished run with these settings, or a new one; an unfinished run with others is superseded."""
+        digest = self._settings.training_digest()
+        latest = self._store.latest_run()
+        if latest is not None and latest.config_digest == digest:
+            return latest
+        if latest is not None and latest.status.resumable:
+            self._store.set_run_status(latest.run_id, RunStatus.SUPERSEDED, "The training settings changed.")
+        return self._store.create_run(
+            rounds_total=self._settings.training.rounds,
+            noise_multiplier=self._noise_multiplier(),
+            config=self._settings.training_identity(),
+            config_digest=digest,
+            data_digest=self._fleet_digest(),
+        )
+
+    def _noise_multiplier(self) -> float:
+        privacy, training = self._settings.privacy, self._settings.training
+        if privacy.noise_multiplier is not None:
+            return privacy.noise_multiplier
+        return calibrate_noise_multiplier(
+            target_epsilon=privacy.target_epsilon,
+            target_delta=privacy.target_delta,
+            sampling_prob=privacy.sampling_prob,
+            steps=training.rounds * training.local_steps,
+        )
+
+    def _fleet_digest(self) -> str:
+        fleet = self._store.fleet()
+        return fleet.data_digest if fleet else ""
+
+    def _load_weights(self, run: Run) -> None:
+        """The weights after the last committed round, or the ones that a run starts from."""
+        self._frozen_digest = self._store.blobs.put(encode_weights(self._model.frozen_weights()))
+        version = self._store.latest_version(run.run_id)
+        if version is None:
+            self._weights = self._model.initial_weights()
+            self._base_digest = self._store.blobs.put(encode_weights(self._weights))
+            return
+        content = self._store.blobs.get(version.weights_digest)
+        self._weights = decode_weights(content, max_bytes=MAX_WEIGHTS_BYTES)
+        self._base_digest = version.weights_digest
+
+    def _unreleased_version(self, run: Run) -> str | None:
+        version = self._store.latest_version(run.run_id)
+        return version.version if version is not None and not version.released else None
+
+    # --- small things ------------------------------------------------------------------------------------------------
+
+    @property
+    def _current(self) -> Run:
+        if self._run is None:
+            raise machine.ImpossibleEventError("no run is open")
+        return self._run
+
+    def _task(self, round_index: int) -> TrainTask:
+        run, training, privacy = self._current, self._settings.training, self._settings.privacy
+        return TrainTask(
+            run_id=run.run_id,
+            round_index=round_index,
+            base_digest=self._base_digest,
+            data_digest=run.data_digest,
+            noise_multiplier=run.noise_multiplier,
+            sampling_prob=privacy.sampling_prob,
+            l2_clip_norm=privacy.l2_clip_norm,
+            local_steps=training.local_steps,
+            learning_rate=training.learning_rate,
+        )
+
+    def _report(self, state: LoopState) -> None:
+        run = self._current
+        ending = state.ending if state.phase is Phase.RESTING else None
+        self._progress = replace(
+            self._progress,
+            run_id=run.run_id,
+            rounds_total=run.rounds_total,
+            phase=state.phase.value,
+            status=ending.status if ending else RunStatus.RUNNING,
+            message=ending.reason if ending else None,
+        )
+        self._on_progress(self._progress)
+
+    def _resting_progress(self) -> TrainingProgress:
+        """What the store remembers, for a loop that has not begun."""
+        run = self._store.latest_run()
+        version = self._store.latest_version(run.run_id) if run else None
+        return TrainingProgress(
+            run_id=run.run_id if run else None,
+            status=run.status if run else None,
+            phase=Phase.IDLE.value if run is None or run.status is RunStatus.RUNNING else Phase.RESTING.value,
+            rounds_total=run.rounds_total if run else self._settings.training.rounds,
+            rounds_done=run.rounds_done if run else 0,
+            loss=version.metrics.get("loss") if version else None,
+            accuracy=version.metrics.get("accuracy") if version else None,
+            epsilon=self._accountant.budget().epsilon_spent,
+            version=version.version if version else None,
+            message=run.reason if run else None,
+        )

@@ -1,0 +1,250 @@
+"""The training loop as a pure state machine: ``step(state, event) -> (state, effects)``.
+
+No clock, no I/O, no randomness: the coordinator performs the effects and feeds the answers back as events. Each effect
+is idempotent, so a process that dies between two of them starts again from the store with :class:`Started`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from fedvit.types import Cohort, RunStatus
+
+
+class Phase(StrEnum):
+    """What the loop is doing."""
+
+    IDLE = "idle"
+    DRAWING = "drawing"
+    CHARGING = "charging"
+    TRAINING = "training"
+    COMMITTING = "committing"
+    RELEASING = "releasing"
+    RESTING = "resting"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What does not change during a run."""
+
+    rounds_total: int
+    min_clients: int
+    release_every_rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoopState:
+    """Where the loop stands. ``round_index`` is the round under way, from 1."""
+
+    plan: Plan
+    phase: Phase = Phase.IDLE
+    round_index: int = 0
+    cohort: Cohort | None = None
+    unreleased: str | None = None
+    """The last committed version, while replicas and vehicles have not been offered it."""
+    stop_requested: bool = False
+    ending: Rest | None = None
+    """How the loop ends once the last version is released."""
+
+
+# --- events: what happened -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The loop begins, or begins again, after ``rounds_done`` committed rounds."""
+
+    rounds_done: int
+    unreleased: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CohortDrawn:
+    """The cohort is drawn and recorded."""
+
+    cohort: Cohort
+
+
+@dataclass(frozen=True, slots=True)
+class Charged:
+    """The ledger holds the round's charges."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChargeRefused:
+    """The budget does not admit the round."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """All proxies answered or the deadline passed."""
+
+    num_updates: int
+    num_failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The round and its model version are durable."""
+
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The version is exported, signed and offered."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Somebody asked the loop to end after the round under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An effect could not be performed."""
+
+    reason: str
+
+
+Event = Started | CohortDrawn | Charged | ChargeRefused | Trained | Committed | Released | StopRequested | Failed
+
+
+# --- effects: what to do ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DrawCohort:
+    """Draw the round's cohort and record it."""
+
+    round_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChargeRound:
+    """Write the round's privacy charges; nothing is released before."""
+
+    cohort: Cohort
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRound:
+    """Hand the global weights to the cohort and fold the answers."""
+
+    cohort: Cohort
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRound:
+    """Write round, outcomes and model version in one transaction."""
+
+    round_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseVersion:
+    """Export, check, sign and offer the version."""
+
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """End the loop and record why."""
+
+    status: RunStatus
+    reason: str | None
+
+
+Effect = DrawCohort | ChargeRound | TrainRound | CommitRound | ReleaseVersion | Rest
+
+Step = tuple[LoopState, tuple[Effect, ...]]
+
+
+class ImpossibleEventError(RuntimeError):
+    """An event arrived in a phase that cannot have caused it: a fault of the program, never of its input."""
+
+
+def step(state: LoopState, event: Event) -> Step:
+    """The next state, and what to do now.
+
+    Raises:
+        ImpossibleEventError: the event does not belong to the phase.
+    """
+    match state.phase, event:
+        case _, StopRequested():
+            return replace(state, stop_requested=True), ()
+        case _, Failed(reason):
+            return _rest(state, Rest(RunStatus.FAILED, reason))
+        case Phase.IDLE, Started(rounds_done, unreleased):
+            return _next(replace(state, round_index=rounds_done, unreleased=unreleased))
+        case Phase.DRAWING, CohortDrawn(cohort):
+            return _with_cohort(state, cohort)
+        case Phase.CHARGING, Charged() if state.cohort:
+            return replace(state, phase=Phase.TRAINING), (TrainRound(state.cohort),)
+        case Phase.CHARGING, ChargeRefused(reason):
+            return _finish(state, Rest(RunStatus.BUDGET_EXHAUSTED, reason))
+        case Phase.TRAINING, Trained(num_updates, num_failed):
+            return _trained(state, num_updates, num_failed)
+        case Phase.COMMITTING, Committed(version):
+            return _committed(replace(state, unreleased=version))
+        case Phase.RELEASING, Released():
+            state = replace(state, unreleased=None)
+            return _rest(state, state.ending) if state.ending else _next(state)
+    raise ImpossibleEventError(f"{type(event).__name__} in phase {state.phase}")
+
+
+def _with_cohort(state: LoopState, cohort: Cohort) -> Step:
+    short = _too_few(state, len(cohort.client_ids), "eligible clients")
+    if short:
+        return _finish(state, short)
+    return replace(state, phase=Phase.CHARGING, cohort=cohort), (ChargeRound(cohort),)
+
+
+def _trained(state: LoopState, num_updates: int, num_failed: int) -> Step:
+    short = _too_few(state, num_updates, f"updates ({num_failed} clients failed)")
+    if short:
+        return _finish(state, short)
+    return replace(state, phase=Phase.COMMITTING), (CommitRound(state.round_index),)
+
+
+def _too_few(state: LoopState, count: int, what: str) -> Rest | None:
+    needed = max(1, state.plan.min_clients)
+    if count >= needed:
+        return None
+    return Rest(RunStatus.FAILED, f"Round {state.round_index} has {count} {what}; at least {needed} are needed.")
+
+
+def _committed(state: LoopState) -> Step:
+    if state.round_index % state.plan.release_every_rounds == 0:
+        return _release(state)
+    return _next(state)
+
+
+def _next(state: LoopState) -> Step:
+    if state.round_index >= state.plan.rounds_total:
+        return _finish(state, Rest(RunStatus.COMPLETED, None))
+    if state.stop_requested:
+        return _finish(state, Rest(RunStatus.STOPPED, f"Stopped on request after round {state.round_index}."))
+    following = state.round_index + 1
+    return replace(state, phase=Phase.DRAWING, round_index=following, cohort=None), (DrawCohort(following),)
+
+
+def _finish(state: LoopState, ending: Rest) -> Step:
+    """End, but not before the last committed version is offered to those who serve it."""
+    if state.unreleased is None:
+        return _rest(state, ending)
+    return _release(replace(state, ending=ending))
+
+
+def _release(state: LoopState) -> Step:
+    if state.unreleased is None:
+        return _next(state)
+    return replace(state, phase=Phase.RELEASING), (ReleaseVersion(state.unreleased),)
+
+
+def _rest(state: LoopState, ending: Rest) -> Step:
+    return replace(state, phase=Phase.RESTING, ending=ending), (ending,)

@@ -1,0 +1,224 @@
+"""The SQLite file: how it is checked, created, migrated and written to.
+
+Each write is one ``BEGIN IMMEDIATE`` transaction with ``synchronous=FULL``: when it returns, it survives a power cut;
+when the process dies before, nothing of it is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event
+from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.orm import Session
+
+from fedvit.errors import StateError
+from fedvit.store.blobs import fsync_folder
+
+BUSY_TIMEOUT_S = 10.0
+LOCK_TIMEOUT_S = 60.0
+_RESET = "Restore it from a backup, or run `make reset` to begin anew."
+
+
+class Database:
+    """One open state database; its threads share a small pool of connections.
+
+    Args:
+        path: an existing, migrated file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._engine = make_engine(path)
+        # Shares the pool; only the word behind BEGIN differs.
+        self._writer = self._engine.execution_options(begin="IMMEDIATE")
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session on one consistent snapshot.
+
+        Raises:
+            StateError: the file cannot be read.
+        """
+        with _explained(self._path), Session(self._engine) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session that holds the write lock; committed at the end, rolled back by any exception.
+
+        Raises:
+            StateError: the file cannot be written, or another process held the lock for ten seconds.
+        """
+        with _explained(self._path), Session(self._writer) as session, session.begin():
+            session.connection()  # Takes the lock now, so that nothing is read before it.
+            yield session
+
+    def close(self) -> None:
+        """Give all connections back; the last one to close folds the write-ahead log into the file."""
+        self._engine.dispose()
+
+
+def open_database(home: Path) -> Database:
+    """Check, or create, ``home/state.db`` and migrate it to the newest schema.
+
+    Raises:
+        StateError: the file is no intact database of this program, or was written by a newer one; it is left as it was.
+    """
+    path = home / "state.db"
+    with _file_lock(home / "state.lock"):
+        if path.exists():
+            _migrate_existing(path)
+        else:
+            _create(path)
+    return Database(path)
+
+
+def make_engine(path: Path, *, foreign_keys: bool = True) -> Engine:
+    """An engine on a SQLite file, with transactions begun by us and not by the driver."""
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)),
+        poolclass=QueuePool,
+        pool_size=4,
+        max_overflow=-1,
+        connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False},
+    )
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: sqlite3.Connection, _record: Any) -> None:
+        # The driver would begin by itself, late and DEFERRED: two writers would then both read before either locks.
+        connection.isolation_level = None
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('begin', 'DEFERRED')}")
+
+    return engine
+
+
+def migration_config() -> Config:
+    """Alembic's configuration for the revisions shipped in this package."""
+    config = Config()
+    folder = str(resources.files("fedvit.store").joinpath("migrations"))
+    config.set_main_option("script_location", folder.replace("%", "%%"))
+    return config
+
+
+def _create(path: Path) -> None:
+    """Built aside and renamed, so that an empty or half-made ``state.db`` can only be damage, never a young one."""
+    wal = _beside(path, "-wal")
+    if wal.exists() and wal.stat().st_size:
+        raise StateError(f"{path} is missing, yet its write-ahead log {wal.name} is there.", cure=_RESET)
+    draft = path.with_name("state.db.new")
+    for leftover in (draft, *(_beside(base, end) for base in (draft, path) for end in ("-wal", "-shm", "-journal"))):
+        leftover.unlink(missing_ok=True)
+    with _explained(path):
+        _upgrade(draft)
+    os.replace(draft, path)
+    fsync_folder(path.parent)
+
+
+def _migrate_existing(path: Path) -> None:
+    scripts = ScriptDirectory.from_config(migration_config())
+    found = _checked_revision(path)
+    if found not in {script.revision for script in scripts.walk_revisions()}:
+        raise StateError(
+            f"{path} has schema revision {found!r}, newer than this program's {scripts.get_current_head()!r}.",
+            cure="Use the fedvit release that wrote it, restore a backup, or run `make reset`.",
+        )
+    if found != scripts.get_current_head():
+        with _explained(path):
+            _upgrade(path)
+
+
+def _checked_revision(path: Path) -> str:
+    """The schema revision of an intact file, read without writing a byte to it."""
+    try:
+        with closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S)
+        ) as connection:
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise StateError(f"The state database {path} is corrupt: {_one_line(verdict)}.", cure=_RESET)
+            rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    except sqlite3.DatabaseError as error:
+        raise StateError(
+            f"{path} cannot be read as a fedvit state database: {_one_line(error)}.", cure=_RESET
+        ) from error
+    if len(rows) != 1:
+        raise StateError(f"{path} names {len(rows)} schema revisions instead of one.", cure=_RESET)
+    return str(rows[0][0])
+
+
+def _upgrade(path: Path) -> None:
+    # Rebuilding a table under enforced foreign keys would delete what refers to it.
+    engine = make_engine(path, foreign_keys=False)
+    try:
+        with engine.execution_options(begin="IMMEDIATE").begin() as connection:
+            config = migration_config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _file_lock(path: Path) -> Iterator[None]:
+    """Hold an advisory lock that dies with its process; one opener at a time checks and migrates."""
+    with path.open("ab") as file:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while not _try_lock(file.fileno()):
+            if time.monotonic() > deadline:
+                raise StateError(
+                    f"Another process has held {path} for {LOCK_TIMEOUT_S:.0f} s.",
+                    cure="End the process that is opening this state folder, then try again.",
+                )
+            time.sleep(0.02)
+        yield
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what SQLite says about the file (locked, full, read-only, malformed) into one sentence.
+
+    Broken constraints and faulty SQL are mistakes in this program and pass as they are.
+    """
+    try:
+        yield
+    except DatabaseError as error:
+        if type(error) not in (DatabaseError, OperationalError):
+            raise
+        cause = _one_line(error.orig)
+        busy = "locked" in cause
+        cure = "Try again when the other process is done." if busy else "Check the disk, or restore a backup."
+        raise StateError(f"The state database {path} cannot be used: {cause}.", cure=cure) from error
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

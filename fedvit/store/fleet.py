@@ -1,0 +1,162 @@
+"""Which fleet a state folder belongs to, its clients, and small facts about it. Functions of an open session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import Select, func, insert, select, update
+from sqlalchemy.orm import Session
+
+from fedvit.errors import NotFoundError, StateError
+from fedvit.store.records import FleetInfo
+from fedvit.store.tables import ClientRow, MetaRow
+from fedvit.types import Client, ClientKind
+
+FLEET_KEY = "fleet"
+# Older SQLite builds admit 999 bound parameters a statement.
+_CHUNK = 500
+_Query = TypeVar("_Query", bound=Select[Any])
+
+
+def get_meta(session: Session, key: str) -> Any | None:
+    """The JSON value under ``key``, or None."""
+    row = session.get(MetaRow, key)
+    return None if row is None else row.value
+
+
+def set_meta(session: Session, key: str, value: Any) -> None:
+    """Store a JSON value under ``key``."""
+    session.merge(MetaRow(key=key, value=value))
+
+
+def fleet(session: Session) -> FleetInfo | None:
+    """The fleet recorded by :func:`bind_fleet`, if any."""
+    found = get_meta(session, FLEET_KEY)
+    return None if found is None else _to_fleet(found)
+
+
+def bind_fleet(session: Session, info: FleetInfo) -> None:
+    """Record the fleet, or compare it with the one on record.
+
+    Raises:
+        StateError: the state belongs to another fleet.
+    """
+    bound = fleet(session)
+    if bound is None:
+        value = {"data_digest": info.data_digest, "partition": dict(info.partition), "classes": list(info.classes)}
+        set_meta(session, FLEET_KEY, value)
+    elif bound != info:
+        differing = [
+            name for name in ("data_digest", "partition", "classes") if getattr(bound, name) != getattr(info, name)
+        ]
+        raise StateError(
+            f"This state folder belongs to data {bound.data_digest}, and what was started brings data "
+            f"{info.data_digest}; they differ in {', '.join(differing)}.",
+            cure="Name another folder with --home, or run `make reset`.",
+            differing=differing,
+        )
+
+
+def register_clients(session: Session, clients: Sequence[Client]) -> int:
+    """Insert new clients and refresh known ones; what an operator decides (validated, active) stays as decided."""
+    wanted = {client.client_id: client for client in clients}
+    known = _known_ids(session, list(wanted))
+    new = [_to_columns(client) for client_id, client in wanted.items() if client_id not in known]
+    refreshed = [_refreshable(wanted[client_id]) for client_id in known]
+    if new:
+        session.execute(insert(ClientRow), new)
+    if refreshed:
+        session.execute(update(ClientRow), refreshed)
+    return len(new)
+
+
+def client(session: Session, client_id: str) -> Client:
+    """One client.
+
+    Raises:
+        NotFoundError: no such client.
+    """
+    return _to_client(_client_row(session, client_id))
+
+
+def clients(
+    session: Session, active: bool | None, validated: bool | None, offset: int, limit: int | None
+) -> list[Client]:
+    """Clients ordered by id."""
+    query = _matching(select(ClientRow), active, validated).order_by(ClientRow.client_id).offset(offset).limit(limit)
+    return [_to_client(row) for row in session.scalars(query)]
+
+
+def count_clients(session: Session, active: bool | None, validated: bool | None) -> int:
+    """How many clients match."""
+    return session.scalar(_matching(select(func.count()).select_from(ClientRow), active, validated)) or 0
+
+
+def set_client(session: Session, client_id: str, active: bool | None, validated: bool | None) -> Client:
+    """Change what is not None.
+
+    Raises:
+        NotFoundError: no such client.
+    """
+    row = _client_row(session, client_id)
+    row.active = row.active if active is None else active
+    row.validated = row.validated if validated is None else validated
+    return _to_client(row)
+
+
+def _known_ids(session: Session, client_ids: Sequence[str]) -> set[str]:
+    return {
+        client_id
+        for chunk in _chunks(client_ids)
+        for client_id in session.scalars(select(ClientRow.client_id).where(ClientRow.client_id.in_(chunk)))
+    }
+
+
+def _chunks(items: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
+
+
+def _matching(query: _Query, active: bool | None, validated: bool | None) -> _Query:
+    if active is not None:
+        query = query.where(ClientRow.active.is_(active))
+    if validated is not None:
+        query = query.where(ClientRow.validated.is_(validated))
+    return query
+
+
+def _client_row(session: Session, client_id: str) -> ClientRow:
+    row = session.get(ClientRow, client_id)
+    if row is None:
+        raise NotFoundError(f"There is no client {client_id!r}.", cure="Name a registered client.")
+    return row
+
+
+def _to_client(row: ClientRow) -> Client:
+    return Client(
+        client_id=row.client_id,
+        kind=ClientKind(row.kind),
+        num_examples=row.num_examples,
+        validated=row.validated,
+        active=row.active,
+        registered_at=row.registered_at,
+        capabilities=row.capabilities,
+    )
+
+
+def _refreshable(client: Client) -> dict[str, Any]:
+    return {
+        "client_id": client.client_id,
+        "kind": client.kind.value,
+        "num_examples": client.num_examples,
+        "capabilities": dict(client.capabilities),
+    }
+
+
+def _to_columns(client: Client) -> dict[str, Any]:
+    decided = {"validated": client.validated, "active": client.active, "registered_at": client.registered_at}
+    return _refreshable(client) | decided
+
+
+def _to_fleet(value: Mapping[str, Any]) -> FleetInfo:
+    return FleetInfo(value["data_digest"], value["partition"], tuple(value["classes"]))

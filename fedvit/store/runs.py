@@ -1,0 +1,247 @@
+"""Runs and their rounds. Functions of an open session; what they write is committed together or not at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, insert, select
+from sqlalchemy.orm import Session
+
+from fedvit.errors import ConflictError, NotFoundError
+from fedvit.store.records import RoundCommit
+from fedvit.store.tables import ClientRoundRow, RoundRow, RunRow, VersionRow
+from fedvit.store.versions import insert_version
+from fedvit.types import ClientOutcome, Cohort, ModelVersion, RoundRecord, Run, RunStatus, utc_now
+
+_RESUMABLE = [status.value for status in RunStatus if status.resumable]
+
+
+def create_run(
+    session: Session,
+    *,
+    rounds_total: int,
+    noise_multiplier: float,
+    config: Mapping[str, Any],
+    config_digest: str,
+    data_digest: str,
+) -> Run:
+    """Begin the next run.
+
+    Raises:
+        ConflictError: another run can still be continued.
+    """
+    _check_none_resumable(session, except_for=None)
+    ordinal = 1 + (session.scalar(select(func.max(RunRow.ordinal))) or 0)
+    row = RunRow(
+        run_id=f"run-{ordinal:04d}",
+        ordinal=ordinal,
+        status=RunStatus.RUNNING.value,
+        rounds_total=rounds_total,
+        rounds_done=0,
+        noise_multiplier=noise_multiplier,
+        config=dict(config),
+        config_digest=config_digest,
+        data_digest=data_digest,
+        started_at=utc_now(),
+    )
+    session.add(row)
+    session.flush()
+    return _to_run(row)
+
+
+def run(session: Session, run_id: str) -> Run:
+    """One run.
+
+    Raises:
+        NotFoundError: no such run.
+    """
+    return _to_run(_run_row(session, run_id))
+
+
+def runs(session: Session) -> list[Run]:
+    """All runs, oldest first."""
+    return [_to_run(row) for row in session.scalars(select(RunRow).order_by(RunRow.ordinal))]
+
+
+def latest_run(session: Session) -> Run | None:
+    """The run begun last."""
+    row = session.scalar(select(RunRow).order_by(RunRow.ordinal.desc()).limit(1))
+    return None if row is None else _to_run(row)
+
+
+def set_run_status(session: Session, run_id: str, status: RunStatus, reason: str | None) -> Run:
+    """Move a run to ``status``; whatever is not running has an end.
+
+    Raises:
+        NotFoundError: no such run.
+        ConflictError: ``status`` is resumable, and another run is so already.
+    """
+    row = _run_row(session, run_id)
+    if status.resumable:
+        _check_none_resumable(session, except_for=run_id)
+    row.status = status.value
+    row.reason = reason
+    row.ended_at = None if status is RunStatus.RUNNING else utc_now()
+    return _to_run(row)
+
+
+def open_round(session: Session, run_id: str, round_index: int, cohort: Cohort) -> RoundRecord:
+    """Record the cohort of the run's next round, or give back the one already on record for it.
+
+    Raises:
+        NotFoundError: no such run.
+        ConflictError: ``round_index`` is not the run's next round, or the cohort was drawn for another one.
+    """
+    expected = _run_row(session, run_id).rounds_done + 1
+    if round_index != expected:
+        raise ConflictError(f"Round {round_index} of {run_id} cannot be opened.", cure=f"Its next round is {expected}.")
+    if cohort.round_index != round_index:
+        raise ConflictError(
+            f"Round {round_index} of {run_id} was handed the cohort of round {cohort.round_index}.",
+            cure="Draw the cohort for the round that it takes part in.",
+        )
+    if session.get(RoundRow, (run_id, round_index)) is None:
+        client_ids = list(cohort.client_ids)
+        session.add(
+            RoundRow(run_id=run_id, round_index=round_index, cohort=client_ids, opened_at=utc_now(), num_updates=0)
+        )
+        session.flush()
+    return round_record(session, run_id, round_index)
+
+
+def commit_round(session: Session, run_id: str, round_index: int, commit: RoundCommit) -> ModelVersion:
+    """Write outcomes and results, advance the run and insert the model version.
+
+    Raises:
+        NotFoundError: the round was never opened.
+        ConflictError: it is committed already, or an outcome is a stranger's or a client's second one.
+    """
+    owner, row = _run_row(session, run_id), _round_row(session, run_id, round_index)
+    if row.committed_at is not None:
+        raise ConflictError(
+            f"Round {round_index} of {run_id} is committed already.", cure=f"Its next round is {owner.rounds_done + 1}."
+        )
+    _check_outcomes(row, commit.outcomes)
+    row.committed_at = utc_now()
+    row.loss, row.accuracy = _finite(commit.loss), _finite(commit.accuracy)
+    row.epsilon = commit.epsilon
+    row.duration_s = commit.duration_s
+    row.num_updates = sum(outcome.error is None for outcome in commit.outcomes)
+    owner.rounds_done = round_index
+    _insert_outcomes(session, row, commit.outcomes)
+    return insert_version(session, owner, round_index, commit)
+
+
+def rounds(session: Session, run_id: str) -> list[RoundRecord]:
+    """The rounds of a run in order, the open one included.
+
+    Raises:
+        NotFoundError: no such run.
+    """
+    _run_row(session, run_id)
+    return _select_rounds(session, RoundRow.run_id == run_id)
+
+
+def round_record(session: Session, run_id: str, round_index: int) -> RoundRecord:
+    """One round.
+
+    Raises:
+        NotFoundError: no such round.
+    """
+    found = _select_rounds(session, RoundRow.run_id == run_id, RoundRow.round_index == round_index)
+    if not found:
+        raise _no_round(run_id, round_index)
+    return found[0]
+
+
+def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
+    others = session.scalars(select(RunRow.run_id).where(RunRow.status.in_(_RESUMABLE)))
+    for run_id in others:
+        if run_id != except_for:
+            raise ConflictError(f"{run_id} is not finished.", cure="Continue it, or end it before another run goes on.")
+
+
+def _check_outcomes(row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:
+    seen: set[str] = set()
+    cohort = set(row.cohort)
+    for outcome in outcomes:
+        if outcome.client_id in seen or outcome.client_id not in cohort:
+            fault = "counts twice in" if outcome.client_id in seen else "is not in the cohort of"
+            raise ConflictError(
+                f"Client {outcome.client_id!r} {fault} round {row.round_index} of {row.run_id}.",
+                cure="Commit at most one outcome for each client of the recorded cohort.",
+            )
+        seen.add(outcome.client_id)
+
+
+def _insert_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:
+    key = {"run_id": row.run_id, "round_index": row.round_index}
+    facts = [
+        key | {"client_id": outcome.client_id, "num_examples": outcome.num_examples, "error": outcome.error}
+        for outcome in outcomes
+    ]
+    if facts:
+        session.execute(insert(ClientRoundRow), facts)
+
+
+def _select_rounds(session: Session, *conditions: ColumnElement[bool]) -> list[RoundRecord]:
+    same_round = (VersionRow.run_id == RoundRow.run_id) & (VersionRow.round_index == RoundRow.round_index)
+    query = select(RoundRow, VersionRow.version).outerjoin(VersionRow, same_round)
+    pairs = session.execute(query.where(*conditions).order_by(RoundRow.round_index))
+    return [_to_round(row, version) for row, version in pairs]
+
+
+def _run_row(session: Session, run_id: str) -> RunRow:
+    row = session.get(RunRow, run_id)
+    if row is None:
+        raise NotFoundError(f"There is no run {run_id!r}.", cure="Runs are named like run-0001.")
+    return row
+
+
+def _round_row(session: Session, run_id: str, round_index: int) -> RoundRow:
+    row = session.get(RoundRow, (run_id, round_index))
+    if row is None:
+        raise _no_round(run_id, round_index)
+    return row
+
+
+def _no_round(run_id: str, round_index: int) -> NotFoundError:
+    return NotFoundError(f"{run_id} has no round {round_index}.", cure="A round exists once it has been opened.")
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _to_run(row: RunRow) -> Run:
+    return Run(
+        run_id=row.run_id,
+        ordinal=row.ordinal,
+        status=RunStatus(row.status),
+        rounds_total=row.rounds_total,
+        rounds_done=row.rounds_done,
+        noise_multiplier=row.noise_multiplier,
+        config=row.config,
+        config_digest=row.config_digest,
+        data_digest=row.data_digest,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        reason=row.reason,
+    )
+
+
+def _to_round(row: RoundRow, version: str | None) -> RoundRecord:
+    return RoundRecord(
+        run_id=row.run_id,
+        round_index=row.round_index,
+        cohort=tuple(row.cohort),
+        committed=row.committed_at is not None,
+        version=version,
+        loss=row.loss,
+        accuracy=row.accuracy,
+        epsilon=row.epsilon,
+        num_updates=row.num_updates,
+        duration_s=row.duration_s,
+    )

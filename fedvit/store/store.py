@@ -1,0 +1,326 @@
+"""The one door to a state folder: fleet, runs, rounds, versions, releases and the privacy ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedvit.errors import ConflictError, StateError
+from fedvit.ports import Charge, LedgerEntry
+from fedvit.store import fleet as _fleet
+from fedvit.store import ledger as _ledger
+from fedvit.store import runs as _runs
+from fedvit.store import versions as _versions
+from fedvit.store.blobs import FileBlobStore
+from fedvit.store.database import Database, open_database
+from fedvit.store.records import FleetInfo, Release, RoundCommit
+from fedvit.types import Client, Cohort, ModelVersion, RoundRecord, Run, RunStatus
+
+__all__ = ["FleetInfo", "Release", "RoundCommit", "Store"]
+
+
+class Store:
+    """A state folder, opened with :meth:`open`. Safe for threads and for several processes at once.
+
+    Every method that writes is one transaction: it happened, durably, or it did not. Any method raises
+    :class:`~fedvit.errors.StateError` when the file cannot be used (locked too long, disk full, damaged).
+
+    Attributes:
+        home: the state folder.
+        blobs: its content-addressed bytes.
+    """
+
+    def __init__(self, home: Path, database: Database) -> None:
+        self.home = home
+        self.blobs = FileBlobStore(home / "blobs")
+        self._database = database
+
+    @classmethod
+    def open(cls, home: Path) -> Store:
+        """Open the state folder ``home``, created where missing and migrated where old.
+
+        Raises:
+            StateError: ``home`` cannot be written, its database is damaged, or a newer fedvit wrote it; the database
+                file is left byte-identical.
+        """
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            return cls(home, open_database(home))
+        except OSError as error:
+            raise StateError(
+                f"The state folder {home} cannot be used: {error.strerror or error}.",
+                cure="Name a folder that this user may write to with --home.",
+            ) from error
+
+    def close(self) -> None:
+        """Close the database; harmless when done twice."""
+        self._database.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # --- fleet -------------------------------------------------------------------------------------------------------
+
+    def bind_fleet(self, *, data_digest: str, partition: Mapping[str, Any], classes: Sequence[str]) -> None:
+        """Record which data this state folder belongs to; harmless when it is the same again.
+
+        Raises:
+            StateError: it belongs to other data; the message names both digests.
+        """
+        with self._database.write() as session:
+            _fleet.bind_fleet(session, FleetInfo(data_digest, dict(partition), tuple(classes)))
+
+    def fleet(self) -> FleetInfo | None:
+        """The fleet that the folder is bound to, or None."""
+        with self._database.read() as session:
+            return _fleet.fleet(session)
+
+    def register_clients(self, clients: Sequence[Client]) -> int:
+        """Insert new clients, refresh kind, records and capabilities of known ones; return how many are new.
+
+        ``validated``, ``active`` and ``registered_at`` of a known client stay: an operator decides them.
+        """
+        with self._database.write() as session:
+            return _fleet.register_clients(session, clients)
+
+    def client(self, client_id: str) -> Client:
+        """One client.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        with self._database.read() as session:
+            return _fleet.client(session, client_id)
+
+    def clients(
+        self,
+        *,
+        active: bool | None = None,
+        validated: bool | None = None,
+        offset: int = 0,
+        limit: int | None = None,
+    ) -> list[Client]:
+        """Clients ordered by id; None filters nothing."""
+        with self._database.read() as session:
+            return _fleet.clients(session, active, validated, offset, limit)
+
+    def count_clients(self, *, active: bool | None = None, validated: bool | None = None) -> int:
+        """How many clients match; None filters nothing."""
+        with self._database.read() as session:
+            return _fleet.count_clients(session, active, validated)
+
+    def set_client(self, client_id: str, *, active: bool | None = None, validated: bool | None = None) -> Client:
+        """Change what is not None.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        with self._database.write() as session:
+            return _fleet.set_client(session, client_id, active, validated)
+
+    # --- runs and rounds ---------------------------------------------------------------------------------------------
+
+    def create_run(
+        self,
+        *,
+        rounds_total: int,
+        noise_multiplier: float,
+        config: Mapping[str, Any],
+        config_digest: str,
+        data_digest: str,
+    ) -> Run:
+        """Begin the next run, ``run-0001`` and so on. ``config`` holds JSON types only.
+
+        Raises:
+            ConflictError: another run can still be continued.
+        """
+        with self._database.write() as session:
+            return _runs.create_run(
+                session,
+                rounds_total=rounds_total,
+                noise_multiplier=noise_multiplier,
+                config=config,
+                config_digest=config_digest,
+                data_digest=data_digest,
+            )
+
+    def run(self, run_id: str) -> Run:
+        """One run.
+
+        Raises:
+            NotFoundError: no such run.
+        """
+        with self._database.read() as session:
+            return _runs.run(session, run_id)
+
+    def latest_run(self) -> Run | None:
+        """The run begun last, or None."""
+        with self._database.read() as session:
+            return _runs.latest_run(session)
+
+    def runs(self) -> list[Run]:
+        """All runs, oldest first."""
+        with self._database.read() as session:
+            return _runs.runs(session)
+
+    def set_run_status(self, run_id: str, status: RunStatus, reason: str | None = None) -> Run:
+        """Move a run to ``status``; every status but RUNNING sets ``ended_at``, RUNNING clears it.
+
+        Raises:
+            NotFoundError: no such run.
+            ConflictError: ``status`` is resumable, and another run is so already.
+        """
+        with self._database.write() as session:
+            return _runs.set_run_status(session, run_id, status, reason)
+
+    def open_round(self, run_id: str, round_index: int, cohort: Cohort) -> RoundRecord:
+        """Record the cohort of the run's next round (1-based); a retry gets the recorded one back, whatever it drew.
+
+        Raises:
+            NotFoundError: no such run.
+            ConflictError: ``round_index`` is not ``rounds_done + 1``, or the cohort was drawn for another round.
+        """
+        with self._database.write() as session:
+            return _runs.open_round(session, run_id, round_index, cohort)
+
+    def commit_round(self, run_id: str, round_index: int, commit: RoundCommit) -> ModelVersion:
+        """Outcomes, results, the run's progress and the new version ``v1.<run ordinal>.<n>``, in one transaction.
+
+        Raises:
+            NotFoundError: the round was never opened.
+            ConflictError: it is committed already, or an outcome is a stranger's or a client's second one.
+        """
+        with self._database.write() as session:
+            return _runs.commit_round(session, run_id, round_index, commit)
+
+    def rounds(self, run_id: str) -> list[RoundRecord]:
+        """The rounds of a run in order, the open one included.
+
+        Raises:
+            NotFoundError: no such run.
+        """
+        with self._database.read() as session:
+            return _runs.rounds(session, run_id)
+
+    def round(self, run_id: str, round_index: int) -> RoundRecord:
+        """One round.
+
+        Raises:
+            NotFoundError: no such round.
+        """
+        with self._database.read() as session:
+            return _runs.round_record(session, run_id, round_index)
+
+    # --- versions and releases ---------------------------------------------------------------------------------------
+
+    def version(self, version: str) -> ModelVersion:
+        """One model version.
+
+        Raises:
+            NotFoundError: no such version.
+        """
+        with self._database.read() as session:
+            return _versions.version(session, version)
+
+    def versions(self, offset: int = 0, limit: int | None = None) -> list[ModelVersion]:
+        """Model versions, newest first: v1.1.10 before v1.1.9."""
+        with self._database.read() as session:
+            return _versions.versions(session, offset, limit)
+
+    def latest_version(self, run_id: str | None = None) -> ModelVersion | None:
+        """The newest version of one run, or of all; None before the first."""
+        with self._database.read() as session:
+            return _versions.latest_version(session, run_id)
+
+    def release(
+        self,
+        version: str,
+        artifacts: Mapping[str, str],
+        envelopes: Mapping[str, str],
+        reason: str,
+        *,
+        sequence: int | None = None,
+    ) -> Release:
+        """Offer a version to replicas and vehicles; harmless when it is the current one with the same artifacts.
+
+        Args:
+            version: a committed version; an older one is a roll-back.
+            artifacts: variant -> digest of its blob.
+            envelopes: variant -> signed manifest, JSON text.
+            reason: why, for the history.
+            sequence: the number that the manifests were signed under, to be sure that no other release took it.
+
+        Raises:
+            NotFoundError: no such version.
+            ConflictError: there are no artifacts, or ``sequence`` is no longer the next number.
+        """
+        with self._database.write() as session:
+            return _versions.release(session, version, artifacts, envelopes, reason, sequence)
+
+    def next_release_sequence(self) -> int:
+        """The number that the next release gets, from 1."""
+        with self._database.read() as session:
+            return _versions.next_release_sequence(session)
+
+    def current_release(self) -> Release | None:
+        """What replicas and vehicles are told to run now, or None."""
+        with self._database.read() as session:
+            return _versions.current_release(session)
+
+    def releases(self) -> list[Release]:
+        """All releases, oldest first."""
+        with self._database.read() as session:
+            return _versions.releases(session)
+
+    # --- privacy ledger ----------------------------------------------------------------------------------------------
+
+    def append_charges(self, charges: Sequence[Charge], check: Callable[[Sequence[Charge]], None]) -> int:
+        """Write the charges that are not on the ledger yet, all or none; return how many were written.
+
+        ``check`` gets the new ones under the write lock and refuses by raising (the accountant raises
+        BudgetExhaustedError); it may read this store, never write to it. It is not called when nothing is new.
+
+        Raises:
+            ConflictError: a release is on the ledger already with another cost.
+            IntegrityError: the end of the ledger is not where it was left.
+        """
+        with self._database.write() as session:
+            return _ledger.append_charges(session, charges, check)
+
+    def verify_ledger(self) -> int:
+        """Recompute the hash chain; return the number of entries.
+
+        Raises:
+            IntegrityError: naming the first sequence that is not as it was written.
+        """
+        with self._database.read() as session:
+            return _ledger.verify_ledger(session)
+
+    def ledger(self, since: datetime | None = None, limit: int | None = None, after: int = 0) -> list[LedgerEntry]:
+        """Ledger entries with a sequence above ``after`` and not older than ``since``, oldest first."""
+        with self._database.read() as session:
+            return _ledger.ledger(session, since, limit, after)
+
+    # --- meta --------------------------------------------------------------------------------------------------------
+
+    def get_meta(self, key: str) -> Any | None:
+        """The JSON value under ``key``, or None."""
+        with self._database.read() as session:
+            return _fleet.get_meta(session, key)
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Store a JSON value under ``key``.
+
+        Raises:
+            ConflictError: the store keeps that key for itself.
+        """
+        if key in (_fleet.FLEET_KEY, _ledger.HEAD_KEY):
+            raise ConflictError(f"The store keeps the key {key!r} for itself.", cure="Use another key.")
+        with self._database.write() as session:
+            _fleet.set_meta(session, key, value)

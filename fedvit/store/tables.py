@@ -1,0 +1,176 @@
+"""The tables of the state database. Types are portable between SQLite and PostgreSQL.
+
+A change here comes with a new revision in ``migrations/versions``; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, DateTime, Dialect, Double, ForeignKey, ForeignKeyConstraint, String, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A timezone-aware moment, in UTC; SQLite, which stores no zone, gives it back aware as well."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Convert to UTC; a naive moment is a programming error."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value.isoformat()} has no time zone")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Give the zone back that SQLite dropped."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    """Declarative base: how Python types become column types."""
+
+    type_annotation_map = {
+        float: Double(),
+        datetime: UtcDateTime(),
+        dict[str, Any]: JSON(),
+        dict[str, str]: JSON(),
+        dict[str, float]: JSON(),
+        list[str]: JSON(),
+    }
+
+
+class MetaRow(Base):
+    """Small facts about the state folder as a whole."""
+
+    __tablename__ = "meta"
+
+    key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    value: Mapped[Any] = mapped_column(JSON())
+
+
+class ClientRow(Base):
+    """A vehicle or a depot."""
+
+    __tablename__ = "clients"
+
+    client_id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    num_examples: Mapped[int]
+    validated: Mapped[bool]
+    active: Mapped[bool]
+    registered_at: Mapped[datetime]
+    capabilities: Mapped[dict[str, Any]]
+
+
+class RunRow(Base):
+    """A training run."""
+
+    __tablename__ = "runs"
+
+    run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    ordinal: Mapped[int] = mapped_column(unique=True)
+    status: Mapped[str] = mapped_column(String(32))
+    rounds_total: Mapped[int]
+    rounds_done: Mapped[int]
+    noise_multiplier: Mapped[float]
+    config: Mapped[dict[str, Any]]
+    config_digest: Mapped[str] = mapped_column(String(64))
+    data_digest: Mapped[str] = mapped_column(String(64))
+    started_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+    reason: Mapped[str | None] = mapped_column(Text())
+
+
+class RoundRow(Base):
+    """A round: opened with its cohort, later committed with its results."""
+
+    __tablename__ = "rounds"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.run_id"), primary_key=True)
+    round_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    cohort: Mapped[list[str]]
+    opened_at: Mapped[datetime]
+    committed_at: Mapped[datetime | None]
+    loss: Mapped[float | None]
+    accuracy: Mapped[float | None]
+    epsilon: Mapped[float | None]
+    num_updates: Mapped[int]
+    duration_s: Mapped[float | None]
+
+
+class ClientRoundRow(Base):
+    """How one client fared in one committed round."""
+
+    __tablename__ = "client_rounds"
+    __table_args__ = (ForeignKeyConstraint(["run_id", "round_index"], ["rounds.run_id", "rounds.round_index"]),)
+
+    run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    round_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    client_id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    num_examples: Mapped[int]
+    error: Mapped[str | None] = mapped_column(Text())
+
+
+class VersionRow(Base):
+    """A model version; at most one a round."""
+
+    __tablename__ = "model_versions"
+    __table_args__ = (
+        UniqueConstraint("run_ordinal", "number"),
+        UniqueConstraint("run_id", "round_index"),
+        ForeignKeyConstraint(["run_id", "round_index"], ["rounds.run_id", "rounds.round_index"]),
+    )
+
+    version: Mapped[str] = mapped_column(String(64), primary_key=True)
+    run_id: Mapped[str] = mapped_column(String(64))
+    round_index: Mapped[int]
+    # The two parts of the version number again, as numbers: text would put v1.1.10 before v1.1.9.
+    run_ordinal: Mapped[int]
+    number: Mapped[int]
+    weights_digest: Mapped[str] = mapped_column(String(64))
+    frozen_digest: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    epsilon: Mapped[float]
+    metrics: Mapped[dict[str, float]]
+    lineage: Mapped[dict[str, Any]]
+    artifacts: Mapped[dict[str, str]]
+
+
+class ReleaseRow(Base):
+    """A step of what replicas and vehicles are told to run. Append-only."""
+
+    __tablename__ = "releases"
+
+    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    version: Mapped[str] = mapped_column(ForeignKey("model_versions.version"))
+    at: Mapped[datetime]
+    reason: Mapped[str] = mapped_column(Text())
+    artifacts: Mapped[dict[str, str]]
+    envelopes: Mapped[dict[str, str]]
+
+
+class ChargeRow(Base):
+    """A line of the privacy ledger. Append-only, hash-chained, and no foreign key: it outlives everything it names."""
+
+    __tablename__ = "privacy_ledger"
+    __table_args__ = (UniqueConstraint("run_id", "round_index", "unit_id", "release_id"),)
+
+    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at: Mapped[datetime] = mapped_column(index=True)
+    run_id: Mapped[str] = mapped_column(String(64))
+    round_index: Mapped[int]
+    unit_id: Mapped[str] = mapped_column(String(200))
+    release_id: Mapped[str] = mapped_column(String(64))
+    noise_multiplier: Mapped[float]
+    sampling_prob: Mapped[float]
+    steps: Mapped[int]
+    prev_hash: Mapped[str] = mapped_column(String(64))
+    hash: Mapped[str] = mapped_column(String(64))

@@ -1,0 +1,156 @@
+"""Model versions and the sequence of releases. Functions of an open session."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from fedvit.errors import ConflictError, NotFoundError
+from fedvit.store.records import Release, RoundCommit
+from fedvit.store.tables import ReleaseRow, RunRow, VersionRow
+from fedvit.types import ModelVersion, utc_now
+
+_NEWEST_FIRST = (VersionRow.run_ordinal.desc(), VersionRow.number.desc())
+
+
+def insert_version(session: Session, owner: RunRow, round_index: int, commit: RoundCommit) -> ModelVersion:
+    """Insert the next version of a run: ``v1.<run ordinal>.<n>``."""
+    newest = session.scalar(select(func.max(VersionRow.number)).where(VersionRow.run_ordinal == owner.ordinal))
+    number = 1 + (newest or 0)
+    row = VersionRow(
+        version=f"v1.{owner.ordinal}.{number}",
+        run_id=owner.run_id,
+        round_index=round_index,
+        run_ordinal=owner.ordinal,
+        number=number,
+        weights_digest=commit.weights_digest,
+        frozen_digest=commit.frozen_digest,
+        created_at=utc_now(),
+        epsilon=commit.epsilon,
+        metrics={name: value for name, value in commit.metrics.items() if math.isfinite(value)},
+        lineage=dict(commit.lineage),
+        artifacts={},
+    )
+    session.add(row)
+    session.flush()
+    return _to_version(row)
+
+
+def version(session: Session, name: str) -> ModelVersion:
+    """One version.
+
+    Raises:
+        NotFoundError: no such version.
+    """
+    return _to_version(_version_row(session, name))
+
+
+def versions(session: Session, offset: int, limit: int | None) -> list[ModelVersion]:
+    """Versions, newest first."""
+    query = select(VersionRow).order_by(*_NEWEST_FIRST).offset(offset).limit(limit)
+    return [_to_version(row) for row in session.scalars(query)]
+
+
+def latest_version(session: Session, run_id: str | None) -> ModelVersion | None:
+    """The newest version, of one run or of all."""
+    query = select(VersionRow).order_by(*_NEWEST_FIRST).limit(1)
+    if run_id is not None:
+        query = query.where(VersionRow.run_id == run_id)
+    row = session.scalar(query)
+    return None if row is None else _to_version(row)
+
+
+def release(
+    session: Session,
+    name: str,
+    artifacts: Mapping[str, str],
+    envelopes: Mapping[str, str],
+    reason: str,
+    sequence: int | None,
+) -> Release:
+    """Append a release, or give back the current one when it already offers the same artifacts of the same version.
+
+    Raises:
+        NotFoundError: no such version.
+        ConflictError: nothing to release, or ``sequence`` went to another release meanwhile.
+    """
+    row = _version_row(session, name)
+    if not artifacts:
+        raise ConflictError(f"Version {name} was released without artifacts.", cure="Export at least one variant.")
+    current = _current_row(session)
+    if current is not None and (current.version, current.artifacts) == (name, dict(artifacts)):
+        return _to_release(current)
+    free = next_release_sequence(session)
+    if sequence not in (None, free):
+        raise ConflictError(
+            f"Release {sequence} of version {name} comes too late: the next one is {free}.",
+            cure="Sign the manifests again under that number.",
+        )
+    row.artifacts = dict(artifacts)
+    step = ReleaseRow(
+        sequence=free,
+        version=name,
+        at=utc_now(),
+        reason=reason,
+        artifacts=dict(artifacts),
+        envelopes=dict(envelopes),
+    )
+    session.add(step)
+    session.flush()
+    return _to_release(step)
+
+
+def next_release_sequence(session: Session) -> int:
+    """The number that the next release gets; rows are never deleted, so none is given twice."""
+    return 1 + (session.scalar(select(func.max(ReleaseRow.sequence))) or 0)
+
+
+def current_release(session: Session) -> Release | None:
+    """What replicas and vehicles are told to run now."""
+    row = _current_row(session)
+    return None if row is None else _to_release(row)
+
+
+def releases(session: Session) -> list[Release]:
+    """All releases, oldest first."""
+    return [_to_release(row) for row in session.scalars(select(ReleaseRow).order_by(ReleaseRow.sequence))]
+
+
+def _current_row(session: Session) -> ReleaseRow | None:
+    return session.scalar(select(ReleaseRow).order_by(ReleaseRow.sequence.desc()).limit(1))
+
+
+def _version_row(session: Session, name: str) -> VersionRow:
+    row = session.get(VersionRow, name)
+    if row is None:
+        raise NotFoundError(f"There is no model version {name!r}.", cure="Versions are named like v1.1.30.")
+    return row
+
+
+def _to_version(row: VersionRow) -> ModelVersion:
+    return ModelVersion(
+        version=row.version,
+        run_id=row.run_id,
+        round_index=row.round_index,
+        weights_digest=row.weights_digest,
+        frozen_digest=row.frozen_digest,
+        created_at=row.created_at,
+        epsilon=row.epsilon,
+        metrics=row.metrics,
+        lineage=row.lineage,
+        artifacts=row.artifacts,
+    )
+
+
+def _to_release(row: ReleaseRow) -> Release:
+    return Release(
+        sequence=row.sequence,
+        version=row.version,
+        artifacts=row.artifacts,
+        envelopes=row.envelopes,
+        at=row.at,
+        reason=row.reason,
+    )

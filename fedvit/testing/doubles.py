@@ -1,0 +1,101 @@
+"""Stand-ins that keep the ports' promises without torch, Ray or images; shipped, for a user's tests as well."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from datetime import datetime, timedelta
+
+import numpy as np
+
+from fedvit.ports import ExportedModel
+from fedvit.privacy.randomness import SecretStream
+from fedvit.types import (
+    Client,
+    ClientKind,
+    ClientOutcome,
+    Cohort,
+    Evaluation,
+    FloatArray,
+    PartialUpdate,
+    TrainTask,
+    Variant,
+    Weights,
+    utc_now,
+)
+
+
+class ManualClock:
+    """A clock that moves when it is told to. Implements :class:`fedvit.ports.ClockPort`."""
+
+    def __init__(self, start: datetime | None = None) -> None:
+        self._now = start or utc_now()
+
+    def now(self) -> datetime:
+        """The present moment."""
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._now += timedelta(seconds=seconds)
+
+
+class PointModel:
+    """A model that is a point, and the better the nearer it is to ``target``. Implements ``ServerModelPort``."""
+
+    def __init__(self, target: FloatArray) -> None:
+        self._target = target
+
+    def initial_weights(self) -> Weights:
+        """The origin."""
+        return {"point": np.zeros_like(self._target)}
+
+    def frozen_weights(self) -> Weights:
+        """Nothing is frozen."""
+        return {}
+
+    def evaluate(self, weights: Weights) -> Evaluation:
+        """Loss is the squared distance; accuracy falls from 1 with it."""
+        loss = float(np.sum((weights["point"] - self._target) ** 2))
+        return Evaluation(loss, 1 / (1 + loss), {"near": 1 / (1 + loss)}, ((1,),), 1)
+
+    def export(self, weights: Weights, variant: Variant) -> ExportedModel:
+        """The point's bytes."""
+        content = variant.value.encode() + weights["point"].tobytes()
+        return ExportedModel(content, agreement=1.0, accuracy=self.evaluate(weights).accuracy)
+
+
+class FakeFleet:
+    """Clients that each move a share of the way to ``target``, in two partial updates. Implements ``FleetPort``.
+
+    Args:
+        failing: clients that answer with an error.
+        crash_in_round: a round in which the whole process seems to die, once.
+    """
+
+    def __init__(self, target: FloatArray, *, failing: Collection[str] = (), crash_in_round: int | None = None) -> None:
+        self._target = target
+        self._failing = frozenset(failing)
+        self._crash_in_round = crash_in_round
+        self.tasks: list[tuple[TrainTask, Cohort]] = []
+
+    def train(self, task: TrainTask, weights: Weights, cohort: Cohort) -> Iterator[PartialUpdate]:
+        """One partial update for the even clients, one for the odd."""
+        self.tasks.append((task, cohort))
+        if task.round_index == self._crash_in_round:
+            self._crash_in_round = None
+            raise KeyboardInterrupt
+        for part in (cohort.client_ids[1::2], cohort.client_ids[::2]):
+            if part:
+                yield self._partial(task, weights, part)
+
+    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
+        outcomes = tuple(ClientOutcome(c, 10, "it failed" if c in self._failing else None) for c in client_ids)
+        well = sum(1 for outcome in outcomes if outcome.error is None)
+        step = (self._target - weights["point"]).astype(np.float64) * 0.5
+        return PartialUpdate(task.round_index, outcomes, {"point": 10.0 * well * step}, 10.0 * well)
+
+
+def seeded_fleet(count: int, *, seed: int = 0) -> list[Client]:
+    """``count`` virtual clients of 10 to 99 examples; equal seeds give equal fleets."""
+    sizes = SecretStream(bytes(32), "seeded_fleet", {"seed": seed}).uniform(count)
+    return [Client(f"vehicle-{i:04d}", ClientKind.VIRTUAL, 10 + int(90 * size)) for i, size in enumerate(sizes)]

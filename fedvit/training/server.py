@@ -1,0 +1,77 @@
+"""The global model on the server's side: start, evaluation on held-out images, export."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from fedvit.config import Settings
+from fedvit.data.images import load_images
+from fedvit.data.sources import open_source
+from fedvit.ports import ExportedModel
+from fedvit.training.evaluate import evaluate
+from fedvit.training.host import FEATURE_BATCH
+from fedvit.types import Evaluation, ImageArray, LabelArray, Variant, Weights
+from fedvit.vit.export import export_variant, run_onnx
+from fedvit.vit.models import build_model
+from fedvit.vit.trainable import frozen_weights, load_trainable_weights, trainable_weights
+
+
+class ServerModel:
+    """Implements :class:`fedvit.ports.ServerModelPort` with a real model and the data set's test images.
+
+    The held-out images are the server's own: nothing here is computed on a client's data.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._image_size = settings.data.image_size
+        self._source = open_source(settings.data)
+        self._model = build_model(settings.model, len(self._source.classes), self._image_size)
+        self._initial = trainable_weights(self._model)
+
+    def initial_weights(self) -> Weights:
+        """The trainable weights that a run starts from."""
+        return self._initial
+
+    def frozen_weights(self) -> Weights:
+        """The weights that never travel."""
+        return frozen_weights(self._model)
+
+    def evaluate(self, weights: Weights) -> Evaluation:
+        """The model with these weights on the held-out images."""
+        load_trainable_weights(self._model, weights)
+        labels = torch.from_numpy(self._labels)
+        return evaluate(self._model, self._features, labels, self._source.classes)
+
+    def predict(self, weights: Weights) -> LabelArray:
+        """The class index that torch predicts for each held-out image, in the order of the data set."""
+        load_trainable_weights(self._model, weights)
+        with torch.inference_mode():
+            batches = self._features.split(FEATURE_BATCH)
+            return np.concatenate([self._model.body(b).argmax(dim=1).numpy() for b in batches])
+
+    def export(self, weights: Weights, variant: Variant) -> ExportedModel:
+        """ONNX bytes of one variant; agreement is measured against this model in fp32 torch, on held-out images."""
+        reference = self.predict(weights)
+        content = export_variant(self._model, variant, self._image_size)
+        predicted = run_onnx(content, self._images).argmax(axis=1)
+        return ExportedModel(
+            content,
+            agreement=float(np.mean(predicted == reference)),
+            accuracy=float(np.mean(predicted == self._labels)),
+        )
+
+    @cached_property
+    def _images(self) -> ImageArray:
+        return load_images(self._source, self._source.test, self._image_size)
+
+    @cached_property
+    def _labels(self) -> LabelArray:
+        return np.array([record.label for record in self._source.test], dtype=np.int64)
+
+    @cached_property
+    def _features(self) -> torch.Tensor:
+        images = torch.from_numpy(self._images)
+        return torch.cat([self._model.features(batch) for batch in images.split(FEATURE_BATCH)])

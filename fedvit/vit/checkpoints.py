@@ -1,0 +1,67 @@
+"""Reading checkpoints from local files, never by unpickling code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from fedvit.errors import ModelError
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from a ``.safetensors`` file or a PyTorch file (plain, or under ``model`` or ``state_dict``).
+
+    Raises:
+        ModelError: the file is missing, unreadable, or holds no tensors.
+    """
+    if not path.is_file():
+        raise ModelError(f"There is no checkpoint file {path}.", cure="Set model.checkpoint to an existing file.")
+    try:
+        content = _read(path)
+    except Exception as error:  # whatever a corrupt file provokes in a parser
+        raise ModelError(
+            f"The checkpoint {path} cannot be read: {type(error).__name__}.",
+            cure="Set model.checkpoint to an intact safetensors file, or a .pth file of tensors only.",
+        ) from error
+    tensors = _unwrap(content)
+    if not tensors:
+        raise ModelError(f"The checkpoint {path} holds no tensors by name.", cure="Save a state_dict into it.")
+    return tensors
+
+
+def _read(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unwrap(content: object) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        return {}
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Load ``state`` into ``module``, every name and every shape agreeing.
+
+    Raises:
+        ModelError: naming the first entry that is missing, unknown or of another shape.
+    """
+    own = module.state_dict()
+    for name in sorted(own.keys() ^ state.keys()):
+        fault = "lacks" if name in own else "has an entry that the model does not know:"
+        raise ModelError(f"The checkpoint {source} {fault} {name}.", cure="Use a checkpoint of this very model.")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise ModelError(
+                f"In the checkpoint {source}, {name} has shape {list(state[name].shape)}.",
+                cure=f"The model needs {list(tensor.shape)}.",
+            )
+    module.load_state_dict(dict(state))

@@ -1,0 +1,165 @@
+"""The small modules that the models are made of, and the contract between a model and what trains or exports it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+
+class Normalise(nn.Module):
+    """uint8 images [B, H, W, 3] to normalised float32 [B, 3, H, W].
+
+    Inside the model, so that an exported network takes the camera's bytes and no caller can normalise differently.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", 255.0 * torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", 255.0 * torch.tensor(std, dtype=torch.float32), persistent=False)
+
+    def forward(self, images_u8: Tensor) -> Tensor:
+        """Normalise ``images_u8`` [B, H, W, 3]."""
+        scaled = (images_u8.to(torch.float32) - self.mean) / self.std
+        # A mere permute is channels_last in memory: Opacus then computes wrong patch-embedding gradients.
+        return scaled.permute(0, 3, 1, 2).contiguous()
+
+
+class Body(nn.Module):
+    """The part of a model that may be trained: frozen features in, logits [B, num_classes] out."""
+
+    def classifier(self) -> nn.Module:
+        """The head."""
+        raise NotImplementedError
+
+    def blocks_owner(self) -> nn.Module | None:
+        """The module whose ``blocks`` are the transformer blocks, or None when there are none in the body."""
+        raise NotImplementedError
+
+
+class HeadBody(Body):
+    """A linear head on a frozen, pooled embedding [B, D]."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def classifier(self) -> nn.Module:
+        """The head, which is all there is."""
+        return self.head
+
+    def blocks_owner(self) -> nn.Module | None:
+        """None: the blocks are frozen, in the prefix."""
+        return None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Embeddings [B, D] to logits [B, num_classes]."""
+        logits: Tensor = self.head(features)
+        return logits
+
+
+class PositionEmbedding(nn.Module):
+    """Fixed two-dimensional sine-cosine positions, added to tokens [B, rows * columns, width].
+
+    Fixed, because a learned table would spend privacy noise on every token (Vaswani et al. 2017, arXiv:1706.03762,
+    found both equal).
+    """
+
+    table: Tensor
+
+    def __init__(self, rows: int, columns: int, width: int, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("table", scale * _sine_cosine_2d(rows, columns, width), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, rows * columns, width], each with its place added."""
+        return tokens + self.table
+
+
+def _sine_cosine_2d(rows: int, columns: int, width: int) -> Tensor:
+    """Half of the channels tell the row, half the column; [1, rows * columns, width]."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    half = width // 2
+    halves = [_sine_cosine(row.flatten(), half), _sine_cosine(column.flatten(), width - half)]
+    return torch.cat(halves, dim=1).unsqueeze(0)
+
+
+def _sine_cosine(position: Tensor, width: int) -> Tensor:
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angle = position.to(torch.float32)[:, None] * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)[:, :width]
+
+
+class BandPool(nn.Module):
+    """Means over horizontal bands: tokens [B, rows * columns, width] to [B, bands * width].
+
+    Where a light is in the frame is what it means, and a mean over all tokens would forget it.
+    """
+
+    def __init__(self, rows: int, columns: int, bands: int) -> None:
+        super().__init__()
+        self.rows, self.columns, self.bands = rows, columns, bands
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, rows * columns, width] to [B, bands * width], from the top band down."""
+        edges = [round(band * self.rows / self.bands) * self.columns for band in range(self.bands + 1)]
+        means = [tokens[:, low:high].mean(dim=1) for low, high in zip(edges, edges[1:], strict=False)]
+        return torch.cat(means, dim=1)
+
+
+class UnitScale(nn.Module):
+    """Layer norm without parameters, scaled so that every vector [..., size] has L2 norm at most one.
+
+    The head's per-example gradient norm is then bounded whatever the picture, so clipping treats examples alike.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Vectors [..., size], each of zero mean and unit length."""
+        return nn.functional.layer_norm(vectors, [self.size]) * self.size**-0.5
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus a trainable update of low rank (Hu et al. 2021, arXiv:2106.09685).
+
+    ``base(x) + up(down(x))``; ``up`` starts at zero, so that the layer starts as ``base``.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base = base
+        # skip_init: the usual initialisation would draw from torch's global generator.
+        self.lora_a = skip_init(nn.Linear, base.in_features, rank, bias=False)
+        self.lora_b = skip_init(nn.Linear, rank, base.out_features, bias=False)
+        nn.init.kaiming_uniform_(self.lora_a.weight, a=5**0.5, generator=generator)
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        update: Tensor = self.lora_b(self.lora_a(x))
+        return update + self.base(x)
+
+    def merged(self) -> nn.Linear:
+        """One plain layer that computes the same."""
+        has_bias = self.base.bias is not None
+        linear = skip_init(nn.Linear, self.base.in_features, self.base.out_features, bias=has_bias)
+        weight = self.base.weight + self.lora_b.weight @ self.lora_a.weight
+        linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        if has_bias:
+            linear.bias = nn.Parameter(self.base.bias.detach(), requires_grad=False)
+        return linear
+
+
+def replace_modules(root: nn.Module, old: Sequence[tuple[str, nn.Module]], new: Iterator[nn.Module]) -> None:
+    """Put ``new`` modules in the places of ``old`` ones, given by their dotted names under ``root``."""
+    for (name, _), module in zip(old, new, strict=True):
+        parent, _, child = name.rpartition(".")
+        setattr(root.get_submodule(parent), child, module)

@@ -1,0 +1,199 @@
+"""Signed release manifests: what a vehicle learns about a model before it takes a byte of it.
+
+An envelope is the JSON text ``{"signed": {...}, "signatures": [{"keyid": ..., "sig": ...}]}`` in the manner of TUF
+(Samuel et al. 2010, "Survivable Key Compromise in Software Update Systems"): Ed25519 (RFC 8032) over the canonical
+JSON of ``signed``, which is sorted, compact ASCII without NaN.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fedvit.errors import IntegrityError
+from fedvit.wire.keys import key_id, load_or_create_signing_key, parse_public_key, public_key_text
+
+__all__ = [
+    "MAX_ARTIFACT_BYTES",
+    "MAX_ENVELOPE_BYTES",
+    "ReleaseManifest",
+    "load_or_create_signing_key",
+    "parse_public_key",
+    "public_key_text",
+    "sign_manifest",
+    "verify_manifest",
+]
+
+MAX_ENVELOPE_BYTES = 256 * 2**10
+MAX_ARTIFACT_BYTES = 2 * 2**30
+_KIND = {"_type": "fedvit-release", "format": 1}
+"""Signed with every manifest, so that no signature made for anything else passes for one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseManifest:
+    """One variant of one released model version. ``sequence`` only ever grows, also when a rollback is released.
+
+    ``epsilon`` is what had been spent at ``delta`` when the version was committed, for one ``privacy_unit``;
+    ``artifact_digest`` is the SHA-256 (hex) of the ONNX file, ``artifact_bytes`` its length.
+    """
+
+    sequence: int
+    version: str
+    variant: str
+    artifact_digest: str
+    artifact_bytes: int
+    classes: tuple[str, ...]
+    image_size: int
+    run_id: str
+    round_index: int
+    data_digest: str
+    epsilon: float
+    delta: float
+    privacy_unit: str
+    created_at: str
+    metrics: Mapping[str, float]
+
+
+def sign_manifest(manifest: ReleaseManifest, key: Ed25519PrivateKey) -> str:
+    """The envelope of ``manifest``, signed with ``key``.
+
+    Raises:
+        IntegrityError: a field is out of range; a vehicle would refuse it.
+    """
+    signed = {**_KIND, **dataclasses.asdict(manifest), "classes": list(manifest.classes)}
+    signed["metrics"] = dict(manifest.metrics)
+    _check_fields(signed)
+    signature = base64.b64encode(key.sign(_canonical(signed))).decode()
+    return json.dumps({"signed": signed, "signatures": [{"keyid": key_id(key.public_key()), "sig": signature}]})
+
+
+def verify_manifest(envelope: str, trusted: Sequence[Ed25519PublicKey]) -> ReleaseManifest:
+    """The manifest in ``envelope``, if one of the ``trusted`` keys signed it.
+
+    Raises:
+        IntegrityError: malformed, signed by no trusted key, a bad signature, or a field unknown, missing or wrong.
+    """
+    signed, signatures = _open(envelope)
+    _check_signatures(signed, signatures, {key_id(key): key for key in trusted})
+    _check_fields(signed)
+    fields = {name: value for name, value in signed.items() if name not in _KIND}
+    fields["classes"] = tuple(fields["classes"])
+    for name in ("epsilon", "delta"):
+        fields[name] = float(fields[name])
+    fields["metrics"] = {name: float(value) for name, value in fields["metrics"].items()}
+    return ReleaseManifest(**fields)
+
+
+def _canonical(signed: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(signed, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"The release manifest cannot be written as JSON: {error}.") from None
+
+
+def _open(envelope: str) -> tuple[dict[str, Any], list[Any]]:
+    if len(envelope) > MAX_ENVELOPE_BYTES:
+        raise IntegrityError(f"The release envelope has {len(envelope)} characters; it may have {MAX_ENVELOPE_BYTES}.")
+    try:
+        content = json.loads(envelope)
+    except (ValueError, RecursionError):
+        raise IntegrityError("The release envelope is not JSON.") from None
+    if not isinstance(content, dict) or content.keys() != {"signed", "signatures"}:
+        raise IntegrityError("The release envelope does not hold exactly 'signed' and 'signatures'.")
+    signed, signatures = content["signed"], content["signatures"]
+    if not isinstance(signed, dict) or not isinstance(signatures, list):
+        raise IntegrityError("In the release envelope, 'signed' is no object or 'signatures' no list.")
+    return signed, signatures
+
+
+def _check_signatures(
+    signed: Mapping[str, Any], signatures: Sequence[Any], trusted: Mapping[str, Ed25519PublicKey]
+) -> None:
+    """One good signature of one trusted key is enough; those of other keys are passed over."""
+    content = _canonical(signed)
+    named = [s for s in signatures if isinstance(s, dict) and isinstance(s.get("keyid"), str)]
+    known = [s for s in named if s["keyid"] in trusted]
+    if not known:
+        raise IntegrityError(
+            f"The release is signed by {_short(named)}, which is not trusted here.",
+            cure="Give the server's public key as the trusted key.",
+        )
+    if not any(_is_good(trusted[s["keyid"]], s.get("sig"), content) for s in known):
+        raise IntegrityError("The release's signature does not match its manifest.", cure="It was altered: refuse it.")
+
+
+def _short(signatures: Sequence[Mapping[str, str]]) -> str:
+    return ", ".join(f"key {s['keyid'][:12]!r}" for s in signatures[:3]) or "no key"
+
+
+def _is_good(key: Ed25519PublicKey, signature: Any, content: bytes) -> bool:
+    try:
+        key.verify(base64.b64decode(signature, validate=True), content)
+    except (InvalidSignature, binascii.Error, TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_int(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def _are_classes(value: Any) -> bool:
+    good = isinstance(value, list) and 1 <= len(value) <= 10_000 and all(isinstance(name, str) for name in value)
+    return good and len(set(value)) == len(value) and all(0 < len(name) <= 200 for name in value)
+
+
+def _are_metrics(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) and _is_number(x) for name, x in value.items())
+
+
+_HEX_DIGEST = r"[0-9a-f]{64}"
+_LINE = r"[ -~]{1,200}"
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "_type": (lambda value: value == _KIND["_type"], "'fedvit-release'"),
+    "format": (lambda value: value == _KIND["format"] and not isinstance(value, bool), "1"),
+    "sequence": (_is_int(1, 2**53), "a positive integer"),
+    "version": (_is_text(_LINE), "a line of text"),
+    "variant": (_is_text(_LINE), "a line of text"),
+    "artifact_digest": (_is_text(_HEX_DIGEST), "64 hex digits"),
+    "artifact_bytes": (_is_int(1, MAX_ARTIFACT_BYTES), f"an integer from 1 to {MAX_ARTIFACT_BYTES}"),
+    "classes": (_are_classes, "different names, at least one"),
+    "image_size": (_is_int(16, 1024), "an integer from 16 to 1024"),
+    "run_id": (_is_text(_LINE), "a line of text"),
+    "round_index": (_is_int(0, 2**53), "an integer, not negative"),
+    "data_digest": (_is_text(r"[ -~]{0,200}"), "a line of text"),
+    "epsilon": (lambda value: _is_number(value) and value >= 0, "a number, not negative"),
+    "delta": (lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1"),
+    "privacy_unit": (_is_text(_LINE), "a line of text"),
+    "created_at": (_is_text(_LINE), "a line of text"),
+    "metrics": (_are_metrics, "numbers by name"),
+}
+
+
+def _check_fields(signed: Mapping[str, Any]) -> None:
+    if strange := sorted(signed.keys() - _FIELDS.keys()):
+        raise IntegrityError(f"The release manifest holds an unknown field {strange[0]!r}.")
+    for name, (is_good, allowed) in _FIELDS.items():
+        if name not in signed:
+            raise IntegrityError(f"The release manifest lacks the field {name!r}.")
+        if not is_good(signed[name]):
+            raise IntegrityError(f"In the release manifest, {name} is {signed[name]!r:.80}, not {allowed}.")

@@ -1,0 +1,76 @@
+"""Trainable parameters to bytes and back, as safetensors: a format that carries numbers and never code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedvit.errors import UpdateRejectedError
+from fedvit.types import FloatArray, Weights
+
+
+def encode_weights(weights: Weights) -> bytes:
+    """Weights as safetensors. Equal weights give equal bytes, so that their hash names them.
+
+    Raises:
+        ValueError: an array is not float32.
+    """
+    for name, array in weights.items():
+        if array.dtype != np.float32:
+            raise ValueError(f"parameter {name!r} is {array.dtype}, not float32")
+    # ascontiguousarray would turn a 0-d parameter into a 1-d one.
+    return save({name: np.asarray(weights[name], order="C") for name in sorted(weights)})
+
+
+def decode_weights(
+    content: bytes, *, expected: Mapping[str, tuple[int, ...]] | None = None, max_bytes: int
+) -> dict[str, FloatArray]:
+    """The inverse of :func:`encode_weights`, for bytes that may come from anybody. The arrays are writable.
+
+    Args:
+        content: safetensors bytes.
+        expected: the shape of every parameter by name; nothing may be missing and nothing more may be there.
+        max_bytes: the most that is looked at.
+
+    Raises:
+        UpdateRejectedError: names the first fault: size, format, name, type, shape, or a value that is not finite.
+    """
+    if len(content) > max_bytes:
+        raise UpdateRejectedError(f"The update has {len(content)} bytes; at most {max_bytes} are accepted.")
+    arrays = _load(content)
+    if expected is not None:
+        _check_names(arrays.keys(), expected.keys())
+    for name in sorted(arrays):
+        _check_array(name, arrays[name], None if expected is None else expected[name])
+    return {name: np.require(arrays[name], np.float32, "W") for name in sorted(arrays)}
+
+
+def _load(content: bytes) -> dict[str, FloatArray]:
+    try:
+        return load(content)
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+    except (KeyError, ValueError, TypeError) as error:
+        reason = f"it holds a type that is not a float32 ({error})"
+    raise UpdateRejectedError(f"The update is not safetensors: {reason}.", cure="Send what encode_weights makes.")
+
+
+def _check_names(found: Set[str], wanted: Set[str]) -> None:
+    if missing := sorted(wanted - found):
+        raise UpdateRejectedError(f"The update lacks the parameter {missing[0]!r} ({len(missing)} are missing).")
+    if strange := sorted(found - wanted):
+        raise UpdateRejectedError(f"The update holds {strange[0]!r}, which is no parameter of this model.")
+
+
+def _check_array(name: str, array: FloatArray, shape: tuple[int, ...] | None) -> None:
+    if array.dtype != np.float32:
+        raise UpdateRejectedError(f"Parameter {name!r} is {array.dtype}.", cure="Send float32.")
+    if shape is not None and array.shape != tuple(shape):
+        raise UpdateRejectedError(
+            f"Parameter {name!r} has the shape {list(array.shape)}.", cure=f"Its shape is {list(shape)}."
+        )
+    if not np.isfinite(array).all():
+        raise UpdateRejectedError(f"Parameter {name!r} holds a value that is not finite.")

@@ -1,0 +1,231 @@
+"""The control REST API. Stateless: everything it knows is in the store and the actors, so replicas may be several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Response
+
+from fedvit.config import Settings
+from fedvit.errors import ConflictError, NotFoundError
+from fedvit.monitoring.metrics import render
+from fedvit.ports import AccountantPort, AggregatorPort
+from fedvit.store.store import Release, Store
+from fedvit.types import Client, ClientKind, TrainingProgress, Variant, utc_now
+from serve_apps.control.schemas import (
+    BudgetView,
+    ClientsStatus,
+    ClientView,
+    HealthView,
+    ModelInfo,
+    ModelView,
+    ProgressView,
+    RegisterClient,
+    SpendView,
+)
+from serve_apps.problems import install_problem_handlers
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the routes stand on. The two actors are looked up at each call: they may have been restarted."""
+
+    settings: Settings
+    store: Store
+    aggregator: Callable[[], AggregatorPort]
+    accountant: Callable[[], AccountantPort]
+    metrics_dir: Path | None = None
+
+
+def create_api(services: Services) -> FastAPI:
+    """The FastAPI application over the given services."""
+    api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "")
+    install_problem_handlers(api)
+    _add_system_routes(api, services)
+    _add_client_routes(api, services)
+    _add_model_routes(api, services)
+    _add_privacy_routes(api, services)
+    _add_training_routes(api, services)
+    return api
+
+
+def _add_system_routes(api: FastAPI, services: Services) -> None:
+    @api.get("/healthz", tags=["system"])
+    def healthz() -> dict[str, str]:
+        """Whether this replica answers."""
+        return {"status": "ok"}
+
+    @api.get("/api/system/health", tags=["system"])
+    def health() -> HealthView:
+        """Whether each part answers, where training stands, what is released."""
+        parts = {
+            "store": _ailment(services.store.latest_run),
+            "aggregator": _ailment(lambda: services.aggregator().progress()),
+            "accountant": _ailment(lambda: services.accountant().budget()),
+        }
+        release = services.store.current_release()
+        return HealthView(
+            status="ok" if all(part == "ok" for part in parts.values()) else "degraded",
+            parts=parts,
+            training=_progress(services.aggregator().progress()) if parts["aggregator"] == "ok" else None,
+            release=release.version if release else None,
+        )
+
+    @api.get("/metrics", tags=["system"], response_class=Response)
+    def metrics() -> Response:
+        """Prometheus exposition of every process of this node."""
+        body, content_type = render(services.metrics_dir)
+        return Response(body, headers={"content-type": content_type})
+
+
+def _ailment(check: Callable[[], object]) -> str:
+    try:
+        check()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "ok"
+
+
+def _add_client_routes(api: FastAPI, services: Services) -> None:
+    store = services.store
+
+    @api.get("/api/clients/status", tags=["clients"])
+    def status(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100, offset: Annotated[int, Query(ge=0)] = 0
+    ) -> ClientsStatus:
+        """A page of clients and the totals."""
+        return ClientsStatus(
+            total=store.count_clients(),
+            active=store.count_clients(active=True),
+            validated=store.count_clients(validated=True),
+            clients=[ClientView.of(client) for client in store.clients(offset=offset, limit=limit)],
+        )
+
+    @api.post("/api/clients/register", tags=["clients"], status_code=201)
+    def register(request: RegisterClient) -> ClientView:
+        """Add a vehicle, or bring one back; registering twice is harmless."""
+        known = _find_client(store, request.device_id)
+        if known is not None and known.kind is ClientKind.VIRTUAL:
+            raise ConflictError(
+                f"{request.device_id!r} is a virtual client of this system.", cure="Choose another device_id."
+            )
+        store.register_clients(
+            [
+                Client(
+                    client_id=request.device_id,
+                    kind=ClientKind(request.kind),
+                    num_examples=request.num_examples,
+                    capabilities=request.capabilities,
+                )
+            ]
+        )
+        return ClientView.of(store.set_client(request.device_id, active=True))
+
+    @api.delete("/api/clients/{client_id}", tags=["clients"])
+    def remove(client_id: str) -> ClientView:
+        """Take a client out of the active list; its record and its privacy spend remain."""
+        return ClientView.of(store.set_client(client_id, active=False))
+
+
+def _find_client(store: Store, client_id: str) -> Client | None:
+    try:
+        return store.client(client_id)
+    except NotFoundError:
+        return None
+
+
+def _add_model_routes(api: FastAPI, services: Services) -> None:
+    store, settings = services.store, services.settings
+
+    @api.get("/api/model/info", tags=["model"])
+    def info() -> ModelInfo:
+        """The served model: size in bytes by variant, complexity, classes."""
+        release = _current_release(store)
+        fleet = store.fleet()
+        return ModelInfo(
+            name=settings.model.name,
+            version=release.version,
+            variant=settings.release.serve_variant.value,
+            size={variant: store.blobs.path(digest).stat().st_size for variant, digest in release.artifacts.items()},
+            complexity={
+                "trainable": settings.model.trainable,
+                "trainable_bytes": store.blobs.path(store.version(release.version).weights_digest).stat().st_size,
+            },
+            classes=list(fleet.classes) if fleet else [],
+            image_size=settings.data.image_size,
+        )
+
+    @api.get("/api/model/versions", tags=["model"])
+    def versions(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50, offset: Annotated[int, Query(ge=0)] = 0
+    ) -> list[ModelView]:
+        """Model versions, newest first."""
+        return [ModelView.of(version) for version in store.versions(offset=offset, limit=limit)]
+
+    @api.get("/api/model/current", tags=["model"])
+    def current() -> ModelView:
+        """The version that replicas and vehicles are offered."""
+        return ModelView.of(store.version(_current_release(store).version))
+
+    @api.get("/api/model/release", tags=["model"], response_class=Response)
+    def release(variant: Variant = Variant.STANDARD) -> Response:
+        """The signed manifest of the current release, byte for byte as it was signed."""
+        envelope = _current_release(store).envelopes.get(variant.value)
+        if envelope is None:
+            raise NotFoundError(f"The current release has no variant {variant.value!r}.", cure="See release.variants.")
+        return Response(envelope, media_type="application/json")
+
+    @api.get("/api/model/blobs/{digest}", tags=["model"], response_class=Response)
+    def blob(digest: str) -> Response:
+        """An artifact of the current release by its SHA-256. Weights and other blobs are not handed out."""
+        if digest not in _current_release(store).artifacts.values():
+            raise NotFoundError(f"The current release has no artifact {digest!r}.", cure="Read its manifest again.")
+        return Response(store.blobs.get(digest), media_type="application/octet-stream")
+
+
+def _current_release(store: Store) -> Release:
+    release = store.current_release()
+    if release is None:
+        raise NotFoundError("No model version is released yet.", cure="Start training: POST /api/training/start.")
+    return release
+
+
+def _add_privacy_routes(api: FastAPI, services: Services) -> None:
+    @api.get("/api/privacy/budget", tags=["privacy"])
+    def budget() -> BudgetView:
+        """What is spent and what is left, for the most exposed client."""
+        return BudgetView.of(services.accountant().budget())
+
+    @api.get("/api/privacy/history", tags=["privacy"])
+    def history(
+        hours: Annotated[float, Query(gt=0, le=24 * 366)] = 24, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
+    ) -> list[SpendView]:
+        """The ledger's entries of the last hours, oldest first."""
+        since = utc_now() - timedelta(hours=hours)
+        return [SpendView.of(entry) for entry in services.accountant().history(since, limit)]
+
+
+def _add_training_routes(api: FastAPI, services: Services) -> None:
+    @api.get("/api/training/status", tags=["training"])
+    def status() -> ProgressView:
+        """Where the training loop stands."""
+        return _progress(services.aggregator().progress())
+
+    @api.post("/api/training/start", tags=["training"], status_code=202)
+    def start() -> ProgressView:
+        """Begin or continue the run that the settings describe; harmless when it is under way."""
+        return _progress(services.aggregator().start_training())
+
+    @api.post("/api/training/stop", tags=["training"], status_code=202)
+    def stop() -> ProgressView:
+        """End the loop after the round under way; a start continues it."""
+        return _progress(services.aggregator().stop_training())
+
+
+def _progress(progress: TrainingProgress) -> ProgressView:
+    return ProgressView(**dataclasses.asdict(progress))

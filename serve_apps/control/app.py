@@ -1,0 +1,49 @@
+"""The control API as a Ray Serve application."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+from fastapi import FastAPI
+from ray import serve
+
+from actors.handles import AccountantHandle, AggregatorHandle
+from actors.spawn import namespace_of
+from fedvit.config import Settings, settings_from_json, settings_to_json
+from fedvit.store.store import Store
+from serve_apps.control.api import Services, create_api
+
+
+def build_control_app(settings: Settings) -> serve.Application:
+    """The application; each replica opens the store and finds the actors by name."""
+    settings_json = settings_to_json(settings)
+
+    def build() -> FastAPI:
+        # Serve calls a function in the replica; a partial it would take for the ASGI application itself.
+        return _build_api(settings_json)
+
+    deployment = serve.deployment(
+        serve.ingress(build)(),
+        name="control",
+        num_replicas=settings.serving.control_replicas,
+        ray_actor_options={"num_cpus": settings.ray.actor_cpus},
+        max_ongoing_requests=64,
+    )
+    return deployment.bind()
+
+
+def _build_api(settings_json: str) -> FastAPI:
+    settings = settings_from_json(settings_json)
+    namespace = namespace_of(settings.home)
+    metrics_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return create_api(
+        Services(
+            settings=settings,
+            store=Store.open(settings.home),
+            aggregator=partial(AggregatorHandle.connect, namespace),
+            accountant=partial(AccountantHandle.connect, namespace),
+            metrics_dir=Path(metrics_dir) if metrics_dir else None,
+        )
+    )

@@ -1,0 +1,178 @@
+"""What the control API takes and answers."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedvit.ports import LedgerEntry
+from fedvit.types import BudgetReport, Client, ModelVersion
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class RegisterClient(_Request):
+    """A vehicle that offers to take part."""
+
+    device_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    kind: Literal["remote", "silo"] = "remote"
+    num_examples: int = Field(default=0, ge=0)
+    capabilities: dict[str, Any] = Field(default_factory=dict)
+
+
+class ClientView(BaseModel):
+    """A client as the API shows it."""
+
+    client_id: str
+    kind: str
+    num_examples: int
+    validated: bool
+    active: bool
+    registered_at: datetime
+
+    @classmethod
+    def of(cls, client: Client) -> ClientView:
+        """The view of a client."""
+        return cls(
+            client_id=client.client_id,
+            kind=client.kind.value,
+            num_examples=client.num_examples,
+            validated=client.validated,
+            active=client.active,
+            registered_at=client.registered_at,
+        )
+
+
+class ClientsStatus(BaseModel):
+    """A page of clients, with totals."""
+
+    total: int
+    active: int
+    validated: int
+    clients: list[ClientView]
+
+
+class ModelView(BaseModel):
+    """A model version as the API shows it."""
+
+    version: str
+    run_id: str
+    round_index: int
+    created_at: datetime
+    epsilon: float
+    metrics: dict[str, float]
+    lineage: dict[str, Any]
+    released: bool
+    artifacts: dict[str, str]
+
+    @classmethod
+    def of(cls, version: ModelVersion) -> ModelView:
+        """The view of a version."""
+        return cls(
+            version=version.version,
+            run_id=version.run_id,
+            round_index=version.round_index,
+            created_at=version.created_at,
+            epsilon=version.epsilon,
+            metrics=dict(version.metrics),
+            lineage=dict(version.lineage),
+            released=version.released,
+            artifacts=dict(version.artifacts),
+        )
+
+
+class ModelInfo(BaseModel):
+    """The model that is served now; ``size`` in bytes and ``complexity`` are what the runbook reads."""
+
+    name: str
+    version: str
+    variant: str
+    size: dict[str, int]
+    complexity: dict[str, Any]
+    classes: list[str]
+    image_size: int
+
+
+class BudgetView(BaseModel):
+    """The privacy budget."""
+
+    privacy_unit: str
+    target_epsilon: float
+    target_delta: float
+    epsilon_spent: float
+    epsilon_remaining: float
+    epsilon_spent_rdp: float
+    lifetime_epsilon: float
+    rounds_charged: int
+    clients_charged: int
+
+    @classmethod
+    def of(cls, report: BudgetReport) -> BudgetView:
+        """The view of a report."""
+        return cls(
+            privacy_unit=report.privacy_unit,
+            target_epsilon=report.target_epsilon,
+            target_delta=report.target_delta,
+            epsilon_spent=report.epsilon_spent,
+            epsilon_remaining=report.epsilon_remaining,
+            epsilon_spent_rdp=report.epsilon_spent_rdp,
+            lifetime_epsilon=report.lifetime_epsilon,
+            rounds_charged=report.rounds_charged,
+            clients_charged=report.clients_charged,
+        )
+
+
+class SpendView(BaseModel):
+    """One line of the privacy ledger."""
+
+    sequence: int
+    at: datetime
+    run_id: str
+    round_index: int
+    client_id: str
+    noise_multiplier: float
+    sampling_prob: float
+    steps: int
+
+    @classmethod
+    def of(cls, entry: LedgerEntry) -> SpendView:
+        """The view of a ledger entry."""
+        charge = entry.charge
+        return cls(
+            sequence=entry.sequence,
+            at=entry.at,
+            run_id=charge.run_id,
+            round_index=charge.round_index,
+            client_id=charge.unit_id,
+            noise_multiplier=charge.noise_multiplier,
+            sampling_prob=charge.sampling_prob,
+            steps=charge.steps,
+        )
+
+
+class ProgressView(BaseModel):
+    """The training loop."""
+
+    run_id: str | None
+    status: str | None
+    phase: str
+    rounds_total: int
+    rounds_done: int
+    loss: float | None
+    accuracy: float | None
+    epsilon: float
+    version: str | None
+    message: str | None
+
+
+class HealthView(BaseModel):
+    """The system's parts, each ``ok`` or what ails it."""
+
+    status: Literal["ok", "degraded"]
+    parts: dict[str, str]
+    training: ProgressView | None
+    release: str | None

@@ -1,0 +1,241 @@
+"""A whole fedvit on one Ray cluster: actors, Serve applications and edge processes, started and stopped together."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from fedvit.config import Settings
+from fedvit.errors import PlacementError, PortInUseError, StateError
+from fedvit.ports import SystemUrls
+from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
+
+EDGE_STOP_S = 10.0
+TRAINING_STOP_S = 30.0
+PR_SET_PDEATHSIG = 1
+
+
+class RaySystem:
+    """Implements :class:`fedvit.ports.SystemPort`. Everything that it starts ends with the process that started it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._home = settings.home.resolve()
+
+    @contextmanager
+    def running(self, on_step: Callable[[str], None]) -> Iterator[SystemUrls]:
+        """Start everything, yield where it answers, stop gracefully in the reverse order.
+
+        Raises:
+            UsageError: the settings, the data, the model, the state or a port stand in the way; nothing was changed.
+        """
+        with ExitStack() as stack:
+            on_step("Checking the data, the model and the state")
+            check_ports(self._settings)
+            prepare = self._checked()
+            stack.enter_context(_lock(self._home))
+            prepare()
+            on_step("Starting Ray")
+            dashboard = self._start_ray(stack)
+            on_step("Starting the accountant, the client proxies and the aggregator")
+            self._start_actors(stack)
+            on_step("Starting the control and inference applications")
+            control = self._start_serve(stack)
+            on_step("Starting the edge devices")
+            edges = tuple(self._start_edge(stack, control, index) for index in range(len(self._settings.edge.ports)))
+            urls = SystemUrls(control=control, inference=f"{control}/inference", edges=edges, dashboard=dashboard)
+            stack.enter_context(_announced(self._home, urls))
+            yield urls
+            on_step("Stopping")
+
+    def _checked(self) -> Callable[[], None]:
+        """Read and check everything that can be wrong; the answer writes what the checks found into the state."""
+        from fedvit.data.fleet import VirtualFleet
+        from fedvit.data.images import load_images
+        from fedvit.data.manifest import build_manifest
+        from fedvit.store.store import Store
+        from fedvit.vit.models import build_model
+
+        settings = self._settings
+        fleet = VirtualFleet.open(settings.data)
+        manifest = build_manifest(fleet.source)
+        known = None
+        if (self._home / "state.db").exists():
+            store = Store.open(self._home)
+            known = store.fleet()
+            store.close()
+        if known is None:
+            # Every image once, so that a broken one is named now and not in the middle of a round.
+            load_images(fleet.source, (*fleet.source.train, *fleet.source.test), settings.data.image_size)
+        build_model(settings.model, len(manifest.classes), settings.data.image_size)
+
+        def write() -> None:
+            store = Store.open(self._home)
+            store.bind_fleet(
+                data_digest=manifest.digest,
+                partition={**settings.data.partition.model_dump(mode="json"), "digest": fleet.parts_digest()},
+                classes=manifest.classes,
+            )
+            store.register_clients(fleet.clients())
+            store.close()
+
+        return write
+
+    def _start_ray(self, stack: ExitStack) -> str | None:
+        import ray
+
+        from actors.spawn import connect
+
+        metrics_dir = self._home / "run" / "metrics"
+        shutil.rmtree(metrics_dir, ignore_errors=True)
+        metrics_dir.mkdir(parents=True)
+        environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir), "RAY_USAGE_STATS_ENABLED": "0"}
+        connect(self._settings, environment)
+        stack.callback(ray.shutdown)
+        url = ray._private.worker.get_dashboard_url() if self._settings.ray.dashboard else None
+        return f"http://{url}" if url else None
+
+    def _start_actors(self, stack: ExitStack) -> None:
+        from actors.spawn import spawn_actors
+
+        actors = spawn_actors(self._settings)
+        stack.callback(actors.kill)
+
+        def rest() -> None:
+            actors.handle().stop_training()
+            actors.handle().wait(TRAINING_STOP_S)
+
+        stack.callback(rest)
+
+    def _start_serve(self, stack: ExitStack) -> str:
+        from ray import serve
+
+        from serve_apps.control.app import build_control_app
+        from serve_apps.inference.app import build_inference_app
+
+        serving = self._settings.serving
+        control_url = f"http://{serving.host}:{serving.port}"
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(http_options={"host": serving.host, "port": serving.port})
+        settings = self._settings.model_copy(update={"home": self._home})
+        applications = {
+            "control": (build_control_app(settings), "/"),
+            "inference": (
+                build_inference_app(settings, control_url=control_url, trusted_key=self._trusted_key()),
+                "/inference",
+            ),
+        }
+        for name, (application, prefix) in applications.items():
+            # The application only: on a joined cluster others may use Serve too.
+            stack.callback(serve.delete, name)
+            try:
+                serve.run(application, name=name, route_prefix=prefix)
+            except RuntimeError as error:
+                raise PlacementError(
+                    f"Ray Serve could not start the {name} application: {str(error).splitlines()[0]}",
+                    cure="See its log with `make logs`.",
+                ) from None
+        return control_url
+
+    def _trusted_key(self) -> str:
+        return public_key_text(load_or_create_signing_key(self._home / "keys").public_key())
+
+    def _start_edge(self, stack: ExitStack, control_url: str, index: int) -> str:
+        edge = self._settings.edge
+        name = f"edge-{index + 1}"
+        command = [
+            *(sys.executable, "-m", "edge_runtime", "serve"),
+            *("--host", edge.host, "--port", str(edge.ports[index])),
+            *("--source", control_url, "--trusted-key", self._trusted_key()),
+            *("--variant", self._settings.release.serve_variant.value),
+            *("--cache", str(self._home / "run" / name), "--device-id", name),
+            *("--poll-interval", str(edge.poll_interval_s)),
+        ]
+        log = self._home / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            # Its own process group, so that Ctrl-C reaches it through us and in order.
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=output, start_new_session=True, preexec_fn=_end_with_parent
+            )
+        stack.callback(_end_process, process)
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise PlacementError(f"{name} ended at its start with status {process.wait()}.", cure=f"See {log}.")
+        return f"http://{edge.host}:{edge.ports[index]}"
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to end this child when its parent dies, however it dies (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(EDGE_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def check_ports(settings: Settings) -> None:
+    """Make sure that every port can be listened on.
+
+    Raises:
+        PortInUseError: one is taken; it and its setting are named.
+    """
+    wanted = [("serving.port", settings.serving.host, settings.serving.port)]
+    wanted += [("edge.ports", settings.edge.host, port) for port in settings.edge.ports]
+    for key, host, port in wanted:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+            except OSError as error:
+                raise PortInUseError(
+                    f"Port {port} on {host} cannot be listened on: {error.strerror}.",
+                    cure=f"Stop the program that uses it, or set {key} to another port.",
+                ) from None
+
+
+@contextmanager
+def _lock(home: Path) -> Iterator[None]:
+    """One system to a state folder."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "system.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(
+                f"Another fedvit is using the state folder {home}.",
+                cure="Stop it with `fedvit down`, or choose another folder with --home.",
+            ) from None
+        yield
+
+
+@contextmanager
+def _announced(home: Path, urls: SystemUrls) -> Iterator[None]:
+    """``run/system.json`` tells the command line where the running system answers."""
+    path = home / "run" / "system.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps({"pid": os.getpid(), **asdict(urls)}))
+    draft.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,36 @@
+"""What must not be loaded where, each in a fresh process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "ray", "timm", "opacus", "sqlalchemy", "matplotlib", "scipy", "dp_accounting")
+
+LIST_LOADED = "import sys; {statement}; print(' '.join(sorted({{m.split('.')[0] for m in sys.modules}})))"
+
+IMPORT_WHOLE_LIBRARY = (
+    "import importlib, pkgutil, fedvit; "
+    "[importlib.import_module(m.name) for m in pkgutil.walk_packages(fedvit.__path__, 'fedvit.') "
+    "if not m.name.startswith('fedvit.store.migrations')]"
+)
+
+
+def loaded_by(statement: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", LIST_LOADED.format(statement=statement)], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["fedvit", "fedvit.config", "fedvit.types", "fedvit.ports", "fedvit.cli.main"])
+def test_the_light_modules_load_nothing_heavy(module: str) -> None:
+    assert loaded_by(f"import {module}") & {*HEAVY, "numpy", "httpx"} == set()
+
+
+def test_the_whole_library_loads_no_ray_and_nobody_above_it() -> None:
+    loaded = loaded_by(IMPORT_WHOLE_LIBRARY)
+    assert "torch" in loaded, "the walk did not reach the library's heavy rooms"
+    assert loaded & {"ray", "actors", "serve_apps", "edge_runtime"} == set()

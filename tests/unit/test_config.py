@@ -1,0 +1,108 @@
+"""Configuration: precedence, and errors that name the key and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedvit.config import Settings, load_settings, settings_from_json, settings_to_json
+from fedvit.errors import ConfigError, FedvitError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "fedvit.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_no_file_is_the_demo() -> None:
+    settings = load_settings(environ={})
+    assert settings == Settings()
+    assert settings.data.source == "traffic-lights"
+
+
+def test_environment_overrides_the_file_and_options_override_both(tmp_path: Path) -> None:
+    path = write(tmp_path, "training: {rounds: 3, local_steps: 2}\nprivacy: {target_epsilon: 4}\n")
+    environ = {"FEDVIT_TRAINING__ROUNDS": "5", "FEDVIT_EDGE__PORTS": "[9001, 9002]", "UNRELATED": "x"}
+    settings = load_settings(path, environ=environ, overrides={"training": {"local_steps": 7}})
+    assert (settings.training.rounds, settings.training.local_steps) == (5, 7)
+    assert settings.privacy.target_epsilon == 4
+    assert settings.edge.ports == (9001, 9002)
+
+
+def test_home_comes_from_its_variable() -> None:
+    assert load_settings(environ={"FEDVIT_HOME": "/srv/fedvit"}).home == Path("/srv/fedvit")
+
+
+def test_paths_in_a_file_are_relative_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    path = write(tmp_path, "data: {source: folder, path: images}\n")
+    assert load_settings(path, environ={}).data.path == tmp_path / "images"
+
+
+def test_settings_travel_as_json() -> None:
+    settings = load_settings(environ={"FEDVIT_DATA__PATH": "/data", "FEDVIT_PRIVACY__NOISE_MULTIPLIER": "1.5"})
+    assert settings_from_json(settings_to_json(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"FEDVIT_TRAINING__ROUNDZ": "5"}, ["'training.roundz'", "Did you mean 'rounds'?", "local_steps"]),
+        ({"FEDVIT_TRAINNG__ROUNDS": "5"}, ["'trainng'", "Did you mean 'training'?"]),
+        ({"FEDVIT_PRIVACY__TARGET_DELTA": "3"}, ["'privacy.target_delta'", "less than 1", "3"]),
+        ({"FEDVIT_PRIVACY__TARGET_EPSILON": "-1"}, ["'privacy.target_epsilon'", "greater than 0"]),
+        ({"FEDVIT_PRIVACY__NOISE_MULTIPLIER": "0"}, ["'privacy.noise_multiplier'", "greater than 0"]),
+        ({"FEDVIT_MODEL__TRAINABLE": "tail"}, ["'model.trainable'", "'all', 'head' or 'adapters'", "tail"]),
+        ({"FEDVIT_EDGE__PORTS": "[8081, 8081]"}, ["'edge.ports'", "the same port appears twice"]),
+        ({"FEDVIT_SERVING__PORT": "70000"}, ["'serving.port'", "65535"]),
+        ({"FEDVIT_MODEL__HYBRID__HEADS": "7"}, ["'model.hybrid'", "multiple of heads"]),
+        ({"FEDVIT_TRAINING__COHORT__SELECTION": "uniform"}, ["'training.cohort'", "needs a size"]),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(environ: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(environ=environ)
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.exit_status == 2
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration file .*absent\.yaml"):
+        load_settings(tmp_path / "absent.yaml", environ={})
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("a: [", "not valid YAML"), ("- 1\n- 2\n", "Begin with one of: home, data")]
+)
+def test_a_broken_file_is_explained(tmp_path: Path, text: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        load_settings(write(tmp_path, text), environ={})
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_settings(write(tmp_path, ""), environ={}) == Settings()
+
+
+def test_the_training_identity_ignores_what_does_not_change_the_model() -> None:
+    base = load_settings(environ={})
+    assert load_settings(environ={"FEDVIT_SERVING__PORT": "9000"}).training_digest() == base.training_digest()
+    assert load_settings(environ={"FEDVIT_TRAINING__ROUNDS": "9"}).training_digest() != base.training_digest()
+
+
+def test_errors_survive_a_process_boundary() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(ConfigError("Wrong.", cure="Do it right.", key="a.b")))
+    assert isinstance(error, ConfigError)
+    assert (str(error), error.details) == ("Wrong. Do it right.", {"key": "a.b"})
+
+
+def test_every_error_has_its_own_code() -> None:
+    def family(kind: type[FedvitError]) -> list[type[FedvitError]]:
+        return [kind, *(k for sub in kind.__subclasses__() for k in family(sub))]
+
+    codes = [kind.code for kind in family(FedvitError)]
+    assert len(set(codes)) == len(codes)

@@ -1,0 +1,171 @@
+"""The privacy ledger: each charge exactly once, nothing without the check, no line changed unnoticed."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedvit.errors import BudgetExhaustedError, ConflictError, IntegrityError
+from fedvit.ports import Charge
+from fedvit.store.store import Store
+
+
+def charges(round_index: int, units: int = 3) -> list[Charge]:
+    return [Charge("run-0001", round_index, f"u{i}", f"{round_index:032x}{i:032x}", 1.56, 0.5, 1) for i in range(units)]
+
+
+def admit(_: Sequence[Charge]) -> None:
+    """A check that admits everything."""
+
+
+def refuse(_: Sequence[Charge]) -> None:
+    raise BudgetExhaustedError("Nothing is left.")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path) as store:
+        yield store
+
+
+def tamper(store: Store, *statements: str) -> None:
+    with closing(sqlite3.connect(store.home / "state.db")) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+def test_charges_are_written_in_order_and_chained(store: Store) -> None:
+    assert store.append_charges(charges(1), admit) == 3
+    assert store.append_charges(charges(2), admit) == 3
+    entries = store.ledger()
+    assert [entry.sequence for entry in entries] == [1, 2, 3, 4, 5, 6]
+    assert [entry.charge for entry in entries] == charges(1) + charges(2)
+    assert all(entry.at.tzinfo is not None for entry in entries)
+    assert store.verify_ledger() == 6
+
+
+def test_the_chain_continues_after_reopening(tmp_path: Path) -> None:
+    for round_index in range(1, 4):
+        with Store.open(tmp_path) as store:
+            store.append_charges(charges(round_index), admit)
+            assert store.verify_ledger() == 3 * round_index
+
+
+def test_a_charge_is_written_once_and_only_new_ones_are_checked(store: Store) -> None:
+    store.append_charges(charges(1, units=2), admit)
+    seen: list[Charge] = []
+    assert store.append_charges(charges(1, units=4) + charges(1, units=4), seen.extend) == 2
+    assert seen == charges(1, units=4)[2:]
+    assert [entry.charge for entry in store.ledger()] == charges(1, units=4)
+
+
+def test_a_retry_needs_no_budget(store: Store) -> None:
+    store.append_charges(charges(1), admit)
+    assert store.append_charges(charges(1), refuse) == 0
+    assert store.append_charges([], refuse) == 0
+    assert store.verify_ledger() == 3
+
+
+def test_a_refused_charge_writes_nothing_at_all(store: Store) -> None:
+    store.append_charges(charges(1), admit)
+    before = store.ledger()
+    with pytest.raises(BudgetExhaustedError):
+        store.append_charges(charges(2), refuse)
+    assert store.ledger() == before
+    assert store.verify_ledger() == 3
+    assert store.append_charges(charges(2), admit) == 3
+
+
+def test_the_check_may_read_the_store(store: Store) -> None:
+    store.append_charges(charges(1), admit)
+    found: list[int] = []
+    store.append_charges(charges(2), lambda _: found.append(len(store.ledger())))
+    assert found == [3]
+
+
+@pytest.mark.parametrize("change", [{"steps": 2}, {"noise_multiplier": 0.1}, {"sampling_prob": 1.0}])
+def test_one_release_cannot_cost_two_things(store: Store, change: dict[str, Any]) -> None:
+    store.append_charges(charges(1), admit)
+    other = [*charges(2), replace(charges(1)[0], **change)]
+    with pytest.raises(ConflictError, match="another cost"):
+        store.append_charges(other, admit)
+    assert store.verify_ledger() == 3
+
+
+def test_numbers_of_other_types_are_hashed_as_they_are_stored(store: Store) -> None:
+    numbers: dict[str, Any] = {"noise_multiplier": np.float32(1.56), "sampling_prob": 1, "steps": np.int64(2)}
+    odd = [replace(charges(1)[0], **numbers)]
+    store.append_charges(odd, admit)
+    assert store.append_charges(odd, refuse) == 0
+    assert store.verify_ledger() == 1
+
+
+def test_a_charge_that_is_no_number_is_refused(store: Store) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        store.append_charges([replace(charges(1)[0], noise_multiplier=float("nan"))], admit)
+    assert store.ledger() == []
+
+
+def test_history_is_paged_and_dated(store: Store) -> None:
+    for round_index in (1, 2, 3):
+        store.append_charges(charges(round_index), admit)
+    entries = store.ledger()
+    assert store.ledger(limit=2) == entries[:2]
+    assert store.ledger(after=4, limit=2) == entries[4:6]
+    assert store.ledger(since=entries[3].at) == [entry for entry in entries if entry.at >= entries[3].at]
+    assert store.ledger(since=entries[-1].at + timedelta(microseconds=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("statements", "sequence"),
+    [
+        (["UPDATE privacy_ledger SET steps = 0 WHERE sequence = 4"], 4),
+        (["UPDATE privacy_ledger SET noise_multiplier = 99 WHERE sequence = 2"], 2),
+        (["UPDATE privacy_ledger SET at = '2020-01-01 00:00:00.000000' WHERE sequence = 5"], 5),
+        (["UPDATE privacy_ledger SET hash = prev_hash WHERE sequence = 3"], 3),
+        (["UPDATE privacy_ledger SET prev_hash = hash WHERE sequence = 3"], 3),
+        (["DELETE FROM privacy_ledger WHERE sequence = 1"], 1),
+        (["DELETE FROM privacy_ledger WHERE sequence = 3"], 3),
+        (["DELETE FROM privacy_ledger WHERE sequence >= 5"], 5),
+        (["DELETE FROM privacy_ledger"], 1),
+        (["DELETE FROM meta"], 1),
+        (
+            [
+                "CREATE TEMP TABLE forged AS SELECT * FROM privacy_ledger WHERE sequence = 6",
+                "UPDATE forged SET sequence = 7, release_id = 'forged', prev_hash = hash",
+                "INSERT INTO privacy_ledger SELECT * FROM forged",
+            ],
+            7,
+        ),
+    ],
+)
+def test_tampering_is_found_and_named(store: Store, statements: list[str], sequence: int) -> None:
+    store.append_charges(charges(1) + charges(2), admit)
+    tamper(store, *statements)
+    with pytest.raises(IntegrityError, match=rf"at sequence {sequence}\b") as caught:
+        store.verify_ledger()
+    assert caught.value.details == {"sequence": sequence}
+
+
+def test_a_ledger_with_its_end_cut_off_is_not_continued(store: Store) -> None:
+    store.append_charges(charges(1), admit)
+    tamper(store, "DELETE FROM privacy_ledger WHERE sequence = 3")
+    with pytest.raises(IntegrityError, match="sequence 3"):
+        store.append_charges(charges(2), admit)
+    assert len(store.ledger()) == 2
+
+
+def test_a_round_of_ten_thousand_units_is_one_append(store: Store) -> None:
+    many = charges(1, units=10_000)
+    assert store.append_charges(many, admit) == 10_000
+    assert store.append_charges(many, refuse) == 0
+    assert store.verify_ledger() == 10_000

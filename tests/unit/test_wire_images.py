@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_release import png
+
+from fedvit.errors import DataError
+from fedvit.wire.images import MAX_IMAGE_BYTES, decode_image
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises many pixels and holds none."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM"])
+def test_lossless_formats_keep_their_colours(kind: str) -> None:
+    pixels = decode_image(encoded(Image.new("RGB", (40, 30), (10, 200, 30)), kind), 16)
+    assert pixels.shape == (16, 16, 3)
+    assert pixels.dtype == np.uint8
+    assert (pixels == (10, 200, 30)).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_lossy_formats_come_close(kind: str) -> None:
+    pixels = decode_image(encoded(Image.new("RGB", (40, 30), (10, 200, 30)), kind), 16)
+    assert np.abs(pixels.astype(int) - (10, 200, 30)).max() < 10
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_colour_mode_becomes_rgb(mode: str) -> None:
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    assert decode_image(encoded(Image.new(mode, (8, 8)), kind), 16).shape == (16, 16, 3)
+
+
+def test_resizing_is_bilinear_and_reproducible() -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (37, 53, 3), dtype=np.uint8))
+    expected = np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(decode_image(encoded(image, "PNG"), 24), expected)
+
+
+def test_exif_orientation_turns_the_image_upright() -> None:
+    image = Image.new("RGB", (32, 32), (0, 0, 0))
+    image.paste((255, 255, 255), (0, 0, 32, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    upside_down = decode_image(encoded(image, "PNG", exif=exif), 32)
+    assert upside_down[4].max() == 0
+    assert upside_down[-4].min() == 255
+
+
+def test_the_pixels_can_be_written_to() -> None:
+    pixels = decode_image(png(), 16)
+    pixels[0, 0] = 7
+    assert (pixels[0, 0] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b"no image at all", "no image"),
+        (b"GIF89a" + bytes(100), "no image"),
+        (bytes(MAX_IMAGE_BYTES + 1), str(MAX_IMAGE_BYTES)),
+        (png_header(10_000, 10_000), "10000 x 10000"),
+        (png_header(100_000, 100_000), "pixels"),
+        (png_header(64, 64), "damaged"),
+    ],
+    ids=["empty", "text", "gif", "too long", "too many pixels", "decompression bomb", "no pixels"],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_images_are_named(content: bytes, said: str) -> None:
+    with pytest.raises(DataError, match=said) as raised:
+        decode_image(content, 16)
+    assert raised.value.cure
+
+
+def test_every_truncation_is_a_data_error_or_an_image() -> None:
+    rng = np.random.default_rng(1)
+    whole = encoded(Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)), "JPEG")
+    outcomes = set()
+    for length in range(0, len(whole), 7):
+        try:
+            outcomes.add(decode_image(whole[:length], 16).shape)
+        except DataError:
+            outcomes.add("refused")
+    assert "refused" in outcomes
+    assert outcomes <= {"refused", (16, 16, 3)}
