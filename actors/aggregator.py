@@ -49,6 +49,7 @@ class Aggregator:
         coordinator = self._coordinator.result()
         with self._lock:
             if self._loop is None or self._loop.done():
+                coordinator.announce()
                 self._loop = self._thread.submit(coordinator.run)
         return coordinator.progress()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,13 @@ def namespace_of(home: Path) -> str:
     return f"fedvit-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:8]}"
 
 
+def cluster_address(settings: Settings) -> str | None:
+    """The running cluster to join, by ``ray.address`` or ``RAY_ADDRESS``; None to start one here."""
+    return settings.ray.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def connect(settings: Settings, environment: dict[str, str]) -> None:
-    """Join the cluster at ``RAY_ADDRESS`` (or ``ray.address``), or start one here that ends with this process.
+    """Join the cluster that the settings name, or start one here that ends with this process.
 
     Args:
         environment: variables that every actor and replica must see.
@@ -33,21 +39,24 @@ def connect(settings: Settings, environment: dict[str, str]) -> None:
     Raises:
         PlacementError: there is no such cluster.
     """
-    address = settings.ray.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = cluster_address(settings)
     os.environ.update(environment)
     options: dict[str, Any] = {"namespace": namespace_of(settings.home), "log_to_driver": False}
-    if address == "local":
+    if address is None:
         # Workers started here inherit the environment; a joined cluster's do not.
         options["include_dashboard"] = settings.ray.dashboard
     else:
         options["runtime_env"] = {"env_vars": environment}
+    # Ray puts a handler of its own in the place of whatever unwinds this process gracefully.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, logging_level="ERROR", **options)
+        ray.init(address=address or "local", logging_level="ERROR", **options)
     except ConnectionError as error:
         raise PlacementError(
             f"No Ray cluster answers at {address}: {str(error).splitlines()[0]}",
-            cure="Unset RAY_ADDRESS to start one here, or start the cluster first.",
+            cure="Start it, set RAY_AUTH_MODE=token where it demands one, or unset RAY_ADDRESS to start one here.",
         ) from None
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
 EDGE_STOP_S = 10.0
 TRAINING_STOP_S = 30.0
+PORT_FREE_S = 20.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -31,8 +33,12 @@ class RaySystem:
     """Implements :class:`fedvit.ports.SystemPort`. Everything that it starts ends with the process that started it."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        from actors.spawn import cluster_address
+
+        # Absolute: actors and replicas may work in other folders.
         self._home = settings.home.resolve()
+        self._settings = settings.model_copy(update={"home": self._home})
+        self._joins = cluster_address(settings) is not None
 
     @contextmanager
     def running(self, on_step: Callable[[str], None]) -> Iterator[SystemUrls]:
@@ -43,7 +49,7 @@ class RaySystem:
         """
         with ExitStack() as stack:
             on_step("Checking the data, the model and the state")
-            check_ports(self._settings)
+            check_ports(self._settings, joins=self._joins)
             prepare = self._checked()
             stack.enter_context(_lock(self._home))
             prepare()
@@ -102,6 +108,9 @@ class RaySystem:
         shutil.rmtree(metrics_dir, ignore_errors=True)
         metrics_dir.mkdir(parents=True)
         environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir), "RAY_USAGE_STATS_ENABLED": "0"}
+        if not self._joins:
+            # Ray's processes end a little after ray.shutdown returns; "stopped" means that the ports are free.
+            stack.callback(_await_free_ports, self._settings)
         connect(self._settings, environment)
         stack.callback(ray.shutdown)
         url = ray._private.worker.get_dashboard_url() if self._settings.ray.dashboard else None
@@ -129,14 +138,8 @@ class RaySystem:
         control_url = f"http://{serving.host}:{serving.port}"
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": serving.host, "port": serving.port})
-        settings = self._settings.model_copy(update={"home": self._home})
-        applications = {
-            "control": (build_control_app(settings), "/"),
-            "inference": (
-                build_inference_app(settings, control_url=control_url, trusted_key=self._trusted_key()),
-                "/inference",
-            ),
-        }
+        inference = build_inference_app(self._settings, control_url=control_url, trusted_key=self._trusted_key())
+        applications = {"control": (build_control_app(self._settings), "/"), "inference": (inference, "/inference")}
         for name, (application, prefix) in applications.items():
             # The application only: on a joined cluster others may use Serve too.
             stack.callback(serve.delete, name)
@@ -192,24 +195,41 @@ def _end_process(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def check_ports(settings: Settings) -> None:
+def check_ports(settings: Settings, *, joins: bool = False) -> None:
     """Make sure that every port can be listened on.
+
+    Args:
+        joins: a running cluster is joined, whose Serve may hold ``serving.port`` already.
 
     Raises:
         PortInUseError: one is taken; it and its setting are named.
     """
-    wanted = [("serving.port", settings.serving.host, settings.serving.port)]
-    wanted += [("edge.ports", settings.edge.host, port) for port in settings.edge.ports]
+    wanted = [("edge.ports", settings.edge.host, port) for port in settings.edge.ports]
+    if not joins:
+        wanted.insert(0, ("serving.port", settings.serving.host, settings.serving.port))
     for key, host, port in wanted:
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((host, port))
-            except OSError as error:
-                raise PortInUseError(
-                    f"Port {port} on {host} cannot be listened on: {error.strerror}.",
-                    cure=f"Stop the program that uses it, or set {key} to another port.",
-                ) from None
+        reason = _why_taken(host, port)
+        if reason:
+            raise PortInUseError(
+                f"Port {port} on {host} cannot be listened on: {reason}.",
+                cure=f"Stop the program that uses it, or set {key} to another port.",
+            )
+
+
+def _why_taken(host: str, port: int) -> str | None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            return error.strerror
+    return None
+
+
+def _await_free_ports(settings: Settings) -> None:
+    deadline_s = time.monotonic() + PORT_FREE_S
+    while _why_taken(settings.serving.host, settings.serving.port) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
 
 
 @contextmanager

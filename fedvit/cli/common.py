@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from fedvit.config import Settings, load_settings
 from fedvit.errors import ConfigError, FedvitError
@@ -108,5 +109,6 @@ def explained(as_json: bool = False) -> Iterator[None]:
     except FedvitError as error:
         if as_json:
             print_json({"error": error.code, "message": error.message, "cure": error.cure})
-        errors.print(f"[bold red]Error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        # A message may hold square brackets of its own.
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_status) from None

@@ -91,6 +91,11 @@ class Coordinator:
         """Where the loop stands, as of the last event."""
         return self._progress
 
+    def announce(self) -> TrainingProgress:
+        """Say that :meth:`run` is about to be called, so that nobody takes the last run's end for this one's."""
+        self._progress = replace(self._progress, phase=Phase.IDLE.value, status=RunStatus.RUNNING, message=None)
+        return self._progress
+
     def run(self) -> Run:
         """Begin or continue the run that the settings describe, and drive it until it rests.
 

@@ -32,7 +32,7 @@ class LocalTrainer:
             raise ValueError(f"physical_batch_size must be at least 1, not {physical_batch_size}")
         self._physical_batch_size = physical_batch_size
         self._gradients = PerExampleGradients(model.body, prefix="body.")
-        check_per_example_gradients(self._gradients, _public_features(model), model.num_classes)
+        check_per_example_gradients(self._gradients, _public_features(model))
 
     def train(
         self,
@@ -64,6 +64,7 @@ class LocalTrainer:
                 cure="Every client needs at least one image, and one label an image.",
             )
         release = release_id(task, client_id, len(labels))
+        self._gradients.clear()
         load_weights(self._gradients.parameters, base)
         optimizer = self._optimizer(task, len(labels), secret, release)
         for step in range(task.local_steps):

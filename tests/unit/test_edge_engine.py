@@ -83,13 +83,13 @@ def test_a_model_that_is_not_what_its_manifest_says_is_refused(content: bytes) -
         InferenceEngine(content, manifest_of(content))
 
 
-def not_a_number_for_black_or(colour: float) -> bytes:
-    """log(mean - colour): not finite for images darker than ``colour``."""
+def logarithm(colour: float) -> bytes:
+    """log(colour - mean): not a number for images lighter than ``colour``."""
     graph = helper.make_graph(
         [
             helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
             helper.make_node("ReduceMean", ["floats", "axes"], ["means"], keepdims=0),
-            helper.make_node("Sub", ["means", "colour"], ["differences"]),
+            helper.make_node("Sub", ["colour", "means"], ["differences"]),
             helper.make_node("Log", ["differences"], ["logits"]),
         ],
         "logarithm",
@@ -100,31 +100,20 @@ def not_a_number_for_black_or(colour: float) -> bytes:
             numpy_helper.from_array(np.array(colour, dtype=np.float32), "colour"),
         ],
     )
-    content: bytes = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9
-    ).SerializeToString()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    content: bytes = model.SerializeToString()
     return content
 
 
 def test_a_model_whose_first_run_fails_is_refused() -> None:
-    content = not_a_number_for_black_or(5)
+    content = logarithm(-1)
     with pytest.raises(IntegrityError, match="first run"):
         InferenceEngine(content, manifest_of(content))
 
 
 def test_an_answer_that_is_not_finite_is_an_error_and_not_a_class() -> None:
-    content = not_a_number_for_black_or(-1)
+    content = logarithm(200)
     engine = InferenceEngine(content, manifest_of(content))
-    assert engine.infer(png((9, 0, 0))).label == "red"
-    negative = not_a_number_for_black_or(-1).replace(np.float32(-1).tobytes(), np.float32(5).tobytes())
-    broken = InferenceEngine.__new__(InferenceEngine)
-    broken.manifest = engine.manifest
-    broken._session = _session_of(negative)
+    assert engine.infer(png((0, 100, 100))).label == "red"
     with pytest.raises(InferenceError, match="not all finite"):
-        broken.infer(png((0, 0, 0)))
-
-
-def _session_of(content: bytes) -> object:
-    import onnxruntime as ort
-
-    return ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+        engine.infer(png((255, 0, 0)))

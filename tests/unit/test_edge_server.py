@@ -213,8 +213,9 @@ def test_health_answers_while_every_thread_is_busy_and_more_is_refused(
             waiting = [asyncio.create_task(http.post("/infer", content=png())) for _ in range(3)]
             try:
                 assert await asyncio.to_thread(busy.acquire, timeout=30)
-                while (await http.get("/health/detailed")).json()["in_flight"] < 3:
-                    await asyncio.sleep(0)
+                async with asyncio.timeout(30):
+                    while (await http.get("/health/detailed")).json()["in_flight"] < 3:
+                        await asyncio.sleep(0)
                 health, refused = await http.get("/health"), await http.post("/infer", content=png())
             finally:
                 release.set()
@@ -248,17 +249,24 @@ def test_models_are_switched_under_requests_without_one_failing(
     assert answers[-1].json()["model_version"] == "v0.0.7"
 
 
-def test_the_lifespan_polls_and_stops(feed: MemoryFeed, tmp_path: Path) -> None:
+def test_the_lifespan_polls_and_stops(feed: MemoryFeed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    polls, current = threading.Semaphore(0), feed.current
+
+    def counted(variant: str) -> str | None:
+        polls.release()
+        return current(variant)
+
+    monkeypatch.setattr(feed, "current", counted)
     client = ReleaseClient(feed, tmp_path, [feed.key.public_key()], "standard")
     process = ServingProcess(client, ServingOptions("edge-1", "memory", poll_interval_s=0.01))
     app = process.app()
 
     async def scenario() -> None:
         async with app.router.lifespan_context(app):
-            async with asyncio.timeout(30):
-                while process.service.current is None:
-                    await asyncio.sleep(0.005)
-            assert any(thread.name == "release-poll" for thread in threading.enumerate())
+            # The second poll begins when the first one has loaded the model.
+            for _ in range(2):
+                assert await asyncio.to_thread(polls.acquire, timeout=30)
+            assert process.service.engine.manifest.sequence == 1
 
     asyncio.run(scenario())
     assert not any(thread.name == "release-poll" for thread in threading.enumerate())

@@ -216,3 +216,12 @@ def test_a_cohort_of_validated_clients_only(tmp_path: Path) -> None:
     loop.run()
     (_, cohort) = fleet.tasks[0]
     assert cohort.client_ids == ("vehicle-0000", "vehicle-0001", "vehicle-0003")
+
+
+def test_an_announced_start_is_not_mistaken_for_the_last_end(tmp_path: Path) -> None:
+    loop, _ = coordinator(settings(tmp_path, rounds=1))
+    loop.run()
+    assert loop.progress().status is RunStatus.COMPLETED
+    assert loop.announce().status is RunStatus.RUNNING
+    loop.run()
+    assert loop.progress().status is RunStatus.COMPLETED

@@ -95,7 +95,7 @@ def test_bad_images_are_named(content: bytes, said: str) -> None:
 def test_every_truncation_is_a_data_error_or_an_image() -> None:
     rng = np.random.default_rng(1)
     whole = encoded(Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)), "JPEG")
-    outcomes = set()
+    outcomes: set[object] = set()
     for length in range(0, len(whole), 7):
         try:
             outcomes.add(decode_image(whole[:length], 16).shape)

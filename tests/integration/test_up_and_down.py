@@ -1,0 +1,98 @@
+"""The system left running, and every way to talk to it."""
+
+from __future__ import annotations
+
+import tarfile
+
+import httpx
+import pytest
+from conftest import Fedvit
+
+from fedvit.config import DataConfig
+from fedvit.data.sources import open_source
+
+pytestmark = pytest.mark.ray
+
+
+def test_up_serves_trains_answers_and_down_stops(fedvit: Fedvit) -> None:
+    places = fedvit.json("up")
+    assert places["control"] == fedvit.control
+    assert [places["edge-1"], places["edge-2"]] == fedvit.edges
+    assert fedvit.json("up") == places
+    assert fedvit.json("train")["status"] == "completed"
+
+    source = open_source(DataConfig())
+    image = source.read(source.test[0])
+    version = httpx.get(f"{fedvit.control}/api/model/current").json()["version"]
+    assert version == "v1.1.6"
+    answers = []
+    for base in (places["inference"], *fedvit.edges):
+        await_version(base, version)
+        answer = httpx.post(f"{base}/infer", content=image, timeout=30).json()
+        assert answer["model_version"] == version
+        assert answer["label"] in source.classes
+        answers.append(answer["class_index"])
+        metrics = httpx.get(f"{base}/metrics").text
+        assert f'fed_vit_autorl_inference_duration_seconds_count{{model_version="{version}"}}' in metrics
+        assert httpx.post(f"{base}/infer", content=b"no image", timeout=30).status_code == 422
+    assert len(set(answers)) == 1
+
+    metrics = httpx.get(f"{fedvit.control}/metrics").text
+    assert "fed_vit_autorl_training_loss " in metrics
+    assert "fed_vit_autorl_inference_duration_seconds_bucket" in metrics
+    assert "fed_vit_autorl_training_rounds_total 6.0" in metrics
+
+    status = fedvit.json("status", configured=False)
+    assert (status["system"], status["training"], status["release"]) == ("ok", "completed", version)
+    assert fedvit.call("health-check", configured=False).returncode == 0
+    check_backup(fedvit)
+    assert fedvit.json("diagnostics", configured=False)["status"]["release"] == version
+
+    assert fedvit.json("down", configured=False) == {"stopped": True}
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{fedvit.control}/healthz")
+    assert fedvit.json("down", configured=False) == {"stopped": False}
+    assert fedvit.json("status", configured=False)["release"] == version
+    assert fedvit.call("health-check", configured=False).returncode == 2
+
+
+def await_version(base: str, version: str) -> None:
+    """Return once the target serves the version; it looks every second."""
+    for _ in range(3000):
+        told = httpx.get(f"{base}/health/detailed", timeout=10).json()
+        if (told["model"] or {}).get("version") == version:
+            return
+    raise AssertionError(f"{base} still says {told}")
+
+
+def check_backup(fedvit: Fedvit) -> None:
+    """A backup of the running system holds the whole state."""
+    folder = fedvit.home.parent / "backups"
+    told = fedvit.json("backup", str(folder), configured=False)
+    with tarfile.open(told["archive"]) as archive:
+        names = archive.getnames()
+    assert {"state.db", "checksums.json", "keys/root.key"} <= set(names)
+    assert sum(name.startswith("blobs/") for name in names) >= 6
+
+
+def test_a_running_cluster_is_joined_and_left_running(fedvit: Fedvit) -> None:
+    import ray
+
+    context = ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    try:
+        fedvit.settings["ray.address"] = context.address_info["address"]
+        fedvit.variables["RAY_AUTH_MODE"] = "token"
+        assert fedvit.json("train")["status"] == "completed"
+        assert ray.is_initialized()
+        assert [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("fedvit")] == []
+    finally:
+        ray.shutdown()
+
+
+def test_what_cannot_be_placed_is_named(fedvit: Fedvit) -> None:
+    fedvit.settings |= {"ray.actor_cpus": "50", "ray.start_timeout_s": "5"}
+    done = fedvit.call("run")
+    assert done.returncode == 2
+    assert "fedvit-accountant" in done.stderr
+    assert "50 CPU" in done.stderr
+    assert "Traceback" not in done.stderr
