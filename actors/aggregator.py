@@ -6,6 +6,8 @@ import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+import torch
+
 from actors.handles import AccountantHandle, RayFleet
 from fedvit.config import settings_from_json
 from fedvit.monitoring.training import TrainingMetrics
@@ -75,6 +77,8 @@ class Aggregator:
         return self.progress()
 
     def _build(self) -> Coordinator:
+        # More threads than free cores make torch wait for itself.
+        torch.set_num_threads(self._settings.ray.threads_per_proxy)
         store = Store.open(self._settings.home)
 
         def publish(progress: TrainingProgress) -> None:

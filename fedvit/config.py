@@ -112,7 +112,7 @@ class TrainingConfig(_Section):
 
     rounds: PositiveInt = 30
     local_steps: PositiveInt = 1
-    learning_rate: PositiveFloat = 1.0
+    learning_rate: PositiveFloat = 2.0
     server_learning_rate: PositiveFloat = 1.0
     aggregation: Literal["fedavg"] = "fedavg"
     physical_batch_size: PositiveInt = 64

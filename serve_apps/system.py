@@ -72,6 +72,7 @@ class RaySystem:
         from fedvit.data.images import load_images
         from fedvit.data.manifest import build_manifest
         from fedvit.store.store import Store
+        from fedvit.vit.export import export_onnx
         from fedvit.vit.models import build_model
 
         settings = self._settings
@@ -85,7 +86,10 @@ class RaySystem:
         if known is None:
             # Every image once, so that a broken one is named now and not in the middle of a round.
             load_images(fleet.source, (*fleet.source.train, *fleet.source.test), settings.data.image_size)
-        build_model(settings.model, len(manifest.classes), settings.data.image_size)
+        # Also to ONNX, so that a model which cannot be released is refused before it is trained.
+        export_onnx(
+            build_model(settings.model, len(manifest.classes), settings.data.image_size), settings.data.image_size
+        )
 
         def write() -> None:
             store = Store.open(self._home)

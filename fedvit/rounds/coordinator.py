@@ -193,7 +193,8 @@ class Coordinator:
         contributed = sum(1 for o in outcomes if o.error is None)
         if contributed:
             self._work = _RoundWork(self._rule.fold(self._weights, answers), outcomes, started_s)
-        return machine.Trained(contributed, len(outcomes) - contributed)
+        errors = [o.error for o in outcomes if o.error is not None]
+        return machine.Trained(contributed, len(errors), errors[0] if errors else None)
 
     def _commit(self, round_index: int) -> machine.Event:
         work = self._work

@@ -84,6 +84,7 @@ class Trained:
 
     num_updates: int
     num_failed: int
+    first_error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +188,8 @@ def step(state: LoopState, event: Event) -> Step:
             return replace(state, phase=Phase.TRAINING), (TrainRound(state.cohort),)
         case Phase.CHARGING, ChargeRefused(reason):
             return _finish(state, Rest(RunStatus.BUDGET_EXHAUSTED, reason))
-        case Phase.TRAINING, Trained(num_updates, num_failed):
-            return _trained(state, num_updates, num_failed)
+        case Phase.TRAINING, Trained():
+            return _trained(state, event)
         case Phase.COMMITTING, Committed(version):
             return _committed(replace(state, unreleased=version))
         case Phase.RELEASING, Released():
@@ -204,8 +205,9 @@ def _with_cohort(state: LoopState, cohort: Cohort) -> Step:
     return replace(state, phase=Phase.CHARGING, cohort=cohort), (ChargeRound(cohort),)
 
 
-def _trained(state: LoopState, num_updates: int, num_failed: int) -> Step:
-    short = _too_few(state, num_updates, f"updates ({num_failed} clients failed)")
+def _trained(state: LoopState, trained: Trained) -> Step:
+    first = f", the first with: {trained.first_error}" if trained.first_error else ""
+    short = _too_few(state, trained.num_updates, f"updates ({trained.num_failed} clients failed{first})")
     if short:
         return _finish(state, short)
     return replace(state, phase=Phase.COMMITTING), (CommitRound(state.round_index),)

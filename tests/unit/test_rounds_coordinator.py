@@ -186,7 +186,7 @@ def test_when_everybody_fails_the_run_says_so_and_can_go_on(tmp_path: Path) -> N
     loop, store = coordinator(config, FakeFleet(TARGET, failing=everybody))
     run = loop.run()
     assert run.status is RunStatus.FAILED
-    assert run.reason == "Round 1 has 0 updates (4 clients failed); at least 1 are needed."
+    assert run.reason == "Round 1 has 0 updates (4 clients failed, the first with: it failed); at least 1 are needed."
     assert store.versions() == []
     store.close()
     loop, _ = coordinator(config)

@@ -17,16 +17,11 @@ from fedvit.types import FloatArray, TrainTask
 from fedvit.vit.models import VisionModel, build_model
 from fedvit.vit.trainable import load_trainable_weights, trainable_weights, weights_digest
 
+# The same bits are promised on one thread only.
+torch.set_num_threads(1)
+
 SECRET = bytes(range(32))
 TASK = TrainTask("run", 0, "base", "data", 1.2, 0.5, 1.0, 2, 0.5)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,9 @@ from fedvit.vit.layers import Body, HeadBody, LoraLinear
 from fedvit.vit.models import VisionModel, build_model
 from fedvit.vit.trainable import trainable_weights, weights_digest
 
+# Torch threads that wait for each other on shared cores take ten times as long.
+torch.set_num_threads(1)
+
 
 def trained_model(name: str = "hybrid_lite0", **options: Any) -> VisionModel:
     """As after training: a head that tells classes apart, adapters that do something."""

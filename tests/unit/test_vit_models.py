@@ -17,6 +17,9 @@ from fedvit.vit.hybrid import STEM_WHEEL, LiteStem
 from fedvit.vit.models import VisionModel, build_model
 from fedvit.vit.trainable import frozen_weights, trainable_weights, weights_digest
 
+# Torch threads that wait for each other on shared cores take ten times as long.
+torch.set_num_threads(1)
+
 # The smallest of timm's: one with a class token, one with a register token and LayerScale.
 TIMM_NAME = "test_vit"
 REGISTER_NAME = "test_vit2"

@@ -1,0 +1,127 @@
+"""Virtual clients behind one model: sums, failures, and noise that is bound to base and data."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedvit.config import Settings, load_settings
+from fedvit.errors import IntegrityError
+from fedvit.training.host import VirtualClientHost
+from fedvit.types import TrainTask, Weights
+from fedvit.vit.models import build_model
+from fedvit.vit.trainable import trainable_weights
+from fedvit.wire.tensors import encode_weights
+
+torch.set_num_threads(1)
+
+CLIENTS = ["vehicle-00", "vehicle-01", "vehicle-02"]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Three clients with a handful of noisy images each, and a tiny untrained model."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 9), ("test", 2)):
+        for name in ("green", "red"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return load_settings(
+        environ={},
+        overrides={
+            "home": tmp_path / "var",
+            "data": {
+                "source": "folder",
+                "path": tmp_path / "images",
+                "image_size": 32,
+                "partition": {"scheme": "iid", "clients": 3, "min_examples": 2},
+            },
+            "model": {"pretrained": False, "trainable": "head", "hybrid": {"depth": 1, "width": 16, "heads": 2}},
+        },
+    )
+
+
+def base_of(settings: Settings) -> Weights:
+    return trainable_weights(build_model(settings.model, 2, settings.data.image_size))
+
+
+def task_for(base: Weights, *, noise_multiplier: float = 1.0) -> TrainTask:
+    return TrainTask(
+        run_id="run-0001",
+        round_index=1,
+        base_digest=hashlib.sha256(encode_weights(base)).hexdigest(),
+        data_digest="d" * 64,
+        noise_multiplier=noise_multiplier,
+        sampling_prob=0.5,
+        l2_clip_norm=1.0,
+        local_steps=1,
+        learning_rate=1.0,
+    )
+
+
+def test_one_message_holds_what_the_clients_would_send_alone(settings: Settings) -> None:
+    host, base = VirtualClientHost(settings), base_of(settings)
+    together = host.train(task_for(base), base, CLIENTS)
+    alone = [host.train(task_for(base), base, [client]) for client in CLIENTS]
+    assert together.total_weight == sum(a.total_weight for a in alone) == 18
+    for name, array in together.weighted_sum.items():
+        np.testing.assert_array_equal(array, sum(a.weighted_sum[name] for a in alone))
+    assert [o.client_id for o in together.outcomes] == CLIENTS
+
+
+def test_a_restarted_host_repeats_the_release_bit_for_bit(settings: Settings) -> None:
+    base = base_of(settings)
+    first, second = (VirtualClientHost(settings).train(task_for(base), base, CLIENTS) for _ in range(2))
+    for name, array in first.weighted_sum.items():
+        np.testing.assert_array_equal(array, second.weighted_sum[name])
+
+
+def test_weights_that_the_noise_was_not_made_for_are_refused(settings: Settings) -> None:
+    host, base = VirtualClientHost(settings), base_of(settings)
+    other = {name: array + 1 for name, array in base.items()}
+    with pytest.raises(IntegrityError, match="arrived"):
+        host.train(task_for(base), other, CLIENTS)
+
+
+def test_changed_data_never_meets_the_same_noise(settings: Settings) -> None:
+    base = base_of(settings)
+    # Clipped to nothing, a release is its noise alone.
+    task = replace(task_for(base), l2_clip_norm=1e-6)
+    before = VirtualClientHost(settings).train(task, base, CLIENTS[:1])
+    assert settings.data.path is not None
+    for path in sorted(settings.data.path.glob("train/*/*.png")):
+        with Image.open(path) as image:
+            changed = np.asarray(image).copy()
+        changed[0, 0] ^= 1
+        Image.fromarray(changed).save(path)
+    after = VirtualClientHost(settings).train(task, base, CLIENTS[:1])
+    noise = [np.concatenate([a.ravel() for a in update.weighted_sum.values()]) for update in (before, after)]
+    assert abs(np.corrcoef(*noise)[0, 1]) < 0.5
+
+
+def test_one_client_s_fault_is_its_own(settings: Settings) -> None:
+    host, base = VirtualClientHost(settings), base_of(settings)
+    assert settings.data.path is not None
+    records = host._fleet.records("vehicle-01")
+    broken = next(settings.data.path.rglob(Path(records[0].key).name))
+    for path in settings.data.path.rglob(broken.name):
+        path.write_bytes(b"no image any more")
+    update = host.train(task_for(base), base, CLIENTS)
+    errors = {o.client_id: o.error for o in update.outcomes}
+    assert errors["vehicle-01"] is not None
+    assert "decoded" in errors["vehicle-01"] or "image" in errors["vehicle-01"]
+    assert update.total_weight == sum(o.num_examples for o in update.outcomes)
+
+
+def test_a_client_that_nobody_knows_is_an_outcome(settings: Settings) -> None:
+    host, base = VirtualClientHost(settings), base_of(settings)
+    update = host.train(task_for(base), base, ["vehicle-00", "vehicle-99"])
+    assert [o.error is None for o in update.outcomes] == [True, False]
