@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fedvit.errors import DataError
 from fedvit.types import Evaluation
-from fedvit.vit.models import VisionModel
+from fedvit.vit.vision import VisionModel
 
 _BATCH = 256
 

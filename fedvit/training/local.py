@@ -10,8 +10,8 @@ from fedvit.privacy.randomness import SecretStream
 from fedvit.training.dpsgd import PerExampleGradients, SecretDPOptimizer, check_per_example_gradients
 from fedvit.training.release import release_id
 from fedvit.types import FloatArray, TrainTask, Weights
-from fedvit.vit.models import VisionModel
 from fedvit.vit.trainable import load_weights
+from fedvit.vit.vision import VisionModel
 
 _CHECKED_EXAMPLES = 2
 

@@ -22,7 +22,7 @@ from torch import nn
 from fedvit.errors import ModelError
 from fedvit.types import FloatArray, ImageArray, Variant
 from fedvit.vit.layers import LoraLinear, replace_modules
-from fedvit.vit.models import VisionModel
+from fedvit.vit.vision import VisionModel
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"

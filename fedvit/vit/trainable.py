@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,9 +12,7 @@ from torch import nn
 from fedvit.errors import ModelError
 from fedvit.types import FloatArray, Weights
 from fedvit.vit.layers import LoraLinear, replace_modules
-
-if TYPE_CHECKING:
-    from fedvit.vit.models import VisionModel
+from fedvit.vit.vision import VisionModel
 
 TrainableMode = Literal["all", "head", "adapters"]
 # The attention projections of timm's ViT families, fused and not.

@@ -19,8 +19,9 @@ from fedvit.training.local import LocalTrainer
 from fedvit.training.release import release_id
 from fedvit.types import FloatArray, TrainTask
 from fedvit.vit.layers import Body
-from fedvit.vit.models import VisionModel, build_model
+from fedvit.vit.models import build_model
 from fedvit.vit.trainable import apply_trainable, trainable_weights
+from fedvit.vit.vision import VisionModel
 
 # Torch threads that wait for each other on shared cores take ten times as long.
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from torch import nn
 from fedvit.errors import DataError
 from fedvit.training.evaluate import evaluate
 from fedvit.vit.layers import HeadBody
-from fedvit.vit.models import VisionModel
+from fedvit.vit.vision import VisionModel
 
 # Torch threads that wait for each other on shared cores take ten times as long.
 torch.set_num_threads(1)

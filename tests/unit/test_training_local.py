@@ -14,8 +14,9 @@ from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import DataError, ModelError
 from fedvit.training.local import LocalTrainer
 from fedvit.types import FloatArray, TrainTask
-from fedvit.vit.models import VisionModel, build_model
+from fedvit.vit.models import build_model
 from fedvit.vit.trainable import load_trainable_weights, trainable_weights, weights_digest
+from fedvit.vit.vision import VisionModel
 
 # The same bits are promised on one thread only.
 torch.set_num_threads(1)

@@ -16,8 +16,9 @@ from fedvit.errors import ModelError
 from fedvit.types import ImageArray, Variant
 from fedvit.vit.export import check_export, export_onnx, export_variant, make_variant, run_onnx
 from fedvit.vit.layers import Body, HeadBody, LoraLinear
-from fedvit.vit.models import VisionModel, build_model
+from fedvit.vit.models import build_model
 from fedvit.vit.trainable import trainable_weights, weights_digest
+from fedvit.vit.vision import VisionModel
 
 # Torch threads that wait for each other on shared cores take ten times as long.
 torch.set_num_threads(1)

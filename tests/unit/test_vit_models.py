@@ -14,8 +14,9 @@ import torch
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
 from fedvit.vit.hybrid import STEM_WHEEL, LiteStem
-from fedvit.vit.models import VisionModel, build_model
+from fedvit.vit.models import build_model
 from fedvit.vit.trainable import frozen_weights, trainable_weights, weights_digest
+from fedvit.vit.vision import VisionModel
 
 # Torch threads that wait for each other on shared cores take ten times as long.
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from torch import nn
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
 from fedvit.vit.layers import HeadBody
-from fedvit.vit.models import VisionModel, build_model
+from fedvit.vit.models import build_model
 from fedvit.vit.trainable import (
     apply_trainable,
     frozen_weights,
@@ -20,6 +20,7 @@ from fedvit.vit.trainable import (
     trainable_weights,
     weights_digest,
 )
+from fedvit.vit.vision import VisionModel
 
 # Torch threads that wait for each other on shared cores take ten times as long.
 torch.set_num_threads(1)
