@@ -25,11 +25,6 @@ def namespace_of(home: Path) -> str:
     return f"fedvit-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:8]}"
 
 
-def cluster_address(settings: Settings) -> str | None:
-    """The running cluster to join, by ``ray.address`` or ``RAY_ADDRESS``; None to start one here."""
-    return settings.ray.address or os.environ.get("RAY_ADDRESS") or None
-
-
 def connect(settings: Settings, environment: dict[str, str]) -> None:
     """Join the cluster that the settings name, or start one here that ends with this process.
 
@@ -39,7 +34,7 @@ def connect(settings: Settings, environment: dict[str, str]) -> None:
     Raises:
         PlacementError: there is no such cluster.
     """
-    address = cluster_address(settings)
+    address = settings.ray.cluster_address()
     os.environ.update(environment)
     options: dict[str, Any] = {"namespace": namespace_of(settings.home), "log_to_driver": False}
     if address is None:

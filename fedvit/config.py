@@ -185,6 +185,10 @@ class RayConfig(_Section):
     start_timeout_s: PositiveFloat = 60.0
     dashboard: bool = True
 
+    def cluster_address(self) -> str | None:
+        """The running cluster to join, by ``address`` or Ray's own ``RAY_ADDRESS``; None to start one here."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
+
 
 class Settings(_Section):
     """Everything that can be set, with a working default each: no file at all is the traffic-light demo."""

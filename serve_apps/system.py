@@ -33,12 +33,10 @@ class RaySystem:
     """Implements :class:`fedvit.ports.SystemPort`. Everything that it starts ends with the process that started it."""
 
     def __init__(self, settings: Settings) -> None:
-        from actors.spawn import cluster_address
-
         # Absolute: actors and replicas may work in other folders.
         self._home = settings.home.resolve()
         self._settings = settings.model_copy(update={"home": self._home})
-        self._joins = cluster_address(settings) is not None
+        self._joins = settings.ray.cluster_address() is not None
 
     @contextmanager
     def running(self, on_step: Callable[[str], None]) -> Iterator[SystemUrls]:
@@ -72,34 +70,27 @@ class RaySystem:
         from fedvit.data.images import load_images
         from fedvit.data.manifest import build_manifest
         from fedvit.store.store import Store
-        from fedvit.vit.export import export_onnx
-        from fedvit.vit.models import build_model
 
         settings = self._settings
         fleet = VirtualFleet.open(settings.data)
         manifest = build_manifest(fleet.source)
         known = None
         if (self._home / "state.db").exists():
-            store = Store.open(self._home)
-            known = store.fleet()
-            store.close()
+            with Store.open(self._home) as store:
+                known = store.fleet()
         if known is None:
             # Every image once, so that a broken one is named now and not in the middle of a round.
             load_images(fleet.source, (*fleet.source.train, *fleet.source.test), settings.data.image_size)
-        # Also to ONNX, so that a model which cannot be released is refused before it is trained.
-        export_onnx(
-            build_model(settings.model, len(manifest.classes), settings.data.image_size), settings.data.image_size
-        )
+        _check_model(settings, len(manifest.classes))
 
         def write() -> None:
-            store = Store.open(self._home)
-            store.bind_fleet(
-                data_digest=manifest.digest,
-                partition={**settings.data.partition.model_dump(mode="json"), "digest": fleet.parts_digest()},
-                classes=manifest.classes,
-            )
-            store.register_clients(fleet.clients())
-            store.close()
+            with Store.open(self._home) as store:
+                store.bind_fleet(
+                    data_digest=manifest.digest,
+                    partition={**settings.data.partition.model_dump(mode="json"), "digest": fleet.parts_digest()},
+                    classes=manifest.classes,
+                )
+                store.register_clients(fleet.clients())
 
         return write
 
@@ -182,6 +173,20 @@ class RaySystem:
         if not process.stdout.readline():
             raise PlacementError(f"{name} ended at its start with status {process.wait()}.", cure=f"See {log}.")
         return f"http://{edge.host}:{edge.ports[index]}"
+
+
+def _check_model(settings: Settings, num_classes: int) -> None:
+    """Build the model and write it as ONNX: what cannot be released is refused before it is trained.
+
+    Raises:
+        ModelError: the model cannot be built or exported.
+    """
+    # torch and timm are imported here, after everything that can be said without them.
+    from fedvit.vit.export import export_onnx
+    from fedvit.vit.models import build_model
+
+    image_size = settings.data.image_size
+    export_onnx(build_model(settings.model, num_classes, image_size), image_size)
 
 
 def _end_with_parent() -> None:

@@ -22,6 +22,7 @@ from fedvit.cli.common import (
     running_system,
     settings_from,
 )
+from fedvit.cli.facts import facts_of
 from fedvit.config import Settings
 from fedvit.errors import NotFoundError, StateError
 
@@ -88,8 +89,6 @@ def diagnostics(home: HomeOption = None, config: ConfigOption = None, as_json: J
 
 
 def _diagnose(settings: Settings) -> dict[str, Any]:
-    from fedvit.cli.system import facts_of
-
     disk = shutil.disk_usage(settings.home if settings.home.exists() else Path.cwd())
     return {
         "versions": {name: _version(name) for name in PACKAGES},

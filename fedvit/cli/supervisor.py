@@ -1,13 +1,127 @@
-"""The process that ``fedvit up`` leaves running. Reads its settings from standard input; not for people."""
+"""The process that ``fedvit up`` leaves running: how it is started, what it does, how it is ended.
+
+As a module it is that process, and reads its settings from standard input; not for people.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import select
+import signal
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
-from fedvit.cli.system import supervise, supervisor_log
-from fedvit.config import settings_from_json
-from fedvit.errors import FedvitError
+from fedvit.cli.common import find_system
+from fedvit.cli.control import answer_of, control_api
+from fedvit.config import Settings, settings_from_json
+from fedvit.errors import FedvitError, InterruptedRunError, UsageError
+
+DOWN_TIMEOUT_S = 60.0
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, and both end with one sentence."""
+
+    def interrupt(_: int, __: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "Interrupted; everything committed is safe.", cure="The same command continues from there."
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def supervisor_log(settings: Settings) -> Path:
+    """Where the process that ``up`` leaves running writes what it has to say."""
+    return settings.home / "logs" / "supervisor.log"
+
+
+def spawn_supervisor(settings: Settings, on_step: Callable[[str], None]) -> None:
+    """Start the process and return once its system is ready; ``on_step`` is told each step.
+
+    Raises:
+        FedvitError: it could not start; its own sentence.
+    """
+    log = supervisor_log(settings)
+    command = [sys.executable, "-m", "fedvit.cli.supervisor"]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(settings.model_dump_json())
+    child.stdin.close()
+    for line in child.stdout:
+        fact = json.loads(line)
+        if "step" in fact:
+            on_step(fact["step"])
+        elif "error" in fact:
+            child.wait()
+            failure = UsageError if fact["exit_status"] == UsageError.exit_status else FedvitError
+            raise failure(fact["error"], cure=fact["cure"])
+        elif fact.get("ready"):
+            return
+    raise FedvitError(f"The system ended at its start with status {child.wait()}.", cure=f"See {log}.")
+
+
+def supervise(settings: Settings, on_ready: Callable[[], None] = lambda: None) -> None:
+    """What ``up`` leaves running: tell the steps as JSON lines, then wait for a signal.
+
+    Raises:
+        FedvitError: the system could not start; told as a line, too.
+    """
+
+    def tell(**fact: Any) -> None:
+        # Whoever started us may be gone by the time we stop.
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            print(json.dumps(fact), flush=True)
+
+    try:
+        with interruptible(), find_system(settings).running(lambda step: tell(step=step)) as urls:
+            with control_api(urls) as client:
+                answer_of(client.post("/api/training/start"))
+            on_ready()
+            tell(ready=True)
+            signal.pause()
+    except InterruptedRunError:
+        return
+    except FedvitError as error:
+        tell(error=error.message, cure=error.cure, exit_status=error.exit_status)
+        raise
+
+
+def stop_process(pid: int) -> None:
+    """SIGTERM, then wait for the end of the process itself."""
+    try:
+        handle = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+    try:
+        ended, _, _ = select.select([handle], [], [], DOWN_TIMEOUT_S)
+    finally:
+        os.close(handle)
+    if not ended:
+        raise FedvitError(
+            f"Process {pid} did not end within {DOWN_TIMEOUT_S:g} s.", cure=f"See the logs, then `kill -9 {pid}`."
+        )
 
 
 def main() -> int:

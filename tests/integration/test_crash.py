@@ -13,12 +13,15 @@ import httpx
 import pytest
 from conftest import Fedvit, environment
 
+from fedvit.errors import InterruptedRunError
 from fedvit.store.store import Store
-from fedvit.types import RunStatus
+from fedvit.types import Run, RunStatus
 
 pytestmark = pytest.mark.ray
 
 START_TIMEOUT_S = 180.0
+CLIENTS = 6
+ROUNDS = 12
 
 
 def start_run(fedvit: Fedvit) -> subprocess.Popen[str]:
@@ -47,48 +50,49 @@ def await_round(fedvit: Fedvit, process: subprocess.Popen[str], rounds_done: int
     raise AssertionError(f"training did not reach round {rounds_done + 1}; exit status {process.poll()}")
 
 
+def stored_run(fedvit: Fedvit) -> Run:
+    """The run as the state folder remembers it."""
+    with Store.open(fedvit.home) as store:
+        run = store.latest_run()
+    assert run is not None
+    return run
+
+
 def check_everything_counted_once(fedvit: Fedvit) -> None:
-    """One run, six rounds, one charge a client and round, no version twice."""
+    """One run, one charge a client and round, no version twice."""
     with Store.open(fedvit.home) as store:
         run = store.latest_run()
         assert run is not None
-        assert (run.ordinal, run.status, run.rounds_done) == (1, RunStatus.COMPLETED, 6)
+        assert (run.ordinal, run.status, run.rounds_done) == (1, RunStatus.COMPLETED, ROUNDS)
         versions = [v.version for v in store.versions()]
-        assert versions == [f"v1.1.{n}" for n in range(6, 0, -1)]
+        assert versions == [f"v1.1.{n}" for n in range(ROUNDS, 0, -1)]
         store.verify_ledger()
         charges = collections.Counter((e.charge.round_index, e.charge.unit_id) for e in store.ledger())
-        assert len(charges) == 6 * 6
+        assert len(charges) == ROUNDS * CLIENTS
         assert set(charges.values()) == {1}
 
 
-def test_kill_9_of_the_driver_in_a_round_costs_nothing(fedvit: Fedvit) -> None:
-    process = start_run(fedvit)
-    await_round(fedvit, process, 2)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    with Store.open(fedvit.home) as store:
-        before = store.latest_run()
-        assert before is not None
-        assert before.status is RunStatus.RUNNING
-        assert 2 <= before.rounds_done < 6
-    summary = fedvit.json("run")
-    assert summary["rounds"] == 6
-    check_everything_counted_once(fedvit)
-    shown = fedvit.json("privacy", "show", configured=False)
-    assert shown["epsilon_spent"] == pytest.approx(summary["epsilon"], abs=1e-9)
-    assert shown["ledger_entries"] == 36
-
-
-def test_ctrl_c_stops_gracefully_and_the_next_start_continues(fedvit: Fedvit) -> None:
+def test_ctrl_c_and_kill_9_in_a_round_cost_nothing(fedvit: Fedvit) -> None:
+    fedvit.settings["training.rounds"] = str(ROUNDS)
     process = start_run(fedvit)
     await_round(fedvit, process, 1)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=120) == 130
-    with Store.open(fedvit.home) as store:
-        before = store.latest_run()
-        assert before is not None
-        assert before.status is RunStatus.STOPPED
-        assert before.rounds_done >= 1
-    trained = fedvit.json("train")
-    assert (trained["status"], trained["rounds_done"]) == ("completed", 6)
+    assert process.wait(timeout=120) == InterruptedRunError.exit_status
+    stopped = stored_run(fedvit)
+    assert stopped.status is RunStatus.STOPPED
+    assert 1 <= stopped.rounds_done < ROUNDS
+
+    process = start_run(fedvit)
+    await_round(fedvit, process, stopped.rounds_done + 1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    killed = stored_run(fedvit)
+    assert killed.status is RunStatus.RUNNING
+    assert stopped.rounds_done < killed.rounds_done < ROUNDS
+
+    summary = fedvit.json("run")
+    assert summary["rounds"] == ROUNDS
     check_everything_counted_once(fedvit)
+    shown = fedvit.json("privacy", "show", configured=False)
+    assert shown["epsilon_spent"] == pytest.approx(summary["epsilon"], abs=1e-9)
+    assert shown["ledger_entries"] == ROUNDS * CLIENTS
