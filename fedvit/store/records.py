@@ -50,3 +50,63 @@ class Release:
     envelopes: Mapping[str, str]
     at: datetime
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A bearer token as the state knows it: ``secret_hash`` is the SHA-256 of its secret, hex."""
+
+    token_id: str
+    name: str
+    secret_hash: str
+    scopes: tuple[str, ...]
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFacts:
+    """What the audit trail keeps of one mutating call. ``params``, ``before`` and ``after`` hold JSON types only.
+
+    ``action`` is method and route template, ``source`` the caller's address, ``status`` the HTTP status answered.
+    """
+
+    actor: str
+    scopes: tuple[str, ...]
+    source: str
+    request_id: str
+    action: str
+    params: Mapping[str, Any]
+    before: Any
+    after: Any
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """A line of the audit trail."""
+
+    sequence: int
+    at: datetime
+    facts: AuditFacts
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKey:
+    """A mutating request that names an idempotency key; ``request_hash`` is the SHA-256 of all it asks for, hex."""
+
+    actor: str
+    route: str
+    key: str
+    request_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAnswer:
+    """The answer that a repeated request gets again. ``body`` is text."""
+
+    status: int
+    body: str
+    media_type: str | None

@@ -1,4 +1,4 @@
-"""The one door to a state folder: fleet, runs, rounds, versions, releases and the privacy ledger."""
+"""The one door to a state folder: fleet, runs, rounds, versions, releases, privacy ledger and who may ask."""
 
 from __future__ import annotations
 
@@ -10,16 +10,38 @@ from typing import Any
 
 from fedvit.errors import ConflictError, StateError
 from fedvit.ports import Charge, LedgerEntry
+from fedvit.store import audit as _audit
 from fedvit.store import fleet as _fleet
+from fedvit.store import idempotency as _idempotency
 from fedvit.store import ledger as _ledger
 from fedvit.store import runs as _runs
+from fedvit.store import tokens as _tokens
 from fedvit.store import versions as _versions
 from fedvit.store.blobs import FileBlobStore
 from fedvit.store.database import Database, open_database
-from fedvit.store.records import FleetInfo, Release, RoundCommit
+from fedvit.store.records import (
+    AuditEntry,
+    AuditFacts,
+    FleetInfo,
+    Release,
+    RequestKey,
+    RoundCommit,
+    StoredAnswer,
+    Token,
+)
 from fedvit.types import Client, Cohort, ModelVersion, RoundRecord, Run, RunStatus
 
-__all__ = ["FleetInfo", "Release", "RoundCommit", "Store"]
+__all__ = [
+    "AuditEntry",
+    "AuditFacts",
+    "FleetInfo",
+    "Release",
+    "RequestKey",
+    "RoundCommit",
+    "Store",
+    "StoredAnswer",
+    "Token",
+]
 
 
 class Store:
@@ -300,12 +322,89 @@ class Store:
             IntegrityError: naming the first sequence that is not as it was written.
         """
         with self._database.read() as session:
-            return _ledger.verify_ledger(session)
+            return _ledger.CHAIN.verify(session)
 
     def ledger(self, since: datetime | None = None, limit: int | None = None, after: int = 0) -> list[LedgerEntry]:
         """Ledger entries with a sequence above ``after`` and not older than ``since``, oldest first."""
         with self._database.read() as session:
             return _ledger.ledger(session, since, limit, after)
+
+    # --- access ------------------------------------------------------------------------------------------------------
+
+    def add_token(self, token: Token) -> None:
+        """Insert a token."""
+        with self._database.write() as session:
+            _tokens.add_token(session, token)
+
+    def token(self, token_id: str) -> Token:
+        """One token.
+
+        Raises:
+            NotFoundError: no such token.
+        """
+        with self._database.read() as session:
+            return _tokens.token(session, token_id)
+
+    def tokens(self) -> list[Token]:
+        """All tokens, revoked ones included, oldest first."""
+        with self._database.read() as session:
+            return _tokens.tokens(session)
+
+    def revoke_token(self, token_id: str, at: datetime) -> Token:
+        """End a token; harmless when it is ended already, the first moment stands.
+
+        Raises:
+            NotFoundError: no such token.
+        """
+        with self._database.write() as session:
+            return _tokens.revoke_token(session, token_id, at)
+
+    def touch_token(self, token_id: str, at: datetime) -> None:
+        """Remember when a token was used last."""
+        with self._database.write() as session:
+            _tokens.touch_token(session, token_id, at)
+
+    def append_audit(self, facts: AuditFacts) -> int:
+        """Write one line of the audit trail; return its sequence.
+
+        Raises:
+            IntegrityError: the end of the trail is not where it was left.
+        """
+        with self._database.write() as session:
+            return _audit.append_audit(session, facts)
+
+    def audit(self, after: int = 0, limit: int | None = None) -> list[AuditEntry]:
+        """Lines of the audit trail behind sequence ``after``, oldest first."""
+        with self._database.read() as session:
+            return _audit.audit(session, after, limit)
+
+    def latest_audit(self, limit: int) -> list[AuditEntry]:
+        """The last lines of the audit trail, oldest of them first."""
+        with self._database.read() as session:
+            return _audit.latest_audit(session, limit)
+
+    def verify_audit(self) -> int:
+        """Recompute the hash chain; return the number of lines.
+
+        Raises:
+            IntegrityError: naming the first sequence that is not as it was written.
+        """
+        with self._database.read() as session:
+            return _audit.CHAIN.verify(session)
+
+    def begin_request(self, request: RequestKey, at: datetime) -> StoredAnswer | None:
+        """Claim an idempotency key (None), or give the answer that its request already got.
+
+        Raises:
+            ConflictError: the key was used for something else, or its request is still under way.
+        """
+        with self._database.write() as session:
+            return _idempotency.begin_request(session, request, at)
+
+    def finish_request(self, request: RequestKey, answer: StoredAnswer | None) -> None:
+        """Keep the answer for repetitions; None forgets the request, so that it may be tried again."""
+        with self._database.write() as session:
+            _idempotency.finish_request(session, request, answer)
 
     # --- meta --------------------------------------------------------------------------------------------------------
 
@@ -320,7 +419,7 @@ class Store:
         Raises:
             ConflictError: the store keeps that key for itself.
         """
-        if key in (_fleet.FLEET_KEY, _ledger.HEAD_KEY):
+        if key in (_fleet.FLEET_KEY, _ledger.CHAIN.head_key, _audit.CHAIN.head_key):
             raise ConflictError(f"The store keeps the key {key!r} for itself.", cure="Use another key.")
         with self._database.write() as session:
             _fleet.set_meta(session, key, value)

@@ -72,7 +72,7 @@ def test_reopening_continues(tmp_path: Path) -> None:
 
 def test_keys_of_the_store_itself_cannot_be_overwritten(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
-        for key in ("fleet", "ledger_head"):
+        for key in ("fleet", "ledger_head", "audit_head"):
             with pytest.raises(ConflictError, match=key):
                 store.set_meta(key, {})
             assert store.get_meta(key) is None
@@ -102,7 +102,7 @@ def test_the_migrated_schema_is_the_declared_one(tmp_path: Path) -> None:
 def test_the_schema_can_be_undone_and_redone(tmp_path: Path) -> None:
     engine = database.make_engine(filled(tmp_path), foreign_keys=False)
     config = database.migration_config()
-    for revise, revision, expected in ((command.downgrade, "base", 0), (command.upgrade, "head", 8)):
+    for revise, revision, expected in ((command.downgrade, "base", 0), (command.upgrade, "head", 11)):
         with engine.begin() as connection:
             config.attributes["connection"] = connection
             revise(config, revision)

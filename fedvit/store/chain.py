@@ -1,0 +1,117 @@
+"""Append-only, hash-chained tables: the privacy ledger and the audit trail. Functions of an open session.
+
+``hash = sha256(prev_hash + canonical JSON of the line)``; the first ``prev_hash`` is 64 zeros. The last line's number
+and hash are kept beside the table, so that lines cut off its end are missed as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Row, Select, insert, select
+from sqlalchemy.orm import Session
+
+from fedvit.errors import IntegrityError
+from fedvit.store.fleet import get_meta, set_meta
+from fedvit.store.tables import AuditRow, ChargeRow
+
+_GENESIS: dict[str, Any] = {"sequence": 0, "hash": "0" * 64}
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One chained table.
+
+    Attributes:
+        name: what messages call it.
+        head_key: where the last line's number and hash are kept in ``meta``.
+        table: its rows, which have ``sequence``, ``at``, ``prev_hash`` and ``hash``.
+        facts: a row's other columns, exactly as :meth:`append` was given them.
+    """
+
+    name: str
+    head_key: str
+    table: type[ChargeRow] | type[AuditRow]
+    facts: Callable[[Row[Any]], dict[str, Any]]
+
+    @property
+    def lines(self) -> Select[Any]:
+        """A query for plain rows instead of mapped objects: a ledger has one line a client and round."""
+        return select(*self.table.__table__.columns)
+
+    def append(self, session: Session, lines: Sequence[Mapping[str, Any]], at: datetime) -> int:
+        """Chain the lines (column -> value) to the end; return the last sequence.
+
+        Raises:
+            IntegrityError: lines are missing at the end of the table.
+            ValueError: a number is not finite.
+        """
+        head = self._checked_head(session)
+        rows = _chained(lines, head["sequence"], head["hash"], at)
+        session.execute(insert(self.table), rows)
+        sequence: int = rows[-1]["sequence"]
+        set_meta(session, self.head_key, {"sequence": sequence, "hash": rows[-1]["hash"]})
+        return sequence
+
+    def verify(self, session: Session) -> int:
+        """Recompute the whole chain; return its length.
+
+        Raises:
+            IntegrityError: naming the first line that was changed, removed or added behind the program's back.
+        """
+        sequence, prev_hash = 0, _GENESIS["hash"]
+        query = self.lines.order_by(self.table.sequence).execution_options(yield_per=1000)
+        for row in session.execute(query):
+            sequence += 1
+            link = _link(prev_hash, _content(sequence, row.at, self.facts(row)))
+            if row.sequence != sequence or row.prev_hash != prev_hash or row.hash != link:
+                raise self._broken(sequence)
+            prev_hash = row.hash
+        head = self._head(session)
+        if head != {"sequence": sequence, "hash": prev_hash}:
+            raise self._broken(min(sequence, head["sequence"]) + 1)
+        return sequence
+
+    def _head(self, session: Session) -> dict[str, Any]:
+        found: dict[str, Any] = get_meta(session, self.head_key) or _GENESIS
+        return found
+
+    def _checked_head(self, session: Session) -> dict[str, Any]:
+        """The head on record, if the last line is the one it names; a chain is never continued over a gap."""
+        head = self._head(session)
+        last = session.execute(self.lines.order_by(self.table.sequence.desc()).limit(1)).one_or_none()
+        found = _GENESIS if last is None else {"sequence": last.sequence, "hash": last.hash}
+        if head != found:
+            raise self._broken(min(found["sequence"], head["sequence"]) + 1)
+        return head
+
+    def _broken(self, sequence: int) -> IntegrityError:
+        return IntegrityError(
+            f"The {self.name} is broken at sequence {sequence}: a line was changed, removed or added.",
+            cure="Restore the state folder from a backup.",
+            sequence=sequence,
+        )
+
+
+def _chained(lines: Sequence[Mapping[str, Any]], sequence: int, prev_hash: str, at: datetime) -> list[dict[str, Any]]:
+    rows = []
+    for line in lines:
+        sequence += 1
+        link = _link(prev_hash, _content(sequence, at, line))
+        rows.append({"sequence": sequence, "at": at, **line, "prev_hash": prev_hash, "hash": link})
+        prev_hash = link
+    return rows
+
+
+def _content(sequence: int, at: datetime, facts: Mapping[str, Any]) -> str:
+    line = {"sequence": sequence, "at": at.isoformat(timespec="microseconds"), **facts}
+    return json.dumps(line, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _link(prev_hash: str, content: str) -> str:
+    return hashlib.sha256((prev_hash + content).encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""Requests that name an idempotency key, and the answers they got. Functions of an open session."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete
+from sqlalchemy.orm import Session
+
+from fedvit.errors import ConflictError
+from fedvit.store.records import RequestKey, StoredAnswer
+from fedvit.store.tables import IdempotencyRow
+
+KEPT = timedelta(hours=24)
+# A request without an answer is under way; after this long its process must have died.
+UNDER_WAY = timedelta(minutes=10)
+
+
+def begin_request(session: Session, request: RequestKey, at: datetime) -> StoredAnswer | None:
+    """Claim the key, or give the answer that it already got.
+
+    Raises:
+        ConflictError: the key was used for something else, or its request is still under way.
+    """
+    session.execute(delete(IdempotencyRow).where(IdempotencyRow.at < at - KEPT))
+    row = _row(session, request)
+    if row is not None and row.status is None and row.at < at - UNDER_WAY:
+        session.delete(row)
+        session.flush()
+        row = None
+    if row is None:
+        session.add(
+            IdempotencyRow(
+                actor=request.actor, route=request.route, key=request.key, request_hash=request.request_hash, at=at
+            )
+        )
+        return None
+    return _answer(row, request)
+
+
+def finish_request(session: Session, request: RequestKey, answer: StoredAnswer | None) -> None:
+    """Keep the answer; None forgets the request, so that it may be tried again."""
+    row = _row(session, request)
+    if row is None:
+        return
+    if answer is None:
+        session.delete(row)
+    else:
+        row.status, row.body, row.media_type = answer.status, answer.body, answer.media_type
+
+
+def _answer(row: IdempotencyRow, request: RequestKey) -> StoredAnswer:
+    if row.request_hash != request.request_hash:
+        raise ConflictError(
+            f"The Idempotency-Key {request.key!r} was used for another request.",
+            cure="Use a new key for a new request.",
+        )
+    if row.status is None or row.body is None:
+        raise ConflictError(
+            f"The request with the Idempotency-Key {request.key!r} is still under way.",
+            cure="Ask again in a moment, with the same key.",
+            retry_after_s=1,
+        )
+    return StoredAnswer(row.status, row.body, row.media_type)
+
+
+def _row(session: Session, request: RequestKey) -> IdempotencyRow | None:
+    return session.get(IdempotencyRow, (request.actor, request.route, request.key))
