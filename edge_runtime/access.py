@@ -11,18 +11,11 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_runtime.problems import problem_of
-from fedvit.errors import UsageError
+from fedvit.errors import UnauthorizedError, UsageError
 
 MIN_TOKEN_CHARACTERS = 16
 # A prober holds no token and learns nothing but the version.
 _OPEN_PATHS = frozenset({"/health"})
-
-
-class UnauthorizedError(UsageError):
-    """The request carries no good token."""
-
-    code = "unauthorized"
-    http_status = 401
 
 
 class BearerToken:

@@ -22,7 +22,7 @@ from fedvit.types import Variant
 
 ENV_PREFIX = "FEDVIT_"
 # Read by other parts of the program, not settings.
-ENV_RESERVED = frozenset({"FEDVIT_CONFIG"})
+ENV_RESERVED = frozenset({"FEDVIT_CONFIG", "FEDVIT_TOKEN"})
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -175,6 +175,52 @@ class EdgeConfig(_Section):
         return ports
 
 
+class OidcConfig(_Section):
+    """An OpenID Connect issuer whose JSON web tokens are accepted; scopes are words in ``scope_claim``."""
+
+    issuer: str
+    audience: str
+    jwks_path: Path | None = None
+    jwks_url: str | None = None
+    algorithm: Literal["RS256", "PS256", "ES256", "EdDSA"] = "RS256"
+    scope_claim: str = "scope"
+
+    @model_validator(mode="after")
+    def _one_source_of_keys(self) -> OidcConfig:
+        if (self.jwks_path is None) == (self.jwks_url is None):
+            raise ValueError("give either jwks_path or jwks_url")
+        if self.jwks_url is not None and not self.jwks_url.startswith("https://"):
+            raise ValueError("jwks_url must begin with https://")
+        return self
+
+
+class AccessConfig(_Section):
+    """Who may ask the control API, and how often.
+
+    ``open_loopback`` is the development mode: whoever reaches the loopback port may do everything but reset the privacy
+    budget and report a breach. Limits hold for each control replica.
+    """
+
+    mode: Literal["open_loopback", "tokens"] = "open_loopback"
+    acknowledge_proxy: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    oidc: OidcConfig | None = None
+    requests_per_s: PositiveFloat = 50.0
+    burst: PositiveInt = 100
+    max_failed_attempts: PositiveInt = 10
+    failed_attempts_window_s: PositiveFloat = 60.0
+    max_body_bytes: PositiveInt = 1_048_576
+    max_json_depth: PositiveInt = 32
+    request_timeout_s: PositiveFloat = 60.0
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> AccessConfig:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        return self
+
+
 class RayConfig(_Section):
     """How actors are placed. CPUs are Ray's book-keeping; threads are what an actor really uses."""
 
@@ -200,6 +246,7 @@ class Settings(_Section):
     privacy: PrivacyConfig = PrivacyConfig()
     release: ReleaseConfig = ReleaseConfig()
     serving: ServingConfig = ServingConfig()
+    access: AccessConfig = AccessConfig()
     edge: EdgeConfig = EdgeConfig()
     ray: RayConfig = RayConfig()
 
@@ -258,14 +305,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _resolve_paths(settings: Settings, folder: Path) -> Settings:
-    """Data and checkpoint paths in a file are relative to that file, as its writer sees them; ``home`` is not."""
+    """Paths in a file are relative to that file, as its writer sees them; ``home`` is not."""
 
     def resolve(path: Path | None) -> Path | None:
         return path if path is None or path.is_absolute() or path.exists() else folder / path
 
     data = settings.data.model_copy(update={"path": resolve(settings.data.path)})
     model = settings.model.model_copy(update={"checkpoint": resolve(settings.model.checkpoint)})
-    return settings.model_copy(update={"data": data, "model": model})
+    access = settings.access
+    access = access.model_copy(
+        update={
+            "tls_cert": resolve(access.tls_cert),
+            "tls_key": resolve(access.tls_key),
+            "oidc": access.oidc and access.oidc.model_copy(update={"jwks_path": resolve(access.oidc.jwks_path)}),
+        }
+    )
+    return settings.model_copy(update={"data": data, "model": model, "access": access})
 
 
 def _environment_tree(environ: Mapping[str, str]) -> dict[str, Any]:

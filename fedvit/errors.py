@@ -12,6 +12,9 @@
     |   +-- PlacementError      Ray cannot place an actor or a replica
     |   +-- NotFoundError       the named thing does not exist (HTTP 404)
     |   +-- ConflictError       the request contradicts the present state (HTTP 409)
+    |   +-- UnauthorizedError   the request does not prove who asks (HTTP 401)
+    |   +-- ForbiddenError      who asks may not do this (HTTP 403)
+    |   +-- RateLimitedError    who asks does so too often (HTTP 429)
     +-- BudgetExhaustedError    the privacy budget does not admit the release (HTTP 409)
     +-- UpdateRejectedError     an update failed a check at the one door for updates (HTTP 422)
     +-- IntegrityError          content does not match its hash or its signature (HTTP 502)
@@ -118,6 +121,27 @@ class ConflictError(UsageError):
 
     code = "conflict"
     http_status = 409
+
+
+class UnauthorizedError(UsageError):
+    """The request carries no good token."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class ForbiddenError(UsageError):
+    """Who asks is known and may not do this."""
+
+    code = "forbidden"
+    http_status = 403
+
+
+class RateLimitedError(UsageError):
+    """Who asks does so too often; ``details["retry_after_s"]`` says when to try again."""
+
+    code = "rate-limited"
+    http_status = 429
 
 
 class BudgetExhaustedError(FedvitError):

@@ -24,6 +24,7 @@ TRAINING_ACCURACY = f"{PREFIX}training_accuracy"
 TRAINING_ROUNDS = f"{PREFIX}training_rounds_total"
 ACTIVE_CLIENTS = f"{PREFIX}active_clients"
 TOTAL_CLIENTS = f"{PREFIX}total_clients"
+UNAUTHORIZED_REQUESTS = f"{PREFIX}unauthorized_requests_total"
 EPSILON_REMAINING = f"{PREFIX}privacy_epsilon_remaining"
 EPSILON_SPENT = f"{PREFIX}privacy_epsilon_spent"
 
@@ -70,6 +71,11 @@ def active_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
 def total_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
     """Clients ever registered."""
     return _gauge(TOTAL_CLIENTS, "Clients ever registered.", registry)
+
+
+def unauthorized_requests(registry: CollectorRegistry = REGISTRY) -> Counter:
+    """Requests refused for who asked, by ``reason``: one of a fixed few, never what the caller sent."""
+    return Counter(UNAUTHORIZED_REQUESTS, "Requests refused for who asked, by reason.", ["reason"], registry=registry)
 
 
 def privacy_epsilon_remaining(registry: CollectorRegistry = REGISTRY) -> Gauge:

@@ -1,0 +1,39 @@
+"""Where it is safe to listen."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from fedvit.config import Settings
+from fedvit.errors import ConfigError
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``. Names other than ``localhost`` are not looked up and count as no."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(settings: Settings) -> None:
+    """Refuse to listen where strangers could ask without a token, or where one could be read off the wire.
+
+    Raises:
+        ConfigError: ``serving.host`` is not loopback, and tokens or their protection are missing.
+    """
+    host, access = settings.serving.host, settings.access
+    if is_loopback(host):
+        return
+    if access.mode != "tokens":
+        raise ConfigError(
+            f"'serving.host' is {host!r}, which others can reach, and 'access.mode' is {access.mode!r}.",
+            cure="Set access.mode to tokens, or serving.host to 127.0.0.1.",
+        )
+    if access.tls_cert is None and not access.acknowledge_proxy:
+        raise ConfigError(
+            f"'serving.host' is {host!r}, and tokens would cross the network in the clear.",
+            cure="Set access.tls_cert and access.tls_key, or access.acknowledge_proxy if a proxy ends TLS before it.",
+        )

@@ -1,0 +1,72 @@
+"""How often somebody may ask, and how often somebody may fail to prove who he is. In memory, so each process counts."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+# Beyond this the longest idle are forgotten, so that made-up names cannot fill the memory.
+MAX_NAMES = 10_000
+
+
+class TokenBuckets:
+    """A token bucket a name: ``burst`` requests at once, ``rate`` a second in the long run.
+
+    Args:
+        rate: requests a second.
+        burst: at least 1.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, rate: float, burst: int, clock: Callable[[], float]) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._lock = threading.Lock()
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, name: str) -> float:
+        """Take one; 0 if there was one, else the seconds until there is."""
+        with self._lock:
+            now = self._clock()
+            level, since = self._buckets.pop(name, (float(self._burst), now))
+            level = min(self._burst, level + (now - since) * self._rate)
+            granted = level >= 1
+            self._buckets[name] = (level - 1 if granted else level, now)
+            if len(self._buckets) > MAX_NAMES:
+                self._buckets.popitem(last=False)
+            return 0.0 if granted else (1 - level) / self._rate
+
+
+class FailureWindow:
+    """Failures a name within the last ``window_s`` seconds.
+
+    Args:
+        allowed: how many are tolerated.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, allowed: int, window_s: float, clock: Callable[[], float]) -> None:
+        self._allowed, self._window_s, self._clock = allowed, window_s, clock
+        self._lock = threading.Lock()
+        self._failures: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def fail(self, name: str) -> float:
+        """Count a failure; 0 while they are tolerated, else the seconds until one would be again."""
+        with self._lock:
+            now = self._clock()
+            times = self._failures.pop(name, deque(maxlen=self._allowed))
+            while times and times[0] <= now - self._window_s:
+                times.popleft()
+            wait_s = times[0] + self._window_s - now if len(times) >= self._allowed else 0.0
+            if not wait_s:
+                times.append(now)
+            self._failures[name] = times
+            if len(self._failures) > MAX_NAMES:
+                self._failures.popitem(last=False)
+            return wait_s
+
+
+def whole_seconds(wait_s: float) -> int:
+    """For ``Retry-After``: whole seconds, at least one."""
+    return max(1, math.ceil(wait_s))

@@ -1,0 +1,105 @@
+"""Bearer tokens ``fvt_<token_id>_<secret>``: made, listed, ended, and checked at every request.
+
+The secret has 256 random bits and is shown once; the state keeps its SHA-256. A slow password hash would add nothing:
+nobody guesses 256 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from fedvit.access.identity import Identity, Scope, parse_scopes
+from fedvit.errors import ConfigError, NotFoundError, UnauthorizedError
+from fedvit.store.store import Store, Token
+
+PREFIX = "fvt_"
+_FORM = re.compile(r"fvt_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,63}")
+# One write a minute and token is enough to find those that nobody uses.
+_TOUCH_EVERY = timedelta(minutes=1)
+_NOBODY = hashlib.sha256(b"").hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token just made; ``text`` is what its holder sends and is nowhere else."""
+
+    token: Token
+    text: str
+
+    def __repr__(self) -> str:
+        # A secret in a log or a stack trace is a leaked one.
+        return f"NewToken({self.token.token_id})"
+
+
+def create_token(
+    store: Store, name: str, scopes: Iterable[str], *, now: datetime, lifetime: timedelta | None = None
+) -> NewToken:
+    """Make a token; without ``lifetime`` it is good until it is revoked.
+
+    Raises:
+        ConfigError: the name, a scope or the lifetime is none.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} is no name for a token.", cure="Use 1 to 64 letters, digits, spaces and . _ @ -, a letter first."
+        )
+    if lifetime is not None and lifetime <= timedelta(0):
+        raise ConfigError(f"A token cannot live for {lifetime}.", cure="Give a lifetime above zero.")
+    token_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+    token = Token(
+        token_id=token_id,
+        name=name,
+        secret_hash=_hash(secret),
+        scopes=tuple(sorted(parse_scopes(scopes))),
+        created_at=now,
+        expires_at=None if lifetime is None else now + lifetime,
+    )
+    store.add_token(token)
+    return NewToken(token, f"{PREFIX}{token_id}_{secret}")
+
+
+def verify_token(store: Store, text: str, now: datetime) -> Identity:
+    """Who bears this token.
+
+    Raises:
+        UnauthorizedError: ``details["reason"]`` is malformed, invalid (unknown or wrong), expired or revoked.
+    """
+    form = _FORM.fullmatch(text)
+    if form is None:
+        raise _refusal("malformed")
+    token = _find(store, form[1])
+    # Compared even when there is no such token, so that the time tells nothing about which ids exist.
+    good = hmac.compare_digest(_hash(form[2]), token.secret_hash if token else _NOBODY)
+    if token is None or not good:
+        raise _refusal("invalid")
+    if token.revoked_at is not None:
+        raise _refusal("revoked")
+    if token.expires_at is not None and token.expires_at <= now:
+        raise _refusal("expired")
+    if token.last_used_at is None or token.last_used_at <= now - _TOUCH_EVERY:
+        store.touch_token(token.token_id, now)
+    return Identity(f"token:{token.token_id}:{token.name}", frozenset(map(Scope, token.scopes)), authenticated=True)
+
+
+def _find(store: Store, token_id: str) -> Token | None:
+    try:
+        return store.token(token_id)
+    except NotFoundError:
+        return None
+
+
+def _refusal(reason: str) -> UnauthorizedError:
+    # Revoked or expired is told only to who knew the secret; everybody else learns nothing.
+    why = f"is {reason}" if reason in ("revoked", "expired") else "is not valid"
+    return UnauthorizedError(f"The bearer token {why}.", cure="Ask an admin for a new token.", reason=reason)
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
