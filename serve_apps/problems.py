@@ -2,42 +2,91 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from fedvit.errors import FedvitError
+from fedvit.errors import FedvitError, ForbiddenError, UnauthorizedError
+from serve_apps.logs import redact, request_id
 
 MEDIA_TYPE = "application/problem+json"
+_LOG = logging.getLogger("fedvit.control")
 
 
-def problem(status: int, code: str, title: str, detail: str, **more: object) -> JSONResponse:
+class ProblemError(Exception):
+    """A fault of HTTP itself, which the library has no word for: a body too large, a precondition that failed.
+
+    Args:
+        status: the HTTP status.
+        code: names the kind of problem; the end of its ``type``.
+        title: the kind, in words.
+        detail: one sentence: what was wrong here, and what would be right.
+        more: further members of the problem document; JSON types only.
+    """
+
+    def __init__(self, status: int, code: str, title: str, detail: str, **more: Any) -> None:
+        super().__init__(detail)
+        self.status, self.code, self.title, self.detail, self.more = status, code, title, detail, more
+
+
+def problem(
+    status: int, code: str, title: str, detail: str, headers: Mapping[str, str] | None = None, **more: object
+) -> JSONResponse:
     """A problem document; ``type`` is a stable relative reference into docs/problems.md."""
-    body = {"type": f"/problems/{code}", "title": title, "status": status, "detail": detail, **more}
-    return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE)
+    body = {"type": f"/problems/{code}", "title": title, "status": status, "detail": redact(detail), **more}
+    if request_id.get():
+        body["request_id"] = request_id.get()
+    return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE, headers=dict(headers or {}))
+
+
+def problem_of(error: Exception) -> JSONResponse:
+    """The problem document of any error; one that nobody foresaw is logged and not shown."""
+    match error:
+        case FedvitError():
+            title = type(error).__name__.removesuffix("Error")
+            more = {"cure": error.cure, **error.details}
+            return problem(error.http_status, error.code, title, error.message, _headers_of(error), **more)
+        case RequestValidationError():
+            return _invalid(error)
+        case ProblemError():
+            return problem(error.status, error.code, error.title, error.detail, **error.more)
+        case HTTPException():
+            return problem(error.status_code, "http", str(error.detail), str(error.detail), error.headers)
+    _LOG.error("A request failed", exc_info=error)
+    detail = "The request failed for a reason nobody foresaw; the log has it under this request_id."
+    return problem(500, "internal-error", "Internal error", detail)
 
 
 def install_problem_handlers(api: FastAPI) -> None:
     """Answer every foreseen error with a problem document."""
-    api.add_exception_handler(FedvitError, _fedvit_error)
-    api.add_exception_handler(RequestValidationError, _validation_error)
-    api.add_exception_handler(HTTPException, _http_error)
+    for kind in (FedvitError, RequestValidationError, ProblemError, HTTPException):
+        api.add_exception_handler(kind, _answer)
 
 
-async def _fedvit_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, FedvitError)
-    title = type(error).__name__.removesuffix("Error")
-    return problem(error.http_status, error.code, title, error.message, cure=error.cure, **error.details)
+async def _answer(_: Request, error: Exception) -> JSONResponse:
+    return problem_of(error)
 
 
-async def _validation_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+def _headers_of(error: FedvitError) -> dict[str, str]:
+    """What RFC 6750 and RFC 9110 want beside the status."""
+    headers = {}
+    if "retry_after_s" in error.details:
+        headers["Retry-After"] = str(error.details["retry_after_s"])
+    if isinstance(error, UnauthorizedError):
+        known = error.details.get("reason") == "missing"
+        headers["WWW-Authenticate"] = 'Bearer realm="fedvit"' + ("" if known else ', error="invalid_token"')
+    if isinstance(error, ForbiddenError) and "required" in error.details:
+        scope = " ".join(error.details["required"])
+        headers["WWW-Authenticate"] = f'Bearer realm="fedvit", error="insufficient_scope", scope="{scope}"'
+    return headers
+
+
+def _invalid(error: RequestValidationError) -> JSONResponse:
     faults = [{"field": ".".join(map(str, fault["loc"])), "message": fault["msg"]} for fault in error.errors()]
     detail = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults)
     return problem(422, "invalid-request", "Invalid request", detail, errors=faults)
-
-
-async def _http_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return problem(error.status_code, "http", str(error.detail), str(error.detail))

@@ -7,17 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Response
 
+from fedvit.access.identity import Scope
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, NotFoundError
 from fedvit.monitoring.metrics import render
 from fedvit.ports import AccountantPort, AggregatorPort
 from fedvit.store.store import Release, Store
 from fedvit.types import Client, ClientKind, TrainingProgress, Variant, utc_now
+from serve_apps.control.access import Guard, Note, public, requires
+from serve_apps.control.route import Control, install_control
 from serve_apps.control.schemas import (
+    AuditView,
     BudgetView,
     ClientsStatus,
     ClientView,
@@ -42,25 +46,38 @@ class Services:
     metrics_dir: Path | None = None
 
 
-def create_api(services: Services) -> FastAPI:
-    """The FastAPI application over the given services."""
+VIEWER = [requires(Scope.VIEWER)]
+OPERATOR = [requires(Scope.OPERATOR)]
+ADMIN = [requires(Scope.ADMIN)]
+# Vehicles and replicas fetch releases with a token that is good for nothing else.
+FOLLOWER = [requires(Scope.VIEWER, Scope.DEVICE)]
+
+
+def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
+    """The FastAPI application over the given services.
+
+    Raises:
+        ConfigError: the OIDC key set cannot be read.
+    """
     api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "")
     install_problem_handlers(api)
+    install_control(api, Control(guard or Guard(services.settings, services.store), services.store))
     _add_system_routes(api, services)
     _add_client_routes(api, services)
     _add_model_routes(api, services)
     _add_privacy_routes(api, services)
     _add_training_routes(api, services)
+    _add_audit_routes(api, services)
     return api
 
 
 def _add_system_routes(api: FastAPI, services: Services) -> None:
-    @api.get("/healthz", tags=["system"])
+    @api.get("/healthz", tags=["system"], dependencies=[public()])
     def healthz() -> dict[str, str]:
         """Whether this replica answers."""
         return {"status": "ok"}
 
-    @api.get("/api/system/health", tags=["system"])
+    @api.get("/api/system/health", tags=["system"], dependencies=VIEWER)
     def health() -> HealthView:
         """Whether each part answers, where training stands, what is released."""
         parts = {
@@ -76,7 +93,7 @@ def _add_system_routes(api: FastAPI, services: Services) -> None:
             release=release.version if release else None,
         )
 
-    @api.get("/metrics", tags=["system"], response_class=Response)
+    @api.get("/metrics", tags=["system"], response_class=Response, dependencies=VIEWER)
     def metrics() -> Response:
         """Prometheus exposition of every process of this node."""
         body, content_type = render(services.metrics_dir)
@@ -94,7 +111,7 @@ def _ailment(check: Callable[[], object]) -> str:
 def _add_client_routes(api: FastAPI, services: Services) -> None:
     store = services.store
 
-    @api.get("/api/clients/status", tags=["clients"])
+    @api.get("/api/clients/status", tags=["clients"], dependencies=VIEWER)
     def status(
         limit: Annotated[int, Query(ge=1, le=1000)] = 100, offset: Annotated[int, Query(ge=0)] = 0
     ) -> ClientsStatus:
@@ -106,8 +123,13 @@ def _add_client_routes(api: FastAPI, services: Services) -> None:
             clients=[ClientView.of(client) for client in store.clients(offset=offset, limit=limit)],
         )
 
-    @api.post("/api/clients/register", tags=["clients"], status_code=201)
-    def register(request: RegisterClient) -> ClientView:
+    @api.post(
+        "/api/clients/register",
+        tags=["clients"],
+        status_code=201,
+        dependencies=[requires(Scope.OPERATOR, Scope.DEVICE)],
+    )
+    def register(request: RegisterClient, note: Note) -> ClientView:
         """Add a vehicle, or bring one back; registering twice is harmless."""
         known = _find_client(store, request.device_id)
         if known is not None and known.kind is ClientKind.VIRTUAL:
@@ -124,12 +146,22 @@ def _add_client_routes(api: FastAPI, services: Services) -> None:
                 )
             ]
         )
-        return ClientView.of(store.set_client(request.device_id, active=True))
+        note.before = _client_facts(known) if known else None
+        client = store.set_client(request.device_id, active=True)
+        note.after = _client_facts(client)
+        return ClientView.of(client)
 
-    @api.delete("/api/clients/{client_id}", tags=["clients"])
-    def remove(client_id: str) -> ClientView:
+    @api.delete("/api/clients/{client_id}", tags=["clients"], dependencies=OPERATOR)
+    def remove(client_id: str, note: Note) -> ClientView:
         """Take a client out of the active list; its record and its privacy spend remain."""
-        return ClientView.of(store.set_client(client_id, active=False))
+        note.before = _client_facts(store.client(client_id))
+        client = store.set_client(client_id, active=False)
+        note.after = _client_facts(client)
+        return ClientView.of(client)
+
+
+def _client_facts(client: Client) -> dict[str, Any]:
+    return ClientView.of(client).model_dump(mode="json")
 
 
 def _find_client(store: Store, client_id: str) -> Client | None:
@@ -142,7 +174,7 @@ def _find_client(store: Store, client_id: str) -> Client | None:
 def _add_model_routes(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
 
-    @api.get("/api/model/info", tags=["model"])
+    @api.get("/api/model/info", tags=["model"], dependencies=VIEWER)
     def info() -> ModelInfo:
         """The served model: size in bytes by variant, complexity, classes."""
         release = _current_release(store)
@@ -160,19 +192,19 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
             image_size=settings.data.image_size,
         )
 
-    @api.get("/api/model/versions", tags=["model"])
+    @api.get("/api/model/versions", tags=["model"], dependencies=VIEWER)
     def versions(
         limit: Annotated[int, Query(ge=1, le=1000)] = 50, offset: Annotated[int, Query(ge=0)] = 0
     ) -> list[ModelView]:
         """Model versions, newest first."""
         return [ModelView.of(version) for version in store.versions(offset=offset, limit=limit)]
 
-    @api.get("/api/model/current", tags=["model"])
+    @api.get("/api/model/current", tags=["model"], dependencies=VIEWER)
     def current() -> ModelView:
         """The version that replicas and vehicles are offered."""
         return ModelView.of(store.version(_current_release(store).version))
 
-    @api.get("/api/model/release", tags=["model"], response_class=Response)
+    @api.get("/api/model/release", tags=["model"], response_class=Response, dependencies=FOLLOWER)
     def release(variant: Variant = Variant.STANDARD) -> Response:
         """The signed manifest of the current release, byte for byte as it was signed."""
         envelope = _current_release(store).envelopes.get(variant.value)
@@ -180,7 +212,7 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
             raise NotFoundError(f"The current release has no variant {variant.value!r}.", cure="See release.variants.")
         return Response(envelope, media_type="application/json")
 
-    @api.get("/api/model/blobs/{digest}", tags=["model"], response_class=Response)
+    @api.get("/api/model/blobs/{digest}", tags=["model"], response_class=Response, dependencies=FOLLOWER)
     def blob(digest: str) -> Response:
         """An artifact of the current release by its SHA-256. Weights and other blobs are not handed out."""
         if digest not in _current_release(store).artifacts.values():
@@ -196,12 +228,12 @@ def _current_release(store: Store) -> Release:
 
 
 def _add_privacy_routes(api: FastAPI, services: Services) -> None:
-    @api.get("/api/privacy/budget", tags=["privacy"])
+    @api.get("/api/privacy/budget", tags=["privacy"], dependencies=VIEWER)
     def budget() -> BudgetView:
         """What is spent and what is left, for the most exposed client."""
         return BudgetView.of(services.accountant().budget())
 
-    @api.get("/api/privacy/history", tags=["privacy"])
+    @api.get("/api/privacy/history", tags=["privacy"], dependencies=VIEWER)
     def history(
         hours: Annotated[float, Query(gt=0, le=24 * 366)] = 24, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
     ) -> list[SpendView]:
@@ -211,21 +243,44 @@ def _add_privacy_routes(api: FastAPI, services: Services) -> None:
 
 
 def _add_training_routes(api: FastAPI, services: Services) -> None:
-    @api.get("/api/training/status", tags=["training"])
+    @api.get("/api/training/status", tags=["training"], dependencies=VIEWER)
     def status() -> ProgressView:
         """Where the training loop stands."""
         return _progress(services.aggregator().progress())
 
-    @api.post("/api/training/start", tags=["training"], status_code=202)
-    def start() -> ProgressView:
+    @api.post("/api/training/start", tags=["training"], status_code=202, dependencies=OPERATOR)
+    def start(note: Note) -> ProgressView:
         """Begin or continue the run that the settings describe; harmless when it is under way."""
-        return _progress(services.aggregator().start_training())
+        aggregator = services.aggregator()
+        note.before = _standing(aggregator.progress())
+        progress = aggregator.start_training()
+        note.after = _standing(progress)
+        return _progress(progress)
 
-    @api.post("/api/training/stop", tags=["training"], status_code=202)
-    def stop() -> ProgressView:
+    @api.post("/api/training/stop", tags=["training"], status_code=202, dependencies=OPERATOR)
+    def stop(note: Note) -> ProgressView:
         """End the loop after the round under way; a start continues it."""
-        return _progress(services.aggregator().stop_training())
+        aggregator = services.aggregator()
+        note.before = _standing(aggregator.progress())
+        progress = aggregator.stop_training()
+        note.after = _standing(progress)
+        return _progress(progress)
 
 
 def _progress(progress: TrainingProgress) -> ProgressView:
     return ProgressView(**dataclasses.asdict(progress))
+
+
+def _standing(progress: TrainingProgress) -> dict[str, Any]:
+    return {name: getattr(progress, name) for name in ("run_id", "status", "phase", "rounds_done")}
+
+
+def _add_audit_routes(api: FastAPI, services: Services) -> None:
+    @api.get("/api/audit", tags=["audit"], dependencies=ADMIN)
+    def audit(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: Annotated[int | None, Query(ge=0)] = None
+    ) -> list[AuditView]:
+        """Lines of the audit trail, oldest first: those behind sequence ``after``, else the last ones."""
+        store = services.store
+        entries = store.latest_audit(limit) if after is None else store.audit(after, limit)
+        return [AuditView.of(entry) for entry in entries]

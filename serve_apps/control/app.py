@@ -14,6 +14,8 @@ from actors.spawn import namespace_of
 from fedvit.config import Settings, settings_from_json, settings_to_json
 from fedvit.store.store import Store
 from serve_apps.control.api import Services, create_api
+from serve_apps.control.route import LOG
+from serve_apps.logs import log_to_file
 
 
 def build_control_app(settings: Settings) -> serve.Application:
@@ -36,6 +38,7 @@ def build_control_app(settings: Settings) -> serve.Application:
 
 def _build_api(settings_json: str) -> FastAPI:
     settings = settings_from_json(settings_json)
+    log_to_file(LOG, settings.home / "logs" / "control.log")
     namespace = namespace_of(settings.home)
     metrics_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     return create_api(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedvit.ports import LedgerEntry
+from fedvit.store.store import AuditEntry
 from fedvit.types import BudgetReport, Client, ModelVersion
 
 
@@ -18,10 +20,10 @@ class _Request(BaseModel):
 class RegisterClient(_Request):
     """A vehicle that offers to take part."""
 
-    device_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    device_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", examples=["truck-7"])
     kind: Literal["remote", "silo"] = "remote"
     num_examples: int = Field(default=0, ge=0)
-    capabilities: dict[str, Any] = Field(default_factory=dict)
+    capabilities: dict[str, Any] = Field(default_factory=dict, examples=[{"camera": "front"}])
 
 
 class ClientView(BaseModel):
@@ -176,3 +178,24 @@ class HealthView(BaseModel):
     parts: dict[str, str]
     training: ProgressView | None
     release: str | None
+
+
+class AuditView(BaseModel):
+    """One line of the audit trail."""
+
+    sequence: int
+    at: datetime
+    actor: str
+    scopes: list[str]
+    source: str
+    request_id: str
+    action: str
+    params: dict[str, Any]
+    before: Any
+    after: Any
+    status: int
+
+    @classmethod
+    def of(cls, entry: AuditEntry) -> AuditView:
+        """The view of an entry."""
+        return cls(sequence=entry.sequence, at=entry.at, **dataclasses.asdict(entry.facts))

@@ -1,0 +1,158 @@
+"""Request bodies: bounded, JSON whatever their content type says, and explained where they are not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from serve_apps.problems import ProblemError
+
+# What documentation writes where a value belongs.
+_PLACEHOLDER = re.compile(r"\{\s*(\.\.\.|…)\s*\}|\[\s*(\.\.\.|…)\s*\]|:\s*(\.\.\.|…)")
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        ProblemError: it is too large (413), or compressed (415).
+    """
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ProblemError(415, "compressed-body", "Unsupported encoding", "Send the body without a Content-Encoding.")
+    declared = request.headers.get("content-length", "")
+    content = bytearray()
+    if not (declared.isdecimal() and int(declared[:20]) > max_bytes):
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > max_bytes:
+                break
+        else:
+            return bytes(content)
+    raise ProblemError(413, "body-too-large", "Body too large", f"A request body may have {max_bytes} bytes at most.")
+
+
+def parse_json(content: bytes, max_depth: int, example: Any) -> Any:
+    """The JSON value in a body.
+
+    Raises:
+        ProblemError: it is none, or nests too deeply; ``example`` is then shown as what would be right.
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise ProblemError(
+            400, "invalid-json", "Invalid JSON", why, **({} if example is None else {"example": example})
+        )
+
+    try:
+        text = content.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_no_number, object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        refuse(f"The body is not UTF-8 at byte {error.start}; send JSON in UTF-8.")
+    except RecursionError:
+        refuse(f"The body nests too deeply; {max_depth} levels are allowed.")
+    except ValueError as error:
+        _refuse_text(text, error, refuse)
+    if _is_deeper(value, max_depth):
+        refuse(f"The body nests too deeply; {max_depth} levels are allowed.")
+    return value
+
+
+def check_no_fields(value: Any) -> None:
+    """A route that takes no body admits ``{}``.
+
+    Raises:
+        ProblemError: there are fields, which are named, or there is something else (422).
+    """
+    if value == {}:
+        return
+    found = f"the unknown fields {', '.join(map(repr, list(value)[:10]))}" if isinstance(value, dict) else "no object"
+    raise ProblemError(422, "invalid-request", "Invalid request", f"This route takes no body and was sent {found}.")
+
+
+def with_body(request: Request, content: bytes) -> Request:
+    """The same request with ``content`` as its JSON body, unread."""
+    replaced = (b"content-type", b"content-length")
+    headers = [(name, value) for name, value in request.scope["headers"] if name not in replaced]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    return Request({**request.scope, "headers": headers}, receive)
+
+
+def example_of(model: type[BaseModel]) -> Any:
+    """A body that the model admits: its fields' ``examples``, else their defaults, else the simplest value."""
+    schema = model.model_json_schema()
+    return _example(schema, schema.get("$defs", {}))
+
+
+def _refuse_text(text: str, error: ValueError, refuse: Callable[[str], NoReturn]) -> NoReturn:
+    if not text.strip():
+        refuse("The body is empty; send a JSON object.")
+    if _PLACEHOLDER.search(text):
+        refuse("The body has a placeholder ('...') where a value belongs; put your own value there.")
+    where = (
+        f"line {error.lineno}, column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
+    )
+    refuse(f"The body is not JSON ({where}).")
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Which of two equal names counts differs between parsers, and so between what is audited and what is done.
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a field appears twice")
+    return found
+
+
+def _is_deeper(value: Any, max_depth: int) -> bool:
+    level = [value]
+    for _ in range(max_depth + 1):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return False
+    return True
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, list) else []
+
+
+def _example(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:
+    for key in ("example", "default", "const"):
+        if key in schema:
+            return schema[key]
+    for key in ("examples", "enum"):
+        if schema.get(key):
+            return schema[key][0]
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.get(key):
+            return _example(schema[key][0], definitions)
+    if "$ref" in schema:
+        return _example(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+    return _simplest(schema, definitions)
+
+
+def _simplest(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:
+    match schema.get("type"):
+        case "object":
+            return {name: _example(field, definitions) for name, field in schema.get("properties", {}).items()}
+        case "array":
+            return [_example(schema.get("items", {}), definitions)]
+        case "integer" | "number":
+            return schema.get("minimum", 1)
+        case "boolean":
+            return True
+    return "text"

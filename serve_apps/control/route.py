@@ -1,0 +1,285 @@
+"""The way of every request to the control API: who asks, what he sends, how long it takes, what is kept of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fedvit.access.identity import Identity
+from fedvit.errors import FedvitError
+from fedvit.store.store import RequestKey, Store, StoredAnswer
+from fedvit.types import utc_now
+from serve_apps.control.access import AuditNote, Caller, Guard, requirement_of
+from serve_apps.control.audit import facts_of
+from serve_apps.control.bodies import check_no_fields, example_of, parse_json, read_body, with_body
+from serve_apps.logs import request_id
+from serve_apps.problems import MEDIA_TYPE, ProblemError, problem_of
+
+LOG = logging.getLogger("fedvit.control")
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_KEY = re.compile(r"[\x21-\x7e]{1,200}")
+_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+# A task that nobody refers to may be collected before it is done.
+_running: set[asyncio.Task[Response]] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What :class:`ControlledRoute` stands on; ``app.state.control``."""
+
+    guard: Guard
+    store: Store
+
+
+def install_control(api: FastAPI, control: Control) -> None:
+    """Make every route that is added to ``api`` from now on a :class:`ControlledRoute`."""
+    api.state.control = control
+    api.router.route_class = ControlledRoute
+    api.add_middleware(RequestIds)
+
+
+class ControlledRoute(APIRoute):
+    """A route that declares who may use it, with ``dependencies=[requires(...)]`` or ``[public()]``.
+
+    A request passes, in this order: its token, its scopes and its rate; the size and the form of its body; for a
+    mutating one its idempotency key; then the handler, within the time limit. A mutating one is audited at the end.
+
+    Raises:
+        TypeError: the route declares not one requirement.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        requirement = requirement_of(list(options.get("dependencies") or []))
+        if requirement is None:
+            raise TypeError(f"The route {path} must declare one of requires(...) and public()")
+        self.requirement = requirement
+        marks: dict[str, Any] = {"x-scope": [str(scope) for scope in requirement.scopes]}
+        if requirement.token_always:
+            marks["x-token-always"] = True
+        options["openapi_extra"] = marks | (options.get("openapi_extra") or {})
+        options["responses"] = _problems(options.get("methods") or {"GET"}) | (options.get("responses") or {})
+        super().__init__(path, endpoint, **options)
+
+    def get_route_handler(self) -> _Handler:
+        """The handler behind all that."""
+        inner = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await _Call(self, inner, request).answer()
+            except Exception as error:
+                return problem_of(error)
+
+        return handle
+
+    def example(self) -> Any:
+        """A body that this route admits, or None."""
+        model = self.body_field.field_info.annotation if self.body_field else None
+        return example_of(model) if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+class _Call:
+    """One request on its way."""
+
+    def __init__(self, route: ControlledRoute, inner: _Handler, request: Request) -> None:
+        control: Control = request.app.state.control
+        self._guard, self._store, self._access = control.guard, control.store, control.guard.access
+        self._route, self._inner, self._request = route, inner, request
+        self._caller = Caller.of(request, self._access)
+        self._action = f"{request.method} {route.path}"
+        self._note = AuditNote()
+
+    async def answer(self) -> Response:
+        request, requirement = self._request, self._route.requirement
+        identity = await run_in_threadpool(self._guard.identify, requirement, self._caller)
+        request.state.identity, request.state.audit_note, request.state.source = (
+            identity,
+            self._note,
+            self._caller.source,
+        )
+        if request.method in _SAFE:
+            self._guard.permit(requirement, identity)
+            return await self._in_time(self._inner(request))
+        try:
+            self._guard.permit(requirement, identity)
+        except FedvitError as error:
+            # Only who is known is audited when refused: strangers could fill the disk.
+            if identity.authenticated:
+                await self._audit(identity, None, error.http_status)
+            raise
+        content, body = await self._read()
+        return await self._mutate(identity, content, body)
+
+    async def _read(self) -> tuple[bytes, Any]:
+        limit_s = self._access.request_timeout_s
+        try:
+            content = await asyncio.wait_for(read_body(self._request, self._access.max_body_bytes), limit_s)
+        except TimeoutError:
+            detail = f"The body did not arrive within {limit_s:g} s."
+            raise ProblemError(408, "request-timeout", "Request timeout", detail) from None
+        takes_body = self._route.body_field is not None
+        if not content and not takes_body:
+            return content, None
+        body = parse_json(content, self._access.max_json_depth, self._route.example())
+        if not takes_body:
+            check_no_fields(body)
+        return content, body
+
+    async def _mutate(self, identity: Identity, content: bytes, body: Any) -> Response:
+        key = self._key(identity, content)
+        if key is not None:
+            stored = await run_in_threadpool(self._store.begin_request, key, utc_now())
+            if stored is not None:
+                headers = {"Idempotency-Replayed": "true"}
+                return Response(stored.body, stored.status, headers, stored.media_type)
+        return await self._in_time(self._perform(identity, with_body(self._request, content), body, key))
+
+    async def _perform(self, identity: Identity, request: Request, body: Any, key: RequestKey | None) -> Response:
+        try:
+            response = await self._inner(request)
+        except Exception as error:
+            response = problem_of(error)
+        await self._audit(identity, body, response.status_code)
+        if key is not None:
+            await run_in_threadpool(self._store.finish_request, key, _stored(response))
+        return response
+
+    async def _audit(self, identity: Identity, body: Any, status: int) -> None:
+        facts = facts_of(self._request, self._action, identity, self._caller.source, body, self._note, status)
+        try:
+            await run_in_threadpool(self._store.append_audit, facts)
+        except FedvitError:
+            LOG.critical("The audit trail could not be written", extra={"action": self._action, "status": status})
+            raise
+
+    async def _in_time(self, work: Coroutine[Any, Any, Response]) -> Response:
+        """Answer 504 when it takes too long; the work itself is not broken off, and is audited when it ends."""
+        limit_s = self._access.request_timeout_s
+        task = asyncio.create_task(work)
+        _running.add(task)
+        task.add_done_callback(_running.discard)
+        done, _ = await asyncio.wait({task}, timeout=limit_s)
+        if done:
+            return task.result()
+        task.add_done_callback(_forget_result)
+        detail = f"No answer within {limit_s:g} s; the request may still take effect. See the audit trail."
+        raise ProblemError(504, "timeout", "Timeout", detail)
+
+    def _key(self, identity: Identity, content: bytes) -> RequestKey | None:
+        """The request's idempotency key.
+
+        Raises:
+            ProblemError: it is not 1 to 200 visible ASCII characters (400).
+        """
+        given = self._request.headers.get("idempotency-key")
+        if given is None:
+            return None
+        if not _KEY.fullmatch(given):
+            detail = "An Idempotency-Key has 1 to 200 visible ASCII characters."
+            raise ProblemError(400, "invalid-idempotency-key", "Invalid key", detail)
+        url = self._request.url
+        asked = b"\0".join((url.path.encode(), url.query.encode(), content))
+        return RequestKey(identity.actor, self._action, given, hashlib.sha256(asked).hexdigest())
+
+
+def _stored(response: Response) -> StoredAnswer | None:
+    """What a repetition gets; nothing when the fault was ours, so that it may be tried again."""
+    if response.status_code >= 500 or not hasattr(response, "body"):
+        return None
+    return StoredAnswer(response.status_code, bytes(response.body).decode(), response.media_type)
+
+
+def _forget_result(task: asyncio.Task[Response]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        LOG.error("A request failed after its time was up", exc_info=task.exception())
+
+
+def _problems(methods: set[str]) -> dict[int | str, dict[str, Any]]:
+    """The problem documents that any route may answer with, for the OpenAPI document."""
+    kinds = {401: "No good token", 403: "Not allowed", 429: "Too many requests", 504: "Timeout"}
+    if not set(methods) <= _SAFE:
+        kinds |= {400: "Not JSON", 409: "Conflict", 413: "Body too large", 422: "Invalid request"}
+    schema = {
+        "type": "object",
+        "required": ["type", "title", "status", "detail"],
+        "properties": {
+            "type": {"type": "string"},
+            "title": {"type": "string"},
+            "status": {"type": "integer"},
+            "detail": {"type": "string"},
+            "cure": {"type": ["string", "null"]},
+            "request_id": {"type": "string"},
+        },
+    }
+    return {
+        status: {"description": description, "content": {MEDIA_TYPE: {"schema": schema}}}
+        for status, description in sorted(kinds.items())
+    }
+
+
+class RequestIds:
+    """ASGI middleware: every request has an id, taken from ``X-Request-ID`` if sane; it is echoed and logged."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; log what became of it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        identifier = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = identifier
+        reset = request_id.set(identifier)
+        try:
+            await _logged(self._app, scope, receive, send)
+        finally:
+            request_id.reset(reset)
+
+
+async def _logged(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    began = time.perf_counter()
+    status = 500
+
+    async def send_with_id(message: Message) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            MutableHeaders(scope=message)["X-Request-ID"] = scope["state"]["request_id"]
+        await send(message)
+
+    try:
+        await app(scope, receive, send_with_id)
+    finally:
+        _log(scope, status, time.perf_counter() - began)
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    # Vehicles poll: a line for each reading that went well would bury the rest and fill the disk.
+    quiet = scope["method"] in _SAFE and status < 500 and status not in (401, 403, 429)
+    route, identity = scope.get("route"), scope["state"].get("identity")
+    facts = {
+        "method": scope["method"][:16],
+        "route": getattr(route, "path", None) or f"unknown: {scope['path'][:100]}",
+        "status": status,
+        "duration_ms": round(seconds * 1000, 1),
+        "actor": identity.actor if isinstance(identity, Identity) else None,
+        "source": scope["state"].get("source"),
+    }
+    LOG.log(logging.DEBUG if quiet else logging.INFO, "request", extra=facts)
