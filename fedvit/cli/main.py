@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fedvit.cli import data, model, operations, privacy, system
+from fedvit.cli import audit, data, model, operations, privacy, system, token
 
 app = typer.Typer(
     name="fedvit",
@@ -25,6 +25,8 @@ app.command("logs")(operations.logs)
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(privacy.app, name="privacy")
+app.add_typer(token.app, name="token")
+app.add_typer(audit.app, name="audit-log")
 
 
 def main() -> None:
