@@ -72,7 +72,8 @@ def _read_keys(config: OidcConfig) -> list[jwt.PyJWK]:
     if config.jwks_path is None:
         return []
     try:
-        return jwt.PyJWKSet.from_dict(json.loads(config.jwks_path.read_text(encoding="utf-8"))).keys
+        found = json.loads(config.jwks_path.read_text(encoding="utf-8"))
+        return jwt.PyJWKSet.from_dict(found if isinstance(found, dict) else {}).keys
     except (OSError, ValueError, jwt.PyJWTError) as error:
         raise ConfigError(
             f"The key set {config.jwks_path} cannot be read: {error}.", cure="Set access.oidc.jwks_path to a JWKS file."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,13 +99,20 @@ def _facts(token: Token) -> dict[str, Any]:
     }
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # In a container the user may have no name.
+        return str(os.getuid())
+
+
 def _audit(store: Store, verb: str, token: Token) -> None:
     from fedvit.store.store import AuditFacts
 
     facts = {"token_id": token.token_id, "name": token.name, "scopes": list(token.scopes)}
     store.append_audit(
         AuditFacts(
-            actor=f"local:{getpass.getuser()}",
+            actor=f"local:{_user()}",
             scopes=(),
             source="local",
             request_id="cli",

@@ -1,0 +1,181 @@
+"""Bearer tokens and identities: who is believed, and what he may do."""
+
+from __future__ import annotations
+
+import hmac
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fedvit.access import tokens
+from fedvit.access.identity import Identity, Scope, parse_scopes
+from fedvit.access.tokens import create_token, verify_token
+from fedvit.errors import ConfigError, NotFoundError, UnauthorizedError
+from fedvit.store.store import Store
+
+NOW = datetime(2030, 5, 1, 12, 0, tzinfo=UTC)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path) as opened:
+        yield opened
+
+
+def refusal(store: Store, text: str, now: datetime = NOW) -> str:
+    with pytest.raises(UnauthorizedError) as caught:
+        verify_token(store, text, now)
+    assert caught.value.cure
+    return str(caught.value.details["reason"])
+
+
+def test_a_token_is_who_it_was_made_for(store: Store) -> None:
+    made = create_token(store, "Ana", ["operator", "device"], now=NOW)
+    identity = verify_token(store, made.text, NOW)
+    assert identity.actor == f"token:{made.token.token_id}:Ana"
+    assert identity.scopes == {Scope.OPERATOR, Scope.DEVICE}
+    assert identity.authenticated
+
+
+def test_two_tokens_share_nothing(store: Store) -> None:
+    first, second = (create_token(store, "Ana", ["viewer"], now=NOW) for _ in range(2))
+    assert len({first.text, second.text}) == 2
+    assert first.text.startswith(f"fvt_{first.token.token_id}_")
+    assert len(first.text) == len("fvt_") + 12 + len("_") + 43
+    assert {token.token_id for token in store.tokens()} == {first.token.token_id, second.token.token_id}
+
+
+def test_the_secret_is_nowhere_in_the_state(store: Store) -> None:
+    made = create_token(store, "Ana", ["viewer"], now=NOW)
+    verify_token(store, made.text, NOW)
+    secret = made.text.removeprefix(f"fvt_{made.token.token_id}_").encode()
+    files = [path for path in store.home.rglob("*") if path.is_file()]
+    assert files
+    assert not any(secret in path.read_bytes() for path in files)
+    assert secret.decode() not in repr(made)
+
+
+def test_a_wrong_secret_is_refused_like_an_unknown_token(store: Store) -> None:
+    made = create_token(store, "Ana", ["admin"], now=NOW)
+    other = create_token(store, "Ben", ["viewer"], now=NOW)
+    swapped = f"fvt_{made.token.token_id}_{other.text.removeprefix(f'fvt_{other.token.token_id}_')}"
+    unknown = f"fvt_{'0' * 12}_{'A' * 43}"
+    messages = set()
+    for text in (swapped, unknown):
+        with pytest.raises(UnauthorizedError) as caught:
+            verify_token(store, text, NOW)
+        messages.add((str(caught.value), str(caught.value.details)))
+    assert len(messages) == 1
+
+
+@pytest.mark.parametrize("position", [-1, -20, -43])
+def test_one_character_changed_is_refused(store: Store, position: int) -> None:
+    text = create_token(store, "Ana", ["viewer"], now=NOW).text
+    characters = list(text)
+    characters[position] = "A" if characters[position] != "A" else "B"
+    assert refusal(store, "".join(characters)) == "invalid"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "fvt_",
+        "fvt__",
+        "fvt_' OR 1=1 --_x",
+        f"fvt_{'0' * 12}_{'A' * 42}",
+        f"fvt_{'0' * 12}_{'é' * 43}",
+        "a" * 9999,
+        f"fvt_{'0' * 12}_{'A' * 43}\n",
+    ],
+)
+def test_what_has_not_the_form_of_a_token_is_refused(store: Store, text: str) -> None:
+    assert refusal(store, text) == "malformed"
+
+
+def test_a_token_ends_at_its_expiry(store: Store) -> None:
+    text = create_token(store, "Ana", ["viewer"], now=NOW, lifetime=timedelta(days=1)).text
+    assert verify_token(store, text, NOW + timedelta(hours=23)).authenticated
+    assert refusal(store, text, NOW + timedelta(days=1)) == "expired"
+
+
+def test_a_token_ends_when_it_is_revoked(store: Store) -> None:
+    made = create_token(store, "Ana", ["viewer"], now=NOW)
+    revoked = store.revoke_token(made.token.token_id, NOW)
+    assert store.revoke_token(made.token.token_id, NOW + timedelta(days=1)) == revoked
+    assert refusal(store, made.text) == "revoked"
+    with pytest.raises(NotFoundError, match="nobody"):
+        store.revoke_token("nobody", NOW)
+
+
+def test_a_hash_tampered_with_in_the_file_is_no_longer_matched(store: Store) -> None:
+    made = create_token(store, "Ana", ["viewer"], now=NOW)
+    with closing(sqlite3.connect(store.home / "state.db")) as connection:
+        connection.execute("UPDATE tokens SET secret_hash = substr(secret_hash, 2) || substr(secret_hash, 1, 1)")
+        connection.commit()
+    assert refusal(store, made.text) == "invalid"
+
+
+def test_secrets_are_compared_in_constant_time_also_for_unknown_tokens(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+
+    def spy(left: str, right: str) -> bool:
+        compared.append((len(left), len(right)))
+        return hmac.compare_digest(left, right)
+
+    made = create_token(store, "Ana", ["viewer"], now=NOW)
+    monkeypatch.setattr(tokens, "hmac", SimpleNamespace(compare_digest=spy))
+    verify_token(store, made.text, NOW)
+    refusal(store, f"fvt_{'0' * 12}_{'A' * 43}")
+    assert compared == [(64, 64), (64, 64)]
+
+
+def test_last_use_is_remembered_once_a_minute(store: Store) -> None:
+    made = create_token(store, "Ana", ["viewer"], now=NOW)
+    for seconds, expected in ((0, 0), (59, 0), (60, 60), (61, 60)):
+        verify_token(store, made.text, NOW + timedelta(seconds=seconds))
+        assert store.token(made.token.token_id).last_used_at == NOW + timedelta(seconds=expected)
+
+
+@pytest.mark.parametrize("name", ["", " a", "a" * 65, "a\nb", "a\x00", "<b>", "a/b"])
+def test_a_name_that_would_confuse_a_log_is_refused(store: Store, name: str) -> None:
+    with pytest.raises(ConfigError, match="no name for a token"):
+        create_token(store, name, ["viewer"], now=NOW)
+    assert store.tokens() == []
+
+
+def test_scopes_and_lifetimes_must_be_some(store: Store) -> None:
+    with pytest.raises(ConfigError, match="'root'"):
+        create_token(store, "Ana", ["viewer", "root"], now=NOW)
+    with pytest.raises(ConfigError, match="nothing"):
+        create_token(store, "Ana", [], now=NOW)
+    with pytest.raises(ConfigError, match="live for"):
+        create_token(store, "Ana", ["viewer"], now=NOW, lifetime=timedelta(0))
+    assert store.tokens() == []
+
+
+@pytest.mark.parametrize(
+    ("held", "allowed"),
+    [
+        ("viewer", {"viewer"}),
+        ("operator", {"viewer", "operator"}),
+        ("admin", {"viewer", "operator", "admin"}),
+        ("emergency", {"viewer", "emergency"}),
+        ("device", {"device"}),
+    ],
+)
+def test_what_a_scope_implies(held: str, allowed: set[str]) -> None:
+    identity = Identity("x", parse_scopes([held]), authenticated=True)
+    assert {str(scope) for scope in Scope if identity.may([scope])} == allowed
+
+
+def test_no_scope_allows_nothing() -> None:
+    assert not any(Identity("x", frozenset(), authenticated=True).may([scope]) for scope in Scope)

@@ -1,0 +1,125 @@
+"""The audit trail's chain and the idempotency keys, as the store keeps them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from fedvit.errors import ConflictError, IntegrityError
+from fedvit.ports import Charge
+from fedvit.store.store import AuditFacts, RequestKey, Store, StoredAnswer
+
+NOW = datetime(2030, 5, 1, 12, 0, tzinfo=UTC)
+FACTS = AuditFacts(
+    actor="token:1:Ana",
+    scopes=("operator",),
+    source="127.0.0.1",
+    request_id="r-1",
+    action="POST /api/training/stop",
+    params={"body": {"n": 0.1, "é": [None, True]}},
+    before={"status": "running"},
+    after=None,
+    status=202,
+)
+KEY = RequestKey("token:1:Ana", "POST /a", "k", "a" * 64)
+ANSWER = StoredAnswer(201, '{"x":1}', "application/json")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path) as opened:
+        yield opened
+
+
+def tamper(store: Store, statement: str) -> None:
+    with closing(sqlite3.connect(store.home / "state.db")) as connection:
+        connection.execute(statement)
+        connection.commit()
+
+
+def test_lines_come_back_as_written_in_order_and_in_pages(store: Store) -> None:
+    written = [replace(FACTS, request_id=f"r-{i}") for i in range(1, 6)]
+    assert [store.append_audit(facts) for facts in written] == [1, 2, 3, 4, 5]
+    assert [entry.facts for entry in store.audit()] == written
+    assert [entry.sequence for entry in store.audit(after=3)] == [4, 5]
+    assert [entry.sequence for entry in store.audit(limit=2)] == [1, 2]
+    assert [entry.sequence for entry in store.latest_audit(2)] == [4, 5]
+    assert store.verify_audit() == 5
+
+
+@pytest.mark.parametrize(
+    ("statement", "sequence"),
+    [
+        ("UPDATE audit SET actor = 'token:2:Ben' WHERE sequence = 2", 2),
+        ("UPDATE audit SET status = 200 WHERE sequence = 3", 3),
+        ("UPDATE audit SET after = '{}' WHERE sequence = 1", 1),
+        ("UPDATE audit SET params = '{}' WHERE sequence = 3", 3),
+        ("DELETE FROM audit WHERE sequence = 2", 2),
+        ("DELETE FROM audit WHERE sequence = 4", 4),
+        ("DELETE FROM audit", 1),
+        ("DELETE FROM meta WHERE key = 'audit_head'", 1),
+    ],
+)
+def test_tampering_is_found_and_named(store: Store, statement: str, sequence: int) -> None:
+    for _ in range(4):
+        store.append_audit(FACTS)
+    tamper(store, statement)
+    with pytest.raises(IntegrityError, match=rf"audit trail is broken at sequence {sequence}\b"):
+        store.verify_audit()
+
+
+def test_a_trail_with_its_end_cut_off_is_not_continued(store: Store) -> None:
+    store.append_audit(FACTS)
+    store.append_audit(FACTS)
+    tamper(store, "DELETE FROM audit WHERE sequence = 2")
+    with pytest.raises(IntegrityError, match="sequence 2"):
+        store.append_audit(FACTS)
+
+
+def test_trail_and_ledger_are_two_chains(store: Store) -> None:
+    store.append_audit(FACTS)
+    store.append_charges([Charge("run-0001", 1, "u", "r", 1.0, 0.5, 1)], lambda _: None)
+    store.append_audit(FACTS)
+    assert (store.verify_audit(), store.verify_ledger()) == (2, 1)
+
+
+def test_a_repeated_request_gets_its_answer_again(store: Store) -> None:
+    assert store.begin_request(KEY, NOW) is None
+    store.finish_request(KEY, ANSWER)
+    assert store.begin_request(KEY, NOW + timedelta(hours=23)) == ANSWER
+
+
+def test_a_request_under_way_is_not_begun_twice(store: Store) -> None:
+    store.begin_request(KEY, NOW)
+    with pytest.raises(ConflictError, match="under way"):
+        store.begin_request(KEY, NOW + timedelta(minutes=9))
+    # Its process died: it may be tried again.
+    assert store.begin_request(KEY, NOW + timedelta(minutes=11)) is None
+
+
+def test_one_key_stands_for_one_request(store: Store) -> None:
+    store.begin_request(KEY, NOW)
+    store.finish_request(KEY, ANSWER)
+    with pytest.raises(ConflictError, match="another request"):
+        store.begin_request(replace(KEY, request_hash="b" * 64), NOW)
+
+
+@pytest.mark.parametrize("change", [{"actor": "token:2:Ben"}, {"route": "POST /b"}, {"key": "l"}])
+def test_keys_of_others_are_others(store: Store, change: dict[str, str]) -> None:
+    store.begin_request(KEY, NOW)
+    store.finish_request(KEY, ANSWER)
+    assert store.begin_request(replace(KEY, **change), NOW) is None
+
+
+def test_a_forgotten_request_and_an_old_one_begin_anew(store: Store) -> None:
+    store.begin_request(KEY, NOW)
+    store.finish_request(KEY, None)
+    assert store.begin_request(KEY, NOW) is None
+    store.finish_request(KEY, ANSWER)
+    assert store.begin_request(KEY, NOW + timedelta(hours=25)) is None
