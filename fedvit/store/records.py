@@ -42,6 +42,7 @@ class Release:
     """One step of what replicas and vehicles are told to run; a roll-back is a new step.
 
     ``artifacts`` maps a variant to the digest of its blob, ``envelopes`` a variant to its signed manifest, JSON text.
+    ``serve_variant`` is what the fleet runs unless it is pinned; None in a state that knew no such choice.
     """
 
     sequence: int
@@ -50,3 +51,14 @@ class Release:
     envelopes: Mapping[str, str]
     at: datetime
     reason: str
+    serve_variant: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """A version that is made from another one without training. ``lineage`` is added to the origin's."""
+
+    origin: str
+    lineage: Mapping[str, Any]
+    artifacts: Mapping[str, str]
+    metrics: Mapping[str, float]
