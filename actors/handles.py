@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -118,7 +119,9 @@ class AggregatorHandle:
 
     def submit(self, kind: str, params: Mapping[str, Any], idempotency_key: str | None = None) -> Operation:
         """Queue a long operation."""
-        return fetch(self._actor.submit.remote(kind, dict(params), idempotency_key))  # type: ignore[no-any-return]
+        # Ray repeats a call whose actor died in the middle of it.
+        key = idempotency_key or secrets.token_hex(16)
+        return fetch(self._actor.submit.remote(kind, dict(params), key))  # type: ignore[no-any-return]
 
     def cancel_operation(self, operation_id: str) -> Operation:
         """End a long operation early."""
@@ -126,7 +129,7 @@ class AggregatorHandle:
 
     def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
         """Make an older version's content current again."""
-        return fetch(self._actor.rollback.remote(version, force=force, reason=reason))  # type: ignore[no-any-return]
+        return fetch(self._actor.rollback.remote(version, force, reason))  # type: ignore[no-any-return]
 
     def switch_variant(self, variant: Variant) -> str:
         """Move the fleet to another variant."""

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from fedvit.errors import FedvitError
 
 MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(BaseModel):
+    """A problem document (RFC 9457); ``cure`` says what would be right."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    cure: str | None = None
+
+
+_MEANINGS = {
+    404: "The named thing does not exist.",
+    409: "The request contradicts the present state, the release gate or the privacy budget.",
+    412: "The state has changed since it was read.",
+    422: "A field is missing, unknown or out of range.",
+    502: "Stored content does not match its hash.",
+    503: "A part of the system does not answer.",
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a route that answers these statuses with a problem document."""
+    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    return {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
 
 
 def problem(status: int, code: str, title: str, detail: str, **more: object) -> JSONResponse:

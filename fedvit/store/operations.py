@@ -43,6 +43,12 @@ def create_operation(
     return _to_operation(row), True
 
 
+def key_exists(session: Session, idempotency_key: str) -> bool:
+    """Whether an operation was created under that key."""
+    query = select(OperationRow.operation_id).where(OperationRow.idempotency_key == idempotency_key)
+    return session.scalar(query) is not None
+
+
 def operation(session: Session, operation_id: str) -> Operation:
     """One operation.
 

@@ -361,6 +361,11 @@ class Store:
         with self._database.write() as session:
             return _operations.create_operation(session, kind, params, idempotency_key)
 
+    def operation_key_exists(self, idempotency_key: str) -> bool:
+        """Whether an operation was created under that key."""
+        with self._database.read() as session:
+            return _operations.key_exists(session, idempotency_key)
+
     def operation(self, operation_id: str) -> Operation:
         """One operation.
 

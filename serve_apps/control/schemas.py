@@ -68,6 +68,8 @@ class ModelView(BaseModel):
     lineage: dict[str, Any]
     released: bool
     artifacts: dict[str, str]
+    derived_from: str | None
+    refusal: str | None
 
     @classmethod
     def of(cls, version: ModelVersion) -> ModelView:
@@ -82,6 +84,8 @@ class ModelView(BaseModel):
             lineage=dict(version.lineage),
             released=version.released,
             artifacts=dict(version.artifacts),
+            derived_from=version.derived_from,
+            refusal=version.refusal,
         )
 
 
