@@ -109,6 +109,10 @@ class LocalAggregator:
         """End a long operation early; harmless when it has ended."""
         return self._operations.cancel(operation_id)
 
+    def wait_operation(self, operation_id: str, timeout_s: float) -> Operation:
+        """The operation once it has ended, or as it stands after ``timeout_s``."""
+        return self._operations.wait(operation_id, timeout_s)
+
     def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
         """Make an older version's content current again, as a new version; return its name."""
         return self._publisher.rollback(version, force=force, reason=reason, export=self._export).version

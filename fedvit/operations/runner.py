@@ -76,6 +76,7 @@ class OperationRunner:
         self._kinds = dict(kinds)
         self._queue: SimpleQueue[str | None] = SimpleQueue()
         self._lock = threading.Lock()
+        self._ended = threading.Condition()
         self._closing = threading.Event()
         self._cancelled: dict[str, threading.Event] = {}
         self._thread = threading.Thread(target=self._run, name="operations", daemon=True)
@@ -116,6 +117,16 @@ class OperationRunner:
                 self._cancelled[operation_id].set()
         return operation
 
+    def wait(self, operation_id: str, timeout_s: float) -> Operation:
+        """The operation once it has ended, or as it stands after ``timeout_s``.
+
+        Raises:
+            NotFoundError: no such operation.
+        """
+        with self._ended:
+            self._ended.wait_for(lambda: self._store.operation(operation_id).status.ended, timeout_s)
+        return self._store.operation(operation_id)
+
     def close(self) -> None:
         """End the thread after the operation under way; what is queued, or takes longer, the next start settles."""
         self._closing.set()
@@ -144,6 +155,8 @@ class OperationRunner:
                 self._perform(operation_id)
             except Exception:  # The store is away: the next start settles the operation.
                 _LOG.exception("operation %s", operation_id)
+            with self._ended:
+                self._ended.notify_all()
 
     def _perform(self, operation_id: str) -> None:
         with self._lock:
