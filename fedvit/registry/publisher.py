@@ -109,7 +109,7 @@ class Publisher:
     def rollback(
         self, name: str, *, force: bool, reason: str | None, export: Callable[[ModelVersion], Exports]
     ) -> Release:
-        """Offer an older version's content again, as a new and higher version.
+        """Offer an older version's content again, as a new and higher version; harmless when repeated.
 
         Args:
             name: the version whose content is wanted.
@@ -126,6 +126,10 @@ class Publisher:
             target, current = self._store.version(name), self._current()
             if current.version == name:
                 raise ConflictError(f"{name} is what serves now.", cure="Name another version.")
+            serving = self._store.version(current.version)
+            if serving.derived_from == name and serving.lineage.get("rollback_of") == name:
+                # Asked twice, or repeated because an answer got lost.
+                return current
             past = self._store.release_of(name)
             if not force:
                 self._check_target(target, past)

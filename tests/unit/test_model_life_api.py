@@ -164,6 +164,8 @@ def test_a_rollback_is_a_new_higher_version_with_the_old_bytes(make: Make, tmp_p
     assert loaded is not None
     assert (loaded.manifest.version, loaded.manifest.sequence) == ("v1.1.5", 3)
     assert loaded.model_path.read_bytes() == system.store.blobs.get(old.artifacts["standard"])
+    again = system.http.post("/api/model/rollback", json={"version": "v1.1.2"})
+    assert again.json() == answer.json()
     # The round still shows the version that it trained.
     assert system.store.round("run-0001", 2).version == "v1.1.2"
 
