@@ -1,26 +1,27 @@
-"""The aggregator: the actor that runs the training loop in a thread of its own and answers meanwhile."""
+"""The aggregator: the actor that trains and does long work in threads of its own, and answers meanwhile."""
 
 from __future__ import annotations
 
 import os
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
 from actors.handles import AccountantHandle, RayFleet
 from fedvit.config import settings_from_json
 from fedvit.monitoring.training import TrainingMetrics
-from fedvit.rounds.coordinator import Coordinator
+from fedvit.operations.local import LocalAggregator
 from fedvit.store.store import Store
 from fedvit.training.server import ServerModel
-from fedvit.types import Run, RunStatus, TrainingProgress
+from fedvit.types import Operation, TrainingProgress, Variant
 
 
 class Aggregator:
-    """A shell round :class:`fedvit.rounds.coordinator.Coordinator`.
+    """A shell round :class:`fedvit.operations.local.LocalAggregator`.
 
-    An aggregator that died in the middle of a run continues it by itself when Ray restarts it.
+    An aggregator that died in the middle of a run, or of a long operation, takes it up when Ray restarts it.
     """
 
     def __init__(self, settings_json: str, namespace: str) -> None:
@@ -31,11 +32,8 @@ class Aggregator:
             namespace, self._settings.ray.proxies, timeout_s=self._settings.training.round_timeout_s
         )
         self._metrics = TrainingMetrics()
-        self._lock = threading.Lock()
-        self._loop: Future[Run] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-loop")
         # Built in the background, so that a fault here reaches the caller of `prepare` as itself.
-        self._coordinator: Future[Coordinator] = self._thread.submit(self._build)
+        self._local: Future[LocalAggregator] = ThreadPoolExecutor(max_workers=1).submit(self._build)
 
     def prepare(self) -> int:
         """Wait until the model is built and the state is read; return the process id.
@@ -43,40 +41,42 @@ class Aggregator:
         Raises:
             DataError, ModelError, StateError: the settings name something that cannot be used.
         """
-        self._coordinator.result()
+        self._local.result()
         return os.getpid()
 
     def start_training(self) -> TrainingProgress:
-        """Begin or continue the run that the settings describe; harmless when it is under way."""
-        coordinator = self._coordinator.result()
-        with self._lock:
-            if self._loop is None or self._loop.done():
-                coordinator.announce()
-                self._loop = self._thread.submit(coordinator.run)
-        return coordinator.progress()
+        """See :class:`fedvit.ports.AggregatorPort`, as for all that follow."""
+        return self._local.result().start_training()
 
     def stop_training(self) -> TrainingProgress:
         """Ask the loop to end after the round under way."""
-        self._coordinator.result().request_stop()
-        return self.progress()
+        return self._local.result().stop_training()
 
     def progress(self) -> TrainingProgress:
-        """Where the loop stands.
-
-        Raises:
-            Exception: the fault that ended the loop, where it was not one that fedvit foresees.
-        """
-        if self._loop is not None and self._loop.done():
-            self._loop.result()
-        return self._coordinator.result().progress()
+        """Where the loop stands."""
+        return self._local.result().progress()
 
     def wait(self, timeout_s: float) -> TrainingProgress:
         """Return when the loop rests, or after ``timeout_s``."""
-        if self._loop is not None:
-            wait([self._loop], timeout=timeout_s)
-        return self.progress()
+        return self._local.result().wait(timeout_s)
 
-    def _build(self) -> Coordinator:
+    def submit(self, kind: str, params: Mapping[str, Any], call_key: str) -> Operation:
+        """Queue a long operation; an equal ``call_key`` gives the same one."""
+        return self._local.result().submit(kind, params, call_key)
+
+    def cancel_operation(self, operation_id: str) -> Operation:
+        """End a long operation early."""
+        return self._local.result().cancel_operation(operation_id)
+
+    def rollback(self, version: str, force: bool, reason: str | None) -> str:
+        """Make an older version's content current again."""
+        return self._local.result().rollback(version, force=force, reason=reason)
+
+    def switch_variant(self, variant: Variant) -> str:
+        """Move the fleet to another variant."""
+        return self._local.result().switch_variant(variant)
+
+    def _build(self) -> LocalAggregator:
         # More threads than free cores make torch wait for itself.
         torch.set_num_threads(self._settings.ray.threads_per_proxy)
         store = Store.open(self._settings.home)
@@ -89,7 +89,7 @@ class Aggregator:
                 total=store.count_clients(),
             )
 
-        coordinator = Coordinator(
+        local = LocalAggregator(
             settings=self._settings,
             store=store,
             accountant=self._accountant,
@@ -97,8 +97,6 @@ class Aggregator:
             model=ServerModel(self._settings),
             on_progress=publish,
         )
-        publish(coordinator.progress())
-        latest = store.latest_run()
-        if latest is not None and latest.status is RunStatus.RUNNING:
-            self._loop = self._thread.submit(coordinator.run)
-        return coordinator
+        publish(local.progress())
+        local.resume()
+        return local

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,9 +16,11 @@ from fedvit.types import (
     BudgetReport,
     ClientOutcome,
     Cohort,
+    Operation,
     PartialUpdate,
     TrainingProgress,
     TrainTask,
+    Variant,
     Weights,
 )
 
@@ -70,6 +73,10 @@ class AccountantHandle:
         """Write the charges, all or none."""
         return fetch(self._actor.charge.remote(list(charges)))  # type: ignore[no-any-return]
 
+    def check(self, charges: Sequence[Charge]) -> None:
+        """Whether the charges could be written now."""
+        fetch(self._actor.check.remote(list(charges)))
+
     def budget(self) -> BudgetReport:
         """What was spent and what is left."""
         return fetch(self._actor.budget.remote())  # type: ignore[no-any-return]
@@ -110,6 +117,24 @@ class AggregatorHandle:
         """Return when the loop rests, or after ``timeout_s``."""
         return fetch(self._actor.wait.remote(timeout_s), timeout_s + CALL_TIMEOUT_S)  # type: ignore[no-any-return]
 
+    def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
+        """Queue a long operation."""
+        # Ray repeats a call whose actor died in the middle of it. A caller's own repetitions end before they come here.
+        call_key = secrets.token_hex(16)
+        return fetch(self._actor.submit.remote(kind, dict(params), call_key))  # type: ignore[no-any-return]
+
+    def cancel_operation(self, operation_id: str) -> Operation:
+        """End a long operation early."""
+        return fetch(self._actor.cancel_operation.remote(operation_id))  # type: ignore[no-any-return]
+
+    def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
+        """Make an older version's content current again."""
+        return fetch(self._actor.rollback.remote(version, force, reason))  # type: ignore[no-any-return]
+
+    def switch_variant(self, variant: Variant) -> str:
+        """Move the fleet to another variant."""
+        return fetch(self._actor.switch_variant.remote(variant))  # type: ignore[no-any-return]
+
 
 class RayFleet:
     """Implements :class:`fedvit.ports.FleetPort` with client proxies: one message a proxy and round.
@@ -132,17 +157,20 @@ class RayFleet:
         actors = [ray.get_actor(proxy_name(index), namespace=namespace) for index in range(proxies)]
         return cls(actors, timeout_s=timeout_s)
 
-    def train(self, task: TrainTask, weights: Weights, cohort: Cohort) -> Iterator[PartialUpdate]:
+    def train(
+        self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
+    ) -> Iterator[PartialUpdate]:
         """Hand the task out and yield the answers as they arrive; a silent proxy's clients are outcomes with errors."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         weights_ref = ray.put(dict(weights))
         pending = {
             self._proxies[index].train.remote(task, weights_ref, ids): ids
             for index, ids in self._assign(cohort.client_ids).items()
         }
         while pending:
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=self._timeout_s)
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s)
             if not done:
-                yield from (_failed(task, ids, f"no answer in {self._timeout_s:g} s") for ids in pending.values())
+                yield from (_failed(task, ids, f"no answer in {timeout_s:g} s") for ids in pending.values())
                 return
             yield self._answer(task, done[0], pending.pop(done[0]))
 

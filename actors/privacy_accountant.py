@@ -29,6 +29,11 @@ class PrivacyAccountantActor:
         with self._lock:
             return self._accountant.charge(charges)
 
+    def check(self, charges: Sequence[Charge]) -> None:
+        """See :meth:`fedvit.privacy.PrivacyAccountant.check`."""
+        with self._lock:
+            self._accountant.check(charges)
+
     def budget(self) -> BudgetReport:
         """See :meth:`fedvit.privacy.PrivacyAccountant.budget`."""
         with self._lock:

@@ -41,7 +41,9 @@ SourceOption = Annotated[str, typer.Option(help="URL of a control server, or a r
 KeyOption = Annotated[
     list[str], typer.Option("--trusted-key", help="Public key that signs releases: a file or the text (repeatable).")
 ]
-VariantOption = Annotated[Variant, typer.Option(help="Which variant to load.")]
+VariantOption = Annotated[
+    Variant | None, typer.Option(help="Pin a variant; left out, the one that the fleet runs is followed.")
+]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads for one image.")]
 
 
@@ -52,7 +54,7 @@ def serve(
     cache: Annotated[Path, typer.Option(help="Folder for verified releases.")] = Path("fedvit-edge-cache"),
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8081,
-    variant: VariantOption = Variant.STANDARD,
+    variant: VariantOption = None,
     poll_interval: Annotated[float, typer.Option(min=0.05, help="Seconds between polls.")] = 1.0,
     device_id: Annotated[str, typer.Option(help="Name in health answers.")] = "edge-1",
     threads: ThreadsOption = 1,
@@ -67,7 +69,7 @@ def serve(
     with _explained():
         rules = access_rules(host, token_file)
         with _listen(host, port) as listener:
-            client = ReleaseClient(open_feed(source), cache, _trusted(trusted_key), variant.value)
+            client = ReleaseClient(open_feed(source), cache, _trusted(trusted_key), variant)
             options = ServingOptions(device_id=device_id, source=source, poll_interval_s=poll_interval, threads=threads)
             _serve(ServingProcess(client, options).app(*rules), listener, host)
 
@@ -77,12 +79,12 @@ def infer(
     source: SourceOption,
     trusted_key: KeyOption,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
-    variant: VariantOption = Variant.STANDARD,
+    variant: VariantOption = None,
     threads: ThreadsOption = 1,
 ) -> None:
     """Classify image files; one line of JSON each."""
     with _explained(), tempfile.TemporaryDirectory(prefix="fedvit-edge-") as cache:
-        client = ReleaseClient(open_feed(source), Path(cache), _trusted(trusted_key), variant.value)
+        client = ReleaseClient(open_feed(source), Path(cache), _trusted(trusted_key), variant)
         release = client.poll()
         if release is None:
             raise NotFoundError(f"{source} has no release yet.", cure="Train first, or name another source.")

@@ -135,12 +135,21 @@ class PrivacyConfig(_Section):
 
 
 class ReleaseConfig(_Section):
-    """When a committed version is exported, signed and offered to replicas and vehicles."""
+    """When a committed version is exported, signed and offered to replicas and vehicles.
+
+    ``serve_variant`` is where a new state folder begins; from then on the state remembers what the fleet was switched
+    to. A version is refused when its held-out accuracy is more than ``max_accuracy_drop`` below the current release's.
+    A canary sends ``canary_images`` held-out images through candidate and current model, and wants the same answer to
+    a share of ``min_canary_agreement``.
+    """
 
     every_rounds: PositiveInt = 10
     variants: tuple[Variant, ...] = (Variant.STANDARD, Variant.EDGE_OPTIMIZED)
     serve_variant: Variant = Variant.STANDARD
     min_agreement: Probability = 0.995
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] = 0.05
+    canary_images: PositiveInt = 64
+    min_canary_agreement: Probability = 0.9
 
     @model_validator(mode="after")
     def _served_variant_is_built(self) -> ReleaseConfig:

@@ -12,6 +12,8 @@
     |   +-- PlacementError      Ray cannot place an actor or a replica
     |   +-- NotFoundError       the named thing does not exist (HTTP 404)
     |   +-- ConflictError       the request contradicts the present state (HTTP 409)
+    |   |   +-- ReleaseRefusedError  a model did not pass the release gate (HTTP 409)
+    |   |   +-- StaleRequestError    the request names a state that is no longer the present one (HTTP 412)
     |   +-- UnauthorizedError   the request does not prove who asks (HTTP 401)
     |   +-- ForbiddenError      who asks may not do this (HTTP 403)
     |   +-- RateLimitedError    who asks does so too often (HTTP 429)
@@ -121,6 +123,19 @@ class ConflictError(UsageError):
 
     code = "conflict"
     http_status = 409
+
+
+class ReleaseRefusedError(ConflictError):
+    """A model did not pass the release gate; what served before keeps serving."""
+
+    code = "release-refused"
+
+
+class StaleRequestError(ConflictError):
+    """The request names a state (``If-Match``) that is no longer the present one."""
+
+    code = "stale-request"
+    http_status = 412
 
 
 class UnauthorizedError(UsageError):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from fedvit.types import (
     BudgetReport,
     Cohort,
     Evaluation,
+    Operation,
     PartialUpdate,
     TrainingProgress,
     TrainTask,
@@ -58,6 +59,14 @@ class AccountantPort(Protocol):
         """
         ...
 
+    def check(self, charges: Sequence[Charge]) -> None:
+        """Whether the charges could be written now; nothing is.
+
+        Raises:
+            BudgetExhaustedError: with them the budget would be exceeded.
+        """
+        ...
+
     def budget(self) -> BudgetReport:
         """What was spent and what is left."""
         ...
@@ -70,10 +79,12 @@ class AccountantPort(Protocol):
 class FleetPort(Protocol):
     """The clients, wherever they run."""
 
-    def train(self, task: TrainTask, weights: Weights, cohort: Cohort) -> Iterator[PartialUpdate]:
+    def train(
+        self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
+    ) -> Iterator[PartialUpdate]:
         """Hand the task to the cohort and yield one partial update a proxy, as they arrive.
 
-        A client that failed is an outcome with an error, not an exception.
+        A client that failed, or was silent for ``timeout_s``, is an outcome with an error, not an exception.
         """
         ...
 
@@ -82,12 +93,23 @@ class FleetPort(Protocol):
 class ExportedModel:
     """One variant of a version as ONNX bytes, measured on the server's held-out images.
 
-    ``agreement`` is the share of images on which it predicts what the fp32 torch model predicts.
+    ``agreement`` is the share of images on which it predicts what the fp32 torch model predicts; ``complexity`` has
+    ``parameters``, ``blocks`` and ``multiply_adds`` of one image, where they are known.
     """
 
     content: bytes
     agreement: float
     accuracy: float
+    complexity: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """An ONNX file on held-out images, one at a time, ONNX Runtime on one thread: answers, and time an image."""
+
+    predicted: tuple[int, ...]
+    p50_ms: float
+    p95_ms: float
 
 
 class ServerModelPort(Protocol):
@@ -109,6 +131,10 @@ class ServerModelPort(Protocol):
         """ONNX bytes of one variant, checked against torch."""
         ...
 
+    def try_out(self, content: bytes, limit: int | None = None) -> Trial:
+        """Run an exported model on the first ``limit`` held-out images, or on all."""
+        ...
+
 
 class AggregatorPort(Protocol):
     """The training loop, as the control API and the command line see it."""
@@ -127,6 +153,39 @@ class AggregatorPort(Protocol):
 
     def wait(self, timeout_s: float) -> TrainingProgress:
         """Return when the loop rests, or after ``timeout_s``."""
+        ...
+
+    def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
+        """Queue a long operation: ``optimize``, ``retrain`` or ``restart``.
+
+        Raises:
+            ConflictError, BudgetExhaustedError: it could not do anything as things are.
+        """
+        ...
+
+    def cancel_operation(self, operation_id: str) -> Operation:
+        """End a long operation early; harmless when it has ended.
+
+        Raises:
+            NotFoundError: no such operation.
+        """
+        ...
+
+    def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
+        """Make an older version's content current again, as a new version; return its name.
+
+        Raises:
+            NotFoundError: no such version.
+            ConflictError: it is the current one, or the gate refuses it and ``force`` is not given.
+        """
+        ...
+
+    def switch_variant(self, variant: Variant) -> str:
+        """Move the fleet to another variant of the current version; return the version's name.
+
+        Raises:
+            ConflictError: the current version has no such variant.
+        """
         ...
 
 

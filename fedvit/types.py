@@ -56,10 +56,28 @@ class RunStatus(StrEnum):
 
 
 class Variant(StrEnum):
-    """The shapes in which one model version is published."""
+    """The shapes in which one model version is published: all blocks or every other one, in fp32 or in int8."""
 
     STANDARD = "standard"
+    STANDARD_INT8 = "standard_int8"
     EDGE_OPTIMIZED = "edge_optimized"
+    """Every other block, matrix products in int8."""
+    EDGE_OPTIMIZED_FP32 = "edge_optimized_fp32"
+
+
+class OperationStatus(StrEnum):
+    """Where a long operation stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will change any more."""
+        return self in (OperationStatus.SUCCEEDED, OperationStatus.FAILED, OperationStatus.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +199,9 @@ class ModelVersion:
     """One immutable model version: content addresses and lineage.
 
     ``weights_digest`` and ``frozen_digest`` are blobs (safetensors); ``artifacts`` maps a variant to its ONNX blob and
-    is empty for a version that was committed but not released to replicas and vehicles.
+    is empty for a version that was committed but not released to replicas and vehicles. ``derived_from`` names the
+    version whose weights it has, where it was not trained but made (a roll-back, an optimisation); ``refusal`` says why
+    the release gate did not let it pass.
     """
 
     version: str
@@ -194,6 +214,8 @@ class ModelVersion:
     metrics: Mapping[str, float]
     lineage: Mapping[str, Any]
     artifacts: Mapping[str, str] = field(default_factory=dict)
+    derived_from: str | None = None
+    refusal: str | None = None
 
     @property
     def released(self) -> bool:
@@ -237,3 +259,24 @@ class TrainingProgress:
     epsilon: float
     version: str | None
     message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A piece of work that outlasts a request. ``progress`` runs from 0 to 1; ``stage`` says in words what is done now.
+
+    ``params`` and ``result`` hold JSON types only; ``error`` has ``code``, ``message`` and ``cure``.
+    """
+
+    operation_id: str
+    kind: str
+    status: OperationStatus
+    progress: float
+    stage: str
+    params: Mapping[str, Any]
+    created_at: datetime
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    result: Mapping[str, Any] | None = None
+    error: Mapping[str, Any] | None = None
+    cancel_requested: bool = False

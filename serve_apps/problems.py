@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from fedvit.errors import FedvitError, ForbiddenError, UnauthorizedError
@@ -16,6 +17,41 @@ from serve_apps.logs import redact, request_id
 
 MEDIA_TYPE = "application/problem+json"
 _LOG = logging.getLogger("fedvit.control")
+
+
+class Problem(BaseModel):
+    """A problem document (RFC 9457); ``cure`` says what would be right."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    cure: str | None = None
+    request_id: str | None = None
+
+
+_MEANINGS = {
+    400: "The body is not JSON, or a header is malformed.",
+    401: "No good token.",
+    403: "The token does not hold the scope.",
+    404: "The named thing does not exist.",
+    408: "The body did not arrive in time.",
+    409: "The request contradicts the present state, the release gate or the privacy budget.",
+    412: "The state has changed since it was read.",
+    413: "The body is too large.",
+    415: "The body is compressed.",
+    422: "A field is missing, unknown or out of range.",
+    429: "Too many requests.",
+    502: "Stored content does not match its hash.",
+    503: "A part of the system does not answer.",
+    504: "No answer within the time limit; the request may still take effect.",
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a route that answers these statuses with a problem document."""
+    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    return {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
 
 
 class ProblemError(Exception):

@@ -157,7 +157,6 @@ class RaySystem:
             *(sys.executable, "-m", "edge_runtime", "serve"),
             *("--host", edge.host, "--port", str(edge.ports[index])),
             *("--source", control_url, "--trusted-key", self._trusted_key()),
-            *("--variant", self._settings.release.serve_variant.value),
             *("--cache", str(self._home / "run" / name), "--device-id", name),
             *("--poll-interval", str(edge.poll_interval_s)),
         ]

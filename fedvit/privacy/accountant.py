@@ -43,6 +43,14 @@ class PrivacyAccountant:
         self._read_ledger()
         return self.budget()
 
+    def check(self, charges: Sequence[Charge]) -> None:
+        """Whether the charges could be written now; see :class:`fedvit.ports.AccountantPort`.
+
+        Raises:
+            BudgetExhaustedError: with them some unit would pass ``target_epsilon``.
+        """
+        self._check(charges)
+
     def budget(self) -> BudgetReport:
         """What the most exposed unit has spent, by PLD and by RDP."""
         privacy = self._settings.privacy

@@ -26,6 +26,8 @@ from fedvit.wire.manifest import ReleaseManifest, verify_manifest
 _CURRENT = "release.json"
 _PREVIOUS = "previous.json"
 _ACCEPTED = "accepted.json"
+FOLLOWED = "served"
+"""The folder of a client that follows the fleet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +39,28 @@ class LoadedRelease:
 
 
 class ReleaseClient:
-    """Polls a feed and keeps the releases that pass, in ``cache_dir/<variant>``. One thread at a time.
+    """Polls a feed and keeps the releases that pass, in a folder under ``cache_dir``. One thread at a time.
 
     Args:
         feed: where releases come from.
         cache_dir: this device's own folder; made if absent.
         trusted: the keys that may sign releases.
-        variant: the one variant that is accepted.
+        variant: the one variant that is accepted; None follows the fleet, whatever variant it is switched to.
 
     Raises:
         UsageError: no trusted key.
         StateError: the cache cannot be used.
     """
 
-    def __init__(self, feed: Feed, cache_dir: Path, trusted: Sequence[Ed25519PublicKey], variant: str) -> None:
+    def __init__(
+        self, feed: Feed, cache_dir: Path, trusted: Sequence[Ed25519PublicKey], variant: str | None = None
+    ) -> None:
         if not trusted:
             raise UsageError("No trusted key was given.", cure="Give the server's public key.")
         self._feed = feed
         self._trusted = tuple(trusted)
         self._variant = variant
-        self.folder = cache_dir / variant
+        self.folder = cache_dir / (variant or FOLLOWED)
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._envelope: str | None = None
@@ -102,7 +106,7 @@ class ReleaseClient:
 
     def _verify(self, envelope: str) -> ReleaseManifest:
         manifest = verify_manifest(envelope, self._trusted)
-        if manifest.variant != self._variant:
+        if self._variant is not None and manifest.variant != self._variant:
             raise IntegrityError(
                 f"The release is the variant {manifest.variant!r}, and {self._variant!r} was asked for.",
                 cure=f"Ask for --variant {manifest.variant}, or take the release from elsewhere.",

@@ -29,8 +29,8 @@ class FeedUnavailableError(FedvitError):
 class Feed(Protocol):
     """A source of releases."""
 
-    def current(self, variant: str) -> str | None:
-        """The envelope of the current release; None when there is none (yet).
+    def current(self, variant: str | None) -> str | None:
+        """The envelope of the current release; None when there is none (yet). Without a variant: what the fleet runs.
 
         Raises:
             FeedUnavailableError: no answer.
@@ -90,9 +90,10 @@ class HttpFeed:
         self._base_url = base_url.rstrip("/")
         self._http = httpx.Client(timeout=timeout_s, transport=transport)
 
-    def current(self, variant: str) -> str | None:
+    def current(self, variant: str | None) -> str | None:
         """See :class:`Feed`."""
-        content = self._get(f"/api/model/release?variant={quote(variant, safe='')}", MAX_ENVELOPE_BYTES)
+        query = "" if variant is None else f"?variant={quote(variant, safe='')}"
+        content = self._get(f"/api/model/release{query}", MAX_ENVELOPE_BYTES)
         return None if content is None else content.decode("utf-8", errors="replace")
 
     def blob(self, digest: str, max_bytes: int) -> bytes:
@@ -136,7 +137,7 @@ class FolderFeed:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def current(self, variant: str) -> str | None:
+    def current(self, variant: str | None) -> str | None:
         """See :class:`Feed`; the folder's one release, whatever its variant: the client judges that."""
         path = self._path / ENVELOPE_FILE
         return self._read(path, MAX_ENVELOPE_BYTES).decode("utf-8", errors="replace") if path.exists() else None

@@ -1,17 +1,53 @@
-"""The server's half of the registry: sign a version's artifacts and offer them to replicas and vehicles."""
+"""The server's half of the registry: judge, sign and offer what replicas and vehicles run.
+
+Every change is a new release with a higher sequence number, a roll-back and a switch of variant included: vehicles
+refuse whatever goes back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedvit.config import Settings
-from fedvit.errors import ModelError
+from fedvit.errors import ConflictError, ModelError, ReleaseRefusedError
 from fedvit.ports import ExportedModel
-from fedvit.store.store import Release, Store
+from fedvit.store.store import Derivation, Release, Sign, Store
 from fedvit.types import ModelVersion, Variant
 from fedvit.wire.manifest import ReleaseManifest, load_or_create_signing_key, public_key_text, sign_manifest
+
+Exports = Mapping[Variant, ExportedModel]
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """One variant of a release: its blob, and the numbers that its manifest carries."""
+
+    digest: str
+    size_bytes: int
+    metrics: Mapping[str, float]
+
+
+def artifacts_of(release: Release) -> dict[str, Artifact]:
+    """The artifacts of a release of this server, as its manifests name them."""
+    return {variant: _artifact(json.loads(envelope)["signed"]) for variant, envelope in release.envelopes.items()}
+
+
+def _artifact(signed: Mapping[str, object]) -> Artifact:
+    metrics = signed["metrics"]
+    assert isinstance(metrics, dict)
+    return Artifact(str(signed["artifact_digest"]), int(str(signed["artifact_bytes"])), metrics)
+
+
+def served_variant(release: Release | None, settings: Settings) -> str:
+    """What the fleet runs unless it is pinned: what it was last switched to, at first what the settings say."""
+    if release is not None and release.serve_variant is not None:
+        return release.serve_variant
+    return settings.release.serve_variant.value
 
 
 class Publisher:
@@ -21,29 +57,166 @@ class Publisher:
         self._store = store
         self._settings = settings
         self._key: Ed25519PrivateKey = load_or_create_signing_key(store.home / "keys")
+        # Training releases in one thread, an operator's request in another.
+        self._lock = threading.RLock()
 
     @property
     def trusted_key(self) -> str:
         """The public key that replicas and vehicles check releases against, as one line of text."""
         return public_key_text(self._key.public_key())
 
-    def release(self, version: ModelVersion, exports: Mapping[Variant, ExportedModel], reason: str) -> Release:
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants that a release must have: the configured ones, and the one that the fleet runs."""
+        configured = self._settings.release.variants
+        served = Variant(served_variant(self._store.current_release(), self._settings))
+        return configured if served in configured else (*configured, served)
+
+    def accuracy_floor(self) -> float | None:
+        """The least held-out accuracy that may take the current release's place; None when anything may."""
+        current = self._store.current_release()
+        served = served_variant(current, self._settings)
+        artifact = artifacts_of(current).get(served) if current else None
+        accuracy = artifact.metrics.get("accuracy") if artifact else None
+        return None if accuracy is None else accuracy - self._settings.release.max_accuracy_drop
+
+    def release(self, version: ModelVersion, exports: Exports, reason: str) -> Release:
         """Store, sign and offer the variants of a version, in one transaction.
 
         Raises:
             ModelError: the standard variant does not predict what torch predicts.
-            ConflictError: somebody else released meanwhile; nothing was offered.
+            ReleaseRefusedError: on held-out images it is too much worse than the current release. Both are recorded
+                with the version, and the current release keeps serving.
         """
-        self._gate(version, exports)
-        digests = {variant.value: self._store.blobs.put(export.content) for variant, export in exports.items()}
-        sequence = self._store.next_release_sequence()
-        envelopes = {
-            variant.value: sign_manifest(self._manifest(version, variant, export, digests, sequence), self._key)
-            for variant, export in exports.items()
-        }
-        return self._store.release(version.version, digests, envelopes, reason, sequence=sequence)
+        with self._lock:
+            serve = self._served_of(exports)
+            try:
+                self._check_agreement(version, exports)
+                self._check_accuracy(version.version, exports[serve].accuracy)
+            except (ModelError, ReleaseRefusedError) as error:
+                self._store.refuse_release(version.version, error.message)
+                raise
+            artifacts = self._stored(exports)
+            sequence = self._store.next_release_sequence()
+            return self._store.release(
+                version.version,
+                _digests(artifacts),
+                self._signer(artifacts)(version, sequence),
+                reason,
+                sequence=sequence,
+                serve_variant=serve.value,
+            )
 
-    def _gate(self, version: ModelVersion, exports: Mapping[Variant, ExportedModel]) -> None:
+    def rollback(
+        self, name: str, *, force: bool, reason: str | None, export: Callable[[ModelVersion], Exports]
+    ) -> Release:
+        """Offer an older version's content again, as a new and higher version; harmless when repeated.
+
+        Args:
+            name: the version whose content is wanted.
+            force: take it although it was never released, or is worse than the gate allows.
+            export: called for a version that was never released.
+
+        Raises:
+            NotFoundError: no such version.
+            ConflictError: nothing is released, or it is the current version.
+            ReleaseRefusedError: it was never released, or is too much worse; ``force`` passes both.
+            IntegrityError: a stored artifact no longer matches its hash.
+        """
+        with self._lock:
+            target, current = self._store.version(name), self._current()
+            if current.version == name:
+                raise ConflictError(f"{name} is what serves now.", cure="Name another version.")
+            serving = self._store.version(current.version)
+            if serving.derived_from == name and serving.lineage.get("rollback_of") == name:
+                # Asked twice, or repeated because an answer got lost.
+                return current
+            past = self._store.release_of(name)
+            if not force:
+                self._check_target(target, past)
+            artifacts = artifacts_of(past) if past else self._stored_checked(target, export(target))
+            for artifact in artifacts.values():
+                self._store.blobs.get(artifact.digest)
+            lineage = {"rollback_of": name, "replaces": current.version, "reason": reason, "forced": force}
+            derivation = Derivation(name, lineage, _digests(artifacts), target.metrics)
+            serve = self._kept(artifacts, served_variant(current, self._settings), served_variant(past, self._settings))
+            why = f"roll-back to {name}" + (f": {reason}" if reason else "")
+            return self._store.release_derived(derivation, self._signer(artifacts), why, serve)
+
+    def switch(self, variant: Variant) -> Release:
+        """Move everybody who follows the fleet to another variant of the current version; harmless when repeated.
+
+        Raises:
+            ConflictError: nothing is released, or the current version has no such variant.
+        """
+        with self._lock:
+            current = self._current()
+            if variant.value not in current.artifacts:
+                raise ConflictError(
+                    f"{current.version} has no variant {variant.value!r}.",
+                    cure=f"It has {', '.join(sorted(current.artifacts))}; POST /api/edge/optimize makes others.",
+                )
+            if served_variant(current, self._settings) == variant.value:
+                return current
+            sign = self._signer(artifacts_of(current))
+            return self._store.release_again(variant.value, sign, f"switch to {variant.value}")
+
+    def adopt(
+        self, origin: str, variant: Variant, export: ExportedModel, lineage: Mapping[str, object], reason: str
+    ) -> Release:
+        """Offer the current version with one more variant, as a new version, and move the fleet to that variant.
+
+        Raises:
+            ConflictError: ``origin`` is no longer the current version.
+            ReleaseRefusedError: on held-out images the variant is too much worse than what serves now.
+        """
+        with self._lock:
+            current = self._current()
+            if current.version != origin:
+                raise ConflictError(
+                    f"{current.version} was released while a variant of {origin} was made.", cure="Ask again."
+                )
+            self._check_accuracy(f"{variant.value} of {origin}", export.accuracy)
+            artifacts = artifacts_of(current) | self._stored({variant: export})
+            metrics = {**self._store.version(origin).metrics, "accuracy": export.accuracy}
+            derivation = Derivation(origin, lineage, _digests(artifacts), metrics)
+            return self._store.release_derived(derivation, self._signer(artifacts), reason, variant.value)
+
+    def _current(self) -> Release:
+        current = self._store.current_release()
+        if current is None:
+            raise ConflictError("No model version is released yet.", cure="Start training: POST /api/training/start.")
+        return current
+
+    def _served_of(self, exports: Exports) -> Variant:
+        served = served_variant(self._store.current_release(), self._settings)
+        return Variant(self._kept({v.value: e for v, e in exports.items()}, served))
+
+    def _kept(self, offered: Mapping[str, object], *wishes: str) -> str:
+        """The first wish that is offered, else anything that is."""
+        return next(variant for variant in (*wishes, *offered) if variant in offered)
+
+    def _check_target(self, target: ModelVersion, past: Release | None) -> None:
+        if past is None:
+            refusal = f" The gate refused it: {target.refusal}" if target.refusal else ""
+            raise ReleaseRefusedError(
+                f"{target.version} was never released.{refusal}", cure='Name a released version, or say "force": true.'
+            )
+        artifact = artifacts_of(past)[self._kept(past.envelopes, served_variant(past, self._settings))]
+        self._check_accuracy(target.version, artifact.metrics.get("accuracy"))
+
+    def _check_accuracy(self, name: str, accuracy: float | None) -> None:
+        floor = self.accuracy_floor()
+        if floor is None or (accuracy is not None and accuracy >= floor):
+            return
+        raise ReleaseRefusedError(
+            f"{name} has a held-out accuracy of {0.0 if accuracy is None else accuracy:.4f}; what serves now demands "
+            f"at least {floor:.4f}.",
+            cure="The current release keeps serving; release.max_accuracy_drop sets the floor.",
+            accuracy=accuracy,
+            floor=floor,
+        )
+
+    def _check_agreement(self, version: ModelVersion, exports: Exports) -> None:
         floor = self._settings.release.min_agreement
         export = exports.get(Variant.STANDARD)
         if export is not None and export.agreement < floor:
@@ -53,23 +226,44 @@ class Publisher:
                 cure="The previous release keeps serving; look at the exporter's log.",
             )
 
-    def _manifest(
-        self,
-        version: ModelVersion,
-        variant: Variant,
-        export: ExportedModel,
-        digests: Mapping[str, str],
-        sequence: int,
-    ) -> ReleaseManifest:
+    def _stored_checked(self, version: ModelVersion, exports: Exports) -> dict[str, Artifact]:
+        self._check_agreement(version, exports)
+        return self._stored(exports)
+
+    def _stored(self, exports: Exports) -> dict[str, Artifact]:
+        return {
+            variant.value: Artifact(
+                self._store.blobs.put(export.content),
+                len(export.content),
+                {**export.complexity, "accuracy": export.accuracy, "agreement": export.agreement},
+            )
+            for variant, export in exports.items()
+        }
+
+    def _signer(self, artifacts: Mapping[str, Artifact]) -> Sign:
+        """Signs all artifacts for a version and a sequence number; reads the store now and not later."""
         fleet = self._store.fleet()
+        classes = tuple(fleet.classes) if fleet else ()
+
+        def sign(version: ModelVersion, sequence: int) -> dict[str, str]:
+            return {
+                variant: sign_manifest(self._manifest(version, variant, artifact, classes, sequence), self._key)
+                for variant, artifact in artifacts.items()
+            }
+
+        return sign
+
+    def _manifest(
+        self, version: ModelVersion, variant: str, artifact: Artifact, classes: tuple[str, ...], sequence: int
+    ) -> ReleaseManifest:
         privacy = self._settings.privacy
         return ReleaseManifest(
             sequence=sequence,
             version=version.version,
-            variant=variant.value,
-            artifact_digest=digests[variant.value],
-            artifact_bytes=len(export.content),
-            classes=tuple(fleet.classes) if fleet else (),
+            variant=variant,
+            artifact_digest=artifact.digest,
+            artifact_bytes=artifact.size_bytes,
+            classes=classes,
             image_size=self._settings.data.image_size,
             run_id=version.run_id,
             round_index=version.round_index,
@@ -78,5 +272,9 @@ class Publisher:
             delta=privacy.target_delta,
             privacy_unit=privacy.privacy_unit,
             created_at=version.created_at.isoformat(),
-            metrics={"accuracy": export.accuracy, "agreement": export.agreement},
+            metrics=artifact.metrics,
         )
+
+
+def _digests(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    return {variant: artifact.digest for variant, artifact in artifacts.items()}

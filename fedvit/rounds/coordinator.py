@@ -12,17 +12,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from fedvit.aggregation.fedavg import FedAvg
 from fedvit.cohort.select import draw_cohort, eligible
-from fedvit.config import Settings
-from fedvit.errors import BudgetExhaustedError, FedvitError
+from fedvit.config import CohortConfig, Settings
+from fedvit.errors import BudgetExhaustedError, ConflictError, FedvitError, ReleaseRefusedError
 from fedvit.ports import AccountantPort, Charge, FleetPort, ServerModelPort
 from fedvit.privacy.accountants import calibrate_noise_multiplier
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.registry.publisher import Publisher
+from fedvit.registry.weights import stored_weights
 from fedvit.rounds import machine
 from fedvit.rounds.machine import LoopState, Phase, Plan
+from fedvit.rounds.steering import RunOrder, place_order, round_settings, run_identity, run_order
 from fedvit.store.store import RoundCommit, Store
 from fedvit.training.release import release_id
 from fedvit.types import (
@@ -35,9 +38,7 @@ from fedvit.types import (
     TrainTask,
     Weights,
 )
-from fedvit.wire.tensors import decode_weights, encode_weights
-
-MAX_WEIGHTS_BYTES = 8 * 2**30
+from fedvit.wire.tensors import encode_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,9 @@ class Coordinator:
 
     Args:
         on_progress: told after every event, from the thread that runs the loop.
+
+    Attributes:
+        publisher: what it releases with.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Coordinator:
         self._accountant = accountant
         self._fleet = fleet
         self._model = model
-        self._publisher = Publisher(store, settings)
+        self.publisher = Publisher(store, settings)
         self._rule = FedAvg(settings.training.server_learning_rate)
         self._cohort_secret = derive_secret(load_or_create_root_secret(store.home), "cohort")
         self._on_progress = on_progress
@@ -96,6 +100,45 @@ class Coordinator:
         self._progress = replace(self._progress, phase=Phase.IDLE.value, status=RunStatus.RUNNING, message=None)
         return self._progress
 
+    def check_new_run(self, order: RunOrder) -> None:
+        """Whether a run as ordered could train at least one round.
+
+        Raises:
+            ConflictError: too few clients may take part.
+            BudgetExhaustedError: some client's budget does not admit one round more.
+            UpdateRejectedError: the version to start from was trained as another model.
+        """
+        config = self._cohort_config(order.client_selection or self._selection())
+        ids = eligible(self._store.clients(active=True), config)
+        needed = max(1, round_settings(self._store, self._settings).min_clients)
+        if len(ids) < needed:
+            raise ConflictError(
+                f"{len(ids)} clients may take part ({config.client_selection}); at least {needed} are needed.",
+                cure="Validate or register clients, or lower min_clients: POST /api/training/config.",
+            )
+        self._start_weights(order)
+        self._accountant.check([self._probe(client_id) for client_id in ids])
+
+    def _probe(self, client_id: str) -> Charge:
+        """What one round would cost a client: of a run that does not exist yet, and never written."""
+        return Charge(
+            run_id="next-run",
+            round_index=1,
+            unit_id=client_id,
+            release_id="0" * 64,
+            noise_multiplier=self._noise_multiplier,
+            sampling_prob=self._settings.privacy.sampling_prob,
+            steps=self._settings.training.local_steps,
+        )
+
+    def begin(self, order: RunOrder) -> Run:
+        """Put an order in force and open its run, while the loop rests; :meth:`run` then drives it. Repeatable."""
+        self._start_weights(order)
+        place_order(self._store, order)
+        run = self._open_run()
+        self._progress = self._resting_progress()
+        return run
+
     def run(self) -> Run:
         """Begin or continue the run that the settings describe, and drive it until it rests.
 
@@ -108,7 +151,8 @@ class Coordinator:
             self._store.set_run_status(run.run_id, RunStatus.RUNNING)
         self._load_weights(run)
         training = self._settings.training
-        state = LoopState(Plan(run.rounds_total, training.cohort.min_clients, self._settings.release.every_rounds))
+        plan = Plan(run.rounds_total, training.cohort.min_clients, self._settings.release.every_rounds)
+        state = LoopState(plan)
         self._drive(state, machine.Started(run.rounds_done, self._unreleased_version(run)))
         return self._store.run(run.run_id)
 
@@ -153,13 +197,22 @@ class Coordinator:
                 return None
 
     def _draw(self, round_index: int) -> machine.Event:
-        config = self._settings.training.cohort
+        config = self._cohort_config(self._selection())
         ids = eligible(self._store.clients(active=True), config)
         cohort = draw_cohort(
             config, ids, run_id=self._current.run_id, round_index=round_index, secret=self._cohort_secret
         )
         record = self._store.open_round(self._current.run_id, round_index, cohort)
-        return machine.CohortDrawn(Cohort(round_index, record.cohort))
+        min_clients = round_settings(self._store, self._settings).min_clients
+        return machine.CohortDrawn(Cohort(round_index, record.cohort), min_clients)
+
+    def _selection(self) -> str | None:
+        order = run_order(self._store)
+        return order.client_selection if order else None
+
+    def _cohort_config(self, selection: str | None) -> CohortConfig:
+        config = self._settings.training.cohort
+        return config if selection is None else config.model_copy(update={"client_selection": selection})
 
     def _charge(self, cohort: Cohort) -> machine.Event:
         try:
@@ -186,7 +239,8 @@ class Coordinator:
 
     def _train(self, cohort: Cohort) -> machine.Event:
         started_s = time.monotonic()
-        answers = list(self._fleet.train(self._task(cohort.round_index), self._weights, cohort))
+        task, timeout_s = self._task(cohort.round_index), round_settings(self._store, self._settings).wait_timeout_s
+        answers = list(self._fleet.train(task, self._weights, cohort, timeout_s=timeout_s))
         # A fixed order of summation: the result must not depend on who answered first.
         answers.sort(key=lambda answer: min(o.client_id for o in answer.outcomes))
         outcomes = tuple(sorted((o for a in answers for o in a.outcomes), key=lambda o: o.client_id))
@@ -234,36 +288,43 @@ class Coordinator:
             "run_id": self._current.run_id,
             "round_index": round_index,
             "parent_weights_digest": self._base_digest,
+            "base_version": (self._current.config.get("order") or {}).get("base_version"),
             "data_digest": self._current.data_digest,
             "config_digest": self._current.config_digest,
             "clients": [o.client_id for o in outcomes if o.error is None],
         }
 
     def _release(self, version: str) -> machine.Event:
-        variants = self._settings.release.variants
-        exports = {variant: self._model.export(self._weights, variant) for variant in variants}
+        exports = {variant: self._model.export(self._weights, variant) for variant in self.publisher.variants()}
         record = self._store.version(version)
-        self._publisher.release(record, exports, f"round {record.round_index} of {record.run_id}")
+        try:
+            self.publisher.release(record, exports, f"round {record.round_index} of {record.run_id}")
+        except ReleaseRefusedError:
+            return machine.ReleaseRefused()
         return machine.Released()
 
     # --- beginning and continuing ------------------------------------------------------------------------------------
 
     def _open_run(self) -> Run:
-        """The unfinished run with these settings, or a new one; an unfinished run with others is superseded."""
-        digest = self._settings.training_digest()
+        """The unfinished run with these settings and orders, or a new one; one with others is superseded."""
+        order = run_order(self._store)
+        identity, digest = run_identity(self._settings, order)
         latest = self._store.latest_run()
         if latest is not None and latest.config_digest == digest:
             return latest
         if latest is not None and latest.status.resumable:
-            self._store.set_run_status(latest.run_id, RunStatus.SUPERSEDED, "The training settings changed.")
+            ordered = order is not None and latest.config.get("order") != identity.get("order")
+            reason = order.reason if order and ordered else "The training settings changed."
+            self._store.set_run_status(latest.run_id, RunStatus.SUPERSEDED, reason)
         return self._store.create_run(
             rounds_total=self._settings.training.rounds,
-            noise_multiplier=self._noise_multiplier(),
-            config=self._settings.training_identity(),
+            noise_multiplier=self._noise_multiplier,
+            config=identity,
             config_digest=digest,
             data_digest=self._fleet_digest(),
         )
 
+    @cached_property
     def _noise_multiplier(self) -> float:
         privacy, training = self._settings.privacy, self._settings.training
         if privacy.noise_multiplier is not None:
@@ -284,16 +345,25 @@ class Coordinator:
         self._frozen_digest = self._store.blobs.put(encode_weights(self._model.frozen_weights()))
         version = self._store.latest_version(run.run_id)
         if version is None:
-            self._weights = self._model.initial_weights()
+            self._weights = self._start_weights(run_order(self._store))
             self._base_digest = self._store.blobs.put(encode_weights(self._weights))
             return
-        content = self._store.blobs.get(version.weights_digest)
-        self._weights = decode_weights(content, max_bytes=MAX_WEIGHTS_BYTES)
+        self._weights = stored_weights(self._store, version.weights_digest)
         self._base_digest = version.weights_digest
+
+    def _start_weights(self, order: RunOrder | None) -> Weights:
+        """Raises UpdateRejectedError when the version to start from was trained as another model."""
+        initial = self._model.initial_weights()
+        if order is None or order.base_version is None:
+            return initial
+        shapes = {name: array.shape for name, array in initial.items()}
+        return stored_weights(self._store, self._store.version(order.base_version).weights_digest, shapes)
 
     def _unreleased_version(self, run: Run) -> str | None:
         version = self._store.latest_version(run.run_id)
-        return version.version if version is not None and not version.released else None
+        if version is None or version.released or version.refusal is not None:
+            return None
+        return version.version
 
     # --- small things ------------------------------------------------------------------------------------------------
 

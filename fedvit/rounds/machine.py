@@ -26,7 +26,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What does not change during a run."""
+    """How a run goes."""
 
     rounds_total: int
     min_clients: int
@@ -61,9 +61,10 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class CohortDrawn:
-    """The cohort is drawn and recorded."""
+    """The cohort is drawn and recorded. ``min_clients``, where given, replaces the plan's: an operator changed it."""
 
     cohort: Cohort
+    min_clients: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,12 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The version is exported, signed and offered."""
+    """The version is exported, judged, signed and offered."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseRefused:
+    """The version did not pass the gate; what served before keeps serving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +117,18 @@ class Failed:
     reason: str
 
 
-Event = Started | CohortDrawn | Charged | ChargeRefused | Trained | Committed | Released | StopRequested | Failed
+Event = (
+    Started
+    | CohortDrawn
+    | Charged
+    | ChargeRefused
+    | Trained
+    | Committed
+    | Released
+    | ReleaseRefused
+    | StopRequested
+    | Failed
+)
 
 
 # --- effects: what to do ---------------------------------------------------------------------------------------------
@@ -182,8 +199,8 @@ def step(state: LoopState, event: Event) -> Step:
             return _rest(state, Rest(RunStatus.FAILED, reason))
         case Phase.IDLE, Started(rounds_done, unreleased):
             return _next(replace(state, round_index=rounds_done, unreleased=unreleased))
-        case Phase.DRAWING, CohortDrawn(cohort):
-            return _with_cohort(state, cohort)
+        case Phase.DRAWING, CohortDrawn(cohort, min_clients):
+            return _with_cohort(_needing(state, min_clients), cohort)
         case Phase.CHARGING, Charged() if state.cohort:
             return replace(state, phase=Phase.TRAINING), (TrainRound(state.cohort),)
         case Phase.CHARGING, ChargeRefused(reason):
@@ -192,10 +209,14 @@ def step(state: LoopState, event: Event) -> Step:
             return _trained(state, event)
         case Phase.COMMITTING, Committed(version):
             return _committed(replace(state, unreleased=version))
-        case Phase.RELEASING, Released():
+        case Phase.RELEASING, Released() | ReleaseRefused():
             state = replace(state, unreleased=None)
             return _rest(state, state.ending) if state.ending else _next(state)
     raise ImpossibleEventError(f"{type(event).__name__} in phase {state.phase}")
+
+
+def _needing(state: LoopState, min_clients: int | None) -> LoopState:
+    return state if min_clients is None else replace(state, plan=replace(state.plan, min_clients=min_clients))
 
 
 def _with_cohort(state: LoopState, cohort: Cohort) -> Step:

@@ -46,7 +46,8 @@ def finish_request(session: Session, request: RequestKey, answer: StoredAnswer |
     if answer is None:
         session.delete(row)
     else:
-        row.status, row.body, row.media_type = answer.status, answer.body, answer.media_type
+        row.status, row.body = answer.status, answer.body
+        row.media_type, row.headers = answer.media_type, dict(answer.headers)
 
 
 def _answer(row: IdempotencyRow, request: RequestKey) -> StoredAnswer:
@@ -61,7 +62,7 @@ def _answer(row: IdempotencyRow, request: RequestKey) -> StoredAnswer:
             cure="Ask again in a moment, with the same key.",
             retry_after_s=1,
         )
-    return StoredAnswer(row.status, row.body, row.media_type)
+    return StoredAnswer(row.status, row.body, row.media_type, row.headers or {})
 
 
 def _row(session: Session, request: RequestKey) -> IdempotencyRow | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -42,6 +42,7 @@ class Release:
     """One step of what replicas and vehicles are told to run; a roll-back is a new step.
 
     ``artifacts`` maps a variant to the digest of its blob, ``envelopes`` a variant to its signed manifest, JSON text.
+    ``serve_variant`` is what the fleet runs unless it is pinned; None in a state that knew no such choice.
     """
 
     sequence: int
@@ -50,6 +51,17 @@ class Release:
     envelopes: Mapping[str, str]
     at: datetime
     reason: str
+    serve_variant: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """A version that is made from another one without training. ``lineage`` is added to the origin's."""
+
+    origin: str
+    lineage: Mapping[str, Any]
+    artifacts: Mapping[str, str]
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +117,9 @@ class RequestKey:
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """The answer that a repeated request gets again. ``body`` is text."""
+    """The answer that a repeated request gets again. ``body`` is text, ``headers`` those that belong to the answer."""
 
     status: int
     body: str
     media_type: str | None
+    headers: Mapping[str, str] = field(default_factory=dict)

@@ -187,8 +187,12 @@ def _insert_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientO
 
 
 def _select_rounds(session: Session, *conditions: ColumnElement[bool]) -> list[RoundRecord]:
-    same_round = (VersionRow.run_id == RoundRow.run_id) & (VersionRow.round_index == RoundRow.round_index)
-    query = select(RoundRow, VersionRow.version).outerjoin(VersionRow, same_round)
+    trained = (
+        (VersionRow.run_id == RoundRow.run_id)
+        & (VersionRow.round_index == RoundRow.round_index)
+        & VersionRow.derived_from.is_(None)
+    )
+    query = select(RoundRow, VersionRow.version).outerjoin(VersionRow, trained)
     pairs = session.execute(query.where(*conditions).order_by(RoundRow.round_index))
     return [_to_round(row, version) for row, version in pairs]
 

@@ -14,6 +14,7 @@ from fedvit.store import audit as _audit
 from fedvit.store import fleet as _fleet
 from fedvit.store import idempotency as _idempotency
 from fedvit.store import ledger as _ledger
+from fedvit.store import operations as _operations
 from fedvit.store import runs as _runs
 from fedvit.store import tokens as _tokens
 from fedvit.store import versions as _versions
@@ -22,6 +23,7 @@ from fedvit.store.database import Database, open_database
 from fedvit.store.records import (
     AuditEntry,
     AuditFacts,
+    Derivation,
     FleetInfo,
     Release,
     RequestKey,
@@ -29,15 +31,18 @@ from fedvit.store.records import (
     StoredAnswer,
     Token,
 )
-from fedvit.types import Client, Cohort, ModelVersion, RoundRecord, Run, RunStatus
+from fedvit.store.versions import Sign
+from fedvit.types import Client, Cohort, ModelVersion, Operation, OperationStatus, RoundRecord, Run, RunStatus
 
 __all__ = [
     "AuditEntry",
     "AuditFacts",
+    "Derivation",
     "FleetInfo",
     "Release",
     "RequestKey",
     "RoundCommit",
+    "Sign",
     "Store",
     "StoredAnswer",
     "Token",
@@ -256,7 +261,7 @@ class Store:
             return _versions.versions(session, offset, limit)
 
     def latest_version(self, run_id: str | None = None) -> ModelVersion | None:
-        """The newest version of one run, or of all; None before the first."""
+        """The newest version that one run trained, or the newest of all; None before the first."""
         with self._database.read() as session:
             return _versions.latest_version(session, run_id)
 
@@ -268,6 +273,7 @@ class Store:
         reason: str,
         *,
         sequence: int | None = None,
+        serve_variant: str | None = None,
     ) -> Release:
         """Offer a version to replicas and vehicles; harmless when it is the current one with the same artifacts.
 
@@ -277,13 +283,51 @@ class Store:
             envelopes: variant -> signed manifest, JSON text.
             reason: why, for the history.
             sequence: the number that the manifests were signed under, to be sure that no other release took it.
+            serve_variant: what the fleet runs from now on; None leaves it on what it runs.
 
         Raises:
             NotFoundError: no such version.
             ConflictError: there are no artifacts, or ``sequence`` is no longer the next number.
         """
         with self._database.write() as session:
-            return _versions.release(session, version, artifacts, envelopes, reason, sequence)
+            return _versions.release(session, version, artifacts, envelopes, reason, sequence, serve_variant)
+
+    def release_again(self, serve_variant: str, sign: Sign, reason: str) -> Release:
+        """Offer the current version under a new number, with another variant for the fleet.
+
+        ``sign`` is called inside the transaction and may not use this store.
+
+        Raises:
+            ConflictError: nothing is released yet.
+        """
+        with self._database.write() as session:
+            return _versions.release_again(session, serve_variant, sign, reason)
+
+    def release_derived(self, derivation: Derivation, sign: Sign, reason: str, serve_variant: str | None) -> Release:
+        """Make a version above all others from an older one's weights, and offer it, in one transaction.
+
+        ``sign`` is called inside the transaction and may not use this store.
+
+        Raises:
+            NotFoundError: no such origin.
+            ConflictError: there are no artifacts.
+        """
+        with self._database.write() as session:
+            return _versions.release_derived(session, derivation, sign, reason, serve_variant)
+
+    def refuse_release(self, version: str, reason: str) -> ModelVersion:
+        """Record why a version is not offered to replicas and vehicles.
+
+        Raises:
+            NotFoundError: no such version.
+        """
+        with self._database.write() as session:
+            return _versions.refuse_release(session, version, reason)
+
+    def release_of(self, version: str) -> Release | None:
+        """The last release of a version, or None."""
+        with self._database.read() as session:
+            return _versions.release_of(session, version)
 
     def next_release_sequence(self) -> int:
         """The number that the next release gets, from 1."""
@@ -406,6 +450,69 @@ class Store:
         with self._database.write() as session:
             _idempotency.finish_request(session, request, answer)
 
+    # --- long operations ---------------------------------------------------------------------------------------------
+
+    def create_operation(
+        self, kind: str, params: Mapping[str, Any], *, call_key: str | None = None
+    ) -> tuple[Operation, bool]:
+        """A queued operation and True; or the one that was created under the same key, and False.
+
+        Raises:
+            ConflictError: the key was used for another request.
+        """
+        with self._database.write() as session:
+            return _operations.create_operation(session, kind, params, call_key)
+
+    def operation_key_exists(self, call_key: str) -> bool:
+        """Whether an operation was created under that key."""
+        with self._database.read() as session:
+            return _operations.key_exists(session, call_key)
+
+    def operation(self, operation_id: str) -> Operation:
+        """One operation.
+
+        Raises:
+            NotFoundError: no such operation.
+        """
+        with self._database.read() as session:
+            return _operations.operation(session, operation_id)
+
+    def operations(self, *statuses: OperationStatus, offset: int = 0, limit: int | None = None) -> list[Operation]:
+        """Operations, newest first; no statuses filter nothing."""
+        with self._database.read() as session:
+            return _operations.operations(session, statuses, offset, limit)
+
+    def begin_operation(self, operation_id: str) -> Operation:
+        """Move an operation to RUNNING, unless it has ended or is to be cancelled."""
+        with self._database.write() as session:
+            return _operations.begin_operation(session, operation_id)
+
+    def advance_operation(self, operation_id: str, progress: float, stage: str) -> Operation:
+        """Record how far an operation has come; ``progress`` from 0 to 1."""
+        with self._database.write() as session:
+            return _operations.advance_operation(session, operation_id, progress, stage)
+
+    def end_operation(
+        self,
+        operation_id: str,
+        status: OperationStatus,
+        *,
+        result: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+    ) -> Operation:
+        """Give an operation its end; the first one stays."""
+        with self._database.write() as session:
+            return _operations.end_operation(session, operation_id, status, result, error)
+
+    def cancel_operation(self, operation_id: str) -> Operation:
+        """Cancel a queued operation at once, ask a running one to end, leave an ended one as it is.
+
+        Raises:
+            NotFoundError: no such operation.
+        """
+        with self._database.write() as session:
+            return _operations.cancel_operation(session, operation_id)
+
     # --- meta --------------------------------------------------------------------------------------------------------
 
     def get_meta(self, key: str) -> Any | None:
@@ -419,7 +526,19 @@ class Store:
         Raises:
             ConflictError: the store keeps that key for itself.
         """
+        self.change_meta(key, lambda _: value)
+
+    def change_meta(self, key: str, change: Callable[[Any | None], Any]) -> Any:
+        """Replace the JSON value under ``key`` by what ``change`` makes of it, and return that; one transaction.
+
+        ``change`` may refuse by raising; it may not use this store.
+
+        Raises:
+            ConflictError: the store keeps that key for itself.
+        """
         if key in (_fleet.FLEET_KEY, _ledger.CHAIN.head_key, _audit.CHAIN.head_key):
             raise ConflictError(f"The store keeps the key {key!r} for itself.", cure="Use another key.")
         with self._database.write() as session:
+            value = change(_fleet.get_meta(session, key))
             _fleet.set_meta(session, key, value)
+            return value

@@ -8,7 +8,19 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, Double, ForeignKey, ForeignKeyConstraint, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
@@ -120,12 +132,19 @@ class ClientRoundRow(Base):
 
 
 class VersionRow(Base):
-    """A model version; at most one a round."""
+    """A model version: at most one a round was trained; others are derived from it."""
 
     __tablename__ = "model_versions"
     __table_args__ = (
         UniqueConstraint("run_ordinal", "number"),
-        UniqueConstraint("run_id", "round_index"),
+        Index(
+            "ix_model_versions_trained",
+            "run_id",
+            "round_index",
+            unique=True,
+            sqlite_where=text("derived_from IS NULL"),
+            postgresql_where=text("derived_from IS NULL"),
+        ),
         ForeignKeyConstraint(["run_id", "round_index"], ["rounds.run_id", "rounds.round_index"]),
     )
 
@@ -142,6 +161,8 @@ class VersionRow(Base):
     metrics: Mapped[dict[str, float]]
     lineage: Mapped[dict[str, Any]]
     artifacts: Mapped[dict[str, str]]
+    derived_from: Mapped[str | None] = mapped_column(String(64))
+    refusal: Mapped[str | None] = mapped_column(Text())
 
 
 class ReleaseRow(Base):
@@ -155,6 +176,29 @@ class ReleaseRow(Base):
     reason: Mapped[str] = mapped_column(Text())
     artifacts: Mapped[dict[str, str]]
     envelopes: Mapped[dict[str, str]]
+    serve_variant: Mapped[str | None] = mapped_column(String(64))
+
+
+class OperationRow(Base):
+    """A long operation."""
+
+    __tablename__ = "operations"
+
+    operation_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    ordinal: Mapped[int] = mapped_column(unique=True)
+    kind: Mapped[str] = mapped_column(String(64))
+    status: Mapped[str] = mapped_column(String(16))
+    progress: Mapped[float]
+    stage: Mapped[str] = mapped_column(Text())
+    params: Mapped[dict[str, Any]]
+    # none_as_null: absent is SQL's NULL, not JSON's.
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    cancel_requested: Mapped[bool]
+    call_key: Mapped[str | None] = mapped_column(String(200), unique=True)
 
 
 class ChargeRow(Base):
@@ -224,3 +268,4 @@ class IdempotencyRow(Base):
     status: Mapped[int | None]
     body: Mapped[str | None] = mapped_column(Text())
     media_type: Mapped[str | None] = mapped_column(String(100))
+    headers: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))

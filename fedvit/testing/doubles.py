@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator
 from datetime import datetime, timedelta
 
 import numpy as np
 
-from fedvit.ports import ExportedModel
+from fedvit.ports import ExportedModel, Trial
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import (
     Client,
@@ -22,6 +23,7 @@ from fedvit.types import (
     Weights,
     utc_now,
 )
+from fedvit.wire.tensors import encode_weights
 
 
 class ManualClock:
@@ -40,10 +42,19 @@ class ManualClock:
 
 
 class PointModel:
-    """A model that is a point, and the better the nearer it is to ``target``. Implements ``ServerModelPort``."""
+    """A model that is a point, and the better the nearer it is to ``target``. Implements ``ServerModelPort``.
+
+    Attributes:
+        latency_ms: the p95 of a variant in a trial; 1 ms where nothing is said.
+        relative_accuracy: what an export keeps of the accuracy; all of it where nothing is said.
+        canary_disagrees: variants whose answers differ from everybody else's.
+    """
 
     def __init__(self, target: FloatArray) -> None:
         self._target = target
+        self.latency_ms: dict[Variant, float] = {}
+        self.relative_accuracy: dict[Variant, float] = {}
+        self.canary_disagrees: set[Variant] = set()
 
     def initial_weights(self) -> Weights:
         """The origin."""
@@ -60,8 +71,16 @@ class PointModel:
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:
         """The point's bytes."""
-        content = variant.value.encode() + weights["point"].tobytes()
-        return ExportedModel(content, agreement=1.0, accuracy=self.evaluate(weights).accuracy)
+        content = variant.value.encode() + b":" + weights["point"].tobytes()
+        accuracy = self.evaluate(weights).accuracy * self.relative_accuracy.get(variant, 1.0)
+        return ExportedModel(content, agreement=1.0, accuracy=accuracy, complexity={"parameters": self._target.size})
+
+    def try_out(self, content: bytes, limit: int | None = None) -> Trial:
+        """As fast as ``latency_ms`` says of the variant; ``canary_disagrees`` answers another class."""
+        variant = Variant(content.split(b":", 1)[0].decode())
+        latency_ms = self.latency_ms.get(variant, 1.0)
+        answer = int(variant in self.canary_disagrees)
+        return Trial((answer,) * (limit or 8), p50_ms=latency_ms / 2, p95_ms=latency_ms)
 
 
 class FakeFleet:
@@ -77,10 +96,15 @@ class FakeFleet:
         self._failing = frozenset(failing)
         self._crash_in_round = crash_in_round
         self.tasks: list[tuple[TrainTask, Cohort]] = []
+        self.timeouts_s: list[float | None] = []
 
-    def train(self, task: TrainTask, weights: Weights, cohort: Cohort) -> Iterator[PartialUpdate]:
+    def train(
+        self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
+    ) -> Iterator[PartialUpdate]:
         """One partial update for the even clients, one for the odd."""
         self.tasks.append((task, cohort))
+        self.timeouts_s.append(timeout_s)
+        assert task.base_digest == hashlib.sha256(encode_weights(weights)).hexdigest(), "weights of another release"
         if task.round_index == self._crash_in_round:
             self._crash_in_round = None
             raise KeyboardInterrupt

@@ -64,6 +64,13 @@ def public() -> params.Depends:
     return params.Depends(Requirement(()))
 
 
+VIEWER = [requires(Scope.VIEWER)]
+OPERATOR = [requires(Scope.OPERATOR)]
+ADMIN = [requires(Scope.ADMIN)]
+# Vehicles and replicas fetch releases with a token that is good for nothing else.
+FOLLOWER = [requires(Scope.VIEWER, Scope.DEVICE)]
+
+
 def requirement_of(dependencies: list[Any]) -> Requirement | None:
     """The requirement among a route's dependencies."""
     found = [d.dependency for d in dependencies if isinstance(d.dependency, Requirement)]

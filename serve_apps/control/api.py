@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Response
+from safetensors import safe_open
 
 from fedvit.access.identity import Scope
-from fedvit.config import Settings
 from fedvit.errors import ConflictError, NotFoundError
 from fedvit.monitoring.metrics import render
-from fedvit.ports import AccountantPort, AggregatorPort
+from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
 from fedvit.types import Client, ClientKind, TrainingProgress, Variant, utc_now
-from serve_apps.control.access import Guard, Note, public, requires
+from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public, requires
+from serve_apps.control.model_life import add_model_life_routes
+from serve_apps.control.operations import add_operation_routes, standing_of
 from serve_apps.control.route import Control, install_control
 from serve_apps.control.schemas import (
     AuditView,
@@ -32,25 +33,11 @@ from serve_apps.control.schemas import (
     RegisterClient,
     SpendView,
 )
+from serve_apps.control.services import Services
+from serve_apps.control.training_life import add_training_life_routes
 from serve_apps.problems import install_problem_handlers
 
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What the routes stand on. The two actors are looked up at each call: they may have been restarted."""
-
-    settings: Settings
-    store: Store
-    aggregator: Callable[[], AggregatorPort]
-    accountant: Callable[[], AccountantPort]
-    metrics_dir: Path | None = None
-
-
-VIEWER = [requires(Scope.VIEWER)]
-OPERATOR = [requires(Scope.OPERATOR)]
-ADMIN = [requires(Scope.ADMIN)]
-# Vehicles and replicas fetch releases with a token that is good for nothing else.
-FOLLOWER = [requires(Scope.VIEWER, Scope.DEVICE)]
+__all__ = ["Services", "create_api"]
 
 
 def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
@@ -67,6 +54,9 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     _add_model_routes(api, services)
     _add_privacy_routes(api, services)
     _add_training_routes(api, services)
+    add_model_life_routes(api, services)
+    add_training_life_routes(api, services)
+    add_operation_routes(api, services)
     _add_audit_routes(api, services)
     return api
 
@@ -176,17 +166,19 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
 
     @api.get("/api/model/info", tags=["model"], dependencies=VIEWER)
     def info() -> ModelInfo:
-        """The served model: size in bytes by variant, complexity, classes."""
+        """The served model: size in bytes by variant, complexity of the variant that the fleet runs, classes."""
         release = _current_release(store)
+        variant = served_variant(release, settings)
         fleet = store.fleet()
         return ModelInfo(
             name=settings.model.name,
             version=release.version,
-            variant=settings.release.serve_variant.value,
+            variant=variant,
             size={variant: store.blobs.path(digest).stat().st_size for variant, digest in release.artifacts.items()},
             complexity={
                 "trainable": settings.model.trainable,
-                "trainable_bytes": store.blobs.path(store.version(release.version).weights_digest).stat().st_size,
+                **_trainable(store, store.version(release.version).weights_digest),
+                **_complexity(release, variant),
             },
             classes=list(fleet.classes) if fleet else [],
             image_size=settings.data.image_size,
@@ -205,11 +197,16 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
         return ModelView.of(store.version(_current_release(store).version))
 
     @api.get("/api/model/release", tags=["model"], response_class=Response, dependencies=FOLLOWER)
-    def release(variant: Variant = Variant.STANDARD) -> Response:
-        """The signed manifest of the current release, byte for byte as it was signed."""
-        envelope = _current_release(store).envelopes.get(variant.value)
+    def release(variant: Variant | None = None) -> Response:
+        """The signed manifest of the current release, byte for byte as it was signed.
+
+        Without ``variant`` it is that of the variant that the fleet was last switched to.
+        """
+        found = _current_release(store)
+        wanted = served_variant(found, settings) if variant is None else variant.value
+        envelope = found.envelopes.get(wanted)
         if envelope is None:
-            raise NotFoundError(f"The current release has no variant {variant.value!r}.", cure="See release.variants.")
+            raise NotFoundError(f"The current release has no variant {wanted!r}.", cure="See release.variants.")
         return Response(envelope, media_type="application/json")
 
     @api.get("/api/model/blobs/{digest}", tags=["model"], response_class=Response, dependencies=FOLLOWER)
@@ -218,6 +215,19 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
         if digest not in _current_release(store).artifacts.values():
             raise NotFoundError(f"The current release has no artifact {digest!r}.", cure="Read its manifest again.")
         return Response(store.blobs.get(digest), media_type="application/octet-stream")
+
+
+def _trainable(store: Store, weights_digest: str) -> dict[str, int]:
+    path = store.blobs.path(weights_digest)
+    with safe_open(path, framework="numpy") as weights:
+        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  # no mapping
+    return {"trainable_bytes": path.stat().st_size, "trainable_parameters": sum(math.prod(shape) for shape in shapes)}
+
+
+def _complexity(release: Release, variant: str) -> dict[str, int]:
+    """What was measured when the variant was exported; nothing for releases from before that was done."""
+    metrics = artifacts_of(release)[variant].metrics
+    return {name: int(metrics[name]) for name in ("parameters", "blocks", "multiply_adds") if name in metrics}
 
 
 def _current_release(store: Store) -> Release:
@@ -252,27 +262,23 @@ def _add_training_routes(api: FastAPI, services: Services) -> None:
     def start(note: Note) -> ProgressView:
         """Begin or continue the run that the settings describe; harmless when it is under way."""
         aggregator = services.aggregator()
-        note.before = _standing(aggregator.progress())
+        note.before = standing_of(aggregator.progress())
         progress = aggregator.start_training()
-        note.after = _standing(progress)
+        note.after = standing_of(progress)
         return _progress(progress)
 
     @api.post("/api/training/stop", tags=["training"], status_code=202, dependencies=OPERATOR)
     def stop(note: Note) -> ProgressView:
         """End the loop after the round under way; a start continues it."""
         aggregator = services.aggregator()
-        note.before = _standing(aggregator.progress())
+        note.before = standing_of(aggregator.progress())
         progress = aggregator.stop_training()
-        note.after = _standing(progress)
+        note.after = standing_of(progress)
         return _progress(progress)
 
 
 def _progress(progress: TrainingProgress) -> ProgressView:
     return ProgressView(**dataclasses.asdict(progress))
-
-
-def _standing(progress: TrainingProgress) -> dict[str, Any]:
-    return {name: getattr(progress, name) for name in ("run_id", "status", "phase", "rounds_done")}
 
 
 def _add_audit_routes(api: FastAPI, services: Services) -> None:

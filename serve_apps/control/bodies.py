@@ -131,12 +131,13 @@ def _children(node: Any) -> list[Any]:
 
 
 def _example(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:
-    for key in ("example", "default", "const"):
+    if schema.get("examples"):
+        return schema["examples"][0]
+    for key in ("default", "const"):
         if key in schema:
             return schema[key]
-    for key in ("examples", "enum"):
-        if schema.get(key):
-            return schema[key][0]
+    if schema.get("enum"):
+        return schema["enum"][0]
     for key in ("anyOf", "oneOf", "allOf"):
         if schema.get(key):
             return _example(schema[key][0], definitions)

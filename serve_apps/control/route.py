@@ -27,11 +27,13 @@ from serve_apps.control.access import AuditNote, Caller, Guard, requirement_of
 from serve_apps.control.audit import facts_of
 from serve_apps.control.bodies import check_no_fields, example_of, parse_json, read_body, with_body
 from serve_apps.logs import request_id
-from serve_apps.problems import MEDIA_TYPE, ProblemError, problem_of
+from serve_apps.problems import ProblemError, documented, problem_of
 
 LOG = logging.getLogger("fedvit.control")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Where an operation is watched, and which revision was made, are part of the answer.
+_KEPT_HEADERS = ("location", "etag")
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 # A task that nobody refers to may be collected before it is done.
@@ -145,7 +147,7 @@ class _Call:
         if key is not None:
             stored = await run_in_threadpool(self._store.begin_request, key, utc_now())
             if stored is not None:
-                headers = {"Idempotency-Replayed": "true"}
+                headers = {**stored.headers, "Idempotency-Replayed": "true"}
                 return Response(stored.body, stored.status, headers, stored.media_type)
         return await self._in_time(self._perform(identity, with_body(self._request, content), body, key))
 
@@ -201,7 +203,8 @@ def _stored(response: Response) -> StoredAnswer | None:
     """What a repetition gets; nothing when the fault was ours, so that it may be tried again."""
     if response.status_code >= 500 or not hasattr(response, "body"):
         return None
-    return StoredAnswer(response.status_code, bytes(response.body).decode(), response.media_type)
+    headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
+    return StoredAnswer(response.status_code, bytes(response.body).decode(), response.media_type, headers)
 
 
 def _forget_result(task: asyncio.Task[Response]) -> None:
@@ -211,25 +214,8 @@ def _forget_result(task: asyncio.Task[Response]) -> None:
 
 def _problems(methods: set[str]) -> dict[int | str, dict[str, Any]]:
     """The problem documents that any route may answer with, for the OpenAPI document."""
-    kinds = {401: "No good token", 403: "Not allowed", 429: "Too many requests", 504: "Timeout"}
-    if not set(methods) <= _SAFE:
-        kinds |= {400: "Not JSON", 409: "Conflict", 413: "Body too large", 422: "Invalid request"}
-    schema = {
-        "type": "object",
-        "required": ["type", "title", "status", "detail"],
-        "properties": {
-            "type": {"type": "string"},
-            "title": {"type": "string"},
-            "status": {"type": "integer"},
-            "detail": {"type": "string"},
-            "cure": {"type": ["string", "null"]},
-            "request_id": {"type": "string"},
-        },
-    }
-    return {
-        status: {"description": description, "content": {MEDIA_TYPE: {"schema": schema}}}
-        for status, description in sorted(kinds.items())
-    }
+    mutating = () if set(methods) <= _SAFE else (400, 408, 409, 413, 415, 422)
+    return documented(401, 403, *mutating, 429, 504)
 
 
 class RequestIds:

@@ -13,11 +13,13 @@ from fedvit.store.store import AuditEntry
 from fedvit.types import BudgetReport, Client, ModelVersion
 
 
-class _Request(BaseModel):
+class RequestBody(BaseModel):
+    """What a caller sends; fields that nobody knows are refused."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class RegisterClient(_Request):
+class RegisterClient(RequestBody):
     """A vehicle that offers to take part."""
 
     device_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", examples=["truck-7"])
@@ -70,6 +72,8 @@ class ModelView(BaseModel):
     lineage: dict[str, Any]
     released: bool
     artifacts: dict[str, str]
+    derived_from: str | None
+    refusal: str | None
 
     @classmethod
     def of(cls, version: ModelVersion) -> ModelView:
@@ -84,6 +88,8 @@ class ModelView(BaseModel):
             lineage=dict(version.lineage),
             released=version.released,
             artifacts=dict(version.artifacts),
+            derived_from=version.derived_from,
+            refusal=version.refusal,
         )
 
 

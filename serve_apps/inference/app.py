@@ -66,8 +66,7 @@ def build_inference_app(settings: Settings, *, control_url: str, trusted_key: st
 def _build_replica(settings: Settings, control_url: str, trusted_key: str) -> Starlette:
     replica_id = serve.get_replica_context().replica_id.unique_id
     cache = claim_cache(settings.home / "run" / "inference", replica_id)
-    variant = settings.release.serve_variant.value
-    client = ReleaseClient(HttpFeed(control_url), cache, [parse_public_key(trusted_key)], variant)
+    client = ReleaseClient(HttpFeed(control_url), cache, [parse_public_key(trusted_key)])
     metrics_dir = os.environ.get(MULTIPROCESS_VARIABLE)
     options = ServingOptions(
         device_id=f"replica-{replica_id}",

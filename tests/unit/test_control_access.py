@@ -7,14 +7,14 @@ import logging
 import pickle
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx import Response
 from prometheus_client import REGISTRY
@@ -23,14 +23,13 @@ from pydantic import BaseModel, ConfigDict
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
 from fedvit.config import Settings, load_settings
-from fedvit.errors import StateError
+from fedvit.errors import ConflictError, NotFoundError, StateError
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.store.store import Store
 from fedvit.testing.doubles import seeded_fleet
-from fedvit.types import TrainingProgress, utc_now
+from fedvit.types import Operation, TrainingProgress, Variant, utc_now
 from serve_apps.control.access import CurrentIdentity, Guard, Note, public, requires
 from serve_apps.control.api import Services, create_api
-from serve_apps.control.etags import check_if_match, etag_of
 from serve_apps.logs import log_to_file
 
 RESTING = TrainingProgress(None, None, "resting", 0, 0, None, None, 0.0, None)
@@ -56,6 +55,18 @@ class IdleAggregator:
 
     def wait(self, timeout_s: float) -> TrainingProgress:
         return RESTING
+
+    def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
+        raise ConflictError("The loop is idle.")
+
+    def cancel_operation(self, operation_id: str) -> Operation:
+        raise NotFoundError("There is no operation.")
+
+    def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
+        raise NotFoundError("There is no version.")
+
+    def switch_variant(self, variant: Variant) -> str:
+        raise ConflictError("There is no release.")
 
 
 class Anything(BaseModel):
@@ -154,6 +165,16 @@ def test_every_body_refuses_unknown_fields(guarded: House) -> None:
     for body in bodies:
         name = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[-1]
         assert schemas[name]["additionalProperties"] is False
+
+
+def test_every_body_is_explained_by_an_example_that_is_admitted(guarded: House) -> None:
+    for method, path, facts in operations(guarded.api):
+        if "requestBody" not in facts:
+            continue
+        url = path.replace("{", "").replace("}", "")
+        refused = guarded.ask(method, url, "operator", content=b"{...}")
+        assert refused.status_code == 400, (method, path)
+        assert guarded.ask(method, url, "operator", json=refused.json()["example"]).status_code not in (400, 422), path
 
 
 @pytest.mark.parametrize("held", list(Scope))
@@ -437,20 +458,16 @@ def test_what_takes_too_long_is_answered_and_still_audited(tmp_path: Path) -> No
 
 
 def test_a_configuration_is_only_overwritten_by_who_has_seen_it(house: House) -> None:
-    value = {"rounds": 3}
-
-    @house.api.put("/api/thing", dependencies=[requires(Scope.OPERATOR)])
-    def put(request: Request) -> dict[str, int]:
-        check_if_match(request, value)
-        value["rounds"] += 1
-        return value
-
-    seen = etag_of(value)
-    assert house.ask("PUT", "/api/thing", headers={"If-Match": f'"other", {seen}'}).json() == {"rounds": 4}
-    stale = house.ask("PUT", "/api/thing", headers={"If-Match": seen})
-    assert (stale.status_code, stale.json()["etag"]) == (412, etag_of({"rounds": 4}))
-    assert house.ask("PUT", "/api/thing", headers={"If-Match": "*"}).status_code == 200
-    assert house.ask("PUT", "/api/thing").status_code == 200
+    body = {"min_clients": 2}
+    seen = house.ask("GET", "/api/training/config").headers["etag"]
+    changed = house.ask("POST", "/api/training/config", json=body, headers={"If-Match": f'"other", {seen}'})
+    assert changed.status_code == 200
+    for stale in (seen, '"other"', 'W/"1"', "1 2", "", '"' + "9" * 5000 + '"'):
+        refused = house.ask("POST", "/api/training/config", json={"min_clients": 3}, headers={"If-Match": stale})
+        assert (refused.status_code, refused.headers["content-type"]) == (412, PROBLEM), stale
+    assert house.ask("GET", "/api/training/config").json()["min_clients"] == 2
+    assert house.ask("POST", "/api/training/config", json=body, headers={"If-Match": "*"}).status_code == 200
+    assert house.ask("POST", "/api/training/config", json=body).status_code == 200
 
 
 # --- idempotency -----------------------------------------------------------------------------------------------------

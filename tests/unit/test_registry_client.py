@@ -337,3 +337,29 @@ def _fail_after(patch: pytest.MonkeyPatch, writes: int) -> None:
         return replace(self, target)
 
     patch.setattr(Path, "replace", failing)
+
+
+def test_a_client_that_pins_nothing_follows_the_fleet_from_variant_to_variant(feed: MemoryFeed, tmp_path: Path) -> None:
+    def follower() -> ReleaseClient:
+        return ReleaseClient(feed, tmp_path / "cache", [feed.key.public_key()])
+
+    client = follower()
+    feed.offer(OLD, 1, variant="standard")
+    assert client.poll()
+    feed.offer(NEW, 2, variant="edge_optimized", version="v0.0.1")
+    switched = client.poll()
+    assert switched is not None
+    assert (switched.manifest.variant, switched.model_path.read_bytes()) == ("edge_optimized", NEW)
+    assert [r.manifest.variant for r in follower().cached()] == ["edge_optimized", "standard"]
+    feed.offer(OLD, 1, variant="standard")
+    with pytest.raises(IntegrityError, match="2 was accepted"):
+        follower().poll()
+
+
+def test_another_variant_under_the_same_sequence_is_refused(feed: MemoryFeed, tmp_path: Path) -> None:
+    client = ReleaseClient(feed, tmp_path / "cache", [feed.key.public_key()])
+    feed.offer(OLD, 1, variant="standard")
+    assert client.poll()
+    feed.offer(NEW, 1, variant="edge_optimized")
+    with pytest.raises(IntegrityError, match="two different releases"):
+        client.poll()

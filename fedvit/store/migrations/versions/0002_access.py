@@ -69,5 +69,6 @@ def _create_idempotency() -> None:
         sa.Column("status", sa.Integer(), nullable=True),
         sa.Column("body", sa.Text(), nullable=True),
         sa.Column("media_type", sa.String(100), nullable=True),
+        sa.Column("headers", sa.JSON(), nullable=True),
     )
     op.create_index("ix_idempotency_at", "idempotency", ["at"])

@@ -1,0 +1,204 @@
+"""The aggregator without Ray: training loop, long operations and the registry's changes in one process.
+
+The aggregator actor is a shell round it; tests use it as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from fedvit.config import Settings
+from fedvit.errors import ConflictError
+from fedvit.operations.optimize import Optimizer
+from fedvit.operations.runner import OperationCancelled, OperationKind, OperationRunner, Task
+from fedvit.ports import AccountantPort, ExportedModel, FleetPort, ServerModelPort
+from fedvit.registry.weights import stored_weights
+from fedvit.rounds.coordinator import Coordinator
+from fedvit.rounds.steering import RunOrder, run_order
+from fedvit.store.store import Store
+from fedvit.types import ModelVersion, Operation, Run, RunStatus, TrainingProgress, Variant
+
+LOOK_S = 0.1
+
+
+class LocalAggregator:
+    """Implements :class:`fedvit.ports.AggregatorPort`; the loop has a thread of its own, and so have operations.
+
+    Args:
+        on_progress: told after every event of the loop, from its thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        store: Store,
+        accountant: AccountantPort,
+        fleet: FleetPort,
+        model: ServerModelPort,
+        on_progress: Callable[[TrainingProgress], None] = lambda _: None,
+    ) -> None:
+        self._store = store
+        self._model = model
+        self._coordinator = Coordinator(
+            settings=settings, store=store, accountant=accountant, fleet=fleet, model=model, on_progress=on_progress
+        )
+        self._publisher = self._coordinator.publisher
+        self._lock = threading.Lock()
+        self._loop: Future[Run] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-loop")
+        optimizer = Optimizer(settings, store, self._publisher, model)
+        new_run = OperationKind(self._begin_run, self._admit_run, repeatable=True)
+        self._operations = OperationRunner(
+            store,
+            {
+                "optimize": OperationKind(optimizer.work, optimizer.admit, repeatable=True),
+                "retrain": new_run,
+                "restart": new_run,
+            },
+        )
+
+    def resume(self) -> None:
+        """Take up what the last process was doing: the run under way, and long operations."""
+        latest = self._store.latest_run()
+        if latest is not None and latest.status is RunStatus.RUNNING:
+            self.start_training()
+        self._operations.start()
+
+    def close(self) -> None:
+        """End both threads after what they are doing; a start of another process takes it up."""
+        self._coordinator.request_stop()
+        self._operations.close()
+        self._thread.shutdown()
+
+    def start_training(self) -> TrainingProgress:
+        """Begin or continue the run that the settings describe; harmless when it is under way."""
+        with self._lock:
+            self._start()
+        return self._coordinator.progress()
+
+    def stop_training(self) -> TrainingProgress:
+        """Ask the loop to end after the round under way."""
+        self._coordinator.request_stop()
+        return self.progress()
+
+    def progress(self) -> TrainingProgress:
+        """Where the loop stands.
+
+        Raises:
+            Exception: the fault that ended the loop, where it was not one that fedvit foresees.
+        """
+        if self._loop is not None and self._loop.done():
+            self._loop.result()
+        return self._coordinator.progress()
+
+    def wait(self, timeout_s: float) -> TrainingProgress:
+        """Return when the loop rests, or after ``timeout_s``."""
+        if self._loop is not None:
+            wait([self._loop], timeout=timeout_s)
+        return self.progress()
+
+    def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
+        """Queue a long operation; see :class:`fedvit.ports.AggregatorPort`."""
+        return self._operations.submit(kind, params, call_key)
+
+    def cancel_operation(self, operation_id: str) -> Operation:
+        """End a long operation early; harmless when it has ended."""
+        return self._operations.cancel(operation_id)
+
+    def wait_operation(self, operation_id: str, timeout_s: float) -> Operation:
+        """The operation once it has ended, or as it stands after ``timeout_s``."""
+        return self._operations.wait(operation_id, timeout_s)
+
+    def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
+        """Make an older version's content current again, as a new version; return its name."""
+        return self._publisher.rollback(version, force=force, reason=reason, export=self._export).version
+
+    def switch_variant(self, variant: Variant) -> str:
+        """Move the fleet to another variant of the current version; return the version's name."""
+        return self._publisher.switch(variant).version
+
+    def _export(self, version: ModelVersion) -> dict[Variant, ExportedModel]:
+        weights = stored_weights(self._store, version.weights_digest)
+        return {variant: self._model.export(weights, variant) for variant in self._publisher.variants()}
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._rests():
+            self._coordinator.announce()
+            self._loop = self._thread.submit(self._coordinator.run)
+
+    def _rests(self) -> bool:
+        return self._loop is None or self._loop.done()
+
+    # --- retrain and restart -----------------------------------------------------------------------------------------
+
+    def _admit_run(self, params: Mapping[str, Any]) -> None:
+        self._coordinator.check_new_run(self._order("", params))
+
+    def _begin_run(self, task: Task) -> dict[str, Any]:
+        """End the present run after its round, then begin the one that was ordered."""
+        name = task.operation.operation_id
+        before = run_order(self._store)
+        if before is not None and before.operation_id == name:
+            return self._result(before, self._restarted(before))
+        order = self._order(name, task.params)
+        task.report(0.1, "waiting for the round under way to end")
+        run = self._replace_run(task, order)
+        return self._result(order, run)
+
+    def _replace_run(self, task: Task, order: RunOrder) -> Run:
+        was_running = not self._rests()
+        try:
+            while True:
+                self._rest(task)
+                # Ordered before the lock is given back: nobody may start the old run in between.
+                with self._lock:
+                    if self._rests():
+                        self._coordinator.check_new_run(order)
+                        task.report(0.8, "beginning the new run")
+                        run = self._coordinator.begin(order)
+                        self._start()
+                        return run
+        except OperationCancelled:
+            if was_running:
+                self.start_training()
+            raise
+
+    def _restarted(self, order: RunOrder) -> Run:
+        with self._lock:
+            run = self._coordinator.begin(order) if self._rests() else self._store.latest_run()
+            self._start()
+        assert run is not None
+        return run
+
+    def _rest(self, task: Task) -> None:
+        while not self._rests():
+            task.check()
+            # Asked again each time: a loop that was only just begun forgets what was asked before.
+            self._coordinator.request_stop()
+            assert self._loop is not None
+            wait([self._loop], timeout=LOOK_S)
+
+    def _order(self, operation_id: str, params: Mapping[str, Any]) -> RunOrder:
+        base = None
+        if params.get("strategy") == "fine_tune":
+            current = self._store.current_release()
+            if current is None:
+                raise ConflictError("There is no release to fine-tune.", cure='Ask for "full_retrain".')
+            base = current.version
+        told = ", ".join(f"{key}={value}" for key, value in params.items())
+        selection = params.get("client_selection")
+        return RunOrder(0, operation_id, f"Another run was ordered ({told}).", base, selection)
+
+    def _result(self, order: RunOrder, run: Run) -> dict[str, Any]:
+        return {
+            "run_id": run.run_id,
+            "base_version": order.base_version,
+            "client_selection": run.config["order"]["client_selection"],
+            "rounds_total": run.rounds_total,
+        }

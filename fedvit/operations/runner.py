@@ -1,0 +1,191 @@
+"""Runs long operations one after another in a thread, and gives each a definite end, also across a restart."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+from fedvit.errors import ConflictError, FedvitError, NotFoundError
+from fedvit.store.store import Store
+from fedvit.types import Operation, OperationStatus
+
+_LOG = logging.getLogger(__name__)
+_UNFINISHED = (OperationStatus.QUEUED, OperationStatus.RUNNING)
+STOP_TIMEOUT_S = 5.0
+
+
+class OperationCancelled(Exception):
+    """The operation was asked to end; its work lets this pass."""
+
+
+class Task:
+    """What the work of an operation is handed: its parameters, and the line to those who watch it.
+
+    Args:
+        operation: as it began.
+        cancelled: set when somebody asks the operation to end.
+    """
+
+    def __init__(self, operation: Operation, store: Store, cancelled: threading.Event) -> None:
+        self.operation = operation
+        self.params = operation.params
+        self.cancelled = cancelled
+        self._store = store
+
+    def report(self, progress: float, stage: str) -> None:
+        """Say what begins now, and which share is done.
+
+        Raises:
+            OperationCancelled: the operation was asked to end.
+        """
+        self.check()
+        self._store.advance_operation(self.operation.operation_id, progress, stage)
+
+    def check(self) -> None:
+        """Pass, unless the operation was asked to end.
+
+        Raises:
+            OperationCancelled: it was.
+        """
+        if self.cancelled.is_set():
+            raise OperationCancelled
+
+
+@dataclass(frozen=True, slots=True)
+class OperationKind:
+    """A kind of long work.
+
+    ``work`` answers with the result, JSON types only. ``admit`` refuses at once what could not do anything. Work that
+    is ``repeatable`` may be run again from its beginning after the process died in the middle of it.
+    """
+
+    work: Callable[[Task], Mapping[str, Any]]
+    admit: Callable[[Mapping[str, Any]], None] = lambda _: None
+    repeatable: bool = False
+
+
+class OperationRunner:
+    """One thread, one operation at a time, in the order in which they were asked for."""
+
+    def __init__(self, store: Store, kinds: Mapping[str, OperationKind]) -> None:
+        self._store = store
+        self._kinds = dict(kinds)
+        self._queue: SimpleQueue[str | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._ended = threading.Condition()
+        self._closing = threading.Event()
+        self._cancelled: dict[str, threading.Event] = {}
+        self._thread = threading.Thread(target=self._run, name="operations", daemon=True)
+
+    def start(self) -> None:
+        """Settle what the last process left behind, then work."""
+        for operation in reversed(self._store.operations(*_UNFINISHED)):
+            self._settle(operation)
+        self._thread.start()
+
+    def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
+        """Queue an operation, or give back the one that was queued under the same key.
+
+        Raises:
+            NotFoundError: there is no such kind.
+            ConflictError: the key was used for another request.
+            FedvitError: what the kind's ``admit`` refuses with; nothing was queued.
+        """
+        if kind not in self._kinds:
+            raise NotFoundError(f"There is no operation {kind!r}.", cure=f"There are: {', '.join(self._kinds)}.")
+        known = self._known(call_key)
+        if not known:
+            self._kinds[kind].admit(params)
+        operation, created = self._store.create_operation(kind, params, call_key=call_key)
+        if created:
+            self._queue.put(operation.operation_id)
+        return operation
+
+    def cancel(self, operation_id: str) -> Operation:
+        """Cancel a queued operation at once, ask a running one to end at its next step; harmless after its end.
+
+        Raises:
+            NotFoundError: no such operation.
+        """
+        with self._lock:
+            operation = self._store.cancel_operation(operation_id)
+            if operation_id in self._cancelled:
+                self._cancelled[operation_id].set()
+        return operation
+
+    def wait(self, operation_id: str, timeout_s: float) -> Operation:
+        """The operation once it has ended, or as it stands after ``timeout_s``.
+
+        Raises:
+            NotFoundError: no such operation.
+        """
+        with self._ended:
+            self._ended.wait_for(lambda: self._store.operation(operation_id).status.ended, timeout_s)
+        return self._store.operation(operation_id)
+
+    def close(self) -> None:
+        """End the thread after the operation under way; what is queued, or takes longer, the next start settles."""
+        self._closing.set()
+        self._queue.put(None)
+        if self._thread.is_alive():
+            self._thread.join(STOP_TIMEOUT_S)
+
+    def _known(self, call_key: str | None) -> bool:
+        return call_key is not None and self._store.operation_key_exists(call_key)
+
+    def _settle(self, operation: Operation) -> None:
+        kind = self._kinds.get(operation.kind)
+        if operation.cancel_requested:
+            self._store.end_operation(operation.operation_id, OperationStatus.CANCELLED)
+        elif kind is not None and (kind.repeatable or operation.status is OperationStatus.QUEUED):
+            self._queue.put(operation.operation_id)
+        else:
+            error = ConflictError("The process ended in the middle of the operation.", cure="Ask for it again.")
+            self._store.end_operation(
+                operation.operation_id, OperationStatus.FAILED, error=_described(error, "interrupted")
+            )
+
+    def _run(self) -> None:
+        while (operation_id := self._queue.get()) is not None and not self._closing.is_set():
+            try:
+                self._perform(operation_id)
+            except Exception:  # The store is away: the next start settles the operation.
+                _LOG.exception("operation %s", operation_id)
+            with self._ended:
+                self._ended.notify_all()
+
+    def _perform(self, operation_id: str) -> None:
+        with self._lock:
+            operation = self._store.begin_operation(operation_id)
+            cancelled = self._cancelled[operation_id] = threading.Event()
+        try:
+            if operation.status is OperationStatus.RUNNING and not operation.cancel_requested:
+                self._work(Task(operation, self._store, cancelled))
+            else:
+                self._store.end_operation(operation_id, OperationStatus.CANCELLED)
+        finally:
+            with self._lock:
+                del self._cancelled[operation_id]
+
+    def _work(self, task: Task) -> None:
+        name = task.operation.operation_id
+        try:
+            result = self._kinds[task.operation.kind].work(task)
+        except OperationCancelled:
+            self._store.end_operation(name, OperationStatus.CANCELLED)
+        except FedvitError as error:
+            self._store.end_operation(name, OperationStatus.FAILED, error=_described(error))
+        except Exception as error:
+            _LOG.exception("operation %s (%s)", name, task.operation.kind)
+            told = FedvitError(f"{type(error).__name__}: {error}", cure="See the aggregator's log.")
+            self._store.end_operation(name, OperationStatus.FAILED, error=_described(told))
+        else:
+            self._store.end_operation(name, OperationStatus.SUCCEEDED, result=result)
+
+
+def _described(error: FedvitError, code: str | None = None) -> dict[str, Any]:
+    return {"code": code or error.code, "message": error.message, "cure": error.cure}

@@ -1,0 +1,116 @@
+"""What an operator steers training with, kept in the store: which run is wanted, and how patient a round is.
+
+A run is identified by its settings; an order on top of them makes it another run, also when the settings are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from fedvit.config import Settings
+from fedvit.errors import StaleRequestError
+from fedvit.store.store import Store
+
+_ORDER_KEY = "run_order"
+_ROUND_KEY = "round_settings"
+
+
+@dataclass(frozen=True, slots=True)
+class RunOrder:
+    """An operator's wish for a new run. ``base_version`` None starts from the base weights.
+
+    ``client_selection`` stays in force for later orders that say nothing of it; None leaves it to the settings.
+    """
+
+    number: int
+    operation_id: str
+    reason: str
+    base_version: str | None = None
+    client_selection: str | None = None
+
+
+def run_order(store: Store) -> RunOrder | None:
+    """The order in force, if there ever was one."""
+    found = store.get_meta(_ORDER_KEY)
+    return None if found is None else RunOrder(**found)
+
+
+def place_order(store: Store, wish: RunOrder) -> RunOrder:
+    """Put ``wish`` in force under the next number; the same operation places one order, however often it tries."""
+
+    def change(found: Any | None) -> dict[str, Any]:
+        before = RunOrder(**found) if found else None
+        if before is not None and before.operation_id == wish.operation_id:
+            return asdict(before)
+        selection = wish.client_selection or (before.client_selection if before else None)
+        return asdict(replace(wish, number=before.number + 1 if before else 1, client_selection=selection))
+
+    return RunOrder(**store.change_meta(_ORDER_KEY, change))
+
+
+def run_identity(settings: Settings, order: RunOrder | None) -> tuple[dict[str, Any], str]:
+    """What a run is recorded with, and its SHA-256, hex; without an order, those of the settings alone."""
+    if order is None:
+        return settings.training_identity(), settings.training_digest()
+    named = {"settings": settings.training_digest(), "order": asdict(order)}
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+    return {**settings.training_identity(), "order": asdict(order)}, digest
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSettings:
+    """What the next round goes by: the fewest clients, and how long a silent proxy is waited for.
+
+    ``revision`` counts the changes; 0 is what the settings say.
+    """
+
+    revision: int
+    min_clients: int
+    wait_timeout_s: float
+
+
+def round_settings(store: Store, settings: Settings) -> RoundSettings:
+    """What is in force now."""
+    return _round_settings(store.get_meta(_ROUND_KEY), settings)
+
+
+def change_round_settings(
+    store: Store,
+    settings: Settings,
+    *,
+    min_clients: int | None = None,
+    wait_timeout_s: float | None = None,
+    expected_revisions: Collection[int] | None = None,
+) -> RoundSettings:
+    """Change what is not None, durably; the next round goes by it.
+
+    Raises:
+        StaleRequestError: ``expected_revisions`` are given and the present one is not among them.
+    """
+
+    def change(found: Any | None) -> dict[str, Any]:
+        now = _round_settings(found, settings)
+        if expected_revisions is not None and now.revision not in expected_revisions:
+            raise StaleRequestError(
+                f"The training configuration was changed meanwhile; it has the revision {now.revision}.",
+                cure="Read it again and repeat the change with its ETag.",
+            )
+        wanted = replace(
+            now,
+            min_clients=now.min_clients if min_clients is None else min_clients,
+            wait_timeout_s=now.wait_timeout_s if wait_timeout_s is None else wait_timeout_s,
+        )
+        return asdict(now if wanted == now else replace(wanted, revision=now.revision + 1))
+
+    return RoundSettings(**store.change_meta(_ROUND_KEY, change))
+
+
+def _round_settings(found: Any | None, settings: Settings) -> RoundSettings:
+    if found is not None:
+        return RoundSettings(**found)
+    training = settings.training
+    return RoundSettings(0, training.cohort.min_clients, training.round_timeout_s)

@@ -1,0 +1,654 @@
+"""The runbook's calls on the model and on training: each one's effect as a second request sees it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from tiny_release import CLASSES, IMAGE_SIZE, png, tiny_model
+
+from edge_runtime.server import ServingOptions, ServingProcess
+from fedvit.config import Settings, load_settings
+from fedvit.operations.local import LocalAggregator
+from fedvit.ports import ExportedModel, PartialUpdate
+from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+from fedvit.registry.client import ReleaseClient
+from fedvit.registry.feed import HttpFeed
+from fedvit.store.store import Store
+from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
+from fedvit.types import Cohort, RunStatus, TrainTask, Variant, Weights
+from fedvit.wire.manifest import load_or_create_signing_key
+from serve_apps.control.api import Services, create_api
+
+TARGET = np.array([1.0, -2.0], dtype=np.float32)
+WAIT_S = 20.0
+JsonObject = dict[str, Any]
+
+
+class TinyModel(PointModel):
+    """Exports a network that an edge can really load, another one for each variant and each state of the point."""
+
+    def export(self, weights: Weights, variant: Variant) -> ExportedModel:
+        export = super().export(weights, variant)
+        tilt = float(weights["point"][0]) + list(Variant).index(variant)
+        return ExportedModel(tiny_model(tilt), export.agreement, export.accuracy, export.complexity)
+
+
+class HeldFleet(FakeFleet):
+    """Trains a round only when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(TARGET)
+        self.begun, self.let = threading.Event(), threading.Event()
+
+    def train(
+        self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
+    ) -> Iterator[PartialUpdate]:
+        self.begun.set()
+        assert self.let.wait(WAIT_S)
+        yield from super().train(task, weights, cohort, timeout_s=timeout_s)
+
+
+class Through(httpx.BaseTransport):
+    """Carries an httpx client's requests to the application without a network."""
+
+    def __init__(self, http: TestClient) -> None:
+        self._http = http
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = self._http.request(request.method, str(request.url))
+        return httpx.Response(answer.status_code, content=answer.content)
+
+
+class System:
+    """A control API over a real store, ledger, training loop and operations; model and fleet are doubles."""
+
+    def __init__(self, home: Path, model: PointModel, fleet: FakeFleet, release: JsonObject, epsilon: float) -> None:
+        self.model, self.fleet = model, fleet
+        self.settings: Settings = load_settings(
+            environ={},
+            overrides={
+                "home": home,
+                "data": {"image_size": IMAGE_SIZE},
+                "training": {"rounds": 4},
+                "privacy": {"noise_multiplier": 4.0, "target_epsilon": epsilon},
+                "release": {"every_rounds": 2, **release},
+            },
+        )
+        self.store = Store.open(home)
+        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=list(CLASSES))
+        self.store.register_clients(seeded_fleet(5))
+        accountant = PrivacyAccountant(self.store, self.settings)
+        self.local = LocalAggregator(
+            settings=self.settings, store=self.store, accountant=accountant, fleet=fleet, model=model
+        )
+        self.local.resume()
+        services = Services(self.settings, self.store, aggregator=lambda: self.local, accountant=lambda: accountant)
+        self.http = TestClient(create_api(services), raise_server_exceptions=False)
+
+    def close(self) -> None:
+        self.local.close()
+        self.store.close()
+
+    def get(self, path: str) -> Any:
+        answer = self.http.get(path)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def trained(self) -> System:
+        self.http.post("/api/training/start")
+        self.local.wait(WAIT_S)
+        return self
+
+    def done(self, path: str, body: JsonObject) -> JsonObject:
+        """Ask for a long operation, follow its Location, and return it when it has ended."""
+        answer = self.http.post(path, json=body)
+        assert answer.status_code == 202, answer.text
+        assert answer.headers["location"] == f"/api/operations/{answer.json()['operation_id']}"
+        self.local.wait_operation(answer.json()["operation_id"], WAIT_S)
+        ended: JsonObject = self.get(answer.headers["location"])
+        return ended
+
+    def follower(self, cache: Path, variant: str | None = None) -> ReleaseClient:
+        key = load_or_create_signing_key(self.settings.home / "keys").public_key()
+        feed = HttpFeed("http://testserver", transport=Through(self.http))
+        return ReleaseClient(feed, cache, [key], variant)
+
+
+Make = Callable[..., System]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    systems = []
+
+    def build(
+        model: PointModel | None = None, fleet: FakeFleet | None = None, *, epsilon: float = 8.0, **release: Any
+    ) -> System:
+        systems.append(
+            System(tmp_path / "home", model or PointModel(TARGET), fleet or FakeFleet(TARGET), release, epsilon)
+        )
+        return systems[-1]
+
+    yield build
+    for system in systems:
+        system.close()
+
+
+# --- roll back -------------------------------------------------------------------------------------------------------
+
+
+def test_a_rollback_is_a_new_higher_version_with_the_old_bytes(make: Make, tmp_path: Path) -> None:
+    system = make(max_accuracy_drop=0.5).trained()
+    follower = system.follower(tmp_path / "cache")
+    assert follower.poll().manifest.version == "v1.1.4"  # type: ignore[union-attr]
+    old = system.store.version("v1.1.2")
+    answer = system.http.post("/api/model/rollback", json={"version": "v1.1.2", "reason": "worse at night"})
+    assert answer.status_code == 200
+    assert (answer.json()["version"], answer.json()["sequence"]) == ("v1.1.5", 3)
+    current = system.get("/api/model/current")
+    assert current["version"] == "v1.1.5"
+    assert current["artifacts"] == dict(old.artifacts)
+    assert current["derived_from"] == "v1.1.2"
+    lineage = current["lineage"]
+    assert (lineage["rollback_of"], lineage["replaces"], lineage["reason"]) == ("v1.1.2", "v1.1.4", "worse at night")
+    assert system.store.version("v1.1.5").weights_digest == old.weights_digest
+    loaded = follower.poll()
+    assert loaded is not None
+    assert (loaded.manifest.version, loaded.manifest.sequence) == ("v1.1.5", 3)
+    assert loaded.model_path.read_bytes() == system.store.blobs.get(old.artifacts["standard"])
+    again = system.http.post("/api/model/rollback", json={"version": "v1.1.2"})
+    assert again.json() == answer.json()
+    # The round still shows the version that it trained.
+    assert system.store.round("run-0001", 2).version == "v1.1.2"
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "words"),
+    [
+        ("v1.1.2", 409, "held-out accuracy of 0.7619"),
+        ("v1.1.3", 409, "never released"),
+        ("v1.1.4", 409, "what serves now"),
+        ("v9.9.9", 404, "no model version"),
+        ("", 422, "version"),
+    ],
+)
+def test_a_rollback_that_harms_or_does_nothing_is_refused(make: Make, version: str, status: int, words: str) -> None:
+    system = make().trained()
+    answer = system.http.post("/api/model/rollback", json={"version": version})
+    assert answer.status_code == status
+    assert words in answer.json()["detail"]
+    assert system.get("/api/model/current")["version"] == "v1.1.4"
+    assert len(system.store.releases()) == 2
+
+
+@pytest.mark.parametrize("version", ["v1.1.2", "v1.1.3"])
+def test_force_takes_a_worse_or_an_unreleased_version(make: Make, version: str) -> None:
+    system = make().trained()
+    answer = system.http.post("/api/model/rollback", json={"version": version, "force": True})
+    assert answer.status_code == 200
+    current = system.get("/api/model/current")
+    assert (current["version"], current["lineage"]["rollback_of"]) == ("v1.1.5", version)
+    assert current["lineage"]["forced"] is True
+    expected = system.model.export({"point": _point(system, version)}, Variant.STANDARD).content
+    assert system.store.blobs.get(current["artifacts"]["standard"]) == expected
+
+
+def test_a_rollback_of_damaged_content_is_refused(make: Make) -> None:
+    system = make(max_accuracy_drop=1.0).trained()
+    digest = system.store.version("v1.1.2").artifacts["standard"]
+    system.store.blobs.path(digest).write_bytes(b"damaged")
+    assert system.http.post("/api/model/rollback", json={"version": "v1.1.2"}).status_code == 502
+    assert system.get("/api/model/current")["version"] == "v1.1.4"
+
+
+def test_training_after_a_rollback_goes_on_above_it(make: Make) -> None:
+    system = make(max_accuracy_drop=1.0).trained()
+    system.http.post("/api/model/rollback", json={"version": "v1.1.2"})
+    system.done("/api/model/retrain", {"strategy": "full_retrain"})
+    system.local.wait(WAIT_S)
+    versions = [v["version"] for v in system.get("/api/model/versions")]
+    assert versions[:2] == ["v1.2.4", "v1.2.3"]
+    assert system.get("/api/model/current")["version"] == "v1.2.4"
+
+
+def _point(system: System, version: str) -> Any:
+    from fedvit.registry.weights import stored_weights
+
+    return stored_weights(system.store, system.store.version(version).weights_digest)["point"]
+
+
+# --- switch ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_switch_moves_followers_without_a_failed_request_and_leaves_the_pinned(make: Make, tmp_path: Path) -> None:
+    system = make(TinyModel(TARGET)).trained()
+    process = ServingProcess(system.follower(tmp_path / "edge"), ServingOptions(device_id="edge-1", source="test"))
+    pinned = system.follower(tmp_path / "pinned", "standard")
+    assert process.service.refresh()
+    assert pinned.poll().manifest.variant == "standard"  # type: ignore[union-attr]
+    edge = TestClient(process.app())
+    before = edge.post("/infer", content=png())
+    answer = system.http.post("/api/model/switch", json={"variant": "edge_optimized"})
+    assert (answer.status_code, answer.json()["variant"]) == (200, "edge_optimized")
+    assert system.get("/api/model/info")["variant"] == "edge_optimized"
+    between = edge.post("/infer", content=png())
+    assert process.service.refresh()
+    after = edge.post("/infer", content=png())
+    assert [a.status_code for a in (before, between, after)] == [200, 200, 200]
+    assert [a.json()["variant"] for a in (before, between, after)] == ["standard", "standard", "edge_optimized"]
+    loaded = pinned.poll()
+    assert loaded is not None
+    assert loaded.manifest.variant == "standard"
+    assert (
+        system.http.get("/api/model/release").text == system.http.get("/api/model/release?variant=edge_optimized").text
+    )
+
+
+def test_a_switch_lasts_over_later_releases_and_is_harmless_when_repeated(make: Make) -> None:
+    system = make(max_accuracy_drop=1.0).trained()
+    first = system.http.post("/api/model/switch", json={"variant": "edge_optimized"}).json()
+    again = system.http.post("/api/model/switch", json={"variant": "edge_optimized"}).json()
+    assert first == again
+    system.done("/api/model/retrain", {"strategy": "fine_tune"})
+    system.local.wait(WAIT_S)
+    info = system.get("/api/model/info")
+    assert (info["version"], info["variant"]) == ("v1.2.4", "edge_optimized")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"variant": "standard_int8"}, 409, "no variant 'standard_int8'"),
+        ({"variant": "huge"}, 422, "variant"),
+        ({"variant": "standard", "now": True}, 422, "now"),
+        ({}, 422, "variant"),
+    ],
+)
+def test_a_bad_switch_is_refused(make: Make, body: JsonObject, status: int, words: str) -> None:
+    system = make().trained()
+    answer = system.http.post("/api/model/switch", json=body)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+    assert words in answer.json()["detail"]
+    assert system.get("/api/model/info")["variant"] == "standard"
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+def test_a_worse_version_is_refused_with_its_reason_and_the_old_one_keeps_serving(make: Make) -> None:
+    system = make().trained()
+    # A full retraining passes through round two, whose model is worse than the one that serves.
+    ended = system.done("/api/model/retrain", {"strategy": "full_retrain"})
+    assert ended["status"] == "succeeded"
+    assert system.local.wait(WAIT_S).status is RunStatus.COMPLETED
+    by_name = {v["version"]: v for v in system.get("/api/model/versions")}
+    assert "held-out accuracy of 0.7619" in by_name["v1.2.2"]["refusal"]
+    assert by_name["v1.2.2"]["released"] is False
+    assert by_name["v1.2.4"]["refusal"] is None
+    assert [r.version for r in system.store.releases()] == ["v1.1.2", "v1.1.4", "v1.2.4"]
+    # A refused version is not offered again by the next start.
+    assert system.http.post("/api/training/start").status_code == 202
+    system.local.wait(WAIT_S)
+    assert len(system.store.releases()) == 3
+
+
+# --- optimise --------------------------------------------------------------------------------------------------------
+
+
+def test_optimising_releases_the_most_accurate_variant_that_is_fast_enough(make: Make, tmp_path: Path) -> None:
+    model = PointModel(TARGET)
+    model.latency_ms = {Variant.STANDARD: 90, Variant.STANDARD_INT8: 60, Variant.EDGE_OPTIMIZED_FP32: 45}
+    model.relative_accuracy = {Variant.EDGE_OPTIMIZED_FP32: 0.99, Variant.EDGE_OPTIMIZED: 0.98}
+    system = make(model).trained()
+    follower = system.follower(tmp_path / "cache")
+    assert follower.poll().manifest.variant == "standard"  # type: ignore[union-attr]
+    ended = system.done("/api/edge/optimize", {"strategy": "quantization", "target_latency": 50})
+    result = ended["result"]
+    assert (ended["status"], result["target_met"], result["switched"]) == ("succeeded", True, True)
+    assert (result["version"], result["variant"]) == ("v1.1.5", "edge_optimized_fp32")
+    assert [c["variant"] for c in result["candidates"]] == ["standard_int8", "edge_optimized_fp32", "edge_optimized"]
+    assert [c["p95_ms"] for c in result["candidates"]] == [60, 45, 1]
+    assert (result["serving"]["variant"], result["serving"]["p95_ms"]) == ("standard", 90)
+    current = system.get("/api/model/current")
+    assert (current["version"], current["lineage"]["optimized_from"]) == ("v1.1.5", "v1.1.4")
+    assert set(current["artifacts"]) == {"standard", "edge_optimized", "edge_optimized_fp32"}
+    assert system.get("/api/model/info")["variant"] == "edge_optimized_fp32"
+    loaded = follower.poll()
+    assert loaded is not None
+    assert (loaded.manifest.variant, loaded.manifest.version) == ("edge_optimized_fp32", "v1.1.5")
+
+
+def test_an_impossible_target_is_said_honestly_and_nothing_is_switched(make: Make) -> None:
+    system = make().trained()
+    ended = system.done("/api/edge/optimize", {"strategy": "quantization", "target_latency": 0.001})
+    result = ended["result"]
+    assert (ended["status"], result["target_met"], result["switched"]) == ("succeeded", False, False)
+    assert result["reason"] == "No candidate meets the target latency."
+    assert result["best"]["p95_ms"] == 1.0
+    assert system.get("/api/model/current")["version"] == "v1.1.4"
+    assert system.get("/api/model/info")["variant"] == "standard"
+
+
+def test_a_candidate_that_fails_its_canary_or_the_gate_gives_way_to_the_next(make: Make) -> None:
+    model = PointModel(TARGET)
+    model.canary_disagrees = {Variant.STANDARD_INT8}
+    model.relative_accuracy = {Variant.EDGE_OPTIMIZED_FP32: 0.99, Variant.EDGE_OPTIMIZED: 0.5}
+    system = make(model).trained()
+    ended = system.done("/api/edge/optimize", {"strategy": "quantization", "target_latency": 50})
+    rejected = {c["variant"]: c["rejected"] for c in ended["result"]["candidates"]}
+    assert "in the canary it agreed with standard on 0.00%" in rejected["standard_int8"]
+    assert ended["result"]["variant"] == "edge_optimized_fp32"
+
+    model.canary_disagrees = {Variant.EDGE_OPTIMIZED}
+    model.latency_ms = {Variant.EDGE_OPTIMIZED_FP32: 80}
+    ended = system.done("/api/edge/optimize", {"strategy": "lighter_variant", "target_latency": 50})
+    assert (ended["result"]["target_met"], ended["result"]["switched"]) == (True, False)
+    assert ended["result"]["reason"] == "No candidate that is fast enough is good enough."
+    assert system.get("/api/model/info")["variant"] == "edge_optimized_fp32"
+
+
+def test_the_gate_turns_a_fast_but_bad_candidate_down(make: Make) -> None:
+    model = PointModel(TARGET)
+    model.latency_ms = {Variant.EDGE_OPTIMIZED_FP32: 80}
+    model.relative_accuracy = {Variant.EDGE_OPTIMIZED: 0.5}
+    system = make(model).trained()
+    ended = system.done("/api/edge/optimize", {"strategy": "lighter_variant", "target_latency": 50})
+    rejected = {c["variant"]: c["rejected"] for c in ended["result"]["candidates"]}
+    assert "held-out accuracy" in rejected["edge_optimized"]
+    assert ended["result"]["switched"] is False
+    assert len(system.store.releases()) == 2
+
+
+def test_an_optimised_variant_is_built_for_later_releases_too(make: Make) -> None:
+    system = make(max_accuracy_drop=1.0).trained()
+    ended = system.done("/api/edge/optimize", {"strategy": "quantization", "target_latency": 50})
+    assert ended["result"]["variant"] == "standard_int8"
+    again = system.done("/api/edge/optimize", {"strategy": "quantization", "target_latency": 50})
+    assert (again["result"]["switched"], again["result"]["reason"]) == (False, "standard_int8 serves already.")
+    system.done("/api/model/retrain", {"strategy": "fine_tune"})
+    system.local.wait(WAIT_S)
+    info = system.get("/api/model/info")
+    assert (info["version"], info["variant"]) == ("v1.2.4", "standard_int8")
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ({"strategy": "magic", "target_latency": 50}, "strategy"),
+        ({"strategy": "quantization", "target_latency": 0}, "target_latency"),
+        ({"strategy": "quantization", "target_latency": "soon"}, "target_latency"),
+        ({"strategy": "quantization", "target_latency": 50, "colour": 1}, "colour"),
+        ({"strategy": "quantization"}, "target_latency"),
+    ],
+)
+def test_a_bad_optimisation_is_refused_by_field(make: Make, body: JsonObject, word: str) -> None:
+    system = make().trained()
+    answer = system.http.post("/api/edge/optimize", json=body)
+    assert answer.status_code == 422
+    assert word in answer.json()["detail"]
+    assert system.get("/api/operations") == []
+
+
+def test_before_a_release_there_is_nothing_to_change(make: Make) -> None:
+    system = make()
+    bodies = {
+        "/api/edge/optimize": {"strategy": "quantization", "target_latency": 50},
+        "/api/model/switch": {"variant": "edge_optimized"},
+        "/api/model/retrain": {"strategy": "fine_tune"},
+    }
+    for path, body in bodies.items():
+        answer = system.http.post(path, json=body)
+        assert (answer.status_code, answer.json()["type"]) == (409, "/problems/conflict"), path
+    assert system.get("/api/operations") == []
+
+
+# --- retrain and restart ---------------------------------------------------------------------------------------------
+
+
+def _first_task(fleet: FakeFleet, run_id: str) -> TrainTask:
+    return next(task for task, _ in fleet.tasks if task.run_id == run_id)
+
+
+@pytest.mark.parametrize(("strategy", "origin"), [("full_retrain", None), ("fine_tune", "v1.1.4")])
+def test_retraining_is_a_new_run_from_where_it_was_told(make: Make, strategy: str, origin: str | None) -> None:
+    system = make().trained()
+    ended = system.done("/api/model/retrain", {"strategy": strategy})
+    assert (ended["result"]["run_id"], ended["result"]["base_version"]) == ("run-0002", origin)
+    assert system.local.wait(WAIT_S).status is RunStatus.COMPLETED
+    first, second = (system.store.run(f"run-000{n}") for n in (1, 2))
+    assert first.config_digest != second.config_digest
+    start = _first_task(system.fleet, "run-0002").base_digest
+    expected = _first_task(system.fleet, "run-0001").base_digest
+    if origin is not None:
+        expected = system.store.version(origin).weights_digest
+    assert start == expected
+    status = system.get("/api/training/status")
+    assert (status["run_id"], status["rounds_done"]) == ("run-0002", 4)
+    assert system.store.version("v1.2.1").lineage["base_version"] == origin
+
+
+def test_retraining_twice_is_two_runs(make: Make) -> None:
+    system = make().trained()
+    for expected in ("run-0002", "run-0003"):
+        assert system.done("/api/model/retrain", {"strategy": "full_retrain"})["result"]["run_id"] == expected
+        system.local.wait(WAIT_S)
+
+
+def test_without_budget_for_one_round_retraining_is_refused(make: Make) -> None:
+    system = make(epsilon=epsilon_pld({PoissonGaussian(4.0, 0.5): 2}, 1e-5) + 1e-6).trained()
+    assert system.get("/api/training/status")["status"] == "budget_exhausted"
+    spent = system.get("/api/privacy/budget")
+    answer = system.http.post("/api/model/retrain", json={"strategy": "full_retrain"})
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/privacy-budget-exhausted")
+    assert system.get("/api/privacy/budget") == spent
+    assert [run.run_id for run in system.store.runs()] == ["run-0001"]
+    assert system.get("/api/operations") == []
+
+
+def test_a_restart_ends_the_run_after_its_round_and_draws_validated_clients_only(make: Make) -> None:
+    fleet = HeldFleet()
+    system = make(fleet=fleet)
+    system.store.set_client("vehicle-0002", validated=False)
+    system.http.post("/api/training/start")
+    assert fleet.begun.wait(WAIT_S)
+    answer = system.http.post("/api/training/restart", json={"client_selection": "validated_only"})
+    assert answer.status_code == 202
+    fleet.let.set()
+    operation_id = answer.json()["operation_id"]
+    system.local.wait_operation(operation_id, WAIT_S)
+    system.local.wait(WAIT_S)
+    ended = system.get(f"/api/operations/{operation_id}")
+    assert ended["result"] == {
+        "run_id": "run-0002",
+        "base_version": None,
+        "client_selection": "validated_only",
+        "rounds_total": 4,
+    }
+    old = system.store.run("run-0001")
+    assert (old.status, old.rounds_done) == (RunStatus.SUPERSEDED, 1)
+    assert "client_selection=validated_only" in (old.reason or "")
+    cohorts = {run: _cohorts(fleet, run) for run in ("run-0001", "run-0002")}
+    assert all("vehicle-0002" in cohort for cohort in cohorts["run-0001"])
+    assert len(cohorts["run-0002"]) == 4
+    assert all(cohort == tuple(f"vehicle-000{i}" for i in (0, 1, 3, 4)) for cohort in cohorts["run-0002"])
+    # What was chosen stays chosen for a later order that says nothing of it.
+    assert system.done("/api/training/restart", {})["result"]["client_selection"] == "validated_only"
+
+
+def _cohorts(fleet: FakeFleet, run_id: str) -> list[Sequence[str]]:
+    return [cohort.client_ids for task, cohort in fleet.tasks if task.run_id == run_id]
+
+
+def test_a_restart_without_enough_validated_clients_is_refused(make: Make) -> None:
+    system = make()
+    for client in system.store.clients():
+        system.store.set_client(client.client_id, validated=False)
+    answer = system.http.post("/api/training/restart", json={"client_selection": "validated_only"})
+    assert answer.status_code == 409
+    assert "0 clients may take part" in answer.json()["detail"]
+    assert system.store.runs() == []
+
+
+def test_a_cancelled_restart_lets_the_present_run_go_on(make: Make) -> None:
+    fleet = HeldFleet()
+    system = make(fleet=fleet)
+    system.http.post("/api/training/start")
+    assert fleet.begun.wait(WAIT_S)
+    operation_id = system.http.post("/api/training/restart", json={}).json()["operation_id"]
+    cancelled = system.http.delete(f"/api/operations/{operation_id}")
+    assert (cancelled.status_code, cancelled.json()["cancel_requested"]) == (202, True)
+    assert system.local.wait_operation(operation_id, WAIT_S).status == "cancelled"
+    fleet.let.set()
+    system.http.post("/api/training/start")
+    system.local.wait(WAIT_S)
+    system.http.post("/api/training/start")
+    assert system.local.wait(WAIT_S).status is RunStatus.COMPLETED
+    assert [run.run_id for run in system.store.runs()] == ["run-0001"]
+
+
+def test_a_restart_that_was_interrupted_begins_its_run_once(make: Make, tmp_path: Path) -> None:
+    system = make().trained()
+    ended = system.done("/api/model/retrain", {"strategy": "full_retrain"})
+    system.local.wait(WAIT_S)
+    # As if the process had died after the new run was opened, and before the operation was given its end.
+    with system.store._database.write() as session:
+        from fedvit.store.tables import OperationRow
+
+        row = session.get(OperationRow, ended["operation_id"])
+        assert row is not None
+        row.status, row.ended_at, row.result = "running", None, None
+    system.close()
+    system = make()
+    again = system.local.wait_operation(ended["operation_id"], WAIT_S)
+    assert (again.status, again.result) == ("succeeded", ended["result"])
+    assert [run.run_id for run in system.store.runs()] == ["run-0001", "run-0002"]
+
+
+# --- training config -------------------------------------------------------------------------------------------------
+
+
+def test_the_training_config_is_live_kept_and_guarded(make: Make) -> None:
+    fleet = HeldFleet()
+    system = make(fleet=fleet)
+    read = system.http.get("/api/training/config")
+    assert read.json() == {"min_clients": 1, "wait_timeout": 600, "revision": 0}
+    system.http.post("/api/training/start")
+    assert fleet.begun.wait(WAIT_S)
+    changed = system.http.post(
+        "/api/training/config",
+        json={"min_clients": 5, "wait_timeout": 300},
+        headers={"If-Match": read.headers["etag"]},
+    )
+    assert (changed.status_code, changed.headers["etag"]) == (200, '"1"')
+    stale = system.http.post(
+        "/api/training/config", json={"min_clients": 2}, headers={"If-Match": read.headers["etag"]}
+    )
+    assert (stale.status_code, stale.json()["type"]) == (412, "/problems/stale-request")
+    fleet.let.set()
+    system.local.wait(WAIT_S)
+    # The round under way went by the old patience, the next ones by the new.
+    assert fleet.timeouts_s == [600, 300, 300, 300]
+    system.store.set_client("vehicle-0000", active=False)
+    answer = system.http.post("/api/training/restart", json={})
+    assert answer.status_code == 409
+    assert "4 clients may take part" in answer.json()["detail"]
+    system.close()
+    assert make(fleet=fleet).get("/api/training/config") == {"min_clients": 5, "wait_timeout": 300, "revision": 1}
+
+
+def test_too_few_clients_for_the_live_minimum_end_the_run_in_words(make: Make) -> None:
+    system = make()
+    system.http.post("/api/training/config", json={"min_clients": 10})
+    system.trained()
+    status = system.get("/api/training/status")
+    assert status["status"] == "failed"
+    assert status["message"] == "Round 1 has 5 eligible clients; at least 10 are needed."
+    system.http.post("/api/training/config", json={"min_clients": 5})
+    assert system.trained().get("/api/training/status")["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"min_clients": 0}, {"wait_timeout": -1}, {"min_clients": 2, "patience": 1}, {"wait_timeout": "long"}]
+)
+def test_a_bad_training_config_is_refused(make: Make, body: JsonObject) -> None:
+    system = make()
+    assert system.http.post("/api/training/config", json=body).status_code == 422
+    assert system.get("/api/training/config")["revision"] == 0
+
+
+# --- operations and info ---------------------------------------------------------------------------------------------
+
+
+def test_operations_are_listed_newest_first_and_filtered(make: Make) -> None:
+    system = make().trained()
+    names = [
+        system.done("/api/edge/optimize", {"strategy": "lighter_variant", "target_latency": target})["operation_id"]
+        for target in (0.001, 50)
+    ]
+    assert [o["operation_id"] for o in system.get("/api/operations")] == names[::-1]
+    assert [o["operation_id"] for o in system.get("/api/operations?limit=1&offset=1")] == names[:1]
+    assert system.get("/api/operations?status=queued&status=running") == []
+    assert system.http.get("/api/operations?status=lost").status_code == 422
+    for call in (system.http.get, system.http.delete):
+        assert call("/api/operations/op-none").status_code == 404
+
+
+def test_a_repeated_idempotency_key_gives_the_same_operation(make: Make) -> None:
+    system = make().trained()
+    body = {"strategy": "quantization", "target_latency": 50}
+    first, again = (
+        system.http.post("/api/edge/optimize", json=body, headers={"Idempotency-Key": "once"}) for _ in range(2)
+    )
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert first.content == again.content
+    assert first.headers["location"] == again.headers["location"]
+    assert len(system.get("/api/operations")) == 1
+
+
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_json_is_json_whatever_its_content_type_says(make: Make, content_type: str | None) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    answer = make().http.post("/api/training/config", content=b'{"min_clients": 3}', headers=headers)
+    assert (answer.status_code, answer.json()["min_clients"]) == (200, 3)
+
+
+def test_what_is_done_to_the_model_is_audited_with_before_and_after(make: Make) -> None:
+    system = make(max_accuracy_drop=0.5).trained()
+    operation = system.done("/api/edge/optimize", {"strategy": "quantization", "target_latency": 0.001})
+    system.http.delete(f"/api/operations/{operation['operation_id']}")
+    system.http.post("/api/model/rollback", json={"version": "v1.1.2"})
+    system.http.post("/api/model/switch", json={"variant": "edge_optimized"})
+    system.http.post("/api/training/config", json={"min_clients": 2})
+    started, optimized, cancelled, rolled_back, switched, configured = (entry.facts for entry in system.store.audit())
+    assert started.action == "POST /api/training/start"
+    assert optimized.before["version"] == "v1.1.4"
+    assert optimized.after["operation_id"] == operation["operation_id"]
+    assert cancelled.before == cancelled.after == {**optimized.after, "status": "succeeded"}
+    assert (rolled_back.before["version"], rolled_back.after["version"]) == ("v1.1.4", "v1.1.5")
+    assert (switched.before["variant"], switched.after["variant"]) == ("standard", "edge_optimized")
+    assert (configured.before["min_clients"], configured.after["min_clients"]) == (1, 2)
+    assert {optimized.status, cancelled.status} == {202}
+
+
+def test_model_info_tells_size_and_complexity(make: Make) -> None:
+    system = make().trained()
+    info = system.get("/api/model/info")
+    assert set(info["size"]) == {"standard", "edge_optimized"}
+    assert info["complexity"]["parameters"] == 2
+    assert info["complexity"]["trainable_parameters"] == 2
+
+
+def test_the_new_routes_document_their_problems(make: Make) -> None:
+    paths = make().get("/openapi.json")["paths"]
+    responses = paths["/api/model/rollback"]["post"]["responses"]
+    assert {"200", "404", "409", "422", "502", "503"} <= set(responses)
+    assert list(responses["409"]["content"]) == ["application/problem+json"]
+    assert "202" in paths["/api/edge/optimize"]["post"]["responses"]
