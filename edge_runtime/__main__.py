@@ -44,6 +44,12 @@ KeyOption = Annotated[
 VariantOption = Annotated[
     Variant | None, typer.Option(help="Pin a variant; left out, the one that the fleet runs is followed.")
 ]
+SourceTokenOption = Annotated[
+    Path | None, typer.Option(help="File with the token that the control server demands (scope: device).")
+]
+SourceCaOption = Annotated[
+    Path | None, typer.Option(help="Certificates to trust the control server by, PEM, instead of the machine's.")
+]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads for one image.")]
 
 
@@ -61,6 +67,8 @@ def serve(
     token_file: Annotated[
         Path | None, typer.Option(help="File with the token that requests must bear; demanded off loopback.")
     ] = None,
+    source_token_file: SourceTokenOption = None,
+    source_ca: SourceCaOption = None,
 ) -> None:
     """Serve the source's current release, and follow it. SIGTERM ends gracefully."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -69,7 +77,8 @@ def serve(
     with _explained():
         rules = access_rules(host, token_file)
         with _listen(host, port) as listener:
-            client = ReleaseClient(open_feed(source), cache, _trusted(trusted_key), variant)
+            feed = open_feed(source, token_file=source_token_file, ca_file=source_ca)
+            client = ReleaseClient(feed, cache, _trusted(trusted_key), variant)
             options = ServingOptions(device_id=device_id, source=source, poll_interval_s=poll_interval, threads=threads)
             _serve(ServingProcess(client, options).app(*rules), listener, host)
 
@@ -81,10 +90,13 @@ def infer(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     variant: VariantOption = None,
     threads: ThreadsOption = 1,
+    source_token_file: SourceTokenOption = None,
+    source_ca: SourceCaOption = None,
 ) -> None:
     """Classify image files; one line of JSON each."""
     with _explained(), tempfile.TemporaryDirectory(prefix="fedvit-edge-") as cache:
-        client = ReleaseClient(open_feed(source), Path(cache), _trusted(trusted_key), variant)
+        feed = open_feed(source, token_file=source_token_file, ca_file=source_ca)
+        client = ReleaseClient(feed, Path(cache), _trusted(trusted_key), variant)
         release = client.poll()
         if release is None:
             raise NotFoundError(f"{source} has no release yet.", cure="Train first, or name another source.")

@@ -17,13 +17,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from fedvit.access.exposure import check_exposure
+from fedvit.access.identity import Scope
 from fedvit.config import Settings
 from fedvit.errors import PlacementError, PortInUseError, StateError
 from fedvit.ports import SystemUrls
+from fedvit.types import utc_now
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
 EDGE_STOP_S = 10.0
+FOLLOWER = "followers of this system"
 TRAINING_STOP_S = 30.0
 PORT_FREE_S = 20.0
 PR_SET_PDEATHSIG = 1
@@ -37,6 +42,7 @@ class RaySystem:
         self._home = settings.home.resolve()
         self._settings = settings.model_copy(update={"home": self._home})
         self._joins = settings.ray.cluster_address() is not None
+        self._token_file: Path | None = None
 
     @contextmanager
     def running(self, on_step: Callable[[str], None]) -> Iterator[SystemUrls]:
@@ -47,10 +53,12 @@ class RaySystem:
         """
         with ExitStack() as stack:
             on_step("Checking the data, the model and the state")
+            check_exposure(self._settings)
             check_ports(self._settings, joins=self._joins)
             prepare = self._checked()
             stack.enter_context(_lock(self._home))
             prepare()
+            self._token_file = stack.enter_context(follower_token(self._settings))
             on_step("Starting Ray")
             dashboard = self._start_ray(stack)
             on_step("Starting the accountant, the client proxies and the aggregator")
@@ -130,10 +138,13 @@ class RaySystem:
         from serve_apps.inference.app import build_inference_app
 
         serving = self._settings.serving
-        control_url = f"http://{serving.host}:{serving.port}"
+        options = http_options(self._settings)
+        control_url = f"{'https' if 'ssl_certfile' in options else 'http'}://{serving.host}:{serving.port}"
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(http_options={"host": serving.host, "port": serving.port})
-        inference = build_inference_app(self._settings, control_url=control_url, trusted_key=self._trusted_key())
+        serve.start(http_options=options)
+        inference = build_inference_app(
+            self._settings, control_url=control_url, trusted_key=self._trusted_key(), token_file=self._token_file
+        )
         applications = {"control": (build_control_app(self._settings), "/"), "inference": (inference, "/inference")}
         for name, (application, prefix) in applications.items():
             # The application only: on a joined cluster others may use Serve too.
@@ -160,6 +171,10 @@ class RaySystem:
             *("--cache", str(self._home / "run" / name), "--device-id", name),
             *("--poll-interval", str(edge.poll_interval_s)),
         ]
+        if self._token_file is not None:
+            command += ["--source-token-file", str(self._token_file)]
+        if self._settings.access.tls_cert is not None:
+            command += ["--source-ca", str(self._settings.access.tls_cert.resolve())]
         log = self._home / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -172,6 +187,45 @@ class RaySystem:
         if not process.stdout.readline():
             raise PlacementError(f"{name} ended at its start with status {process.wait()}.", cure=f"See {log}.")
         return f"http://{edge.host}:{edge.ports[index]}"
+
+
+def http_options(settings: Settings) -> dict[str, Any]:
+    """How Serve listens."""
+    access = settings.access
+    options: dict[str, Any] = {"host": settings.serving.host, "port": settings.serving.port}
+    if access.tls_cert is not None and access.tls_key is not None:
+        options |= {"ssl_certfile": str(access.tls_cert.resolve()), "ssl_keyfile": str(access.tls_key.resolve())}
+    return options
+
+
+@contextmanager
+def follower_token(settings: Settings) -> Iterator[Path | None]:
+    """A file with the token that replicas and edges started here fetch releases with; it is good while they live.
+
+    None where no token is demanded.
+    """
+    if settings.access.mode != "tokens":
+        yield None
+        return
+    from fedvit.access.tokens import create_token
+    from fedvit.store.store import Store
+
+    path = settings.home / "run" / "follower.token"
+    with Store.open(settings.home) as store:
+        for token in store.tokens():
+            # What a system that was killed left behind.
+            if token.name == FOLLOWER and token.revoked_at is None:
+                store.revoke_token(token.token_id, utc_now())
+        made = create_token(store, FOLLOWER, [Scope.DEVICE], now=utc_now())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(made.text)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+            store.revoke_token(made.token.token_id, utc_now())
 
 
 def _check_model(settings: Settings, num_classes: int) -> None:

@@ -7,6 +7,8 @@ import ipaddress
 from fedvit.config import Settings
 from fedvit.errors import ConfigError
 
+_EVERYWHERE = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared, not listened on
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches ``host``. Names other than ``localhost`` are not looked up and count as no."""
@@ -31,6 +33,11 @@ def check_exposure(settings: Settings) -> None:
         raise ConfigError(
             f"'serving.host' is {host!r}, which others can reach, and 'access.mode' is {access.mode!r}.",
             cure="Set access.mode to tokens, or serving.host to 127.0.0.1.",
+        )
+    if access.tls_cert is not None and host in _EVERYWHERE:
+        raise ConfigError(
+            f"'serving.host' is {host!r}, which no certificate names, so that replicas and edges could not trust it.",
+            cure="Set serving.host to the name or address that access.tls_cert names.",
         )
     if access.tls_cert is None and not access.acknowledge_proxy:
         raise ConfigError(

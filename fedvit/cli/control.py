@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,17 @@ def control_api(urls: SystemUrls) -> Iterator[httpx.Client]:
     # Imported here: `fedvit --help` need not pay for it.
     import httpx
 
-    with httpx.Client(base_url=urls.control, timeout=60) as client:
+    with httpx.Client(base_url=urls.control, timeout=60, headers=bearer()) as client:
         try:
             yield client
         except httpx.HTTPError as error:
             raise FedvitError(f"{urls.control} does not answer: {error}.", cure="See `make logs`.") from None
+
+
+def bearer() -> dict[str, str]:
+    """The header that carries the user's token, if he has set one."""
+    token = os.environ.get("FEDVIT_TOKEN", "").strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def answer_of(response: httpx.Response) -> dict[str, Any]:
@@ -41,7 +48,8 @@ def answer_of(response: httpx.Response) -> dict[str, Any]:
             detail = response.json()["detail"]
         except (ValueError, KeyError):
             detail = response.text[:200]
-        raise FedvitError(f"The control API answered {response.status_code}: {detail}")
+        cure = "Set FEDVIT_TOKEN to a token of `fedvit token create`." if response.status_code == 401 else None
+        raise FedvitError(f"The control API answered {response.status_code}: {detail}", cure=cure)
     return response.json()  # type: ignore[no-any-return]
 
 

@@ -22,6 +22,7 @@ from fedvit.cli.common import (
     running_system,
     settings_from,
 )
+from fedvit.cli.control import bearer
 from fedvit.cli.facts import facts_of
 from fedvit.config import Settings
 from fedvit.errors import NotFoundError, StateError
@@ -39,7 +40,8 @@ def health_check(home: HomeOption = None, config: ConfigOption = None, as_json: 
         urls = running.urls
         targets = {"control": f"{urls.control}/api/system/health", "inference": f"{urls.inference}/health"}
         targets |= {f"edge-{i}": f"{url}/health" for i, url in enumerate(urls.edges, start=1)}
-        verdicts = {name: _ask(url) for name, url in targets.items()}
+        # The token is the control API's and no one else's.
+        verdicts = {name: _ask(url, bearer() if name == "control" else {}) for name, url in targets.items()}
         if as_json:
             print_json(verdicts)
         else:
@@ -50,11 +52,11 @@ def health_check(home: HomeOption = None, config: ConfigOption = None, as_json: 
             raise typer.Exit(1)
 
 
-def _ask(url: str) -> str:
+def _ask(url: str, headers: dict[str, str]) -> str:
     import httpx
 
     try:
-        response = httpx.get(url, timeout=10)
+        response = httpx.get(url, timeout=10, headers=headers)
     except httpx.HTTPError as error:
         return f"no answer: {error}"
     told = response.json().get("status", "") if response.headers.get("content-type", "").endswith("json") else ""

@@ -5,6 +5,7 @@ A feed is not trusted with anything: what it hands out is checked by :class:`fed
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
@@ -53,14 +54,19 @@ class Feed(Protocol):
         ...
 
 
-def open_feed(source: str, timeout_s: float = 10.0) -> Feed:
+def open_feed(
+    source: str, timeout_s: float = 10.0, *, token_file: Path | None = None, ca_file: Path | None = None
+) -> Feed:
     """The feed that ``source`` names: an http(s) URL of a control server, or a release folder.
 
+    ``token_file`` and ``ca_file`` are for a control server that demands a token, or whose certificate a private
+    authority signed.
+
     Raises:
-        UsageError: a URL that cannot be one, or a folder that does not exist.
+        UsageError: a URL that cannot be one, or a folder or file that does not exist.
     """
     if "://" in source:
-        return HttpFeed(source, timeout_s)
+        return HttpFeed(source, timeout_s, token_file=token_file, ca_file=ca_file)
     if not Path(source).is_dir():
         raise UsageError(
             f"The source {source!r} is neither a folder nor a URL.",
@@ -75,12 +81,22 @@ class HttpFeed:
     Args:
         base_url: ``http://HOST:PORT`` of the control server.
         timeout_s: the longest silence on the line before a request is given up.
+        token_file: holds the bearer token to send.
+        ca_file: certificates to trust, PEM, instead of the machine's.
 
     Raises:
-        UsageError: ``base_url`` is no http(s) URL.
+        UsageError: ``base_url`` is no http(s) URL, or a file cannot be used.
     """
 
-    def __init__(self, base_url: str, timeout_s: float = 10.0, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        timeout_s: float = 10.0,
+        transport: httpx.BaseTransport | None = None,
+        *,
+        token_file: Path | None = None,
+        ca_file: Path | None = None,
+    ) -> None:
         try:
             url = httpx.URL(base_url)
         except httpx.InvalidURL:
@@ -88,7 +104,8 @@ class HttpFeed:
         if url.scheme not in ("http", "https") or not url.host:
             raise UsageError(f"The source {base_url!r} is no http or https URL.", cure="Give http://HOST:PORT.")
         self._base_url = base_url.rstrip("/")
-        self._http = httpx.Client(timeout=timeout_s, transport=transport)
+        headers = {} if token_file is None else {"Authorization": f"Bearer {_read_token(token_file)}"}
+        self._http = httpx.Client(timeout=timeout_s, transport=transport, headers=headers, verify=_trust(ca_file))
 
     def current(self, variant: str | None) -> str | None:
         """See :class:`Feed`."""
@@ -129,6 +146,23 @@ class HttpFeed:
             if len(content) > max_bytes:
                 raise IntegrityError(f"{response.url} sends more than {max_bytes} bytes.")
         return bytes(content)
+
+
+def _read_token(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The token file {path} cannot be read: {error}.") from None
+    if not token or not token.isprintable():
+        raise UsageError(f"The token file {path} holds no token.", cure="Put one token in it, on one line.")
+    return token
+
+
+def _trust(ca_file: Path | None) -> ssl.SSLContext | bool:
+    try:
+        return True if ca_file is None else ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"{ca_file} holds no certificate to trust: {error}.", cure="Name a PEM file.") from None
 
 
 class FolderFeed:

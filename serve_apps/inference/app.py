@@ -24,8 +24,12 @@ MAX_QUEUED_REQUESTS = 64
 _LOCK_FILE = ".lock"
 
 
-def build_inference_app(settings: Settings, *, control_url: str, trusted_key: str) -> serve.Application:
+def build_inference_app(
+    settings: Settings, *, control_url: str, trusted_key: str, token_file: Path | None = None
+) -> serve.Application:
     """The application; each replica follows the releases of ``control_url`` that ``trusted_key`` signed.
+
+    ``token_file`` holds the token to fetch them with, where one is demanded.
 
     ``settings.home`` must be absolute, and ``PROMETHEUS_MULTIPROC_DIR`` in the environment of the replicas if their
     metrics are to be merged.
@@ -38,7 +42,7 @@ def build_inference_app(settings: Settings, *, control_url: str, trusted_key: st
 
     def build() -> Starlette:
         # Serve calls a function in the replica; a partial it would take for the ASGI application itself.
-        return _build_replica(settings_from_json(settings_json), control_url, trusted_key)
+        return _build_replica(settings_from_json(settings_json), control_url, trusted_key, token_file)
 
     serving = settings.serving
     deployment = serve.deployment(
@@ -63,10 +67,11 @@ def build_inference_app(settings: Settings, *, control_url: str, trusted_key: st
     return deployment.bind()
 
 
-def _build_replica(settings: Settings, control_url: str, trusted_key: str) -> Starlette:
+def _build_replica(settings: Settings, control_url: str, trusted_key: str, token_file: Path | None) -> Starlette:
     replica_id = serve.get_replica_context().replica_id.unique_id
     cache = claim_cache(settings.home / "run" / "inference", replica_id)
-    client = ReleaseClient(HttpFeed(control_url), cache, [parse_public_key(trusted_key)])
+    feed = HttpFeed(control_url, token_file=token_file, ca_file=settings.access.tls_cert)
+    client = ReleaseClient(feed, cache, [parse_public_key(trusted_key)])
     metrics_dir = os.environ.get(MULTIPROCESS_VARIABLE)
     options = ServingOptions(
         device_id=f"replica-{replica_id}",

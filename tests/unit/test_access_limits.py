@@ -123,7 +123,9 @@ def test_listening_for_strangers_without_protection_is_refused(host: str, access
 
 def test_listening_for_strangers_with_protection_and_on_loopback_without_is_fine() -> None:
     check("0.0.0.0", mode="tokens", acknowledge_proxy=True)
-    check("0.0.0.0", mode="tokens", tls_cert="c.pem", tls_key="k.pem")
+    check("fed.example", mode="tokens", tls_cert="c.pem", tls_key="k.pem")
+    with pytest.raises(ConfigError, match="no certificate names"):
+        check("0.0.0.0", mode="tokens", tls_cert="c.pem", tls_key="k.pem")
     check("127.0.0.1")
     check("localhost", mode="tokens")
 

@@ -262,6 +262,32 @@ def test_http_asks_what_the_control_api_answers(feed: MemoryFeed, tmp_path: Path
     assert asked[1:] == [f"{base}/release?variant=standard", f"{base}/blobs/{manifest.artifact_digest}"]
 
 
+def test_http_sends_the_token_of_its_file_and_no_other_header(tmp_path: Path) -> None:
+    seen: list[str | None] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("authorization"))
+        return httpx.Response(404)
+
+    (tmp_path / "token").write_text("fvt_x_y\n")
+    for token_file in (tmp_path / "token", None):
+        HttpFeed("http://control:8000", transport=httpx.MockTransport(answer), token_file=token_file).current(
+            "standard"
+        )
+    assert seen == ["Bearer fvt_x_y", None]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n", b"a\nb", b"\xff"])
+def test_http_a_token_or_certificate_file_that_is_none_is_said(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match="token"):
+        open_feed("http://control:8000", token_file=path)
+    with pytest.raises(UsageError, match="certificate"):
+        open_feed("https://control:8000", ca_file=path)
+
+
 def test_http_stops_reading_an_answer_without_end() -> None:
     sent = 0
 
