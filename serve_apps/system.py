@@ -26,6 +26,7 @@ from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 EDGE_STOP_S = 10.0
 TRAINING_STOP_S = 30.0
 PORT_FREE_S = 20.0
+ANNOUNCEMENT = Path("run") / "system.json"
 PR_SET_PDEATHSIG = 1
 
 
@@ -47,6 +48,9 @@ class RaySystem:
         """
         with ExitStack() as stack:
             on_step("Checking the data, the model and the state")
+            if (self._home / ANNOUNCEMENT).exists():
+                # The last one was killed: what Ray started for it ends by itself, a few seconds later.
+                _await_free_ports(self._settings)
             check_ports(self._settings, joins=self._joins)
             prepare = self._checked()
             stack.enter_context(_lock(self._home))
@@ -236,8 +240,10 @@ def _why_taken(host: str, port: int) -> str | None:
 
 
 def _await_free_ports(settings: Settings) -> None:
+    serving, edge = settings.serving, settings.edge
+    places = [(serving.host, serving.port), *((edge.host, port) for port in edge.ports)]
     deadline_s = time.monotonic() + PORT_FREE_S
-    while _why_taken(settings.serving.host, settings.serving.port) and time.monotonic() < deadline_s:
+    while any(_why_taken(*place) for place in places) and time.monotonic() < deadline_s:
         time.sleep(0.05)
 
 
@@ -259,7 +265,7 @@ def _lock(home: Path) -> Iterator[None]:
 @contextmanager
 def _announced(home: Path, urls: SystemUrls) -> Iterator[None]:
     """``run/system.json`` tells the command line where the running system answers."""
-    path = home / "run" / "system.json"
+    path = home / ANNOUNCEMENT
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps({"pid": os.getpid(), **asdict(urls)}))
