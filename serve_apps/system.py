@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,8 +24,11 @@ from fedvit.errors import PlacementError, PortInUseError, StateError
 from fedvit.ports import SystemUrls
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
+log = logging.getLogger(__name__)
+
 EDGE_STOP_S = 10.0
 TRAINING_STOP_S = 30.0
+CLUSTER_STOP_S = 15.0
 PORT_FREE_S = 20.0
 ANNOUNCEMENT = Path("run") / "system.json"
 PR_SET_PDEATHSIG = 1
@@ -119,13 +123,13 @@ class RaySystem:
         from actors.spawn import spawn_actors
 
         actors = spawn_actors(self._settings)
-        stack.callback(actors.kill)
+        stack.callback(_within, CLUSTER_STOP_S, actors.kill)
 
         def rest() -> None:
             actors.handle().stop_training()
             actors.handle().wait(TRAINING_STOP_S)
 
-        stack.callback(rest)
+        stack.callback(_within, TRAINING_STOP_S + CLUSTER_STOP_S, rest)
 
     def _start_serve(self, stack: ExitStack) -> str:
         from ray import serve
@@ -141,7 +145,7 @@ class RaySystem:
         applications = {"control": (build_control_app(self._settings), "/"), "inference": (inference, "/inference")}
         for name, (application, prefix) in applications.items():
             # The application only: on a joined cluster others may use Serve too.
-            stack.callback(serve.delete, name)
+            stack.callback(_within, CLUSTER_STOP_S, serve.delete, name)
             try:
                 serve.run(application, name=name, route_prefix=prefix)
             except RuntimeError as error:
@@ -197,6 +201,22 @@ def _end_with_parent() -> None:
     """Ask the kernel to end this child when its parent dies, however it dies (Linux; elsewhere nothing happens)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _within(limit_s: float, stop: Callable[..., object], *arguments: object) -> None:
+    """Stop something gracefully, for at most ``limit_s``: a cluster that died under us must not keep us from ending."""
+
+    def attempt() -> None:
+        try:
+            stop(*arguments)
+        except Exception as error:
+            log.warning("%s: %s", type(error).__name__, str(error).strip().splitlines()[0] if str(error) else "")
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        log.warning("gave up on %s after %g s", getattr(stop, "__name__", stop), limit_s)
 
 
 def _end_process(process: subprocess.Popen[bytes]) -> None:
