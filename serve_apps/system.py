@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,10 +28,14 @@ from fedvit.ports import SystemUrls
 from fedvit.types import utc_now
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
+log = logging.getLogger(__name__)
+
 EDGE_STOP_S = 10.0
 FOLLOWER = "followers of this system"
 TRAINING_STOP_S = 30.0
+CLUSTER_STOP_S = 15.0
 PORT_FREE_S = 20.0
+ANNOUNCEMENT = Path("run") / "system.json"
 PR_SET_PDEATHSIG = 1
 
 
@@ -54,6 +59,9 @@ class RaySystem:
         with ExitStack() as stack:
             on_step("Checking the data, the model and the state")
             check_exposure(self._settings)
+            if (self._home / ANNOUNCEMENT).exists():
+                # The last one was killed: what Ray started for it ends by itself, a few seconds later.
+                _await_free_ports(self._settings)
             check_ports(self._settings, joins=self._joins)
             prepare = self._checked()
             stack.enter_context(_lock(self._home))
@@ -123,13 +131,13 @@ class RaySystem:
         from actors.spawn import spawn_actors
 
         actors = spawn_actors(self._settings)
-        stack.callback(actors.kill)
+        stack.callback(_within, CLUSTER_STOP_S, actors.kill)
 
         def rest() -> None:
             actors.handle().stop_training()
             actors.handle().wait(TRAINING_STOP_S)
 
-        stack.callback(rest)
+        stack.callback(_within, TRAINING_STOP_S + CLUSTER_STOP_S, rest)
 
     def _start_serve(self, stack: ExitStack) -> str:
         from ray import serve
@@ -148,7 +156,7 @@ class RaySystem:
         applications = {"control": (build_control_app(self._settings), "/"), "inference": (inference, "/inference")}
         for name, (application, prefix) in applications.items():
             # The application only: on a joined cluster others may use Serve too.
-            stack.callback(serve.delete, name)
+            stack.callback(_within, CLUSTER_STOP_S, serve.delete, name)
             try:
                 serve.run(application, name=name, route_prefix=prefix)
             except RuntimeError as error:
@@ -248,6 +256,22 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _within(limit_s: float, stop: Callable[..., object], *arguments: object) -> None:
+    """Stop something gracefully, for at most ``limit_s``: a cluster that died under us must not keep us from ending."""
+
+    def attempt() -> None:
+        try:
+            stop(*arguments)
+        except Exception as error:
+            log.warning("%s: %s", type(error).__name__, str(error).strip().splitlines()[0] if str(error) else "")
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        log.warning("gave up on %s after %g s", getattr(stop, "__name__", stop), limit_s)
+
+
 def _end_process(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
@@ -289,8 +313,10 @@ def _why_taken(host: str, port: int) -> str | None:
 
 
 def _await_free_ports(settings: Settings) -> None:
+    serving, edge = settings.serving, settings.edge
+    places = [(serving.host, serving.port), *((edge.host, port) for port in edge.ports)]
     deadline_s = time.monotonic() + PORT_FREE_S
-    while _why_taken(settings.serving.host, settings.serving.port) and time.monotonic() < deadline_s:
+    while any(_why_taken(*place) for place in places) and time.monotonic() < deadline_s:
         time.sleep(0.05)
 
 
@@ -312,7 +338,7 @@ def _lock(home: Path) -> Iterator[None]:
 @contextmanager
 def _announced(home: Path, urls: SystemUrls) -> Iterator[None]:
     """``run/system.json`` tells the command line where the running system answers."""
-    path = home / "run" / "system.json"
+    path = home / ANNOUNCEMENT
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps({"pid": os.getpid(), **asdict(urls)}))

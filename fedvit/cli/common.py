@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,13 +87,26 @@ class RunningSystem:
 
 def running_system(home: Path) -> RunningSystem | None:
     """The system that runs on this state folder, or None."""
+    if not _is_locked(home / "system.lock"):
+        return None
     try:
         told = json.loads((home / "run" / "system.json").read_text())
         pid = int(told.pop("pid"))
-        os.kill(pid, 0)
     except (OSError, ValueError, KeyError):
         return None
     return RunningSystem(pid, SystemUrls(**{**told, "edges": tuple(told["edges"])}))
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock; unlike a process id, it cannot outlive its holder."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def print_json(value: Any) -> None:
