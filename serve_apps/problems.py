@@ -73,7 +73,7 @@ class ProblemError(Exception):
 def problem(
     status: int, code: str, title: str, detail: str, headers: Mapping[str, str] | None = None, **more: object
 ) -> JSONResponse:
-    """A problem document; ``type`` is a stable relative reference into docs/problems.md."""
+    """A problem document (RFC 9457); ``type`` is stable and ends in the error's code."""
     body = {"type": f"/problems/{code}", "title": title, "status": status, "detail": redact(detail), **more}
     if request_id.get():
         body["request_id"] = request_id.get()
