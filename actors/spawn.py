@@ -79,6 +79,7 @@ def spawn_actors(settings: Settings) -> Actors:
         PlacementError: Ray has no room for one of them; it is named.
         FedvitError: one of them cannot use its settings.
     """
+    _check_room(settings)
     text = settings_to_json(settings)
     accountant = _spawn(PrivacyAccountantActor, ACCOUNTANT, settings, text)
     proxies = {
@@ -103,6 +104,23 @@ def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
 _CONCURRENCY: dict[type, int] = {ClientProxy: 1, PrivacyAccountantActor: 8, Aggregator: 16}
 
 
+def _check_room(settings: Settings) -> None:
+    """Say at once what will never be placed, instead of waiting for it.
+
+    Raises:
+        PlacementError: the actors ask for more CPUs than the cluster has free.
+    """
+    names = [ACCOUNTANT, *(proxy_name(index) for index in range(settings.ray.proxies)), AGGREGATOR]
+    free = ray.available_resources().get("CPU", 0)
+    room = int(free / settings.ray.actor_cpus + 1e-9) if settings.ray.actor_cpus else len(names)
+    if room < len(names):
+        raise PlacementError(
+            f"Ray has no room for {', '.join(names[room:])}: each asks for {settings.ray.actor_cpus:g} CPU, "
+            f"and {free:g} are free.",
+            cure="Lower ray.actor_cpus or ray.proxies, or add nodes.",
+        )
+
+
 def _await_prepared(references: dict[str, Any], settings: Settings) -> None:
     ready, waiting = ray.wait(
         list(references.values()), num_returns=len(references), timeout=settings.ray.start_timeout_s
@@ -111,9 +129,7 @@ def _await_prepared(references: dict[str, Any], settings: Settings) -> None:
         fetch(reference)
     if waiting:
         names = ", ".join(name for name, reference in references.items() if reference in waiting)
-        total, free = ray.cluster_resources().get("CPU", 0), ray.available_resources().get("CPU", 0)
         raise PlacementError(
-            f"Ray did not start {names} within {settings.ray.start_timeout_s:g} s: each asks for "
-            f"{settings.ray.actor_cpus:g} CPU, and {free:g} of {total:g} are free.",
-            cure="Lower ray.actor_cpus or ray.proxies, or add nodes.",
+            f"{names} did not start within {settings.ray.start_timeout_s:g} s.",
+            cure="See `make logs`; on a slow machine raise ray.start_timeout_s.",
         )

@@ -237,7 +237,7 @@ class RayConfig(_Section):
     proxies: PositiveInt = 2
     threads_per_proxy: PositiveInt = 1
     actor_cpus: Annotated[float, Field(ge=0)] = 0.1
-    start_timeout_s: PositiveFloat = 60.0
+    start_timeout_s: PositiveFloat = 180.0
     dashboard: bool = True
 
     def cluster_address(self) -> str | None:

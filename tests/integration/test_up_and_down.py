@@ -90,7 +90,7 @@ def test_a_running_cluster_is_joined_and_left_running(fedvit: Fedvit) -> None:
 
 
 def test_what_cannot_be_placed_is_named(fedvit: Fedvit) -> None:
-    fedvit.settings |= {"ray.actor_cpus": "50", "ray.start_timeout_s": "5"}
+    fedvit.settings["ray.actor_cpus"] = "50"
     done = fedvit.call("run")
     assert done.returncode == 2
     assert "fedvit-accountant" in done.stderr
