@@ -94,6 +94,14 @@ class Client:
     active: bool = True
     registered_at: datetime = field(default_factory=utc_now)
     capabilities: Mapping[str, Any] = field(default_factory=dict)
+    last_seen_at: datetime | None = None
+    quarantined_at: datetime | None = None
+    quarantine_reason: str | None = None
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether an incident keeps the client out of every round, whatever else is said of it."""
+        return self.quarantined_at is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,17 @@ from fedvit.types import Client, Cohort
 
 
 def eligible(clients: Sequence[Client], config: CohortConfig) -> tuple[str, ...]:
-    """Ids of the clients that may be drawn, sorted: active, with data, and validated where the setting says so."""
+    """Ids of the clients that may be drawn, sorted.
+
+    They are active, have data, are not in quarantine, and are validated where the setting says so.
+    """
     validated_only = config.client_selection == "validated_only"
     return tuple(
-        sorted(c.client_id for c in clients if c.active and c.num_examples and (c.validated or not validated_only))
+        sorted(
+            c.client_id
+            for c in clients
+            if c.active and c.num_examples and not c.quarantined and (c.validated or not validated_only)
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""Append-only, hash-chained tables: the privacy ledger and the audit trail. Functions of an open session.
+"""Append-only, hash-chained tables: privacy ledger, budget periods and audit trail. Functions of an open session.
 
 ``hash = sha256(prev_hash + canonical JSON of the line)``; the first ``prev_hash`` is 64 zeros. The last line's number
 and hash are kept beside the table, so that lines cut off its end are missed as well.
@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from fedvit.errors import IntegrityError
 from fedvit.store.fleet import get_meta, set_meta
-from fedvit.store.tables import AuditRow, ChargeRow
+from fedvit.store.tables import AuditRow, BudgetPeriodRow, ChargeRow
 
 _GENESIS: dict[str, Any] = {"sequence": 0, "hash": "0" * 64}
 
@@ -36,7 +36,7 @@ class Chain:
 
     name: str
     head_key: str
-    table: type[ChargeRow] | type[AuditRow]
+    table: type[ChargeRow] | type[AuditRow] | type[BudgetPeriodRow]
     facts: Callable[[Row[Any]], dict[str, Any]]
 
     @property

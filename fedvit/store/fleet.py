@@ -141,6 +141,9 @@ def _to_client(row: ClientRow) -> Client:
         active=row.active,
         registered_at=row.registered_at,
         capabilities=row.capabilities,
+        last_seen_at=row.last_seen_at,
+        quarantined_at=row.quarantined_at,
+        quarantine_reason=row.quarantine_reason,
     )
 
 

@@ -66,7 +66,10 @@ class Derivation:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A bearer token as the state knows it: ``secret_hash`` is the SHA-256 of its secret, hex."""
+    """A bearer token as the state knows it: ``secret_hash`` is the SHA-256 of its secret, hex.
+
+    ``client_id`` is the one client that a device token speaks for; None binds it to none.
+    """
 
     token_id: str
     name: str
@@ -76,6 +79,7 @@ class Token:
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
     last_used_at: datetime | None = None
+    client_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,9 @@ class ClientRow(Base):
     active: Mapped[bool]
     registered_at: Mapped[datetime]
     capabilities: Mapped[dict[str, Any]]
+    last_seen_at: Mapped[datetime | None]
+    quarantined_at: Mapped[datetime | None]
+    quarantine_reason: Mapped[str | None] = mapped_column(Text())
 
 
 class RunRow(Base):
@@ -220,6 +223,22 @@ class ChargeRow(Base):
     hash: Mapped[str] = mapped_column(String(64))
 
 
+class BudgetPeriodRow(Base):
+    """A privacy budget that was granted anew. Append-only and hash-chained; charges behind ``ledger_sequence`` count."""
+
+    __tablename__ = "budget_periods"
+
+    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at: Mapped[datetime]
+    target_epsilon: Mapped[float]
+    justification: Mapped[str] = mapped_column(Text())
+    requested_by: Mapped[str] = mapped_column(String(200))
+    approved_by: Mapped[str | None] = mapped_column(String(200))
+    ledger_sequence: Mapped[int]
+    prev_hash: Mapped[str] = mapped_column(String(64))
+    hash: Mapped[str] = mapped_column(String(64))
+
+
 class TokenRow(Base):
     """A bearer token; of its secret only the hash. Revoked ones stay, so that audit lines keep their name."""
 
@@ -233,6 +252,7 @@ class TokenRow(Base):
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
+    client_id: Mapped[str | None] = mapped_column(String(200))
 
 
 class AuditRow(Base):

@@ -1,7 +1,8 @@
-"""Unit tests run without Ray: starting it is an error, not a slow success."""
+"""Unit tests run without Ray (starting it is an error, not a slow success) and without the caller's settings."""
 
 from __future__ import annotations
 
+import os
 from typing import NoReturn
 
 import pytest
@@ -17,3 +18,10 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray, "init", forbidden)
     monkeypatch.setenv("RAY_ADDRESS", "forbidden-in-unit-tests:1")
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever configures fedvit outside must not reach a test."""
+    for name in [name for name in os.environ if name.startswith("FEDVIT_")]:
+        monkeypatch.delenv(name)

@@ -160,9 +160,9 @@ def test_several_sets_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
         open_gtsrb(tmp_path)
 
 
-@pytest.mark.skipif(not os.environ.get("FEDVIT_GTSRB_ZIP"), reason="FEDVIT_GTSRB_ZIP names no GTSRB zip")
+@pytest.mark.skipif(not os.environ.get("GTSRB_ZIP"), reason="GTSRB_ZIP names no GTSRB zip")
 def test_the_real_data_set() -> None:
-    source = open_gtsrb(Path(os.environ["FEDVIT_GTSRB_ZIP"]))
+    source = open_gtsrb(Path(os.environ["GTSRB_ZIP"]))
     manifest = build_manifest(source)
     assert len(source.classes) == 43
     assert min(manifest.train_counts) > 0
