@@ -14,6 +14,7 @@
     |   +-- ConflictError       the request contradicts the present state (HTTP 409)
     |   |   +-- ReleaseRefusedError  a model did not pass the release gate (HTTP 409)
     |   |   +-- StaleRequestError    the request names a state that is no longer the present one (HTTP 412)
+    |   |   +-- LedgerFrozenError    an incident froze the privacy ledger: nothing may be charged (HTTP 409)
     |   +-- UnauthorizedError   the request does not prove who asks (HTTP 401)
     |   +-- ForbiddenError      who asks may not do this (HTTP 403)
     |   +-- RateLimitedError    who asks does so too often (HTTP 429)
@@ -136,6 +137,12 @@ class StaleRequestError(ConflictError):
 
     code = "stale-request"
     http_status = 412
+
+
+class LedgerFrozenError(ConflictError):
+    """An incident froze the privacy ledger; nothing is charged, so nothing is released, until it is lifted."""
+
+    code = "ledger-frozen"
 
 
 class UnauthorizedError(UsageError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, func, insert, select, update
@@ -102,6 +103,27 @@ def set_client(session: Session, client_id: str, active: bool | None, validated:
     row = _client_row(session, client_id)
     row.active = row.active if active is None else active
     row.validated = row.validated if validated is None else validated
+    return _to_client(row)
+
+
+def quarantine_clients(session: Session, client_ids: Sequence[str], reason: str, at: datetime) -> list[str]:
+    """Keep these clients out of every round; return those that are registered. The first quarantine stands."""
+    known = sorted(_known_ids(session, client_ids))
+    for client_id in known:
+        row = _client_row(session, client_id)
+        if row.quarantined_at is None:
+            row.quarantined_at, row.quarantine_reason = at, reason
+    return known
+
+
+def reinstate_client(session: Session, client_id: str) -> Client:
+    """Lift a client's quarantine; harmless where there is none.
+
+    Raises:
+        NotFoundError: no such client.
+    """
+    row = _client_row(session, client_id)
+    row.quarantined_at = row.quarantine_reason = None
     return _to_client(row)
 
 

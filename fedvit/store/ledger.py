@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
-from fedvit.errors import ConflictError
+from fedvit.errors import ConflictError, LedgerFrozenError
 from fedvit.ports import Charge, LedgerEntry
 from fedvit.store.chain import Chain
+from fedvit.store.fleet import get_meta, set_meta
+from fedvit.store.records import LedgerFreeze
 from fedvit.store.tables import ChargeRow
 from fedvit.types import utc_now
 
+FREEZE_KEY = "ledger_freeze"
 _CHARGE_FIELDS = tuple(field.name for field in fields(Charge))
 _ChargeKey = tuple[str, int, str, str]
 
@@ -26,15 +29,38 @@ def append_charges(session: Session, charges: Sequence[Charge], check: Callable[
     ``check`` is not called when nothing is new: a retry costs nothing.
 
     Raises:
+        LedgerFrozenError: an incident froze the ledger.
         ConflictError: a charge is there already with another noise, sampling probability or number of steps.
         IntegrityError: lines are missing at the end of the ledger.
     """
     new = _not_yet_written(session, [_normal(charge) for charge in charges])
     if not new:
         return 0
+    check_not_frozen(session)
     check(new)
     CHAIN.append(session, [_facts(charge) for charge in new], utc_now())
     return len(new)
+
+
+def freeze(session: Session, wish: LedgerFreeze) -> LedgerFreeze:
+    """Freeze the ledger; one that is frozen stays frozen for its first reason."""
+    found = frozen(session)
+    if found is None:
+        set_meta(session, FREEZE_KEY, {**asdict(wish), "at": wish.at.isoformat()})
+    return found or wish
+
+
+def frozen(session: Session) -> LedgerFreeze | None:
+    """Why the ledger is frozen, or None."""
+    found = get_meta(session, FREEZE_KEY)
+    return None if found is None else LedgerFreeze(**{**found, "at": datetime.fromisoformat(found["at"])})
+
+
+def thaw(session: Session) -> LedgerFreeze | None:
+    """Lift the freeze, and say what it was; harmless where there is none."""
+    found = frozen(session)
+    set_meta(session, FREEZE_KEY, None)
+    return found
 
 
 def ledger(session: Session, since: datetime | None, limit: int | None, after: int) -> list[LedgerEntry]:
@@ -43,6 +69,22 @@ def ledger(session: Session, since: datetime | None, limit: int | None, after: i
     if since is not None:
         query = query.where(ChargeRow.at >= since)
     return [LedgerEntry(sequence=row.sequence, at=row.at, charge=_to_charge(row)) for row in session.execute(query)]
+
+
+def check_not_frozen(session: Session) -> None:
+    """Make sure that charges may be written.
+
+    Raises:
+        LedgerFrozenError: an incident froze the ledger.
+    """
+    found = frozen(session)
+    if found is not None:
+        raise LedgerFrozenError(
+            f"The privacy ledger is frozen since {found.at:%Y-%m-%d %H:%M} UTC by incident {found.incident_id}: "
+            f"{found.reason}",
+            cure="Resolve the incident: POST /api/emergency/stand-down.",
+            incident_id=found.incident_id,
+        )
 
 
 def _not_yet_written(session: Session, charges: Sequence[Charge]) -> list[Charge]:

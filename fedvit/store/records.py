@@ -65,6 +65,16 @@ class Derivation:
 
 
 @dataclass(frozen=True, slots=True)
+class LedgerFreeze:
+    """Why nothing may be charged to the privacy ledger."""
+
+    incident_id: str
+    reason: str
+    by: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """A bearer token as the state knows it: ``secret_hash`` is the SHA-256 of its secret, hex.
 

@@ -25,6 +25,7 @@ from fedvit.store.records import (
     AuditFacts,
     Derivation,
     FleetInfo,
+    LedgerFreeze,
     Release,
     RequestKey,
     RoundCommit,
@@ -39,6 +40,7 @@ __all__ = [
     "AuditFacts",
     "Derivation",
     "FleetInfo",
+    "LedgerFreeze",
     "Release",
     "RequestKey",
     "RoundCommit",
@@ -150,6 +152,20 @@ class Store:
         """
         with self._database.write() as session:
             return _fleet.set_client(session, client_id, active, validated)
+
+    def quarantine_clients(self, client_ids: Sequence[str], reason: str, at: datetime) -> list[str]:
+        """Keep these clients out of every round; return those that are registered. The first quarantine stands."""
+        with self._database.write() as session:
+            return _fleet.quarantine_clients(session, client_ids, reason, at)
+
+    def reinstate_client(self, client_id: str) -> Client:
+        """Lift a client's quarantine; harmless where there is none.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        with self._database.write() as session:
+            return _fleet.reinstate_client(session, client_id)
 
     # --- runs and rounds ---------------------------------------------------------------------------------------------
 
@@ -353,11 +369,27 @@ class Store:
         BudgetExhaustedError); it may read this store, never write to it. It is not called when nothing is new.
 
         Raises:
+            LedgerFrozenError: an incident froze the ledger.
             ConflictError: a release is on the ledger already with another cost.
             IntegrityError: the end of the ledger is not where it was left.
         """
         with self._database.write() as session:
             return _ledger.append_charges(session, charges, check)
+
+    def freeze_ledger(self, wish: LedgerFreeze) -> LedgerFreeze:
+        """Let nothing be charged any more; a ledger that is frozen stays so for its first reason, which is returned."""
+        with self._database.write() as session:
+            return _ledger.freeze(session, wish)
+
+    def ledger_freeze(self) -> LedgerFreeze | None:
+        """Why the ledger is frozen, or None."""
+        with self._database.read() as session:
+            return _ledger.frozen(session)
+
+    def thaw_ledger(self) -> LedgerFreeze | None:
+        """Lift the freeze and return what it was; harmless where there is none."""
+        with self._database.write() as session:
+            return _ledger.thaw(session)
 
     def verify_ledger(self) -> int:
         """Recompute the hash chain; return the number of entries.
@@ -536,7 +568,7 @@ class Store:
         Raises:
             ConflictError: the store keeps that key for itself.
         """
-        if key in (_fleet.FLEET_KEY, _ledger.CHAIN.head_key, _audit.CHAIN.head_key):
+        if key in (_fleet.FLEET_KEY, _ledger.FREEZE_KEY, _ledger.CHAIN.head_key, _audit.CHAIN.head_key):
             raise ConflictError(f"The store keeps the key {key!r} for itself.", cure="Use another key.")
         with self._database.write() as session:
             value = change(_fleet.get_meta(session, key))

@@ -224,7 +224,10 @@ class ChargeRow(Base):
 
 
 class BudgetPeriodRow(Base):
-    """A privacy budget that was granted anew. Append-only and hash-chained; charges behind ``ledger_sequence`` count."""
+    """A privacy budget that was granted anew; only charges behind ``ledger_sequence`` count against it.
+
+    Append-only and hash-chained.
+    """
 
     __tablename__ = "budget_periods"
 

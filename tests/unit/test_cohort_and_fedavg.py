@@ -8,7 +8,7 @@ import pytest
 from fedvit.aggregation.fedavg import FedAvg
 from fedvit.cohort.select import draw_cohort, eligible
 from fedvit.config import CohortConfig
-from fedvit.types import Client, ClientKind, ClientOutcome, Cohort, PartialUpdate
+from fedvit.types import Client, ClientKind, ClientOutcome, Cohort, PartialUpdate, utc_now
 
 SECRET = bytes(32)
 
@@ -18,7 +18,8 @@ def client(name: str, **changes: object) -> Client:
 
 
 def test_only_active_clients_with_data_are_eligible() -> None:
-    clients = [client("c"), client("b", active=False), client("a"), client("d", num_examples=0)]
+    kept_out = client("e", quarantined_at=utc_now())
+    clients = [client("c"), client("b", active=False), client("a"), client("d", num_examples=0), kept_out]
     assert eligible(clients, CohortConfig()) == ("a", "c")
 
 

@@ -102,7 +102,8 @@ def test_the_migrated_schema_is_the_declared_one(tmp_path: Path) -> None:
 def test_the_schema_can_be_undone_and_redone(tmp_path: Path) -> None:
     engine = database.make_engine(filled(tmp_path), foreign_keys=False)
     config = database.migration_config()
-    for revise, revision, expected in ((command.downgrade, "base", 0), (command.upgrade, "head", len(Base.metadata.tables))):
+    declared = len(Base.metadata.tables)
+    for revise, revision, expected in ((command.downgrade, "base", 0), (command.upgrade, "head", declared)):
         with engine.begin() as connection:
             config.attributes["connection"] = connection
             revise(config, revision)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedvit.errors import BudgetExhaustedError, ConflictError, IntegrityError
+from fedvit.errors import BudgetExhaustedError, ConflictError, IntegrityError, LedgerFrozenError
 from fedvit.ports import Charge
-from fedvit.store.store import Store
+from fedvit.store.store import LedgerFreeze, Store
+from fedvit.types import utc_now
 
 
 def charges(round_index: int, units: int = 3) -> list[Charge]:
@@ -169,3 +170,16 @@ def test_a_round_of_ten_thousand_units_is_one_append(store: Store) -> None:
     assert store.append_charges(many, admit) == 10_000
     assert store.append_charges(many, refuse) == 0
     assert store.verify_ledger() == 10_000
+
+
+def test_a_frozen_ledger_takes_no_charge_until_it_is_thawed(store: Store) -> None:
+    store.append_charges(charges(1), admit)
+    wish = LedgerFreeze("PB-1", "images leaked", "token:a:Ana", utc_now())
+    assert store.freeze_ledger(wish) == wish
+    assert store.freeze_ledger(LedgerFreeze("PB-2", "again", "token:a:Ana", utc_now())) == wish
+    with pytest.raises(LedgerFrozenError, match="PB-1"):
+        store.append_charges(charges(2), admit)
+    assert store.append_charges(charges(1), admit) == 0
+    assert store.thaw_ledger() == wish
+    assert store.thaw_ledger() is None
+    assert store.append_charges(charges(2), admit) == 3
