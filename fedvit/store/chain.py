@@ -58,6 +58,15 @@ class Chain:
         set_meta(session, self.head_key, {"sequence": sequence, "hash": rows[-1]["hash"]})
         return sequence
 
+    def length(self, session: Session) -> int:
+        """The last line's sequence.
+
+        Raises:
+            IntegrityError: lines are missing at the end of the table.
+        """
+        sequence: int = self._checked_head(session)["sequence"]
+        return sequence
+
     def verify(self, session: Session) -> int:
         """Recompute the whole chain; return its length.
 
