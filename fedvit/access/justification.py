@@ -7,7 +7,7 @@ import re
 LEAST_CHARACTERS = 20
 LEAST_WORDS = 3
 MOST_CHARACTERS = 2000
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 # What documentation writes where a text belongs.
 _PLACEHOLDER = re.compile(r"<.*>|\{.*\}|\[.*\]", re.DOTALL)
 

@@ -48,7 +48,7 @@ def freeze(session: Session, wish: LedgerFreeze) -> LedgerFreeze:
     """Freeze the ledger for an incident; the first incident's reason stays."""
     found = _freeze_under(session, FREEZE_KEY)
     if found is None:
-        set_meta(session, FREEZE_KEY, freeze_facts(wish))
+        _set_freeze(session, FREEZE_KEY, wish)
     return found or wish
 
 
@@ -71,9 +71,21 @@ def thaw_copy(session: Session) -> LedgerFreeze | None:
     return found
 
 
-def freeze_facts(freeze: LedgerFreeze) -> dict[str, Any]:
-    """A freeze as ``meta`` keeps it."""
-    return {**asdict(freeze), "at": freeze.at.isoformat()}
+def mark_as_copy(session: Session, at: datetime) -> None:
+    """Freeze the ledger of a state that was copied; the first copy's mark stays."""
+    if _freeze_under(session, COPY_KEY) is None:
+        reason = "This state comes from a backup; what its original has charged since then is not known."
+        _set_freeze(session, COPY_KEY, LedgerFreeze(RESTORE, reason, "fedvit backup", at))
+
+
+def adopt_freezes(session: Session, other: Session) -> None:
+    """Be frozen as another state's ledger is, and for no other reason."""
+    for key in (FREEZE_KEY, COPY_KEY):
+        set_meta(session, key, get_meta(other, key))
+
+
+def _set_freeze(session: Session, key: str, freeze: LedgerFreeze) -> None:
+    set_meta(session, key, {**asdict(freeze), "at": freeze.at.isoformat()})
 
 
 def _freeze_under(session: Session, key: str) -> LedgerFreeze | None:

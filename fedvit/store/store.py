@@ -54,6 +54,7 @@ _OWN_KEYS = frozenset(
         _ledger.COPY_KEY,
         _budget.REQUESTS_KEY,
         _budget.CALL_KEY,
+        _versions.RELEASE_FLOOR_KEY,
         *(chain.head_key for chain in (_ledger.CHAIN, _budget.CHAIN, _audit.CHAIN)),
     }
 )
@@ -384,6 +385,11 @@ class Store:
         """All releases, oldest first."""
         with self._database.read() as session:
             return _versions.releases(session)
+
+    def blob_digests(self) -> set[str]:
+        """Every blob that a version or a release names."""
+        with self._database.read() as session:
+            return _versions.blob_digests(session)
 
     # --- privacy ledger ----------------------------------------------------------------------------------------------
 
