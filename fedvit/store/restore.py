@@ -23,6 +23,7 @@ from fedvit.store import audit, budget, ledger, versions
 from fedvit.store.archive import DATABASE, refused, unpack
 from fedvit.store.backup import KEPT_FOLDERS, sha256_of
 from fedvit.store.blobs import FileBlobStore, fsync_folder
+from fedvit.store.chain import Chain
 from fedvit.store.database import Database, open_database
 from fedvit.store.fleet import set_meta
 from fedvit.store.locks import opening_lock, system_lock
@@ -106,11 +107,17 @@ def _opened(folder: Path) -> Iterator[Database]:
         database.close()
 
 
+def _verify_chains(folder: Path, *chains: Chain) -> None:
+    """Raises FedvitError when the database or one of its chains is not whole."""
+    with _opened(folder) as database, database.read() as session:
+        for chain in chains:
+            chain.verify(session)
+
+
 def _verify(folder: Path) -> None:
     """Raises FedvitError when the unpacked state is not whole: database, schema, chains, blobs."""
+    _verify_chains(folder, ledger.CHAIN, budget.CHAIN, audit.CHAIN)
     with _opened(folder) as database, database.read() as session:
-        for chain in (ledger.CHAIN, budget.CHAIN, audit.CHAIN):
-            chain.verify(session)
         blobs = FileBlobStore(folder / "blobs")
         for digest in versions.blob_digests(session):
             # Its content was hashed when it was unpacked.
@@ -156,16 +163,14 @@ def _present_session(home: Path, folder: Path, stack: ExitStack) -> Session | No
         return None
     try:
         _copy_exclusively(home / DATABASE, folder)
-        session = stack.enter_context(stack.enter_context(_opened(folder)).read())
-        for chain in (ledger.CHAIN, budget.CHAIN):
-            chain.verify(session)
+        _verify_chains(folder, ledger.CHAIN, budget.CHAIN)
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):
             return None
         raise StateError(f"A process uses the state at {home}.", cure="Stop it: `fedvit down`.") from None
     except (sqlite3.DatabaseError, FedvitError):
         return None
-    return session
+    return stack.enter_context(stack.enter_context(_opened(folder)).read())
 
 
 def _copy_exclusively(path: Path, folder: Path) -> None:
