@@ -77,6 +77,15 @@ class AccountantHandle:
         """Whether the charges could be written now."""
         fetch(self._actor.check.remote(list(charges)))
 
+    def reset_budget(
+        self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None
+    ) -> BudgetReport:
+        """Begin a new budget period."""
+        # Ray repeats a call whose actor died in the middle of it; it must not grant twice.
+        call_key = secrets.token_hex(16)
+        wish = (new_epsilon, justification, requested_by, approved_by, call_key)
+        return fetch(self._actor.reset_budget.remote(*wish))  # type: ignore[no-any-return]
+
     def budget(self) -> BudgetReport:
         """What was spent and what is left."""
         return fetch(self._actor.budget.remote())  # type: ignore[no-any-return]

@@ -56,6 +56,7 @@ class AccountantPort(Protocol):
 
         Raises:
             BudgetExhaustedError: with them the budget would be exceeded; nothing was written.
+            LedgerFrozenError: nothing may be charged at all; nothing was written.
         """
         ...
 
@@ -64,7 +65,14 @@ class AccountantPort(Protocol):
 
         Raises:
             BudgetExhaustedError: with them the budget would be exceeded.
+            LedgerFrozenError: nothing may be charged at all.
         """
+        ...
+
+    def reset_budget(
+        self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None
+    ) -> BudgetReport:
+        """Begin a new budget period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger."""
         ...
 
     def budget(self) -> BudgetReport:

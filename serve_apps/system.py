@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import logging
 import os
@@ -23,8 +22,9 @@ from typing import Any
 from fedvit.access.exposure import check_exposure
 from fedvit.access.identity import Scope
 from fedvit.config import Settings
-from fedvit.errors import PlacementError, PortInUseError, StateError
+from fedvit.errors import PlacementError, PortInUseError
 from fedvit.ports import SystemUrls
+from fedvit.store.locks import system_lock
 from fedvit.types import utc_now
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
@@ -64,7 +64,7 @@ class RaySystem:
                 _await_free_ports(self._settings)
             check_ports(self._settings, joins=self._joins)
             prepare = self._checked()
-            stack.enter_context(_lock(self._home))
+            stack.enter_context(system_lock(self._home))
             prepare()
             self._token_file = stack.enter_context(follower_token(self._settings))
             on_step("Starting Ray")
@@ -318,21 +318,6 @@ def _await_free_ports(settings: Settings) -> None:
     deadline_s = time.monotonic() + PORT_FREE_S
     while any(_why_taken(*place) for place in places) and time.monotonic() < deadline_s:
         time.sleep(0.05)
-
-
-@contextmanager
-def _lock(home: Path) -> Iterator[None]:
-    """One system to a state folder."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "system.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StateError(
-                f"Another fedvit is using the state folder {home}.",
-                cure="Stop it with `fedvit down`, or choose another folder with --home.",
-            ) from None
-        yield
 
 
 @contextmanager

@@ -255,7 +255,7 @@ class Coordinator:
         if work is None:
             raise machine.ImpossibleEventError("a round is committed that was not trained")
         evaluation = self._model.evaluate(work.weights)
-        epsilon = self._accountant.budget().epsilon_spent
+        budget = self._accountant.budget()
         digest = self._store.blobs.put(encode_weights(work.weights))
         version = self._store.commit_round(
             self._current.run_id,
@@ -263,7 +263,8 @@ class Coordinator:
             RoundCommit(
                 weights_digest=digest,
                 frozen_digest=self._frozen_digest,
-                epsilon=epsilon,
+                # What the weights really cost their data, however often the budget was renewed.
+                epsilon=budget.lifetime_epsilon,
                 loss=evaluation.loss,
                 accuracy=evaluation.accuracy,
                 metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy},
@@ -278,7 +279,7 @@ class Coordinator:
             rounds_done=round_index,
             loss=evaluation.loss,
             accuracy=evaluation.accuracy,
-            epsilon=epsilon,
+            epsilon=budget.epsilon_spent,
             version=version.version,
         )
         return machine.Committed(version.version)
