@@ -63,6 +63,7 @@ class AccountantPort(Protocol):
         """Whether the charges could be written now; nothing is.
 
         Raises:
+            LedgerFrozenError: an incident froze the ledger.
             BudgetExhaustedError: with them the budget would be exceeded.
         """
         ...

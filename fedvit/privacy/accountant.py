@@ -47,8 +47,10 @@ class PrivacyAccountant:
         """Whether the charges could be written now; see :class:`fedvit.ports.AccountantPort`.
 
         Raises:
+            LedgerFrozenError: an incident froze the ledger.
             BudgetExhaustedError: with them some unit would pass ``target_epsilon``.
         """
+        self._store.check_not_frozen()
         self._check(charges)
 
     def budget(self) -> BudgetReport:

@@ -43,24 +43,43 @@ def append_charges(session: Session, charges: Sequence[Charge], check: Callable[
 
 
 def freeze(session: Session, wish: LedgerFreeze) -> LedgerFreeze:
-    """Freeze the ledger; one that is frozen stays frozen for its first reason."""
-    found = frozen(session)
-    if found is None:
-        set_meta(session, FREEZE_KEY, {**asdict(wish), "at": wish.at.isoformat()})
-    return found or wish
+    """Freeze the ledger for one incident more; return the freeze in force, which is the first incident's."""
+    freezes = _freezes(session)
+    if wish.incident_id not in (freeze.incident_id for freeze in freezes):
+        freezes.append(wish)
+        _set_freezes(session, freezes)
+    return freezes[0]
 
 
 def frozen(session: Session) -> LedgerFreeze | None:
     """Why the ledger is frozen, or None."""
-    found = get_meta(session, FREEZE_KEY)
-    return None if found is None else LedgerFreeze(**{**found, "at": datetime.fromisoformat(found["at"])})
+    return next(iter(_freezes(session)), None)
 
 
-def thaw(session: Session) -> LedgerFreeze | None:
-    """Lift the freeze, and say what it was; harmless where there is none."""
-    found = frozen(session)
-    set_meta(session, FREEZE_KEY, None)
-    return found
+def thaw(session: Session, incident_id: str) -> LedgerFreeze | None:
+    """Lift one incident's freeze; return the one that is in force for another, if any.
+
+    Raises:
+        ConflictError: the ledger is frozen, and not by this incident.
+    """
+    freezes = _freezes(session)
+    left = [freeze for freeze in freezes if freeze.incident_id != incident_id]
+    if freezes and len(left) == len(freezes):
+        raise ConflictError(
+            f"The privacy ledger is not frozen by incident {incident_id!r}.",
+            cure=f"It is frozen by {', '.join(repr(freeze.incident_id) for freeze in freezes)}.",
+        )
+    _set_freezes(session, left)
+    return next(iter(left), None)
+
+
+def _freezes(session: Session) -> list[LedgerFreeze]:
+    found = get_meta(session, FREEZE_KEY) or []
+    return [LedgerFreeze(**{**freeze, "at": datetime.fromisoformat(freeze["at"])}) for freeze in found]
+
+
+def _set_freezes(session: Session, freezes: Sequence[LedgerFreeze]) -> None:
+    set_meta(session, FREEZE_KEY, [{**asdict(freeze), "at": freeze.at.isoformat()} for freeze in freezes])
 
 
 def ledger(session: Session, since: datetime | None, limit: int | None, after: int) -> list[LedgerEntry]:
