@@ -24,7 +24,8 @@ class Aggregator:
     An aggregator that died in the middle of a run, or of a long operation, takes it up when Ray restarts it.
     """
 
-    def __init__(self, settings_json: str, namespace: str) -> None:
+    def __init__(self, settings_json: str, namespace: str, system_id: str) -> None:
+        self._system_id = system_id
         self._settings = settings_from_json(settings_json)
         # By name, not by handle: an actor that is restarted finds them again.
         self._accountant = AccountantHandle.connect(namespace)
@@ -68,6 +69,10 @@ class Aggregator:
         """End a long operation early."""
         return self._local.result().cancel_operation(operation_id)
 
+    def await_shutdown(self, timeout_s: float) -> str | None:
+        """Block until this system was told to go down; how, or None after ``timeout_s``."""
+        return self._local.result().await_shutdown(timeout_s)
+
     def rollback(self, version: str, force: bool, reason: str | None) -> str:
         """Make an older version's content current again."""
         return self._local.result().rollback(version, force=force, reason=reason)
@@ -100,6 +105,7 @@ class Aggregator:
             fleet=self._fleet,
             model=ServerModel(self._settings),
             on_progress=publish,
+            system_id=self._system_id,
         )
         publish(local.progress())
         local.resume()

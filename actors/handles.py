@@ -136,6 +136,10 @@ class AggregatorHandle:
         """End a long operation early."""
         return fetch(self._actor.cancel_operation.remote(operation_id))  # type: ignore[no-any-return]
 
+    def await_shutdown(self, timeout_s: float) -> str | None:
+        """Block until this system was told to go down; how, or None after ``timeout_s``."""
+        return fetch(self._actor.await_shutdown.remote(timeout_s), timeout_s + CALL_TIMEOUT_S)  # type: ignore[no-any-return]
+
     def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
         """Make an older version's content current again."""
         return fetch(self._actor.rollback.remote(version, force, reason))  # type: ignore[no-any-return]

@@ -24,7 +24,14 @@ from fedvit.cli.common import (
 )
 from fedvit.cli.control import bearer, follow_training, sentence
 from fedvit.cli.facts import facts_of
-from fedvit.cli.supervisor import interruptible, spawn_supervisor, stop_process, supervise, supervisor_log
+from fedvit.cli.supervisor import (
+    end_this_process,
+    interruptible,
+    spawn_supervisor,
+    stop_process,
+    supervise,
+    supervisor_log,
+)
 from fedvit.config import Settings
 from fedvit.errors import FedvitError, StateError
 from fedvit.ports import SystemUrls
@@ -139,7 +146,7 @@ def _system(settings: Settings, *, quiet: bool, seconds: dict[str, float]) -> It
         yield running.urls
         return
     started_s = time.monotonic()
-    with find_system(settings).running(_teller(quiet)) as urls:
+    with find_system(settings).running(_teller(quiet), end_this_process) as urls:
         seconds["start"] = time.monotonic() - started_s
         yield urls
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -184,6 +184,11 @@ class Store:
         with self._database.write() as session:
             return _fleet.quarantine_clients(session, client_ids, reason, at)
 
+    def quarantined_clients(self) -> list[str]:
+        """Ids of all clients in quarantine, sorted."""
+        with self._database.read() as session:
+            return _fleet.quarantined_clients(session)
+
     def reinstate_client(self, client_id: str) -> Client:
         """Lift a client's quarantine; harmless where there is none.
 
@@ -263,7 +268,8 @@ class Store:
 
         Raises:
             NotFoundError: the round was never opened.
-            ConflictError: it is committed already, or an outcome is a stranger's or a client's second one.
+            ConflictError: it is committed already, an outcome is a stranger's or a client's second one, or a client
+                that contributed was quarantined meanwhile.
         """
         with self._database.write() as session:
             return _runs.commit_round(session, run_id, round_index, commit)
@@ -330,8 +336,10 @@ class Store:
         Raises:
             NotFoundError: no such version.
             ConflictError: there are no artifacts, or ``sequence`` is no longer the next number.
+            LedgerFrozenError: an incident froze the ledger; roll-backs and switches pass all the same.
         """
         with self._database.write() as session:
+            _ledger.check_not_frozen(session)
             return _versions.release(session, version, artifacts, envelopes, reason, sequence, serve_variant)
 
     def release_again(self, serve_variant: str, sign: Sign, reason: str) -> Release:
@@ -417,7 +425,10 @@ class Store:
             _ledger.check_not_frozen(session)
 
     def freeze_ledger(self, wish: LedgerFreeze) -> LedgerFreeze:
-        """Let nothing be charged any more; the first incident's reason stays and is returned."""
+        """Let nothing be charged, and no trained version be released, until each incident that froze it is over.
+
+        Returns the freeze in force, which is the first incident's.
+        """
         with self._database.write() as session:
             return _ledger.freeze(session, wish)
 
@@ -426,10 +437,19 @@ class Store:
         with self._database.read() as session:
             return _ledger.frozen(session)
 
-    def thaw_ledger(self) -> LedgerFreeze | None:
-        """Lift an incident's freeze and return what it was; harmless where there is none."""
+    def thaw_ledger(self, incident_id: str) -> LedgerFreeze | None:
+        """Lift one incident's freeze; return the one that is in force for another. Harmless where there is none.
+
+        Raises:
+            ConflictError: the ledger is frozen, and not by this incident.
+        """
         with self._database.write() as session:
-            return _ledger.thaw(session)
+            return _ledger.thaw(session, incident_id)
+
+    def ledger_lines(self) -> Iterator[dict[str, Any]]:
+        """The ledger as it is stored, hashes included, oldest line first; read to the end, or closed."""
+        with self._database.read() as session:
+            yield from _ledger.CHAIN.dump(session)
 
     def thaw_restored_ledger(self) -> LedgerFreeze | None:
         """Lift the freeze of a state that came from a backup and return what it was; harmless where there is none."""
@@ -548,6 +568,11 @@ class Store:
         """The last lines of the audit trail, oldest of them first."""
         with self._database.read() as session:
             return _audit.latest_audit(session, limit)
+
+    def audit_lines(self) -> Iterator[dict[str, Any]]:
+        """The audit trail as it is stored, hashes included, oldest line first; read to the end, or closed."""
+        with self._database.read() as session:
+            yield from _audit.CHAIN.dump(session)
 
     def verify_audit(self) -> int:
         """Recompute the hash chain; return the number of lines.

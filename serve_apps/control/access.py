@@ -67,6 +67,7 @@ def public() -> params.Depends:
 VIEWER = [requires(Scope.VIEWER)]
 OPERATOR = [requires(Scope.OPERATOR)]
 ADMIN = [requires(Scope.ADMIN)]
+EMERGENCY = [requires(Scope.EMERGENCY, token_always=True)]
 # Vehicles and replicas fetch releases with a token that is good for nothing else.
 FOLLOWER = [requires(Scope.VIEWER, Scope.DEVICE)]
 
