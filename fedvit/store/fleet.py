@@ -116,6 +116,11 @@ def quarantine_clients(session: Session, client_ids: Sequence[str], reason: str,
     return known
 
 
+def quarantined(session: Session) -> frozenset[str]:
+    """All clients in quarantine."""
+    return frozenset(session.scalars(select(ClientRow.client_id).where(ClientRow.quarantined_at.is_not(None))))
+
+
 def reinstate_client(session: Session, client_id: str) -> Client:
     """Lift a client's quarantine; harmless where there is none.
 

@@ -158,6 +158,11 @@ class Store:
         with self._database.write() as session:
             return _fleet.quarantine_clients(session, client_ids, reason, at)
 
+    def quarantined(self) -> frozenset[str]:
+        """All clients in quarantine."""
+        with self._database.read() as session:
+            return _fleet.quarantined(session)
+
     def reinstate_client(self, client_id: str) -> Client:
         """Lift a client's quarantine; harmless where there is none.
 
@@ -237,7 +242,8 @@ class Store:
 
         Raises:
             NotFoundError: the round was never opened.
-            ConflictError: it is committed already, or an outcome is a stranger's or a client's second one.
+            ConflictError: it is committed already, or an outcome is a stranger's or a client's second one. A late
+                outcome belongs to the cohort of the round that it started in.
         """
         with self._database.write() as session:
             return _runs.commit_round(session, run_id, round_index, commit)
