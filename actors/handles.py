@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -25,6 +27,7 @@ from fedvit.types import (
 )
 
 CALL_TIMEOUT_S = 60.0
+LOOK_S = 1.0
 
 AGGREGATOR = "fedvit-aggregator"
 ACCOUNTANT = "fedvit-accountant"
@@ -149,16 +152,29 @@ class AggregatorHandle:
         return fetch(self._actor.switch_variant.remote(variant))  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True, slots=True)
+class _Handed:
+    """What a proxy was handed and has not answered."""
+
+    task: TrainTask
+    client_ids: tuple[str, ...]
+
+    def failed(self, reason: str) -> PartialUpdate:
+        outcomes = tuple(ClientOutcome(client_id, 0, reason) for client_id in self.client_ids)
+        return PartialUpdate(self.task.round_index, outcomes, {}, 0.0)
+
+
 class RayFleet:
     """Implements :class:`fedvit.ports.FleetPort` with client proxies: one message a proxy and round.
 
-    A client stays with the proxy that first trained it, where its features are warm.
+    A client stays with the proxy that first trained it, where its features are warm. One thread may use it at a time.
     """
 
     def __init__(self, proxies: Sequence[Any], *, timeout_s: float) -> None:
         self._proxies = list(proxies)
         self._timeout_s = timeout_s
         self._home: dict[str, int] = {}
+        self._handed: dict[Any, _Handed] = {}
 
     @classmethod
     def connect(cls, namespace: str, proxies: int, *, timeout_s: float) -> RayFleet:
@@ -172,26 +188,44 @@ class RayFleet:
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate]:
-        """Hand the task out and yield the answers as they arrive; a silent proxy's clients are outcomes with errors."""
+    ) -> Iterator[PartialUpdate | None]:
+        """Hand the task out and yield the answers as they arrive, those to earlier tasks among them."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        weights_ref = ray.put(dict(weights))
-        pending = {
-            self._proxies[index].train.remote(task, weights_ref, ids): ids
-            for index, ids in self._assign(cohort.client_ids).items()
-        }
-        while pending:
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s)
-            if not done:
-                yield from (_failed(task, ids, f"no answer in {timeout_s:g} s") for ids in pending.values())
+        self._hand_out(task, weights, cohort)
+        heard_s = time.monotonic()
+        while self._handed:
+            patience_s = heard_s + timeout_s - time.monotonic()
+            done, _ = ray.wait(list(self._handed), num_returns=1, timeout=max(0.0, min(LOOK_S, patience_s)))
+            if done:
+                yield self._answer(done[0])
+                heard_s = time.monotonic()
+            elif patience_s <= 0:
                 return
-            yield self._answer(task, done[0], pending.pop(done[0]))
+            else:
+                yield None
 
-    def _answer(self, task: TrainTask, reference: Any, ids: Sequence[str]) -> PartialUpdate:
+    def in_flight(self) -> frozenset[str]:
+        """The clients that have not answered."""
+        return frozenset(client_id for handed in self._handed.values() for client_id in handed.client_ids)
+
+    def give_up(self, reason: str) -> list[PartialUpdate]:
+        """Wait for nobody any more; what they answer later is dropped by Ray."""
+        given_up = [handed.failed(reason) for handed in self._handed.values()]
+        self._handed.clear()
+        return given_up
+
+    def _hand_out(self, task: TrainTask, weights: Weights, cohort: Cohort) -> None:
+        weights_ref = ray.put(dict(weights))
+        for index, client_ids in self._assign(cohort.client_ids).items():
+            reference = self._proxies[index].train.remote(task, weights_ref, client_ids)
+            self._handed[reference] = _Handed(task, tuple(client_ids))
+
+    def _answer(self, reference: Any) -> PartialUpdate:
+        handed = self._handed.pop(reference)
         try:
             return fetch(reference)  # type: ignore[no-any-return]
         except (RayError, FedvitError) as error:
-            return _failed(task, ids, str(error).strip().splitlines()[-1])
+            return handed.failed(str(error).strip().splitlines()[-1])
 
     def _assign(self, client_ids: Sequence[str]) -> dict[int, list[str]]:
         groups: dict[int, list[str]] = {}
@@ -199,8 +233,3 @@ class RayFleet:
             index = self._home.setdefault(client_id, len(self._home) % len(self._proxies))
             groups.setdefault(index, []).append(client_id)
         return groups
-
-
-def _failed(task: TrainTask, client_ids: Sequence[str], reason: str) -> PartialUpdate:
-    outcomes = tuple(ClientOutcome(client_id, 0, reason) for client_id in client_ids)
-    return PartialUpdate(task.round_index, outcomes, {}, 0.0)

@@ -269,7 +269,8 @@ class Store:
         Raises:
             NotFoundError: the round was never opened.
             ConflictError: it is committed already, an outcome is a stranger's or a client's second one, or a client
-                that contributed was quarantined meanwhile.
+                that contributed was quarantined meanwhile. A late outcome belongs to the cohort of the round that it
+                started in.
         """
         with self._database.write() as session:
             return _runs.commit_round(session, run_id, round_index, commit)

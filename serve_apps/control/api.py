@@ -17,6 +17,7 @@ from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
 from fedvit.types import Client, ClientKind, TrainingProgress, Variant
 from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public, requires
+from serve_apps.control.aggregation_life import add_aggregation_routes
 from serve_apps.control.emergency import add_emergency_routes
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
@@ -55,6 +56,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     _add_training_routes(api, services)
     add_model_life_routes(api, services)
     add_training_life_routes(api, services)
+    add_aggregation_routes(api, services)
     add_operation_routes(api, services)
     add_emergency_routes(api, services)
     _add_audit_routes(api, services)
