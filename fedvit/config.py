@@ -184,6 +184,22 @@ class EdgeConfig(_Section):
         return ports
 
 
+class FleetConfig(_Section):
+    """How vehicles show that they are there.
+
+    A remote client or a depot is connected while its last sign of life is younger than ``heartbeat_timeout_s``.
+    """
+
+    heartbeat_interval_s: PositiveFloat = 30.0
+    heartbeat_timeout_s: PositiveFloat = 90.0
+
+    @model_validator(mode="after")
+    def _timeout_spans_an_interval(self) -> FleetConfig:
+        if self.heartbeat_timeout_s <= self.heartbeat_interval_s:
+            raise ValueError("heartbeat_timeout_s must be above heartbeat_interval_s")
+        return self
+
+
 class OidcConfig(_Section):
     """An OpenID Connect issuer whose JSON web tokens are accepted; scopes are words in ``scope_claim``."""
 
@@ -257,6 +273,7 @@ class Settings(_Section):
     serving: ServingConfig = ServingConfig()
     access: AccessConfig = AccessConfig()
     edge: EdgeConfig = EdgeConfig()
+    fleet: FleetConfig = FleetConfig()
     ray: RayConfig = RayConfig()
 
     def training_identity(self) -> dict[str, Any]:

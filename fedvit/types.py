@@ -26,6 +26,10 @@ Weights = Mapping[str, FloatArray]
 """Trainable parameters by name. The frozen ones never travel: everybody builds them from the same configuration."""
 
 
+CLIENT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a client may be called. Such a name is a path segment and harmless as a file's."""
+
+
 def utc_now() -> datetime:
     """The present moment, timezone-aware."""
     return datetime.now(UTC)

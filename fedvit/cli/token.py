@@ -24,6 +24,7 @@ def create(
         list[str], typer.Option("--scope", help="viewer, operator, admin, emergency or device (repeatable).")
     ],
     days: Annotated[float, typer.Option("--days", help="Days until it expires; 0: never.", min=0)] = 90,
+    client: Annotated[str | None, typer.Option("--client", help="Bind a device token to this one client.")] = None,
     home: HomeOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
@@ -36,7 +37,8 @@ def create(
 
         # Opened, and made where missing: the first token may come before the first start.
         with Store.open(settings_from(config, home).home) as store:
-            made = create_token(store, name, scopes, now=utc_now(), lifetime=timedelta(days=days) if days else None)
+            lifetime = timedelta(days=days) if days else None
+            made = create_token(store, name, scopes, now=utc_now(), lifetime=lifetime, client_id=client)
             _audit(store, "create", made.token)
         if as_json:
             print_json({**_facts(made.token), "token": made.text})
@@ -58,11 +60,11 @@ def show(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOpti
         if as_json:
             print_json(facts)
             return
-        table = Table("token", "name", "scopes", "created", "expires", "last used", "revoked", box=None)
+        table = Table("token", "name", "scopes", "client", "created", "expires", "last used", "revoked", box=None)
         for fact in facts:
             moments = (fact[f"{word}_at"] for word in ("created", "expires", "last_used", "revoked"))
             shown = (f"{moment:%Y-%m-%d %H:%M}" if moment else "–" for moment in moments)
-            table.add_row(fact["token_id"], fact["name"], " ".join(fact["scopes"]), *shown)
+            table.add_row(fact["token_id"], fact["name"], " ".join(fact["scopes"]), fact["client_id"] or "–", *shown)
         console.print(table)
 
 
@@ -92,6 +94,7 @@ def _facts(token: Token) -> dict[str, Any]:
         "token_id": token.token_id,
         "name": token.name,
         "scopes": list(token.scopes),
+        "client_id": token.client_id,
         "created_at": token.created_at,
         "expires_at": token.expires_at,
         "last_used_at": token.last_used_at,
@@ -109,7 +112,7 @@ def _user() -> str:
 def _audit(store: Store, verb: str, token: Token) -> None:
     from fedvit.store.store import AuditFacts
 
-    facts = {"token_id": token.token_id, "name": token.name, "scopes": list(token.scopes)}
+    facts = {"token_id": token.token_id, "name": token.name, "scopes": list(token.scopes), "client_id": token.client_id}
     store.append_audit(
         AuditFacts(
             actor=f"local:{_user()}",

@@ -24,6 +24,7 @@ TRAINING_ACCURACY = f"{PREFIX}training_accuracy"
 TRAINING_ROUNDS = f"{PREFIX}training_rounds_total"
 ACTIVE_CLIENTS = f"{PREFIX}active_clients"
 TOTAL_CLIENTS = f"{PREFIX}total_clients"
+HEARTBEATS = f"{PREFIX}heartbeats_total"
 UNAUTHORIZED_REQUESTS = f"{PREFIX}unauthorized_requests_total"
 EPSILON_REMAINING = f"{PREFIX}privacy_epsilon_remaining"
 EPSILON_SPENT = f"{PREFIX}privacy_epsilon_spent"
@@ -71,6 +72,11 @@ def active_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
 def total_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
     """Clients ever registered."""
     return _gauge(TOTAL_CLIENTS, "Clients ever registered.", registry)
+
+
+def heartbeats(registry: CollectorRegistry = REGISTRY) -> Counter:
+    """Heartbeats heard, by ``status``: what the vehicle says of itself, ok or degraded."""
+    return Counter(HEARTBEATS, "Heartbeats heard, by what the vehicle says of itself.", ["status"], registry=registry)
 
 
 def unauthorized_requests(registry: CollectorRegistry = REGISTRY) -> Counter:

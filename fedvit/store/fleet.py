@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import Select, func, insert, select, update
+from sqlalchemy import Select, Table, bindparam, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from fedvit.errors import NotFoundError, StateError
@@ -125,6 +125,16 @@ def reinstate_client(session: Session, client_id: str) -> Client:
     row = _client_row(session, client_id)
     row.quarantined_at = row.quarantine_reason = None
     return _to_client(row)
+
+
+def touch_clients(session: Session, seen: Mapping[str, datetime]) -> None:
+    """Move ``last_seen_at`` of these clients forward, never back; unknown ones are passed over."""
+    moment = bindparam("at", type_=ClientRow.last_seen_at.type)
+    later = or_(ClientRow.last_seen_at.is_(None), ClientRow.last_seen_at < moment)
+    touch = update(cast(Table, ClientRow.__table__)).where(ClientRow.client_id == bindparam("who"), later)
+    if seen:
+        rows = [{"who": client_id, "at": at} for client_id, at in seen.items()]
+        session.connection().execute(touch.values(last_seen_at=moment), rows)
 
 
 def _known_ids(session: Session, client_ids: Sequence[str]) -> set[str]:

@@ -153,6 +153,11 @@ class Store:
         with self._database.write() as session:
             return _fleet.set_client(session, client_id, active, validated)
 
+    def touch_clients(self, seen: Mapping[str, datetime]) -> None:
+        """Move ``last_seen_at`` of these clients forward, never back; unknown ones are passed over."""
+        with self._database.write() as session:
+            _fleet.touch_clients(session, seen)
+
     def quarantine_clients(self, client_ids: Sequence[str], reason: str, at: datetime) -> list[str]:
         """Keep these clients out of every round; return those that are registered. The first quarantine stands."""
         with self._database.write() as session:
@@ -435,10 +440,10 @@ class Store:
         with self._database.write() as session:
             return _tokens.revoke_token(session, token_id, at)
 
-    def touch_token(self, token_id: str, at: datetime) -> None:
-        """Remember when a token was used last."""
+    def touch_tokens(self, used: Mapping[str, datetime]) -> None:
+        """Remember when these tokens were used last."""
         with self._database.write() as session:
-            _tokens.touch_token(session, token_id, at)
+            _tokens.touch_tokens(session, used)
 
     def append_audit(self, facts: AuditFacts) -> int:
         """Write one line of the audit trail; return its sequence.

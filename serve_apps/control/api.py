@@ -17,7 +17,8 @@ from fedvit.monitoring.metrics import render
 from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
 from fedvit.types import Client, ClientKind, TrainingProgress, Variant, utc_now
-from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public, requires
+from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, CurrentIdentity, Guard, Note, public, requires
+from serve_apps.control.heartbeats import Heartbeats, add_heartbeat_routes
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
 from serve_apps.control.route import Control, install_control
@@ -35,6 +36,7 @@ from serve_apps.control.schemas import (
 )
 from serve_apps.control.services import Services
 from serve_apps.control.training_life import add_training_life_routes
+from serve_apps.control.write_behind import flushing
 from serve_apps.problems import install_problem_handlers
 
 __all__ = ["Services", "create_api"]
@@ -46,11 +48,15 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     Raises:
         ConfigError: the OIDC key set cannot be read.
     """
-    api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "")
+    guard = guard or Guard(services.settings, services.store)
+    heartbeats = Heartbeats(services.store, services.settings.fleet)
+    lifespan = flushing(guard.tokens_used, heartbeats.seen)
+    api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "", lifespan=lifespan)
     install_problem_handlers(api)
-    install_control(api, Control(guard or Guard(services.settings, services.store), services.store))
+    install_control(api, Control(guard, services.store))
     _add_system_routes(api, services)
     _add_client_routes(api, services)
+    add_heartbeat_routes(api, services, heartbeats)
     _add_model_routes(api, services)
     _add_privacy_routes(api, services)
     _add_training_routes(api, services)
@@ -119,8 +125,9 @@ def _add_client_routes(api: FastAPI, services: Services) -> None:
         status_code=201,
         dependencies=[requires(Scope.OPERATOR, Scope.DEVICE)],
     )
-    def register(request: RegisterClient, note: Note) -> ClientView:
+    def register(request: RegisterClient, note: Note, who: CurrentIdentity) -> ClientView:
         """Add a vehicle, or bring one back; registering twice is harmless."""
+        who.check_speaks_for(request.device_id)
         known = _find_client(store, request.device_id)
         if known is not None and known.kind is ClientKind.VIRTUAL:
             raise ConflictError(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedvit.ports import LedgerEntry
 from fedvit.store.store import AuditEntry
-from fedvit.types import BudgetReport, Client, ModelVersion
+from fedvit.types import CLIENT_ID, BudgetReport, Client, ModelVersion
 
 
 class RequestBody(BaseModel):
@@ -22,7 +22,7 @@ class RequestBody(BaseModel):
 class RegisterClient(RequestBody):
     """A vehicle that offers to take part."""
 
-    device_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", examples=["truck-7"])
+    device_id: str = Field(pattern=CLIENT_ID, examples=["truck-7"])
     kind: Literal["remote", "silo"] = "remote"
     num_examples: int = Field(default=0, ge=0)
     capabilities: dict[str, Any] = Field(default_factory=dict, examples=[{"camera": "front"}])
