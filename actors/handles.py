@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from fedvit.errors import FedvitError, PlacementError
-from fedvit.ports import Charge, LedgerEntry
+from fedvit.ports import Charge, LedgerEntry, ProxyReport
 from fedvit.types import (
     BudgetReport,
     ClientOutcome,
@@ -25,6 +25,10 @@ from fedvit.types import (
 )
 
 CALL_TIMEOUT_S = 60.0
+
+# A proxy answers in this concurrency group whatever its other thread does.
+PING = "ping"
+PING_TIMEOUT_S = 2.0
 
 AGGREGATOR = "fedvit-aggregator"
 ACCOUNTANT = "fedvit-accountant"
@@ -117,6 +121,10 @@ class AggregatorHandle:
         """Return when the loop rests, or after ``timeout_s``."""
         return fetch(self._actor.wait.remote(timeout_s), timeout_s + CALL_TIMEOUT_S)  # type: ignore[no-any-return]
 
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now."""
+        return fetch(self._actor.proxies_alive.remote(), 2 * PING_TIMEOUT_S)  # type: ignore[no-any-return]
+
     def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
         """Queue a long operation."""
         # Ray repeats a call whose actor died in the middle of it. A caller's own repetitions end before they come here.
@@ -174,6 +182,15 @@ class RayFleet:
                 return
             yield self._answer(task, done[0], pending.pop(done[0]))
 
+    def proxies_alive(self) -> ProxyReport:
+        """Ask every proxy at once; whoever is silent for :data:`PING_TIMEOUT_S` is not there."""
+        asked = [proxy.ping.options(concurrency_group=PING, max_task_retries=0).remote() for proxy in self._proxies]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=PING_TIMEOUT_S)
+        alive = [reference in answered and _went_well(reference) for reference in asked]
+        # Copied at once: a round that is handed out meanwhile adds to it.
+        stranded = frozenset(client_id for client_id, index in self._home.copy().items() if not alive[index])
+        return ProxyReport({proxy_name(index): good for index, good in enumerate(alive)}, stranded)
+
     def _answer(self, task: TrainTask, reference: Any, ids: Sequence[str]) -> PartialUpdate:
         try:
             return fetch(reference)  # type: ignore[no-any-return]
@@ -186,6 +203,14 @@ class RayFleet:
             index = self._home.setdefault(client_id, len(self._home) % len(self._proxies))
             groups.setdefault(index, []).append(client_id)
         return groups
+
+
+def _went_well(reference: Any) -> bool:
+    try:
+        fetch(reference)
+    except RayError:
+        return False
+    return True
 
 
 def _failed(task: TrainTask, client_ids: Sequence[str], reason: str) -> PartialUpdate:

@@ -85,6 +85,15 @@ class OperationStatus(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Sighting:
+    """A client as far as its whereabouts go."""
+
+    client_id: str
+    kind: ClientKind
+    last_seen_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Client:
     """A vehicle, or a depot, that may take part in rounds.
 
@@ -106,6 +115,11 @@ class Client:
     def quarantined(self) -> bool:
         """Whether an incident keeps the client out of every round, whatever else is said of it."""
         return self.quarantined_at is not None
+
+    @property
+    def sighting(self) -> Sighting:
+        """The client as far as its whereabouts go."""
+        return Sighting(self.client_id, self.kind, self.last_seen_at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from fedvit.config import Settings
 from fedvit.errors import ConflictError
 from fedvit.operations.optimize import Optimizer
 from fedvit.operations.runner import OperationCancelled, OperationKind, OperationRunner, Task
-from fedvit.ports import AccountantPort, ExportedModel, FleetPort, ServerModelPort
+from fedvit.ports import AccountantPort, ExportedModel, FleetPort, ProxyReport, ServerModelPort
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunOrder, run_order
@@ -42,6 +42,7 @@ class LocalAggregator:
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
     ) -> None:
         self._store = store
+        self._fleet = fleet
         self._model = model
         self._coordinator = Coordinator(
             settings=settings, store=store, accountant=accountant, fleet=fleet, model=model, on_progress=on_progress
@@ -100,6 +101,10 @@ class LocalAggregator:
         if self._loop is not None:
             wait([self._loop], timeout=timeout_s)
         return self.progress()
+
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now."""
+        return self._fleet.proxies_alive()
 
     def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
         """Queue a long operation; see :class:`fedvit.ports.AggregatorPort`."""

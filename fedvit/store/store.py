@@ -23,6 +23,7 @@ from fedvit.store.database import Database, open_database
 from fedvit.store.records import (
     AuditEntry,
     AuditFacts,
+    ClientPage,
     Derivation,
     FleetInfo,
     LedgerFreeze,
@@ -31,13 +32,15 @@ from fedvit.store.records import (
     RoundCommit,
     StoredAnswer,
     Token,
+    Validation,
 )
 from fedvit.store.versions import Sign
-from fedvit.types import Client, Cohort, ModelVersion, Operation, OperationStatus, RoundRecord, Run, RunStatus
+from fedvit.types import Client, Cohort, ModelVersion, Operation, OperationStatus, RoundRecord, Run, RunStatus, Sighting
 
 __all__ = [
     "AuditEntry",
     "AuditFacts",
+    "ClientPage",
     "Derivation",
     "FleetInfo",
     "LedgerFreeze",
@@ -48,6 +51,7 @@ __all__ = [
     "Store",
     "StoredAnswer",
     "Token",
+    "Validation",
 ]
 
 
@@ -152,6 +156,30 @@ class Store:
         """
         with self._database.write() as session:
             return _fleet.set_client(session, client_id, active, validated)
+
+    def client_page(self, offset: int, limit: int) -> ClientPage:
+        """Clients ordered by id, and the totals, as of one moment."""
+        with self._database.read() as session:
+            return _fleet.client_page(session, offset, limit)
+
+    def sightings(self) -> list[Sighting]:
+        """The whereabouts of all active clients, ordered by id."""
+        with self._database.read() as session:
+            return _fleet.sightings(session)
+
+    def validate_client(self, client_id: str, verdict: Validation) -> Client:
+        """Record whether an operator trusts a client's data, and why.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        with self._database.write() as session:
+            return _fleet.validate_client(session, client_id, verdict)
+
+    def validations(self, client_ids: Sequence[str]) -> dict[str, Validation]:
+        """What operators last decided on these clients; nothing for those on whom nobody did."""
+        with self._database.read() as session:
+            return _fleet.validations(session, client_ids)
 
     def touch_clients(self, seen: Mapping[str, datetime]) -> None:
         """Move ``last_seen_at`` of these clients forward, never back; unknown ones are passed over."""
@@ -549,6 +577,13 @@ class Store:
         """
         with self._database.write() as session:
             return _operations.cancel_operation(session, operation_id)
+
+    def change_counter(self) -> int:
+        """A number that differs from an earlier one if anything was committed in between, by whatever process.
+
+        Cheap enough to ask at every request; equal numbers mean that whatever was read then is still the truth.
+        """
+        return self._database.change_counter()
 
     # --- meta --------------------------------------------------------------------------------------------------------
 

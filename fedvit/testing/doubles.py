@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import numpy as np
 
-from fedvit.ports import ExportedModel, Trial
+from fedvit.ports import ExportedModel, ProxyReport, Trial
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import (
     Client,
@@ -111,6 +111,10 @@ class FakeFleet:
         for part in (cohort.client_ids[1::2], cohort.client_ids[::2]):
             if part:
                 yield self._partial(task, weights, part)
+
+    def proxies_alive(self) -> ProxyReport:
+        """Both answer."""
+        return ProxyReport({"even": True, "odd": True})
 
     def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
         outcomes = tuple(ClientOutcome(c, 10, "it failed" if c in self._failing else None) for c in client_ids)
