@@ -94,6 +94,14 @@ class Sighting:
 
 
 @dataclass(frozen=True, slots=True)
+class Participation:
+    """In how many committed rounds a client took part, and how many of them it failed or was refused in."""
+
+    rounds: int
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
 class Client:
     """A vehicle, or a depot, that may take part in rounds.
 

@@ -19,6 +19,7 @@ MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 PREFIX = "fed_vit_autorl_"
 INFERENCE_DURATION = f"{PREFIX}inference_duration_seconds"
 INFERENCE_REQUESTS = f"{PREFIX}inference_requests_total"
+PREDICTIONS = f"{PREFIX}predictions_total"
 TRAINING_LOSS = f"{PREFIX}training_loss"
 TRAINING_ACCURACY = f"{PREFIX}training_accuracy"
 TRAINING_ROUNDS = f"{PREFIX}training_rounds_total"
@@ -47,6 +48,27 @@ def inference_duration(registry: CollectorRegistry = REGISTRY) -> Histogram:
 def inference_requests(registry: CollectorRegistry = REGISTRY) -> Counter:
     """Inference requests by ``outcome``: ok, rejected (the caller's fault), unavailable or failed."""
     return Counter(INFERENCE_REQUESTS, "Inference requests by outcome.", ["outcome"], registry=registry)
+
+
+def predictions(registry: CollectorRegistry = REGISTRY) -> Counter:
+    """Answers by ``model_version`` and ``label``, the index of the class.
+
+    For the server's inference replicas alone: what vehicles see, they keep.
+    """
+    return Counter(PREDICTIONS, "Answers by class index.", ["model_version", "label"], registry=registry)
+
+
+def predictions_by_class(
+    model_version: str, multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY
+) -> dict[int, int]:
+    """How often the replicas of this node answered each class, since the system was started."""
+    source = registry if multiprocess_dir is None else _merged(multiprocess_dir)
+    return {
+        int(sample.labels["label"]): int(sample.value)
+        for family in source.collect()
+        for sample in family.samples
+        if sample.name == PREDICTIONS and sample.labels["model_version"] == model_version
+    }
 
 
 def training_loss(registry: CollectorRegistry = REGISTRY) -> Gauge:
@@ -117,6 +139,10 @@ def render(multiprocess_dir: Path | None = None, registry: CollectorRegistry = R
     """
     if multiprocess_dir is None:
         return generate_latest(registry), CONTENT_TYPE_LATEST
+    return generate_latest(_merged(multiprocess_dir)), CONTENT_TYPE_LATEST
+
+
+def _merged(multiprocess_dir: Path) -> CollectorRegistry:
     merged = CollectorRegistry()
     MultiProcessCollector(merged, path=str(multiprocess_dir))  # type: ignore[no-untyped-call]
-    return generate_latest(merged), CONTENT_TYPE_LATEST
+    return merged

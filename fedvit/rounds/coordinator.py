@@ -31,6 +31,7 @@ from fedvit.training.release import release_id
 from fedvit.types import (
     ClientOutcome,
     Cohort,
+    Evaluation,
     FloatArray,
     Run,
     RunStatus,
@@ -267,7 +268,7 @@ class Coordinator:
                 loss=evaluation.loss,
                 accuracy=evaluation.accuracy,
                 metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy},
-                lineage=self._lineage(round_index, work.outcomes),
+                lineage=self._lineage(round_index, work.outcomes, evaluation),
                 outcomes=work.outcomes,
                 duration_s=time.monotonic() - work.started_s,
             ),
@@ -283,7 +284,9 @@ class Coordinator:
         )
         return machine.Committed(version.version)
 
-    def _lineage(self, round_index: int, outcomes: tuple[ClientOutcome, ...]) -> dict[str, object]:
+    def _lineage(
+        self, round_index: int, outcomes: tuple[ClientOutcome, ...], evaluation: Evaluation
+    ) -> dict[str, object]:
         return {
             "run_id": self._current.run_id,
             "round_index": round_index,
@@ -292,6 +295,8 @@ class Coordinator:
             "data_digest": self._current.data_digest,
             "config_digest": self._current.config_digest,
             "clients": [o.client_id for o in outcomes if o.error is None],
+            # What the mix of answers in service is held against later; see fedvit.monitoring.drift.
+            "held_out_answers": [sum(column) for column in zip(*evaluation.confusion, strict=True)],
         }
 
     def _release(self, version: str) -> machine.Event:

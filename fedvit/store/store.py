@@ -35,7 +35,18 @@ from fedvit.store.records import (
     Validation,
 )
 from fedvit.store.versions import Sign
-from fedvit.types import Client, Cohort, ModelVersion, Operation, OperationStatus, RoundRecord, Run, RunStatus, Sighting
+from fedvit.types import (
+    Client,
+    Cohort,
+    ModelVersion,
+    Operation,
+    OperationStatus,
+    Participation,
+    RoundRecord,
+    Run,
+    RunStatus,
+    Sighting,
+)
 
 __all__ = [
     "AuditEntry",
@@ -292,6 +303,11 @@ class Store:
         """
         with self._database.read() as session:
             return _runs.round_record(session, run_id, round_index)
+
+    def participation(self) -> dict[str, Participation]:
+        """How the rounds of every client went that took part in one, over all runs."""
+        with self._database.read() as session:
+            return _runs.participation(session)
 
     # --- versions and releases ---------------------------------------------------------------------------------------
 

@@ -21,9 +21,11 @@ from fedvit.store.store import Release, Store
 from fedvit.types import TrainingProgress, Variant, utc_now
 from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public
 from serve_apps.control.clients import add_client_routes
+from serve_apps.control.data_health import add_data_health_routes
 from serve_apps.control.heartbeats import Heartbeats, add_heartbeat_routes
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
+from serve_apps.control.presence import Presence
 from serve_apps.control.route import Control, install_control
 from serve_apps.control.schemas import (
     AuditView,
@@ -51,12 +53,15 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     """
     guard = guard or Guard(services.settings, services.store)
     heartbeats = Heartbeats(services.store, services.settings.fleet)
+    presence = Presence(services, heartbeats)
     lifespan = flushing(guard.tokens_used, heartbeats.seen)
     api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "", lifespan=lifespan)
     install_problem_handlers(api)
     install_control(api, Control(guard, services.store))
     _add_system_routes(api, services)
-    add_client_routes(api, services, heartbeats)
+    # Before the clients: its paths would be taken for one of them.
+    add_data_health_routes(api, services, presence)
+    add_client_routes(api, services, heartbeats, presence)
     add_heartbeat_routes(api, services, heartbeats)
     _add_model_routes(api, services)
     _add_privacy_routes(api, services)

@@ -68,9 +68,8 @@ class ConnectivityView(BaseModel):
     disconnected_clients: list[LostClientView]
 
 
-def add_client_routes(api: FastAPI, services: Services, heartbeats: Heartbeats) -> None:
+def add_client_routes(api: FastAPI, services: Services, heartbeats: Heartbeats, presence: Presence) -> None:
     """See and steer the fleet."""
-    presence = Presence(services, heartbeats)
     _add_lists(api, services, presence, heartbeats)
     _add_membership(api, services.store, presence)
     _add_verdicts(api, services.store, presence)

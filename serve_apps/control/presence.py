@@ -37,6 +37,10 @@ class Presence:
         sightings = [self._sighted(sighting) for sighting in self._services.store.sightings()]
         return connectivity(sightings, proxies, self._now(), self._timeout_s)
 
+    def active_clients(self) -> list[Client]:
+        """The active clients, with the newest sign of life of each."""
+        return [self._newest(client) for client in self._services.store.clients(active=True)]
+
     def view(self, client: Client) -> ClientView:
         """One client."""
         validations = self._services.store.validations([client.client_id])
@@ -44,7 +48,7 @@ class Presence:
 
     def shown(self, client: Client, verdict: Validation | None) -> ClientView:
         """One client of whom it is known what an operator decided."""
-        client = replace(client, last_seen_at=self._sighted(client.sighting).last_seen_at)
+        client = self._newest(client)
         conditions = client_conditions(
             client,
             self._connection(client.sighting),
@@ -68,6 +72,9 @@ class Presence:
         virtual = sighting.kind is ClientKind.VIRTUAL
         proxies = self._known_proxies(PROXIES_KNOWN)[0] if virtual else None
         return connection_of(sighting, proxies, self._now(), self._timeout_s)
+
+    def _newest(self, client: Client) -> Client:
+        return replace(client, last_seen_at=self._sighted(client.sighting).last_seen_at)
 
     def _sighted(self, sighting: Sighting) -> Sighting:
         return replace(sighting, last_seen_at=self._heartbeats.last_seen(sighting.client_id, sighting.last_seen_at))
