@@ -101,6 +101,7 @@ class Aggregator:
             fleet=self._fleet,
             model=ServerModel(self._settings),
             on_progress=publish,
+            on_connected=self._metrics.publish_connected,
         )
         publish(local.progress())
         local.resume()

@@ -87,6 +87,12 @@ class ServingProcess:
         self._pool = ThreadPoolExecutor(options.workers, thread_name_prefix="infer")
         self._in_flight = 0
 
+    def heartbeat(self) -> dict[str, str | None]:
+        """What this process says of itself to the control server."""
+        engine = self.service.current
+        healthy = engine is not None and self.service.report().last_error is None
+        return {"status": "ok" if healthy else "degraded", "model_version": engine.manifest.version if engine else None}
+
     def app(self, *middleware: Middleware) -> Starlette:
         """The ASGI application. Its lifespan starts and stops the polling."""
         return Starlette(

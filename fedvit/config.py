@@ -188,10 +188,14 @@ class FleetConfig(_Section):
     """How vehicles show that they are there.
 
     A remote client or a depot is connected while its last sign of life is younger than ``heartbeat_timeout_s``.
+    ``mailbox_url`` is where vehicles that cannot reach the API leave messages: a path or an fsspec URL, by default the
+    folder ``mailbox`` in ``home``. Every ``look_every_s`` the fleet is counted and, if enabled, the mailbox emptied.
     """
 
     heartbeat_interval_s: PositiveFloat = 30.0
     heartbeat_timeout_s: PositiveFloat = 90.0
+    mailbox_url: str | None = None
+    look_every_s: PositiveFloat = 5.0
 
     @model_validator(mode="after")
     def _timeout_spans_an_interval(self) -> FleetConfig:

@@ -12,6 +12,7 @@ import typer
 from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, console, explained, print_json, settings_from
 
 if TYPE_CHECKING:
+    from fedvit.config import Settings
     from fedvit.store.store import Store, Token
 
 app = typer.Typer(help="Bearer tokens of the control API.", no_args_is_help=True)
@@ -36,12 +37,14 @@ def create(
         from fedvit.types import utc_now
 
         # Opened, and made where missing: the first token may come before the first start.
-        with Store.open(settings_from(config, home).home) as store:
+        settings = settings_from(config, home)
+        with Store.open(settings.home) as store:
             lifetime = timedelta(days=days) if days else None
             made = create_token(store, name, scopes, now=utc_now(), lifetime=lifetime, client_id=client)
             _audit(store, "create", made.token)
+            mailbox = _mailbox(settings, store, client) if client else None
         if as_json:
-            print_json({**_facts(made.token), "token": made.text})
+            print_json({**_facts(made.token), "token": made.text, "mailbox": mailbox})
         else:
             # Plain, so that a terminal's width breaks nothing and a pipe gets only the token.
             typer.echo(made.text)
@@ -87,6 +90,14 @@ def revoke(
             print_json(_facts(token))
         else:
             console.print(f"{token.token_id} ({token.name}) is revoked.", highlight=False)
+
+
+def _mailbox(settings: Settings, store: Store, client_id: str) -> dict[str, str]:
+    """What the vehicle needs to leave messages when it cannot reach the API."""
+    from fedvit.operations.mailbox import Mailbox
+
+    mailbox = Mailbox(settings, store)
+    return {"url": mailbox.url, "key": mailbox.key_of(client_id).hex()}
 
 
 def _facts(token: Token) -> dict[str, Any]:

@@ -24,6 +24,7 @@ TRAINING_LOSS = f"{PREFIX}training_loss"
 TRAINING_ACCURACY = f"{PREFIX}training_accuracy"
 TRAINING_ROUNDS = f"{PREFIX}training_rounds_total"
 ACTIVE_CLIENTS = f"{PREFIX}active_clients"
+CONNECTED_CLIENTS = f"{PREFIX}connected_clients"
 TOTAL_CLIENTS = f"{PREFIX}total_clients"
 HEARTBEATS = f"{PREFIX}heartbeats_total"
 UNAUTHORIZED_REQUESTS = f"{PREFIX}unauthorized_requests_total"
@@ -89,6 +90,11 @@ def training_rounds(registry: CollectorRegistry = REGISTRY) -> Counter:
 def active_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
     """Clients that may take part in rounds."""
     return _gauge(ACTIVE_CLIENTS, "Clients that may take part in rounds.", registry)
+
+
+def connected_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
+    """Active clients that are connected: hosted by a proxy that answers, or heard lately."""
+    return _gauge(CONNECTED_CLIENTS, "Active clients that are connected.", registry)
 
 
 def total_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:

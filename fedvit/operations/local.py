@@ -12,14 +12,17 @@ from typing import Any
 
 from fedvit.config import Settings
 from fedvit.errors import ConflictError
+from fedvit.monitoring.connectivity import connectivity
+from fedvit.operations.mailbox import Mailbox
 from fedvit.operations.optimize import Optimizer
 from fedvit.operations.runner import OperationCancelled, OperationKind, OperationRunner, Task
+from fedvit.operations.watch import Watch
 from fedvit.ports import AccountantPort, ExportedModel, FleetPort, ProxyReport, ServerModelPort
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunOrder, run_order
 from fedvit.store.store import Store
-from fedvit.types import ModelVersion, Operation, Run, RunStatus, TrainingProgress, Variant
+from fedvit.types import ModelVersion, Operation, Run, RunStatus, TrainingProgress, Variant, utc_now
 
 LOOK_S = 0.1
 
@@ -29,6 +32,7 @@ class LocalAggregator:
 
     Args:
         on_progress: told after every event of the loop, from its thread.
+        on_connected: told every few seconds how many clients are connected.
     """
 
     def __init__(
@@ -40,7 +44,9 @@ class LocalAggregator:
         fleet: FleetPort,
         model: ServerModelPort,
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
+        on_connected: Callable[[int], None] = lambda _: None,
     ) -> None:
+        self._settings = settings
         self._store = store
         self._fleet = fleet
         self._model = model
@@ -51,6 +57,8 @@ class LocalAggregator:
         self._lock = threading.Lock()
         self._loop: Future[Run] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-loop")
+        self._on_connected = on_connected
+        self._watch = Watch(settings.fleet.look_every_s, Mailbox(settings, store).take, self._count_connected)
         optimizer = Optimizer(settings, store, self._publisher, model)
         new_run = OperationKind(self._begin_run, self._admit_run, repeatable=True)
         self._operations = OperationRunner(
@@ -68,9 +76,11 @@ class LocalAggregator:
         if latest is not None and latest.status is RunStatus.RUNNING:
             self.start_training()
         self._operations.start()
+        self._watch.start()
 
     def close(self) -> None:
-        """End both threads after what they are doing; a start of another process takes it up."""
+        """End all threads after what they are doing; a start of another process takes it up."""
+        self._watch.close()
         self._coordinator.request_stop()
         self._operations.close()
         self._thread.shutdown()
@@ -125,6 +135,11 @@ class LocalAggregator:
     def switch_variant(self, variant: Variant) -> str:
         """Move the fleet to another variant of the current version; return the version's name."""
         return self._publisher.switch(variant).version
+
+    def _count_connected(self) -> None:
+        timeout_s = self._settings.fleet.heartbeat_timeout_s
+        fleet = connectivity(self._store.sightings(), self.proxies_alive(), utc_now(), timeout_s)
+        self._on_connected(fleet.connected)
 
     def _export(self, version: ModelVersion) -> dict[Variant, ExportedModel]:
         weights = stored_weights(self._store, version.weights_digest)

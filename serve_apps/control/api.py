@@ -16,11 +16,13 @@ from safetensors import safe_open
 from fedvit.errors import NotFoundError
 from fedvit.monitoring.conditions import progress_conditions
 from fedvit.monitoring.metrics import render
+from fedvit.operations.mailbox import Mailbox
 from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
 from fedvit.types import TrainingProgress, Variant, utc_now
 from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public
 from serve_apps.control.clients import add_client_routes
+from serve_apps.control.communication import add_communication_routes
 from serve_apps.control.data_health import add_data_health_routes
 from serve_apps.control.heartbeats import Heartbeats, add_heartbeat_routes
 from serve_apps.control.model_life import add_model_life_routes
@@ -54,6 +56,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     guard = guard or Guard(services.settings, services.store)
     heartbeats = Heartbeats(services.store, services.settings.fleet)
     presence = Presence(services, heartbeats)
+    mailbox = Mailbox(services.settings, services.store)
     lifespan = flushing(guard.tokens_used, heartbeats.seen)
     api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "", lifespan=lifespan)
     install_problem_handlers(api)
@@ -61,8 +64,9 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     _add_system_routes(api, services)
     # Before the clients: its paths would be taken for one of them.
     add_data_health_routes(api, services, presence)
-    add_client_routes(api, services, heartbeats, presence)
-    add_heartbeat_routes(api, services, heartbeats)
+    add_client_routes(api, services, heartbeats, presence, mailbox)
+    add_heartbeat_routes(api, services, heartbeats, mailbox)
+    add_communication_routes(api, mailbox)
     _add_model_routes(api, services)
     _add_privacy_routes(api, services)
     _add_training_routes(api, services)

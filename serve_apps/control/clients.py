@@ -10,7 +10,8 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from fedvit.access.identity import Scope
-from fedvit.errors import ConflictError, NotFoundError
+from fedvit.errors import ConflictError, FedvitError, NotFoundError
+from fedvit.operations.mailbox import Mailbox
 from fedvit.store.store import Store, Validation
 from fedvit.types import Client, ClientKind, utc_now
 from serve_apps.control.access import OPERATOR, VIEWER, CurrentIdentity, Note, requires
@@ -55,6 +56,14 @@ class LostClientView(BaseModel):
     reason: str
 
 
+class ChannelView(BaseModel):
+    """The backup channel; ``pending`` is null where the mailbox cannot be read."""
+
+    enabled: bool
+    pending: int | None
+    delivered: int
+
+
 class ConnectivityView(BaseModel):
     """Which active clients are connected; ``disconnected_clients`` is the page that was asked for, ordered by id."""
 
@@ -65,18 +74,21 @@ class ConnectivityView(BaseModel):
     partition_suspected: bool
     heartbeat_timeout_s: float
     by_kind: dict[str, KindView]
+    backup_channel: ChannelView
     disconnected_clients: list[LostClientView]
 
 
-def add_client_routes(api: FastAPI, services: Services, heartbeats: Heartbeats, presence: Presence) -> None:
+def add_client_routes(
+    api: FastAPI, services: Services, heartbeats: Heartbeats, presence: Presence, mailbox: Mailbox
+) -> None:
     """See and steer the fleet."""
-    _add_lists(api, services, presence, heartbeats)
+    _add_status(api, services.store, presence, heartbeats)
+    _add_connectivity(api, services, presence, mailbox)
     _add_membership(api, services.store, presence)
     _add_verdicts(api, services.store, presence)
 
 
-def _add_lists(api: FastAPI, services: Services, presence: Presence, heartbeats: Heartbeats) -> None:
-    store = services.store
+def _add_status(api: FastAPI, store: Store, presence: Presence, heartbeats: Heartbeats) -> None:
     pages = Pages(lambda: (store.change_counter(), heartbeats.arrivals), utc_now)
 
     def page_of(offset: int, limit: int) -> Page:
@@ -98,6 +110,8 @@ def _add_lists(api: FastAPI, services: Services, presence: Presence, heartbeats:
             body = await run_in_threadpool(pages.render, (offset, limit), lambda: page_of(offset, limit))
         return Response(body, media_type="application/json")
 
+
+def _add_connectivity(api: FastAPI, services: Services, presence: Presence, mailbox: Mailbox) -> None:
     @api.get("/api/clients/connectivity", tags=["clients"], dependencies=VIEWER)
     def connectivity(limit: Limit = 100, offset: Offset = 0) -> ConnectivityView:
         """Which active clients are connected: virtual ones while their proxy answers, others while they are heard."""
@@ -109,6 +123,7 @@ def _add_lists(api: FastAPI, services: Services, presence: Presence, heartbeats:
             ratio=found.ratio,
             partition_suspected=found.partition_suspected,
             heartbeat_timeout_s=services.settings.fleet.heartbeat_timeout_s,
+            backup_channel=_channel(mailbox),
             by_kind={kind: KindView(total=total, connected=there) for kind, (total, there) in found.by_kind.items()},
             disconnected_clients=[
                 LostClientView(
@@ -183,6 +198,16 @@ def _add_verdicts(api: FastAPI, store: Store, presence: Presence) -> None:
         client = store.validate_client(client_id, Validation(request.validated, request.reason, utc_now()))
         note.after = _facts(client)
         return presence.view(client)
+
+
+def _channel(mailbox: Mailbox) -> ChannelView:
+    """How the second way stands; that it may be broken is no reason to hide the first."""
+    enabled, delivered = mailbox.standing()
+    try:
+        pending = mailbox.state().pending
+    except FedvitError:
+        pending = None
+    return ChannelView(enabled=enabled, pending=pending, delivered=delivered)
 
 
 def _facts(client: Client) -> dict[str, Any]:

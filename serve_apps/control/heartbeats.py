@@ -10,9 +10,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from fedvit.access.identity import Scope
+from fedvit.access.identity import Identity, Scope
 from fedvit.config import FleetConfig
 from fedvit.monitoring.metrics import heartbeats as heartbeat_counter
+from fedvit.operations.mailbox import Mailbox
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.control.access import CurrentIdentity, requires
@@ -32,13 +33,25 @@ class HeartbeatRequest(RequestBody):
     model_version: Annotated[str, Field(max_length=64)] | None = Field(default=None, examples=["v1.1.10"])
 
 
+class MailboxAccess(BaseModel):
+    """Where a vehicle leaves messages when it cannot reach the API, and the key, hex, that it seals them with."""
+
+    url: str
+    key: str
+
+
 class HeartbeatView(BaseModel):
-    """What a vehicle is told: when it was heard, and after how many seconds it shall beat again."""
+    """What a vehicle is told: when it was heard, after how many seconds it shall beat again, and the second way.
+
+    ``backup_channel`` says whether messages in the mailbox are taken now. ``mailbox`` is for a token that is bound to
+    this client; it is told before it is needed, since later it could not be.
+    """
 
     client_id: str
     received_at: datetime
     interval_s: float
     backup_channel: bool
+    mailbox: MailboxAccess | None
 
 
 class Heartbeats:
@@ -85,9 +98,29 @@ class Heartbeats:
         return max((at for at in (here, stored) if at is not None), default=None)
 
 
-def add_heartbeat_routes(api: FastAPI, services: Services, heartbeats: Heartbeats) -> None:
+class _Channel:
+    """Whether the backup channel is open; the store is asked only after something was written."""
+
+    def __init__(self, store: Store, mailbox: Mailbox) -> None:
+        self._store, self._mailbox = store, mailbox
+        self._known: tuple[int, bool] | None = None
+
+    async def is_open(self) -> bool:
+        counter = self._store.change_counter()
+        if self._known is None or self._known[0] != counter:
+            self._known = counter, await run_in_threadpool(self._mailbox.enabled)
+        return self._known[1]
+
+    def access(self, who: Identity, client_id: str) -> MailboxAccess | None:
+        if who.client_id != client_id:
+            return None
+        return MailboxAccess(url=self._mailbox.url, key=self._mailbox.key_of(client_id).hex())
+
+
+def add_heartbeat_routes(api: FastAPI, services: Services, heartbeats: Heartbeats, mailbox: Mailbox) -> None:
     """Hear vehicles."""
     interval_s = services.settings.fleet.heartbeat_interval_s
+    channel = _Channel(services.store, mailbox)
 
     @api.post(
         "/api/clients/{client_id}/heartbeat",
@@ -105,5 +138,6 @@ def add_heartbeat_routes(api: FastAPI, services: Services, heartbeats: Heartbeat
             client_id=client_id,
             received_at=heartbeats.beat(client_id),
             interval_s=interval_s,
-            backup_channel=False,
+            backup_channel=await channel.is_open(),
+            mailbox=channel.access(who, client_id),
         )
