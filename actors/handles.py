@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from fedvit.errors import FedvitError, PlacementError
-from fedvit.ports import Charge, LedgerEntry
+from fedvit.ports import Charge, LedgerEntry, ProxyReport
 from fedvit.types import (
     BudgetReport,
     ClientOutcome,
@@ -28,6 +28,10 @@ from fedvit.types import (
 
 CALL_TIMEOUT_S = 60.0
 LOOK_S = 1.0
+
+# A proxy answers in this concurrency group whatever its other thread does.
+PING = "ping"
+PING_TIMEOUT_S = 2.0
 
 AGGREGATOR = "fedvit-aggregator"
 ACCOUNTANT = "fedvit-accountant"
@@ -129,6 +133,10 @@ class AggregatorHandle:
         """Return when the loop rests, or after ``timeout_s``."""
         return fetch(self._actor.wait.remote(timeout_s), timeout_s + CALL_TIMEOUT_S)  # type: ignore[no-any-return]
 
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now."""
+        return fetch(self._actor.proxies_alive.remote(), 2 * PING_TIMEOUT_S)  # type: ignore[no-any-return]
+
     def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
         """Queue a long operation."""
         # Ray repeats a call whose actor died in the middle of it. A caller's own repetitions end before they come here.
@@ -214,6 +222,15 @@ class RayFleet:
         self._handed.clear()
         return given_up
 
+    def proxies_alive(self) -> ProxyReport:
+        """Ask every proxy at once; whoever is silent for :data:`PING_TIMEOUT_S` is not there."""
+        asked = [proxy.ping.options(concurrency_group=PING, max_task_retries=0).remote() for proxy in self._proxies]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=PING_TIMEOUT_S)
+        alive = [reference in answered and _went_well(reference) for reference in asked]
+        # Copied at once: a round that is handed out meanwhile adds to it.
+        stranded = frozenset(client_id for client_id, index in self._home.copy().items() if not alive[index])
+        return ProxyReport({proxy_name(index): good for index, good in enumerate(alive)}, stranded)
+
     def _hand_out(self, task: TrainTask, weights: Weights, cohort: Cohort) -> None:
         weights_ref = ray.put(dict(weights))
         for index, client_ids in self._assign(cohort.client_ids).items():
@@ -233,3 +250,11 @@ class RayFleet:
             index = self._home.setdefault(client_id, len(self._home) % len(self._proxies))
             groups.setdefault(index, []).append(client_id)
         return groups
+
+
+def _went_well(reference: Any) -> bool:
+    try:
+        fetch(reference)
+    except RayError:
+        return False
+    return True

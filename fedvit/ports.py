@@ -85,6 +85,18 @@ class AccountantPort(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ProxyReport:
+    """Which client proxies answer, by name. ``stranded`` are the clients that live on one that does not."""
+
+    alive: Mapping[str, bool]
+    stranded: frozenset[str] = frozenset()
+
+    def reaches(self, client_id: str) -> bool:
+        """Whether a proxy would train this client; one that trained nowhere yet goes to any that answers."""
+        return client_id not in self.stranded and any(self.alive.values())
+
+
 class FleetPort(Protocol):
     """The clients, wherever they run."""
 
@@ -105,6 +117,10 @@ class FleetPort(Protocol):
 
     def give_up(self, reason: str) -> list[PartialUpdate]:
         """Wait for nobody any more: each in flight is an outcome with the error ``reason``; later answers are lost."""
+        ...
+
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now, also in the middle of training; takes seconds at most."""
         ...
 
 
@@ -176,6 +192,10 @@ class AggregatorPort(Protocol):
 
     def wait(self, timeout_s: float) -> TrainingProgress:
         """Return when the loop rests, or after ``timeout_s``."""
+        ...
+
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now."""
         ...
 
     def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:

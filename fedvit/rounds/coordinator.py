@@ -33,6 +33,7 @@ from fedvit.training.release import release_id
 from fedvit.types import (
     ClientOutcome,
     Cohort,
+    Evaluation,
     FloatArray,
     RoundRecord,
     Run,
@@ -290,7 +291,7 @@ class Coordinator:
                 loss=evaluation.loss,
                 accuracy=evaluation.accuracy,
                 metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy},
-                lineage=self._lineage(round_index, work.buffer),
+                lineage=self._lineage(round_index, work.buffer, evaluation),
                 outcomes=work.buffer.outcomes + self._left_out(record, work.buffer.outcomes),
                 duration_s=time.monotonic() - work.started_s,
             ),
@@ -306,7 +307,7 @@ class Coordinator:
         )
         return machine.Committed(version.version)
 
-    def _lineage(self, round_index: int, buffer: RoundBuffer) -> dict[str, object]:
+    def _lineage(self, round_index: int, buffer: RoundBuffer, evaluation: Evaluation) -> dict[str, object]:
         return {
             "run_id": self._current.run_id,
             "round_index": round_index,
@@ -315,6 +316,8 @@ class Coordinator:
             "data_digest": self._current.data_digest,
             "config_digest": self._current.config_digest,
             **buffer.lineage(),
+            # What the mix of answers in service is held against later; see fedvit.monitoring.drift.
+            "held_out_answers": [sum(column) for column in zip(*evaluation.confusion, strict=True)],
         }
 
     def _release(self, version: str) -> machine.Event:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib import resources
@@ -41,6 +42,8 @@ class Database:
         self._engine = make_engine(path)
         # Shares the pool; only the word behind BEGIN differs.
         self._writer = self._engine.execution_options(begin="IMMEDIATE")
+        self._watcher: sqlite3.Connection | None = None
+        self._watching = threading.Lock()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -63,8 +66,32 @@ class Database:
             session.connection()  # Takes the lock now, so that nothing is read before it.
             yield session
 
+    def change_counter(self) -> int:
+        """A number that differs from an earlier one if anything was committed in between, by whatever process.
+
+        It costs some microseconds: SQLite tells a connection that only ever watches when others have committed.
+
+        Raises:
+            StateError: the file cannot be read.
+        """
+        with self._watching:
+            try:
+                if self._watcher is None:
+                    # Outside the pool: it must never write, and nobody must keep a transaction open on it.
+                    self._watcher = sqlite3.connect(
+                        self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+                    )
+                ((version,),) = self._watcher.execute("PRAGMA data_version").fetchall()
+            except sqlite3.Error as error:
+                raise StateError(f"The state database {self._path} cannot be used: {_one_line(error)}.") from error
+            return int(version)
+
     def close(self) -> None:
         """Give all connections back; the last one to close folds the write-ahead log into the file."""
+        with self._watching:
+            if self._watcher is not None:
+                self._watcher.close()
+            self._watcher = None
         self._engine.dispose()
 
 

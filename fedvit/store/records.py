@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from fedvit.types import ClientOutcome
+from fedvit.types import Client, ClientOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,26 @@ class FleetInfo:
     data_digest: str
     partition: Mapping[str, Any]
     classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What an operator decided on a client's data."""
+
+    validated: bool
+    reason: str | None
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPage:
+    """Some clients with what operators decided on them, and how many there are in all."""
+
+    total: int
+    active: int
+    validated: int
+    clients: tuple[Client, ...]
+    validations: Mapping[str, Validation]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from fedvit.store.fleet import quarantined_clients
 from fedvit.store.records import RoundCommit
 from fedvit.store.tables import ClientRoundRow, RoundRow, RunRow, VersionRow
 from fedvit.store.versions import insert_version
-from fedvit.types import ClientOutcome, Cohort, ModelVersion, RoundRecord, Run, RunStatus, utc_now
+from fedvit.types import ClientOutcome, Cohort, ModelVersion, Participation, RoundRecord, Run, RunStatus, utc_now
 
 _RESUMABLE = [status.value for status in RunStatus if status.resumable]
 
@@ -162,6 +162,13 @@ def round_record(session: Session, run_id: str, round_index: int) -> RoundRecord
     if not found:
         raise _no_round(run_id, round_index)
     return found[0]
+
+
+def participation(session: Session) -> dict[str, Participation]:
+    """How the rounds of every client went that took part in one."""
+    counts = select(ClientRoundRow.client_id, func.count(), func.count(ClientRoundRow.error))
+    rows = session.execute(counts.group_by(ClientRoundRow.client_id))
+    return {client_id: Participation(rounds, failures) for client_id, rounds, failures in rows}
 
 
 def _check_none_resumable(session: Session, *, except_for: str | None) -> None:

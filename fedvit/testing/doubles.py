@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import numpy as np
 
-from fedvit.ports import ExportedModel, Trial
+from fedvit.ports import ExportedModel, ProxyReport, Trial
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import (
     Client,
@@ -155,6 +155,10 @@ class FakeFleet:
     def _next(self) -> PartialUpdate | None:
         free = (a for a in self._pending if self.held.isdisjoint(o.client_id for o in a.outcomes))
         return next(free, None)
+
+    def proxies_alive(self) -> ProxyReport:
+        """Both answer."""
+        return ProxyReport({"even": True, "odd": True})
 
     def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
         outcomes = tuple(ClientOutcome(c, 10, "it failed" if c in self._failing else None) for c in client_ids)

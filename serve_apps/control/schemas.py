@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedvit.ports import LedgerEntry
 from fedvit.store.store import AuditEntry
-from fedvit.types import BudgetReport, Client, LedgerFreeze, ModelVersion
+from fedvit.types import CLIENT_ID, BudgetReport, Client, LedgerFreeze, ModelVersion
 
 
 class RequestBody(BaseModel):
@@ -22,10 +22,20 @@ class RequestBody(BaseModel):
 class RegisterClient(RequestBody):
     """A vehicle that offers to take part."""
 
-    device_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", examples=["truck-7"])
+    device_id: str = Field(pattern=CLIENT_ID, examples=["truck-7"])
     kind: Literal["remote", "silo"] = "remote"
     num_examples: int = Field(default=0, ge=0)
     capabilities: dict[str, Any] = Field(default_factory=dict, examples=[{"camera": "front"}])
+
+
+class ConditionView(BaseModel):
+    """One thing that holds of a client or of training, or does not; ``reason`` is a word for programs."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str
+    last_transition_at: datetime | None
 
 
 class ClientView(BaseModel):
@@ -37,10 +47,14 @@ class ClientView(BaseModel):
     validated: bool
     active: bool
     registered_at: datetime
+    last_seen_at: datetime | None
+    quarantined_at: datetime | None
+    quarantine_reason: str | None
+    conditions: list[ConditionView]
 
     @classmethod
-    def of(cls, client: Client) -> ClientView:
-        """The view of a client."""
+    def of(cls, client: Client, conditions: list[ConditionView]) -> ClientView:
+        """The view of a client of which ``conditions`` are said."""
         return cls(
             client_id=client.client_id,
             kind=client.kind.value,
@@ -48,6 +62,10 @@ class ClientView(BaseModel):
             validated=client.validated,
             active=client.active,
             registered_at=client.registered_at,
+            last_seen_at=client.last_seen_at,
+            quarantined_at=client.quarantined_at,
+            quarantine_reason=client.quarantine_reason,
+            conditions=conditions,
         )
 
 
@@ -196,6 +214,7 @@ class ProgressView(BaseModel):
     epsilon: float
     version: str | None
     message: str | None
+    conditions: list[ConditionView]
 
 
 class HealthView(BaseModel):
