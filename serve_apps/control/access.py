@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, params
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from starlette.requests import HTTPConnection
 
 from fedvit.access.exposure import is_loopback
@@ -32,7 +32,7 @@ _REFUSED = unauthorized_requests()
 _NOBODY = Identity("anonymous", frozenset(), authenticated=False)
 
 
-class Requirement(HTTPBearer):
+class Requirement:
     """What a route demands: one of ``scopes``, or nothing where there are none.
 
     Args:
@@ -41,22 +41,29 @@ class Requirement(HTTPBearer):
     """
 
     def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False) -> None:
-        super().__init__(auto_error=False, scheme_name="token", bearerFormat="fvt_<token_id>_<secret>")
         self.scopes = scopes
         self.token_always = token_always
 
-    async def __call__(self, request: HTTPConnection) -> HTTPAuthorizationCredentials | None:
+    async def __call__(self, request: HTTPConnection) -> None:
         """Make sure that the guard was asked: on a route of another class nobody would have."""
         if not isinstance(getattr(request.state, "identity", None), Identity):
             raise RuntimeError(f"{request.url.path} is guarded by nobody; use ControlledRoute for its router")
-        return None
+        return
+
+
+class TokenRequirement(Requirement, HTTPBearer):
+    """A requirement that a bearer token meets; the OpenAPI document shows it as one."""
+
+    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False) -> None:
+        HTTPBearer.__init__(self, auto_error=False, scheme_name="token", bearerFormat="fvt_<token_id>_<secret>")
+        Requirement.__init__(self, scopes, token_always=token_always)
 
 
 def requires(*any_of: Scope, token_always: bool = False) -> params.Depends:
     """For a route's ``dependencies``: whoever asks must hold one of these scopes."""
     if not any_of:
         raise ValueError("requires() names no scope; say public() where none is needed")
-    return params.Depends(Requirement(any_of, token_always=token_always))
+    return params.Depends(TokenRequirement(any_of, token_always=token_always))
 
 
 def public() -> params.Depends:

@@ -18,6 +18,7 @@ from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
 from fedvit.types import Client, ClientKind, TrainingProgress, Variant, utc_now
 from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public, requires
+from serve_apps.control.links import link_answers
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
 from serve_apps.control.route import Control, install_control
@@ -35,7 +36,7 @@ from serve_apps.control.schemas import (
 )
 from serve_apps.control.services import Services
 from serve_apps.control.training_life import add_training_life_routes
-from serve_apps.problems import install_problem_handlers
+from serve_apps.problems import documented, install_problem_handlers
 
 __all__ = ["Services", "create_api"]
 
@@ -58,6 +59,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     add_training_life_routes(api, services)
     add_operation_routes(api, services)
     _add_audit_routes(api, services)
+    link_answers(api)
     return api
 
 
@@ -83,7 +85,13 @@ def _add_system_routes(api: FastAPI, services: Services) -> None:
             release=release.version if release else None,
         )
 
-    @api.get("/metrics", tags=["system"], response_class=Response, dependencies=VIEWER)
+    @api.get(
+        "/metrics",
+        tags=["system"],
+        response_class=Response,
+        dependencies=VIEWER,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     def metrics() -> Response:
         """Prometheus exposition of every process of this node."""
         body, content_type = render(services.metrics_dir)
@@ -141,7 +149,7 @@ def _add_client_routes(api: FastAPI, services: Services) -> None:
         note.after = _client_facts(client)
         return ClientView.of(client)
 
-    @api.delete("/api/clients/{client_id}", tags=["clients"], dependencies=OPERATOR)
+    @api.delete("/api/clients/{client_id}", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
     def remove(client_id: str, note: Note) -> ClientView:
         """Take a client out of the active list; its record and its privacy spend remain."""
         note.before = _client_facts(store.client(client_id))
@@ -164,7 +172,7 @@ def _find_client(store: Store, client_id: str) -> Client | None:
 def _add_model_routes(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
 
-    @api.get("/api/model/info", tags=["model"], dependencies=VIEWER)
+    @api.get("/api/model/info", tags=["model"], dependencies=VIEWER, responses=documented(404))
     def info() -> ModelInfo:
         """The served model: size in bytes by variant, complexity of the variant that the fleet runs, classes."""
         release = _current_release(store)
@@ -191,12 +199,18 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
         """Model versions, newest first."""
         return [ModelView.of(version) for version in store.versions(offset=offset, limit=limit)]
 
-    @api.get("/api/model/current", tags=["model"], dependencies=VIEWER)
+    @api.get("/api/model/current", tags=["model"], dependencies=VIEWER, responses=documented(404))
     def current() -> ModelView:
         """The version that replicas and vehicles are offered."""
         return ModelView.of(store.version(_current_release(store).version))
 
-    @api.get("/api/model/release", tags=["model"], response_class=Response, dependencies=FOLLOWER)
+    @api.get(
+        "/api/model/release",
+        tags=["model"],
+        response_class=Response,
+        dependencies=FOLLOWER,
+        responses=documented(404) | {200: {"content": {"application/json": {"schema": {"type": "object"}}}}},
+    )
     def release(variant: Variant | None = None) -> Response:
         """The signed manifest of the current release, byte for byte as it was signed.
 
@@ -209,7 +223,14 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
             raise NotFoundError(f"The current release has no variant {wanted!r}.", cure="See release.variants.")
         return Response(envelope, media_type="application/json")
 
-    @api.get("/api/model/blobs/{digest}", tags=["model"], response_class=Response, dependencies=FOLLOWER)
+    @api.get(
+        "/api/model/blobs/{digest}",
+        tags=["model"],
+        response_class=Response,
+        dependencies=FOLLOWER,
+        responses=documented(404, 502)
+        | {200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}},
+    )
     def blob(digest: str) -> Response:
         """An artifact of the current release by its SHA-256. Weights and other blobs are not handed out."""
         if digest not in _current_release(store).artifacts.values():
@@ -238,12 +259,12 @@ def _current_release(store: Store) -> Release:
 
 
 def _add_privacy_routes(api: FastAPI, services: Services) -> None:
-    @api.get("/api/privacy/budget", tags=["privacy"], dependencies=VIEWER)
+    @api.get("/api/privacy/budget", tags=["privacy"], dependencies=VIEWER, responses=documented(503))
     def budget() -> BudgetView:
         """What is spent and what is left, for the most exposed client."""
         return BudgetView.of(services.accountant().budget())
 
-    @api.get("/api/privacy/history", tags=["privacy"], dependencies=VIEWER)
+    @api.get("/api/privacy/history", tags=["privacy"], dependencies=VIEWER, responses=documented(503))
     def history(
         hours: Annotated[float, Query(gt=0, le=24 * 366)] = 24, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
     ) -> list[SpendView]:
@@ -253,12 +274,14 @@ def _add_privacy_routes(api: FastAPI, services: Services) -> None:
 
 
 def _add_training_routes(api: FastAPI, services: Services) -> None:
-    @api.get("/api/training/status", tags=["training"], dependencies=VIEWER)
+    @api.get("/api/training/status", tags=["training"], dependencies=VIEWER, responses=documented(503))
     def status() -> ProgressView:
         """Where the training loop stands."""
         return _progress(services.aggregator().progress())
 
-    @api.post("/api/training/start", tags=["training"], status_code=202, dependencies=OPERATOR)
+    @api.post(
+        "/api/training/start", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
+    )
     def start(note: Note) -> ProgressView:
         """Begin or continue the run that the settings describe; harmless when it is under way."""
         aggregator = services.aggregator()
@@ -267,7 +290,9 @@ def _add_training_routes(api: FastAPI, services: Services) -> None:
         note.after = standing_of(progress)
         return _progress(progress)
 
-    @api.post("/api/training/stop", tags=["training"], status_code=202, dependencies=OPERATOR)
+    @api.post(
+        "/api/training/stop", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
+    )
     def stop(note: Note) -> ProgressView:
         """End the loop after the round under way; a start continues it."""
         aggregator = services.aggregator()

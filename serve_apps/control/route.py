@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
@@ -35,6 +36,13 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Where an operation is watched, and which revision was made, are part of the answer.
 _KEPT_HEADERS = ("location", "etag")
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
+_KEY_PARAMETER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "A repetition under the same key gets the first answer again, for 24 hours, and changes nothing.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]*$"},
+}
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 # A task that nobody refers to may be collected before it is done.
 _running: set[asyncio.Task[Response]] = set()
@@ -73,9 +81,14 @@ class ControlledRoute(APIRoute):
         marks: dict[str, Any] = {"x-scope": [str(scope) for scope in requirement.scopes]}
         if requirement.token_always:
             marks["x-token-always"] = True
+        mutating = not set(options.get("methods") or {"GET"}) <= _SAFE
+        if mutating:
+            marks["parameters"] = [_KEY_PARAMETER]
         options["openapi_extra"] = marks | (options.get("openapi_extra") or {})
-        options["responses"] = _problems(options.get("methods") or {"GET"}) | (options.get("responses") or {})
+        options["responses"] = _problems(mutating) | (options.get("responses") or {})
         super().__init__(path, endpoint, **options)
+        if _is_told_something(self.dependant):
+            self.responses = documented(422) | self.responses
 
     def get_route_handler(self) -> _Handler:
         """The handler behind all that."""
@@ -212,10 +225,14 @@ def _forget_result(task: asyncio.Task[Response]) -> None:
         LOG.error("A request failed after its time was up", exc_info=task.exception())
 
 
-def _problems(methods: set[str]) -> dict[int | str, dict[str, Any]]:
+def _problems(mutating: bool) -> dict[int | str, dict[str, Any]]:
     """The problem documents that any route may answer with, for the OpenAPI document."""
-    mutating = () if set(methods) <= _SAFE else (400, 408, 409, 413, 415, 422)
-    return documented(401, 403, *mutating, 429, 504)
+    return documented(401, 403, *((400, 408, 409, 413, 415, 422) if mutating else ()), 429, 504)
+
+
+def _is_told_something(dependant: Dependant) -> bool:
+    """Whether FastAPI would document its own form of 422 here, which is never sent."""
+    return bool(dependant.path_params or dependant.query_params or dependant.header_params)
 
 
 class RequestIds:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from fedvit.ports import LedgerEntry
 from fedvit.store.store import AuditEntry
@@ -14,9 +14,31 @@ from fedvit.types import BudgetReport, Client, ModelVersion
 
 
 class RequestBody(BaseModel):
-    """What a caller sends; fields that nobody knows are refused."""
+    """What a caller sends; fields that nobody knows are refused, and so is a value of another JSON type."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _is_of_the_documented_types(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        made = handler(value)
+        for name, given in value.items() if isinstance(value, dict) else ():
+            wanted, found = _json_type(getattr(made, name)), _json_type(given)
+            if wanted and found and wanted != found:
+                raise ValueError(f"{name} is {wanted}, and was sent as {found}")
+        return made
+
+
+def _json_type(value: Any) -> str | None:
+    """What pydantic would translate into another: true into 1, and "1" into either."""
+    match value:
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text"
+    return None
 
 
 class RegisterClient(RequestBody):

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, Header, Response
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedvit.rounds.steering import RoundSettings, change_round_settings, round_settings
 from serve_apps.control.access import OPERATOR, VIEWER, Note
@@ -25,10 +25,17 @@ class RestartRequest(RequestBody):
 class TrainingConfigRequest(RequestBody):
     """What shall change; ``wait_timeout`` in seconds."""
 
-    min_clients: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(default=None, examples=[5])
-    wait_timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = Field(
-        default=None, examples=[300]
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["min_clients"], "properties": {"min_clients": {"type": "integer"}}},
+                {"required": ["wait_timeout"], "properties": {"wait_timeout": {"type": "number"}}},
+            ],
+            "examples": [{"min_clients": 5, "wait_timeout": 300}],
+        }
     )
+    min_clients: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    wait_timeout: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _changes_something(self) -> TrainingConfigRequest:
