@@ -8,7 +8,7 @@ HOME_DIR := $(or $(FEDVIT_HOME),var)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down reset test lint fmt bench bench-edge health-check emergency-backup diagnostics logs
+.PHONY: help setup run up down reset test fuzz lint fmt bench bench-edge health-check emergency-backup diagnostics logs
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -38,6 +38,9 @@ reset: setup  ## Empty the state folder, after asking
 
 test: setup  ## Run every test
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: setup  ## Every route against its own document, FUZZ_EXAMPLES (200) an operation, and hostile requests
+	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),200) $(BIN)/python -m pytest tests/fuzz -s $(ARGS)
 
 lint: setup  ## Check style, types and the arrows between packages
 	$(BIN)/ruff check .
