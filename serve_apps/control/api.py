@@ -23,6 +23,7 @@ from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
 from serve_apps.control.route import Control, install_control
 from serve_apps.control.schemas import (
+    MAX_INTEGER,
     AuditView,
     BudgetView,
     ClientsStatus,
@@ -30,6 +31,7 @@ from serve_apps.control.schemas import (
     HealthView,
     ModelInfo,
     ModelView,
+    Offset,
     ProgressView,
     RegisterClient,
     SpendView,
@@ -47,7 +49,8 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     Raises:
         ConfigError: the OIDC key set cannot be read.
     """
-    api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "")
+    # Redirects name the host that the caller named, which may be anybody's.
+    api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "", redirect_slashes=False)
     install_problem_handlers(api)
     install_control(api, Control(guard or Guard(services.settings, services.store), services.store))
     _add_system_routes(api, services)
@@ -110,9 +113,7 @@ def _add_client_routes(api: FastAPI, services: Services) -> None:
     store = services.store
 
     @api.get("/api/clients/status", tags=["clients"], dependencies=VIEWER)
-    def status(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100, offset: Annotated[int, Query(ge=0)] = 0
-    ) -> ClientsStatus:
+    def status(limit: Annotated[int, Query(ge=1, le=1000)] = 100, offset: Offset = 0) -> ClientsStatus:
         """A page of clients and the totals."""
         return ClientsStatus(
             total=store.count_clients(),
@@ -193,9 +194,7 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
         )
 
     @api.get("/api/model/versions", tags=["model"], dependencies=VIEWER)
-    def versions(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 50, offset: Annotated[int, Query(ge=0)] = 0
-    ) -> list[ModelView]:
+    def versions(limit: Annotated[int, Query(ge=1, le=1000)] = 50, offset: Offset = 0) -> list[ModelView]:
         """Model versions, newest first."""
         return [ModelView.of(version) for version in store.versions(offset=offset, limit=limit)]
 
@@ -309,7 +308,8 @@ def _progress(progress: TrainingProgress) -> ProgressView:
 def _add_audit_routes(api: FastAPI, services: Services) -> None:
     @api.get("/api/audit", tags=["audit"], dependencies=ADMIN)
     def audit(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: Annotated[int | None, Query(ge=0)] = None
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
     ) -> list[AuditView]:
         """Lines of the audit trail, oldest first: those behind sequence ``after``, else the last ones."""
         store = services.store

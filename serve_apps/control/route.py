@@ -199,17 +199,17 @@ class _Call:
         """The request's idempotency key.
 
         Raises:
-            ProblemError: it is not 1 to 200 visible ASCII characters (400).
+            ProblemError: it is not 1 to 200 visible ASCII characters, or there are several (400).
         """
-        given = self._request.headers.get("idempotency-key")
-        if given is None:
+        given = self._request.headers.getlist("idempotency-key")
+        if not given:
             return None
-        if not _KEY.fullmatch(given):
-            detail = "An Idempotency-Key has 1 to 200 visible ASCII characters."
+        if len(given) > 1 or not _KEY.fullmatch(given[0]):
+            detail = "An Idempotency-Key has 1 to 200 visible ASCII characters, and is sent once."
             raise ProblemError(400, "invalid-idempotency-key", "Invalid key", detail)
         url = self._request.url
         asked = b"\0".join((url.path.encode(), url.query.encode(), content))
-        return RequestKey(identity.actor, self._action, given, hashlib.sha256(asked).hexdigest())
+        return RequestKey(identity.actor, self._action, given[0], hashlib.sha256(asked).hexdigest())
 
 
 def _stored(response: Response) -> StoredAnswer | None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+from fastapi import Query
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from fedvit.ports import LedgerEntry
 from fedvit.store.store import AuditEntry
 from fedvit.types import BudgetReport, Client, ModelVersion
+
+# What every reader of JSON keeps exactly (RFC 8259, section 6).
+MAX_INTEGER = 2**53 - 1
+Offset = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
 
 
 class RequestBody(BaseModel):
@@ -46,7 +51,7 @@ class RegisterClient(RequestBody):
 
     device_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", examples=["truck-7"])
     kind: Literal["remote", "silo"] = "remote"
-    num_examples: int = Field(default=0, ge=0)
+    num_examples: int = Field(default=0, ge=0, le=MAX_INTEGER)
     capabilities: dict[str, Any] = Field(default_factory=dict, examples=[{"camera": "front"}])
 
 
