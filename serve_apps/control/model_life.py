@@ -92,7 +92,7 @@ def add_model_life_routes(api: FastAPI, services: Services) -> None:
         version = services.aggregator().rollback(request.version, force=request.force, reason=request.reason)
         return current(version, note)
 
-    @api.post("/api/model/switch", tags=["model"], dependencies=OPERATOR, responses=documented(503))
+    @api.post("/api/model/switch", tags=["model"], dependencies=OPERATOR, responses=documented(502, 503))
     def switch(request: SwitchRequest, note: Note) -> ReleaseView:
         """Move replicas and vehicles to another variant of the current version; harmless when repeated."""
         note.before = standing()

@@ -146,6 +146,14 @@ def test_a_switch_moves_followers_without_a_failed_request_and_leaves_the_pinned
     )
 
 
+def test_a_switch_to_damaged_content_is_refused(make: Make) -> None:
+    system = make().trained()
+    digest = system.store.version("v1.1.4").artifacts["edge_optimized"]
+    system.store.blobs.path(digest).write_bytes(b"damaged")
+    assert system.http.post("/api/model/switch", json={"variant": "edge_optimized"}).status_code == 502
+    assert system.get("/api/model/info")["variant"] == "standard"
+
+
 def test_a_switch_lasts_over_later_releases_and_is_harmless_when_repeated(make: Make) -> None:
     system = make(max_accuracy_drop=1.0).trained()
     first = system.http.post("/api/model/switch", json={"variant": "edge_optimized"}).json()
