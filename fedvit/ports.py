@@ -155,8 +155,8 @@ class AggregatorPort(Protocol):
         """Return when the loop rests, or after ``timeout_s``."""
         ...
 
-    def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
-        """Queue a long operation: ``optimize``, ``retrain`` or ``restart``.
+    def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
+        """Queue a long operation: ``optimize``, ``retrain`` or ``restart``; an equal ``call_key`` gives the same one.
 
         Raises:
             ConflictError, BudgetExhaustedError: it could not do anything as things are.

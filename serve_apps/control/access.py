@@ -246,6 +246,17 @@ def _audit_note(request: Request) -> AuditNote:
     return note
 
 
+def call_key(request: Request) -> str | None:
+    """What stays the same when a request is repeated under its Idempotency-Key; None where it named none.
+
+    A handler that asks for it promises that a repetition does nothing twice, and is then not kept waiting for a first
+    request whose process may have died.
+    """
+    key: str | None = request.state.call_key
+    return key
+
+
+CallKey = Annotated[str | None, Depends(call_key)]
 CurrentIdentity = Annotated[Identity, Depends(current_identity)]
 Note = Annotated[AuditNote, Depends(_audit_note)]
 

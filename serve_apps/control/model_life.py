@@ -12,7 +12,7 @@ from fedvit.config import Settings
 from fedvit.registry.publisher import served_variant
 from fedvit.store.store import Release, Store
 from fedvit.types import Variant
-from serve_apps.control.access import OPERATOR, Note
+from serve_apps.control.access import OPERATOR, CallKey, Note
 from serve_apps.control.operations import OperationView, accepted, standing_of
 from serve_apps.control.schemas import RequestBody
 from serve_apps.control.services import Services
@@ -99,18 +99,18 @@ def add_model_life_routes(api: FastAPI, services: Services) -> None:
         return current(services.aggregator().switch_variant(request.variant), note)
 
     @api.post("/api/edge/optimize", tags=["edge"], status_code=202, dependencies=OPERATOR, responses=documented(503))
-    def optimize(request: OptimizeRequest, response: Response, note: Note) -> OperationView:
+    def optimize(request: OptimizeRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
         """Measure faster variants and move the fleet to the most accurate one that meets the target."""
         note.before = standing()
         params = {"strategy": request.strategy, "target_latency_ms": request.target_latency}
-        return accepted(services.aggregator().submit("optimize", params), response, note)
+        return accepted(services.aggregator().submit("optimize", params, call_key), response, note)
 
     @api.post("/api/model/retrain", tags=["model"], status_code=202, dependencies=OPERATOR, responses=documented(503))
-    def retrain(request: RetrainRequest, response: Response, note: Note) -> OperationView:
+    def retrain(request: RetrainRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
         """End the present run after its round and begin another; GET /api/training/status tells how that fares."""
         aggregator = services.aggregator()
         note.before = standing_of(aggregator.progress())
-        return accepted(aggregator.submit("retrain", {"strategy": request.strategy}), response, note)
+        return accepted(aggregator.submit("retrain", {"strategy": request.strategy}, call_key), response, note)
 
 
 def _facts(release: Release, settings: Settings) -> dict[str, Any]:

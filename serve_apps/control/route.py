@@ -9,7 +9,8 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -24,7 +25,7 @@ from fedvit.access.identity import Identity
 from fedvit.errors import FedvitError
 from fedvit.store.store import RequestKey, Store, StoredAnswer
 from fedvit.types import utc_now
-from serve_apps.control.access import AuditNote, Caller, Guard, requirement_of
+from serve_apps.control.access import AuditNote, Caller, Guard, call_key, requirement_of
 from serve_apps.control.audit import facts_of
 from serve_apps.control.bodies import check_no_fields, example_of, parse_json, read_body, with_body
 from serve_apps.logs import request_id
@@ -87,6 +88,7 @@ class ControlledRoute(APIRoute):
         options["openapi_extra"] = marks | (options.get("openapi_extra") or {})
         options["responses"] = _problems(mutating) | (options.get("responses") or {})
         super().__init__(path, endpoint, **options)
+        self.repeatable = any(dependant.call is call_key for dependant in self.dependant.dependencies)
         if _is_told_something(self.dependant):
             self.responses = documented(422) | self.responses
 
@@ -157,8 +159,10 @@ class _Call:
 
     async def _mutate(self, identity: Identity, content: bytes, body: Any) -> Response:
         key = self._key(identity, content)
+        self._request.state.call_key = None if key is None else _digest(*astuple(key))
         if key is not None:
-            stored = await run_in_threadpool(self._store.begin_request, key, utc_now())
+            begin = partial(self._store.begin_request, repeatable=self._route.repeatable)
+            stored = await run_in_threadpool(begin, key, utc_now())
             if stored is not None:
                 headers = {**stored.headers, "Idempotency-Replayed": "true"}
                 return Response(stored.body, stored.status, headers, stored.media_type)
@@ -208,8 +212,12 @@ class _Call:
             detail = "An Idempotency-Key has 1 to 200 visible ASCII characters, and is sent once."
             raise ProblemError(400, "invalid-idempotency-key", "Invalid key", detail)
         url = self._request.url
-        asked = b"\0".join((url.path.encode(), url.query.encode(), content))
-        return RequestKey(identity.actor, self._action, given[0], hashlib.sha256(asked).hexdigest())
+        return RequestKey(identity.actor, self._action, given[0], _digest(url.path, url.query, content))
+
+
+def _digest(*parts: str | bytes) -> str:
+    joined = b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)
+    return hashlib.sha256(joined).hexdigest()
 
 
 def _stored(response: Response) -> StoredAnswer | None:

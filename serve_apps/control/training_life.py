@@ -9,7 +9,7 @@ from fastapi import FastAPI, Header, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedvit.rounds.steering import RoundSettings, change_round_settings, round_settings
-from serve_apps.control.access import OPERATOR, VIEWER, Note
+from serve_apps.control.access import OPERATOR, VIEWER, CallKey, Note
 from serve_apps.control.operations import OperationView, accepted, standing_of
 from serve_apps.control.schemas import RequestBody
 from serve_apps.control.services import Services
@@ -59,12 +59,12 @@ def add_training_life_routes(api: FastAPI, services: Services) -> None:
     @api.post(
         "/api/training/restart", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
     )
-    def restart(request: RestartRequest, response: Response, note: Note) -> OperationView:
+    def restart(request: RestartRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
         """End the present run after its round and begin another from the base weights."""
         params = request.model_dump(exclude_none=True)
         aggregator = services.aggregator()
         note.before = standing_of(aggregator.progress())
-        return accepted(aggregator.submit("restart", params), response, note)
+        return accepted(aggregator.submit("restart", params, call_key), response, note)
 
     @api.get("/api/training/config", tags=["training"], dependencies=VIEWER)
     def read_config(response: Response) -> TrainingConfigView:

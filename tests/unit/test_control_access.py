@@ -56,7 +56,7 @@ class IdleAggregator:
     def wait(self, timeout_s: float) -> TrainingProgress:
         return RESTING
 
-    def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
+    def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
         raise ConflictError("The loop is idle.")
 
     def cancel_operation(self, operation_id: str) -> Operation:

@@ -515,6 +515,21 @@ def test_a_repeated_idempotency_key_gives_the_same_operation(make: Make) -> None
     assert len(system.get("/api/operations")) == 1
 
 
+def test_a_request_whose_process_died_before_it_answered_is_repeated_at_once(make: Make) -> None:
+    system = make().trained()
+    body, key = {"strategy": "quantization", "target_latency": 50}, {"Idempotency-Key": "once"}
+    finish = system.store.finish_request
+    system.store.finish_request = lambda *_: None  # type: ignore[method-assign]
+    first = system.http.post("/api/edge/optimize", json=body, headers=key)
+    system.store.finish_request = finish  # type: ignore[method-assign]
+    again = system.http.post("/api/edge/optimize", json=body, headers=key)
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert first.json()["operation_id"] == again.json()["operation_id"]
+    assert len(system.get("/api/operations")) == 1
+    other = system.http.post("/api/edge/optimize", json={**body, "target_latency": 60}, headers=key)
+    assert other.status_code == 409
+
+
 @pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "text/plain"])
 def test_json_is_json_whatever_its_content_type_says(make: Make, content_type: str | None) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
