@@ -59,6 +59,25 @@ def fetch(reference: Any, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:
         if isinstance(error.cause, FedvitError):
             raise error.cause from None
         raise
+    except RayError as error:
+        raise PlacementError(
+            f"An actor cannot be reached: {str(error).strip().splitlines()[0]}",
+            cure="Ray restarts it; ask again in a moment.",
+        ) from None
+
+
+def _find(name: str, namespace: str) -> Any:
+    """The actor of that name.
+
+    Raises:
+        PlacementError: none runs there.
+    """
+    try:
+        return ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        raise PlacementError(
+            f"There is no actor {name}.", cure="Start the system with `make up`, or wait until it has started."
+        ) from None
 
 
 class AccountantHandle:
@@ -72,9 +91,9 @@ class AccountantHandle:
         """The accountant of the running system.
 
         Raises:
-            ValueError: none runs there.
+            PlacementError: none runs there.
         """
-        return cls(ray.get_actor(ACCOUNTANT, namespace=namespace))
+        return cls(_find(ACCOUNTANT, namespace))
 
     def charge(self, charges: Sequence[Charge]) -> BudgetReport:
         """Write the charges, all or none."""
@@ -113,9 +132,9 @@ class AggregatorHandle:
         """The aggregator of the running system.
 
         Raises:
-            ValueError: none runs there.
+            PlacementError: none runs there.
         """
-        return cls(ray.get_actor(AGGREGATOR, namespace=namespace))
+        return cls(_find(AGGREGATOR, namespace))
 
     def start_training(self) -> TrainingProgress:
         """Begin or continue the run."""
@@ -137,11 +156,11 @@ class AggregatorHandle:
         """Which client proxies answer now."""
         return fetch(self._actor.proxies_alive.remote(), 2 * PING_TIMEOUT_S)  # type: ignore[no-any-return]
 
-    def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
-        """Queue a long operation."""
-        # Ray repeats a call whose actor died in the middle of it. A caller's own repetitions end before they come here.
-        call_key = secrets.token_hex(16)
-        return fetch(self._actor.submit.remote(kind, dict(params), call_key))  # type: ignore[no-any-return]
+    def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
+        """Queue a long operation; an equal ``call_key`` gives the same one."""
+        # Ray repeats a call whose actor died in the middle of it.
+        key = call_key or secrets.token_hex(16)
+        return fetch(self._actor.submit.remote(kind, dict(params), key))  # type: ignore[no-any-return]
 
     def cancel_operation(self, operation_id: str) -> Operation:
         """End a long operation early."""
@@ -189,9 +208,9 @@ class RayFleet:
         """The ``proxies`` client proxies of the running system.
 
         Raises:
-            ValueError: they do not run there.
+            PlacementError: they do not run there.
         """
-        actors = [ray.get_actor(proxy_name(index), namespace=namespace) for index in range(proxies)]
+        actors = [_find(proxy_name(index), namespace) for index in range(proxies)]
         return cls(actors, timeout_s=timeout_s)
 
     def train(

@@ -198,8 +198,10 @@ class AggregatorPort(Protocol):
         """Which client proxies answer now."""
         ...
 
-    def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
+    def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
         """Queue a long operation: ``optimize``, ``retrain`` or ``restart``; ``shutdown`` begins at once.
+
+        An equal ``call_key`` gives the same one.
 
         Raises:
             ConflictError, BudgetExhaustedError: it could not do anything as things are.
