@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from fedvit.client.caller import given
-from fedvit.client.fleet_views import BreachView, StandDownView
+from fedvit.client.fleet_views import BreachView, EmergencyView, StandDownView
 from fedvit.client.group import Group
-
-ImmediateAction = Literal["stop_training", "isolate_data", "rollback_model", "freeze_ledger", "revoke_credentials"]
 
 
 class Emergency(Group):
     """Incidents."""
+
+    def status(self) -> EmergencyView:
+        """The incident in force, and the clients in quarantine."""
+        return self._caller.read(EmergencyView, "/api/emergency")
 
     def privacy_breach(
         self,
@@ -21,11 +22,15 @@ class Emergency(Group):
         *,
         affected_clients: Sequence[str],
         breach_type: str,
-        immediate_actions: Sequence[ImmediateAction],
+        immediate_actions: Sequence[str],
         description: str | None = None,
         idempotency_key: str | None = None,
     ) -> BreachView:
-        """Stop, quarantine, revoke, freeze, and collect what an investigation needs; harmless when repeated."""
+        """Contain a breach and collect what an investigation needs; harmless when repeated.
+
+        ``immediate_actions``: ``stop_training``, ``isolate_data``, ``rollback_model``, ``freeze_ledger`` or
+        ``revoke_credentials``; the answer's ``policy`` says which happen unasked.
+        """
         body = given(
             incident_id=incident_id,
             affected_clients=list(affected_clients),

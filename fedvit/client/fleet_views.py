@@ -136,11 +136,11 @@ class ActionView(View):
 
     action: str
     done: bool
-    detail: str | None
+    detail: str
 
 
 class BreachView(View):
-    """What was done about a privacy breach."""
+    """What was done about a privacy breach; ``policy`` says which actions happen unasked."""
 
     incident_id: str
     actions: tuple[ActionView, ...]
@@ -150,7 +150,8 @@ class BreachView(View):
     rolled_back_to: str | None
     ledger_frozen: bool
     forensic_bundle: str
-    forensic_sha256: str
+    forensic_sha256: str | None
+    policy: str
 
 
 class StandDownView(View):
@@ -159,3 +160,19 @@ class StandDownView(View):
     incident_id: str
     ledger_frozen: bool
     still_quarantined: tuple[str, ...]
+
+
+class IncidentView(View):
+    """The incident that freezes the ledger."""
+
+    incident_id: str
+    reason: str
+    by: str
+    at: datetime
+
+
+class EmergencyView(View):
+    """Whether an incident is in force, and who is in quarantine."""
+
+    incident: IncidentView | None
+    quarantined: tuple[str, ...]

@@ -21,7 +21,7 @@ class Privacy(Group):
         return self._caller.read(tuple[SpendView, ...], "/api/privacy/history", hours=hours, limit=limit)
 
     def periods(self) -> tuple[PeriodView, ...]:
-        """Every period of the budget: what was granted, why and by whom."""
+        """Every budget that was granted anew: what, why and by whom."""
         return self._caller.read(tuple[PeriodView, ...], "/api/privacy/periods")
 
     def reset_budget(

@@ -77,7 +77,7 @@ class AggregationModeView(Revised):
     """How updates are folded."""
 
     mode: str
-    staleness_tolerance: int | None
+    staleness_tolerance: int
     buffer_size: int | None
 
 
@@ -168,12 +168,17 @@ class PendingResetView(View):
 
     status: str
     request_id: str
+    new_epsilon: float
+    justification: str
+    requested_by: str
+    expires_at: datetime
 
 
 class PeriodView(View):
-    """One period of the budget: what was granted, why and by whom."""
+    """A budget that was granted anew: what, why and by whom."""
 
     sequence: int
+    period: int
     at: datetime
     target_epsilon: float
     justification: str

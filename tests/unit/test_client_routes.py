@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
@@ -12,6 +11,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import httpx
 import pytest
+from control_client import Recorder, SentError, route_of
 from pydantic import TypeAdapter
 
 from fedvit.client import FedvitClient
@@ -38,6 +38,7 @@ NOT_YET_SERVED = {
     "GET /api/communication/backup",
     "GET /api/aggregation/mode",
     "POST /api/aggregation/mode",
+    "GET /api/emergency",
     "POST /api/emergency/privacy-breach",
     "POST /api/emergency/stand-down",
     "POST /api/system/shutdown",
@@ -89,19 +90,6 @@ ARGUMENTS: dict[str, Any] = {
     "version": "v1.2.3",
     "wait_timeout": 300,
 }
-
-
-class SentError(Exception):
-    """Carries what would have gone over the line."""
-
-    def __init__(self, request: httpx.Request) -> None:
-        super().__init__(str(request.url))
-        self.request = request
-
-
-class Recorder(httpx.BaseTransport):
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        raise SentError(request)
 
 
 @dataclass(frozen=True)
@@ -162,17 +150,9 @@ def served_routes(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def route_of(call: Call, known: Collection[str]) -> str:
-    """The route that a request finds; one with fewer placeholders goes first."""
-    asked = f"{call.request.method} {call.request.url.path}"
-    found = [route for route in known if re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(route)), asked)]
-    assert found, f"{call.name} asks for {asked}, which is no route"
-    return min(found, key=lambda route: route.count("{"))
-
-
 def test_every_route_has_exactly_one_method(document: Mapping[str, Any]) -> None:
     served = set(served_routes(document))
-    methods = [route_of(call, served | NOT_YET_SERVED) for call in CALLS]
+    methods = [route_of(call.request, served | NOT_YET_SERVED) for call in CALLS]
     assert sorted(methods) == sorted(served | NOT_YET_SERVED)
 
 
@@ -180,7 +160,7 @@ def test_methods_send_every_parameter_that_their_route_takes_and_no_other(docume
     routes = served_routes(document)
     compared = 0
     for call in CALLS:
-        facts = routes.get(route_of(call, set(routes) | NOT_YET_SERVED))
+        facts = routes.get(route_of(call.request, set(routes) | NOT_YET_SERVED))
         if facts is None:
             continue
         assert set(call.request.url.params) == _parameters(facts, "query"), call.name
@@ -196,7 +176,7 @@ def test_what_methods_return_has_the_fields_that_their_route_answers(document: M
     routes = served_routes(document)
     later = FIELDS_NOT_YET_SERVED - _all_fields(document)
     for call in CALLS:
-        facts = routes.get(route_of(call, set(routes) | NOT_YET_SERVED))
+        facts = routes.get(route_of(call.request, set(routes) | NOT_YET_SERVED))
         if facts is None:
             continue
         answers = {_shape(schema, document) for schema in _answers(facts)}
