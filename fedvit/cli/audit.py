@@ -13,7 +13,6 @@ from fedvit.cli.common import (
     ConfigOption,
     HomeOption,
     JsonOption,
-    UrlOption,
     console,
     explained,
     print_json,
@@ -29,11 +28,13 @@ def show(
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many lines at most.")] = 50,
     after: Annotated[int | None, typer.Option("--after", min=0, help="Only lines behind this sequence.")] = None,
     home: HomeOption = None,
-    url: UrlOption = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Ask a control API instead of the state folder (default: FEDVIT_URL).")
+    ] = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The last lines, or those behind a sequence; oldest first. From the state folder, or from --url."""
+    """The last lines, or those behind a sequence; oldest first."""
     if url_given(home, url) is not None:
         with asking(home, url, config, as_json) as ask:
             lines = plain(ask.client.audit.lines(limit, after))
