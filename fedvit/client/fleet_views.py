@@ -69,7 +69,7 @@ class DriftSignal(View):
     value: float | None
     reference: float | None
     score: float | None
-    reason: str | None
+    reason: str
 
 
 class DriftView(View):
@@ -112,7 +112,7 @@ class ConnectivityView(View):
     total: int
     connected: int
     disconnected: int
-    ratio: float | None
+    ratio: float
     partition_suspected: bool
     heartbeat_timeout_s: float
     by_kind: Mapping[str, KindConnectivity]
