@@ -1,4 +1,7 @@
-"""The aggregator: the actor that trains and does long work in threads of its own, and answers meanwhile."""
+"""The aggregator: the actor that trains and does long work in threads of its own, and answers meanwhile.
+
+torch is loaded by the actor itself, not by whoever starts it or looks for it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from actors.handles import AccountantHandle, RayFleet
 from fedvit.config import settings_from_json
 from fedvit.monitoring.training import TrainingMetrics
 from fedvit.operations.local import LocalAggregator
 from fedvit.store.store import Store
-from fedvit.training.server import ServerModel
 from fedvit.types import Operation, TrainingProgress, Variant
 
 
@@ -77,6 +77,10 @@ class Aggregator:
         return self._local.result().switch_variant(variant)
 
     def _build(self) -> LocalAggregator:
+        import torch
+
+        from fedvit.training.server import ServerModel
+
         # More threads than free cores make torch wait for itself.
         torch.set_num_threads(self._settings.ray.threads_per_proxy)
         store = Store.open(self._settings.home)

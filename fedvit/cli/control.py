@@ -33,7 +33,7 @@ def control_client(
 
     with FedvitClient(
         base_url,
-        os.environ.get("FEDVIT_TOKEN", "").strip() or None,
+        _token(),
         verify=settings.access.tls_cert or True,
         transport=TRANSPORT,
         before_change=before_change,
@@ -43,6 +43,16 @@ def control_client(
         except UnauthorizedError as error:
             cure = "Set FEDVIT_TOKEN to a token of `fedvit token create`."
             raise UnauthorizedError(error.message, cure=cure, **error.details) from None
+
+
+def bearer() -> dict[str, str]:
+    """The header that carries the user's token, for what is not the control API but listens beside it."""
+    token = _token()
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
+
+
+def _token() -> str | None:
+    return os.environ.get("FEDVIT_TOKEN", "").strip() or None
 
 
 def follow_training(base_url: str, settings: Settings, *, quiet: bool) -> ProgressView:

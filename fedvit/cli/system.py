@@ -22,7 +22,7 @@ from fedvit.cli.common import (
     running_system,
     settings_from,
 )
-from fedvit.cli.control import follow_training, sentence
+from fedvit.cli.control import bearer, follow_training, sentence
 from fedvit.cli.facts import facts_of
 from fedvit.cli.supervisor import interruptible, spawn_supervisor, stop_process, supervise, supervisor_log
 from fedvit.errors import FedvitError, StateError
@@ -53,7 +53,7 @@ def run(
                 raise FedvitError(f"Training failed: {progress.message}", cure="Mend the cause, then run again.")
             from fedvit.report.measure import measure
 
-            summary = measure(settings, urls, seconds, quiet=as_json)
+            summary = measure(settings, urls, seconds, quiet=as_json, headers=bearer())
         if as_json:
             print_json(summary)
 

@@ -179,7 +179,7 @@ def test_what_methods_return_has_the_fields_that_their_route_answers(document: M
     later = FIELDS_NOT_YET_SERVED - _all_fields(document)
     for call in CALLS:
         facts = routes.get(route_of(call.request, set(routes) | NOT_YET_SERVED))
-        if facts is None:
+        if facts is None or call.returns in (str, bytes):
             continue
         answers = {_shape(schema, document) for schema in _answers(facts)}
         assert {_shape_of(kind, later) for kind in _kinds(call.returns)} == answers, call.name
@@ -210,9 +210,7 @@ def _all_fields(document: Mapping[str, Any]) -> set[str]:
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """The kinds of JSON among what a method returns."""
-    kinds = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
-    return tuple(kind for kind in kinds if kind not in (str, bytes))
+    return get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
 
 
 def _shape_of(kind: Any, without: Collection[str]) -> Hashable:
