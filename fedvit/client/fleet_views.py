@@ -32,6 +32,13 @@ class ClientsStatus(View):
     clients: tuple[ClientView, ...]
 
 
+class MailboxView(View):
+    """Where a vehicle leaves messages when it cannot reach the API, and the key, hex, that it seals them with."""
+
+    url: str
+    key: str
+
+
 class HeartbeatView(View):
     """That a heartbeat arrived, and when the next is due; ``backup_channel``: whether the mailbox is open."""
 
@@ -39,6 +46,7 @@ class HeartbeatView(View):
     received_at: datetime
     interval_s: float
     backup_channel: bool
+    mailbox: MailboxView | None
 
 
 class ClientQuality(View):
@@ -90,10 +98,10 @@ class KindConnectivity(View):
 
 
 class ChannelLoad(View):
-    """What waits in the backup channel, and what came through it."""
+    """What waits in the backup channel (None: it cannot be told), and what came through it."""
 
     enabled: bool
-    pending: int
+    pending: int | None
     delivered: int
 
 
@@ -124,9 +132,10 @@ class BackupChannelView(View):
     """The mailbox for vehicles that cannot reach the API."""
 
     enabled: bool
-    url: str | None
+    url: str
     enabled_at: datetime | None
     pending: int
+    not_yet_taken: int
     delivered: int
     rejected: int
 
