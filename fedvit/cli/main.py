@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fedvit.cli import audit, data, model, operations, privacy, system, token
+from fedvit.cli import audit, config, data, model, operations, privacy, system, token
 
 app = typer.Typer(
     name="fedvit",
@@ -22,6 +22,7 @@ app.command("health-check")(operations.health_check)
 app.command("backup")(operations.backup)
 app.command("diagnostics")(operations.diagnostics)
 app.command("logs")(operations.logs)
+app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(privacy.app, name="privacy")
