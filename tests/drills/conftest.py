@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from drill import Drill
+
+pytest.register_assert_rewrite("drill", "effects")
+
+from drill import Drill  # noqa: E402  # rewritten first, so that a failed check shows what it saw
 
 REPORT: dict[str, str] = {}
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ SETTINGS = {
     "FEDVIT_DATA__PARTITION__CLIENTS": "12",
     "FEDVIT_DATA__PARTITION__SCHEME": "iid",
     "FEDVIT_TRAINING__ROUNDS": "1000",
-    "FEDVIT_PRIVACY__NOISE_MULTIPLIER": "30",
+    "FEDVIT_PRIVACY__NOISE_MULTIPLIER": "100",
     "FEDVIT_RELEASE__EVERY_ROUNDS": "10",
     "FEDVIT_RELEASE__MAX_ACCURACY_DROP": "1",
     "FEDVIT_RELEASE__MIN_AGREEMENT": "0.5",
@@ -201,22 +202,19 @@ class Drill:
     def everybody_serves(self, version: str, variant: str) -> None:
         """Return once both edges and the replicas serve it."""
         for base in (*EDGES, f"{CONTROL}/inference"):
-
-            def serves(base: str = base) -> bool:
-                model = httpx.get(f"{base}/health/detailed", timeout=10).json()["model"] or {}
-                # Training may have released a later version meanwhile.
-                return model.get("variant") == variant and _numbers(model["version"]) >= _numbers(version)
-
-            await_that(f"{base} serves {version} {variant}", serves)
+            await_that(f"{base} serves {version} {variant}", partial(_serves, base, version, variant))
 
     def look_at_images(self) -> None:
         """What vehicles do all day: without an inference there is no latency to measure."""
         source = open_source(DataConfig())
-        image = source.read(source.test[0])
+        look = partial(httpx.post, content=source.read(source.test[0]), timeout=30)
         for base in (*EDGES, f"{CONTROL}/inference"):
-            await_that(
-                f"{base} answers", lambda base=base: httpx.post(f"{base}/infer", content=image, timeout=30).is_success
-            )
+            await_that(f"{base} answers", partial(_succeeds, look, f"{base}/infer"))
+
+    def show_prometheus(self) -> None:
+        """Look at images, and return once Prometheus has seen that."""
+        self.look_at_images()
+        await_that("Prometheus has scraped", _scraped)
 
     # --- before and after --------------------------------------------------------------------------------------------
 
@@ -237,12 +235,9 @@ class Drill:
                 start_new_session=True,
             )
         await_that("the first release", lambda: self.ask("/api/model/current").is_success)
-        self.look_at_images()
         # A vehicle that somebody will find offline.
         answer = self.ask("/api/clients/register", "POST", json={"device_id": "truck-7", "capabilities": {}})
         assert answer.status_code == 201, answer.text
-        if self._monitoring is not None:
-            await_that("Prometheus has scraped", self._scraped)
 
     def stop(self) -> None:
         """End everything that was started, also after a failure."""
@@ -256,12 +251,6 @@ class Drill:
     def has(self, program: str) -> bool:
         """Whether the operator's shell finds the program."""
         return shutil.which(program, path=self.environment["PATH"]) is not None
-
-    def _scraped(self) -> bool:
-        # The loss, and the images seen by both edges and by the replicas.
-        query = {"query": 'count({__name__=~"fed_vit_autorl_(training_loss|inference_duration_seconds_count)"}) >= 4'}
-        found = httpx.get(f"{PROMETHEUS}/api/v1/query", params=query, timeout=10).json()
-        return bool(found["data"]["result"])
 
 
 def check_free(port: int) -> None:
@@ -287,6 +276,28 @@ def answers(url: str) -> bool:
     except httpx.TransportError:
         return False
     return True
+
+
+def succeeds(url: str) -> bool:
+    """Whether a GET is answered well."""
+    return _succeeds(partial(httpx.get, timeout=10), url)
+
+
+def _succeeds(ask: Callable[[str], httpx.Response], url: str) -> bool:
+    return ask(url).is_success
+
+
+def _serves(base: str, version: str, variant: str) -> bool:
+    model = httpx.get(f"{base}/health/detailed", timeout=10).json()["model"] or {}
+    # Training may have released a later version meanwhile.
+    return model.get("variant") == variant and _numbers(model["version"]) >= _numbers(version)
+
+
+def _scraped() -> bool:
+    # The loss, and the images seen by both edges and by the replicas.
+    query = {"query": 'count({__name__=~"fed_vit_autorl_(training_loss|inference_duration_seconds_count)"}) >= 4'}
+    found = httpx.get(f"{PROMETHEUS}/api/v1/query", params=query, timeout=10).json()
+    return bool(found["data"]["result"])
 
 
 def _numbers(version: str) -> list[int]:

@@ -7,11 +7,12 @@ import json
 import re
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
-from drill import CONTROL, EDGES, Call, Drill, Outcome, answers, await_that
+from drill import CONTROL, EDGES, Call, Drill, Outcome, answers, await_that, succeeds
 from placeholders import DEVICE, doubted
 
 Check = Callable[[Drill, Outcome], None]
@@ -77,7 +78,7 @@ def _registered(drill: Drill, _: Outcome) -> None:
 
 
 def _alive(drill: Drill, _: Outcome) -> None:
-    assert drill.get(f"/api/clients/{DEVICE}")["last_seen_at"] is not None
+    await_that("it was heard", lambda: drill.get(f"/api/clients/{DEVICE}")["last_seen_at"])
 
 
 def _mailbox(enabled: bool) -> Check:
@@ -95,7 +96,7 @@ def _reset(drill: Drill, outcome: Outcome) -> None:
     budget, period = drill.get("/api/privacy/budget"), outcome.json()["period"]
     assert (budget["target_epsilon"], budget["period"]) == (1.0, period)
     assert budget["lifetime_epsilon"] > 0
-    assert [line["sequence"] for line in drill.get("/api/privacy/periods")][-1] == period
+    assert drill.get("/api/privacy/periods")[-1]["period"] == period
     assert period == drill.memory.get("period", 1) + 1
     drill.memory["period"] = period
 
@@ -107,17 +108,22 @@ def _breached(drill: Drill, outcome: Outcome) -> None:
     assert all(action["done"] for action in told["actions"]), told
     for client_id in told["quarantined"]:
         assert drill.get(f"/api/clients/{client_id}")["quarantined_at"] is not None
-    if "client1" in outcome.command:
-        assert (told["quarantined"], set(told["unknown_clients"])) == ([], {"client1", "client2"})
-    else:
-        assert told["quarantined"] == [doubted(drill)]
-        assert drill.get("/api/model/current")["version"] == (told["rolled_back_to"] or drill.memory["version"])
+    assert drill.get("/api/model/current")["lineage"].get("rollback_of") == told["rolled_back_to"]
     bundle = Path(told["forensic_bundle"])
     # Absolute, or as seen from the folder in which the system was started.
     content = (bundle if bundle.is_absolute() else drill.checkout / bundle).read_bytes()
     assert hashlib.sha256(content).hexdigest() == told["forensic_sha256"]
     drill.training(lambda found: found["phase"] in ("resting", "idle"), "training rests")
     assert drill.get("/api/audit?limit=1", "admin")[0]["action"] == "POST /api/emergency/privacy-breach"
+    if "client1" not in outcome.command:
+        assert told["quarantined"] == [doubted(drill)]
+        return
+    assert (told["quarantined"], set(told["unknown_clients"])) == ([], {"client1", "client2"})
+    # The next report is to find what this one found: nothing frozen, and training under way.
+    over = {"incident_id": told["incident_id"], "justification": "The drill goes on to the next report."}
+    assert drill.ask("/api/emergency/stand-down", "POST", "emergency", json=over).is_success
+    assert drill.ask("/api/training/start", "POST").is_success
+    _started(drill, outcome)
 
 
 def _stood_down(drill: Drill, _: Outcome) -> None:
@@ -162,21 +168,25 @@ def _exported(drill: Drill, _: Outcome) -> None:
 
 def _more_edges(_: Drill, __: Outcome) -> None:
     for base in MORE_EDGES:
-        await_that(f"{base} has a model", lambda base=base: httpx.get(f"{base}/health", timeout=10).is_success)
+        await_that(f"{base} has a model", partial(succeeds, f"{base}/health"))
 
 
 def _fewer_edges(_: Drill, __: Outcome) -> None:
     for base in MORE_EDGES:
-        await_that(f"{base} is gone", lambda base=base: not answers(f"{base}/health"))
+        await_that(f"{base} is gone", partial(_silent, f"{base}/health"))
 
 
 # --- the system ------------------------------------------------------------------------------------------------------
 
 
+def _silent(url: str) -> bool:
+    return not answers(url)
+
+
 def _is_down(drill: Drill, _: Outcome) -> None:
     await_that("nothing runs", lambda: drill.fedvit("status")["system"] == "down")
     for base in (CONTROL, *EDGES):
-        await_that(f"{base} is silent", lambda base=base: not answers(base))
+        await_that(f"{base} is silent", partial(_silent, base))
 
 
 def _is_up(drill: Drill, _: Outcome) -> None:
@@ -287,8 +297,8 @@ def remember(drill: Drill, command: str) -> None:
     """What a check will compare with, before the command runs."""
     if command == "make down && make up":
         drill.memory["rounds_done"] = drill.get("/api/training/status")["rounds_done"]
-    if "/api/emergency/privacy-breach" in command:
-        drill.memory["version"] = drill.get("/api/model/current")["version"]
+    if ":9090/" in command:
+        drill.show_prometheus()
 
 
 def values_of(text: str) -> list[Any]:

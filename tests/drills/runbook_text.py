@@ -40,7 +40,8 @@ class Line:
 
 def fences(markdown: str, language: str = "bash") -> Iterator[tuple[str, int, list[str]]]:
     """Each fence in that language: the heading above it, the number of its first line, its lines."""
-    heading, begun, found = "", 0, None
+    heading, begun = "", 0
+    found: list[str] | None = None
     for number, line in enumerate(markdown.splitlines(), start=1):
         if begun:
             if line.startswith("```"):
