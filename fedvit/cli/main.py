@@ -9,6 +9,7 @@ from fedvit.cli import (
     audit,
     backup_channel,
     clients,
+    config,
     data,
     emergency,
     model,
@@ -42,6 +43,7 @@ app.command("diagnostics")(operations.diagnostics)
 app.command("logs")(operations.logs)
 app.command("drift")(monitoring.drift)
 app.command("metrics")(monitoring.metrics)
+app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(clients.app, name="clients")
 app.add_typer(training.app, name="training")
