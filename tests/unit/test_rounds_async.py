@@ -23,6 +23,7 @@ from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import (
     AggregationSettings,
+    RunOrder,
     aggregation_settings,
     change_aggregation_settings,
     change_round_settings,
@@ -355,6 +356,35 @@ def test_what_is_in_flight_at_a_stop_is_folded_when_the_run_goes_on(tmp_path: Pa
     assert training.fleet.in_flight() == {V0, V1}
     assert training.run() is RunStatus.COMPLETED
     assert training.lineage(2)["aggregation"]["staleness"] == {V0: 1, V1: 1}
+    assert training.charged() == training.answered()
+
+
+def test_what_is_in_flight_when_another_run_begins_is_not_folded_into_it(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous")
+    training.after(0, training.loop.request_stop)
+    assert training.run() is RunStatus.STOPPED
+    assert training.fleet.in_flight() == {V0, V1}
+    training.loop.begin(RunOrder(0, "op-1", "again"))
+    assert training.run() is RunStatus.COMPLETED
+    assert training.store.version("v1.2.1").lineage["clients"] == [V2, V3]
+    assert training.fleet.tasks[1][1].client_ids == (V0, V1, V2, V3)
+    assert training.charged() - training.answered() == {V0: 1, V1: 1}
+
+
+def test_a_round_tried_again_in_the_same_process_hands_nothing_out_twice(tmp_path: Path) -> None:
+    training = Training(tmp_path, rounds=1)
+    training.fleet.held.add(V0)
+
+    def fault() -> None:
+        raise RuntimeError("a fault")
+
+    training.fleet.on_silence = fault
+    with pytest.raises(RuntimeError):
+        training.run()
+    training.fleet.held.clear()
+    assert training.run() is RunStatus.COMPLETED
+    assert [cohort.client_ids for _, cohort in training.fleet.tasks] == [(V0, V1, V2, V3), (V1, V2, V3)]
+    assert training.lineage(1)["clients"] == [V0, V1, V2, V3]
     assert training.charged() == training.answered()
 
 
