@@ -36,8 +36,14 @@ reset: setup  ## Empty the state folder, after asking
 	@read -r -p "Delete $(HOME_DIR) with its models, keys and privacy ledger? Type yes: " answer && [ "$$answer" = yes ]
 	rm -rf -- $(HOME_DIR)
 
-test: setup  ## Run every test
+# What starts Ray, or measures an installation, has the machine to itself; all else shares it, one thread a worker.
+test: setup  ## Run every test (ARGS='tests/unit -k rounds' for some)
+ifeq ($(strip $(ARGS)),)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not install' --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest -m 'ray or install'
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 lint: setup  ## Check style, types and the arrows between packages
 	$(BIN)/ruff check .

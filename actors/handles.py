@@ -81,6 +81,15 @@ class AccountantHandle:
         """Whether the charges could be written now."""
         fetch(self._actor.check.remote(list(charges)))
 
+    def reset_budget(
+        self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None
+    ) -> BudgetReport:
+        """Begin a new budget period."""
+        # Ray repeats a call whose actor died in the middle of it; it must not grant twice.
+        call_key = secrets.token_hex(16)
+        wish = (new_epsilon, justification, requested_by, approved_by, call_key)
+        return fetch(self._actor.reset_budget.remote(*wish))  # type: ignore[no-any-return]
+
     def budget(self) -> BudgetReport:
         """What was spent and what is left."""
         return fetch(self._actor.budget.remote())  # type: ignore[no-any-return]
@@ -134,6 +143,10 @@ class AggregatorHandle:
     def cancel_operation(self, operation_id: str) -> Operation:
         """End a long operation early."""
         return fetch(self._actor.cancel_operation.remote(operation_id))  # type: ignore[no-any-return]
+
+    def await_shutdown(self, timeout_s: float) -> str | None:
+        """Block until this system was told to go down; how, or None after ``timeout_s``."""
+        return fetch(self._actor.await_shutdown.remote(timeout_s), timeout_s + CALL_TIMEOUT_S)  # type: ignore[no-any-return]
 
     def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
         """Make an older version's content current again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,8 +87,9 @@ def spawn_actors(settings: Settings) -> Actors:
         proxy_name(index): _spawn(ClientProxy, proxy_name(index), settings, text)
         for index in range(settings.ray.proxies)
     }
-    # It finds the others by name, so they have to be there.
-    aggregator = _spawn(Aggregator, AGGREGATOR, settings, text, namespace_of(settings.home))
+    # It finds the others by name, so they have to be there. Restarted, it is given the same id again.
+    system_id = secrets.token_hex(8)
+    aggregator = _spawn(Aggregator, AGGREGATOR, settings, text, namespace_of(settings.home), system_id)
     everyone = {ACCOUNTANT: accountant, **proxies, AGGREGATOR: aggregator}
     _await_prepared({name: actor.prepare.remote() for name, actor in everyone.items()}, settings)
     return Actors(accountant, tuple(proxies.values()), aggregator)

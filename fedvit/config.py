@@ -123,7 +123,8 @@ class TrainingConfig(_Section):
 class PrivacyConfig(_Section):
     """Record-level differential privacy in each client.
 
-    ``noise_multiplier`` left out is calibrated so that all rounds together spend at most ``target_epsilon``.
+    ``noise_multiplier`` left out is calibrated so that all rounds together spend at most ``target_epsilon``. With
+    ``second_approver`` a new budget comes into force only when another admin approves it.
     """
 
     privacy_unit: Literal["record"] = "record"
@@ -132,6 +133,7 @@ class PrivacyConfig(_Section):
     noise_multiplier: PositiveFloat | None = None
     sampling_prob: Probability = 0.5
     l2_clip_norm: PositiveFloat = 1.0
+    second_approver: bool = False
 
 
 class ReleaseConfig(_Section):
@@ -282,7 +284,12 @@ class Settings(_Section):
 
     def training_identity(self) -> dict[str, Any]:
         """What makes two training runs the same run: model, training and privacy. JSON types only."""
-        return self.model_dump(mode="json", include={"model", "training", "privacy"})
+        return self.model_dump(
+            mode="json",
+            include={"model", "training", "privacy"},
+            # Who has to approve what changes nothing in a run.
+            exclude={"privacy": {"second_approver"}},
+        )
 
     def training_digest(self) -> str:
         """SHA-256 of :meth:`training_identity`, hex."""
@@ -311,6 +318,16 @@ def load_settings(
     if path is not None:
         settings = _resolve_paths(settings, path.parent)
     return settings
+
+
+def environment_settings() -> Settings:
+    """The settings of this process's environment: the file that ``FEDVIT_CONFIG`` names, and the other variables.
+
+    Raises:
+        ConfigError: see :func:`load_settings`.
+    """
+    named = os.environ.get("FEDVIT_CONFIG")
+    return load_settings(Path(named) if named else None)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

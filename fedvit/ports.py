@@ -56,6 +56,7 @@ class AccountantPort(Protocol):
 
         Raises:
             BudgetExhaustedError: with them the budget would be exceeded; nothing was written.
+            LedgerFrozenError: nothing may be charged at all; nothing was written.
         """
         ...
 
@@ -63,8 +64,16 @@ class AccountantPort(Protocol):
         """Whether the charges could be written now; nothing is.
 
         Raises:
+            LedgerFrozenError: an incident froze the ledger.
             BudgetExhaustedError: with them the budget would be exceeded.
+            LedgerFrozenError: nothing may be charged at all.
         """
+        ...
+
+    def reset_budget(
+        self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None
+    ) -> BudgetReport:
+        """Begin a new budget period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger."""
         ...
 
     def budget(self) -> BudgetReport:
@@ -156,7 +165,11 @@ class AggregatorPort(Protocol):
     """The training loop, as the control API and the command line see it."""
 
     def start_training(self) -> TrainingProgress:
-        """Begin, or continue, the run that the settings describe; harmless when it is under way."""
+        """Begin, or continue, the run that the settings describe; harmless when it is under way.
+
+        Raises:
+            ConflictError: the system is shutting down.
+        """
         ...
 
     def stop_training(self) -> TrainingProgress:
@@ -176,7 +189,7 @@ class AggregatorPort(Protocol):
         ...
 
     def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
-        """Queue a long operation: ``optimize``, ``retrain`` or ``restart``.
+        """Queue a long operation: ``optimize``, ``retrain`` or ``restart``; ``shutdown`` begins at once.
 
         Raises:
             ConflictError, BudgetExhaustedError: it could not do anything as things are.
@@ -188,6 +201,13 @@ class AggregatorPort(Protocol):
 
         Raises:
             NotFoundError: no such operation.
+        """
+        ...
+
+    def await_shutdown(self, timeout_s: float) -> str | None:
+        """Block until a ``shutdown`` of this running system has succeeded; its mode, or None after ``timeout_s``.
+
+        One of a system that ran on the same state before does not count.
         """
         ...
 
@@ -224,8 +244,16 @@ class SystemPort(Protocol):
 
     def __init__(self, settings: Settings) -> None: ...
 
-    def running(self, on_step: Callable[[str], None]) -> AbstractContextManager[SystemUrls]:
-        """Start everything, yield where it answers, stop gracefully what was started. ``on_step`` is told each step."""
+    def running(
+        self, on_step: Callable[[str], None], on_shutdown: Callable[[], None]
+    ) -> AbstractContextManager[SystemUrls]:
+        """Start everything, yield where it answers, stop gracefully what was started.
+
+        Args:
+            on_step: told each step.
+            on_shutdown: called, from another thread, when the control API was asked to shut the system down and all is
+                safe; it makes the block end.
+        """
         ...
 
 

@@ -258,10 +258,21 @@ class ModelVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class LedgerFreeze:
+    """Why nothing may be charged to the privacy ledger."""
+
+    incident_id: str
+    reason: str
+    by: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class BudgetReport:
     """The privacy budget as everybody is told it: API, metric and command line read this one value.
 
-    Epsilons are at ``target_delta``, for the most exposed unit. ``lifetime_epsilon`` survives budget resets.
+    Epsilons are at ``target_delta``, for the most exposed unit. Only what was charged in the present ``period`` counts;
+    ``lifetime_epsilon`` composes everything ever charged. The first period has no beginning on record.
     """
 
     privacy_unit: str
@@ -272,11 +283,14 @@ class BudgetReport:
     lifetime_epsilon: float
     rounds_charged: int
     clients_charged: int
+    period: int = 1
+    period_started_at: datetime | None = None
+    frozen: LedgerFreeze | None = None
 
     @property
     def epsilon_remaining(self) -> float:
-        """What is left, never below zero."""
-        return max(0.0, self.target_epsilon - self.epsilon_spent)
+        """What may be spent now: never below zero, and nothing while the ledger is frozen."""
+        return 0.0 if self.frozen else max(0.0, self.target_epsilon - self.epsilon_spent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from fedvit.cli.common import (
     ConfigOption,
@@ -78,6 +80,41 @@ def backup(
             print_json({"archive": str(archive), "sha256": digest})
         else:
             console.print(f"{archive}  sha256 {digest}", soft_wrap=True)
+
+
+def restore(
+    archive: Annotated[Path, typer.Argument(help="What `fedvit backup` wrote.")],
+    nothing_since: Annotated[
+        bool, typer.Option("--nothing-since", help="Answer for it that nothing was released after the backup.")
+    ] = False,
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go back to a backup, once it is verified; what was spent since stays spent. The present state is kept aside."""
+    with explained(as_json):
+        from fedvit.cli.state import local_actor
+        from fedvit.store.restore import restore_backup
+
+        folder = settings_from(config, home).home
+        done = restore_backup(folder, archive, actor=local_actor(), nothing_since=nothing_since)
+        if as_json:
+            print_json(asdict(done))
+            return
+        kept = f" What was there is in {done.aside}." if done.aside else ""
+        console.print(
+            f"{folder} is restored: {done.ledger_lines} ledger lines, {done.carried_lines} of them newer than the "
+            f"backup.{kept}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if done.frozen:
+            console.print(
+                f"[yellow]The privacy ledger is frozen:[/] {escape(done.frozen.reason)} Answer for it with `fedvit "
+                "privacy unfreeze`, or grant a new budget.",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def diagnostics(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:

@@ -1,19 +1,15 @@
-"""``fedvit privacy``: what is spent and what is left."""
+"""``fedvit privacy``: what is spent and what is left, and answering for a state that came from a backup."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
 from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, console, explained, print_json, settings_from
 
 app = typer.Typer(help="The privacy budget and its ledger.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep ``privacy`` a group while it has one command."""
 
 
 @app.command("show")
@@ -39,3 +35,37 @@ def show(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOpti
                 f"[bold]{key.replace('_', ' ')}[/]", f"{value:.4g}" if isinstance(value, float) else str(value)
             )
         console.print(table)
+
+
+@app.command("unfreeze")
+def unfreeze(
+    justification: Annotated[str, typer.Option("--justification", help="Who decided it, and how it is known.")],
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer for it that nothing was charged since the backup that this state comes from; it may be spent from again.
+
+    An incident's freeze is not lifted by it.
+    """
+    with explained(as_json):
+        from fedvit.access.justification import checked_justification
+        from fedvit.cli.state import audit_local, open_existing_store
+        from fedvit.errors import ConflictError, UsageError
+
+        try:
+            reason = checked_justification(justification)
+        except ValueError as error:
+            raise UsageError("That is no justification.", cure=f"With --justification {error}.") from None
+        with open_existing_store(settings_from(config, home)) as store:
+            lifted = store.thaw_restored_ledger()
+            if lifted is None:
+                raise ConflictError(
+                    "No backup's freeze is on this ledger.", cure="An incident's is lifted by its stand-down."
+                )
+            audit_local(store, "CLI privacy unfreeze", {"justification": reason, "frozen_at": lifted.at.isoformat()})
+            still = store.ledger_freeze()
+        if as_json:
+            print_json({"lifted": asdict(lifted), "still_frozen": asdict(still) if still else None})
+        else:
+            console.print("Lifted." if still is None else f"Lifted; incident {still.incident_id} still freezes it.")

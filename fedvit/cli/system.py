@@ -22,9 +22,16 @@ from fedvit.cli.common import (
     running_system,
     settings_from,
 )
-from fedvit.cli.control import follow_training, sentence
+from fedvit.cli.control import bearer, follow_training, sentence
 from fedvit.cli.facts import facts_of
-from fedvit.cli.supervisor import interruptible, spawn_supervisor, stop_process, supervise, supervisor_log
+from fedvit.cli.supervisor import (
+    end_this_process,
+    interruptible,
+    spawn_supervisor,
+    stop_process,
+    supervise,
+    supervisor_log,
+)
 from fedvit.config import Settings
 from fedvit.errors import FedvitError, StateError
 from fedvit.ports import SystemUrls
@@ -51,7 +58,7 @@ def run(
                 raise FedvitError(f"Training failed: {progress['message']}", cure="Mend the cause, then run again.")
             from fedvit.report.measure import measure
 
-            summary = measure(settings, urls, seconds, quiet=as_json)
+            summary = measure(settings, urls, seconds, quiet=as_json, headers=bearer())
         if as_json:
             print_json(summary)
 
@@ -139,7 +146,7 @@ def _system(settings: Settings, *, quiet: bool, seconds: dict[str, float]) -> It
         yield running.urls
         return
     started_s = time.monotonic()
-    with find_system(settings).running(_teller(quiet)) as urls:
+    with find_system(settings).running(_teller(quiet), end_this_process) as urls:
         seconds["start"] = time.monotonic() - started_s
         yield urls
 

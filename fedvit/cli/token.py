@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +31,7 @@ def create(
     """Make a token and print it: this once, nothing keeps it."""
     with explained(as_json):
         from fedvit.access.tokens import create_token
+        from fedvit.cli.state import audit_local
         from fedvit.store.store import Store
         from fedvit.types import utc_now
 
@@ -41,7 +40,7 @@ def create(
         with Store.open(settings.home) as store:
             lifetime = timedelta(days=days) if days else None
             made = create_token(store, name, scopes, now=utc_now(), lifetime=lifetime, client_id=client)
-            _audit(store, "create", made.token)
+            audit_local(store, "CLI token create", _audited(made.token))
             mailbox = _mailbox(settings, store, client) if client else None
         if as_json:
             print_json({**_facts(made.token), "token": made.text, "mailbox": mailbox})
@@ -80,12 +79,12 @@ def revoke(
 ) -> None:
     """End a token at once."""
     with explained(as_json):
-        from fedvit.cli.state import open_existing_store
+        from fedvit.cli.state import audit_local, open_existing_store
         from fedvit.types import utc_now
 
         with open_existing_store(settings_from(config, home)) as store:
             token = store.revoke_token(token_id, utc_now())
-            _audit(store, "revoke", token)
+            audit_local(store, "CLI token revoke", _audited(token))
         if as_json:
             print_json(_facts(token))
         else:
@@ -113,27 +112,5 @@ def _facts(token: Token) -> dict[str, Any]:
     }
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # In a container the user may have no name.
-        return str(os.getuid())
-
-
-def _audit(store: Store, verb: str, token: Token) -> None:
-    from fedvit.store.store import AuditFacts
-
-    facts = {"token_id": token.token_id, "name": token.name, "scopes": list(token.scopes), "client_id": token.client_id}
-    store.append_audit(
-        AuditFacts(
-            actor=f"local:{_user()}",
-            scopes=(),
-            source="local",
-            request_id="cli",
-            action=f"CLI token {verb}",
-            params=facts,
-            before=None,
-            after=None,
-            status=200,
-        )
-    )
+def _audited(token: Token) -> dict[str, Any]:
+    return {"token_id": token.token_id, "name": token.name, "scopes": list(token.scopes), "client_id": token.client_id}

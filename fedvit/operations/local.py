@@ -21,10 +21,21 @@ from fedvit.ports import AccountantPort, ExportedModel, FleetPort, ProxyReport, 
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunOrder, run_order
+from fedvit.store.backup import write_backup
 from fedvit.store.store import Store
-from fedvit.types import ModelVersion, Operation, Run, RunStatus, TrainingProgress, Variant, utc_now
+from fedvit.types import (
+    ModelVersion,
+    Operation,
+    OperationStatus,
+    Run,
+    RunStatus,
+    TrainingProgress,
+    Variant,
+    utc_now,
+)
 
 LOOK_S = 0.1
+SHUTDOWN = "shutdown"
 
 
 class LocalAggregator:
@@ -33,6 +44,7 @@ class LocalAggregator:
     Args:
         on_progress: told after every event of the loop, from its thread.
         on_connected: told every few seconds how many clients are connected.
+        system_id: names the running system, over restarts of this process; a system that is started anew has another.
     """
 
     def __init__(
@@ -45,10 +57,12 @@ class LocalAggregator:
         model: ServerModelPort,
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
         on_connected: Callable[[int], None] = lambda _: None,
+        system_id: str = "local",
     ) -> None:
         self._settings = settings
         self._store = store
         self._fleet = fleet
+        self._system_id = system_id
         self._model = model
         self._coordinator = Coordinator(
             settings=settings, store=store, accountant=accountant, fleet=fleet, model=model, on_progress=on_progress
@@ -56,6 +70,7 @@ class LocalAggregator:
         self._publisher = self._coordinator.publisher
         self._lock = threading.Lock()
         self._loop: Future[Run] | None = None
+        self._shutting_down = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-loop")
         self._on_connected = on_connected
         self._watch = Watch(settings.fleet.look_every_s, Mailbox(settings, store).take, self._count_connected)
@@ -67,6 +82,7 @@ class LocalAggregator:
                 "optimize": OperationKind(optimizer.work, optimizer.admit, repeatable=True),
                 "retrain": new_run,
                 "restart": new_run,
+                SHUTDOWN: OperationKind(self._shut_down, self._admit_shutdown, urgent=True),
             },
         )
 
@@ -86,7 +102,13 @@ class LocalAggregator:
         self._thread.shutdown()
 
     def start_training(self) -> TrainingProgress:
-        """Begin or continue the run that the settings describe; harmless when it is under way."""
+        """Begin or continue the run that the settings describe; harmless when it is under way.
+
+        Raises:
+            ConflictError: the system is shutting down.
+        """
+        if self._shutting_down.is_set():
+            raise ConflictError("The system is shutting down.", cure="Start it again: `fedvit up`.")
         with self._lock:
             self._start()
         return self._coordinator.progress()
@@ -128,6 +150,10 @@ class LocalAggregator:
         """The operation once it has ended, or as it stands after ``timeout_s``."""
         return self._operations.wait(operation_id, timeout_s)
 
+    def await_shutdown(self, timeout_s: float) -> str | None:
+        """Block until this system was told to go down; how, or None after ``timeout_s``."""
+        return self._operations.wait_until(self._shutdown_mode, timeout_s)
+
     def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
         """Make an older version's content current again, as a new version; return its name."""
         return self._publisher.rollback(version, force=force, reason=reason, export=self._export).version
@@ -148,7 +174,8 @@ class LocalAggregator:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        if self._rests():
+        # A run that an operation begins while the system shuts down is taken up by the next start.
+        if self._rests() and not self._shutting_down.is_set():
             self._coordinator.announce()
             self._loop = self._thread.submit(self._coordinator.run)
 
@@ -186,7 +213,8 @@ class LocalAggregator:
                         return run
         except OperationCancelled:
             if was_running:
-                self.start_training()
+                with self._lock:
+                    self._start()
             raise
 
     def _restarted(self, order: RunOrder) -> Run:
@@ -222,3 +250,43 @@ class LocalAggregator:
             "client_selection": run.config["order"]["client_selection"],
             "rounds_total": run.rounds_total,
         }
+
+    # --- shutting down -----------------------------------------------------------------------------------------------
+
+    def _admit_shutdown(self, params: Mapping[str, Any]) -> None:
+        if params["mode"] == "graceful" and self._shutting_down.is_set():
+            raise ConflictError("The system is shutting down already.", cure='To wait no longer, ask for "force".')
+
+    def _shut_down(self, task: Task) -> dict[str, Any]:
+        """Bring the state into safety. Once this has succeeded, whoever started the system ends it."""
+        mode = task.params["mode"]
+        told: dict[str, Any] = {"mode": mode, "system_id": self._system_id, "archive": None, "sha256": None}
+        if mode == "graceful":
+            told |= self._at_rest(task)
+        progress = self._coordinator.progress()
+        return told | {"run_id": progress.run_id, "rounds_done": progress.rounds_done}
+
+    def _at_rest(self, task: Task) -> dict[str, Any]:
+        was_running = not self._rests()
+        self._shutting_down.set()
+        try:
+            task.report(0.1, "waiting for the round under way to end")
+            self._rest(task)
+            if not task.params["save_state"]:
+                return {}
+            task.report(0.6, "writing the backup archive")
+            archive, sha256 = write_backup(self._store.home, self._store.home / "backups")
+            return {"archive": str(archive), "sha256": sha256}
+        except BaseException:
+            self._shutting_down.clear()
+            if was_running:
+                self.start_training()
+            raise
+
+    def _shutdown_mode(self) -> str | None:
+        # Read from the state: this process may have been restarted after the operation was given its end.
+        for operation in self._store.operations(OperationStatus.SUCCEEDED):
+            result = operation.result or {}
+            if operation.kind == SHUTDOWN and result.get("system_id") == self._system_id:
+                return str(result["mode"])
+        return None

@@ -17,7 +17,7 @@ from functools import cached_property
 from fedvit.aggregation.fedavg import FedAvg
 from fedvit.cohort.select import draw_cohort, eligible
 from fedvit.config import CohortConfig, Settings
-from fedvit.errors import BudgetExhaustedError, ConflictError, FedvitError, ReleaseRefusedError
+from fedvit.errors import BudgetExhaustedError, ConflictError, FedvitError, LedgerFrozenError, ReleaseRefusedError
 from fedvit.ports import AccountantPort, Charge, FleetPort, ServerModelPort
 from fedvit.privacy.accountants import calibrate_noise_multiplier
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
@@ -33,6 +33,7 @@ from fedvit.types import (
     Cohort,
     Evaluation,
     FloatArray,
+    RoundRecord,
     Run,
     RunStatus,
     TrainingProgress,
@@ -40,6 +41,8 @@ from fedvit.types import (
     Weights,
 )
 from fedvit.wire.tensors import encode_weights
+
+QUARANTINED = "quarantined"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,8 @@ class Coordinator:
                 return None
 
     def _draw(self, round_index: int) -> machine.Event:
+        # Not left to the charge alone: a round that was charged before it was interrupted is not charged again.
+        self._store.check_not_frozen()
         config = self._cohort_config(self._selection())
         ids = eligible(self._store.clients(active=True), config)
         cohort = draw_cohort(
@@ -205,7 +210,12 @@ class Coordinator:
         )
         record = self._store.open_round(self._current.run_id, round_index, cohort)
         min_clients = round_settings(self._store, self._settings).min_clients
-        return machine.CohortDrawn(Cohort(round_index, record.cohort), min_clients)
+        return machine.CohortDrawn(self._without_quarantined(record), min_clients)
+
+    def _without_quarantined(self, record: RoundRecord) -> Cohort:
+        """The recorded cohort may be that of an interrupted round, older than an incident."""
+        quarantined = set(self._store.quarantined_clients())
+        return Cohort(record.round_index, tuple(c for c in record.cohort if c not in quarantined))
 
     def _selection(self) -> str | None:
         order = run_order(self._store)
@@ -244,19 +254,25 @@ class Coordinator:
         answers = list(self._fleet.train(task, self._weights, cohort, timeout_s=timeout_s))
         # A fixed order of summation: the result must not depend on who answered first.
         answers.sort(key=lambda answer: min(o.client_id for o in answer.outcomes))
-        outcomes = tuple(sorted((o for a in answers for o in a.outcomes), key=lambda o: o.client_id))
+        told = [o for a in answers for o in a.outcomes] + self._left_out(cohort)
+        outcomes = tuple(sorted(told, key=lambda o: o.client_id))
         contributed = sum(1 for o in outcomes if o.error is None)
         if contributed:
             self._work = _RoundWork(self._rule.fold(self._weights, answers), outcomes, started_s)
         errors = [o.error for o in outcomes if o.error is not None]
         return machine.Trained(contributed, len(errors), errors[0] if errors else None)
 
+    def _left_out(self, cohort: Cohort) -> list[ClientOutcome]:
+        """The outcomes of those who were recorded for the round and are in quarantine."""
+        recorded = self._store.round(self._current.run_id, cohort.round_index).cohort
+        return [ClientOutcome(c, 0, QUARANTINED) for c in recorded if c not in set(cohort.client_ids)]
+
     def _commit(self, round_index: int) -> machine.Event:
         work = self._work
         if work is None:
             raise machine.ImpossibleEventError("a round is committed that was not trained")
         evaluation = self._model.evaluate(work.weights)
-        epsilon = self._accountant.budget().epsilon_spent
+        budget = self._accountant.budget()
         digest = self._store.blobs.put(encode_weights(work.weights))
         version = self._store.commit_round(
             self._current.run_id,
@@ -264,7 +280,8 @@ class Coordinator:
             RoundCommit(
                 weights_digest=digest,
                 frozen_digest=self._frozen_digest,
-                epsilon=epsilon,
+                # What the weights really cost their data, however often the budget was renewed.
+                epsilon=budget.lifetime_epsilon,
                 loss=evaluation.loss,
                 accuracy=evaluation.accuracy,
                 metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy},
@@ -279,7 +296,7 @@ class Coordinator:
             rounds_done=round_index,
             loss=evaluation.loss,
             accuracy=evaluation.accuracy,
-            epsilon=epsilon,
+            epsilon=budget.epsilon_spent,
             version=version.version,
         )
         return machine.Committed(version.version)
@@ -304,7 +321,8 @@ class Coordinator:
         record = self._store.version(version)
         try:
             self.publisher.release(record, exports, f"round {record.round_index} of {record.run_id}")
-        except ReleaseRefusedError:
+        except (ReleaseRefusedError, LedgerFrozenError):
+            # One that an incident holds back has no refusal on record: the first start after it releases it.
             return machine.ReleaseRefused()
         return machine.Released()
 

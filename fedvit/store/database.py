@@ -6,11 +6,9 @@ when the process dies before, nothing of it is there.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib import resources
@@ -26,9 +24,9 @@ from sqlalchemy.orm import Session
 
 from fedvit.errors import StateError
 from fedvit.store.blobs import fsync_folder
+from fedvit.store.locks import opening_lock
 
 BUSY_TIMEOUT_S = 10.0
-LOCK_TIMEOUT_S = 60.0
 _RESET = "Restore it from a backup, or run `make reset` to begin anew."
 
 
@@ -104,7 +102,7 @@ def open_database(home: Path) -> Database:
         StateError: the file is no intact database of this program, or was written by a newer one; it is left as it was.
     """
     path = home / "state.db"
-    with _file_lock(home / "state.lock"):
+    with opening_lock(home):
         if path.exists():
             _migrate_existing(path)
         else:
@@ -201,29 +199,6 @@ def _upgrade(path: Path) -> None:
             command.upgrade(config, "head")
     finally:
         engine.dispose()
-
-
-@contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock that dies with its process; one opener at a time checks and migrates."""
-    with path.open("ab") as file:
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while not _try_lock(file.fileno()):
-            if time.monotonic() > deadline:
-                raise StateError(
-                    f"Another process has held {path} for {LOCK_TIMEOUT_S:.0f} s.",
-                    cure="End the process that is opening this state folder, then try again.",
-                )
-            time.sleep(0.02)
-        yield
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextmanager

@@ -156,6 +156,12 @@ def quarantine_clients(session: Session, client_ids: Sequence[str], reason: str,
     return known
 
 
+def quarantined_clients(session: Session) -> list[str]:
+    """Ids of all clients in quarantine, sorted."""
+    query = select(ClientRow.client_id).where(ClientRow.quarantined_at.is_not(None)).order_by(ClientRow.client_id)
+    return list(session.scalars(query))
+
+
 def reinstate_client(session: Session, client_id: str) -> Client:
     """Lift a client's quarantine; harmless where there is none.
 

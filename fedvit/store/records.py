@@ -85,13 +85,35 @@ class Derivation:
 
 
 @dataclass(frozen=True, slots=True)
-class LedgerFreeze:
-    """Why nothing may be charged to the privacy ledger."""
+class BudgetPeriod:
+    """A privacy budget that was granted anew. Only charges behind ``ledger_sequence`` count against it.
 
-    incident_id: str
-    reason: str
-    by: str
+    ``approved_by`` is None where no second person was asked.
+    """
+
+    sequence: int
     at: datetime
+    target_epsilon: float
+    justification: str
+    requested_by: str
+    approved_by: str | None
+    ledger_sequence: int
+
+    @property
+    def period(self) -> int:
+        """Its number, as reports name it: the first period is that of the settings and has no line."""
+        return self.sequence + 1
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetRequest:
+    """A privacy budget that somebody asked for and a second person has to approve."""
+
+    request_id: str
+    new_epsilon: float
+    justification: str
+    requested_by: str
+    expires_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, func, insert, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, NotFoundError
+from fedvit.store.fleet import quarantined_clients
 from fedvit.store.records import RoundCommit
 from fedvit.store.tables import ClientRoundRow, RoundRow, RunRow, VersionRow
 from fedvit.store.versions import insert_version
@@ -116,7 +117,8 @@ def commit_round(session: Session, run_id: str, round_index: int, commit: RoundC
 
     Raises:
         NotFoundError: the round was never opened.
-        ConflictError: it is committed already, or an outcome is a stranger's or a client's second one.
+        ConflictError: it is committed already, an outcome is a stranger's or a client's second one, or a client that
+            contributed was quarantined meanwhile.
     """
     owner, row = _run_row(session, run_id), _round_row(session, run_id, round_index)
     if row.committed_at is not None:
@@ -124,6 +126,7 @@ def commit_round(session: Session, run_id: str, round_index: int, commit: RoundC
             f"Round {round_index} of {run_id} is committed already.", cure=f"Its next round is {owner.rounds_done + 1}."
         )
     _check_outcomes(row, commit.outcomes)
+    _check_quarantine(session, row, commit.outcomes)
     row.committed_at = utc_now()
     row.loss, row.accuracy = _finite(commit.loss), _finite(commit.accuracy)
     row.epsilon = commit.epsilon
@@ -181,6 +184,18 @@ def _check_outcomes(row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:
                 cure="Commit at most one outcome for each client of the recorded cohort.",
             )
         seen.add(outcome.client_id)
+
+
+def _check_quarantine(session: Session, row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:
+    """In this transaction: what is told of an incident's reach stays true, whatever was under way."""
+    contributed = {outcome.client_id for outcome in outcomes if outcome.error is None}
+    caught = sorted(contributed.intersection(quarantined_clients(session)))
+    if caught:
+        raise ConflictError(
+            f"Round {row.round_index} of {row.run_id} is discarded: {', '.join(caught[:10])} came into quarantine "
+            "while it was trained.",
+            cure="The next start trains it again without them.",
+        )
 
 
 def _insert_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:

@@ -74,6 +74,7 @@ def public() -> params.Depends:
 VIEWER = [requires(Scope.VIEWER)]
 OPERATOR = [requires(Scope.OPERATOR)]
 ADMIN = [requires(Scope.ADMIN)]
+EMERGENCY = [requires(Scope.EMERGENCY, token_always=True)]
 # Vehicles and replicas fetch releases with a token that is good for nothing else.
 FOLLOWER = [requires(Scope.VIEWER, Scope.DEVICE)]
 
@@ -174,19 +175,28 @@ class Guard:
             ForbiddenError: it holds none of the scopes.
             RateLimitedError: it asks too often.
         """
-        if requirement.scopes and not identity.may(requirement.scopes):
-            needed = " or ".join(requirement.scopes)
-            error = ForbiddenError(
-                f"This route needs the scope {needed}.",
-                cure=f"Use a token with the scope {needed}.",
-                required=list(requirement.scopes),
-            )
-            raise _counted(error, "scope")
+        self.check_scope(requirement, identity)
         wait_s = self._buckets.take(identity.actor) if identity.authenticated else 0.0
         if wait_s:
             raise RateLimitedError(
                 "This token asks too often.", cure="Wait, then ask again.", retry_after_s=whole_seconds(wait_s)
             )
+
+    def check_scope(self, requirement: Requirement, identity: Identity) -> None:
+        """Make sure that ``identity`` holds what is demanded, however often it asks.
+
+        Raises:
+            ForbiddenError: it holds none of the scopes.
+        """
+        if not requirement.scopes or identity.may(requirement.scopes):
+            return
+        needed = " or ".join(requirement.scopes)
+        error = ForbiddenError(
+            f"This route needs the scope {needed}.",
+            cure=f"Use a token with the scope {needed}.",
+            required=list(requirement.scopes),
+        )
+        raise _counted(error, "scope")
 
     def _verified(self, caller: Caller) -> Identity:
         scheme, _, text = caller.authorization[0].partition(" ")

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from typing import Annotated
 
@@ -19,25 +18,25 @@ from fedvit.monitoring.metrics import render
 from fedvit.operations.mailbox import Mailbox
 from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
-from fedvit.types import TrainingProgress, Variant, utc_now
+from fedvit.types import TrainingProgress, Variant
 from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public
 from serve_apps.control.clients import add_client_routes
 from serve_apps.control.communication import add_communication_routes
 from serve_apps.control.data_health import add_data_health_routes
+from serve_apps.control.emergency import add_emergency_routes
 from serve_apps.control.heartbeats import Heartbeats, add_heartbeat_routes
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
 from serve_apps.control.presence import Presence
+from serve_apps.control.privacy import add_privacy_routes
 from serve_apps.control.route import Control, install_control
 from serve_apps.control.schemas import (
     AuditView,
-    BudgetView,
     ConditionView,
     HealthView,
     ModelInfo,
     ModelView,
     ProgressView,
-    SpendView,
 )
 from serve_apps.control.services import Services
 from serve_apps.control.training_life import add_training_life_routes
@@ -68,11 +67,12 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     add_heartbeat_routes(api, services, heartbeats, mailbox)
     add_communication_routes(api, mailbox)
     _add_model_routes(api, services)
-    _add_privacy_routes(api, services)
+    add_privacy_routes(api, services)
     _add_training_routes(api, services)
     add_model_life_routes(api, services)
     add_training_life_routes(api, services)
     add_operation_routes(api, services)
+    add_emergency_routes(api, services)
     _add_audit_routes(api, services)
     return api
 
@@ -189,21 +189,6 @@ def _current_release(store: Store) -> Release:
     if release is None:
         raise NotFoundError("No model version is released yet.", cure="Start training: POST /api/training/start.")
     return release
-
-
-def _add_privacy_routes(api: FastAPI, services: Services) -> None:
-    @api.get("/api/privacy/budget", tags=["privacy"], dependencies=VIEWER)
-    def budget() -> BudgetView:
-        """What is spent and what is left, for the most exposed client."""
-        return BudgetView.of(services.accountant().budget())
-
-    @api.get("/api/privacy/history", tags=["privacy"], dependencies=VIEWER)
-    def history(
-        hours: Annotated[float, Query(gt=0, le=24 * 366)] = 24, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
-    ) -> list[SpendView]:
-        """The ledger's entries of the last hours, oldest first."""
-        since = utc_now() - timedelta(hours=hours)
-        return [SpendView.of(entry) for entry in services.accountant().history(since, limit)]
 
 
 def _add_training_routes(api: FastAPI, services: Services) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedvit.ports import LedgerEntry
 from fedvit.store.store import AuditEntry
-from fedvit.types import CLIENT_ID, BudgetReport, Client, ModelVersion
+from fedvit.types import CLIENT_ID, BudgetReport, Client, LedgerFreeze, ModelVersion
 
 
 class RequestBody(BaseModel):
@@ -123,8 +123,19 @@ class ModelInfo(BaseModel):
     image_size: int
 
 
+class FreezeView(BaseModel):
+    """Why nothing may be charged to the privacy ledger."""
+
+    incident_id: str
+    reason: str
+    at: datetime
+
+
 class BudgetView(BaseModel):
-    """The privacy budget."""
+    """The privacy budget of the present period; ``lifetime_epsilon`` composes everything ever charged.
+
+    ``period_started_at`` is absent in the first period; while the ledger is ``frozen`` nothing remains to be spent.
+    """
 
     privacy_unit: str
     target_epsilon: float
@@ -135,6 +146,9 @@ class BudgetView(BaseModel):
     lifetime_epsilon: float
     rounds_charged: int
     clients_charged: int
+    period: int
+    period_started_at: datetime | None
+    frozen: FreezeView | None
 
     @classmethod
     def of(cls, report: BudgetReport) -> BudgetView:
@@ -149,7 +163,14 @@ class BudgetView(BaseModel):
             lifetime_epsilon=report.lifetime_epsilon,
             rounds_charged=report.rounds_charged,
             clients_charged=report.clients_charged,
+            period=report.period,
+            period_started_at=report.period_started_at,
+            frozen=_freeze_view(report.frozen),
         )
+
+
+def _freeze_view(freeze: LedgerFreeze | None) -> FreezeView | None:
+    return FreezeView(incident_id=freeze.incident_id, reason=freeze.reason, at=freeze.at) if freeze else None
 
 
 class SpendView(BaseModel):

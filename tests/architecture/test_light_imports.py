@@ -30,6 +30,11 @@ def test_the_light_modules_load_nothing_heavy(module: str) -> None:
     assert loaded_by(f"import {module}") & {*HEAVY, "numpy", "httpx"} == set()
 
 
+@pytest.mark.parametrize("module", ["actors.spawn", "serve_apps.control.app", "serve_apps.inference.app"])
+def test_starting_and_finding_actors_loads_no_torch(module: str) -> None:
+    assert loaded_by(f"import {module}") & {"torch", "timm", "opacus"} == set()
+
+
 def test_the_whole_library_loads_no_ray_and_nobody_above_it() -> None:
     loaded = loaded_by(IMPORT_WHOLE_LIBRARY)
     assert "torch" in loaded, "the walk did not reach the library's heavy rooms"
