@@ -110,8 +110,8 @@ class Aggregator:
             fleet=self._fleet,
             model=ServerModel(self._settings),
             on_progress=publish,
-            on_connected=self._metrics.publish_connected,
             system_id=self._system_id,
+            on_connected=self._metrics.publish_connected,
         )
         publish(local.progress())
         local.resume()

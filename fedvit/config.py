@@ -22,7 +22,7 @@ from fedvit.types import Variant
 
 ENV_PREFIX = "FEDVIT_"
 # Read by other parts of the program, not settings.
-ENV_RESERVED = frozenset({"FEDVIT_CONFIG", "FEDVIT_TOKEN"})
+ENV_RESERVED = frozenset({"FEDVIT_CONFIG", "FEDVIT_TOKEN", "FEDVIT_URL"})
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]

@@ -162,11 +162,15 @@ class TrainTask:
 
 @dataclass(frozen=True, slots=True)
 class ClientOutcome:
-    """How one client fared in one round. Carries nothing computed on private data without noise."""
+    """How one client fared in one round. Carries nothing computed on private data without noise.
+
+    ``staleness`` counts the versions committed between the one it started from and the round that took its answer.
+    """
 
     client_id: str
     num_examples: int
     error: str | None = None
+    staleness: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,16 +23,7 @@ from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunOrder, run_order
 from fedvit.store.backup import write_backup
 from fedvit.store.store import Store
-from fedvit.types import (
-    ModelVersion,
-    Operation,
-    OperationStatus,
-    Run,
-    RunStatus,
-    TrainingProgress,
-    Variant,
-    utc_now,
-)
+from fedvit.types import ModelVersion, Operation, OperationStatus, Run, RunStatus, TrainingProgress, Variant, utc_now
 
 LOOK_S = 0.1
 SHUTDOWN = "shutdown"
@@ -43,8 +34,8 @@ class LocalAggregator:
 
     Args:
         on_progress: told after every event of the loop, from its thread.
-        on_connected: told every few seconds how many clients are connected.
         system_id: names the running system, over restarts of this process; a system that is started anew has another.
+        on_connected: told every few seconds how many clients are connected.
     """
 
     def __init__(
@@ -56,13 +47,13 @@ class LocalAggregator:
         fleet: FleetPort,
         model: ServerModelPort,
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
-        on_connected: Callable[[int], None] = lambda _: None,
         system_id: str = "local",
+        on_connected: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._store = store
-        self._fleet = fleet
         self._system_id = system_id
+        self._fleet = fleet
         self._model = model
         self._coordinator = Coordinator(
             settings=settings, store=store, accountant=accountant, fleet=fleet, model=model, on_progress=on_progress

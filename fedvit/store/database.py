@@ -22,7 +22,7 @@ from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
-from fedvit.errors import StateError
+from fedvit.errors import DataError, StateError
 from fedvit.store.blobs import fsync_folder
 from fedvit.store.locks import opening_lock
 
@@ -205,10 +205,13 @@ def _upgrade(path: Path) -> None:
 def _explained(path: Path) -> Iterator[None]:
     """Turn what SQLite says about the file (locked, full, read-only, malformed) into one sentence.
 
-    Broken constraints and faulty SQL are mistakes in this program and pass as they are.
+    Broken constraints and faulty SQL are mistakes in this program and pass as they are; a number that is too large is
+    the caller's.
     """
     try:
         yield
+    except OverflowError:
+        raise DataError("A number does not fit into the database's 64 bits.", cure="Send a smaller one.") from None
     except DatabaseError as error:
         if type(error) not in (DatabaseError, OperationalError):
             raise

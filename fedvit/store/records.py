@@ -43,7 +43,8 @@ class ClientPage:
 class RoundCommit:
     """What a finished round leaves behind. Values that are not finite are stored as absent: JSON has no word for them.
 
-    ``weights_digest`` and ``frozen_digest`` name blobs; ``outcomes`` has at most one entry a client of the cohort.
+    ``weights_digest`` and ``frozen_digest`` name blobs; ``outcomes`` has at most one entry a client, of this round's
+    cohort or, late, of an earlier one's.
     """
 
     weights_digest: str

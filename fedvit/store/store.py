@@ -304,7 +304,8 @@ class Store:
         Raises:
             NotFoundError: the round was never opened.
             ConflictError: it is committed already, an outcome is a stranger's or a client's second one, or a client
-                that contributed was quarantined meanwhile.
+                that contributed was quarantined meanwhile. A late outcome belongs to the cohort of the round that it
+                started in.
         """
         with self._database.write() as session:
             return _runs.commit_round(session, run_id, round_index, commit)
@@ -623,14 +624,16 @@ class Store:
         with self._database.read() as session:
             return _audit.CHAIN.verify(session)
 
-    def begin_request(self, request: RequestKey, at: datetime) -> StoredAnswer | None:
+    def begin_request(self, request: RequestKey, at: datetime, *, repeatable: bool = False) -> StoredAnswer | None:
         """Claim an idempotency key (None), or give the answer that its request already got.
+
+        What is ``repeatable`` is not kept waiting for a request under way, whose process may have died.
 
         Raises:
             ConflictError: the key was used for something else, or its request is still under way.
         """
         with self._database.write() as session:
-            return _idempotency.begin_request(session, request, at)
+            return _idempotency.begin_request(session, request, at, repeatable)
 
     def finish_request(self, request: RequestKey, answer: StoredAnswer | None) -> None:
         """Keep the answer for repetitions; None forgets the request, so that it may be tried again."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, params
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from starlette.requests import HTTPConnection
 
 from fedvit.access.exposure import is_loopback
@@ -33,7 +33,7 @@ _REFUSED = unauthorized_requests()
 _NOBODY = Identity("anonymous", frozenset(), authenticated=False)
 
 
-class Requirement(HTTPBearer):
+class Requirement:
     """What a route demands: one of ``scopes``, or nothing where there are none.
 
     Args:
@@ -43,16 +43,23 @@ class Requirement(HTTPBearer):
     """
 
     def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False, audited: bool = True) -> None:
-        super().__init__(auto_error=False, scheme_name="token", bearerFormat="fvt_<token_id>_<secret>")
         self.scopes = scopes
         self.token_always = token_always
         self.audited = audited
 
-    async def __call__(self, request: HTTPConnection) -> HTTPAuthorizationCredentials | None:
+    async def __call__(self, request: HTTPConnection) -> None:
         """Make sure that the guard was asked: on a route of another class nobody would have."""
         if not isinstance(getattr(request.state, "identity", None), Identity):
             raise RuntimeError(f"{request.url.path} is guarded by nobody; use ControlledRoute for its router")
-        return None
+        return
+
+
+class TokenRequirement(Requirement, HTTPBearer):
+    """A requirement that a bearer token meets; the OpenAPI document shows it as one."""
+
+    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False, audited: bool = True) -> None:
+        HTTPBearer.__init__(self, auto_error=False, scheme_name="token", bearerFormat="fvt_<token_id>_<secret>")
+        Requirement.__init__(self, scopes, token_always=token_always, audited=audited)
 
 
 def requires(*any_of: Scope, token_always: bool = False, audited: bool = True) -> params.Depends:
@@ -63,7 +70,7 @@ def requires(*any_of: Scope, token_always: bool = False, audited: bool = True) -
     """
     if not any_of:
         raise ValueError("requires() names no scope; say public() where none is needed")
-    return params.Depends(Requirement(any_of, token_always=token_always, audited=audited))
+    return params.Depends(TokenRequirement(any_of, token_always=token_always, audited=audited))
 
 
 def public() -> params.Depends:
@@ -257,6 +264,17 @@ async def _audit_note(request: Request) -> AuditNote:
     return note
 
 
+def call_key(request: Request) -> str | None:
+    """What stays the same when a request is repeated under its Idempotency-Key; None where it named none.
+
+    A handler that asks for it promises that a repetition does nothing twice, and is then not kept waiting for a first
+    request whose process may have died.
+    """
+    key: str | None = request.state.call_key
+    return key
+
+
+CallKey = Annotated[str | None, Depends(call_key)]
 CurrentIdentity = Annotated[Identity, Depends(current_identity)]
 Note = Annotated[AuditNote, Depends(_audit_note)]
 

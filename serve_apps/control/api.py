@@ -20,28 +20,32 @@ from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
 from fedvit.types import TrainingProgress, Variant
 from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public
+from serve_apps.control.aggregation_life import add_aggregation_routes
 from serve_apps.control.clients import add_client_routes
 from serve_apps.control.communication import add_communication_routes
 from serve_apps.control.data_health import add_data_health_routes
 from serve_apps.control.emergency import add_emergency_routes
 from serve_apps.control.heartbeats import Heartbeats, add_heartbeat_routes
+from serve_apps.control.links import link_answers
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
 from serve_apps.control.presence import Presence
 from serve_apps.control.privacy import add_privacy_routes
 from serve_apps.control.route import Control, install_control
 from serve_apps.control.schemas import (
+    MAX_INTEGER,
     AuditView,
     ConditionView,
     HealthView,
     ModelInfo,
     ModelView,
+    Offset,
     ProgressView,
 )
 from serve_apps.control.services import Services
 from serve_apps.control.training_life import add_training_life_routes
 from serve_apps.control.write_behind import flushing
-from serve_apps.problems import install_problem_handlers
+from serve_apps.problems import documented, install_problem_handlers
 
 __all__ = ["Services", "create_api"]
 
@@ -56,8 +60,14 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     heartbeats = Heartbeats(services.store, services.settings.fleet)
     presence = Presence(services, heartbeats)
     mailbox = Mailbox(services.settings, services.store)
-    lifespan = flushing(guard.tokens_used, heartbeats.seen)
-    api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "", lifespan=lifespan)
+    api = FastAPI(
+        title="fedvit control",
+        version="0.1.0",
+        description=__doc__ or "",
+        lifespan=flushing(guard.tokens_used, heartbeats.seen),
+        # Redirects name the host that the caller named, which may be anybody's.
+        redirect_slashes=False,
+    )
     install_problem_handlers(api)
     install_control(api, Control(guard, services.store))
     _add_system_routes(api, services)
@@ -71,9 +81,11 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     _add_training_routes(api, services)
     add_model_life_routes(api, services)
     add_training_life_routes(api, services)
+    add_aggregation_routes(api, services)
     add_operation_routes(api, services)
     add_emergency_routes(api, services)
     _add_audit_routes(api, services)
+    link_answers(api)
     return api
 
 
@@ -100,7 +112,13 @@ def _add_system_routes(api: FastAPI, services: Services) -> None:
             release=release.version if release else None,
         )
 
-    @api.get("/metrics", tags=["system"], response_class=Response, dependencies=VIEWER)
+    @api.get(
+        "/metrics",
+        tags=["system"],
+        response_class=Response,
+        dependencies=VIEWER,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     def metrics() -> Response:
         """Prometheus exposition of every process of this node."""
         body, content_type = render(services.metrics_dir)
@@ -118,7 +136,7 @@ def _ailment(check: Callable[[], object]) -> str:
 def _add_model_routes(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
 
-    @api.get("/api/model/info", tags=["model"], dependencies=VIEWER)
+    @api.get("/api/model/info", tags=["model"], dependencies=VIEWER, responses=documented(404))
     def info() -> ModelInfo:
         """The served model: size in bytes by variant, complexity of the variant that the fleet runs, classes."""
         release = _current_release(store)
@@ -139,18 +157,22 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
         )
 
     @api.get("/api/model/versions", tags=["model"], dependencies=VIEWER)
-    def versions(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 50, offset: Annotated[int, Query(ge=0)] = 0
-    ) -> list[ModelView]:
+    def versions(limit: Annotated[int, Query(ge=1, le=1000)] = 50, offset: Offset = 0) -> list[ModelView]:
         """Model versions, newest first."""
         return [ModelView.of(version) for version in store.versions(offset=offset, limit=limit)]
 
-    @api.get("/api/model/current", tags=["model"], dependencies=VIEWER)
+    @api.get("/api/model/current", tags=["model"], dependencies=VIEWER, responses=documented(404))
     def current() -> ModelView:
         """The version that replicas and vehicles are offered."""
         return ModelView.of(store.version(_current_release(store).version))
 
-    @api.get("/api/model/release", tags=["model"], response_class=Response, dependencies=FOLLOWER)
+    @api.get(
+        "/api/model/release",
+        tags=["model"],
+        response_class=Response,
+        dependencies=FOLLOWER,
+        responses=documented(404) | {200: {"content": {"application/json": {"schema": {"type": "object"}}}}},
+    )
     def release(variant: Variant | None = None) -> Response:
         """The signed manifest of the current release, byte for byte as it was signed.
 
@@ -163,7 +185,14 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
             raise NotFoundError(f"The current release has no variant {wanted!r}.", cure="See release.variants.")
         return Response(envelope, media_type="application/json")
 
-    @api.get("/api/model/blobs/{digest}", tags=["model"], response_class=Response, dependencies=FOLLOWER)
+    @api.get(
+        "/api/model/blobs/{digest}",
+        tags=["model"],
+        response_class=Response,
+        dependencies=FOLLOWER,
+        responses=documented(404, 502)
+        | {200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}},
+    )
     def blob(digest: str) -> Response:
         """An artifact of the current release by its SHA-256. Weights and other blobs are not handed out."""
         if digest not in _current_release(store).artifacts.values():
@@ -192,12 +221,14 @@ def _current_release(store: Store) -> Release:
 
 
 def _add_training_routes(api: FastAPI, services: Services) -> None:
-    @api.get("/api/training/status", tags=["training"], dependencies=VIEWER)
+    @api.get("/api/training/status", tags=["training"], dependencies=VIEWER, responses=documented(503))
     def status() -> ProgressView:
         """Where the training loop stands."""
         return progress_view(services, services.aggregator().progress())
 
-    @api.post("/api/training/start", tags=["training"], status_code=202, dependencies=OPERATOR)
+    @api.post(
+        "/api/training/start", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
+    )
     def start(note: Note) -> ProgressView:
         """Begin or continue the run that the settings describe; harmless when it is under way."""
         aggregator = services.aggregator()
@@ -206,7 +237,9 @@ def _add_training_routes(api: FastAPI, services: Services) -> None:
         note.after = standing_of(progress)
         return progress_view(services, progress)
 
-    @api.post("/api/training/stop", tags=["training"], status_code=202, dependencies=OPERATOR)
+    @api.post(
+        "/api/training/stop", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
+    )
     def stop(note: Note) -> ProgressView:
         """End the loop after the round under way; a start continues it."""
         aggregator = services.aggregator()
@@ -236,7 +269,8 @@ def progress_view(services: Services, progress: TrainingProgress) -> ProgressVie
 def _add_audit_routes(api: FastAPI, services: Services) -> None:
     @api.get("/api/audit", tags=["audit"], dependencies=ADMIN)
     def audit(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: Annotated[int | None, Query(ge=0)] = None
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
     ) -> list[AuditView]:
         """Lines of the audit trail, oldest first: those behind sequence ``after``, else the last ones."""
         store = services.store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -49,9 +50,12 @@ def parse_json(content: bytes, max_depth: int, example: Callable[[], Any]) -> An
 
     try:
         text = content.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_no_number, object_pairs_hook=_unique)
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique)
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         refuse(f"The body is not UTF-8 at byte {error.start}; send JSON in UTF-8.")
+    except UnicodeEncodeError:
+        refuse("A text in the body holds half of a surrogate pair, which is no character.")
     except RecursionError:
         refuse(f"The body nests too deeply; {max_depth} levels are allowed.")
     except ValueError as error:
@@ -104,6 +108,11 @@ def _refuse_text(text: str, error: ValueError, refuse: Callable[[str], NoReturn]
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
