@@ -8,7 +8,7 @@ HOME_DIR := $(or $(FEDVIT_HOME),var)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down reset test lint fmt bench bench-edge drill health-check emergency-backup \
+.PHONY: help setup run up down reset test fuzz chaos drill lint fmt bench bench-edge health-check emergency-backup \
 	diagnostics logs monitoring
 
 help:  ## List the targets
@@ -45,6 +45,12 @@ ifeq ($(strip $(ARGS)),)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+fuzz: setup  ## Every route against its own document, FUZZ_EXAMPLES (200) an operation, and hostile requests
+	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),200) $(BIN)/python -m pytest tests/fuzz -s $(ARGS)
+
+chaos: setup  ## Campaigns against a running system: releases under load, processes killed (many minutes)
+	CHAOS=full $(BIN)/python -m pytest tests/chaos -s $(ARGS)
 
 lint: setup  ## Check style, types and the arrows between packages
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from actors.handles import AccountantHandle, RayFleet
 from fedvit.config import settings_from_json
 from fedvit.monitoring.training import TrainingMetrics
 from fedvit.operations.local import LocalAggregator
+from fedvit.ports import ProxyReport
 from fedvit.store.store import Store
 from fedvit.types import Operation, TrainingProgress, Variant
 
@@ -61,6 +62,10 @@ class Aggregator:
         """Return when the loop rests, or after ``timeout_s``."""
         return self._local.result().wait(timeout_s)
 
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now; said also while the model is being built."""
+        return self._fleet.proxies_alive()
+
     def submit(self, kind: str, params: Mapping[str, Any], call_key: str) -> Operation:
         """Queue a long operation; an equal ``call_key`` gives the same one."""
         return self._local.result().submit(kind, params, call_key)
@@ -106,6 +111,7 @@ class Aggregator:
             model=ServerModel(self._settings),
             on_progress=publish,
             system_id=self._system_id,
+            on_connected=self._metrics.publish_connected,
         )
         publish(local.progress())
         local.resume()

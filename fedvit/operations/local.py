@@ -12,15 +12,18 @@ from typing import Any
 
 from fedvit.config import Settings
 from fedvit.errors import ConflictError
+from fedvit.monitoring.connectivity import connectivity
+from fedvit.operations.mailbox import Mailbox
 from fedvit.operations.optimize import Optimizer
 from fedvit.operations.runner import OperationCancelled, OperationKind, OperationRunner, Task
-from fedvit.ports import AccountantPort, ExportedModel, FleetPort, ServerModelPort
+from fedvit.operations.watch import Watch
+from fedvit.ports import AccountantPort, ExportedModel, FleetPort, ProxyReport, ServerModelPort
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunOrder, run_order
 from fedvit.store.backup import write_backup
 from fedvit.store.store import Store
-from fedvit.types import ModelVersion, Operation, OperationStatus, Run, RunStatus, TrainingProgress, Variant
+from fedvit.types import ModelVersion, Operation, OperationStatus, Run, RunStatus, TrainingProgress, Variant, utc_now
 
 LOOK_S = 0.1
 SHUTDOWN = "shutdown"
@@ -32,6 +35,7 @@ class LocalAggregator:
     Args:
         on_progress: told after every event of the loop, from its thread.
         system_id: names the running system, over restarts of this process; a system that is started anew has another.
+        on_connected: told every few seconds how many clients are connected.
     """
 
     def __init__(
@@ -44,9 +48,12 @@ class LocalAggregator:
         model: ServerModelPort,
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
         system_id: str = "local",
+        on_connected: Callable[[int], None] = lambda _: None,
     ) -> None:
+        self._settings = settings
         self._store = store
         self._system_id = system_id
+        self._fleet = fleet
         self._model = model
         self._coordinator = Coordinator(
             settings=settings, store=store, accountant=accountant, fleet=fleet, model=model, on_progress=on_progress
@@ -56,6 +63,8 @@ class LocalAggregator:
         self._loop: Future[Run] | None = None
         self._shutting_down = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-loop")
+        self._on_connected = on_connected
+        self._watch = Watch(settings.fleet.look_every_s, Mailbox(settings, store).take, self._count_connected)
         optimizer = Optimizer(settings, store, self._publisher, model)
         new_run = OperationKind(self._begin_run, self._admit_run, repeatable=True)
         self._operations = OperationRunner(
@@ -74,9 +83,11 @@ class LocalAggregator:
         if latest is not None and latest.status is RunStatus.RUNNING:
             self.start_training()
         self._operations.start()
+        self._watch.start()
 
     def close(self) -> None:
-        """End both threads after what they are doing; a start of another process takes it up."""
+        """End all threads after what they are doing; a start of another process takes it up."""
+        self._watch.close()
         self._coordinator.request_stop()
         self._operations.close()
         self._thread.shutdown()
@@ -114,6 +125,10 @@ class LocalAggregator:
             wait([self._loop], timeout=timeout_s)
         return self.progress()
 
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now."""
+        return self._fleet.proxies_alive()
+
     def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
         """Queue a long operation; see :class:`fedvit.ports.AggregatorPort`."""
         return self._operations.submit(kind, params, call_key)
@@ -137,6 +152,11 @@ class LocalAggregator:
     def switch_variant(self, variant: Variant) -> str:
         """Move the fleet to another variant of the current version; return the version's name."""
         return self._publisher.switch(variant).version
+
+    def _count_connected(self) -> None:
+        timeout_s = self._settings.fleet.heartbeat_timeout_s
+        fleet = connectivity(self._store.sightings(), self.proxies_alive(), utc_now(), timeout_s)
+        self._on_connected(fleet.connected)
 
     def _export(self, version: ModelVersion) -> dict[Variant, ExportedModel]:
         weights = stored_weights(self._store, version.weights_digest)

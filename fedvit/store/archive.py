@@ -79,6 +79,9 @@ def _unpacked(archive: Path, folder: Path) -> Iterator[tuple[str, str]]:
             if digest not in (None, found):
                 raise IntegrityError(f"{member.name} holds something else")
             yield member.name, found
+        # Read to its end, where gzip has its own checksum; behind the files there is nothing but padding.
+        if len(raw.read(_CHUNK)) == _CHUNK:
+            raise IntegrityError("something follows its files")
 
 
 def _check(member: tarfile.TarInfo) -> str | None:

@@ -14,7 +14,7 @@ from fedvit.errors import FedvitError
 from fedvit.operations.breach import POLICY, Breach, BreachReport, BreachResponse, ImmediateAction
 from fedvit.store.store import LedgerFreeze, Store
 from fedvit.types import utc_now
-from serve_apps.control.access import EMERGENCY, OPERATOR, VIEWER, CurrentIdentity, Note
+from serve_apps.control.access import EMERGENCY, OPERATOR, VIEWER, CallKey, CurrentIdentity, Note
 from serve_apps.control.operations import OperationView, accepted, standing_of
 from serve_apps.control.schemas import RequestBody
 from serve_apps.control.services import Services
@@ -178,14 +178,14 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
     @api.post(
         "/api/system/shutdown", tags=["system"], status_code=202, dependencies=OPERATOR, responses=documented(503)
     )
-    def shutdown(request: ShutdownRequest, response: Response, note: Note) -> OperationView:
+    def shutdown(request: ShutdownRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
         """End the whole system, as `fedvit down` does. The operation has succeeded when all is safe and the end begins.
 
         Long operations under way are left to the next start. A graceful one can be cancelled while it waits.
         """
         aggregator = services.aggregator()
         note.before = standing_of(aggregator.progress())
-        return accepted(aggregator.submit("shutdown", request.model_dump()), response, note)
+        return accepted(aggregator.submit("shutdown", request.model_dump(), call_key), response, note)
 
 
 def _standing(store: Store) -> dict[str, Any]:

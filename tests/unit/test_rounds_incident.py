@@ -11,33 +11,35 @@ import pytest
 
 from fedvit.config import load_settings
 from fedvit.errors import LedgerFrozenError
-from fedvit.ports import PartialUpdate
+from fedvit.ports import ExportedModel
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunOrder
 from fedvit.store.store import LedgerFreeze, Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import Cohort, RunStatus, TrainTask, Weights, utc_now
+from fedvit.types import Evaluation, RunStatus, Variant, Weights, utc_now
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
 CAUGHT = "vehicle-0001"
 OTHERS = ("vehicle-0000", "vehicle-0002", "vehicle-0003")
 
 
-class Interrupted(FakeFleet):
-    """Something happens while the clients of one round train, once."""
+class Interrupted(PointModel):
+    """Something happens between the judging of one round's updates and its commit, once."""
 
     def __init__(self, round_index: int, happens: Callable[[], object]) -> None:
         super().__init__(TARGET)
-        self._round_index, self._happens = round_index, happens
+        self._rounds_left, self._happens = round_index, happens
 
-    def train(
-        self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate]:
-        yield from super().train(task, weights, cohort, timeout_s=timeout_s)
-        if task.round_index == self._round_index:
-            self._round_index = 0
+    def evaluate(self, weights: Weights) -> Evaluation:
+        self._rounds_left -= 1
+        if self._rounds_left == 0:
             self._happens()
+        return super().evaluate(weights)
+
+    def export(self, weights: Weights, variant: Variant) -> ExportedModel:
+        # By another model: an export evaluates, too, and only rounds are counted here.
+        return PointModel(self._target).export(weights, variant)
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield store
 
 
-def loop_over(store: Store, fleet: FakeFleet, **cohort: Any) -> Coordinator:
+def loop_over(store: Store, fleet: FakeFleet, model: PointModel | None = None, **cohort: Any) -> Coordinator:
     settings = load_settings(
         environ={},
         overrides={
@@ -59,7 +61,8 @@ def loop_over(store: Store, fleet: FakeFleet, **cohort: Any) -> Coordinator:
         },
     )
     accountant = PrivacyAccountant(store, settings)
-    return Coordinator(settings=settings, store=store, accountant=accountant, fleet=fleet, model=PointModel(TARGET))
+    model = model or PointModel(TARGET)
+    return Coordinator(settings=settings, store=store, accountant=accountant, fleet=fleet, model=model)
 
 
 def quarantine(store: Store) -> None:
@@ -99,7 +102,7 @@ def outcome(store: Store, run_id: str, round_index: int) -> str | None:
 
 
 def test_who_is_quarantined_while_a_round_trains_is_in_no_version_of_it(store: Store) -> None:
-    loop = loop_over(store, Interrupted(3, lambda: quarantine(store)))
+    loop = loop_over(store, FakeFleet(TARGET), model=Interrupted(3, lambda: quarantine(store)))
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.FAILED, 2)
     assert "Round 3 of run-0001 is discarded: vehicle-0001 came into quarantine" in (run.reason or "")
@@ -134,7 +137,7 @@ def test_under_a_frozen_ledger_no_round_begins_not_even_one_that_was_charged(sto
 
 
 def test_a_version_that_an_incident_overtakes_is_not_released_until_it_is_over(store: Store) -> None:
-    loop = loop_over(store, Interrupted(4, lambda: freeze(store)))
+    loop = loop_over(store, FakeFleet(TARGET), Interrupted(4, lambda: freeze(store)))
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.COMPLETED, 4)
     assert [release.version for release in store.releases()] == ["v1.1.2"]
@@ -149,7 +152,7 @@ def test_a_run_that_an_incident_stops_is_stopped_and_not_failed(store: Store) ->
         freeze(store)
         loop.request_stop()
 
-    loop = loop_over(store, Interrupted(2, breach))
+    loop = loop_over(store, FakeFleet(TARGET), Interrupted(2, breach))
     run = loop.run()
     assert (run.status, run.reason) == (RunStatus.STOPPED, "Stopped on request after round 2.")
     assert store.releases() == []

@@ -192,10 +192,10 @@ def test_what_must_not_be_undone_is_carried_over(home: Path) -> None:
         store.take_budget_request(wish.request_id, "Bo", utc_now())
         period = store.grant_budget(1.0, WHY, "Ana", "Bo")
         charge(store, 2)
+        store.release("v1.1.1", {"standard": store.blobs.put(b"other")}, {"standard": "{}"}, "second")
         store.freeze_ledger(freeze)
         store.revoke_token(made[0], utc_now())
         store.quarantine_clients(["vehicle-0001"], "it lied", utc_now())
-        store.release("v1.1.1", {"standard": store.blobs.put(b"other")}, {"standard": "{}"}, "second")
     assert restore(home, archive).frozen == freeze
     with Store.open(home) as store:
         assert store.budget_periods() == [period]
