@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from command import Fedvit
 from load import await_true
-from processes import TITLES, kill
+from processes import TITLES, kill, supervisor
 
 from fedvit.store.store import Store
 from fedvit.types import Operation, OperationStatus
@@ -20,8 +21,10 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "optimize": ("/api/edge/optimize", {"strategy": "quantization", "target_latency": 1000}),
     "retrain": ("/api/model/retrain", {"strategy": "full_retrain"}),
     "restart": ("/api/training/restart", {"client_selection": "any"}),
+    "shutdown": ("/api/system/shutdown", {"mode": "graceful", "save_state": True}),
 }
-CASES = [(kind, part) for kind in REQUESTS for part in TITLES] if FULL else [("retrain", "control")]
+TRAINING = ("optimize", "retrain", "restart")
+CASES = [(kind, part) for kind in TRAINING for part in TITLES] if FULL else [("retrain", "control")]
 RESTARTED_S = 180.0
 
 pytestmark = [pytest.mark.ray, *([pytest.mark.timeout(3600)] if FULL else [])]
@@ -94,6 +97,36 @@ def test_an_operation_survives_the_death_of_who_runs_it(fedvit: Fedvit) -> None:
             print(f"{kind}, {part} killed: {ended.status}")
         store.verify_ledger()
         store.verify_audit()
+
+
+@pytest.mark.skipif(not FULL, reason="a campaign: make chaos")
+@pytest.mark.parametrize("part", TITLES)
+def test_a_shutdown_survives_too_and_ends_the_system_once(fedvit: Fedvit, part: str) -> None:
+    fedvit.json("up")
+    if REQUESTS["shutdown"][0] not in httpx.get(f"{fedvit.control}/openapi.json", timeout=60).json()["paths"]:
+        pytest.skip("there is no route to shut the system down")
+    caller, first = Caller(fedvit, "shutdown", key=f"shutdown-{part}"), supervisor(fedvit.home)
+    asking = threading.Thread(target=caller.ask)
+    asking.start()
+    with Store.open(fedvit.home) as store:
+        await_true(lambda: bool(store.operations()), "the shutdown on record", every_s=0.005)
+        kill(fedvit.home, part)
+        asking.join()
+        # Asked again until it is over: who answers says the same operation, and then nobody answers any more.
+        await_true(lambda: _goes(caller, first), "the end of the system", limit_s=RESTARTED_S)
+        assert one_more(store, 0).status.ended
+        fedvit.json("up")
+        second = supervisor(fedvit.home)
+        assert caller.insist() == one_more(store, 0).operation_id
+        # The repetition ended nothing.
+        await_true(lambda: _rests(fedvit), "the end of training", limit_s=RESTARTED_S)
+        assert supervisor(fedvit.home) == second != first
+        assert httpx.get(f"{fedvit.control}/healthz", timeout=60).status_code == 200
+
+
+def _goes(caller: Caller, pid: int) -> bool:
+    caller.ask()
+    return not Path(f"/proc/{pid}").exists()
 
 
 def _rests(fedvit: Fedvit) -> bool:
