@@ -8,7 +8,8 @@ HOME_DIR := $(or $(FEDVIT_HOME),var)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down reset test fuzz chaos lint fmt bench bench-edge health-check emergency-backup diagnostics logs
+.PHONY: help setup run up down reset test fuzz chaos drill lint fmt bench bench-edge health-check emergency-backup \
+	diagnostics logs monitoring
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -66,6 +67,9 @@ bench: bench-edge  ## Run every benchmark; figures go to docs/benchmarks
 bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real images
 	$(BIN)/python -m tests.benchmarks.edge_latency
 
+drill: setup  ## Run every command of docs/runbook.md against a real system on the real ports
+	$(BIN)/python -m pytest tests/drills $(ARGS)
+
 health-check: setup  ## Runbook: ask every part how it is
 	@$(BIN)/fedvit health-check $(ARGS)
 
@@ -77,3 +81,10 @@ diagnostics: setup  ## Runbook: versions, machine, state and logs, for somebody 
 
 logs: setup  ## Runbook: show all logs (ARGS=-f follows them)
 	@$(BIN)/fedvit logs $(ARGS)
+
+# What it gathers goes into the state folder; the rules say when to wake somebody.
+monitoring:  ## Runbook: Prometheus on http://localhost:9090 with the alerts, until Ctrl-C
+	@command -v prometheus >/dev/null || { echo "Prometheus is missing: apt-get install prometheus" >&2; exit 2; }
+	@mkdir -p $(HOME_DIR)/monitoring
+	exec prometheus --config.file=cluster_configs/monitoring/prometheus.yml \
+		--web.listen-address=127.0.0.1:9090 --storage.tsdb.path=$(HOME_DIR)/monitoring $(ARGS)

@@ -32,6 +32,9 @@ class ClientProxy:
         self._warm_host()
         return os.getpid()
 
+    def ping(self) -> None:
+        """Answer, also while it trains: this method runs in the concurrency group :data:`actors.handles.PING`."""
+
     def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
         """Train these clients; one message back. Repeating the call repeats the very same update."""
         return self._warm_host().train(task, weights, client_ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -18,7 +17,6 @@ class PrivacyAccountantActor:
 
     def __init__(self, settings_json: str) -> None:
         self._accountant = PrivacyAccountant(settings=settings_from_json(settings_json))
-        self._lock = threading.Lock()
 
     def prepare(self) -> int:
         """Return the process id once the ledger is read."""
@@ -26,18 +24,21 @@ class PrivacyAccountantActor:
 
     def charge(self, charges: Sequence[Charge]) -> BudgetReport:
         """See :meth:`fedvit.privacy.PrivacyAccountant.charge`."""
-        with self._lock:
-            return self._accountant.charge(charges)
+        return self._accountant.charge(charges)
 
     def check(self, charges: Sequence[Charge]) -> None:
         """See :meth:`fedvit.privacy.PrivacyAccountant.check`."""
-        with self._lock:
-            self._accountant.check(charges)
+        self._accountant.check(charges)
+
+    def reset_budget(
+        self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None, call_key: str
+    ) -> BudgetReport:
+        """See :meth:`fedvit.privacy.PrivacyAccountant.reset_budget`; an equal ``call_key`` grants once."""
+        return self._accountant.reset_budget(new_epsilon, justification, requested_by, approved_by, call_key=call_key)
 
     def budget(self) -> BudgetReport:
         """See :meth:`fedvit.privacy.PrivacyAccountant.budget`."""
-        with self._lock:
-            return self._accountant.budget()
+        return self._accountant.budget()
 
     def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
         """See :meth:`fedvit.privacy.PrivacyAccountant.history`."""

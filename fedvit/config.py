@@ -22,7 +22,7 @@ from fedvit.types import Variant
 
 ENV_PREFIX = "FEDVIT_"
 # Read by other parts of the program, not settings.
-ENV_RESERVED = frozenset({"FEDVIT_CONFIG", "FEDVIT_TOKEN"})
+ENV_RESERVED = frozenset({"FEDVIT_CONFIG", "FEDVIT_TOKEN", "FEDVIT_URL"})
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -123,7 +123,8 @@ class TrainingConfig(_Section):
 class PrivacyConfig(_Section):
     """Record-level differential privacy in each client.
 
-    ``noise_multiplier`` left out is calibrated so that all rounds together spend at most ``target_epsilon``.
+    ``noise_multiplier`` left out is calibrated so that all rounds together spend at most ``target_epsilon``. With
+    ``second_approver`` a new budget comes into force only when another admin approves it.
     """
 
     privacy_unit: Literal["record"] = "record"
@@ -132,6 +133,7 @@ class PrivacyConfig(_Section):
     noise_multiplier: PositiveFloat | None = None
     sampling_prob: Probability = 0.5
     l2_clip_norm: PositiveFloat = 1.0
+    second_approver: bool = False
 
 
 class ReleaseConfig(_Section):
@@ -182,6 +184,26 @@ class EdgeConfig(_Section):
         if len(set(ports)) != len(ports):
             raise ValueError("the same port appears twice")
         return ports
+
+
+class FleetConfig(_Section):
+    """How vehicles show that they are there.
+
+    A remote client or a depot is connected while its last sign of life is younger than ``heartbeat_timeout_s``.
+    ``mailbox_url`` is where vehicles that cannot reach the API leave messages: a path or an fsspec URL, by default the
+    folder ``mailbox`` in ``home``. Every ``look_every_s`` the fleet is counted and, if enabled, the mailbox emptied.
+    """
+
+    heartbeat_interval_s: PositiveFloat = 30.0
+    heartbeat_timeout_s: PositiveFloat = 90.0
+    mailbox_url: str | None = None
+    look_every_s: PositiveFloat = 5.0
+
+    @model_validator(mode="after")
+    def _timeout_spans_an_interval(self) -> FleetConfig:
+        if self.heartbeat_timeout_s <= self.heartbeat_interval_s:
+            raise ValueError("heartbeat_timeout_s must be above heartbeat_interval_s")
+        return self
 
 
 class OidcConfig(_Section):
@@ -257,11 +279,17 @@ class Settings(_Section):
     serving: ServingConfig = ServingConfig()
     access: AccessConfig = AccessConfig()
     edge: EdgeConfig = EdgeConfig()
+    fleet: FleetConfig = FleetConfig()
     ray: RayConfig = RayConfig()
 
     def training_identity(self) -> dict[str, Any]:
         """What makes two training runs the same run: model, training and privacy. JSON types only."""
-        return self.model_dump(mode="json", include={"model", "training", "privacy"})
+        return self.model_dump(
+            mode="json",
+            include={"model", "training", "privacy"},
+            # Who has to approve what changes nothing in a run.
+            exclude={"privacy": {"second_approver"}},
+        )
 
     def training_digest(self) -> str:
         """SHA-256 of :meth:`training_identity`, hex."""
@@ -290,6 +318,16 @@ def load_settings(
     if path is not None:
         settings = _resolve_paths(settings, path.parent)
     return settings
+
+
+def environment_settings() -> Settings:
+    """The settings of this process's environment: the file that ``FEDVIT_CONFIG`` names, and the other variables.
+
+    Raises:
+        ConfigError: see :func:`load_settings`.
+    """
+    named = os.environ.get("FEDVIT_CONFIG")
+    return load_settings(Path(named) if named else None)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from fedvit.cli.common import (
     ConfigOption,
@@ -22,10 +24,12 @@ from fedvit.cli.common import (
     running_system,
     settings_from,
 )
-from fedvit.cli.control import bearer
+from fedvit.cli.control import control_client
 from fedvit.cli.facts import facts_of
-from fedvit.config import Settings
-from fedvit.errors import NotFoundError, StateError
+from fedvit.errors import FedvitError, NotFoundError, StateError
+
+if TYPE_CHECKING:
+    from fedvit.config import Settings
 
 PACKAGES = ("fedvit", "ray", "torch", "timm", "opacus", "onnxruntime", "dp-accounting", "sqlalchemy", "fastapi")
 
@@ -38,25 +42,32 @@ def health_check(home: HomeOption = None, config: ConfigOption = None, as_json: 
         if running is None:
             raise StateError(f"Nothing runs on {settings.home}.", cure="Start it with `fedvit up`.")
         urls = running.urls
-        targets = {"control": f"{urls.control}/api/system/health", "inference": f"{urls.inference}/health"}
-        targets |= {f"edge-{i}": f"{url}/health" for i, url in enumerate(urls.edges, start=1)}
-        # The token is the control API's and no one else's.
-        verdicts = {name: _ask(url, bearer() if name == "control" else {}) for name, url in targets.items()}
+        targets = {"inference": urls.inference} | {f"edge-{i}": url for i, url in enumerate(urls.edges, start=1)}
+        verdicts = {"control": _ask_control(urls.control, settings)}
+        verdicts |= {name: _ask(f"{url}/health") for name, url in targets.items()}
         if as_json:
             print_json(verdicts)
         else:
             for name, verdict in verdicts.items():
                 colour = "green" if verdict == "ok" else "red"
-                console.print(f"[bold]{name:<10}[/] [{colour}]{verdict}[/]")
+                console.print(f"[bold]{name:<10}[/] [{colour}]{escape(verdict)}[/]")
         if any(verdict != "ok" for verdict in verdicts.values()):
             raise typer.Exit(1)
 
 
-def _ask(url: str, headers: dict[str, str]) -> str:
+def _ask_control(url: str, settings: Settings) -> str:
+    try:
+        with control_client(url, settings) as client:
+            return client.system.health().status
+    except FedvitError as error:
+        return str(error)
+
+
+def _ask(url: str) -> str:
     import httpx
 
     try:
-        response = httpx.get(url, timeout=10, headers=headers)
+        response = httpx.get(url, timeout=10)
     except httpx.HTTPError as error:
         return f"no answer: {error}"
     told = response.json().get("status", "") if response.headers.get("content-type", "").endswith("json") else ""
@@ -78,6 +89,41 @@ def backup(
             print_json({"archive": str(archive), "sha256": digest})
         else:
             console.print(f"{archive}  sha256 {digest}", soft_wrap=True)
+
+
+def restore(
+    archive: Annotated[Path, typer.Argument(help="What `fedvit backup` wrote.")],
+    nothing_since: Annotated[
+        bool, typer.Option("--nothing-since", help="Answer for it that nothing was released after the backup.")
+    ] = False,
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go back to a backup, once it is verified; what was spent since stays spent. The present state is kept aside."""
+    with explained(as_json):
+        from fedvit.cli.state import local_actor
+        from fedvit.store.restore import restore_backup
+
+        folder = settings_from(config, home).home
+        done = restore_backup(folder, archive, actor=local_actor(), nothing_since=nothing_since)
+        if as_json:
+            print_json(asdict(done))
+            return
+        kept = f" What was there is in {done.aside}." if done.aside else ""
+        console.print(
+            f"{folder} is restored: {done.ledger_lines} ledger lines, {done.carried_lines} of them newer than the "
+            f"backup.{kept}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if done.frozen:
+            console.print(
+                f"[yellow]The privacy ledger is frozen:[/] {escape(done.frozen.reason)} Answer for it with `fedvit "
+                "privacy unfreeze`, or grant a new budget.",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def diagnostics(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:

@@ -1,10 +1,15 @@
-"""Opening a state folder from the command line."""
+"""A state folder as the command line uses it: opened where it exists, changed on the audit trail."""
 
 from __future__ import annotations
 
+import getpass
+import os
+from collections.abc import Mapping
+from typing import Any
+
 from fedvit.config import Settings
 from fedvit.errors import StateError
-from fedvit.store.store import Store
+from fedvit.store.store import AuditFacts, Store
 
 
 def open_existing_store(settings: Settings) -> Store:
@@ -18,3 +23,28 @@ def open_existing_store(settings: Settings) -> Store:
             f"There is no fedvit state at {settings.home}.", cure="Run `fedvit run`, or name the folder with --home."
         )
     return Store.open(settings.home)
+
+
+def local_actor() -> str:
+    """Who uses this machine's command line, for the audit trail."""
+    try:
+        return f"local:{getpass.getuser()}"
+    except (KeyError, OSError):  # In a container the user may have no name.
+        return f"local:{os.getuid()}"
+
+
+def audit_local(store: Store, action: str, params: Mapping[str, Any]) -> None:
+    """Write one change that was made on the command line to the audit trail; ``action`` begins with ``CLI``."""
+    store.append_audit(
+        AuditFacts(
+            actor=local_actor(),
+            scopes=(),
+            source="local",
+            request_id="cli",
+            action=action,
+            params=params,
+            before=None,
+            after=None,
+            status=200,
+        )
+    )

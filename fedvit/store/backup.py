@@ -1,4 +1,11 @@
-"""One consistent archive of a state folder, taken while it is in use."""
+"""One consistent archive of a state folder, taken while it is in use.
+
+An archive unpacked with plain ``tar`` is a valid state folder, too. Nobody can tell then what the original has charged
+since, so the database in every archive carries a mark: its privacy ledger is frozen (incident ``restore``). The mark is
+in the database because that is what the accountant reads: it holds however the file got where it is. What lifts it is
+``fedvit restore`` where the ledger that it replaces proves what was charged, ``fedvit privacy unfreeze`` or ``fedvit
+restore --nothing-since`` where somebody answers for it, or a budget that is granted anew.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +16,18 @@ import sqlite3
 import tarfile
 import tempfile
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 
 from fedvit.errors import StateError, UsageError
+from fedvit.store import versions
+from fedvit.store.archive import CHECKSUMS, DATABASE, WRITE_AHEAD_LOG
+from fedvit.store.budget import REQUESTS_KEY
+from fedvit.store.database import open_database
+from fedvit.store.fleet import set_meta
+from fedvit.store.ledger import mark_as_copy
 from fedvit.types import utc_now
 
-DATABASE = "state.db"
-CHECKSUMS = "checksums.json"
 KEPT_FOLDERS = ("blobs", "keys")
 
 
@@ -23,50 +35,63 @@ def write_backup(home: Path, folder: Path) -> tuple[Path, str]:
     """Write ``fedvit-backup-<UTC time>.tar.gz`` into ``folder``; return its path and its SHA-256.
 
     The database is copied by SQLite's online backup first; blobs are immutable and written before the rows that name
-    them, so whatever the copy refers to is there. Inside, ``checksums.json`` holds each file's SHA-256.
+    them, so whatever the copy refers to is there. Inside, ``checksums.json`` holds each file's SHA-256; an empty
+    ``state.db-wal`` replaces one that ``tar`` would otherwise leave beside another state's database.
 
     Raises:
-        StateError: there is no state at ``home``.
+        StateError: there is no state at ``home``, or its database is damaged.
         UsageError: ``folder`` cannot be written to.
     """
     if not (home / DATABASE).exists():
         raise StateError(f"There is no fedvit state at {home}.", cure="Name its folder with --home.")
-    target = folder / f"fedvit-backup-{utc_now():%Y%m%d-%H%M%S}.tar.gz"
+    now = utc_now()
+    target = folder / f"fedvit-backup-{now:%Y%m%d-%H%M%S}.tar.gz"
     draft = target.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _copy_database(home / DATABASE, Path(scratch) / DATABASE)
+            _copy_database(home / DATABASE, Path(scratch) / DATABASE, now)
             _write_archive(draft, home, Path(scratch))
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise UsageError(
             f"The backup cannot be written to {folder}: {error.strerror}.", cure="Name a folder with room and access."
         ) from None
+    except sqlite3.Error as error:
+        raise StateError(f"The state database {home / DATABASE} cannot be copied: {error}.") from None
     draft.replace(target)
-    return target, _sha256(target)
+    return target, sha256_of(target)
 
 
-def _copy_database(source: Path, target: Path) -> None:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _copy_database(source: Path, target: Path, at: datetime) -> None:
     with closing(sqlite3.connect(source)) as live, closing(sqlite3.connect(target)) as copy:
         live.backup(copy)
+    database = open_database(target.parent)
+    with database.write() as session:
+        mark_as_copy(session, at)
+        versions.leave_room(session)
+        # Its original may approve one meanwhile, and a request grants one budget at most.
+        set_meta(session, REQUESTS_KEY, None)
+    database.close()
 
 
 def _write_archive(path: Path, home: Path, scratch: Path) -> None:
-    files = {DATABASE: scratch / DATABASE}
+    (scratch / WRITE_AHEAD_LOG).touch()
+    files = {name: scratch / name for name in (DATABASE, WRITE_AHEAD_LOG)}
     for folder in KEPT_FOLDERS:
         # A dot file is one that is still being written.
         found = (p for p in (home / folder).rglob("*") if p.is_file() and not p.name.startswith("."))
         files |= {str(p.relative_to(home)): p for p in sorted(found)}
     checksums = scratch / CHECKSUMS
-    checksums.write_text(json.dumps({name: _sha256(p) for name, p in files.items()}, indent=1))
+    checksums.write_text(json.dumps({name: sha256_of(p) for name, p in files.items()}, indent=1))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as raw, tarfile.open(fileobj=raw, mode="w:gz") as archive:
         archive.add(checksums, CHECKSUMS)
         for name, file in files.items():
             archive.add(file, name)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

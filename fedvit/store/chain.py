@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -58,6 +58,34 @@ class Chain:
         set_meta(session, self.head_key, {"sequence": sequence, "hash": rows[-1]["hash"]})
         return sequence
 
+    def length(self, session: Session) -> int:
+        """The last line's sequence.
+
+        Raises:
+            IntegrityError: lines are missing at the end of the table.
+        """
+        sequence: int = self._checked_head(session)["sequence"]
+        return sequence
+
+    def hash_at(self, session: Session, sequence: int) -> str:
+        """The hash of one line; for 0 what the first line hangs on."""
+        row = session.execute(self.lines.where(self.table.sequence == sequence)).one_or_none()
+        found: str = _GENESIS["hash"] if row is None else row.hash
+        return found
+
+    def adopt(self, session: Session, other: Session) -> int:
+        """Append the lines that another state's chain has behind this one's end, as they are; return how many.
+
+        Both chains are verified, and the other one goes on from this one.
+        """
+        end = self._checked_head(session)["sequence"]
+        query = self.lines.where(self.table.sequence > end).order_by(self.table.sequence)
+        for rows in other.execute(query).mappings().partitions(1000):
+            session.execute(insert(self.table), [dict(row) for row in rows])
+        head = self._head(other)
+        set_meta(session, self.head_key, head)
+        return int(head["sequence"]) - int(end)
+
     def verify(self, session: Session) -> int:
         """Recompute the whole chain; return its length.
 
@@ -76,6 +104,12 @@ class Chain:
         if head != {"sequence": sequence, "hash": prev_hash}:
             raise self._broken(min(sequence, head["sequence"]) + 1)
         return sequence
+
+    def dump(self, session: Session) -> Iterator[dict[str, Any]]:
+        """Every line with its hashes, oldest first, as it is stored: also where the chain is broken."""
+        query = self.lines.order_by(self.table.sequence).execution_options(yield_per=1000)
+        for row in session.execute(query):
+            yield {**row._mapping, "at": row.at.isoformat(timespec="microseconds")}
 
     def _head(self, session: Session) -> dict[str, Any]:
         found: dict[str, Any] = get_meta(session, self.head_key) or _GENESIS

@@ -6,10 +6,9 @@ when the process dies before, nothing of it is there.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib import resources
@@ -25,9 +24,9 @@ from sqlalchemy.orm import Session
 
 from fedvit.errors import DataError, StateError
 from fedvit.store.blobs import fsync_folder
+from fedvit.store.locks import opening_lock
 
 BUSY_TIMEOUT_S = 10.0
-LOCK_TIMEOUT_S = 60.0
 _RESET = "Restore it from a backup, or run `make reset` to begin anew."
 
 
@@ -43,6 +42,8 @@ class Database:
         self._engine = make_engine(path)
         # Shares the pool; only the word behind BEGIN differs.
         self._writer = self._engine.execution_options(begin="IMMEDIATE")
+        self._watcher: sqlite3.Connection | None = None
+        self._watching = threading.Lock()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -65,8 +66,32 @@ class Database:
             session.connection()  # Takes the lock now, so that nothing is read before it.
             yield session
 
+    def change_counter(self) -> int:
+        """A number that differs from an earlier one if anything was committed in between, by whatever process.
+
+        It costs some microseconds: SQLite tells a connection that only ever watches when others have committed.
+
+        Raises:
+            StateError: the file cannot be read.
+        """
+        with self._watching:
+            try:
+                if self._watcher is None:
+                    # Outside the pool: it must never write, and nobody must keep a transaction open on it.
+                    self._watcher = sqlite3.connect(
+                        self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+                    )
+                ((version,),) = self._watcher.execute("PRAGMA data_version").fetchall()
+            except sqlite3.Error as error:
+                raise StateError(f"The state database {self._path} cannot be used: {_one_line(error)}.") from error
+            return int(version)
+
     def close(self) -> None:
         """Give all connections back; the last one to close folds the write-ahead log into the file."""
+        with self._watching:
+            if self._watcher is not None:
+                self._watcher.close()
+            self._watcher = None
         self._engine.dispose()
 
 
@@ -77,7 +102,7 @@ def open_database(home: Path) -> Database:
         StateError: the file is no intact database of this program, or was written by a newer one; it is left as it was.
     """
     path = home / "state.db"
-    with _file_lock(home / "state.lock"):
+    with opening_lock(home):
         if path.exists():
             _migrate_existing(path)
         else:
@@ -174,29 +199,6 @@ def _upgrade(path: Path) -> None:
             command.upgrade(config, "head")
     finally:
         engine.dispose()
-
-
-@contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock that dies with its process; one opener at a time checks and migrates."""
-    with path.open("ab") as file:
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while not _try_lock(file.fileno()):
-            if time.monotonic() > deadline:
-                raise StateError(
-                    f"Another process has held {path} for {LOCK_TIMEOUT_S:.0f} s.",
-                    cure="End the process that is opening this state folder, then try again.",
-                )
-            time.sleep(0.02)
-        yield
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextmanager

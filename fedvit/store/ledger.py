@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
@@ -14,11 +14,13 @@ from fedvit.errors import ConflictError, LedgerFrozenError
 from fedvit.ports import Charge, LedgerEntry
 from fedvit.store.chain import Chain
 from fedvit.store.fleet import get_meta, set_meta
-from fedvit.store.records import LedgerFreeze
 from fedvit.store.tables import ChargeRow
-from fedvit.types import utc_now
+from fedvit.types import LedgerFreeze, utc_now
 
 FREEZE_KEY = "ledger_freeze"
+COPY_KEY = "ledger_copy"
+"""Set in every backup's database: what its original charged since is not known. Lifted apart from an incident's."""
+RESTORE = "restore"
 _CHARGE_FIELDS = tuple(field.name for field in fields(Charge))
 _ChargeKey = tuple[str, int, str, str]
 
@@ -43,24 +45,75 @@ def append_charges(session: Session, charges: Sequence[Charge], check: Callable[
 
 
 def freeze(session: Session, wish: LedgerFreeze) -> LedgerFreeze:
-    """Freeze the ledger; one that is frozen stays frozen for its first reason."""
-    found = frozen(session)
-    if found is None:
-        set_meta(session, FREEZE_KEY, {**asdict(wish), "at": wish.at.isoformat()})
-    return found or wish
+    """Freeze the ledger for one incident more; return the freeze in force, which is the first incident's."""
+    freezes = _freezes(session)
+    if wish.incident_id not in (freeze.incident_id for freeze in freezes):
+        freezes.append(wish)
+        _set_freezes(session, freezes)
+    return freezes[0]
 
 
 def frozen(session: Session) -> LedgerFreeze | None:
     """Why the ledger is frozen, or None."""
-    found = get_meta(session, FREEZE_KEY)
-    return None if found is None else LedgerFreeze(**{**found, "at": datetime.fromisoformat(found["at"])})
+    return next(iter(_freezes(session)), None) or _copy_freeze(session)
 
 
-def thaw(session: Session) -> LedgerFreeze | None:
-    """Lift the freeze, and say what it was; harmless where there is none."""
-    found = frozen(session)
-    set_meta(session, FREEZE_KEY, None)
+def thaw(session: Session, incident_id: str) -> LedgerFreeze | None:
+    """Lift one incident's freeze; return the one that is in force for another, if any.
+
+    Raises:
+        ConflictError: the ledger is frozen, and not by this incident.
+    """
+    freezes = _freezes(session)
+    left = [freeze for freeze in freezes if freeze.incident_id != incident_id]
+    if freezes and len(left) == len(freezes):
+        raise ConflictError(
+            f"The privacy ledger is not frozen by incident {incident_id!r}.",
+            cure=f"It is frozen by {', '.join(repr(freeze.incident_id) for freeze in freezes)}.",
+        )
+    _set_freezes(session, left)
+    return frozen(session)
+
+
+def thaw_copy(session: Session) -> LedgerFreeze | None:
+    """Lift the freeze of a state that came from a backup, and say what it was; harmless where there is none."""
+    found = _copy_freeze(session)
+    set_meta(session, COPY_KEY, None)
     return found
+
+
+def mark_as_copy(session: Session, at: datetime) -> None:
+    """Freeze the ledger of a state that was copied; the first copy's mark stays."""
+    if _copy_freeze(session) is None:
+        reason = "This state comes from a backup; what its original has charged since then is not known."
+        set_meta(session, COPY_KEY, _freeze_to_json(LedgerFreeze(RESTORE, reason, "fedvit backup", at)))
+
+
+def adopt_freezes(session: Session, other: Session) -> None:
+    """Be frozen as another state's ledger is, and for no other reason."""
+    for key in (FREEZE_KEY, COPY_KEY):
+        set_meta(session, key, get_meta(other, key))
+
+
+def _freezes(session: Session) -> list[LedgerFreeze]:
+    return [_freeze_of(found) for found in get_meta(session, FREEZE_KEY) or []]
+
+
+def _set_freezes(session: Session, freezes: Sequence[LedgerFreeze]) -> None:
+    set_meta(session, FREEZE_KEY, [_freeze_to_json(freeze) for freeze in freezes])
+
+
+def _copy_freeze(session: Session) -> LedgerFreeze | None:
+    found = get_meta(session, COPY_KEY)
+    return None if found is None else _freeze_of(found)
+
+
+def _freeze_to_json(freeze: LedgerFreeze) -> dict[str, Any]:
+    return {**asdict(freeze), "at": freeze.at.isoformat()}
+
+
+def _freeze_of(found: Mapping[str, Any]) -> LedgerFreeze:
+    return LedgerFreeze(**{**found, "at": datetime.fromisoformat(found["at"])})
 
 
 def ledger(session: Session, since: datetime | None, limit: int | None, after: int) -> list[LedgerEntry]:
@@ -75,16 +128,20 @@ def check_not_frozen(session: Session) -> None:
     """Make sure that charges may be written.
 
     Raises:
-        LedgerFrozenError: an incident froze the ledger.
+        LedgerFrozenError: an incident froze the ledger, or it came from a backup and nobody answered for it yet.
     """
     found = frozen(session)
-    if found is not None:
-        raise LedgerFrozenError(
-            f"The privacy ledger is frozen since {found.at:%Y-%m-%d %H:%M} UTC by incident {found.incident_id}: "
-            f"{found.reason}",
-            cure="Resolve the incident: POST /api/emergency/stand-down.",
-            incident_id=found.incident_id,
-        )
+    if found is None:
+        return
+    why = "it came from a backup" if found.incident_id == RESTORE else f"of incident {found.incident_id}"
+    cure = "Resolve the incident: POST /api/emergency/stand-down."
+    if found.incident_id == RESTORE:
+        cure = "Answer for it with `fedvit privacy unfreeze`, or grant a new budget: POST /api/privacy/reset-budget."
+    raise LedgerFrozenError(
+        f"The privacy ledger is frozen since {found.at:%Y-%m-%d %H:%M} UTC because {why}: {found.reason}",
+        cure=cure,
+        incident_id=found.incident_id,
+    )
 
 
 def _not_yet_written(session: Session, charges: Sequence[Charge]) -> list[Charge]:

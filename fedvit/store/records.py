@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from fedvit.types import ClientOutcome
+from fedvit.types import Client, ClientOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,31 @@ class FleetInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Validation:
+    """What an operator decided on a client's data."""
+
+    validated: bool
+    reason: str | None
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPage:
+    """Some clients with what operators decided on them, and how many there are in all."""
+
+    total: int
+    active: int
+    validated: int
+    clients: tuple[Client, ...]
+    validations: Mapping[str, Validation]
+
+
+@dataclass(frozen=True, slots=True)
 class RoundCommit:
     """What a finished round leaves behind. Values that are not finite are stored as absent: JSON has no word for them.
 
-    ``weights_digest`` and ``frozen_digest`` name blobs; ``outcomes`` has at most one entry a client of the cohort.
+    ``weights_digest`` and ``frozen_digest`` name blobs; ``outcomes`` has at most one entry a client, of this round's
+    cohort or, late, of an earlier one's.
     """
 
     weights_digest: str
@@ -65,13 +86,35 @@ class Derivation:
 
 
 @dataclass(frozen=True, slots=True)
-class LedgerFreeze:
-    """Why nothing may be charged to the privacy ledger."""
+class BudgetPeriod:
+    """A privacy budget that was granted anew. Only charges behind ``ledger_sequence`` count against it.
 
-    incident_id: str
-    reason: str
-    by: str
+    ``approved_by`` is None where no second person was asked.
+    """
+
+    sequence: int
     at: datetime
+    target_epsilon: float
+    justification: str
+    requested_by: str
+    approved_by: str | None
+    ledger_sequence: int
+
+    @property
+    def period(self) -> int:
+        """Its number, as reports name it: the first period is that of the settings and has no line."""
+        return self.sequence + 1
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetRequest:
+    """A privacy budget that somebody asked for and a second person has to approve."""
+
+    request_id: str
+    new_epsilon: float
+    justification: str
+    requested_by: str
+    expires_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +11,7 @@ from typing import Any
 from fedvit.errors import ConflictError, StateError
 from fedvit.ports import Charge, LedgerEntry
 from fedvit.store import audit as _audit
+from fedvit.store import budget as _budget
 from fedvit.store import fleet as _fleet
 from fedvit.store import idempotency as _idempotency
 from fedvit.store import ledger as _ledger
@@ -23,21 +24,51 @@ from fedvit.store.database import Database, open_database
 from fedvit.store.records import (
     AuditEntry,
     AuditFacts,
+    BudgetPeriod,
+    BudgetRequest,
+    ClientPage,
     Derivation,
     FleetInfo,
-    LedgerFreeze,
     Release,
     RequestKey,
     RoundCommit,
     StoredAnswer,
     Token,
+    Validation,
 )
 from fedvit.store.versions import Sign
-from fedvit.types import Client, Cohort, ModelVersion, Operation, OperationStatus, RoundRecord, Run, RunStatus
+from fedvit.types import (
+    Client,
+    Cohort,
+    LedgerFreeze,
+    ModelVersion,
+    Operation,
+    OperationStatus,
+    Participation,
+    RoundRecord,
+    Run,
+    RunStatus,
+    Sighting,
+)
+
+_OWN_KEYS = frozenset(
+    {
+        _fleet.FLEET_KEY,
+        _ledger.FREEZE_KEY,
+        _ledger.COPY_KEY,
+        _budget.REQUESTS_KEY,
+        _budget.CALL_KEY,
+        _versions.RELEASE_FLOOR_KEY,
+        *(chain.head_key for chain in (_ledger.CHAIN, _budget.CHAIN, _audit.CHAIN)),
+    }
+)
 
 __all__ = [
     "AuditEntry",
     "AuditFacts",
+    "BudgetPeriod",
+    "BudgetRequest",
+    "ClientPage",
     "Derivation",
     "FleetInfo",
     "LedgerFreeze",
@@ -48,6 +79,7 @@ __all__ = [
     "Store",
     "StoredAnswer",
     "Token",
+    "Validation",
 ]
 
 
@@ -153,10 +185,44 @@ class Store:
         with self._database.write() as session:
             return _fleet.set_client(session, client_id, active, validated)
 
+    def client_page(self, offset: int, limit: int) -> ClientPage:
+        """Clients ordered by id, and the totals, as of one moment."""
+        with self._database.read() as session:
+            return _fleet.client_page(session, offset, limit)
+
+    def sightings(self) -> list[Sighting]:
+        """The whereabouts of all active clients, ordered by id."""
+        with self._database.read() as session:
+            return _fleet.sightings(session)
+
+    def validate_client(self, client_id: str, verdict: Validation) -> Client:
+        """Record whether an operator trusts a client's data, and why.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        with self._database.write() as session:
+            return _fleet.validate_client(session, client_id, verdict)
+
+    def validations(self, client_ids: Sequence[str]) -> dict[str, Validation]:
+        """What operators last decided on these clients; nothing for those on whom nobody did."""
+        with self._database.read() as session:
+            return _fleet.validations(session, client_ids)
+
+    def touch_clients(self, seen: Mapping[str, datetime]) -> None:
+        """Move ``last_seen_at`` of these clients forward, never back; unknown ones are passed over."""
+        with self._database.write() as session:
+            _fleet.touch_clients(session, seen)
+
     def quarantine_clients(self, client_ids: Sequence[str], reason: str, at: datetime) -> list[str]:
         """Keep these clients out of every round; return those that are registered. The first quarantine stands."""
         with self._database.write() as session:
             return _fleet.quarantine_clients(session, client_ids, reason, at)
+
+    def quarantined_clients(self) -> list[str]:
+        """Ids of all clients in quarantine, sorted."""
+        with self._database.read() as session:
+            return _fleet.quarantined_clients(session)
 
     def reinstate_client(self, client_id: str) -> Client:
         """Lift a client's quarantine; harmless where there is none.
@@ -237,7 +303,9 @@ class Store:
 
         Raises:
             NotFoundError: the round was never opened.
-            ConflictError: it is committed already, or an outcome is a stranger's or a client's second one.
+            ConflictError: it is committed already, an outcome is a stranger's or a client's second one, or a client
+                that contributed was quarantined meanwhile. A late outcome belongs to the cohort of the round that it
+                started in.
         """
         with self._database.write() as session:
             return _runs.commit_round(session, run_id, round_index, commit)
@@ -259,6 +327,11 @@ class Store:
         """
         with self._database.read() as session:
             return _runs.round_record(session, run_id, round_index)
+
+    def participation(self) -> dict[str, Participation]:
+        """How the rounds of every client went that took part in one, over all runs."""
+        with self._database.read() as session:
+            return _runs.participation(session)
 
     # --- versions and releases ---------------------------------------------------------------------------------------
 
@@ -304,8 +377,10 @@ class Store:
         Raises:
             NotFoundError: no such version.
             ConflictError: there are no artifacts, or ``sequence`` is no longer the next number.
+            LedgerFrozenError: an incident froze the ledger; roll-backs and switches pass all the same.
         """
         with self._database.write() as session:
+            _ledger.check_not_frozen(session)
             return _versions.release(session, version, artifacts, envelopes, reason, sequence, serve_variant)
 
     def release_again(self, serve_variant: str, sign: Sign, reason: str) -> Release:
@@ -360,6 +435,11 @@ class Store:
         with self._database.read() as session:
             return _versions.releases(session)
 
+    def blob_digests(self) -> set[str]:
+        """Every blob that a version or a release names."""
+        with self._database.read() as session:
+            return _versions.blob_digests(session)
+
     # --- privacy ledger ----------------------------------------------------------------------------------------------
 
     def append_charges(self, charges: Sequence[Charge], check: Callable[[Sequence[Charge]], None]) -> int:
@@ -376,8 +456,20 @@ class Store:
         with self._database.write() as session:
             return _ledger.append_charges(session, charges, check)
 
+    def check_not_frozen(self) -> None:
+        """Make sure that charges may be written.
+
+        Raises:
+            LedgerFrozenError: they may not, and why.
+        """
+        with self._database.read() as session:
+            _ledger.check_not_frozen(session)
+
     def freeze_ledger(self, wish: LedgerFreeze) -> LedgerFreeze:
-        """Let nothing be charged any more; a ledger that is frozen stays so for its first reason, which is returned."""
+        """Let nothing be charged, and no trained version be released, until each incident that froze it is over.
+
+        Returns the freeze in force, which is the first incident's.
+        """
         with self._database.write() as session:
             return _ledger.freeze(session, wish)
 
@@ -386,24 +478,83 @@ class Store:
         with self._database.read() as session:
             return _ledger.frozen(session)
 
-    def thaw_ledger(self) -> LedgerFreeze | None:
-        """Lift the freeze and return what it was; harmless where there is none."""
+    def thaw_ledger(self, incident_id: str) -> LedgerFreeze | None:
+        """Lift one incident's freeze; return the one that is in force for another. Harmless where there is none.
+
+        Raises:
+            ConflictError: the ledger is frozen, and not by this incident.
+        """
         with self._database.write() as session:
-            return _ledger.thaw(session)
+            return _ledger.thaw(session, incident_id)
+
+    def ledger_lines(self) -> Iterator[dict[str, Any]]:
+        """The ledger as it is stored, hashes included, oldest line first; read to the end, or closed."""
+        with self._database.read() as session:
+            yield from _ledger.CHAIN.dump(session)
+
+    def thaw_restored_ledger(self) -> LedgerFreeze | None:
+        """Lift the freeze of a state that came from a backup and return what it was; harmless where there is none."""
+        with self._database.write() as session:
+            return _ledger.thaw_copy(session)
 
     def verify_ledger(self) -> int:
-        """Recompute the hash chain; return the number of entries.
+        """Recompute the hash chains of ledger and budget periods; return the number of ledger entries.
 
         Raises:
             IntegrityError: naming the first sequence that is not as it was written.
         """
         with self._database.read() as session:
+            _budget.CHAIN.verify(session)
             return _ledger.CHAIN.verify(session)
 
     def ledger(self, since: datetime | None = None, limit: int | None = None, after: int = 0) -> list[LedgerEntry]:
         """Ledger entries with a sequence above ``after`` and not older than ``since``, oldest first."""
         with self._database.read() as session:
             return _ledger.ledger(session, since, limit, after)
+
+    def grant_budget(
+        self,
+        target_epsilon: float,
+        justification: str,
+        requested_by: str,
+        approved_by: str | None = None,
+        *,
+        call_key: str | None = None,
+    ) -> BudgetPeriod:
+        """Begin a new budget period: only what is charged from now on counts against it. Nothing spent is forgotten.
+
+        A call repeated under the same ``call_key`` begins none. The freeze of a restored state is lifted.
+
+        Raises:
+            IntegrityError: the end of the ledger, or of the list of periods, is not where it was left.
+        """
+        with self._database.write() as session:
+            return _budget.grant(session, target_epsilon, justification, requested_by, approved_by, call_key)
+
+    def budget_period(self) -> BudgetPeriod | None:
+        """The period in force; None in the first one, which is that of the settings."""
+        with self._database.read() as session:
+            return _budget.current(session)
+
+    def budget_periods(self) -> list[BudgetPeriod]:
+        """All periods that were granted, oldest first."""
+        with self._database.read() as session:
+            return _budget.periods(session)
+
+    def ask_for_budget(self, new_epsilon: float, justification: str, requested_by: str, at: datetime) -> BudgetRequest:
+        """Keep a request for a second person to approve within 24 hours."""
+        with self._database.write() as session:
+            return _budget.ask(session, new_epsilon, justification, requested_by, at)
+
+    def take_budget_request(self, request_id: str, approved_by: str, at: datetime) -> BudgetRequest:
+        """Approve a request and take it off the list; it grants one budget at most.
+
+        Raises:
+            NotFoundError: no such request, or it has expired.
+            ForbiddenError: who approves is who asked.
+        """
+        with self._database.write() as session:
+            return _budget.take(session, request_id, approved_by, at)
 
     # --- access ------------------------------------------------------------------------------------------------------
 
@@ -435,10 +586,10 @@ class Store:
         with self._database.write() as session:
             return _tokens.revoke_token(session, token_id, at)
 
-    def touch_token(self, token_id: str, at: datetime) -> None:
-        """Remember when a token was used last."""
+    def touch_tokens(self, used: Mapping[str, datetime]) -> None:
+        """Remember when these tokens were used last."""
         with self._database.write() as session:
-            _tokens.touch_token(session, token_id, at)
+            _tokens.touch_tokens(session, used)
 
     def append_audit(self, facts: AuditFacts) -> int:
         """Write one line of the audit trail; return its sequence.
@@ -458,6 +609,11 @@ class Store:
         """The last lines of the audit trail, oldest of them first."""
         with self._database.read() as session:
             return _audit.latest_audit(session, limit)
+
+    def audit_lines(self) -> Iterator[dict[str, Any]]:
+        """The audit trail as it is stored, hashes included, oldest line first; read to the end, or closed."""
+        with self._database.read() as session:
+            yield from _audit.CHAIN.dump(session)
 
     def verify_audit(self) -> int:
         """Recompute the hash chain; return the number of lines.
@@ -547,6 +703,13 @@ class Store:
         with self._database.write() as session:
             return _operations.cancel_operation(session, operation_id)
 
+    def change_counter(self) -> int:
+        """A number that differs from an earlier one if anything was committed in between, by whatever process.
+
+        Cheap enough to ask at every request; equal numbers mean that whatever was read then is still the truth.
+        """
+        return self._database.change_counter()
+
     # --- meta --------------------------------------------------------------------------------------------------------
 
     def get_meta(self, key: str) -> Any | None:
@@ -570,7 +733,7 @@ class Store:
         Raises:
             ConflictError: the store keeps that key for itself.
         """
-        if key in (_fleet.FLEET_KEY, _ledger.FREEZE_KEY, _ledger.CHAIN.head_key, _audit.CHAIN.head_key):
+        if key in _OWN_KEYS:
             raise ConflictError(f"The store keeps the key {key!r} for itself.", cure="Use another key.")
         with self._database.write() as session:
             value = change(_fleet.get_meta(session, key))

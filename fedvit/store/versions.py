@@ -9,12 +9,17 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, NotFoundError
+from fedvit.store.fleet import get_meta, set_meta
 from fedvit.store.records import Derivation, Release, RoundCommit
 from fedvit.store.tables import ReleaseRow, RunRow, VersionRow
 from fedvit.types import ModelVersion, utc_now
 
 Sign = Callable[[ModelVersion, int], Mapping[str, str]]
 """The envelope of each variant, for a version released under a sequence number."""
+RELEASE_FLOOR_KEY = "release_floor"
+"""Release numbers up to this one may be taken, by releases that a restored state knows nothing of."""
+RELEASE_MARGIN = 10_000
+"""More releases than anybody makes between a backup and the loss of its original."""
 _NEWEST_FIRST = (VersionRow.run_ordinal.desc(), VersionRow.number.desc())
 
 
@@ -197,7 +202,8 @@ def release_of(session: Session, name: str) -> Release | None:
 
 def next_release_sequence(session: Session) -> int:
     """The number that the next release gets; rows are never deleted, so none is given twice."""
-    return 1 + (session.scalar(select(func.max(ReleaseRow.sequence))) or 0)
+    last = session.scalar(select(func.max(ReleaseRow.sequence))) or 0
+    return 1 + max(last, get_meta(session, RELEASE_FLOOR_KEY) or 0)
 
 
 def current_release(session: Session) -> Release | None:
@@ -209,6 +215,22 @@ def current_release(session: Session) -> Release | None:
 def releases(session: Session) -> list[Release]:
     """All releases, oldest first."""
     return [_to_release(row) for row in session.scalars(select(ReleaseRow).order_by(ReleaseRow.sequence))]
+
+
+def blob_digests(session: Session) -> set[str]:
+    """Every blob that a version or a release names."""
+    found: set[str] = set()
+    for row in session.execute(select(VersionRow.weights_digest, VersionRow.frozen_digest, VersionRow.artifacts)):
+        found |= {row.weights_digest, row.frozen_digest, *row.artifacts.values()}
+    return found.union(*(artifacts.values() for artifacts in session.scalars(select(ReleaseRow.artifacts))))
+
+
+def leave_room(session: Session) -> None:
+    """Make the next release's number higher than any that the original of a copied state gives meanwhile.
+
+    Vehicles follow no number below one that they have seen.
+    """
+    set_meta(session, RELEASE_FLOOR_KEY, next_release_sequence(session) - 1 + RELEASE_MARGIN)
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

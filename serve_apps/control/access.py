@@ -23,6 +23,7 @@ from fedvit.errors import FedvitError, ForbiddenError, RateLimitedError, Unautho
 from fedvit.monitoring.metrics import unauthorized_requests
 from fedvit.store.store import Store
 from fedvit.types import utc_now
+from serve_apps.control.write_behind import WriteBehind
 
 if TYPE_CHECKING:
     from fedvit.access.oidc import OidcVerifier
@@ -38,11 +39,13 @@ class Requirement:
     Args:
         scopes: any one of them suffices.
         token_always: a token is demanded in the open loopback mode, too.
+        audited: whether a call that is not safe leaves a line in the audit trail; see :func:`requires`.
     """
 
-    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False) -> None:
+    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False, audited: bool = True) -> None:
         self.scopes = scopes
         self.token_always = token_always
+        self.audited = audited
 
     async def __call__(self, request: HTTPConnection) -> None:
         """Make sure that the guard was asked: on a route of another class nobody would have."""
@@ -54,16 +57,20 @@ class Requirement:
 class TokenRequirement(Requirement, HTTPBearer):
     """A requirement that a bearer token meets; the OpenAPI document shows it as one."""
 
-    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False) -> None:
+    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False, audited: bool = True) -> None:
         HTTPBearer.__init__(self, auto_error=False, scheme_name="token", bearerFormat="fvt_<token_id>_<secret>")
-        Requirement.__init__(self, scopes, token_always=token_always)
+        Requirement.__init__(self, scopes, token_always=token_always, audited=audited)
 
 
-def requires(*any_of: Scope, token_always: bool = False) -> params.Depends:
-    """For a route's ``dependencies``: whoever asks must hold one of these scopes."""
+def requires(*any_of: Scope, token_always: bool = False, audited: bool = True) -> params.Depends:
+    """For a route's ``dependencies``: whoever asks must hold one of these scopes.
+
+    ``audited=False`` is for telemetry, which changes nothing that anybody decided: such a call leaves no line in the
+    audit trail, also when it is refused, none in the log when it went well, and a repetition is simply done again.
+    """
     if not any_of:
         raise ValueError("requires() names no scope; say public() where none is needed")
-    return params.Depends(TokenRequirement(any_of, token_always=token_always))
+    return params.Depends(TokenRequirement(any_of, token_always=token_always, audited=audited))
 
 
 def public() -> params.Depends:
@@ -74,6 +81,7 @@ def public() -> params.Depends:
 VIEWER = [requires(Scope.VIEWER)]
 OPERATOR = [requires(Scope.OPERATOR)]
 ADMIN = [requires(Scope.ADMIN)]
+EMERGENCY = [requires(Scope.EMERGENCY, token_always=True)]
 # Vehicles and replicas fetch releases with a token that is good for nothing else.
 FOLLOWER = [requires(Scope.VIEWER, Scope.DEVICE)]
 
@@ -110,7 +118,10 @@ class Caller:
 
 
 class Guard:
-    """Tells who asks, and whether he may. Its calls block on the store: call them in a thread.
+    """Tells who asks, and whether he may. To identify a token blocks on the store: do that in a thread.
+
+    Attributes:
+        tokens_used: when tokens were used last, on its way to the store.
 
     Raises:
         ConfigError: the OIDC key set cannot be read.
@@ -127,6 +138,7 @@ class Guard:
         self.access = settings.access
         self._host = settings.serving.host
         self._store, self._now = store, now
+        self.tokens_used = WriteBehind(store.touch_tokens)
         self._buckets = TokenBuckets(self.access.requests_per_s, self.access.burst, monotonic)
         window_s = self.access.failed_attempts_window_s
         self._failures = FailureWindow(self.access.max_failed_attempts, window_s, monotonic)
@@ -157,6 +169,11 @@ class Guard:
                 retry_after_s=whole_seconds(wait_s),
             )
             raise _counted(limited, "too_many_failures") from None
+
+    @staticmethod
+    def identifies_at_once(requirement: Requirement, caller: Caller) -> bool:
+        """Whether :meth:`identify` blocks on nothing: there is no token to look up."""
+        return not requirement.scopes or not caller.authorization
 
     def permit(self, requirement: Requirement, identity: Identity) -> None:
         """Make sure that ``identity`` may use the route now.
@@ -198,7 +215,7 @@ class Guard:
             )
         if self._oidc is not None and not text.startswith(PREFIX):
             return self._oidc.verify(text.strip())
-        return verify_token(self._store, text.strip(), self._now())
+        return verify_token(self._store, text.strip(), self._now(), used=self.tokens_used.put)
 
     def _without_token(self, requirement: Requirement, caller: Caller) -> Identity:
         if requirement.token_always or self.access.mode != "open_loopback":
@@ -227,7 +244,8 @@ class Guard:
         return None
 
 
-def current_identity(request: Request) -> Identity:
+# Both async: FastAPI hands anything else to a thread, and there is nothing to wait for.
+async def current_identity(request: Request) -> Identity:
     """Who asks, for a handler that wants to know."""
     identity: Identity = request.state.identity
     return identity
@@ -241,7 +259,7 @@ class AuditNote:
     after: Any = None
 
 
-def _audit_note(request: Request) -> AuditNote:
+async def _audit_note(request: Request) -> AuditNote:
     note: AuditNote = request.state.audit_note
     return note
 

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from datetime import timedelta
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 from fastapi import FastAPI, Query, Response
 from safetensors import safe_open
 
-from fedvit.access.identity import Scope
-from fedvit.errors import ConflictError, NotFoundError
+from fedvit.errors import NotFoundError
+from fedvit.monitoring.conditions import progress_conditions
 from fedvit.monitoring.metrics import render
+from fedvit.operations.mailbox import Mailbox
 from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
-from fedvit.types import Client, ClientKind, TrainingProgress, Variant, utc_now
-from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public, requires
+from fedvit.types import TrainingProgress, Variant
+from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public
+from serve_apps.control.aggregation_life import add_aggregation_routes
+from serve_apps.control.clients import add_client_routes
+from serve_apps.control.communication import add_communication_routes
+from serve_apps.control.data_health import add_data_health_routes
+from serve_apps.control.emergency import add_emergency_routes
+from serve_apps.control.heartbeats import Heartbeats, add_heartbeat_routes
 from serve_apps.control.links import link_answers
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
+from serve_apps.control.presence import Presence
+from serve_apps.control.privacy import add_privacy_routes
 from serve_apps.control.route import Control, install_control
 from serve_apps.control.schemas import (
     MAX_INTEGER,
     AuditView,
-    BudgetView,
-    ClientsStatus,
-    ClientView,
+    ConditionView,
     HealthView,
     ModelInfo,
     ModelView,
     Offset,
     ProgressView,
-    RegisterClient,
-    SpendView,
 )
 from serve_apps.control.services import Services
 from serve_apps.control.training_life import add_training_life_routes
+from serve_apps.control.write_behind import flushing
 from serve_apps.problems import documented, install_problem_handlers
 
 __all__ = ["Services", "create_api"]
@@ -49,18 +56,34 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     Raises:
         ConfigError: the OIDC key set cannot be read.
     """
-    # Redirects name the host that the caller named, which may be anybody's.
-    api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "", redirect_slashes=False)
+    guard = guard or Guard(services.settings, services.store)
+    heartbeats = Heartbeats(services.store, services.settings.fleet)
+    presence = Presence(services, heartbeats)
+    mailbox = Mailbox(services.settings, services.store)
+    api = FastAPI(
+        title="fedvit control",
+        version="0.1.0",
+        description=__doc__ or "",
+        lifespan=flushing(guard.tokens_used, heartbeats.seen),
+        # Redirects name the host that the caller named, which may be anybody's.
+        redirect_slashes=False,
+    )
     install_problem_handlers(api)
-    install_control(api, Control(guard or Guard(services.settings, services.store), services.store))
+    install_control(api, Control(guard, services.store))
     _add_system_routes(api, services)
-    _add_client_routes(api, services)
+    # Before the clients: its paths would be taken for one of them.
+    add_data_health_routes(api, services, presence)
+    add_client_routes(api, services, heartbeats, presence, mailbox)
+    add_heartbeat_routes(api, services, heartbeats, mailbox)
+    add_communication_routes(api, mailbox)
     _add_model_routes(api, services)
-    _add_privacy_routes(api, services)
+    add_privacy_routes(api, services)
     _add_training_routes(api, services)
     add_model_life_routes(api, services)
     add_training_life_routes(api, services)
+    add_aggregation_routes(api, services)
     add_operation_routes(api, services)
+    add_emergency_routes(api, services)
     _add_audit_routes(api, services)
     link_answers(api)
     return api
@@ -81,10 +104,11 @@ def _add_system_routes(api: FastAPI, services: Services) -> None:
             "accountant": _ailment(lambda: services.accountant().budget()),
         }
         release = services.store.current_release()
+        shown = partial(progress_view, services)
         return HealthView(
             status="ok" if all(part == "ok" for part in parts.values()) else "degraded",
             parts=parts,
-            training=_progress(services.aggregator().progress()) if parts["aggregator"] == "ok" else None,
+            training=shown(services.aggregator().progress()) if parts["aggregator"] == "ok" else None,
             release=release.version if release else None,
         )
 
@@ -107,67 +131,6 @@ def _ailment(check: Callable[[], object]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return "ok"
-
-
-def _add_client_routes(api: FastAPI, services: Services) -> None:
-    store = services.store
-
-    @api.get("/api/clients/status", tags=["clients"], dependencies=VIEWER)
-    def status(limit: Annotated[int, Query(ge=1, le=1000)] = 100, offset: Offset = 0) -> ClientsStatus:
-        """A page of clients and the totals."""
-        return ClientsStatus(
-            total=store.count_clients(),
-            active=store.count_clients(active=True),
-            validated=store.count_clients(validated=True),
-            clients=[ClientView.of(client) for client in store.clients(offset=offset, limit=limit)],
-        )
-
-    @api.post(
-        "/api/clients/register",
-        tags=["clients"],
-        status_code=201,
-        dependencies=[requires(Scope.OPERATOR, Scope.DEVICE)],
-    )
-    def register(request: RegisterClient, note: Note) -> ClientView:
-        """Add a vehicle, or bring one back; registering twice is harmless."""
-        known = _find_client(store, request.device_id)
-        if known is not None and known.kind is ClientKind.VIRTUAL:
-            raise ConflictError(
-                f"{request.device_id!r} is a virtual client of this system.", cure="Choose another device_id."
-            )
-        store.register_clients(
-            [
-                Client(
-                    client_id=request.device_id,
-                    kind=ClientKind(request.kind),
-                    num_examples=request.num_examples,
-                    capabilities=request.capabilities,
-                )
-            ]
-        )
-        note.before = _client_facts(known) if known else None
-        client = store.set_client(request.device_id, active=True)
-        note.after = _client_facts(client)
-        return ClientView.of(client)
-
-    @api.delete("/api/clients/{client_id}", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
-    def remove(client_id: str, note: Note) -> ClientView:
-        """Take a client out of the active list; its record and its privacy spend remain."""
-        note.before = _client_facts(store.client(client_id))
-        client = store.set_client(client_id, active=False)
-        note.after = _client_facts(client)
-        return ClientView.of(client)
-
-
-def _client_facts(client: Client) -> dict[str, Any]:
-    return ClientView.of(client).model_dump(mode="json")
-
-
-def _find_client(store: Store, client_id: str) -> Client | None:
-    try:
-        return store.client(client_id)
-    except NotFoundError:
-        return None
 
 
 def _add_model_routes(api: FastAPI, services: Services) -> None:
@@ -257,26 +220,11 @@ def _current_release(store: Store) -> Release:
     return release
 
 
-def _add_privacy_routes(api: FastAPI, services: Services) -> None:
-    @api.get("/api/privacy/budget", tags=["privacy"], dependencies=VIEWER, responses=documented(503))
-    def budget() -> BudgetView:
-        """What is spent and what is left, for the most exposed client."""
-        return BudgetView.of(services.accountant().budget())
-
-    @api.get("/api/privacy/history", tags=["privacy"], dependencies=VIEWER, responses=documented(503))
-    def history(
-        hours: Annotated[float, Query(gt=0, le=24 * 366)] = 24, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
-    ) -> list[SpendView]:
-        """The ledger's entries of the last hours, oldest first."""
-        since = utc_now() - timedelta(hours=hours)
-        return [SpendView.of(entry) for entry in services.accountant().history(since, limit)]
-
-
 def _add_training_routes(api: FastAPI, services: Services) -> None:
     @api.get("/api/training/status", tags=["training"], dependencies=VIEWER, responses=documented(503))
     def status() -> ProgressView:
         """Where the training loop stands."""
-        return _progress(services.aggregator().progress())
+        return progress_view(services, services.aggregator().progress())
 
     @api.post(
         "/api/training/start", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
@@ -287,7 +235,7 @@ def _add_training_routes(api: FastAPI, services: Services) -> None:
         note.before = standing_of(aggregator.progress())
         progress = aggregator.start_training()
         note.after = standing_of(progress)
-        return _progress(progress)
+        return progress_view(services, progress)
 
     @api.post(
         "/api/training/stop", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
@@ -298,11 +246,24 @@ def _add_training_routes(api: FastAPI, services: Services) -> None:
         note.before = standing_of(aggregator.progress())
         progress = aggregator.stop_training()
         note.after = standing_of(progress)
-        return _progress(progress)
+        return progress_view(services, progress)
 
 
-def _progress(progress: TrainingProgress) -> ProgressView:
-    return ProgressView(**dataclasses.asdict(progress))
+def progress_view(services: Services, progress: TrainingProgress) -> ProgressView:
+    """Where the loop stands, and what holds of it. It is shown also when the accountant does not answer."""
+    budget = None
+    with contextlib.suppress(Exception):
+        budget = services.accountant().budget()
+    freeze, release = services.store.ledger_freeze(), services.store.current_release()
+    conditions = progress_conditions(
+        progress,
+        budget,
+        frozen=freeze.incident_id if freeze else None,
+        release=(release.version, release.at) if release else None,
+    )
+    return ProgressView(
+        **dataclasses.asdict(progress), conditions=[ConditionView(**dataclasses.asdict(found)) for found in conditions]
+    )
 
 
 def _add_audit_routes(api: FastAPI, services: Services) -> None:

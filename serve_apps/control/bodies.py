@@ -37,17 +37,16 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     raise ProblemError(413, "body-too-large", "Body too large", f"A request body may have {max_bytes} bytes at most.")
 
 
-def parse_json(content: bytes, max_depth: int, example: Any) -> Any:
+def parse_json(content: bytes, max_depth: int, example: Callable[[], Any]) -> Any:
     """The JSON value in a body.
 
     Raises:
-        ProblemError: it is none, or nests too deeply; ``example`` is then shown as what would be right.
+        ProblemError: it is none, or nests too deeply; ``example`` is then asked for what would be right.
     """
 
     def refuse(why: str) -> NoReturn:
-        raise ProblemError(
-            400, "invalid-json", "Invalid JSON", why, **({} if example is None else {"example": example})
-        )
+        shown = example()
+        raise ProblemError(400, "invalid-json", "Invalid JSON", why, **({} if shown is None else {"example": shown}))
 
     try:
         text = content.decode("utf-8-sig")

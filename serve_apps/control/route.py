@@ -68,7 +68,8 @@ class ControlledRoute(APIRoute):
     """A route that declares who may use it, with ``dependencies=[requires(...)]`` or ``[public()]``.
 
     A request passes, in this order: its token, its scopes and its rate; the size and the form of its body; for a
-    mutating one its idempotency key; then the handler, within the time limit. A mutating one is audited at the end.
+    mutating one its idempotency key; then the handler, within the time limit. A mutating one is audited at the end,
+    unless its requirement says ``audited=False``; then it knows no idempotency keys either.
 
     Raises:
         TypeError: the route declares not one requirement.
@@ -82,6 +83,8 @@ class ControlledRoute(APIRoute):
         marks: dict[str, Any] = {"x-scope": [str(scope) for scope in requirement.scopes]}
         if requirement.token_always:
             marks["x-token-always"] = True
+        if not requirement.audited:
+            marks["x-audited"] = False
         mutating = not set(options.get("methods") or {"GET"}) <= _SAFE
         if mutating:
             marks["parameters"] = [_KEY_PARAMETER]
@@ -123,7 +126,10 @@ class _Call:
 
     async def answer(self) -> Response:
         request, requirement = self._request, self._route.requirement
-        identity = await run_in_threadpool(self._guard.identify, requirement, self._caller)
+        if self._guard.identifies_at_once(requirement, self._caller):
+            identity = self._guard.identify(requirement, self._caller)
+        else:
+            identity = await run_in_threadpool(self._guard.identify, requirement, self._caller)
         request.state.identity, request.state.audit_note, request.state.source = (
             identity,
             self._note,
@@ -136,10 +142,12 @@ class _Call:
             self._guard.permit(requirement, identity)
         except FedvitError as error:
             # Only who is known is audited when refused: strangers could fill the disk.
-            if identity.authenticated:
+            if identity.authenticated and requirement.audited:
                 await self._audit(identity, None, error.http_status)
             raise
         content, body = await self._read()
+        if not requirement.audited:
+            return await self._in_time(self._inner(with_body(request, content)))
         return await self._mutate(identity, content, body)
 
     async def _read(self) -> tuple[bytes, Any]:
@@ -152,7 +160,7 @@ class _Call:
         takes_body = self._route.body_field is not None
         if not content and not takes_body:
             return content, None
-        body = parse_json(content, self._access.max_json_depth, self._route.example())
+        body = parse_json(content, self._access.max_json_depth, self._route.example)
         if not takes_body:
             check_no_fields(body)
         return content, body
@@ -282,9 +290,10 @@ async def _logged(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> N
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:
-    # Vehicles poll: a line for each reading that went well would bury the rest and fill the disk.
-    quiet = scope["method"] in _SAFE and status < 500 and status not in (401, 403, 429)
     route, identity = scope.get("route"), scope["state"].get("identity")
+    telemetry = isinstance(route, ControlledRoute) and not route.requirement.audited
+    # Vehicles poll: a line for each reading that went well would bury the rest and fill the disk.
+    quiet = (scope["method"] in _SAFE or telemetry) and status < 500 and status not in (401, 403, 429)
     facts = {
         "method": scope["method"][:16],
         "route": getattr(route, "path", None) or f"unknown: {scope['path'][:100]}",

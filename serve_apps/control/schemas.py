@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, mo
 
 from fedvit.ports import LedgerEntry
 from fedvit.store.store import AuditEntry
-from fedvit.types import BudgetReport, Client, ModelVersion
+from fedvit.types import CLIENT_ID, BudgetReport, Client, LedgerFreeze, ModelVersion
 
 # What every reader of JSON keeps exactly (RFC 8259, section 6).
 MAX_INTEGER = 2**53 - 1
@@ -49,10 +49,20 @@ def _json_type(value: Any) -> str | None:
 class RegisterClient(RequestBody):
     """A vehicle that offers to take part."""
 
-    device_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", examples=["truck-7"])
+    device_id: str = Field(pattern=CLIENT_ID, examples=["truck-7"])
     kind: Literal["remote", "silo"] = "remote"
     num_examples: int = Field(default=0, ge=0, le=MAX_INTEGER)
     capabilities: dict[str, Any] = Field(default_factory=dict, examples=[{"camera": "front"}])
+
+
+class ConditionView(BaseModel):
+    """One thing that holds of a client or of training, or does not; ``reason`` is a word for programs."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str
+    last_transition_at: datetime | None
 
 
 class ClientView(BaseModel):
@@ -64,10 +74,14 @@ class ClientView(BaseModel):
     validated: bool
     active: bool
     registered_at: datetime
+    last_seen_at: datetime | None
+    quarantined_at: datetime | None
+    quarantine_reason: str | None
+    conditions: list[ConditionView]
 
     @classmethod
-    def of(cls, client: Client) -> ClientView:
-        """The view of a client."""
+    def of(cls, client: Client, conditions: list[ConditionView]) -> ClientView:
+        """The view of a client of which ``conditions`` are said."""
         return cls(
             client_id=client.client_id,
             kind=client.kind.value,
@@ -75,6 +89,10 @@ class ClientView(BaseModel):
             validated=client.validated,
             active=client.active,
             registered_at=client.registered_at,
+            last_seen_at=client.last_seen_at,
+            quarantined_at=client.quarantined_at,
+            quarantine_reason=client.quarantine_reason,
+            conditions=conditions,
         )
 
 
@@ -132,8 +150,19 @@ class ModelInfo(BaseModel):
     image_size: int
 
 
+class FreezeView(BaseModel):
+    """Why nothing may be charged to the privacy ledger."""
+
+    incident_id: str
+    reason: str
+    at: datetime
+
+
 class BudgetView(BaseModel):
-    """The privacy budget."""
+    """The privacy budget of the present period; ``lifetime_epsilon`` composes everything ever charged.
+
+    ``period_started_at`` is absent in the first period; while the ledger is ``frozen`` nothing remains to be spent.
+    """
 
     privacy_unit: str
     target_epsilon: float
@@ -144,6 +173,9 @@ class BudgetView(BaseModel):
     lifetime_epsilon: float
     rounds_charged: int
     clients_charged: int
+    period: int
+    period_started_at: datetime | None
+    frozen: FreezeView | None
 
     @classmethod
     def of(cls, report: BudgetReport) -> BudgetView:
@@ -158,7 +190,14 @@ class BudgetView(BaseModel):
             lifetime_epsilon=report.lifetime_epsilon,
             rounds_charged=report.rounds_charged,
             clients_charged=report.clients_charged,
+            period=report.period,
+            period_started_at=report.period_started_at,
+            frozen=_freeze_view(report.frozen),
         )
+
+
+def _freeze_view(freeze: LedgerFreeze | None) -> FreezeView | None:
+    return FreezeView(incident_id=freeze.incident_id, reason=freeze.reason, at=freeze.at) if freeze else None
 
 
 class SpendView(BaseModel):
@@ -202,6 +241,7 @@ class ProgressView(BaseModel):
     epsilon: float
     version: str | None
     message: str | None
+    conditions: list[ConditionView]
 
 
 class HealthView(BaseModel):

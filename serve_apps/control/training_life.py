@@ -15,6 +15,8 @@ from serve_apps.control.schemas import RequestBody
 from serve_apps.control.services import Services
 from serve_apps.problems import documented
 
+IfMatch = Annotated[str | None, Header(description="The ETag that was read, or several; 412 if it has changed.")]
+
 
 class RestartRequest(RequestBody):
     """Who may be drawn in the new run; left out, whoever may be drawn now."""
@@ -76,9 +78,7 @@ def add_training_life_routes(api: FastAPI, services: Services) -> None:
         request: TrainingConfigRequest,
         response: Response,
         note: Note,
-        if_match: Annotated[
-            str | None, Header(description="The ETag that was read, or several; 412 if it has changed.")
-        ] = None,
+        if_match: IfMatch = None,
     ) -> TrainingConfigView:
         """Change it for the next round and all after it, also after a restart."""
         note.before = asdict(round_settings(store, settings))
@@ -87,7 +87,7 @@ def add_training_life_routes(api: FastAPI, services: Services) -> None:
             settings,
             min_clients=request.min_clients,
             wait_timeout_s=request.wait_timeout,
-            expected_revisions=_revisions(if_match),
+            expected_revisions=revisions(if_match),
         )
         note.after = asdict(changed)
         return _told(changed, response)
@@ -98,7 +98,7 @@ def _told(found: RoundSettings, response: Response) -> TrainingConfigView:
     return TrainingConfigView(min_clients=found.min_clients, wait_timeout=found.wait_timeout_s, revision=found.revision)
 
 
-def _revisions(if_match: str | None) -> frozenset[int] | None:
+def revisions(if_match: str | None) -> frozenset[int] | None:
     """The revisions that ``If-Match`` admits; None admits any. A tag that was never ours names none."""
     tags = [] if if_match is None else [tag.strip().strip('"') for tag in if_match.split(",")]
     if if_match is None or "*" in tags:

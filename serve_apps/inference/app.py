@@ -82,6 +82,7 @@ def _build_replica(settings: Settings, control_url: str, trusted_key: str, token
         source=control_url,
         poll_interval_s=settings.serving.poll_interval_s,
         metrics_dir=Path(metrics_dir) if metrics_dir else None,
+        count_answers=True,
     )
     guard = Guard(settings, Store.open(settings.home))
     return ServingProcess(client, options).app(Middleware(InferenceGuard, guard=guard))

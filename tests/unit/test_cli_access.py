@@ -61,3 +61,14 @@ def test_the_trail_shows_who_made_tokens_and_whether_it_was_touched(tmp_path: Pa
     broken = fedvit(tmp_path, "audit-log", "verify")
     assert broken.exit_code == 1
     assert "sequence 1" in broken.stderr
+
+
+def test_a_token_for_one_vehicle_comes_with_its_way_into_the_mailbox(tmp_path: Path) -> None:
+    words = ("token", "create", "truck", "--scope", "device", "--client", "truck-1", "--json")
+    made = json.loads(fedvit(tmp_path, *words).stdout)
+    assert made["client_id"] == "truck-1"
+    assert made["mailbox"]["url"] == str(tmp_path / "mailbox")
+    assert len(bytes.fromhex(made["mailbox"]["key"])) == 32
+    assert json.loads(fedvit(tmp_path, *words).stdout)["mailbox"] == made["mailbox"]
+    assert made["mailbox"]["key"] not in fedvit(tmp_path, "audit-log", "show", "--json").stdout
+    assert fedvit(tmp_path, "token", "create", "x", "--scope", "admin", "--client", "truck-1").exit_code == 2

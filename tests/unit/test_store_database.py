@@ -15,7 +15,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect
 
 from fedvit.errors import ConflictError, StateError
-from fedvit.store import database
+from fedvit.store import database, locks
 from fedvit.store.store import Store
 from fedvit.store.tables import Base, UtcDateTime
 from fedvit.types import Client, ClientKind
@@ -216,7 +216,7 @@ def test_a_folder_that_somebody_else_is_opening_is_refused_after_a_while(
 ) -> None:
     import fcntl
 
-    monkeypatch.setattr(database, "LOCK_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(locks, "LOCK_TIMEOUT_S", 0.0)
     with (tmp_path / "state.lock").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(StateError, match=r"state\.lock"):

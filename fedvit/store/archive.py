@@ -1,0 +1,131 @@
+"""Unpacking a backup archive that nobody has checked yet: bounded, and only what a backup can hold."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from fedvit.errors import FedvitError, IntegrityError, UsageError
+
+DATABASE = "state.db"
+WRITE_AHEAD_LOG = "state.db-wal"
+CHECKSUMS = "checksums.json"
+MAX_FILES = 1_000_000
+MAX_CHECKSUMS_BYTES = 256 * 2**20
+_CHUNK = 2**20
+_NAME = re.compile(
+    r"state\.db|state\.db-wal|checksums\.json|keys/[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+    r"|blobs/sha256/([0-9a-f]{2})/(?P<digest>\1[0-9a-f]{62})"
+)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack ``archive`` into the empty ``folder``, each file durably and with its checksum proven.
+
+    Raises:
+        IntegrityError: it is no archive of :func:`~fedvit.store.backup.write_backup`, or not as it was written.
+        UsageError: it cannot be read, or the disk is full.
+    """
+    with refused(archive):
+        found = dict(_unpacked(archive, folder))
+        if DATABASE not in found or CHECKSUMS not in found:
+            raise IntegrityError("it holds no database, or no checksums")
+        del found[CHECKSUMS]
+        if _checksums(folder / CHECKSUMS) != found:
+            raise IntegrityError("its files are not those that its checksums name")
+
+
+@contextmanager
+def refused(archive: Path) -> Iterator[None]:
+    """Whatever is wrong with the archive is said in one way.
+
+    Raises:
+        IntegrityError, UsageError: see :func:`unpack`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+            raise UsageError(f"The archive {archive} cannot be unpacked: {error.strerror or error}.") from error
+        # Content that nobody has checked can fail in any way.
+        why = error.message if isinstance(error, FedvitError) else str(error) or type(error).__name__
+        cure = "Nothing was changed; take another backup."
+        raise IntegrityError(f"The archive {archive} is refused: {why.rstrip('.')}.", cure=cure) from error
+
+
+def _unpacked(archive: Path, folder: Path) -> Iterator[tuple[str, str]]:
+    """Write each file below ``folder``; yield its name and the SHA-256 of its content."""
+    room = shutil.disk_usage(folder).free
+    names: set[str] = set()
+    with gzip.open(archive) as raw, tarfile.open(fileobj=_Bounded(raw), mode="r:") as members:
+        for member in members:
+            digest = _check(member)
+            room -= member.size
+            if member.name in names or len(names) >= MAX_FILES or room < 0:
+                raise IntegrityError(f"{member.name} is there twice, or there is too much in it")
+            names.add(member.name)
+            content = members.extractfile(member)
+            assert content is not None
+            found = _write(content, folder / member.name)
+            if digest not in (None, found):
+                raise IntegrityError(f"{member.name} holds something else")
+            yield member.name, found
+        # Read to its end, where gzip has its own checksum; behind the files there is nothing but padding.
+        if len(raw.read(_CHUNK)) == _CHUNK:
+            raise IntegrityError("something follows its files")
+
+
+def _check(member: tarfile.TarInfo) -> str | None:
+    """Admit a plain file under a name that a backup has; return what its content must hash to, if the name says it."""
+    named = _NAME.fullmatch(member.name)
+    if named is None or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+        raise IntegrityError(f"{member.name[:100]!r} is nothing that a backup holds")
+    # A log that is not empty would be replayed into the database.
+    if (member.name == WRITE_AHEAD_LOG and member.size) or (
+        member.name == CHECKSUMS and member.size > MAX_CHECKSUMS_BYTES
+    ):
+        raise IntegrityError(f"{member.name} is too large")
+    return named["digest"]
+
+
+def _write(content: IO[bytes], target: Path) -> str:
+    secret = target.parent.name == "keys"
+    target.parent.mkdir(mode=0o700 if secret else 0o777, parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        while chunk := content.read(_CHUNK):
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    told: dict[str, str] = json.loads(path.read_bytes())
+    return told
+
+
+class _Bounded:
+    """A file that is never read in large pieces: a header that claims to be long must not fill the memory."""
+
+    def __init__(self, raw: gzip.GzipFile) -> None:
+        self._raw = raw
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _CHUNK:
+            raise IntegrityError("one of its headers is too long")
+        return self._raw.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
