@@ -115,6 +115,25 @@ def test_a_long_operation_under_way_is_left_to_the_next_start(make: Make, monkey
     go_on.set()
 
 
+def test_a_restart_under_way_trains_only_after_the_next_start(make: Make) -> None:
+    site = make(fleet=LateFleet(held=True))
+    site.http.post("/api/training/start")
+    assert site.fleet.begun.wait(WAIT_S)
+    restart = site.http.post("/api/training/restart", json={}).json()["operation_id"]
+    asked(site, "graceful", save_state=False)
+    site.local.await_shutdown(0.2)
+    site.fleet.let.set()
+    assert site.local.await_shutdown(WAIT_S) == "graceful"
+    assert site.local.wait_operation(restart, WAIT_S).status is OperationStatus.SUCCEEDED
+    assert site.local.wait(WAIT_S).rounds_done == 0
+    assert {task.run_id for task, _ in site.fleet.tasks} == {"run-0001"}
+    site.close()
+    after = make(system_id="second")
+    after.local.wait(WAIT_S)
+    run = after.store.run("run-0002")
+    assert (run.status, run.rounds_done) == (RunStatus.COMPLETED, 4)
+
+
 def test_a_cancelled_shutdown_lets_training_go_on(make: Make) -> None:
     site = make(fleet=LateFleet(held=True))
     site.http.post("/api/training/start")
