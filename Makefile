@@ -8,7 +8,8 @@ HOME_DIR := $(or $(FEDVIT_HOME),var)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down reset test lint fmt bench bench-edge health-check emergency-backup diagnostics logs
+.PHONY: help setup run up down reset test fuzz chaos drill lint fmt bench bench-edge health-check emergency-backup \
+	diagnostics logs monitoring
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -36,8 +37,20 @@ reset: setup  ## Empty the state folder, after asking
 	@read -r -p "Delete $(HOME_DIR) with its models, keys and privacy ledger? Type yes: " answer && [ "$$answer" = yes ]
 	rm -rf -- $(HOME_DIR)
 
-test: setup  ## Run every test
+# What starts Ray, or measures an installation, has the machine to itself; all else shares it, one thread a worker.
+test: setup  ## Run every test (ARGS='tests/unit -k rounds' for some)
+ifeq ($(strip $(ARGS)),)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not install' --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest -m 'ray or install'
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
+
+fuzz: setup  ## Every route against its own document, FUZZ_EXAMPLES (200) an operation, and hostile requests
+	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),200) $(BIN)/python -m pytest tests/fuzz -s $(ARGS)
+
+chaos: setup  ## Campaigns against a running system: releases under load, processes killed (many minutes)
+	CHAOS=full $(BIN)/python -m pytest tests/chaos -s $(ARGS)
 
 lint: setup  ## Check style, types and the arrows between packages
 	$(BIN)/ruff check .
@@ -54,6 +67,9 @@ bench: bench-edge  ## Run every benchmark; figures go to docs/benchmarks
 bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real images
 	$(BIN)/python -m tests.benchmarks.edge_latency
 
+drill: setup  ## Run every command of docs/runbook.md against a real system on the real ports
+	$(BIN)/python -m pytest tests/drills $(ARGS)
+
 health-check: setup  ## Runbook: ask every part how it is
 	@$(BIN)/fedvit health-check $(ARGS)
 
@@ -65,3 +81,10 @@ diagnostics: setup  ## Runbook: versions, machine, state and logs, for somebody 
 
 logs: setup  ## Runbook: show all logs (ARGS=-f follows them)
 	@$(BIN)/fedvit logs $(ARGS)
+
+# What it gathers goes into the state folder; the rules say when to wake somebody.
+monitoring:  ## Runbook: Prometheus on http://localhost:9090 with the alerts, until Ctrl-C
+	@command -v prometheus >/dev/null || { echo "Prometheus is missing: apt-get install prometheus" >&2; exit 2; }
+	@mkdir -p $(HOME_DIR)/monitoring
+	exec prometheus --config.file=cluster_configs/monitoring/prometheus.yml \
+		--web.listen-address=127.0.0.1:9090 --storage.tsdb.path=$(HOME_DIR)/monitoring $(ARGS)

@@ -1,4 +1,7 @@
-"""The aggregator: the actor that trains and does long work in threads of its own, and answers meanwhile."""
+"""The aggregator: the actor that trains and does long work in threads of its own, and answers meanwhile.
+
+torch is loaded by the actor itself, not by whoever starts it or looks for it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from actors.handles import AccountantHandle, RayFleet
 from fedvit.config import settings_from_json
 from fedvit.monitoring.training import TrainingMetrics
 from fedvit.operations.local import LocalAggregator
+from fedvit.ports import ProxyReport
 from fedvit.store.store import Store
-from fedvit.training.server import ServerModel
 from fedvit.types import Operation, TrainingProgress, Variant
 
 
@@ -24,7 +25,8 @@ class Aggregator:
     An aggregator that died in the middle of a run, or of a long operation, takes it up when Ray restarts it.
     """
 
-    def __init__(self, settings_json: str, namespace: str) -> None:
+    def __init__(self, settings_json: str, namespace: str, system_id: str) -> None:
+        self._system_id = system_id
         self._settings = settings_from_json(settings_json)
         # By name, not by handle: an actor that is restarted finds them again.
         self._accountant = AccountantHandle.connect(namespace)
@@ -60,6 +62,10 @@ class Aggregator:
         """Return when the loop rests, or after ``timeout_s``."""
         return self._local.result().wait(timeout_s)
 
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now; said also while the model is being built."""
+        return self._fleet.proxies_alive()
+
     def submit(self, kind: str, params: Mapping[str, Any], call_key: str) -> Operation:
         """Queue a long operation; an equal ``call_key`` gives the same one."""
         return self._local.result().submit(kind, params, call_key)
@@ -67,6 +73,10 @@ class Aggregator:
     def cancel_operation(self, operation_id: str) -> Operation:
         """End a long operation early."""
         return self._local.result().cancel_operation(operation_id)
+
+    def await_shutdown(self, timeout_s: float) -> str | None:
+        """Block until this system was told to go down; how, or None after ``timeout_s``."""
+        return self._local.result().await_shutdown(timeout_s)
 
     def rollback(self, version: str, force: bool, reason: str | None) -> str:
         """Make an older version's content current again."""
@@ -77,6 +87,10 @@ class Aggregator:
         return self._local.result().switch_variant(variant)
 
     def _build(self) -> LocalAggregator:
+        import torch
+
+        from fedvit.training.server import ServerModel
+
         # More threads than free cores make torch wait for itself.
         torch.set_num_threads(self._settings.ray.threads_per_proxy)
         store = Store.open(self._settings.home)
@@ -96,6 +110,8 @@ class Aggregator:
             fleet=self._fleet,
             model=ServerModel(self._settings),
             on_progress=publish,
+            system_id=self._system_id,
+            on_connected=self._metrics.publish_connected,
         )
         publish(local.progress())
         local.resume()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +13,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from fedvit.errors import FedvitError, PlacementError
-from fedvit.ports import Charge, LedgerEntry
+from fedvit.ports import Charge, LedgerEntry, ProxyReport
 from fedvit.types import (
     BudgetReport,
     ClientOutcome,
@@ -25,6 +27,11 @@ from fedvit.types import (
 )
 
 CALL_TIMEOUT_S = 60.0
+LOOK_S = 1.0
+
+# A proxy answers in this concurrency group whatever its other thread does.
+PING = "ping"
+PING_TIMEOUT_S = 2.0
 
 AGGREGATOR = "fedvit-aggregator"
 ACCOUNTANT = "fedvit-accountant"
@@ -52,6 +59,25 @@ def fetch(reference: Any, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:
         if isinstance(error.cause, FedvitError):
             raise error.cause from None
         raise
+    except RayError as error:
+        raise PlacementError(
+            f"An actor cannot be reached: {str(error).strip().splitlines()[0]}",
+            cure="Ray restarts it; ask again in a moment.",
+        ) from None
+
+
+def _find(name: str, namespace: str) -> Any:
+    """The actor of that name.
+
+    Raises:
+        PlacementError: none runs there.
+    """
+    try:
+        return ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        raise PlacementError(
+            f"There is no actor {name}.", cure="Start the system with `make up`, or wait until it has started."
+        ) from None
 
 
 class AccountantHandle:
@@ -65,9 +91,9 @@ class AccountantHandle:
         """The accountant of the running system.
 
         Raises:
-            ValueError: none runs there.
+            PlacementError: none runs there.
         """
-        return cls(ray.get_actor(ACCOUNTANT, namespace=namespace))
+        return cls(_find(ACCOUNTANT, namespace))
 
     def charge(self, charges: Sequence[Charge]) -> BudgetReport:
         """Write the charges, all or none."""
@@ -106,9 +132,9 @@ class AggregatorHandle:
         """The aggregator of the running system.
 
         Raises:
-            ValueError: none runs there.
+            PlacementError: none runs there.
         """
-        return cls(ray.get_actor(AGGREGATOR, namespace=namespace))
+        return cls(_find(AGGREGATOR, namespace))
 
     def start_training(self) -> TrainingProgress:
         """Begin or continue the run."""
@@ -126,15 +152,23 @@ class AggregatorHandle:
         """Return when the loop rests, or after ``timeout_s``."""
         return fetch(self._actor.wait.remote(timeout_s), timeout_s + CALL_TIMEOUT_S)  # type: ignore[no-any-return]
 
-    def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
-        """Queue a long operation."""
-        # Ray repeats a call whose actor died in the middle of it. A caller's own repetitions end before they come here.
-        call_key = secrets.token_hex(16)
-        return fetch(self._actor.submit.remote(kind, dict(params), call_key))  # type: ignore[no-any-return]
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now."""
+        return fetch(self._actor.proxies_alive.remote(), 2 * PING_TIMEOUT_S)  # type: ignore[no-any-return]
+
+    def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
+        """Queue a long operation; an equal ``call_key`` gives the same one."""
+        # Ray repeats a call whose actor died in the middle of it.
+        key = call_key or secrets.token_hex(16)
+        return fetch(self._actor.submit.remote(kind, dict(params), key))  # type: ignore[no-any-return]
 
     def cancel_operation(self, operation_id: str) -> Operation:
         """End a long operation early."""
         return fetch(self._actor.cancel_operation.remote(operation_id))  # type: ignore[no-any-return]
+
+    def await_shutdown(self, timeout_s: float) -> str | None:
+        """Block until this system was told to go down; how, or None after ``timeout_s``."""
+        return fetch(self._actor.await_shutdown.remote(timeout_s), timeout_s + CALL_TIMEOUT_S)  # type: ignore[no-any-return]
 
     def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
         """Make an older version's content current again."""
@@ -145,49 +179,89 @@ class AggregatorHandle:
         return fetch(self._actor.switch_variant.remote(variant))  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True, slots=True)
+class _Handed:
+    """What a proxy was handed and has not answered."""
+
+    task: TrainTask
+    client_ids: tuple[str, ...]
+
+    def failed(self, reason: str) -> PartialUpdate:
+        outcomes = tuple(ClientOutcome(client_id, 0, reason) for client_id in self.client_ids)
+        return PartialUpdate(self.task.round_index, outcomes, {}, 0.0)
+
+
 class RayFleet:
     """Implements :class:`fedvit.ports.FleetPort` with client proxies: one message a proxy and round.
 
-    A client stays with the proxy that first trained it, where its features are warm.
+    A client stays with the proxy that first trained it, where its features are warm. One thread may use it at a time.
     """
 
     def __init__(self, proxies: Sequence[Any], *, timeout_s: float) -> None:
         self._proxies = list(proxies)
         self._timeout_s = timeout_s
         self._home: dict[str, int] = {}
+        self._handed: dict[Any, _Handed] = {}
 
     @classmethod
     def connect(cls, namespace: str, proxies: int, *, timeout_s: float) -> RayFleet:
         """The ``proxies`` client proxies of the running system.
 
         Raises:
-            ValueError: they do not run there.
+            PlacementError: they do not run there.
         """
-        actors = [ray.get_actor(proxy_name(index), namespace=namespace) for index in range(proxies)]
+        actors = [_find(proxy_name(index), namespace) for index in range(proxies)]
         return cls(actors, timeout_s=timeout_s)
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate]:
-        """Hand the task out and yield the answers as they arrive; a silent proxy's clients are outcomes with errors."""
+    ) -> Iterator[PartialUpdate | None]:
+        """Hand the task out and yield the answers as they arrive, those to earlier tasks among them."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        weights_ref = ray.put(dict(weights))
-        pending = {
-            self._proxies[index].train.remote(task, weights_ref, ids): ids
-            for index, ids in self._assign(cohort.client_ids).items()
-        }
-        while pending:
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s)
-            if not done:
-                yield from (_failed(task, ids, f"no answer in {timeout_s:g} s") for ids in pending.values())
+        self._hand_out(task, weights, cohort)
+        heard_s = time.monotonic()
+        while self._handed:
+            patience_s = heard_s + timeout_s - time.monotonic()
+            done, _ = ray.wait(list(self._handed), num_returns=1, timeout=max(0.0, min(LOOK_S, patience_s)))
+            if done:
+                yield self._answer(done[0])
+                heard_s = time.monotonic()
+            elif patience_s <= 0:
                 return
-            yield self._answer(task, done[0], pending.pop(done[0]))
+            else:
+                yield None
 
-    def _answer(self, task: TrainTask, reference: Any, ids: Sequence[str]) -> PartialUpdate:
+    def in_flight(self) -> frozenset[str]:
+        """The clients that have not answered."""
+        return frozenset(client_id for handed in self._handed.values() for client_id in handed.client_ids)
+
+    def give_up(self, reason: str) -> list[PartialUpdate]:
+        """Wait for nobody any more; what they answer later is dropped by Ray."""
+        given_up = [handed.failed(reason) for handed in self._handed.values()]
+        self._handed.clear()
+        return given_up
+
+    def proxies_alive(self) -> ProxyReport:
+        """Ask every proxy at once; whoever is silent for :data:`PING_TIMEOUT_S` is not there."""
+        asked = [proxy.ping.options(concurrency_group=PING, max_task_retries=0).remote() for proxy in self._proxies]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=PING_TIMEOUT_S)
+        alive = [reference in answered and _went_well(reference) for reference in asked]
+        # Copied at once: a round that is handed out meanwhile adds to it.
+        stranded = frozenset(client_id for client_id, index in self._home.copy().items() if not alive[index])
+        return ProxyReport({proxy_name(index): good for index, good in enumerate(alive)}, stranded)
+
+    def _hand_out(self, task: TrainTask, weights: Weights, cohort: Cohort) -> None:
+        weights_ref = ray.put(dict(weights))
+        for index, client_ids in self._assign(cohort.client_ids).items():
+            reference = self._proxies[index].train.remote(task, weights_ref, client_ids)
+            self._handed[reference] = _Handed(task, tuple(client_ids))
+
+    def _answer(self, reference: Any) -> PartialUpdate:
+        handed = self._handed.pop(reference)
         try:
             return fetch(reference)  # type: ignore[no-any-return]
         except (RayError, FedvitError) as error:
-            return _failed(task, ids, str(error).strip().splitlines()[-1])
+            return handed.failed(str(error).strip().splitlines()[-1])
 
     def _assign(self, client_ids: Sequence[str]) -> dict[int, list[str]]:
         groups: dict[int, list[str]] = {}
@@ -197,6 +271,9 @@ class RayFleet:
         return groups
 
 
-def _failed(task: TrainTask, client_ids: Sequence[str], reason: str) -> PartialUpdate:
-    outcomes = tuple(ClientOutcome(client_id, 0, reason) for client_id in client_ids)
-    return PartialUpdate(task.round_index, outcomes, {}, 0.0)
+def _went_well(reference: Any) -> bool:
+    try:
+        fetch(reference)
+    except RayError:
+        return False
+    return True

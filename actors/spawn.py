@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import ray
 
 from actors.aggregator import Aggregator
 from actors.client_proxy import ClientProxy
-from actors.handles import ACCOUNTANT, AGGREGATOR, AggregatorHandle, fetch, proxy_name
+from actors.handles import ACCOUNTANT, AGGREGATOR, PING, AggregatorHandle, fetch, proxy_name
 from actors.privacy_accountant import PrivacyAccountantActor
 from fedvit.config import Settings, settings_to_json
 from fedvit.errors import PlacementError
@@ -86,8 +87,9 @@ def spawn_actors(settings: Settings) -> Actors:
         proxy_name(index): _spawn(ClientProxy, proxy_name(index), settings, text)
         for index in range(settings.ray.proxies)
     }
-    # It finds the others by name, so they have to be there.
-    aggregator = _spawn(Aggregator, AGGREGATOR, settings, text, namespace_of(settings.home))
+    # It finds the others by name, so they have to be there. Restarted, it is given the same id again.
+    system_id = secrets.token_hex(8)
+    aggregator = _spawn(Aggregator, AGGREGATOR, settings, text, namespace_of(settings.home), system_id)
     everyone = {ACCOUNTANT: accountant, **proxies, AGGREGATOR: aggregator}
     _await_prepared({name: actor.prepare.remote() for name, actor in everyone.items()}, settings)
     return Actors(accountant, tuple(proxies.values()), aggregator)
@@ -95,12 +97,16 @@ def spawn_actors(settings: Settings) -> Actors:
 
 def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
     options = ray.remote(
-        num_cpus=settings.ray.actor_cpus, max_restarts=-1, max_task_retries=3, max_concurrency=_CONCURRENCY[kind]
+        num_cpus=settings.ray.actor_cpus,
+        max_restarts=-1,
+        max_task_retries=3,
+        max_concurrency=_CONCURRENCY[kind],
+        concurrency_groups={PING: 1} if kind is ClientProxy else None,
     )
     return options(kind).options(name=name).remote(*arguments)
 
 
-# A proxy trains one call at a time; the other two answer questions while they work.
+# A proxy trains one call at a time, and answers a ping meanwhile; the other two answer questions while they work.
 _CONCURRENCY: dict[type, int] = {ClientProxy: 1, PrivacyAccountantActor: 8, Aggregator: 16}
 
 

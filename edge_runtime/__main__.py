@@ -20,14 +20,18 @@ from starlette.types import ASGIApp
 
 from edge_runtime.access import access_rules
 from edge_runtime.engine import InferenceEngine
+from edge_runtime.heartbeat import HeartbeatLoop
+from edge_runtime.mailbox import MailboxSender, read_mailbox_key
 from edge_runtime.server import ServingOptions, ServingProcess
 from fedvit.errors import FedvitError, InterruptedRunError, NotFoundError, PortInUseError, UsageError
 from fedvit.registry.client import ReleaseClient
-from fedvit.registry.feed import open_feed
+from fedvit.registry.feed import control_client, open_feed
 from fedvit.types import Variant
+from fedvit.wire.folders import open_folder
 from fedvit.wire.manifest import parse_public_key
 
 GRACE_S = 5
+HEARTBEAT_TIMEOUT_S = 10.0
 BACKLOG = 512
 
 app = typer.Typer(
@@ -50,6 +54,13 @@ SourceTokenOption = Annotated[
 SourceCaOption = Annotated[
     Path | None, typer.Option(help="Certificates to trust the control server by, PEM, instead of the machine's.")
 ]
+MailboxOption = Annotated[
+    str | None,
+    typer.Option(help="Send heartbeats, and leave them here when the control server does not answer: path or URL."),
+]
+MailboxKeyOption = Annotated[
+    Path | None, typer.Option(help="File with the mailbox key of this device, hex; see `fedvit token create --client`.")
+]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads for one image.")]
 
 
@@ -69,6 +80,8 @@ def serve(
     ] = None,
     source_token_file: SourceTokenOption = None,
     source_ca: SourceCaOption = None,
+    mailbox: MailboxOption = None,
+    mailbox_key_file: MailboxKeyOption = None,
 ) -> None:
     """Serve the source's current release, and follow it. SIGTERM ends gracefully."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -80,7 +93,10 @@ def serve(
             feed = open_feed(source, token_file=source_token_file, ca_file=source_ca)
             client = ReleaseClient(feed, cache, _trusted(trusted_key), variant)
             options = ServingOptions(device_id=device_id, source=source, poll_interval_s=poll_interval, threads=threads)
-            _serve(ServingProcess(client, options).app(*rules), listener, host)
+            process = ServingProcess(client, options)
+            second_way = _sender(mailbox, mailbox_key_file, source, device_id)
+            with _beating(process, second_way, source_token_file, source_ca):
+                _serve(process.app(*rules), listener, host)
 
 
 @app.command()
@@ -103,6 +119,34 @@ def infer(
         engine = InferenceEngine(release.model_path, release.manifest, threads)
         for path in images:
             typer.echo(json.dumps({"image": str(path), **dataclasses.asdict(engine.infer(_read(path)))}))
+
+
+def _sender(url: str | None, key_file: Path | None, source: str, device_id: str) -> MailboxSender | None:
+    if (url is None) != (key_file is None):
+        raise UsageError("--mailbox and --mailbox-key-file go together.", cure="Give both, or neither.")
+    if url is None or key_file is None:
+        return None
+    if "://" not in source:
+        raise UsageError(f"The source {source!r} hears no heartbeats.", cure="Give --source the control server's URL.")
+    return MailboxSender(open_folder(url), device_id, read_mailbox_key(key_file))
+
+
+@contextmanager
+def _beating(
+    process: ServingProcess, sender: MailboxSender | None, token_file: Path | None, ca_file: Path | None
+) -> Iterator[None]:
+    """Show that the vehicle is there while it serves; its client id is its device id."""
+    if sender is None:
+        yield
+        return
+    options = process.options
+    with control_client(HEARTBEAT_TIMEOUT_S, token_file=token_file, ca_file=ca_file) as http:
+        loop = HeartbeatLoop(http, options.source, options.device_id, process.heartbeat, sender)
+        loop.start()
+        try:
+            yield
+        finally:
+            loop.stop()
 
 
 def _read(path: Path) -> bytes:

@@ -59,7 +59,8 @@ class OverloadedError(FedvitError):
 class ServingOptions:
     """How one process serves.
 
-    ``metrics_dir`` is the multiprocess folder on a server and None on a vehicle.
+    ``metrics_dir`` is the multiprocess folder on a server and None on a vehicle. ``count_answers`` counts the classes
+    that were answered: for a server, where images were sent to; what a vehicle sees is nobody's business.
     """
 
     device_id: str
@@ -69,6 +70,7 @@ class ServingOptions:
     workers: int = WORKERS
     max_in_flight: int = MAX_IN_FLIGHT
     metrics_dir: Path | None = None
+    count_answers: bool = False
 
 
 class ServingProcess:
@@ -77,13 +79,19 @@ class ServingProcess:
     def __init__(self, client: ReleaseClient, options: ServingOptions) -> None:
         self.options = options
         self._registry = CollectorRegistry()
-        self._stats = RequestStats(self._registry)
+        self._stats = RequestStats(self._registry, count_answers=options.count_answers)
         self._meter = ProcessMeter()
         self._cache = client.folder
         self.service = ModelService(client, options.threads, on_swap=self._stats.retired)
         # Of its own, so that health answers however many images wait.
         self._pool = ThreadPoolExecutor(options.workers, thread_name_prefix="infer")
         self._in_flight = 0
+
+    def heartbeat(self) -> dict[str, str | None]:
+        """What this process says of itself to the control server."""
+        engine = self.service.current
+        healthy = engine is not None and self.service.report().last_error is None
+        return {"status": "ok" if healthy else "degraded", "model_version": engine.manifest.version if engine else None}
 
     def app(self, *middleware: Middleware) -> Starlette:
         """The ASGI application. Its lifespan starts and stops the polling."""
@@ -120,7 +128,7 @@ class ServingProcess:
         except Exception:
             self._stats.failed("failed")
             raise
-        self._stats.succeeded(prediction.model_version, prediction.duration_s)
+        self._stats.succeeded(prediction.model_version, prediction.duration_s, prediction.class_index)
         return JSONResponse(dataclasses.asdict(prediction))
 
     async def _predict(self, request: Request) -> Prediction:

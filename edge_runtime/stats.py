@@ -11,16 +11,21 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from fedvit.monitoring.metrics import drop_version, inference_duration, inference_requests
+from fedvit.monitoring.metrics import drop_version, inference_duration, inference_requests, predictions
 
 WINDOW = 1000
 _MIN_CPU_SPAN_S = 0.2
 
 
 class RequestStats:
-    """Counts requests for a health answer and, at the same time, for Prometheus. Thread-safe."""
+    """Counts requests for a health answer and, at the same time, for Prometheus. Thread-safe.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    Args:
+        count_answers: count the classes that were answered, too: for drift, on a server; never on a vehicle.
+    """
+
+    def __init__(self, registry: CollectorRegistry, *, count_answers: bool = False) -> None:
+        self._answers = predictions(registry) if count_answers else None
         self._durations = inference_duration(registry)
         self._requests = inference_requests(registry)
         self._lock = threading.Lock()
@@ -28,8 +33,10 @@ class RequestStats:
         self.requests_total = 0
         self.errors_total = 0
 
-    def succeeded(self, model_version: str, duration_s: float) -> None:
+    def succeeded(self, model_version: str, duration_s: float, class_index: int) -> None:
         """Count one answered request."""
+        if self._answers is not None:
+            self._answers.labels(model_version, str(class_index)).inc()
         self._durations.labels(model_version).observe(duration_s)
         self._requests.labels("ok").inc()
         with self._lock:

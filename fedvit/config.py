@@ -22,7 +22,7 @@ from fedvit.types import Variant
 
 ENV_PREFIX = "FEDVIT_"
 # Read by other parts of the program, not settings.
-ENV_RESERVED = frozenset({"FEDVIT_CONFIG", "FEDVIT_TOKEN"})
+ENV_RESERVED = frozenset({"FEDVIT_CONFIG", "FEDVIT_TOKEN", "FEDVIT_URL"})
 
 Probability = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -186,6 +186,26 @@ class EdgeConfig(_Section):
         return ports
 
 
+class FleetConfig(_Section):
+    """How vehicles show that they are there.
+
+    A remote client or a depot is connected while its last sign of life is younger than ``heartbeat_timeout_s``.
+    ``mailbox_url`` is where vehicles that cannot reach the API leave messages: a path or an fsspec URL, by default the
+    folder ``mailbox`` in ``home``. Every ``look_every_s`` the fleet is counted and, if enabled, the mailbox emptied.
+    """
+
+    heartbeat_interval_s: PositiveFloat = 30.0
+    heartbeat_timeout_s: PositiveFloat = 90.0
+    mailbox_url: str | None = None
+    look_every_s: PositiveFloat = 5.0
+
+    @model_validator(mode="after")
+    def _timeout_spans_an_interval(self) -> FleetConfig:
+        if self.heartbeat_timeout_s <= self.heartbeat_interval_s:
+            raise ValueError("heartbeat_timeout_s must be above heartbeat_interval_s")
+        return self
+
+
 class OidcConfig(_Section):
     """An OpenID Connect issuer whose JSON web tokens are accepted; scopes are words in ``scope_claim``."""
 
@@ -259,6 +279,7 @@ class Settings(_Section):
     serving: ServingConfig = ServingConfig()
     access: AccessConfig = AccessConfig()
     edge: EdgeConfig = EdgeConfig()
+    fleet: FleetConfig = FleetConfig()
     ray: RayConfig = RayConfig()
 
     def training_identity(self) -> dict[str, Any]:

@@ -21,6 +21,9 @@
     +-- BudgetExhaustedError    the privacy budget does not admit the release (HTTP 409)
     +-- UpdateRejectedError     an update failed a check at the one door for updates (HTTP 422)
     +-- IntegrityError          content does not match its hash or its signature (HTTP 502)
+    +-- ControlApiError         the control API answered with something that has no class here
+    +-- ControlUnreachableError the control API does not answer
+    +-- StillRunningError       a long operation has not ended within the time that was given
     +-- InterruptedRunError     the user or a signal ended the work early (exit status 130)
 
 Each message is one sentence that names what was wrong; ``cure`` is one that names what would be right.
@@ -185,6 +188,48 @@ class IntegrityError(FedvitError):
 
     code = "integrity"
     http_status = 502
+
+
+class ControlApiError(FedvitError):
+    """The control API answered with a problem that has no class of its own here, or with no sense at all."""
+
+    code = "control-api"
+    http_status = 502
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return int(self.details.get("status", 0))
+
+    @property
+    def type(self) -> str:
+        """The problem document's ``type``; ``about:blank`` where there was no such document."""
+        return str(self.details.get("type", "about:blank"))
+
+    @property
+    def detail(self) -> str:
+        """The problem document's ``detail``."""
+        return self.message
+
+    @property
+    def request_id(self) -> str | None:
+        """What the server's log knows the request by."""
+        found = self.details.get("request_id")
+        return None if found is None else str(found)
+
+
+class ControlUnreachableError(FedvitError):
+    """The control API does not answer; ``details["idempotency_key"]`` repeats a change that may have been made."""
+
+    code = "control-unreachable"
+    http_status = 503
+
+
+class StillRunningError(FedvitError):
+    """A long operation has not ended within the time that was given; it goes on."""
+
+    code = "still-running"
+    http_status = 504
 
 
 class InterruptedRunError(FedvitError):

@@ -64,6 +64,7 @@ class AccountantPort(Protocol):
         """Whether the charges could be written now; nothing is.
 
         Raises:
+            LedgerFrozenError: an incident froze the ledger.
             BudgetExhaustedError: with them the budget would be exceeded.
             LedgerFrozenError: nothing may be charged at all.
         """
@@ -84,16 +85,42 @@ class AccountantPort(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ProxyReport:
+    """Which client proxies answer, by name. ``stranded`` are the clients that live on one that does not."""
+
+    alive: Mapping[str, bool]
+    stranded: frozenset[str] = frozenset()
+
+    def reaches(self, client_id: str) -> bool:
+        """Whether a proxy would train this client; one that trained nowhere yet goes to any that answers."""
+        return client_id not in self.stranded and any(self.alive.values())
+
+
 class FleetPort(Protocol):
     """The clients, wherever they run."""
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate]:
-        """Hand the task to the cohort and yield one partial update a proxy, as they arrive.
+    ) -> Iterator[PartialUpdate | None]:
+        """Hand the task to the cohort and yield one partial update a proxy and task, as they arrive, late ones as well.
 
-        A client that failed, or was silent for ``timeout_s``, is an outcome with an error, not an exception.
+        Ends when nobody is in flight any more, or after ``timeout_s`` of silence; until then None comes now and then,
+        so that the caller can think again. Whoever has not answered when the caller leaves, or when it ends, stays in
+        flight. A client that failed is an outcome with an error, not an exception.
         """
+        ...
+
+    def in_flight(self) -> frozenset[str]:
+        """The clients that were handed a task and have not answered; they may not be handed another."""
+        ...
+
+    def give_up(self, reason: str) -> list[PartialUpdate]:
+        """Wait for nobody any more: each in flight is an outcome with the error ``reason``; later answers are lost."""
+        ...
+
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now, also in the middle of training; takes seconds at most."""
         ...
 
 
@@ -148,7 +175,11 @@ class AggregatorPort(Protocol):
     """The training loop, as the control API and the command line see it."""
 
     def start_training(self) -> TrainingProgress:
-        """Begin, or continue, the run that the settings describe; harmless when it is under way."""
+        """Begin, or continue, the run that the settings describe; harmless when it is under way.
+
+        Raises:
+            ConflictError: the system is shutting down.
+        """
         ...
 
     def stop_training(self) -> TrainingProgress:
@@ -163,8 +194,14 @@ class AggregatorPort(Protocol):
         """Return when the loop rests, or after ``timeout_s``."""
         ...
 
-    def submit(self, kind: str, params: Mapping[str, Any]) -> Operation:
-        """Queue a long operation: ``optimize``, ``retrain`` or ``restart``.
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now."""
+        ...
+
+    def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
+        """Queue a long operation: ``optimize``, ``retrain`` or ``restart``; ``shutdown`` begins at once.
+
+        An equal ``call_key`` gives the same one.
 
         Raises:
             ConflictError, BudgetExhaustedError: it could not do anything as things are.
@@ -176,6 +213,13 @@ class AggregatorPort(Protocol):
 
         Raises:
             NotFoundError: no such operation.
+        """
+        ...
+
+    def await_shutdown(self, timeout_s: float) -> str | None:
+        """Block until a ``shutdown`` of this running system has succeeded; its mode, or None after ``timeout_s``.
+
+        One of a system that ran on the same state before does not count.
         """
         ...
 
@@ -212,8 +256,16 @@ class SystemPort(Protocol):
 
     def __init__(self, settings: Settings) -> None: ...
 
-    def running(self, on_step: Callable[[str], None]) -> AbstractContextManager[SystemUrls]:
-        """Start everything, yield where it answers, stop gracefully what was started. ``on_step`` is told each step."""
+    def running(
+        self, on_step: Callable[[str], None], on_shutdown: Callable[[], None]
+    ) -> AbstractContextManager[SystemUrls]:
+        """Start everything, yield where it answers, stop gracefully what was started.
+
+        Args:
+            on_step: told each step.
+            on_shutdown: called, from another thread, when the control API was asked to shut the system down and all is
+                safe; it makes the block end.
+        """
         ...
 
 

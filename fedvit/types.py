@@ -26,6 +26,10 @@ Weights = Mapping[str, FloatArray]
 """Trainable parameters by name. The frozen ones never travel: everybody builds them from the same configuration."""
 
 
+CLIENT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a client may be called. Such a name is a path segment and harmless as a file's."""
+
+
 def utc_now() -> datetime:
     """The present moment, timezone-aware."""
     return datetime.now(UTC)
@@ -81,6 +85,23 @@ class OperationStatus(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Sighting:
+    """A client as far as its whereabouts go."""
+
+    client_id: str
+    kind: ClientKind
+    last_seen_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Participation:
+    """In how many committed rounds a client took part, and how many of them it failed or was refused in."""
+
+    rounds: int
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
 class Client:
     """A vehicle, or a depot, that may take part in rounds.
 
@@ -102,6 +123,11 @@ class Client:
     def quarantined(self) -> bool:
         """Whether an incident keeps the client out of every round, whatever else is said of it."""
         return self.quarantined_at is not None
+
+    @property
+    def sighting(self) -> Sighting:
+        """The client as far as its whereabouts go."""
+        return Sighting(self.client_id, self.kind, self.last_seen_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +162,15 @@ class TrainTask:
 
 @dataclass(frozen=True, slots=True)
 class ClientOutcome:
-    """How one client fared in one round. Carries nothing computed on private data without noise."""
+    """How one client fared in one round. Carries nothing computed on private data without noise.
+
+    ``staleness`` counts the versions committed between the one it started from and the round that took its answer.
+    """
 
     client_id: str
     num_examples: int
     error: str | None = None
+    staleness: int = 0
 
 
 @dataclass(frozen=True, slots=True)

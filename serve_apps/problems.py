@@ -104,8 +104,18 @@ def install_problem_handlers(api: FastAPI) -> None:
         api.add_exception_handler(kind, _answer)
 
 
-async def _answer(_: Request, error: Exception) -> JSONResponse:
-    return problem_of(error)
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    answer = problem_of(error)
+    if answer.status_code == 405:
+        answer.headers["Allow"] = ", ".join(sorted(_methods_at(request)))
+    return answer
+
+
+def _methods_at(request: Request) -> set[str]:
+    """The methods of all routes of a path; the router names those of the first one only."""
+    path = request.scope["route"].path
+    at_path = (route for route in request.app.routes if getattr(route, "path", None) == path)
+    return {method for route in at_path for method in getattr(route, "methods", None) or ()}
 
 
 def _headers_of(error: FedvitError) -> dict[str, str]:

@@ -23,7 +23,7 @@ from fedvit.access.exposure import check_exposure
 from fedvit.access.identity import Scope
 from fedvit.config import Settings
 from fedvit.errors import PlacementError, PortInUseError
-from fedvit.ports import SystemUrls
+from fedvit.ports import AggregatorPort, SystemUrls
 from fedvit.store.locks import system_lock
 from fedvit.types import utc_now
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
@@ -35,6 +35,8 @@ FOLLOWER = "followers of this system"
 TRAINING_STOP_S = 30.0
 CLUSTER_STOP_S = 15.0
 PORT_FREE_S = 20.0
+SHUTDOWN_LOOK_S = 30.0
+SHUTDOWN_RETRY_S = 1.0
 ANNOUNCEMENT = Path("run") / "system.json"
 PR_SET_PDEATHSIG = 1
 
@@ -48,9 +50,11 @@ class RaySystem:
         self._settings = settings.model_copy(update={"home": self._home})
         self._joins = settings.ray.cluster_address() is not None
         self._token_file: Path | None = None
+        self._stopping = threading.Event()
+        self._forced = False
 
     @contextmanager
-    def running(self, on_step: Callable[[str], None]) -> Iterator[SystemUrls]:
+    def running(self, on_step: Callable[[str], None], on_shutdown: Callable[[], None]) -> Iterator[SystemUrls]:
         """Start everything, yield where it answers, stop gracefully in the reverse order.
 
         Raises:
@@ -70,13 +74,15 @@ class RaySystem:
             on_step("Starting Ray")
             dashboard = self._start_ray(stack)
             on_step("Starting the accountant, the client proxies and the aggregator")
-            self._start_actors(stack)
+            self._start_actors(stack, on_shutdown)
             on_step("Starting the control and inference applications")
             control = self._start_serve(stack)
             on_step("Starting the edge devices")
             edges = tuple(self._start_edge(stack, control, index) for index in range(len(self._settings.edge.ports)))
             urls = SystemUrls(control=control, inference=f"{control}/inference", edges=edges, dashboard=dashboard)
             stack.enter_context(_announced(self._home, urls))
+            # First of all: an end asked for while we stop must not break that off.
+            stack.callback(self._stopping.set)
             yield urls
             on_step("Stopping")
 
@@ -127,17 +133,37 @@ class RaySystem:
         url = ray._private.worker.get_dashboard_url() if self._settings.ray.dashboard else None
         return f"http://{url}" if url else None
 
-    def _start_actors(self, stack: ExitStack) -> None:
+    def _start_actors(self, stack: ExitStack, on_shutdown: Callable[[], None]) -> None:
         from actors.spawn import spawn_actors
 
         actors = spawn_actors(self._settings)
+        watch = threading.Thread(target=self._watch, args=(actors.handle(), on_shutdown), daemon=True)
+        # The kill ends its call: nobody may ask Ray once that is shut down.
+        stack.callback(_within, CLUSTER_STOP_S, watch.join)
         stack.callback(_within, CLUSTER_STOP_S, actors.kill)
 
         def rest() -> None:
-            actors.handle().stop_training()
-            actors.handle().wait(TRAINING_STOP_S)
+            if not self._forced:
+                actors.handle().stop_training()
+                actors.handle().wait(TRAINING_STOP_S)
 
         stack.callback(_within, TRAINING_STOP_S + CLUSTER_STOP_S, rest)
+        stack.callback(self._stopping.set)
+        watch.start()
+
+    def _watch(self, aggregator: AggregatorPort, on_shutdown: Callable[[], None]) -> None:
+        """Tell when the control API was asked for the end. The aggregator may be restarted meanwhile."""
+        while not self._stopping.is_set():
+            try:
+                mode = aggregator.await_shutdown(SHUTDOWN_LOOK_S)
+            except Exception as error:
+                log.warning("the aggregator does not answer: %s", type(error).__name__)
+                self._stopping.wait(SHUTDOWN_RETRY_S)
+                continue
+            if mode is not None and not self._stopping.is_set():
+                self._forced = mode == "force"
+                on_shutdown()
+                return
 
     def _start_serve(self, stack: ExitStack) -> str:
         from ray import serve

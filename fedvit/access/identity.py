@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from fedvit.errors import ConfigError
+from fedvit.errors import ConfigError, ForbiddenError
 
 
 class Scope(StrEnum):
@@ -37,15 +37,28 @@ class Identity:
         actor: the name that the audit trail keeps; unique to a token, a subject, or ``anonymous``.
         scopes: as granted, without what they imply.
         authenticated: whether a token proved it; if not, this is the open loopback mode.
+        client_id: the one client that its token speaks for; None binds it to none.
     """
 
     actor: str
     scopes: frozenset[Scope]
     authenticated: bool
+    client_id: str | None = None
 
     def may(self, any_of: Collection[Scope]) -> bool:
         """Whether one of the scopes is granted or implied."""
         return any(wanted in _IMPLIED[held] for held in self.scopes for wanted in any_of)
+
+    def check_speaks_for(self, client_id: str) -> None:
+        """Make sure that this is no device that speaks for another client.
+
+        Raises:
+            ForbiddenError: its token is bound to another client.
+        """
+        if self.client_id not in (None, client_id):
+            raise ForbiddenError(
+                f"This token speaks for the client {self.client_id!r}.", cure="Use the token of the client you name."
+            )
 
 
 ANONYMOUS = Identity("anonymous", frozenset(Scope), authenticated=False)

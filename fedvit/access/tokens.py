@@ -10,13 +10,14 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from fedvit.access.identity import Identity, Scope, parse_scopes
 from fedvit.errors import ConfigError, NotFoundError, UnauthorizedError
 from fedvit.store.store import Store, Token
+from fedvit.types import CLIENT_ID
 
 PREFIX = "fvt_"
 _FORM = re.compile(r"fvt_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
@@ -39,13 +40,24 @@ class NewToken:
 
 
 def create_token(
-    store: Store, name: str, scopes: Iterable[str], *, now: datetime, lifetime: timedelta | None = None
+    store: Store,
+    name: str,
+    scopes: Iterable[str],
+    *,
+    now: datetime,
+    lifetime: timedelta | None = None,
+    client_id: str | None = None,
 ) -> NewToken:
     """Make a token; without ``lifetime`` it is good until it is revoked.
 
+    Args:
+        client_id: the one client that a device token shall speak for; it need not be registered yet.
+
     Raises:
-        ConfigError: the name, a scope or the lifetime is none.
+        ConfigError: the name, a scope, the lifetime or the client's id is none, or other scopes than device are bound.
     """
+    granted = parse_scopes(scopes)
+    _check_binding(client_id, granted)
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"{name!r} is no name for a token.", cure="Use 1 to 64 letters, digits, spaces and . _ @ -, a letter first."
@@ -57,16 +69,22 @@ def create_token(
         token_id=token_id,
         name=name,
         secret_hash=_hash(secret),
-        scopes=tuple(sorted(parse_scopes(scopes))),
+        scopes=tuple(sorted(granted)),
         created_at=now,
         expires_at=None if lifetime is None else now + lifetime,
+        client_id=client_id,
     )
     store.add_token(token)
     return NewToken(token, f"{PREFIX}{token_id}_{secret}")
 
 
-def verify_token(store: Store, text: str, now: datetime) -> Identity:
+def verify_token(
+    store: Store, text: str, now: datetime, *, used: Callable[[str, datetime], None] | None = None
+) -> Identity:
     """Who bears this token.
+
+    Args:
+        used: told, about once a minute, that a token was used; by default the store is.
 
     Raises:
         UnauthorizedError: ``details["reason"]`` is malformed, invalid (unknown or wrong), expired or revoked.
@@ -84,8 +102,29 @@ def verify_token(store: Store, text: str, now: datetime) -> Identity:
     if token.expires_at is not None and token.expires_at <= now:
         raise _refusal("expired")
     if token.last_used_at is None or token.last_used_at <= now - _TOUCH_EVERY:
-        store.touch_token(token.token_id, now)
-    return Identity(f"token:{token.token_id}:{token.name}", frozenset(map(Scope, token.scopes)), authenticated=True)
+        if used is None:
+            store.touch_tokens({token.token_id: now})
+        else:
+            used(token.token_id, now)
+    return Identity(
+        f"token:{token.token_id}:{token.name}",
+        frozenset(map(Scope, token.scopes)),
+        authenticated=True,
+        client_id=token.client_id,
+    )
+
+
+def _check_binding(client_id: str | None, scopes: frozenset[Scope]) -> None:
+    if client_id is None:
+        return
+    if not re.fullmatch(CLIENT_ID, client_id):
+        raise ConfigError(
+            f"{client_id!r} is no client id.", cure="Use 1 to 64 letters, digits and . _ -, a letter or digit first."
+        )
+    if scopes != {Scope.DEVICE}:
+        raise ConfigError(
+            "Only a token for devices can be bound to a client.", cure="Give the scope device and no other."
+        )
 
 
 def _find(store: Store, token_id: str) -> Token | None:

@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from fedvit.config import Settings, load_settings
 from fedvit.errors import ConfigError, FedvitError
-from fedvit.ports import SystemPort, SystemUrls
+
+if TYPE_CHECKING:
+    from fedvit.config import Settings
+    from fedvit.ports import SystemPort, SystemUrls
 
 console = Console()
 errors = Console(stderr=True)
@@ -32,6 +33,20 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override one setting: --set training.rounds=5 (repeatable).")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for a program to read.")]
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--url", help="A control API elsewhere (default: FEDVIT_URL, or the system of --home)."),
+]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Show the present state and the request; send nothing that changes anything.")
+]
+NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Return at once instead of waiting for the end.")]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many at most.")]
+OffsetOption = Annotated[int, typer.Option("--offset", min=0, help="How many to leave out first.")]
+IfMatchOption = Annotated[
+    int | None, typer.Option("--if-match", min=0, help="Only if this is still the revision that holds.")
+]
 
 
 def settings_from(
@@ -42,6 +57,9 @@ def settings_from(
     Raises:
         ConfigError: see :func:`fedvit.config.load_settings`.
     """
+    # Imported here: `fedvit --help` need not pay for it.
+    from fedvit.config import load_settings
+
     overrides: dict[str, Any] = {}
     for assignment in assignments or []:
         _assign(overrides, assignment)
@@ -53,6 +71,8 @@ def settings_from(
 
 
 def _assign(tree: dict[str, Any], assignment: str) -> None:
+    import yaml
+
     path, equals, text = assignment.partition("=")
     if not equals:
         raise ConfigError(f"--set {assignment!r} has no value.", cure="Write --set section.key=value.")
@@ -87,6 +107,8 @@ class RunningSystem:
 
 def running_system(home: Path) -> RunningSystem | None:
     """The system that runs on this state folder, or None."""
+    from fedvit.ports import SystemUrls
+
     if not _is_locked(home / "system.lock"):
         return None
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedvit.cli.common import running_system
-from fedvit.cli.control import answer_of, control_api
-from fedvit.config import Settings
+from fedvit.cli.control import control_client
 from fedvit.errors import FedvitError
+
+if TYPE_CHECKING:
+    from fedvit.config import Settings
 
 
 def facts_of(settings: Settings) -> dict[str, Any]:
@@ -16,23 +18,22 @@ def facts_of(settings: Settings) -> dict[str, Any]:
     if running is None:
         return {"system": "down", **_stored_facts(settings)}
     try:
-        with control_api(running.urls) as client:
-            health = answer_of(client.get("/api/system/health"))
-            budget = answer_of(client.get("/api/privacy/budget"))
+        with control_client(running.urls.control, settings) as client:
+            health, budget = client.system.health(), client.privacy.budget()
     except FedvitError as error:
         return {"system": f"not answering ({error})", "pid": running.pid, **_stored_facts(settings)}
-    training = health["training"] or {}
+    training = health.training
     return {
-        "system": health["status"],
+        "system": health.status,
         "pid": running.pid,
         "control": running.urls.control,
-        "parts": health["parts"],
-        "training": training.get("status") or "not started",
-        "rounds": f"{training.get('rounds_done', 0)} of {training.get('rounds_total', 0)}",
-        "accuracy": training.get("accuracy"),
-        "release": health["release"],
-        "epsilon_spent": budget["epsilon_spent"],
-        "epsilon_remaining": budget["epsilon_remaining"],
+        "parts": dict(health.parts),
+        "training": (training and training.status) or "not started",
+        "rounds": f"{training.rounds_done} of {training.rounds_total}" if training else "0 of 0",
+        "accuracy": training.accuracy if training else None,
+        "release": health.release,
+        "epsilon_spent": budget.epsilon_spent,
+        "epsilon_remaining": budget.epsilon_remaining,
     }
 
 

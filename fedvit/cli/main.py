@@ -4,7 +4,24 @@ from __future__ import annotations
 
 import typer
 
-from fedvit.cli import audit, data, model, operations, privacy, system, token
+from fedvit.cli import (
+    aggregation,
+    audit,
+    backup_channel,
+    clients,
+    config,
+    data,
+    emergency,
+    model,
+    monitoring,
+    operation,
+    operations,
+    privacy,
+    shutdown,
+    system,
+    token,
+    training,
+)
 
 app = typer.Typer(
     name="fedvit",
@@ -18,14 +35,24 @@ app.command("up")(system.up)
 app.command("down")(system.down)
 app.command("status")(system.status)
 app.command("train")(system.train)
+app.command("shutdown")(shutdown.shutdown)
 app.command("health-check")(operations.health_check)
 app.command("backup")(operations.backup)
 app.command("restore")(operations.restore)
 app.command("diagnostics")(operations.diagnostics)
 app.command("logs")(operations.logs)
+app.command("drift")(monitoring.drift)
+app.command("metrics")(monitoring.metrics)
+app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.add_typer(clients.app, name="clients")
+app.add_typer(training.app, name="training")
+app.add_typer(aggregation.app, name="aggregation")
 app.add_typer(model.app, name="model")
 app.add_typer(privacy.app, name="privacy")
+app.add_typer(backup_channel.app, name="backup-channel")
+app.add_typer(emergency.app, name="emergency")
+app.add_typer(operation.app, name="operation")
 app.add_typer(token.app, name="token")
 app.add_typer(audit.app, name="audit-log")
 

@@ -1,17 +1,37 @@
-"""``fedvit model``: versions and releases."""
+"""``fedvit model``: versions and releases, and which of them serves."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, console, explained, print_json, settings_from
+from fedvit.cli.asking import asking
+from fedvit.cli.common import (
+    ConfigOption,
+    DryRunOption,
+    HomeOption,
+    JsonOption,
+    LimitOption,
+    NoWaitOption,
+    OffsetOption,
+    UrlOption,
+    YesOption,
+    console,
+    explained,
+    print_json,
+    settings_from,
+)
+from fedvit.cli.output import plain
+from fedvit.errors import NotFoundError
 from fedvit.types import Variant
 
-app = typer.Typer(help="Model versions: list them, hand one to a vehicle.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from fedvit.client.life import Model
+
+app = typer.Typer(help="Model versions: what serves, what did, what shall.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -21,7 +41,7 @@ def list_versions(
     limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 50,
     as_json: JsonOption = False,
 ) -> None:
-    """Model versions, newest first, with accuracy and the epsilon spent when each was committed."""
+    """Model versions of the state folder, whether its system runs or not; newest first."""
     with explained(as_json):
         from rich.table import Table
 
@@ -58,7 +78,6 @@ def export_release(
     """Write the current release as a folder that ``fedvit-edge serve --source FOLDER`` reads, and its trusted key."""
     with explained(as_json):
         from fedvit.cli.state import open_existing_store
-        from fedvit.errors import NotFoundError
         from fedvit.registry.client import write_release_folder
         from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
@@ -75,3 +94,139 @@ def export_release(
             print_json(told)
         else:
             console.print(f"{release.version} ({variant.value}) is in {folder}; vehicles trust {key}.")
+
+
+@app.command("info")
+def info(
+    home: HomeOption = None, url: UrlOption = None, config: ConfigOption = None, as_json: JsonOption = False
+) -> None:
+    """The served model: size in bytes by variant, complexity, classes."""
+    with asking(home, url, config, as_json) as ask:
+        ask.show(ask.client.model.info())
+
+
+@app.command("current")
+def current(
+    home: HomeOption = None, url: UrlOption = None, config: ConfigOption = None, as_json: JsonOption = False
+) -> None:
+    """The version that replicas and vehicles are offered, with its lineage."""
+    with asking(home, url, config, as_json) as ask:
+        ask.show(ask.client.model.current())
+
+
+@app.command("versions")
+def versions(
+    limit: LimitOption = 50,
+    offset: OffsetOption = 0,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Model versions of a running system, newest first."""
+    with asking(home, url, config, as_json) as ask:
+        found = ask.client.model.versions(limit, offset)
+        ask.show(found, "version", "run_id", "round_index", "metrics", "epsilon", "released", "refusal")
+
+
+@app.command("rollback")
+def rollback(
+    version: Annotated[str, typer.Argument(help="The version whose content is wanted, such as v1.2.3.")],
+    force: Annotated[bool, typer.Option("--force", help="Take one that the release gate would refuse.")] = False,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why; kept in the lineage.")] = None,
+    yes: YesOption = False,
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an older version's content current again, as a new and higher version."""
+    with asking(home, url, config, as_json, dry_run=dry_run, yes=yes) as ask:
+        model = ask.client.model
+        release = ask.change(
+            lambda: model.rollback(version, force=force, reason=reason),
+            present=lambda: {"current": _brief(model, None), "target": _brief(model, version)},
+            question=f"Roll the whole fleet back to {version}?",
+        )
+        ask.show(release)
+
+
+@app.command("switch")
+def switch(
+    variant: Annotated[Variant, typer.Argument(help="The variant that the whole fleet shall run.")],
+    yes: YesOption = False,
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Move replicas and vehicles to another variant of the current version; harmless when repeated."""
+    with asking(home, url, config, as_json, dry_run=dry_run, yes=yes) as ask:
+        model = ask.client.model
+        release = ask.change(
+            lambda: model.switch(variant),
+            present=lambda: plain(model.info()),
+            question=f"Move the whole fleet to {variant}?",
+        )
+        ask.show(release)
+
+
+@app.command("optimize")
+def optimize(
+    strategy: Annotated[
+        Literal["quantization", "lighter_variant"], typer.Option("--strategy", help="What may be done to the model.")
+    ],
+    target_latency: Annotated[
+        float, typer.Option("--target-latency", min=0, help="Milliseconds that 95 of 100 images may take.")
+    ],
+    no_wait: NoWaitOption = False,
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure faster variants and move the fleet to the most accurate one that meets the target."""
+    with asking(home, url, config, as_json, dry_run=dry_run) as ask:
+        model = ask.client.model
+        operation = ask.change(lambda: model.optimize(strategy, target_latency), present=lambda: plain(model.info()))
+        ask.finish(operation, no_wait=no_wait)
+
+
+@app.command("retrain")
+def retrain(
+    strategy: Annotated[
+        Literal["full_retrain", "fine_tune"],
+        typer.Argument(help="From the base weights, or from the current release's."),
+    ],
+    no_wait: NoWaitOption = False,
+    yes: YesOption = False,
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End the present run after its round and begin another; `fedvit training status` tells how that fares."""
+    with asking(home, url, config, as_json, dry_run=dry_run, yes=yes) as ask:
+        operation = ask.change(
+            lambda: ask.client.model.retrain(strategy),
+            present=lambda: plain(ask.client.training.status()),
+            question=f"End this run and begin another ({strategy})?",
+        )
+        ask.finish(operation, no_wait=no_wait)
+
+
+def _brief(model: Model, version: str | None) -> dict[str, Any]:
+    """What a user wants to know of a version, or of the current one, before he changes to it."""
+    if version is None:
+        found = model.current()
+    else:
+        by_name = {each.version: each for each in model.iterate_versions()}
+        if version not in by_name:
+            raise NotFoundError(f"There is no model version {version!r}.", cure="See `fedvit model versions`.")
+        found = by_name[version]
+    facts = {name: getattr(found, name) for name in ("version", "released", "refusal", "epsilon")}
+    return {**facts, "accuracy": found.metrics.get("accuracy")}

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -24,10 +24,12 @@ from fedvit.cli.common import (
     running_system,
     settings_from,
 )
-from fedvit.cli.control import bearer
+from fedvit.cli.control import control_client
 from fedvit.cli.facts import facts_of
-from fedvit.config import Settings
-from fedvit.errors import NotFoundError, StateError
+from fedvit.errors import FedvitError, NotFoundError, StateError
+
+if TYPE_CHECKING:
+    from fedvit.config import Settings
 
 PACKAGES = ("fedvit", "ray", "torch", "timm", "opacus", "onnxruntime", "dp-accounting", "sqlalchemy", "fastapi")
 
@@ -40,25 +42,32 @@ def health_check(home: HomeOption = None, config: ConfigOption = None, as_json: 
         if running is None:
             raise StateError(f"Nothing runs on {settings.home}.", cure="Start it with `fedvit up`.")
         urls = running.urls
-        targets = {"control": f"{urls.control}/api/system/health", "inference": f"{urls.inference}/health"}
-        targets |= {f"edge-{i}": f"{url}/health" for i, url in enumerate(urls.edges, start=1)}
-        # The token is the control API's and no one else's.
-        verdicts = {name: _ask(url, bearer() if name == "control" else {}) for name, url in targets.items()}
+        targets = {"inference": urls.inference} | {f"edge-{i}": url for i, url in enumerate(urls.edges, start=1)}
+        verdicts = {"control": _ask_control(urls.control, settings)}
+        verdicts |= {name: _ask(f"{url}/health") for name, url in targets.items()}
         if as_json:
             print_json(verdicts)
         else:
             for name, verdict in verdicts.items():
                 colour = "green" if verdict == "ok" else "red"
-                console.print(f"[bold]{name:<10}[/] [{colour}]{verdict}[/]")
+                console.print(f"[bold]{name:<10}[/] [{colour}]{escape(verdict)}[/]")
         if any(verdict != "ok" for verdict in verdicts.values()):
             raise typer.Exit(1)
 
 
-def _ask(url: str, headers: dict[str, str]) -> str:
+def _ask_control(url: str, settings: Settings) -> str:
+    try:
+        with control_client(url, settings) as client:
+            return client.system.health().status
+    except FedvitError as error:
+        return str(error)
+
+
+def _ask(url: str) -> str:
     import httpx
 
     try:
-        response = httpx.get(url, timeout=10, headers=headers)
+        response = httpx.get(url, timeout=10)
     except httpx.HTTPError as error:
         return f"no answer: {error}"
     told = response.json().get("status", "") if response.headers.get("content-type", "").endswith("json") else ""

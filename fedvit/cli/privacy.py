@@ -8,14 +8,27 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, console, explained, print_json, settings_from
+from fedvit.cli.asking import asking
+from fedvit.cli.common import (
+    ConfigOption,
+    DryRunOption,
+    HomeOption,
+    JsonOption,
+    UrlOption,
+    YesOption,
+    console,
+    explained,
+    print_json,
+    settings_from,
+)
+from fedvit.cli.output import plain
 
 app = typer.Typer(help="The privacy budget and its ledger.", no_args_is_help=True)
 
 
 @app.command("show")
 def show(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """The budget as the ledger has it; the ledger's hash chain is verified on the way."""
+    """The budget as the state folder's ledger has it, whose hash chain is verified on the way."""
     with explained(as_json):
         from rich.table import Table
 
@@ -77,3 +90,78 @@ def unfreeze(
             print_json({"lifted": asdict(lifted), "still_frozen": asdict(still) if still else None})
         else:
             console.print("Lifted." if still is None else f"Lifted; incident {still.incident_id} still freezes it.")
+
+
+@app.command("budget")
+def budget(
+    home: HomeOption = None, url: UrlOption = None, config: ConfigOption = None, as_json: JsonOption = False
+) -> None:
+    """What a running system has spent and has left, for its most exposed client."""
+    with asking(home, url, config, as_json) as ask:
+        ask.show(ask.client.privacy.budget())
+
+
+@app.command("history")
+def history(
+    hours: Annotated[float, typer.Option("--hours", min=0, help="How far back.")] = 24,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="How many lines at most.")] = 1000,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The ledger's lines of the last hours, oldest first."""
+    with asking(home, url, config, as_json) as ask:
+        ask.show(ask.client.privacy.history(hours, limit))
+
+
+@app.command("periods")
+def periods(
+    home: HomeOption = None, url: UrlOption = None, config: ConfigOption = None, as_json: JsonOption = False
+) -> None:
+    """Every budget that was granted anew: what, why and by whom."""
+    with asking(home, url, config, as_json) as ask:
+        ask.show(ask.client.privacy.periods())
+
+
+@app.command("reset-budget")
+def reset_budget(
+    new_epsilon: Annotated[float, typer.Argument(min=0, help="The epsilon of the new period.")],
+    justification: Annotated[str, typer.Option("--justification", help="Why, in words; kept for ever.")],
+    yes: YesOption = False,
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Begin a new period of the budget; clients lose more privacy by it. Needs a token of scope admin."""
+    with asking(home, url, config, as_json, dry_run=dry_run, yes=yes) as ask:
+        privacy = ask.client.privacy
+        outcome = ask.change(
+            lambda: privacy.reset_budget(new_epsilon, justification),
+            present=lambda: plain(privacy.budget()),
+            question=f"Let every client lose another epsilon of {new_epsilon:g}?",
+        )
+        ask.show(outcome)
+
+
+@app.command("approve")
+def approve(
+    request_id: Annotated[str, typer.Argument(help="What `fedvit privacy reset-budget` answered.")],
+    yes: YesOption = False,
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+    url: UrlOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put another administrator's reset of the budget in force. Needs a token of scope admin."""
+    with asking(home, url, config, as_json, dry_run=dry_run, yes=yes) as ask:
+        privacy = ask.client.privacy
+        outcome = ask.change(
+            lambda: privacy.approve_reset(request_id),
+            present=lambda: plain(privacy.budget()),
+            question=f"Put the reset {request_id} in force?",
+        )
+        ask.show(outcome)

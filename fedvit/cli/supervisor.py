@@ -15,12 +15,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedvit.cli.common import find_system
-from fedvit.cli.control import answer_of, control_api
-from fedvit.config import Settings, settings_from_json
+from fedvit.cli.control import control_client
 from fedvit.errors import FedvitError, InterruptedRunError, UsageError
+
+if TYPE_CHECKING:
+    from fedvit.config import Settings
 
 DOWN_TIMEOUT_S = 60.0
 
@@ -41,6 +43,11 @@ def interruptible() -> Iterator[None]:
         ) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def end_this_process() -> None:
+    """Take the way of ``fedvit down``: for a system that was asked over its API to shut down."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def supervisor_log(settings: Settings) -> Path:
@@ -94,9 +101,10 @@ def supervise(settings: Settings, on_ready: Callable[[], None] = lambda: None) -
             print(json.dumps(fact), flush=True)
 
     try:
-        with interruptible(), find_system(settings).running(lambda step: tell(step=step)) as urls:
-            with control_api(urls) as client:
-                answer_of(client.post("/api/training/start"))
+        system = find_system(settings)
+        with interruptible(), system.running(lambda step: tell(step=step), end_this_process) as urls:
+            with control_client(urls.control, settings) as client:
+                client.training.start()
             on_ready()
             tell(ready=True)
             signal.pause()
@@ -126,6 +134,8 @@ def stop_process(pid: int) -> None:
 
 def main() -> int:
     """Run the system until a signal ends it; the exit status of the error that did, otherwise."""
+    from fedvit.config import settings_from_json
+
     settings = settings_from_json(sys.stdin.read())
 
     def log_to_file() -> None:

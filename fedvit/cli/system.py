@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,12 +22,21 @@ from fedvit.cli.common import (
     running_system,
     settings_from,
 )
-from fedvit.cli.control import follow_training, sentence
+from fedvit.cli.control import bearer, follow_training, sentence
 from fedvit.cli.facts import facts_of
-from fedvit.cli.supervisor import interruptible, spawn_supervisor, stop_process, supervise, supervisor_log
-from fedvit.config import Settings
+from fedvit.cli.supervisor import (
+    end_this_process,
+    interruptible,
+    spawn_supervisor,
+    stop_process,
+    supervise,
+    supervisor_log,
+)
 from fedvit.errors import FedvitError, StateError
-from fedvit.ports import SystemUrls
+
+if TYPE_CHECKING:
+    from fedvit.config import Settings
+    from fedvit.ports import SystemUrls
 
 
 def run(
@@ -46,12 +55,12 @@ def run(
         seconds: dict[str, float] = {}
         with _system(settings, quiet=as_json, seconds=seconds) as urls:
             with _timed(seconds, "training"):
-                progress = follow_training(urls, quiet=as_json)
-            if progress["status"] == "failed":
-                raise FedvitError(f"Training failed: {progress['message']}", cure="Mend the cause, then run again.")
+                progress = follow_training(urls.control, settings, quiet=as_json)
+            if progress.status == "failed":
+                raise FedvitError(f"Training failed: {progress.message}", cure="Mend the cause, then run again.")
             from fedvit.report.measure import measure
 
-            summary = measure(settings, urls, seconds, quiet=as_json)
+            summary = measure(settings, urls, seconds, quiet=as_json, headers=bearer())
         if as_json:
             print_json(summary)
 
@@ -67,12 +76,12 @@ def train(
     with explained(as_json), interruptible():
         settings = settings_from(config, home, data, assignments)
         with _system(settings, quiet=as_json, seconds={}) as urls:
-            progress = follow_training(urls, quiet=as_json)
+            progress = follow_training(urls.control, settings, quiet=as_json)
         if as_json:
-            print_json(progress)
+            print_json(progress.model_dump(mode="json"))
         else:
             console.print(sentence(progress))
-        if progress["status"] == "failed":
+        if progress.status == "failed":
             raise typer.Exit(1)
 
 
@@ -139,7 +148,7 @@ def _system(settings: Settings, *, quiet: bool, seconds: dict[str, float]) -> It
         yield running.urls
         return
     started_s = time.monotonic()
-    with find_system(settings).running(_teller(quiet)) as urls:
+    with find_system(settings).running(_teller(quiet), end_this_process) as urls:
         seconds["start"] = time.monotonic() - started_s
         yield urls
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -27,15 +27,23 @@ def eligible(clients: Sequence[Client], config: CohortConfig) -> tuple[str, ...]
 
 
 def draw_cohort(
-    config: CohortConfig, client_ids: Sequence[str], *, run_id: str, round_index: int, secret: bytes
+    config: CohortConfig,
+    client_ids: Sequence[str],
+    *,
+    run_id: str,
+    round_index: int,
+    secret: bytes,
+    in_flight: Collection[str] = (),
 ) -> Cohort:
     """The cohort of one round, by secret coins; equal arguments give an equal cohort, so that a retry draws the same.
 
-    ``uniform`` draws ``size`` clients without replacement (all of them where there are fewer).
+    ``uniform`` draws ``size`` clients without replacement (all of them where there are fewer). Those in flight still
+    work on an earlier round: they are not drawn, and each of them takes up one of the ``size`` places.
     """
-    ids = sorted(client_ids)
-    if config.selection == "uniform" and config.size is not None and config.size < len(ids):
+    ids = sorted(client_id for client_id in client_ids if client_id not in in_flight)
+    places = len(ids) if config.selection == "all" or config.size is None else max(0, config.size - len(in_flight))
+    if places < len(ids):
         stream = SecretStream(secret, "cohort", {"run_id": run_id, "round_index": round_index})
         ranks = np.argsort(stream.uniform(len(ids)), kind="stable")
-        ids = sorted(ids[i] for i in ranks[: config.size])
+        ids = sorted(ids[i] for i in ranks[:places])
     return Cohort(round_index, tuple(ids))

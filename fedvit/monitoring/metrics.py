@@ -19,11 +19,14 @@ MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 PREFIX = "fed_vit_autorl_"
 INFERENCE_DURATION = f"{PREFIX}inference_duration_seconds"
 INFERENCE_REQUESTS = f"{PREFIX}inference_requests_total"
+PREDICTIONS = f"{PREFIX}predictions_total"
 TRAINING_LOSS = f"{PREFIX}training_loss"
 TRAINING_ACCURACY = f"{PREFIX}training_accuracy"
 TRAINING_ROUNDS = f"{PREFIX}training_rounds_total"
 ACTIVE_CLIENTS = f"{PREFIX}active_clients"
+CONNECTED_CLIENTS = f"{PREFIX}connected_clients"
 TOTAL_CLIENTS = f"{PREFIX}total_clients"
+HEARTBEATS = f"{PREFIX}heartbeats_total"
 UNAUTHORIZED_REQUESTS = f"{PREFIX}unauthorized_requests_total"
 EPSILON_REMAINING = f"{PREFIX}privacy_epsilon_remaining"
 EPSILON_SPENT = f"{PREFIX}privacy_epsilon_spent"
@@ -48,6 +51,27 @@ def inference_requests(registry: CollectorRegistry = REGISTRY) -> Counter:
     return Counter(INFERENCE_REQUESTS, "Inference requests by outcome.", ["outcome"], registry=registry)
 
 
+def predictions(registry: CollectorRegistry = REGISTRY) -> Counter:
+    """Answers by ``model_version`` and ``label``, the index of the class.
+
+    For the server's inference replicas alone: what vehicles see, they keep.
+    """
+    return Counter(PREDICTIONS, "Answers by class index.", ["model_version", "label"], registry=registry)
+
+
+def predictions_by_class(
+    model_version: str, multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY
+) -> dict[int, int]:
+    """How often the replicas of this node answered each class, since the system was started."""
+    source = registry if multiprocess_dir is None else _merged(multiprocess_dir)
+    return {
+        int(sample.labels["label"]): int(sample.value)
+        for family in source.collect()
+        for sample in family.samples
+        if sample.name == PREDICTIONS and sample.labels["model_version"] == model_version
+    }
+
+
 def training_loss(registry: CollectorRegistry = REGISTRY) -> Gauge:
     """Loss of the global model on the held-out images."""
     return _gauge(TRAINING_LOSS, "Loss of the global model on the held-out images.", registry)
@@ -68,9 +92,19 @@ def active_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
     return _gauge(ACTIVE_CLIENTS, "Clients that may take part in rounds.", registry)
 
 
+def connected_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
+    """Active clients that are connected: hosted by a proxy that answers, or heard lately."""
+    return _gauge(CONNECTED_CLIENTS, "Active clients that are connected.", registry)
+
+
 def total_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
     """Clients ever registered."""
     return _gauge(TOTAL_CLIENTS, "Clients ever registered.", registry)
+
+
+def heartbeats(registry: CollectorRegistry = REGISTRY) -> Counter:
+    """Heartbeats heard, by ``status``: what the vehicle says of itself, ok or degraded."""
+    return Counter(HEARTBEATS, "Heartbeats heard, by what the vehicle says of itself.", ["status"], registry=registry)
 
 
 def unauthorized_requests(registry: CollectorRegistry = REGISTRY) -> Counter:
@@ -111,6 +145,10 @@ def render(multiprocess_dir: Path | None = None, registry: CollectorRegistry = R
     """
     if multiprocess_dir is None:
         return generate_latest(registry), CONTENT_TYPE_LATEST
+    return generate_latest(_merged(multiprocess_dir)), CONTENT_TYPE_LATEST
+
+
+def _merged(multiprocess_dir: Path) -> CollectorRegistry:
     merged = CollectorRegistry()
     MultiProcessCollector(merged, path=str(multiprocess_dir))  # type: ignore[no-untyped-call]
-    return generate_latest(merged), CONTENT_TYPE_LATEST
+    return merged

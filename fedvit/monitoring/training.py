@@ -24,7 +24,7 @@ class TrainingMetrics:
         self._lock = threading.Lock()
         self._counted: tuple[str | None, int] | None = None
 
-    # Made at their first value: an unset gauge would export 0, a perfect loss.
+    # Made at their first value: an unset gauge would export 0, a perfect loss or a fleet that is gone.
     @cached_property
     def _loss(self) -> Gauge:
         return metrics.training_loss(self._registry)
@@ -32,6 +32,14 @@ class TrainingMetrics:
     @cached_property
     def _accuracy(self) -> Gauge:
         return metrics.training_accuracy(self._registry)
+
+    @cached_property
+    def _connected_clients(self) -> Gauge:
+        return metrics.connected_clients(self._registry)
+
+    def publish_connected(self, connected: int) -> None:
+        """Set how many clients are connected."""
+        self._connected_clients.set(connected)
 
     def publish(self, progress: TrainingProgress, budget: BudgetReport, *, active: int, total: int) -> None:
         """Set everything from one consistent view; the first call counts no rounds, they are an earlier process's."""

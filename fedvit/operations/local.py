@@ -12,16 +12,21 @@ from typing import Any
 
 from fedvit.config import Settings
 from fedvit.errors import ConflictError
+from fedvit.monitoring.connectivity import connectivity
+from fedvit.operations.mailbox import Mailbox
 from fedvit.operations.optimize import Optimizer
 from fedvit.operations.runner import OperationCancelled, OperationKind, OperationRunner, Task
-from fedvit.ports import AccountantPort, ExportedModel, FleetPort, ServerModelPort
+from fedvit.operations.watch import Watch
+from fedvit.ports import AccountantPort, ExportedModel, FleetPort, ProxyReport, ServerModelPort
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunOrder, run_order
+from fedvit.store.backup import write_backup
 from fedvit.store.store import Store
-from fedvit.types import ModelVersion, Operation, Run, RunStatus, TrainingProgress, Variant
+from fedvit.types import ModelVersion, Operation, OperationStatus, Run, RunStatus, TrainingProgress, Variant, utc_now
 
 LOOK_S = 0.1
+SHUTDOWN = "shutdown"
 
 
 class LocalAggregator:
@@ -29,6 +34,8 @@ class LocalAggregator:
 
     Args:
         on_progress: told after every event of the loop, from its thread.
+        system_id: names the running system, over restarts of this process; a system that is started anew has another.
+        on_connected: told every few seconds how many clients are connected.
     """
 
     def __init__(
@@ -40,8 +47,13 @@ class LocalAggregator:
         fleet: FleetPort,
         model: ServerModelPort,
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
+        system_id: str = "local",
+        on_connected: Callable[[int], None] = lambda _: None,
     ) -> None:
+        self._settings = settings
         self._store = store
+        self._system_id = system_id
+        self._fleet = fleet
         self._model = model
         self._coordinator = Coordinator(
             settings=settings, store=store, accountant=accountant, fleet=fleet, model=model, on_progress=on_progress
@@ -49,7 +61,10 @@ class LocalAggregator:
         self._publisher = self._coordinator.publisher
         self._lock = threading.Lock()
         self._loop: Future[Run] | None = None
+        self._shutting_down = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-loop")
+        self._on_connected = on_connected
+        self._watch = Watch(settings.fleet.look_every_s, Mailbox(settings, store).take, self._count_connected)
         optimizer = Optimizer(settings, store, self._publisher, model)
         new_run = OperationKind(self._begin_run, self._admit_run, repeatable=True)
         self._operations = OperationRunner(
@@ -58,6 +73,7 @@ class LocalAggregator:
                 "optimize": OperationKind(optimizer.work, optimizer.admit, repeatable=True),
                 "retrain": new_run,
                 "restart": new_run,
+                SHUTDOWN: OperationKind(self._shut_down, self._admit_shutdown, urgent=True),
             },
         )
 
@@ -67,15 +83,23 @@ class LocalAggregator:
         if latest is not None and latest.status is RunStatus.RUNNING:
             self.start_training()
         self._operations.start()
+        self._watch.start()
 
     def close(self) -> None:
-        """End both threads after what they are doing; a start of another process takes it up."""
+        """End all threads after what they are doing; a start of another process takes it up."""
+        self._watch.close()
         self._coordinator.request_stop()
         self._operations.close()
         self._thread.shutdown()
 
     def start_training(self) -> TrainingProgress:
-        """Begin or continue the run that the settings describe; harmless when it is under way."""
+        """Begin or continue the run that the settings describe; harmless when it is under way.
+
+        Raises:
+            ConflictError: the system is shutting down.
+        """
+        if self._shutting_down.is_set():
+            raise ConflictError("The system is shutting down.", cure="Start it again: `fedvit up`.")
         with self._lock:
             self._start()
         return self._coordinator.progress()
@@ -101,6 +125,10 @@ class LocalAggregator:
             wait([self._loop], timeout=timeout_s)
         return self.progress()
 
+    def proxies_alive(self) -> ProxyReport:
+        """Which client proxies answer now."""
+        return self._fleet.proxies_alive()
+
     def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
         """Queue a long operation; see :class:`fedvit.ports.AggregatorPort`."""
         return self._operations.submit(kind, params, call_key)
@@ -113,6 +141,10 @@ class LocalAggregator:
         """The operation once it has ended, or as it stands after ``timeout_s``."""
         return self._operations.wait(operation_id, timeout_s)
 
+    def await_shutdown(self, timeout_s: float) -> str | None:
+        """Block until this system was told to go down; how, or None after ``timeout_s``."""
+        return self._operations.wait_until(self._shutdown_mode, timeout_s)
+
     def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
         """Make an older version's content current again, as a new version; return its name."""
         return self._publisher.rollback(version, force=force, reason=reason, export=self._export).version
@@ -121,6 +153,11 @@ class LocalAggregator:
         """Move the fleet to another variant of the current version; return the version's name."""
         return self._publisher.switch(variant).version
 
+    def _count_connected(self) -> None:
+        timeout_s = self._settings.fleet.heartbeat_timeout_s
+        fleet = connectivity(self._store.sightings(), self.proxies_alive(), utc_now(), timeout_s)
+        self._on_connected(fleet.connected)
+
     def _export(self, version: ModelVersion) -> dict[Variant, ExportedModel]:
         weights = stored_weights(self._store, version.weights_digest)
         return {variant: self._model.export(weights, variant) for variant in self._publisher.variants()}
@@ -128,7 +165,8 @@ class LocalAggregator:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        if self._rests():
+        # A run that an operation begins while the system shuts down is taken up by the next start.
+        if self._rests() and not self._shutting_down.is_set():
             self._coordinator.announce()
             self._loop = self._thread.submit(self._coordinator.run)
 
@@ -166,7 +204,8 @@ class LocalAggregator:
                         return run
         except OperationCancelled:
             if was_running:
-                self.start_training()
+                with self._lock:
+                    self._start()
             raise
 
     def _restarted(self, order: RunOrder) -> Run:
@@ -202,3 +241,43 @@ class LocalAggregator:
             "client_selection": run.config["order"]["client_selection"],
             "rounds_total": run.rounds_total,
         }
+
+    # --- shutting down -----------------------------------------------------------------------------------------------
+
+    def _admit_shutdown(self, params: Mapping[str, Any]) -> None:
+        if params["mode"] == "graceful" and self._shutting_down.is_set():
+            raise ConflictError("The system is shutting down already.", cure='To wait no longer, ask for "force".')
+
+    def _shut_down(self, task: Task) -> dict[str, Any]:
+        """Bring the state into safety. Once this has succeeded, whoever started the system ends it."""
+        mode = task.params["mode"]
+        told: dict[str, Any] = {"mode": mode, "system_id": self._system_id, "archive": None, "sha256": None}
+        if mode == "graceful":
+            told |= self._at_rest(task)
+        progress = self._coordinator.progress()
+        return told | {"run_id": progress.run_id, "rounds_done": progress.rounds_done}
+
+    def _at_rest(self, task: Task) -> dict[str, Any]:
+        was_running = not self._rests()
+        self._shutting_down.set()
+        try:
+            task.report(0.1, "waiting for the round under way to end")
+            self._rest(task)
+            if not task.params["save_state"]:
+                return {}
+            task.report(0.6, "writing the backup archive")
+            archive, sha256 = write_backup(self._store.home, self._store.home / "backups")
+            return {"archive": str(archive), "sha256": sha256}
+        except BaseException:
+            self._shutting_down.clear()
+            if was_running:
+                self.start_training()
+            raise
+
+    def _shutdown_mode(self) -> str | None:
+        # Read from the state: this process may have been restarted after the operation was given its end.
+        for operation in self._store.operations(OperationStatus.SUCCEEDED):
+            result = operation.result or {}
+            if operation.kind == SHUTDOWN and result.get("system_id") == self._system_id:
+                return str(result["mode"])
+        return None

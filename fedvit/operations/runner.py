@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from fedvit.errors import ConflictError, FedvitError, NotFoundError
 from fedvit.store.store import Store
@@ -16,6 +16,7 @@ from fedvit.types import Operation, OperationStatus
 _LOG = logging.getLogger(__name__)
 _UNFINISHED = (OperationStatus.QUEUED, OperationStatus.RUNNING)
 STOP_TIMEOUT_S = 5.0
+_Fact = TypeVar("_Fact")
 
 
 class OperationCancelled(Exception):
@@ -60,16 +61,18 @@ class OperationKind:
     """A kind of long work.
 
     ``work`` answers with the result, JSON types only. ``admit`` refuses at once what could not do anything. Work that
-    is ``repeatable`` may be run again from its beginning after the process died in the middle of it.
+    is ``repeatable`` may be run again from its beginning after the process died in the middle of it. Work that is
+    ``urgent`` waits for no other and is never taken up by another process, begun or not.
     """
 
     work: Callable[[Task], Mapping[str, Any]]
     admit: Callable[[Mapping[str, Any]], None] = lambda _: None
     repeatable: bool = False
+    urgent: bool = False
 
 
 class OperationRunner:
-    """One thread, one operation at a time, in the order in which they were asked for."""
+    """One thread, one operation at a time, in the order in which they were asked for; urgent ones beside it."""
 
     def __init__(self, store: Store, kinds: Mapping[str, OperationKind]) -> None:
         self._store = store
@@ -101,7 +104,9 @@ class OperationRunner:
         if not known:
             self._kinds[kind].admit(params)
         operation, created = self._store.create_operation(kind, params, call_key=call_key)
-        if created:
+        if created and self._kinds[kind].urgent:
+            threading.Thread(target=self._see_through, args=(operation.operation_id,), daemon=True).start()
+        elif created:
             self._queue.put(operation.operation_id)
         return operation
 
@@ -123,9 +128,13 @@ class OperationRunner:
         Raises:
             NotFoundError: no such operation.
         """
-        with self._ended:
-            self._ended.wait_for(lambda: self._store.operation(operation_id).status.ended, timeout_s)
+        self.wait_until(lambda: self._store.operation(operation_id).status.ended, timeout_s)
         return self._store.operation(operation_id)
+
+    def wait_until(self, true: Callable[[], _Fact], timeout_s: float) -> _Fact:
+        """What ``true()`` says once that is something, or after ``timeout_s``; asked when an operation has ended."""
+        with self._ended:
+            return self._ended.wait_for(true, timeout_s)
 
     def close(self) -> None:
         """End the thread after the operation under way; what is queued, or takes longer, the next start settles."""
@@ -141,7 +150,7 @@ class OperationRunner:
         kind = self._kinds.get(operation.kind)
         if operation.cancel_requested:
             self._store.end_operation(operation.operation_id, OperationStatus.CANCELLED)
-        elif kind is not None and (kind.repeatable or operation.status is OperationStatus.QUEUED):
+        elif kind is not None and not kind.urgent and (kind.repeatable or operation.status is OperationStatus.QUEUED):
             self._queue.put(operation.operation_id)
         else:
             error = ConflictError("The process ended in the middle of the operation.", cure="Ask for it again.")
@@ -151,12 +160,15 @@ class OperationRunner:
 
     def _run(self) -> None:
         while (operation_id := self._queue.get()) is not None and not self._closing.is_set():
-            try:
-                self._perform(operation_id)
-            except Exception:  # The store is away: the next start settles the operation.
-                _LOG.exception("operation %s", operation_id)
-            with self._ended:
-                self._ended.notify_all()
+            self._see_through(operation_id)
+
+    def _see_through(self, operation_id: str) -> None:
+        try:
+            self._perform(operation_id)
+        except Exception:  # The store is away: the next start settles the operation.
+            _LOG.exception("operation %s", operation_id)
+        with self._ended:
+            self._ended.notify_all()
 
     def _perform(self, operation_id: str) -> None:
         with self._lock:

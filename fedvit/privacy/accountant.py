@@ -1,4 +1,9 @@
-"""The privacy accountant: one writer of one append-only ledger, and the only one that says what is left."""
+"""The privacy accountant: one writer of one append-only ledger, and the only one that says what is left.
+
+No amplification by the sampling of clients is claimed anywhere, only by each client's Poisson sampling of its records.
+So asynchronous rounds change nothing here: a release is charged before its training starts, and whether it is folded at
+once, late or never, it costs the same.
+"""
 
 from __future__ import annotations
 

@@ -75,6 +75,22 @@ def open_feed(
     return FolderFeed(Path(source))
 
 
+def control_client(
+    timeout_s: float,
+    transport: httpx.BaseTransport | None = None,
+    *,
+    token_file: Path | None = None,
+    ca_file: Path | None = None,
+) -> httpx.Client:
+    """An HTTP client that speaks to a control server as :class:`HttpFeed` does.
+
+    Raises:
+        UsageError: a file cannot be used.
+    """
+    headers = {} if token_file is None else {"Authorization": f"Bearer {_read_token(token_file)}"}
+    return httpx.Client(timeout=timeout_s, transport=transport, headers=headers, verify=_trust(ca_file))
+
+
 class HttpFeed:
     """Releases of a control server: ``GET /api/model/release`` and ``GET /api/model/blobs/{digest}``.
 
@@ -104,8 +120,7 @@ class HttpFeed:
         if url.scheme not in ("http", "https") or not url.host:
             raise UsageError(f"The source {base_url!r} is no http or https URL.", cure="Give http://HOST:PORT.")
         self._base_url = base_url.rstrip("/")
-        headers = {} if token_file is None else {"Authorization": f"Bearer {_read_token(token_file)}"}
-        self._http = httpx.Client(timeout=timeout_s, transport=transport, headers=headers, verify=_trust(ca_file))
+        self._http = control_client(timeout_s, transport, token_file=token_file, ca_file=ca_file)
 
     def current(self, variant: str | None) -> str | None:
         """See :class:`Feed`."""

@@ -147,6 +147,7 @@ class Publisher:
 
         Raises:
             ConflictError: nothing is released, or the current version has no such variant.
+            IntegrityError: the stored artifact no longer matches its hash.
         """
         with self._lock:
             current = self._current()
@@ -157,6 +158,7 @@ class Publisher:
                 )
             if served_variant(current, self._settings) == variant.value:
                 return current
+            self._store.blobs.get(current.artifacts[variant.value])
             sign = self._signer(artifacts_of(current))
             return self._store.release_again(variant.value, sign, f"switch to {variant.value}")
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import httpx
 from rich.console import Console, Group
 from rich.progress import Progress
 
@@ -19,7 +18,7 @@ from fedvit.errors import NotFoundError
 from fedvit.ports import SystemUrls
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.report.page import write_page
-from fedvit.report.probe import ProbeResult, probe, summarise
+from fedvit.report.probe import ProbeResult, Target, probe, summarise
 from fedvit.report.summary import build_summary, summary_tables, write_summary
 from fedvit.store.store import Store
 from fedvit.training.server import ServerModel
@@ -39,13 +38,21 @@ class _Reference:
     predictions: LabelArray
 
 
-def measure(settings: Settings, urls: SystemUrls, seconds: dict[str, float], *, quiet: bool) -> dict[str, Any]:
+def measure(
+    settings: Settings,
+    urls: SystemUrls,
+    seconds: dict[str, float],
+    *,
+    quiet: bool,
+    headers: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Probe the inference application and the edges with every test image and write the report.
 
     Writes ``report/summary.json`` and ``report/index.html`` in the state folder and prints the summary as a table.
 
     Args:
         seconds: how long each phase took so far; the measuring is added.
+        headers: what the inference application wants to see, a token for instance.
 
     Raises:
         NotFoundError: nothing is released, or a target does not serve the current release in time.
@@ -57,7 +64,7 @@ def measure(settings: Settings, urls: SystemUrls, seconds: dict[str, float], *, 
     reference = _reference(settings, store)
     images = [source.read(record) for record in source.test]
     labels = [record.label for record in source.test]
-    results = _probe_all(_targets(urls), images, reference.version.version, quiet)
+    results = _probe_all(_targets(settings, urls, headers or {}), images, reference.version.version, quiet)
     seconds["measuring"] = time.monotonic() - started_s
     run = store.run(reference.version.run_id)
     manifest = build_manifest(source)
@@ -86,8 +93,10 @@ def measure(settings: Settings, urls: SystemUrls, seconds: dict[str, float], *, 
     return summary
 
 
-def _targets(urls: SystemUrls) -> dict[str, str]:
-    return {"inference": urls.inference} | {f"edge-{i}": url for i, url in enumerate(urls.edges, start=1)}
+def _targets(settings: Settings, urls: SystemUrls, headers: Mapping[str, str]) -> dict[str, Target]:
+    # The token is the control API's, which shares its port with the inference application, and no edge's.
+    inference = Target(urls.inference, headers, settings.access.tls_cert)
+    return {"inference": inference} | {f"edge-{i}": Target(url) for i, url in enumerate(urls.edges, start=1)}
 
 
 def _reference(settings: Settings, store: Store) -> _Reference:
@@ -100,25 +109,26 @@ def _reference(settings: Settings, store: Store) -> _Reference:
     return _Reference(version, model.evaluate(weights), model.predict(weights))
 
 
-def _probe_all(targets: Mapping[str, str], images: list[bytes], version: str, quiet: bool) -> dict[str, ProbeResult]:
+def _probe_all(targets: Mapping[str, Target], images: list[bytes], version: str, quiet: bool) -> dict[str, ProbeResult]:
     results = {}
     with Progress(disable=quiet) as bar:
-        for name, url in targets.items():
-            _await_version(name, url, version)
+        for name, target in targets.items():
+            _await_version(name, target, version)
             task = bar.add_task(f"querying {name}", total=len(images))
-            results[name] = probe(f"{url}/infer", images, on_image=partial(bar.advance, task))
+            results[name] = probe(target, images, on_image=partial(bar.advance, task))
     return results
 
 
-def _await_version(name: str, url: str, version: str) -> None:
+def _await_version(name: str, target: Target, version: str) -> None:
     """Replicas and vehicles switch when they next look; give them that time."""
     deadline_s = time.monotonic() + SWITCH_TIMEOUT_S
     told: Any = None
-    while time.monotonic() < deadline_s:
-        told = httpx.get(f"{url}/health/detailed", timeout=10).json()
-        if ((told.get("model") or {}).get("version")) == version:
-            return
-        time.sleep(0.2)
+    with target.client(timeout=10) as client:
+        while time.monotonic() < deadline_s:
+            told = client.get(f"{target.url}/health/detailed").json()
+            if ((told.get("model") or {}).get("version")) == version:
+                return
+            time.sleep(0.2)
     raise NotFoundError(
         f"{name} does not serve {version} after {SWITCH_TIMEOUT_S:g} s; it says {told!r}.",
         cure="See its log with `make logs`.",

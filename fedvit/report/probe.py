@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -49,10 +52,25 @@ class _Answer:
     server_latency_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where images are sent. ``ca_file`` is trusted instead of the machine's certificates (PEM)."""
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    ca_file: Path | None = None
+
+    def client(self, **options: Any) -> httpx.Client:
+        """An HTTP client for this target."""
+        verify = True if self.ca_file is None else ssl.create_default_context(cafile=self.ca_file)
+        # A proxy from the environment would stand between this machine and itself.
+        return httpx.Client(headers=self.headers, verify=verify, trust_env=not _is_loopback(self.url), **options)
+
+
 def probe(
-    infer_url: str, images: Sequence[bytes], *, concurrency: int = 1, on_image: Callable[[], None] | None = None
+    target: Target, images: Sequence[bytes], *, concurrency: int = 1, on_image: Callable[[], None] | None = None
 ) -> ProbeResult:
-    """POST every encoded image to ``infer_url``, ``concurrency`` at a time over kept-alive connections.
+    """POST every encoded image to the target's ``/infer``, ``concurrency`` at a time over kept-alive connections.
 
     ``on_image`` is called after each answer, from the calling thread.
 
@@ -60,13 +78,13 @@ def probe(
         DataError: there is no image.
         FedvitError: a request failed or was answered with something else; names the URL and the status.
     """
+    infer_url = f"{target.url}/infer"
     if not images:
         raise DataError(f"There is no image to send to {infer_url}.", cure="Probe with at least one test image.")
     answers: list[_Answer] = []
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     with (
-        # A proxy from the environment would stand between this machine and itself.
-        httpx.Client(limits=limits, timeout=REQUEST_TIMEOUT_S, trust_env=not _is_loopback(infer_url)) as client,
+        target.client(limits=limits, timeout=REQUEST_TIMEOUT_S) as client,
         ThreadPoolExecutor(concurrency) as pool,
     ):
         for answer in pool.map(lambda image: _ask(client, infer_url, image), images):

@@ -10,20 +10,22 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedvit.aggregation.fedavg import FedAvg
 from fedvit.cohort.select import draw_cohort, eligible
 from fedvit.config import CohortConfig, Settings
-from fedvit.errors import BudgetExhaustedError, ConflictError, FedvitError, ReleaseRefusedError
+from fedvit.errors import BudgetExhaustedError, ConflictError, FedvitError, LedgerFrozenError, ReleaseRefusedError
 from fedvit.ports import AccountantPort, Charge, FleetPort, ServerModelPort
 from fedvit.privacy.accountants import calibrate_noise_multiplier
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.registry.publisher import Publisher
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds import machine
+from fedvit.rounds.buffer import RoundBuffer
+from fedvit.rounds.collect import Collector
 from fedvit.rounds.machine import LoopState, Phase, Plan
 from fedvit.rounds.steering import RunOrder, place_order, round_settings, run_identity, run_order
 from fedvit.store.store import RoundCommit, Store
@@ -31,7 +33,9 @@ from fedvit.training.release import release_id
 from fedvit.types import (
     ClientOutcome,
     Cohort,
+    Evaluation,
     FloatArray,
+    RoundRecord,
     Run,
     RunStatus,
     TrainingProgress,
@@ -40,13 +44,15 @@ from fedvit.types import (
 )
 from fedvit.wire.tensors import encode_weights
 
+QUARANTINED = "quarantined"
+
 
 @dataclass(frozen=True, slots=True)
 class _RoundWork:
     """A round between training and commit."""
 
     weights: dict[str, FloatArray]
-    outcomes: tuple[ClientOutcome, ...]
+    buffer: RoundBuffer
     started_s: float
 
 
@@ -74,6 +80,7 @@ class Coordinator:
         self._store = store
         self._accountant = accountant
         self._fleet = fleet
+        self._collector = Collector(store, fleet)
         self._model = model
         self.publisher = Publisher(store, settings)
         self._rule = FedAvg(settings.training.server_learning_rate)
@@ -146,7 +153,10 @@ class Coordinator:
             FedvitError: the run could not begin; once it has begun, faults end it with status FAILED and a reason.
         """
         self._stop.clear()
-        run = self._run = self._open_run()
+        run, before = self._open_run(), self._run
+        if before is None or before.run_id != run.run_id:
+            self._fleet.give_up("another run began")
+        self._run = run
         if run.status is not RunStatus.COMPLETED:
             self._store.set_run_status(run.run_id, RunStatus.RUNNING)
         self._load_weights(run)
@@ -186,8 +196,8 @@ class Coordinator:
                 return self._draw(round_index)
             case machine.ChargeRound(cohort):
                 return self._charge(cohort)
-            case machine.TrainRound(cohort):
-                return self._train(cohort)
+            case machine.TrainRound():
+                return self._train(effect)
             case machine.CommitRound(round_index):
                 return self._commit(round_index)
             case machine.ReleaseVersion(version):
@@ -197,14 +207,24 @@ class Coordinator:
                 return None
 
     def _draw(self, round_index: int) -> machine.Event:
+        # Not left to the charge alone: a round that was charged before it was interrupted is not charged again.
+        self._store.check_not_frozen()
         config = self._cohort_config(self._selection())
         ids = eligible(self._store.clients(active=True), config)
-        cohort = draw_cohort(
-            config, ids, run_id=self._current.run_id, round_index=round_index, secret=self._cohort_secret
+        in_flight, kept_out = self._fleet.in_flight(), set(self._store.quarantined_clients())
+        drawn = draw_cohort(
+            config,
+            ids,
+            run_id=self._current.run_id,
+            round_index=round_index,
+            secret=self._cohort_secret,
+            in_flight=in_flight,
         )
-        record = self._store.open_round(self._current.run_id, round_index, cohort)
+        record = self._store.open_round(self._current.run_id, round_index, drawn)
+        # A retry gets the recorded cohort, but an incident since then keeps its clients out.
+        cohort = Cohort(round_index, tuple(c for c in record.cohort if c not in kept_out))
         min_clients = round_settings(self._store, self._settings).min_clients
-        return machine.CohortDrawn(Cohort(round_index, record.cohort), min_clients)
+        return machine.CohortDrawn(cohort, min_clients, len(in_flight.difference(cohort.client_ids)))
 
     def _selection(self) -> str | None:
         order = run_order(self._store)
@@ -237,23 +257,26 @@ class Coordinator:
             for client_id in cohort.client_ids
         ]
 
-    def _train(self, cohort: Cohort) -> machine.Event:
-        started_s = time.monotonic()
-        task, timeout_s = self._task(cohort.round_index), round_settings(self._store, self._settings).wait_timeout_s
-        answers = list(self._fleet.train(task, self._weights, cohort, timeout_s=timeout_s))
-        # A fixed order of summation: the result must not depend on who answered first.
-        answers.sort(key=lambda answer: min(o.client_id for o in answer.outcomes))
-        outcomes = tuple(sorted((o for a in answers for o in a.outcomes), key=lambda o: o.client_id))
-        contributed = sum(1 for o in outcomes if o.error is None)
-        if contributed:
-            self._work = _RoundWork(self._rule.fold(self._weights, answers), outcomes, started_s)
-        errors = [o.error for o in outcomes if o.error is not None]
-        return machine.Trained(contributed, len(errors), errors[0] if errors else None)
+    def _train(self, order: machine.TrainRound) -> machine.Event:
+        started_s, timeout_s = time.monotonic(), round_settings(self._store, self._settings).wait_timeout_s
+        task = self._task(order.cohort.round_index)
+        buffer = self._collector.collect(order, task, self._weights, timeout_s=timeout_s)
+        if buffer.accepted:
+            self._work = _RoundWork(self._rule.fold(self._weights, buffer.updates()), buffer, started_s)
+        errors = [o.error for o in buffer.outcomes if o.error is not None]
+        return machine.Trained(buffer.accepted, len(errors), errors[0] if errors else None)
+
+    def _left_out(self, record: RoundRecord, told: Sequence[ClientOutcome]) -> tuple[ClientOutcome, ...]:
+        """The outcomes of those who were recorded for the round, came into quarantine, and were not asked again."""
+        # One that is still at it from an earlier attempt may yet answer, late.
+        silent = set(record.cohort).difference((o.client_id for o in told), self._fleet.in_flight())
+        return tuple(ClientOutcome(c, 0, QUARANTINED) for c in sorted(silent) if c in self._store.quarantined_clients())
 
     def _commit(self, round_index: int) -> machine.Event:
         work = self._work
         if work is None:
             raise machine.ImpossibleEventError("a round is committed that was not trained")
+        record = self._store.round(self._current.run_id, round_index)
         evaluation = self._model.evaluate(work.weights)
         budget = self._accountant.budget()
         digest = self._store.blobs.put(encode_weights(work.weights))
@@ -268,8 +291,8 @@ class Coordinator:
                 loss=evaluation.loss,
                 accuracy=evaluation.accuracy,
                 metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy},
-                lineage=self._lineage(round_index, work.outcomes),
-                outcomes=work.outcomes,
+                lineage=self._lineage(round_index, work.buffer, evaluation),
+                outcomes=work.buffer.outcomes + self._left_out(record, work.buffer.outcomes),
                 duration_s=time.monotonic() - work.started_s,
             ),
         )
@@ -284,7 +307,7 @@ class Coordinator:
         )
         return machine.Committed(version.version)
 
-    def _lineage(self, round_index: int, outcomes: tuple[ClientOutcome, ...]) -> dict[str, object]:
+    def _lineage(self, round_index: int, buffer: RoundBuffer, evaluation: Evaluation) -> dict[str, object]:
         return {
             "run_id": self._current.run_id,
             "round_index": round_index,
@@ -292,7 +315,9 @@ class Coordinator:
             "base_version": (self._current.config.get("order") or {}).get("base_version"),
             "data_digest": self._current.data_digest,
             "config_digest": self._current.config_digest,
-            "clients": [o.client_id for o in outcomes if o.error is None],
+            **buffer.lineage(),
+            # What the mix of answers in service is held against later; see fedvit.monitoring.drift.
+            "held_out_answers": [sum(column) for column in zip(*evaluation.confusion, strict=True)],
         }
 
     def _release(self, version: str) -> machine.Event:
@@ -300,7 +325,8 @@ class Coordinator:
         record = self._store.version(version)
         try:
             self.publisher.release(record, exports, f"round {record.round_index} of {record.run_id}")
-        except ReleaseRefusedError:
+        except (ReleaseRefusedError, LedgerFrozenError):
+            # One that an incident holds back has no refusal on record: the first start after it releases it.
             return machine.ReleaseRefused()
         return machine.Released()
 

@@ -61,10 +61,14 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class CohortDrawn:
-    """The cohort is drawn and recorded. ``min_clients``, where given, replaces the plan's: an operator changed it."""
+    """The cohort is drawn and recorded. ``min_clients``, where given, replaces the plan's: an operator changed it.
+
+    ``in_flight`` more clients still work on an earlier round; the round takes their answers as well.
+    """
 
     cohort: Cohort
     min_clients: int | None = None
+    in_flight: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class ChargeRefused:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """All proxies answered or the deadline passed."""
+    """Enough clients answered, or all, or the deadline passed."""
 
     num_updates: int
     num_failed: int
@@ -150,9 +154,14 @@ class ChargeRound:
 
 @dataclass(frozen=True, slots=True)
 class TrainRound:
-    """Hand the global weights to the cohort and fold the answers."""
+    """Hand the global weights to the cohort and fold the answers, ``min_clients`` of them or more.
+
+    The last round waits for all that are in flight, in whatever mode: no later one would take their answers.
+    """
 
     cohort: Cohort
+    min_clients: int
+    wait_for_all: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +208,12 @@ def step(state: LoopState, event: Event) -> Step:
             return _rest(state, Rest(RunStatus.FAILED, reason))
         case Phase.IDLE, Started(rounds_done, unreleased):
             return _next(replace(state, round_index=rounds_done, unreleased=unreleased))
-        case Phase.DRAWING, CohortDrawn(cohort, min_clients):
-            return _with_cohort(_needing(state, min_clients), cohort)
+        case Phase.DRAWING, CohortDrawn(cohort, min_clients, in_flight):
+            return _with_cohort(_needing(state, min_clients), cohort, in_flight)
         case Phase.CHARGING, Charged() if state.cohort:
-            return replace(state, phase=Phase.TRAINING), (TrainRound(state.cohort),)
+            last = state.round_index >= state.plan.rounds_total
+            order = TrainRound(state.cohort, _needed(state), wait_for_all=last)
+            return replace(state, phase=Phase.TRAINING), (order,)
         case Phase.CHARGING, ChargeRefused(reason):
             return _finish(state, Rest(RunStatus.BUDGET_EXHAUSTED, reason))
         case Phase.TRAINING, Trained():
@@ -219,8 +230,8 @@ def _needing(state: LoopState, min_clients: int | None) -> LoopState:
     return state if min_clients is None else replace(state, plan=replace(state.plan, min_clients=min_clients))
 
 
-def _with_cohort(state: LoopState, cohort: Cohort) -> Step:
-    short = _too_few(state, len(cohort.client_ids), "eligible clients")
+def _with_cohort(state: LoopState, cohort: Cohort, in_flight: int) -> Step:
+    short = _too_few(state, len(cohort.client_ids) + in_flight, "eligible clients")
     if short:
         return _finish(state, short)
     return replace(state, phase=Phase.CHARGING, cohort=cohort), (ChargeRound(cohort),)
@@ -235,10 +246,14 @@ def _trained(state: LoopState, trained: Trained) -> Step:
 
 
 def _too_few(state: LoopState, count: int, what: str) -> Rest | None:
-    needed = max(1, state.plan.min_clients)
+    needed = _needed(state)
     if count >= needed:
         return None
     return Rest(RunStatus.FAILED, f"Round {state.round_index} has {count} {what}; at least {needed} are needed.")
+
+
+def _needed(state: LoopState) -> int:
+    return max(1, state.plan.min_clients)
 
 
 def _committed(state: LoopState) -> Step:

@@ -1,4 +1,4 @@
-"""What an operator steers training with, kept in the store: which run is wanted, and how patient a round is.
+"""What an operator steers training with, kept in the store: which run, how patient a round is, and whom it waits for.
 
 A run is identified by its settings; an order on top of them makes it another run, also when the settings are the same.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from fedvit.config import Settings
 from fedvit.errors import StaleRequestError
@@ -17,6 +17,8 @@ from fedvit.store.store import Store
 
 _ORDER_KEY = "run_order"
 _ROUND_KEY = "round_settings"
+_AGGREGATION_KEY = "aggregation_settings"
+STALENESS_TOLERANCE = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +96,7 @@ def change_round_settings(
 
     def change(found: Any | None) -> dict[str, Any]:
         now = _round_settings(found, settings)
-        if expected_revisions is not None and now.revision not in expected_revisions:
-            raise StaleRequestError(
-                f"The training configuration was changed meanwhile; it has the revision {now.revision}.",
-                cure="Read it again and repeat the change with its ETag.",
-            )
+        _check_revision("training configuration", now.revision, expected_revisions)
         wanted = replace(
             now,
             min_clients=now.min_clients if min_clients is None else min_clients,
@@ -107,6 +105,61 @@ def change_round_settings(
         return asdict(now if wanted == now else replace(wanted, revision=now.revision + 1))
 
     return RoundSettings(**store.change_meta(_ROUND_KEY, change))
+
+
+@dataclass(frozen=True, slots=True)
+class AggregationSettings:
+    """Whom a round waits for: all that are in flight, or, asynchronous, the first ``buffer_size`` updates.
+
+    An update that is more than ``staleness_tolerance`` versions late is refused, in either mode. ``buffer_size`` None
+    is half of those who take part. ``revision`` counts the changes; 0 is synchronous.
+    """
+
+    revision: int = 0
+    mode: Literal["synchronous", "asynchronous"] = "synchronous"
+    staleness_tolerance: int = STALENESS_TOLERANCE
+    buffer_size: int | None = None
+
+    def enough(self, taking_part: int, min_clients: int) -> int | None:
+        """How many updates a round commits with, out of ``taking_part`` clients; None waits for all of them."""
+        if self.mode == "synchronous":
+            return None
+        wanted = -(-taking_part // 2) if self.buffer_size is None else self.buffer_size
+        return max(min_clients, min(wanted, taking_part))
+
+
+def aggregation_settings(store: Store) -> AggregationSettings:
+    """What is in force now."""
+    return AggregationSettings(**store.get_meta(_AGGREGATION_KEY) or {})
+
+
+def change_aggregation_settings(
+    store: Store,
+    wish: Callable[[AggregationSettings], AggregationSettings],
+    *,
+    expected_revisions: Collection[int] | None = None,
+) -> AggregationSettings:
+    """Change them durably into what ``wish`` makes of those in force; the round under way goes by it as well.
+
+    Raises:
+        StaleRequestError: ``expected_revisions`` are given and the present one is not among them.
+    """
+
+    def change(found: Any | None) -> dict[str, Any]:
+        now = AggregationSettings(**found or {})
+        _check_revision("aggregation mode", now.revision, expected_revisions)
+        wanted = wish(now)
+        return asdict(now if wanted == now else replace(wanted, revision=now.revision + 1))
+
+    return AggregationSettings(**store.change_meta(_AGGREGATION_KEY, change))
+
+
+def _check_revision(what: str, revision: int, expected: Collection[int] | None) -> None:
+    if expected is not None and revision not in expected:
+        raise StaleRequestError(
+            f"The {what} was changed meanwhile; it has the revision {revision}.",
+            cure="Read it again and repeat the change with its ETag.",
+        )
 
 
 def _round_settings(found: Any | None, settings: Settings) -> RoundSettings:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -104,6 +104,12 @@ class Chain:
         if head != {"sequence": sequence, "hash": prev_hash}:
             raise self._broken(min(sequence, head["sequence"]) + 1)
         return sequence
+
+    def dump(self, session: Session) -> Iterator[dict[str, Any]]:
+        """Every line with its hashes, oldest first, as it is stored: also where the chain is broken."""
+        query = self.lines.order_by(self.table.sequence).execution_options(yield_per=1000)
+        for row in session.execute(query):
+            yield {**row._mapping, "at": row.at.isoformat(timespec="microseconds")}
 
     def _head(self, session: Session) -> dict[str, Any]:
         found: dict[str, Any] = get_meta(session, self.head_key) or _GENESIS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib import resources
@@ -21,7 +22,7 @@ from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
-from fedvit.errors import StateError
+from fedvit.errors import DataError, StateError
 from fedvit.store.blobs import fsync_folder
 from fedvit.store.locks import opening_lock
 
@@ -41,6 +42,8 @@ class Database:
         self._engine = make_engine(path)
         # Shares the pool; only the word behind BEGIN differs.
         self._writer = self._engine.execution_options(begin="IMMEDIATE")
+        self._watcher: sqlite3.Connection | None = None
+        self._watching = threading.Lock()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -63,8 +66,32 @@ class Database:
             session.connection()  # Takes the lock now, so that nothing is read before it.
             yield session
 
+    def change_counter(self) -> int:
+        """A number that differs from an earlier one if anything was committed in between, by whatever process.
+
+        It costs some microseconds: SQLite tells a connection that only ever watches when others have committed.
+
+        Raises:
+            StateError: the file cannot be read.
+        """
+        with self._watching:
+            try:
+                if self._watcher is None:
+                    # Outside the pool: it must never write, and nobody must keep a transaction open on it.
+                    self._watcher = sqlite3.connect(
+                        self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+                    )
+                ((version,),) = self._watcher.execute("PRAGMA data_version").fetchall()
+            except sqlite3.Error as error:
+                raise StateError(f"The state database {self._path} cannot be used: {_one_line(error)}.") from error
+            return int(version)
+
     def close(self) -> None:
         """Give all connections back; the last one to close folds the write-ahead log into the file."""
+        with self._watching:
+            if self._watcher is not None:
+                self._watcher.close()
+            self._watcher = None
         self._engine.dispose()
 
 
@@ -178,10 +205,13 @@ def _upgrade(path: Path) -> None:
 def _explained(path: Path) -> Iterator[None]:
     """Turn what SQLite says about the file (locked, full, read-only, malformed) into one sentence.
 
-    Broken constraints and faulty SQL are mistakes in this program and pass as they are.
+    Broken constraints and faulty SQL are mistakes in this program and pass as they are; a number that is too large is
+    the caller's.
     """
     try:
         yield
+    except OverflowError:
+        raise DataError("A number does not fit into the database's 64 bits.", cure="Send a smaller one.") from None
     except DatabaseError as error:
         if type(error) not in (DatabaseError, OperationalError):
             raise

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
+from typing import cast as typed
 
-from sqlalchemy import Select, func, insert, select, update
+from sqlalchemy import Integer, Select, Table, bindparam, cast, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from fedvit.errors import NotFoundError, StateError
-from fedvit.store.records import FleetInfo
+from fedvit.store.records import ClientPage, FleetInfo, Validation
 from fedvit.store.tables import ClientRow, MetaRow
-from fedvit.types import Client, ClientKind
+from fedvit.types import Client, ClientKind, Sighting
 
 FLEET_KEY = "fleet"
+# Behind it the client's id: a fleet of ten thousand must not rewrite one long value for each verdict.
+_VALIDATION_KEY = "validation/"
 # Older SQLite builds admit 999 bound parameters a statement.
 _CHUNK = 500
 _Query = TypeVar("_Query", bound=Select[Any])
@@ -106,6 +109,43 @@ def set_client(session: Session, client_id: str, active: bool | None, validated:
     return _to_client(row)
 
 
+def client_page(session: Session, offset: int, limit: int) -> ClientPage:
+    """A page of clients and the totals."""
+    flags = (func.count(), func.sum(cast(ClientRow.active, Integer)), func.sum(cast(ClientRow.validated, Integer)))
+    total, active, validated = session.execute(select(*flags).select_from(ClientRow)).one()
+    page = clients(session, None, None, offset, limit)
+    return ClientPage(
+        total, active or 0, validated or 0, tuple(page), validations(session, [found.client_id for found in page])
+    )
+
+
+def sightings(session: Session) -> list[Sighting]:
+    """The whereabouts of all active clients, ordered by id."""
+    columns = select(ClientRow.client_id, ClientRow.kind, ClientRow.last_seen_at)
+    rows = session.execute(columns.where(ClientRow.active).order_by(ClientRow.client_id))
+    return [Sighting(client_id, ClientKind(kind), at) for client_id, kind, at in rows]
+
+
+def validate_client(session: Session, client_id: str, verdict: Validation) -> Client:
+    """Record whether a client is validated, and why.
+
+    Raises:
+        NotFoundError: no such client.
+    """
+    row = _client_row(session, client_id)
+    row.validated = verdict.validated
+    value = {"validated": verdict.validated, "reason": verdict.reason, "at": verdict.at.isoformat()}
+    set_meta(session, _VALIDATION_KEY + client_id, value)
+    return _to_client(row)
+
+
+def validations(session: Session, client_ids: Sequence[str]) -> dict[str, Validation]:
+    """What operators last decided on these clients."""
+    keys = [_VALIDATION_KEY + client_id for client_id in client_ids]
+    rows = [row for chunk in _chunks(keys) for row in session.scalars(select(MetaRow).where(MetaRow.key.in_(chunk)))]
+    return {row.key.removeprefix(_VALIDATION_KEY): _to_validation(row.value) for row in rows}
+
+
 def quarantine_clients(session: Session, client_ids: Sequence[str], reason: str, at: datetime) -> list[str]:
     """Keep these clients out of every round; return those that are registered. The first quarantine stands."""
     known = sorted(_known_ids(session, client_ids))
@@ -114,6 +154,12 @@ def quarantine_clients(session: Session, client_ids: Sequence[str], reason: str,
         if row.quarantined_at is None:
             row.quarantined_at, row.quarantine_reason = at, reason
     return known
+
+
+def quarantined_clients(session: Session) -> list[str]:
+    """Ids of all clients in quarantine, sorted."""
+    query = select(ClientRow.client_id).where(ClientRow.quarantined_at.is_not(None)).order_by(ClientRow.client_id)
+    return list(session.scalars(query))
 
 
 def reinstate_client(session: Session, client_id: str) -> Client:
@@ -125,6 +171,16 @@ def reinstate_client(session: Session, client_id: str) -> Client:
     row = _client_row(session, client_id)
     row.quarantined_at = row.quarantine_reason = None
     return _to_client(row)
+
+
+def touch_clients(session: Session, seen: Mapping[str, datetime]) -> None:
+    """Move ``last_seen_at`` of these clients forward, never back; unknown ones are passed over."""
+    moment = bindparam("at", type_=ClientRow.last_seen_at.type)
+    later = or_(ClientRow.last_seen_at.is_(None), ClientRow.last_seen_at < moment)
+    touch = update(typed(Table, ClientRow.__table__)).where(ClientRow.client_id == bindparam("who"), later)
+    if seen:
+        rows = [{"who": client_id, "at": at} for client_id, at in seen.items()]
+        session.connection().execute(touch.values(last_seen_at=moment), rows)
 
 
 def _known_ids(session: Session, client_ids: Sequence[str]) -> set[str]:
@@ -167,6 +223,10 @@ def _to_client(row: ClientRow) -> Client:
         quarantined_at=row.quarantined_at,
         quarantine_reason=row.quarantine_reason,
     )
+
+
+def _to_validation(value: Mapping[str, Any]) -> Validation:
+    return Validation(value["validated"], value["reason"], datetime.fromisoformat(value["at"]))
 
 
 def _refreshable(client: Client) -> dict[str, Any]:

@@ -16,15 +16,17 @@ KEPT = timedelta(hours=24)
 UNDER_WAY = timedelta(minutes=10)
 
 
-def begin_request(session: Session, request: RequestKey, at: datetime) -> StoredAnswer | None:
+def begin_request(session: Session, request: RequestKey, at: datetime, repeatable: bool) -> StoredAnswer | None:
     """Claim the key, or give the answer that it already got.
+
+    What is ``repeatable`` is not kept waiting for a request under way, whose process may have died.
 
     Raises:
         ConflictError: the key was used for something else, or its request is still under way.
     """
     session.execute(delete(IdempotencyRow).where(IdempotencyRow.at < at - KEPT))
     row = _row(session, request)
-    if row is not None and row.status is None and row.at < at - UNDER_WAY:
+    if row is not None and row.status is None and _may_repeat(row, request, at, repeatable):
         session.delete(row)
         session.flush()
         row = None
@@ -48,6 +50,10 @@ def finish_request(session: Session, request: RequestKey, answer: StoredAnswer |
     else:
         row.status, row.body = answer.status, answer.body
         row.media_type, row.headers = answer.media_type, dict(answer.headers)
+
+
+def _may_repeat(row: IdempotencyRow, request: RequestKey, at: datetime, repeatable: bool) -> bool:
+    return row.at < at - UNDER_WAY or (repeatable and row.request_hash == request.request_hash)
 
 
 def _answer(row: IdempotencyRow, request: RequestKey) -> StoredAnswer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
@@ -45,37 +45,48 @@ def append_charges(session: Session, charges: Sequence[Charge], check: Callable[
 
 
 def freeze(session: Session, wish: LedgerFreeze) -> LedgerFreeze:
-    """Freeze the ledger for an incident; the first incident's reason stays."""
-    found = _freeze_under(session, FREEZE_KEY)
-    if found is None:
-        _set_freeze(session, FREEZE_KEY, wish)
-    return found or wish
+    """Freeze the ledger for one incident more; return the freeze in force, which is the first incident's."""
+    freezes = _freezes(session)
+    if wish.incident_id not in (freeze.incident_id for freeze in freezes):
+        freezes.append(wish)
+        _set_freezes(session, freezes)
+    return freezes[0]
 
 
 def frozen(session: Session) -> LedgerFreeze | None:
     """Why the ledger is frozen, or None."""
-    return _freeze_under(session, FREEZE_KEY) or _freeze_under(session, COPY_KEY)
+    return next(iter(_freezes(session)), None) or _copy_freeze(session)
 
 
-def thaw(session: Session) -> LedgerFreeze | None:
-    """Lift an incident's freeze, and say what it was; harmless where there is none."""
-    found = _freeze_under(session, FREEZE_KEY)
-    set_meta(session, FREEZE_KEY, None)
-    return found
+def thaw(session: Session, incident_id: str) -> LedgerFreeze | None:
+    """Lift one incident's freeze; return the one that is in force for another, if any.
+
+    Raises:
+        ConflictError: the ledger is frozen, and not by this incident.
+    """
+    freezes = _freezes(session)
+    left = [freeze for freeze in freezes if freeze.incident_id != incident_id]
+    if freezes and len(left) == len(freezes):
+        raise ConflictError(
+            f"The privacy ledger is not frozen by incident {incident_id!r}.",
+            cure=f"It is frozen by {', '.join(repr(freeze.incident_id) for freeze in freezes)}.",
+        )
+    _set_freezes(session, left)
+    return frozen(session)
 
 
 def thaw_copy(session: Session) -> LedgerFreeze | None:
     """Lift the freeze of a state that came from a backup, and say what it was; harmless where there is none."""
-    found = _freeze_under(session, COPY_KEY)
+    found = _copy_freeze(session)
     set_meta(session, COPY_KEY, None)
     return found
 
 
 def mark_as_copy(session: Session, at: datetime) -> None:
     """Freeze the ledger of a state that was copied; the first copy's mark stays."""
-    if _freeze_under(session, COPY_KEY) is None:
+    if _copy_freeze(session) is None:
         reason = "This state comes from a backup; what its original has charged since then is not known."
-        _set_freeze(session, COPY_KEY, LedgerFreeze(RESTORE, reason, "fedvit backup", at))
+        set_meta(session, COPY_KEY, _freeze_to_json(LedgerFreeze(RESTORE, reason, "fedvit backup", at)))
 
 
 def adopt_freezes(session: Session, other: Session) -> None:
@@ -84,13 +95,25 @@ def adopt_freezes(session: Session, other: Session) -> None:
         set_meta(session, key, get_meta(other, key))
 
 
-def _set_freeze(session: Session, key: str, freeze: LedgerFreeze) -> None:
-    set_meta(session, key, {**asdict(freeze), "at": freeze.at.isoformat()})
+def _freezes(session: Session) -> list[LedgerFreeze]:
+    return [_freeze_of(found) for found in get_meta(session, FREEZE_KEY) or []]
 
 
-def _freeze_under(session: Session, key: str) -> LedgerFreeze | None:
-    found = get_meta(session, key)
-    return None if found is None else LedgerFreeze(**{**found, "at": datetime.fromisoformat(found["at"])})
+def _set_freezes(session: Session, freezes: Sequence[LedgerFreeze]) -> None:
+    set_meta(session, FREEZE_KEY, [_freeze_to_json(freeze) for freeze in freezes])
+
+
+def _copy_freeze(session: Session) -> LedgerFreeze | None:
+    found = get_meta(session, COPY_KEY)
+    return None if found is None else _freeze_of(found)
+
+
+def _freeze_to_json(freeze: LedgerFreeze) -> dict[str, Any]:
+    return {**asdict(freeze), "at": freeze.at.isoformat()}
+
+
+def _freeze_of(found: Mapping[str, Any]) -> LedgerFreeze:
+    return LedgerFreeze(**{**found, "at": datetime.fromisoformat(found["at"])})
 
 
 def ledger(session: Session, since: datetime | None, limit: int | None, after: int) -> list[LedgerEntry]:

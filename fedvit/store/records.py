@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from fedvit.types import ClientOutcome
+from fedvit.types import Client, ClientOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,31 @@ class FleetInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Validation:
+    """What an operator decided on a client's data."""
+
+    validated: bool
+    reason: str | None
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPage:
+    """Some clients with what operators decided on them, and how many there are in all."""
+
+    total: int
+    active: int
+    validated: int
+    clients: tuple[Client, ...]
+    validations: Mapping[str, Validation]
+
+
+@dataclass(frozen=True, slots=True)
 class RoundCommit:
     """What a finished round leaves behind. Values that are not finite are stored as absent: JSON has no word for them.
 
-    ``weights_digest`` and ``frozen_digest`` name blobs; ``outcomes`` has at most one entry a client of the cohort.
+    ``weights_digest`` and ``frozen_digest`` name blobs; ``outcomes`` has at most one entry a client, of this round's
+    cohort or, late, of an earlier one's.
     """
 
     weights_digest: str

@@ -10,10 +10,11 @@ from sqlalchemy import ColumnElement, func, insert, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, NotFoundError
+from fedvit.store.fleet import quarantined_clients
 from fedvit.store.records import RoundCommit
 from fedvit.store.tables import ClientRoundRow, RoundRow, RunRow, VersionRow
 from fedvit.store.versions import insert_version
-from fedvit.types import ClientOutcome, Cohort, ModelVersion, RoundRecord, Run, RunStatus, utc_now
+from fedvit.types import ClientOutcome, Cohort, ModelVersion, Participation, RoundRecord, Run, RunStatus, utc_now
 
 _RESUMABLE = [status.value for status in RunStatus if status.resumable]
 
@@ -90,6 +91,8 @@ def set_run_status(session: Session, run_id: str, status: RunStatus, reason: str
 def open_round(session: Session, run_id: str, round_index: int, cohort: Cohort) -> RoundRecord:
     """Record the cohort of the run's next round, or give back the one already on record for it.
 
+    A round that was opened for nobody (all were in flight) has charged and trained nobody: its cohort may yet be drawn.
+
     Raises:
         NotFoundError: no such run.
         ConflictError: ``round_index`` is not the run's next round, or the cohort was drawn for another one.
@@ -102,12 +105,15 @@ def open_round(session: Session, run_id: str, round_index: int, cohort: Cohort) 
             f"Round {round_index} of {run_id} was handed the cohort of round {cohort.round_index}.",
             cure="Draw the cohort for the round that it takes part in.",
         )
-    if session.get(RoundRow, (run_id, round_index)) is None:
-        client_ids = list(cohort.client_ids)
+    client_ids = list(cohort.client_ids)
+    row = session.get(RoundRow, (run_id, round_index))
+    if row is None:
         session.add(
             RoundRow(run_id=run_id, round_index=round_index, cohort=client_ids, opened_at=utc_now(), num_updates=0)
         )
-        session.flush()
+    else:
+        row.cohort = row.cohort or client_ids
+    session.flush()
     return round_record(session, run_id, round_index)
 
 
@@ -116,14 +122,16 @@ def commit_round(session: Session, run_id: str, round_index: int, commit: RoundC
 
     Raises:
         NotFoundError: the round was never opened.
-        ConflictError: it is committed already, or an outcome is a stranger's or a client's second one.
+        ConflictError: it is committed already, an outcome is a stranger's or a client's second one, or a client that
+            contributed was quarantined meanwhile. A late outcome belongs to the cohort of the round that it started in.
     """
     owner, row = _run_row(session, run_id), _round_row(session, run_id, round_index)
     if row.committed_at is not None:
         raise ConflictError(
             f"Round {round_index} of {run_id} is committed already.", cure=f"Its next round is {owner.rounds_done + 1}."
         )
-    _check_outcomes(row, commit.outcomes)
+    _check_outcomes(session, row, commit.outcomes)
+    _check_quarantine(session, row, commit.outcomes)
     row.committed_at = utc_now()
     row.loss, row.accuracy = _finite(commit.loss), _finite(commit.accuracy)
     row.epsilon = commit.epsilon
@@ -156,6 +164,13 @@ def round_record(session: Session, run_id: str, round_index: int) -> RoundRecord
     return found[0]
 
 
+def participation(session: Session) -> dict[str, Participation]:
+    """How the rounds of every client went that took part in one."""
+    counts = select(ClientRoundRow.client_id, func.count(), func.count(ClientRoundRow.error))
+    rows = session.execute(counts.group_by(ClientRoundRow.client_id))
+    return {client_id: Participation(rounds, failures) for client_id, rounds, failures in rows}
+
+
 def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
     others = session.scalars(select(RunRow.run_id).where(RunRow.status.in_(_RESUMABLE)))
     for run_id in others:
@@ -163,17 +178,40 @@ def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
             raise ConflictError(f"{run_id} is not finished.", cure="Continue it, or end it before another run goes on.")
 
 
-def _check_outcomes(row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:
+def _check_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:
+    """Each is the only one of its client, which was drawn for the round that it started in and answered none since."""
     seen: set[str] = set()
-    cohort = set(row.cohort)
+    starts = {staleness: _start(session, row, staleness) for staleness in {o.staleness for o in outcomes}}
     for outcome in outcomes:
-        if outcome.client_id in seen or outcome.client_id not in cohort:
-            fault = "counts twice in" if outcome.client_id in seen else "is not in the cohort of"
+        cohort, answered = starts[outcome.staleness]
+        if outcome.client_id in seen | answered or outcome.client_id not in cohort:
+            fault = "is not in the cohort of" if outcome.client_id not in cohort else "counts twice in"
             raise ConflictError(
-                f"Client {outcome.client_id!r} {fault} round {row.round_index} of {row.run_id}.",
-                cure="Commit at most one outcome for each client of the recorded cohort.",
+                f"Client {outcome.client_id!r} {fault} round {row.round_index - outcome.staleness} of {row.run_id}.",
+                cure="Commit at most one outcome for each client and round of the recorded cohorts.",
             )
         seen.add(outcome.client_id)
+
+
+def _start(session: Session, row: RoundRow, staleness: int) -> tuple[set[str], set[str]]:
+    """The cohort of the round ``staleness`` rounds ago, and all that were taken an answer from since it was drawn."""
+    first = row.round_index - staleness
+    origin = session.get(RoundRow, (row.run_id, first)) if staleness >= 0 else None
+    since = ClientRoundRow.round_index.between(first, row.round_index)
+    answered = session.scalars(select(ClientRoundRow.client_id).where(ClientRoundRow.run_id == row.run_id, since))
+    return set(origin.cohort if origin else ()), set(answered)
+
+
+def _check_quarantine(session: Session, row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:
+    """In this transaction: what is told of an incident's reach stays true, whatever was under way."""
+    contributed = {outcome.client_id for outcome in outcomes if outcome.error is None}
+    caught = sorted(contributed.intersection(quarantined_clients(session)))
+    if caught:
+        raise ConflictError(
+            f"Round {row.round_index} of {row.run_id} is discarded: {', '.join(caught[:10])} came into quarantine "
+            "while it was trained.",
+            cure="The next start trains it again without them.",
+        )
 
 
 def _insert_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:

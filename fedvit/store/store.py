@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from fedvit.store.records import (
     AuditFacts,
     BudgetPeriod,
     BudgetRequest,
+    ClientPage,
     Derivation,
     FleetInfo,
     Release,
@@ -33,6 +34,7 @@ from fedvit.store.records import (
     RoundCommit,
     StoredAnswer,
     Token,
+    Validation,
 )
 from fedvit.store.versions import Sign
 from fedvit.types import (
@@ -42,9 +44,11 @@ from fedvit.types import (
     ModelVersion,
     Operation,
     OperationStatus,
+    Participation,
     RoundRecord,
     Run,
     RunStatus,
+    Sighting,
 )
 
 _OWN_KEYS = frozenset(
@@ -64,6 +68,7 @@ __all__ = [
     "AuditFacts",
     "BudgetPeriod",
     "BudgetRequest",
+    "ClientPage",
     "Derivation",
     "FleetInfo",
     "LedgerFreeze",
@@ -74,6 +79,7 @@ __all__ = [
     "Store",
     "StoredAnswer",
     "Token",
+    "Validation",
 ]
 
 
@@ -179,10 +185,44 @@ class Store:
         with self._database.write() as session:
             return _fleet.set_client(session, client_id, active, validated)
 
+    def client_page(self, offset: int, limit: int) -> ClientPage:
+        """Clients ordered by id, and the totals, as of one moment."""
+        with self._database.read() as session:
+            return _fleet.client_page(session, offset, limit)
+
+    def sightings(self) -> list[Sighting]:
+        """The whereabouts of all active clients, ordered by id."""
+        with self._database.read() as session:
+            return _fleet.sightings(session)
+
+    def validate_client(self, client_id: str, verdict: Validation) -> Client:
+        """Record whether an operator trusts a client's data, and why.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        with self._database.write() as session:
+            return _fleet.validate_client(session, client_id, verdict)
+
+    def validations(self, client_ids: Sequence[str]) -> dict[str, Validation]:
+        """What operators last decided on these clients; nothing for those on whom nobody did."""
+        with self._database.read() as session:
+            return _fleet.validations(session, client_ids)
+
+    def touch_clients(self, seen: Mapping[str, datetime]) -> None:
+        """Move ``last_seen_at`` of these clients forward, never back; unknown ones are passed over."""
+        with self._database.write() as session:
+            _fleet.touch_clients(session, seen)
+
     def quarantine_clients(self, client_ids: Sequence[str], reason: str, at: datetime) -> list[str]:
         """Keep these clients out of every round; return those that are registered. The first quarantine stands."""
         with self._database.write() as session:
             return _fleet.quarantine_clients(session, client_ids, reason, at)
+
+    def quarantined_clients(self) -> list[str]:
+        """Ids of all clients in quarantine, sorted."""
+        with self._database.read() as session:
+            return _fleet.quarantined_clients(session)
 
     def reinstate_client(self, client_id: str) -> Client:
         """Lift a client's quarantine; harmless where there is none.
@@ -263,7 +303,9 @@ class Store:
 
         Raises:
             NotFoundError: the round was never opened.
-            ConflictError: it is committed already, or an outcome is a stranger's or a client's second one.
+            ConflictError: it is committed already, an outcome is a stranger's or a client's second one, or a client
+                that contributed was quarantined meanwhile. A late outcome belongs to the cohort of the round that it
+                started in.
         """
         with self._database.write() as session:
             return _runs.commit_round(session, run_id, round_index, commit)
@@ -285,6 +327,11 @@ class Store:
         """
         with self._database.read() as session:
             return _runs.round_record(session, run_id, round_index)
+
+    def participation(self) -> dict[str, Participation]:
+        """How the rounds of every client went that took part in one, over all runs."""
+        with self._database.read() as session:
+            return _runs.participation(session)
 
     # --- versions and releases ---------------------------------------------------------------------------------------
 
@@ -330,8 +377,10 @@ class Store:
         Raises:
             NotFoundError: no such version.
             ConflictError: there are no artifacts, or ``sequence`` is no longer the next number.
+            LedgerFrozenError: an incident froze the ledger; roll-backs and switches pass all the same.
         """
         with self._database.write() as session:
+            _ledger.check_not_frozen(session)
             return _versions.release(session, version, artifacts, envelopes, reason, sequence, serve_variant)
 
     def release_again(self, serve_variant: str, sign: Sign, reason: str) -> Release:
@@ -417,7 +466,10 @@ class Store:
             _ledger.check_not_frozen(session)
 
     def freeze_ledger(self, wish: LedgerFreeze) -> LedgerFreeze:
-        """Let nothing be charged any more; the first incident's reason stays and is returned."""
+        """Let nothing be charged, and no trained version be released, until each incident that froze it is over.
+
+        Returns the freeze in force, which is the first incident's.
+        """
         with self._database.write() as session:
             return _ledger.freeze(session, wish)
 
@@ -426,10 +478,19 @@ class Store:
         with self._database.read() as session:
             return _ledger.frozen(session)
 
-    def thaw_ledger(self) -> LedgerFreeze | None:
-        """Lift an incident's freeze and return what it was; harmless where there is none."""
+    def thaw_ledger(self, incident_id: str) -> LedgerFreeze | None:
+        """Lift one incident's freeze; return the one that is in force for another. Harmless where there is none.
+
+        Raises:
+            ConflictError: the ledger is frozen, and not by this incident.
+        """
         with self._database.write() as session:
-            return _ledger.thaw(session)
+            return _ledger.thaw(session, incident_id)
+
+    def ledger_lines(self) -> Iterator[dict[str, Any]]:
+        """The ledger as it is stored, hashes included, oldest line first; read to the end, or closed."""
+        with self._database.read() as session:
+            yield from _ledger.CHAIN.dump(session)
 
     def thaw_restored_ledger(self) -> LedgerFreeze | None:
         """Lift the freeze of a state that came from a backup and return what it was; harmless where there is none."""
@@ -525,10 +586,10 @@ class Store:
         with self._database.write() as session:
             return _tokens.revoke_token(session, token_id, at)
 
-    def touch_token(self, token_id: str, at: datetime) -> None:
-        """Remember when a token was used last."""
+    def touch_tokens(self, used: Mapping[str, datetime]) -> None:
+        """Remember when these tokens were used last."""
         with self._database.write() as session:
-            _tokens.touch_token(session, token_id, at)
+            _tokens.touch_tokens(session, used)
 
     def append_audit(self, facts: AuditFacts) -> int:
         """Write one line of the audit trail; return its sequence.
@@ -549,6 +610,11 @@ class Store:
         with self._database.read() as session:
             return _audit.latest_audit(session, limit)
 
+    def audit_lines(self) -> Iterator[dict[str, Any]]:
+        """The audit trail as it is stored, hashes included, oldest line first; read to the end, or closed."""
+        with self._database.read() as session:
+            yield from _audit.CHAIN.dump(session)
+
     def verify_audit(self) -> int:
         """Recompute the hash chain; return the number of lines.
 
@@ -558,14 +624,16 @@ class Store:
         with self._database.read() as session:
             return _audit.CHAIN.verify(session)
 
-    def begin_request(self, request: RequestKey, at: datetime) -> StoredAnswer | None:
+    def begin_request(self, request: RequestKey, at: datetime, *, repeatable: bool = False) -> StoredAnswer | None:
         """Claim an idempotency key (None), or give the answer that its request already got.
+
+        What is ``repeatable`` is not kept waiting for a request under way, whose process may have died.
 
         Raises:
             ConflictError: the key was used for something else, or its request is still under way.
         """
         with self._database.write() as session:
-            return _idempotency.begin_request(session, request, at)
+            return _idempotency.begin_request(session, request, at, repeatable)
 
     def finish_request(self, request: RequestKey, answer: StoredAnswer | None) -> None:
         """Keep the answer for repetitions; None forgets the request, so that it may be tried again."""
@@ -634,6 +702,13 @@ class Store:
         """
         with self._database.write() as session:
             return _operations.cancel_operation(session, operation_id)
+
+    def change_counter(self) -> int:
+        """A number that differs from an earlier one if anything was committed in between, by whatever process.
+
+        Cheap enough to ask at every request; equal numbers mean that whatever was read then is still the truth.
+        """
+        return self._database.change_counter()
 
     # --- meta --------------------------------------------------------------------------------------------------------
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from fedvit.errors import NotFoundError
@@ -46,9 +47,10 @@ def revoke_token(session: Session, token_id: str, at: datetime) -> Token:
     return _to_token(row)
 
 
-def touch_token(session: Session, token_id: str, at: datetime) -> None:
+def touch_tokens(session: Session, used: Mapping[str, datetime]) -> None:
     """Set ``last_used_at``."""
-    _row(session, token_id).last_used_at = at
+    if used:
+        session.execute(update(TokenRow), [{"token_id": name, "last_used_at": at} for name, at in used.items()])
 
 
 def _row(session: Session, token_id: str) -> TokenRow:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime, timedelta
 
 import numpy as np
 
-from fedvit.ports import ExportedModel, Trial
+from fedvit.ports import ExportedModel, ProxyReport, Trial
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import (
     Client,
@@ -84,33 +84,81 @@ class PointModel:
 
 
 class FakeFleet:
-    """Clients that each move a share of the way to ``target``, in two partial updates. Implements ``FleetPort``.
+    """Clients that each move a share of the way to ``target``, in ``groups`` partial updates. Implements ``FleetPort``.
+
+    Time stands still: whoever is not held answers at once. When only held clients are in flight, ``on_silence`` is
+    called; if it lets none of them go, the patience of the round is over.
 
     Args:
         failing: clients that answer with an error.
         crash_in_round: a round in which the whole process seems to die, once.
+        groups: how many proxies there seem to be.
+
+    Attributes:
+        held: clients that do not answer, and with each of them its group; a test adds and takes away.
     """
 
-    def __init__(self, target: FloatArray, *, failing: Collection[str] = (), crash_in_round: int | None = None) -> None:
+    def __init__(
+        self,
+        target: FloatArray,
+        *,
+        failing: Collection[str] = (),
+        crash_in_round: int | None = None,
+        groups: int = 2,
+        on_silence: Callable[[], None] = lambda: None,
+    ) -> None:
         self._target = target
         self._failing = frozenset(failing)
         self._crash_in_round = crash_in_round
+        self._groups = groups
+        self.on_silence = on_silence
+        self.held: set[str] = set()
+        self._pending: list[PartialUpdate] = []
         self.tasks: list[tuple[TrainTask, Cohort]] = []
         self.timeouts_s: list[float | None] = []
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate]:
-        """One partial update for the even clients, one for the odd."""
+    ) -> Iterator[PartialUpdate | None]:
+        """One partial update a group, the even clients last; the difference is to ``weights`` as they are now."""
         self.tasks.append((task, cohort))
         self.timeouts_s.append(timeout_s)
         assert task.base_digest == hashlib.sha256(encode_weights(weights)).hexdigest(), "weights of another release"
         if task.round_index == self._crash_in_round:
             self._crash_in_round = None
             raise KeyboardInterrupt
-        for part in (cohort.client_ids[1::2], cohort.client_ids[::2]):
-            if part:
-                yield self._partial(task, weights, part)
+        parts = [cohort.client_ids[first :: self._groups] for first in reversed(range(self._groups))]
+        self._pending += [self._partial(task, weights, part) for part in parts if part]
+        while self._pending:
+            if self._next() is None:
+                self.on_silence()
+                yield None
+            answer = self._next()
+            if answer is None:
+                return
+            self._pending = [other for other in self._pending if other is not answer]
+            yield answer
+
+    def in_flight(self) -> frozenset[str]:
+        """The clients that have not answered."""
+        return frozenset(outcome.client_id for answer in self._pending for outcome in answer.outcomes)
+
+    def give_up(self, reason: str) -> list[PartialUpdate]:
+        """Forget whoever is in flight."""
+        given_up = [
+            PartialUpdate(p.round_index, tuple(ClientOutcome(o.client_id, 0, reason) for o in p.outcomes), {}, 0.0)
+            for p in self._pending
+        ]
+        self._pending.clear()
+        return given_up
+
+    def _next(self) -> PartialUpdate | None:
+        free = (a for a in self._pending if self.held.isdisjoint(o.client_id for o in a.outcomes))
+        return next(free, None)
+
+    def proxies_alive(self) -> ProxyReport:
+        """Both answer."""
+        return ProxyReport({"even": True, "odd": True})
 
     def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
         outcomes = tuple(ClientOutcome(c, 10, "it failed" if c in self._failing else None) for c in client_ids)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, params
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from starlette.requests import HTTPConnection
 
 from fedvit.access.exposure import is_loopback
@@ -23,6 +23,7 @@ from fedvit.errors import FedvitError, ForbiddenError, RateLimitedError, Unautho
 from fedvit.monitoring.metrics import unauthorized_requests
 from fedvit.store.store import Store
 from fedvit.types import utc_now
+from serve_apps.control.write_behind import WriteBehind
 
 if TYPE_CHECKING:
     from fedvit.access.oidc import OidcVerifier
@@ -32,31 +33,44 @@ _REFUSED = unauthorized_requests()
 _NOBODY = Identity("anonymous", frozenset(), authenticated=False)
 
 
-class Requirement(HTTPBearer):
+class Requirement:
     """What a route demands: one of ``scopes``, or nothing where there are none.
 
     Args:
         scopes: any one of them suffices.
         token_always: a token is demanded in the open loopback mode, too.
+        audited: whether a call that is not safe leaves a line in the audit trail; see :func:`requires`.
     """
 
-    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False) -> None:
-        super().__init__(auto_error=False, scheme_name="token", bearerFormat="fvt_<token_id>_<secret>")
+    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False, audited: bool = True) -> None:
         self.scopes = scopes
         self.token_always = token_always
+        self.audited = audited
 
-    async def __call__(self, request: HTTPConnection) -> HTTPAuthorizationCredentials | None:
+    async def __call__(self, request: HTTPConnection) -> None:
         """Make sure that the guard was asked: on a route of another class nobody would have."""
         if not isinstance(getattr(request.state, "identity", None), Identity):
             raise RuntimeError(f"{request.url.path} is guarded by nobody; use ControlledRoute for its router")
-        return None
+        return
 
 
-def requires(*any_of: Scope, token_always: bool = False) -> params.Depends:
-    """For a route's ``dependencies``: whoever asks must hold one of these scopes."""
+class TokenRequirement(Requirement, HTTPBearer):
+    """A requirement that a bearer token meets; the OpenAPI document shows it as one."""
+
+    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False, audited: bool = True) -> None:
+        HTTPBearer.__init__(self, auto_error=False, scheme_name="token", bearerFormat="fvt_<token_id>_<secret>")
+        Requirement.__init__(self, scopes, token_always=token_always, audited=audited)
+
+
+def requires(*any_of: Scope, token_always: bool = False, audited: bool = True) -> params.Depends:
+    """For a route's ``dependencies``: whoever asks must hold one of these scopes.
+
+    ``audited=False`` is for telemetry, which changes nothing that anybody decided: such a call leaves no line in the
+    audit trail, also when it is refused, none in the log when it went well, and a repetition is simply done again.
+    """
     if not any_of:
         raise ValueError("requires() names no scope; say public() where none is needed")
-    return params.Depends(Requirement(any_of, token_always=token_always))
+    return params.Depends(TokenRequirement(any_of, token_always=token_always, audited=audited))
 
 
 def public() -> params.Depends:
@@ -67,6 +81,7 @@ def public() -> params.Depends:
 VIEWER = [requires(Scope.VIEWER)]
 OPERATOR = [requires(Scope.OPERATOR)]
 ADMIN = [requires(Scope.ADMIN)]
+EMERGENCY = [requires(Scope.EMERGENCY, token_always=True)]
 # Vehicles and replicas fetch releases with a token that is good for nothing else.
 FOLLOWER = [requires(Scope.VIEWER, Scope.DEVICE)]
 
@@ -103,7 +118,10 @@ class Caller:
 
 
 class Guard:
-    """Tells who asks, and whether he may. Its calls block on the store: call them in a thread.
+    """Tells who asks, and whether he may. To identify a token blocks on the store: do that in a thread.
+
+    Attributes:
+        tokens_used: when tokens were used last, on its way to the store.
 
     Raises:
         ConfigError: the OIDC key set cannot be read.
@@ -120,6 +138,7 @@ class Guard:
         self.access = settings.access
         self._host = settings.serving.host
         self._store, self._now = store, now
+        self.tokens_used = WriteBehind(store.touch_tokens)
         self._buckets = TokenBuckets(self.access.requests_per_s, self.access.burst, monotonic)
         window_s = self.access.failed_attempts_window_s
         self._failures = FailureWindow(self.access.max_failed_attempts, window_s, monotonic)
@@ -151,6 +170,11 @@ class Guard:
             )
             raise _counted(limited, "too_many_failures") from None
 
+    @staticmethod
+    def identifies_at_once(requirement: Requirement, caller: Caller) -> bool:
+        """Whether :meth:`identify` blocks on nothing: there is no token to look up."""
+        return not requirement.scopes or not caller.authorization
+
     def permit(self, requirement: Requirement, identity: Identity) -> None:
         """Make sure that ``identity`` may use the route now.
 
@@ -158,19 +182,28 @@ class Guard:
             ForbiddenError: it holds none of the scopes.
             RateLimitedError: it asks too often.
         """
-        if requirement.scopes and not identity.may(requirement.scopes):
-            needed = " or ".join(requirement.scopes)
-            error = ForbiddenError(
-                f"This route needs the scope {needed}.",
-                cure=f"Use a token with the scope {needed}.",
-                required=list(requirement.scopes),
-            )
-            raise _counted(error, "scope")
+        self.check_scope(requirement, identity)
         wait_s = self._buckets.take(identity.actor) if identity.authenticated else 0.0
         if wait_s:
             raise RateLimitedError(
                 "This token asks too often.", cure="Wait, then ask again.", retry_after_s=whole_seconds(wait_s)
             )
+
+    def check_scope(self, requirement: Requirement, identity: Identity) -> None:
+        """Make sure that ``identity`` holds what is demanded, however often it asks.
+
+        Raises:
+            ForbiddenError: it holds none of the scopes.
+        """
+        if not requirement.scopes or identity.may(requirement.scopes):
+            return
+        needed = " or ".join(requirement.scopes)
+        error = ForbiddenError(
+            f"This route needs the scope {needed}.",
+            cure=f"Use a token with the scope {needed}.",
+            required=list(requirement.scopes),
+        )
+        raise _counted(error, "scope")
 
     def _verified(self, caller: Caller) -> Identity:
         scheme, _, text = caller.authorization[0].partition(" ")
@@ -182,7 +215,7 @@ class Guard:
             )
         if self._oidc is not None and not text.startswith(PREFIX):
             return self._oidc.verify(text.strip())
-        return verify_token(self._store, text.strip(), self._now())
+        return verify_token(self._store, text.strip(), self._now(), used=self.tokens_used.put)
 
     def _without_token(self, requirement: Requirement, caller: Caller) -> Identity:
         if requirement.token_always or self.access.mode != "open_loopback":
@@ -211,7 +244,8 @@ class Guard:
         return None
 
 
-def current_identity(request: Request) -> Identity:
+# Both async: FastAPI hands anything else to a thread, and there is nothing to wait for.
+async def current_identity(request: Request) -> Identity:
     """Who asks, for a handler that wants to know."""
     identity: Identity = request.state.identity
     return identity
@@ -225,11 +259,22 @@ class AuditNote:
     after: Any = None
 
 
-def _audit_note(request: Request) -> AuditNote:
+async def _audit_note(request: Request) -> AuditNote:
     note: AuditNote = request.state.audit_note
     return note
 
 
+def call_key(request: Request) -> str | None:
+    """What stays the same when a request is repeated under its Idempotency-Key; None where it named none.
+
+    A handler that asks for it promises that a repetition does nothing twice, and is then not kept waiting for a first
+    request whose process may have died.
+    """
+    key: str | None = request.state.call_key
+    return key
+
+
+CallKey = Annotated[str | None, Depends(call_key)]
 CurrentIdentity = Annotated[Identity, Depends(current_identity)]
 Note = Annotated[AuditNote, Depends(_audit_note)]
 

@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 from fastapi import FastAPI, Query, Response
 from safetensors import safe_open
 
-from fedvit.access.identity import Scope
-from fedvit.errors import ConflictError, NotFoundError
+from fedvit.errors import NotFoundError
+from fedvit.monitoring.conditions import progress_conditions
 from fedvit.monitoring.metrics import render
+from fedvit.operations.mailbox import Mailbox
 from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
-from fedvit.types import Client, ClientKind, TrainingProgress, Variant
-from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public, requires
+from fedvit.types import TrainingProgress, Variant
+from serve_apps.control.access import ADMIN, FOLLOWER, OPERATOR, VIEWER, Guard, Note, public
+from serve_apps.control.aggregation_life import add_aggregation_routes
+from serve_apps.control.clients import add_client_routes
+from serve_apps.control.communication import add_communication_routes
+from serve_apps.control.data_health import add_data_health_routes
+from serve_apps.control.emergency import add_emergency_routes
+from serve_apps.control.heartbeats import Heartbeats, add_heartbeat_routes
+from serve_apps.control.links import link_answers
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
+from serve_apps.control.presence import Presence
 from serve_apps.control.privacy import add_privacy_routes
 from serve_apps.control.route import Control, install_control
 from serve_apps.control.schemas import (
+    MAX_INTEGER,
     AuditView,
-    ClientsStatus,
-    ClientView,
+    ConditionView,
     HealthView,
     ModelInfo,
     ModelView,
+    Offset,
     ProgressView,
-    RegisterClient,
 )
 from serve_apps.control.services import Services
 from serve_apps.control.training_life import add_training_life_routes
-from serve_apps.problems import install_problem_handlers
+from serve_apps.control.write_behind import flushing
+from serve_apps.problems import documented, install_problem_handlers
 
 __all__ = ["Services", "create_api"]
 
@@ -44,18 +56,36 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     Raises:
         ConfigError: the OIDC key set cannot be read.
     """
-    api = FastAPI(title="fedvit control", version="0.1.0", description=__doc__ or "")
+    guard = guard or Guard(services.settings, services.store)
+    heartbeats = Heartbeats(services.store, services.settings.fleet)
+    presence = Presence(services, heartbeats)
+    mailbox = Mailbox(services.settings, services.store)
+    api = FastAPI(
+        title="fedvit control",
+        version="0.1.0",
+        description=__doc__ or "",
+        lifespan=flushing(guard.tokens_used, heartbeats.seen),
+        # Redirects name the host that the caller named, which may be anybody's.
+        redirect_slashes=False,
+    )
     install_problem_handlers(api)
-    install_control(api, Control(guard or Guard(services.settings, services.store), services.store))
+    install_control(api, Control(guard, services.store))
     _add_system_routes(api, services)
-    _add_client_routes(api, services)
+    # Before the clients: its paths would be taken for one of them.
+    add_data_health_routes(api, services, presence)
+    add_client_routes(api, services, heartbeats, presence, mailbox)
+    add_heartbeat_routes(api, services, heartbeats, mailbox)
+    add_communication_routes(api, mailbox)
     _add_model_routes(api, services)
     add_privacy_routes(api, services)
     _add_training_routes(api, services)
     add_model_life_routes(api, services)
     add_training_life_routes(api, services)
+    add_aggregation_routes(api, services)
     add_operation_routes(api, services)
+    add_emergency_routes(api, services)
     _add_audit_routes(api, services)
+    link_answers(api)
     return api
 
 
@@ -74,14 +104,21 @@ def _add_system_routes(api: FastAPI, services: Services) -> None:
             "accountant": _ailment(lambda: services.accountant().budget()),
         }
         release = services.store.current_release()
+        shown = partial(progress_view, services)
         return HealthView(
             status="ok" if all(part == "ok" for part in parts.values()) else "degraded",
             parts=parts,
-            training=_progress(services.aggregator().progress()) if parts["aggregator"] == "ok" else None,
+            training=shown(services.aggregator().progress()) if parts["aggregator"] == "ok" else None,
             release=release.version if release else None,
         )
 
-    @api.get("/metrics", tags=["system"], response_class=Response, dependencies=VIEWER)
+    @api.get(
+        "/metrics",
+        tags=["system"],
+        response_class=Response,
+        dependencies=VIEWER,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     def metrics() -> Response:
         """Prometheus exposition of every process of this node."""
         body, content_type = render(services.metrics_dir)
@@ -96,73 +133,10 @@ def _ailment(check: Callable[[], object]) -> str:
     return "ok"
 
 
-def _add_client_routes(api: FastAPI, services: Services) -> None:
-    store = services.store
-
-    @api.get("/api/clients/status", tags=["clients"], dependencies=VIEWER)
-    def status(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100, offset: Annotated[int, Query(ge=0)] = 0
-    ) -> ClientsStatus:
-        """A page of clients and the totals."""
-        return ClientsStatus(
-            total=store.count_clients(),
-            active=store.count_clients(active=True),
-            validated=store.count_clients(validated=True),
-            clients=[ClientView.of(client) for client in store.clients(offset=offset, limit=limit)],
-        )
-
-    @api.post(
-        "/api/clients/register",
-        tags=["clients"],
-        status_code=201,
-        dependencies=[requires(Scope.OPERATOR, Scope.DEVICE)],
-    )
-    def register(request: RegisterClient, note: Note) -> ClientView:
-        """Add a vehicle, or bring one back; registering twice is harmless."""
-        known = _find_client(store, request.device_id)
-        if known is not None and known.kind is ClientKind.VIRTUAL:
-            raise ConflictError(
-                f"{request.device_id!r} is a virtual client of this system.", cure="Choose another device_id."
-            )
-        store.register_clients(
-            [
-                Client(
-                    client_id=request.device_id,
-                    kind=ClientKind(request.kind),
-                    num_examples=request.num_examples,
-                    capabilities=request.capabilities,
-                )
-            ]
-        )
-        note.before = _client_facts(known) if known else None
-        client = store.set_client(request.device_id, active=True)
-        note.after = _client_facts(client)
-        return ClientView.of(client)
-
-    @api.delete("/api/clients/{client_id}", tags=["clients"], dependencies=OPERATOR)
-    def remove(client_id: str, note: Note) -> ClientView:
-        """Take a client out of the active list; its record and its privacy spend remain."""
-        note.before = _client_facts(store.client(client_id))
-        client = store.set_client(client_id, active=False)
-        note.after = _client_facts(client)
-        return ClientView.of(client)
-
-
-def _client_facts(client: Client) -> dict[str, Any]:
-    return ClientView.of(client).model_dump(mode="json")
-
-
-def _find_client(store: Store, client_id: str) -> Client | None:
-    try:
-        return store.client(client_id)
-    except NotFoundError:
-        return None
-
-
 def _add_model_routes(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
 
-    @api.get("/api/model/info", tags=["model"], dependencies=VIEWER)
+    @api.get("/api/model/info", tags=["model"], dependencies=VIEWER, responses=documented(404))
     def info() -> ModelInfo:
         """The served model: size in bytes by variant, complexity of the variant that the fleet runs, classes."""
         release = _current_release(store)
@@ -183,18 +157,22 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
         )
 
     @api.get("/api/model/versions", tags=["model"], dependencies=VIEWER)
-    def versions(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 50, offset: Annotated[int, Query(ge=0)] = 0
-    ) -> list[ModelView]:
+    def versions(limit: Annotated[int, Query(ge=1, le=1000)] = 50, offset: Offset = 0) -> list[ModelView]:
         """Model versions, newest first."""
         return [ModelView.of(version) for version in store.versions(offset=offset, limit=limit)]
 
-    @api.get("/api/model/current", tags=["model"], dependencies=VIEWER)
+    @api.get("/api/model/current", tags=["model"], dependencies=VIEWER, responses=documented(404))
     def current() -> ModelView:
         """The version that replicas and vehicles are offered."""
         return ModelView.of(store.version(_current_release(store).version))
 
-    @api.get("/api/model/release", tags=["model"], response_class=Response, dependencies=FOLLOWER)
+    @api.get(
+        "/api/model/release",
+        tags=["model"],
+        response_class=Response,
+        dependencies=FOLLOWER,
+        responses=documented(404) | {200: {"content": {"application/json": {"schema": {"type": "object"}}}}},
+    )
     def release(variant: Variant | None = None) -> Response:
         """The signed manifest of the current release, byte for byte as it was signed.
 
@@ -207,7 +185,14 @@ def _add_model_routes(api: FastAPI, services: Services) -> None:
             raise NotFoundError(f"The current release has no variant {wanted!r}.", cure="See release.variants.")
         return Response(envelope, media_type="application/json")
 
-    @api.get("/api/model/blobs/{digest}", tags=["model"], response_class=Response, dependencies=FOLLOWER)
+    @api.get(
+        "/api/model/blobs/{digest}",
+        tags=["model"],
+        response_class=Response,
+        dependencies=FOLLOWER,
+        responses=documented(404, 502)
+        | {200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}},
+    )
     def blob(digest: str) -> Response:
         """An artifact of the current release by its SHA-256. Weights and other blobs are not handed out."""
         if digest not in _current_release(store).artifacts.values():
@@ -236,38 +221,56 @@ def _current_release(store: Store) -> Release:
 
 
 def _add_training_routes(api: FastAPI, services: Services) -> None:
-    @api.get("/api/training/status", tags=["training"], dependencies=VIEWER)
+    @api.get("/api/training/status", tags=["training"], dependencies=VIEWER, responses=documented(503))
     def status() -> ProgressView:
         """Where the training loop stands."""
-        return _progress(services.aggregator().progress())
+        return progress_view(services, services.aggregator().progress())
 
-    @api.post("/api/training/start", tags=["training"], status_code=202, dependencies=OPERATOR)
+    @api.post(
+        "/api/training/start", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
+    )
     def start(note: Note) -> ProgressView:
         """Begin or continue the run that the settings describe; harmless when it is under way."""
         aggregator = services.aggregator()
         note.before = standing_of(aggregator.progress())
         progress = aggregator.start_training()
         note.after = standing_of(progress)
-        return _progress(progress)
+        return progress_view(services, progress)
 
-    @api.post("/api/training/stop", tags=["training"], status_code=202, dependencies=OPERATOR)
+    @api.post(
+        "/api/training/stop", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
+    )
     def stop(note: Note) -> ProgressView:
         """End the loop after the round under way; a start continues it."""
         aggregator = services.aggregator()
         note.before = standing_of(aggregator.progress())
         progress = aggregator.stop_training()
         note.after = standing_of(progress)
-        return _progress(progress)
+        return progress_view(services, progress)
 
 
-def _progress(progress: TrainingProgress) -> ProgressView:
-    return ProgressView(**dataclasses.asdict(progress))
+def progress_view(services: Services, progress: TrainingProgress) -> ProgressView:
+    """Where the loop stands, and what holds of it. It is shown also when the accountant does not answer."""
+    budget = None
+    with contextlib.suppress(Exception):
+        budget = services.accountant().budget()
+    freeze, release = services.store.ledger_freeze(), services.store.current_release()
+    conditions = progress_conditions(
+        progress,
+        budget,
+        frozen=freeze.incident_id if freeze else None,
+        release=(release.version, release.at) if release else None,
+    )
+    return ProgressView(
+        **dataclasses.asdict(progress), conditions=[ConditionView(**dataclasses.asdict(found)) for found in conditions]
+    )
 
 
 def _add_audit_routes(api: FastAPI, services: Services) -> None:
     @api.get("/api/audit", tags=["audit"], dependencies=ADMIN)
     def audit(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100, after: Annotated[int | None, Query(ge=0)] = None
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,
     ) -> list[AuditView]:
         """Lines of the audit trail, oldest first: those behind sequence ``after``, else the last ones."""
         store = services.store

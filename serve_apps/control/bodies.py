@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -36,23 +37,25 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     raise ProblemError(413, "body-too-large", "Body too large", f"A request body may have {max_bytes} bytes at most.")
 
 
-def parse_json(content: bytes, max_depth: int, example: Any) -> Any:
+def parse_json(content: bytes, max_depth: int, example: Callable[[], Any]) -> Any:
     """The JSON value in a body.
 
     Raises:
-        ProblemError: it is none, or nests too deeply; ``example`` is then shown as what would be right.
+        ProblemError: it is none, or nests too deeply; ``example`` is then asked for what would be right.
     """
 
     def refuse(why: str) -> NoReturn:
-        raise ProblemError(
-            400, "invalid-json", "Invalid JSON", why, **({} if example is None else {"example": example})
-        )
+        shown = example()
+        raise ProblemError(400, "invalid-json", "Invalid JSON", why, **({} if shown is None else {"example": shown}))
 
     try:
         text = content.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_no_number, object_pairs_hook=_unique)
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_unique)
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         refuse(f"The body is not UTF-8 at byte {error.start}; send JSON in UTF-8.")
+    except UnicodeEncodeError:
+        refuse("A text in the body holds half of a surrogate pair, which is no character.")
     except RecursionError:
         refuse(f"The body nests too deeply; {max_depth} levels are allowed.")
     except ValueError as error:
@@ -105,6 +108,11 @@ def _refuse_text(text: str, error: ValueError, refuse: Callable[[str], NoReturn]
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fedvit.config import Settings
 from fedvit.registry.publisher import served_variant
 from fedvit.store.store import Release, Store
 from fedvit.types import Variant
-from serve_apps.control.access import OPERATOR, Note
+from serve_apps.control.access import OPERATOR, CallKey, Note
 from serve_apps.control.operations import OperationView, accepted, standing_of
 from serve_apps.control.schemas import RequestBody
 from serve_apps.control.services import Services
@@ -92,25 +92,25 @@ def add_model_life_routes(api: FastAPI, services: Services) -> None:
         version = services.aggregator().rollback(request.version, force=request.force, reason=request.reason)
         return current(version, note)
 
-    @api.post("/api/model/switch", tags=["model"], dependencies=OPERATOR, responses=documented(503))
+    @api.post("/api/model/switch", tags=["model"], dependencies=OPERATOR, responses=documented(502, 503))
     def switch(request: SwitchRequest, note: Note) -> ReleaseView:
         """Move replicas and vehicles to another variant of the current version; harmless when repeated."""
         note.before = standing()
         return current(services.aggregator().switch_variant(request.variant), note)
 
     @api.post("/api/edge/optimize", tags=["edge"], status_code=202, dependencies=OPERATOR, responses=documented(503))
-    def optimize(request: OptimizeRequest, response: Response, note: Note) -> OperationView:
+    def optimize(request: OptimizeRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
         """Measure faster variants and move the fleet to the most accurate one that meets the target."""
         note.before = standing()
         params = {"strategy": request.strategy, "target_latency_ms": request.target_latency}
-        return accepted(services.aggregator().submit("optimize", params), response, note)
+        return accepted(services.aggregator().submit("optimize", params, call_key), response, note)
 
     @api.post("/api/model/retrain", tags=["model"], status_code=202, dependencies=OPERATOR, responses=documented(503))
-    def retrain(request: RetrainRequest, response: Response, note: Note) -> OperationView:
+    def retrain(request: RetrainRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
         """End the present run after its round and begin another; GET /api/training/status tells how that fares."""
         aggregator = services.aggregator()
         note.before = standing_of(aggregator.progress())
-        return accepted(aggregator.submit("retrain", {"strategy": request.strategy}), response, note)
+        return accepted(aggregator.submit("retrain", {"strategy": request.strategy}, call_key), response, note)
 
 
 def _facts(release: Release, settings: Settings) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from fedvit.types import Operation, OperationStatus, TrainingProgress
 from serve_apps.control.access import OPERATOR, VIEWER, AuditNote, Note
+from serve_apps.control.schemas import Offset
 from serve_apps.control.services import Services
 from serve_apps.problems import documented
 
@@ -61,7 +62,7 @@ def add_operation_routes(api: FastAPI, services: Services) -> None:
     def operations(
         status: Annotated[list[OperationStatus] | None, Query()] = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
-        offset: Annotated[int, Query(ge=0)] = 0,
+        offset: Offset = 0,
     ) -> list[OperationView]:
         """Operations, newest first; ``status`` may be given several times."""
         return [OperationView.of(found) for found in store.operations(*(status or ()), offset=offset, limit=limit)]

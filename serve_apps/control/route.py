@@ -9,10 +9,12 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
@@ -23,7 +25,7 @@ from fedvit.access.identity import Identity
 from fedvit.errors import FedvitError
 from fedvit.store.store import RequestKey, Store, StoredAnswer
 from fedvit.types import utc_now
-from serve_apps.control.access import AuditNote, Caller, Guard, requirement_of
+from serve_apps.control.access import AuditNote, Caller, Guard, call_key, requirement_of
 from serve_apps.control.audit import facts_of
 from serve_apps.control.bodies import check_no_fields, example_of, parse_json, read_body, with_body
 from serve_apps.logs import request_id
@@ -35,6 +37,13 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Where an operation is watched, and which revision was made, are part of the answer.
 _KEPT_HEADERS = ("location", "etag")
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
+_KEY_PARAMETER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "A repetition under the same key gets the first answer again, for 24 hours, and changes nothing.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]*$"},
+}
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 # A task that nobody refers to may be collected before it is done.
 _running: set[asyncio.Task[Response]] = set()
@@ -59,7 +68,8 @@ class ControlledRoute(APIRoute):
     """A route that declares who may use it, with ``dependencies=[requires(...)]`` or ``[public()]``.
 
     A request passes, in this order: its token, its scopes and its rate; the size and the form of its body; for a
-    mutating one its idempotency key; then the handler, within the time limit. A mutating one is audited at the end.
+    mutating one its idempotency key; then the handler, within the time limit. A mutating one is audited at the end,
+    unless its requirement says ``audited=False``; then it knows no idempotency keys either.
 
     Raises:
         TypeError: the route declares not one requirement.
@@ -73,9 +83,17 @@ class ControlledRoute(APIRoute):
         marks: dict[str, Any] = {"x-scope": [str(scope) for scope in requirement.scopes]}
         if requirement.token_always:
             marks["x-token-always"] = True
+        if not requirement.audited:
+            marks["x-audited"] = False
+        mutating = not set(options.get("methods") or {"GET"}) <= _SAFE
+        if mutating:
+            marks["parameters"] = [_KEY_PARAMETER]
         options["openapi_extra"] = marks | (options.get("openapi_extra") or {})
-        options["responses"] = _problems(options.get("methods") or {"GET"}) | (options.get("responses") or {})
+        options["responses"] = _problems(mutating) | (options.get("responses") or {})
         super().__init__(path, endpoint, **options)
+        self.repeatable = any(dependant.call is call_key for dependant in self.dependant.dependencies)
+        if _is_told_something(self.dependant):
+            self.responses = documented(422) | self.responses
 
     def get_route_handler(self) -> _Handler:
         """The handler behind all that."""
@@ -108,7 +126,10 @@ class _Call:
 
     async def answer(self) -> Response:
         request, requirement = self._request, self._route.requirement
-        identity = await run_in_threadpool(self._guard.identify, requirement, self._caller)
+        if self._guard.identifies_at_once(requirement, self._caller):
+            identity = self._guard.identify(requirement, self._caller)
+        else:
+            identity = await run_in_threadpool(self._guard.identify, requirement, self._caller)
         request.state.identity, request.state.audit_note, request.state.source = (
             identity,
             self._note,
@@ -121,10 +142,12 @@ class _Call:
             self._guard.permit(requirement, identity)
         except FedvitError as error:
             # Only who is known is audited when refused: strangers could fill the disk.
-            if identity.authenticated:
+            if identity.authenticated and requirement.audited:
                 await self._audit(identity, None, error.http_status)
             raise
         content, body = await self._read()
+        if not requirement.audited:
+            return await self._in_time(self._inner(with_body(request, content)))
         return await self._mutate(identity, content, body)
 
     async def _read(self) -> tuple[bytes, Any]:
@@ -137,15 +160,17 @@ class _Call:
         takes_body = self._route.body_field is not None
         if not content and not takes_body:
             return content, None
-        body = parse_json(content, self._access.max_json_depth, self._route.example())
+        body = parse_json(content, self._access.max_json_depth, self._route.example)
         if not takes_body:
             check_no_fields(body)
         return content, body
 
     async def _mutate(self, identity: Identity, content: bytes, body: Any) -> Response:
         key = self._key(identity, content)
+        self._request.state.call_key = None if key is None else _digest(*astuple(key))
         if key is not None:
-            stored = await run_in_threadpool(self._store.begin_request, key, utc_now())
+            begin = partial(self._store.begin_request, repeatable=self._route.repeatable)
+            stored = await run_in_threadpool(begin, key, utc_now())
             if stored is not None:
                 headers = {**stored.headers, "Idempotency-Replayed": "true"}
                 return Response(stored.body, stored.status, headers, stored.media_type)
@@ -186,17 +211,21 @@ class _Call:
         """The request's idempotency key.
 
         Raises:
-            ProblemError: it is not 1 to 200 visible ASCII characters (400).
+            ProblemError: it is not 1 to 200 visible ASCII characters, or there are several (400).
         """
-        given = self._request.headers.get("idempotency-key")
-        if given is None:
+        given = self._request.headers.getlist("idempotency-key")
+        if not given:
             return None
-        if not _KEY.fullmatch(given):
-            detail = "An Idempotency-Key has 1 to 200 visible ASCII characters."
+        if len(given) > 1 or not _KEY.fullmatch(given[0]):
+            detail = "An Idempotency-Key has 1 to 200 visible ASCII characters, and is sent once."
             raise ProblemError(400, "invalid-idempotency-key", "Invalid key", detail)
         url = self._request.url
-        asked = b"\0".join((url.path.encode(), url.query.encode(), content))
-        return RequestKey(identity.actor, self._action, given, hashlib.sha256(asked).hexdigest())
+        return RequestKey(identity.actor, self._action, given[0], _digest(url.path, url.query, content))
+
+
+def _digest(*parts: str | bytes) -> str:
+    joined = b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)
+    return hashlib.sha256(joined).hexdigest()
 
 
 def _stored(response: Response) -> StoredAnswer | None:
@@ -212,10 +241,14 @@ def _forget_result(task: asyncio.Task[Response]) -> None:
         LOG.error("A request failed after its time was up", exc_info=task.exception())
 
 
-def _problems(methods: set[str]) -> dict[int | str, dict[str, Any]]:
+def _problems(mutating: bool) -> dict[int | str, dict[str, Any]]:
     """The problem documents that any route may answer with, for the OpenAPI document."""
-    mutating = () if set(methods) <= _SAFE else (400, 408, 409, 413, 415, 422)
-    return documented(401, 403, *mutating, 429, 504)
+    return documented(401, 403, *((400, 408, 409, 413, 415, 422) if mutating else ()), 429, 504)
+
+
+def _is_told_something(dependant: Dependant) -> bool:
+    """Whether FastAPI would document its own form of 422 here, which is never sent."""
+    return bool(dependant.path_params or dependant.query_params or dependant.header_params)
 
 
 class RequestIds:
@@ -257,9 +290,10 @@ async def _logged(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> N
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:
-    # Vehicles poll: a line for each reading that went well would bury the rest and fill the disk.
-    quiet = scope["method"] in _SAFE and status < 500 and status not in (401, 403, 429)
     route, identity = scope.get("route"), scope["state"].get("identity")
+    telemetry = isinstance(route, ControlledRoute) and not route.requirement.audited
+    # Vehicles poll: a line for each reading that went well would bury the rest and fill the disk.
+    quiet = (scope["method"] in _SAFE or telemetry) and status < 500 and status not in (401, 403, 429)
     facts = {
         "method": scope["method"][:16],
         "route": getattr(route, "path", None) or f"unknown: {scope['path'][:100]}",

@@ -4,28 +4,65 @@ from __future__ import annotations
 
 import dataclasses
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import Query
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from fedvit.ports import LedgerEntry
 from fedvit.store.store import AuditEntry
-from fedvit.types import BudgetReport, Client, LedgerFreeze, ModelVersion
+from fedvit.types import CLIENT_ID, BudgetReport, Client, LedgerFreeze, ModelVersion
+
+# What every reader of JSON keeps exactly (RFC 8259, section 6).
+MAX_INTEGER = 2**53 - 1
+Offset = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
 
 
 class RequestBody(BaseModel):
-    """What a caller sends; fields that nobody knows are refused."""
+    """What a caller sends; fields that nobody knows are refused, and so is a value of another JSON type."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _is_of_the_documented_types(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        made = handler(value)
+        for name, given in value.items() if isinstance(value, dict) else ():
+            wanted, found = _json_type(getattr(made, name)), _json_type(given)
+            if wanted and found and wanted != found:
+                raise ValueError(f"{name} is {wanted}, and was sent as {found}")
+        return made
+
+
+def _json_type(value: Any) -> str | None:
+    """What pydantic would translate into another: true into 1, and "1" into either."""
+    match value:
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text"
+    return None
 
 
 class RegisterClient(RequestBody):
     """A vehicle that offers to take part."""
 
-    device_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", examples=["truck-7"])
+    device_id: str = Field(pattern=CLIENT_ID, examples=["truck-7"])
     kind: Literal["remote", "silo"] = "remote"
-    num_examples: int = Field(default=0, ge=0)
+    num_examples: int = Field(default=0, ge=0, le=MAX_INTEGER)
     capabilities: dict[str, Any] = Field(default_factory=dict, examples=[{"camera": "front"}])
+
+
+class ConditionView(BaseModel):
+    """One thing that holds of a client or of training, or does not; ``reason`` is a word for programs."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str
+    last_transition_at: datetime | None
 
 
 class ClientView(BaseModel):
@@ -37,10 +74,14 @@ class ClientView(BaseModel):
     validated: bool
     active: bool
     registered_at: datetime
+    last_seen_at: datetime | None
+    quarantined_at: datetime | None
+    quarantine_reason: str | None
+    conditions: list[ConditionView]
 
     @classmethod
-    def of(cls, client: Client) -> ClientView:
-        """The view of a client."""
+    def of(cls, client: Client, conditions: list[ConditionView]) -> ClientView:
+        """The view of a client of which ``conditions`` are said."""
         return cls(
             client_id=client.client_id,
             kind=client.kind.value,
@@ -48,6 +89,10 @@ class ClientView(BaseModel):
             validated=client.validated,
             active=client.active,
             registered_at=client.registered_at,
+            last_seen_at=client.last_seen_at,
+            quarantined_at=client.quarantined_at,
+            quarantine_reason=client.quarantine_reason,
+            conditions=conditions,
         )
 
 
@@ -196,6 +241,7 @@ class ProgressView(BaseModel):
     epsilon: float
     version: str | None
     message: str | None
+    conditions: list[ConditionView]
 
 
 class HealthView(BaseModel):

@@ -10,13 +10,17 @@ from typing import IO
 
 from ray import serve
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 
 from edge_runtime.server import ServingOptions, ServingProcess
 from fedvit.config import Settings, settings_from_json, settings_to_json
 from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE
 from fedvit.registry.client import ReleaseClient
 from fedvit.registry.feed import HttpFeed
+from fedvit.store.store import Store
 from fedvit.wire.manifest import parse_public_key
+from serve_apps.control.access import Guard
+from serve_apps.inference.access import InferenceGuard
 
 TARGET_ONGOING_REQUESTS = 2
 MAX_ONGOING_REQUESTS = 16
@@ -78,8 +82,10 @@ def _build_replica(settings: Settings, control_url: str, trusted_key: str, token
         source=control_url,
         poll_interval_s=settings.serving.poll_interval_s,
         metrics_dir=Path(metrics_dir) if metrics_dir else None,
+        count_answers=True,
     )
-    return ServingProcess(client, options).app()
+    guard = Guard(settings, Store.open(settings.home))
+    return ServingProcess(client, options).app(Middleware(InferenceGuard, guard=guard))
 
 
 _held_locks: list[IO[bytes]] = []

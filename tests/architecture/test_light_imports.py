@@ -25,9 +25,27 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["fedvit", "fedvit.config", "fedvit.types", "fedvit.ports", "fedvit.cli.main"])
+@pytest.mark.parametrize("module", ["fedvit", "fedvit.config", "fedvit.types", "fedvit.ports"])
 def test_the_light_modules_load_nothing_heavy(module: str) -> None:
     assert loaded_by(f"import {module}") & {*HEAVY, "numpy", "httpx"} == set()
+
+
+def test_the_client_loads_nothing_of_a_server() -> None:
+    loaded = loaded_by("import fedvit.client")
+    assert "httpx" in loaded
+    assert loaded & {*HEAVY, "numpy", "fastapi", "starlette"} == set()
+
+
+def test_help_reads_no_settings_and_opens_no_connection() -> None:
+    """Half a second is what a user waits for `fedvit --help` without thinking of it."""
+    loaded = loaded_by("import typer.main, fedvit.cli.main; typer.main.get_command(fedvit.cli.main.app)")
+    assert "rich" in loaded
+    assert loaded & {*HEAVY, "numpy", "httpx", "pydantic", "yaml"} == set()
+
+
+@pytest.mark.parametrize("module", ["actors.spawn", "serve_apps.control.app", "serve_apps.inference.app"])
+def test_starting_and_finding_actors_loads_no_torch(module: str) -> None:
+    assert loaded_by(f"import {module}") & {"torch", "timm", "opacus"} == set()
 
 
 def test_the_whole_library_loads_no_ray_and_nobody_above_it() -> None:

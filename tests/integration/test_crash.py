@@ -41,6 +41,8 @@ def await_round(fedvit: Fedvit, process: subprocess.Popen[str], rounds_done: int
     deadline_s = time.monotonic() + START_TIMEOUT_S
     with httpx.Client(base_url=fedvit.control, timeout=10) as client:
         while time.monotonic() < deadline_s and process.poll() is None:
+            # Asked without a pause, the answers would take a whole core from what is waited for.
+            time.sleep(0.1)
             try:
                 progress = client.get("/api/training/status").json()
             except (httpx.HTTPError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import time
 
 import httpx
 import pytest
@@ -58,10 +59,11 @@ def test_up_serves_trains_answers_and_down_stops(fedvit: Fedvit) -> None:
 
 def await_version(base: str, version: str) -> None:
     """Return once the target serves the version; it looks every second."""
-    for _ in range(3000):
+    for _ in range(600):
         told = httpx.get(f"{base}/health/detailed", timeout=10).json()
         if (told["model"] or {}).get("version") == version:
             return
+        time.sleep(0.1)
     raise AssertionError(f"{base} still says {told}")
 
 

@@ -91,9 +91,9 @@ def test_a_folder_that_is_none_is_an_error(tmp_path: Path) -> None:
 def test_latency_percentiles_are_of_the_window() -> None:
     stats = RequestStats(CollectorRegistry())
     for _ in range(1000):
-        stats.succeeded("v1", 9.0)
+        stats.succeeded("v1", 9.0, 0)
     for milliseconds in range(1, 1001):
-        stats.succeeded("v1", milliseconds / 1000)
+        stats.succeeded("v1", milliseconds / 1000, 0)
     latency = stats.latency_ms()
     assert latency["p50_ms"] == pytest.approx(500.5)
     assert latency["p99_ms"] == pytest.approx(990.01)
@@ -107,3 +107,25 @@ def test_the_meter_reads_this_process() -> None:
     assert 2**20 < memory < 2**40
     assert meter.cpu_percent() >= 0
     assert meter.uptime_s >= 0
+
+
+ANSWERS = """
+from prometheus_client import CollectorRegistry
+from edge_runtime.stats import RequestStats
+replica, vehicle = RequestStats(CollectorRegistry(), count_answers=True), RequestStats(CollectorRegistry())
+for version, label in (("v1", 0), ("v1", 2), ("v1", 2), ("v2", 1)):
+    replica.succeeded(version, 0.01, label)
+vehicle.succeeded("v1", 0.01, 1)
+"""
+
+
+def test_answers_are_counted_by_class_over_all_replicas_and_on_no_vehicle(tmp_path: Path) -> None:
+    environment = {**os.environ, metrics.MULTIPROCESS_VARIABLE: str(tmp_path)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", ANSWERS], env=environment, check=True)
+    assert metrics.predictions_by_class("v1", tmp_path) == {0: 2, 2: 4}
+    assert metrics.predictions_by_class("v3", tmp_path) == {}
+    registry = CollectorRegistry()
+    RequestStats(registry).succeeded("v1", 0.01, 1)
+    assert metrics.predictions_by_class("v1", None, registry) == {}
+    assert metrics.PREDICTIONS.encode() not in metrics.render(None, registry)[0]

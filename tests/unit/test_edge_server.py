@@ -17,6 +17,7 @@ from edge_runtime.access import access_rules
 from edge_runtime.engine import InferenceEngine, Prediction
 from edge_runtime.server import ServingOptions, ServingProcess
 from fedvit.errors import UsageError
+from fedvit.monitoring.metrics import predictions_by_class
 from fedvit.registry.client import ReleaseClient
 from fedvit.wire.images import MAX_IMAGE_BYTES
 
@@ -302,3 +303,12 @@ def test_any_other_address_does(host: str, tmp_path: Path) -> None:
     short.write_text("abc")
     with pytest.raises(UsageError, match="3 characters"):
         access_rules(host, short)
+
+
+def test_only_who_is_told_to_counts_what_it_answered(make: Callable[..., ServingProcess]) -> None:
+    replica, vehicle = make(count_answers=True), make()
+    for process in (replica, vehicle):
+        for colour in ((0, 0, 255), (0, 0, 255), (255, 0, 0)):
+            assert ask(process, "POST", "/infer", content=png(colour)).status_code == 200
+    assert predictions_by_class("v0.0.1", None, replica._registry) == {0: 1, 2: 2}
+    assert predictions_by_class("v0.0.1", None, vehicle._registry) == {}

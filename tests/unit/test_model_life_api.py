@@ -2,125 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
-import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from tiny_release import CLASSES, IMAGE_SIZE, png, tiny_model
+from house import TARGET, WAIT_S, HeldFleet, JsonObject, System, TinyModel
+from tiny_release import png
 
 from edge_runtime.server import ServingOptions, ServingProcess
-from fedvit.config import Settings, load_settings
-from fedvit.operations.local import LocalAggregator
-from fedvit.ports import ExportedModel, PartialUpdate
-from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
-from fedvit.registry.client import ReleaseClient
-from fedvit.registry.feed import HttpFeed
-from fedvit.store.store import Store
-from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import Cohort, RunStatus, TrainTask, Variant, Weights
-from fedvit.wire.manifest import load_or_create_signing_key
-from serve_apps.control.api import Services, create_api
-
-TARGET = np.array([1.0, -2.0], dtype=np.float32)
-WAIT_S = 20.0
-JsonObject = dict[str, Any]
-
-
-class TinyModel(PointModel):
-    """Exports a network that an edge can really load, another one for each variant and each state of the point."""
-
-    def export(self, weights: Weights, variant: Variant) -> ExportedModel:
-        export = super().export(weights, variant)
-        tilt = float(weights["point"][0]) + list(Variant).index(variant)
-        return ExportedModel(tiny_model(tilt), export.agreement, export.accuracy, export.complexity)
-
-
-class HeldFleet(FakeFleet):
-    """Trains a round only when it is let."""
-
-    def __init__(self) -> None:
-        super().__init__(TARGET)
-        self.begun, self.let = threading.Event(), threading.Event()
-
-    def train(
-        self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate]:
-        self.begun.set()
-        assert self.let.wait(WAIT_S)
-        yield from super().train(task, weights, cohort, timeout_s=timeout_s)
-
-
-class Through(httpx.BaseTransport):
-    """Carries an httpx client's requests to the application without a network."""
-
-    def __init__(self, http: TestClient) -> None:
-        self._http = http
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        answer = self._http.request(request.method, str(request.url))
-        return httpx.Response(answer.status_code, content=answer.content)
-
-
-class System:
-    """A control API over a real store, ledger, training loop and operations; model and fleet are doubles."""
-
-    def __init__(self, home: Path, model: PointModel, fleet: FakeFleet, release: JsonObject, epsilon: float) -> None:
-        self.model, self.fleet = model, fleet
-        self.settings: Settings = load_settings(
-            environ={},
-            overrides={
-                "home": home,
-                "data": {"image_size": IMAGE_SIZE},
-                "training": {"rounds": 4},
-                "privacy": {"noise_multiplier": 4.0, "target_epsilon": epsilon},
-                "release": {"every_rounds": 2, **release},
-            },
-        )
-        self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=list(CLASSES))
-        self.store.register_clients(seeded_fleet(5))
-        accountant = PrivacyAccountant(self.store, self.settings)
-        self.local = LocalAggregator(
-            settings=self.settings, store=self.store, accountant=accountant, fleet=fleet, model=model
-        )
-        self.local.resume()
-        services = Services(self.settings, self.store, aggregator=lambda: self.local, accountant=lambda: accountant)
-        self.http = TestClient(create_api(services), raise_server_exceptions=False)
-
-    def close(self) -> None:
-        self.local.close()
-        self.store.close()
-
-    def get(self, path: str) -> Any:
-        answer = self.http.get(path)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def trained(self) -> System:
-        self.http.post("/api/training/start")
-        self.local.wait(WAIT_S)
-        return self
-
-    def done(self, path: str, body: JsonObject) -> JsonObject:
-        """Ask for a long operation, follow its Location, and return it when it has ended."""
-        answer = self.http.post(path, json=body)
-        assert answer.status_code == 202, answer.text
-        assert answer.headers["location"] == f"/api/operations/{answer.json()['operation_id']}"
-        self.local.wait_operation(answer.json()["operation_id"], WAIT_S)
-        ended: JsonObject = self.get(answer.headers["location"])
-        return ended
-
-    def follower(self, cache: Path, variant: str | None = None) -> ReleaseClient:
-        key = load_or_create_signing_key(self.settings.home / "keys").public_key()
-        feed = HttpFeed("http://testserver", transport=Through(self.http))
-        return ReleaseClient(feed, cache, [key], variant)
-
+from fedvit.testing.doubles import FakeFleet, PointModel
+from fedvit.types import RunStatus, TrainTask, Variant
 
 Make = Callable[..., System]
 
@@ -250,6 +144,14 @@ def test_a_switch_moves_followers_without_a_failed_request_and_leaves_the_pinned
     assert (
         system.http.get("/api/model/release").text == system.http.get("/api/model/release?variant=edge_optimized").text
     )
+
+
+def test_a_switch_to_damaged_content_is_refused(make: Make) -> None:
+    system = make().trained()
+    digest = system.store.version("v1.1.4").artifacts["edge_optimized"]
+    system.store.blobs.path(digest).write_bytes(b"damaged")
+    assert system.http.post("/api/model/switch", json={"variant": "edge_optimized"}).status_code == 502
+    assert system.get("/api/model/info")["variant"] == "standard"
 
 
 def test_a_switch_lasts_over_later_releases_and_is_harmless_when_repeated(make: Make) -> None:
@@ -611,6 +513,21 @@ def test_a_repeated_idempotency_key_gives_the_same_operation(make: Make) -> None
     assert first.content == again.content
     assert first.headers["location"] == again.headers["location"]
     assert len(system.get("/api/operations")) == 1
+
+
+def test_a_request_whose_process_died_before_it_answered_is_repeated_at_once(make: Make) -> None:
+    system = make().trained()
+    body, key = {"strategy": "quantization", "target_latency": 50}, {"Idempotency-Key": "once"}
+    finish = system.store.finish_request
+    system.store.finish_request = lambda *_: None  # type: ignore[method-assign]
+    first = system.http.post("/api/edge/optimize", json=body, headers=key)
+    system.store.finish_request = finish  # type: ignore[method-assign]
+    again = system.http.post("/api/edge/optimize", json=body, headers=key)
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert first.json()["operation_id"] == again.json()["operation_id"]
+    assert len(system.get("/api/operations")) == 1
+    other = system.http.post("/api/edge/optimize", json={**body, "target_latency": 60}, headers=key)
+    assert other.status_code == 409
 
 
 @pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "text/plain"])

@@ -211,7 +211,7 @@ def test_while_the_ledger_is_frozen_nothing_remains_and_a_new_budget_does_not_li
     keeper.reset_budget(5.0, WHY, "Ana")
     with pytest.raises(LedgerFrozenError, match="stand-down"):
         keeper.charge(charges(1))
-    store.thaw_ledger()
+    store.thaw_ledger("PB-1")
     assert keeper.budget().epsilon_remaining == 5.0
 
 

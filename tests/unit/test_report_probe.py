@@ -11,13 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from fedvit.errors import DataError, FedvitError
-from fedvit.report.probe import ProbeResult, probe, summarise
+from fedvit.report.probe import ProbeResult, Target, probe, summarise
 
 Answer = tuple[int, bytes]
 
 
 @dataclass
-class Target:
+class Server:
     """A server that answers every POST by ``answer``; it remembers what it was asked."""
 
     answer: Callable[[bytes], Answer]
@@ -33,8 +33,8 @@ def prediction(body: bytes) -> Answer:
 
 
 @pytest.fixture
-def target() -> Iterator[Target]:
-    known = Target(prediction)
+def target() -> Iterator[Server]:
+    known = Server(prediction)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -55,7 +55,7 @@ def target() -> Iterator[Target]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
-        known.url = f"http://127.0.0.1:{server.server_port}/infer"
+        known.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield known
@@ -66,9 +66,9 @@ def target() -> Iterator[Target]:
 IMAGES = [bytes([i, 255 - i]) for i in range(12)]
 
 
-def test_every_image_is_sent_once_over_one_connection(target: Target) -> None:
+def test_every_image_is_sent_once_over_one_connection(target: Server) -> None:
     seen: list[str] = []
-    result = probe(target.url, IMAGES, on_image=lambda: seen.append(threading.current_thread().name))
+    result = probe(Target(target.url), IMAGES, on_image=lambda: seen.append(threading.current_thread().name))
     assert target.bodies == IMAGES
     assert target.content_types == {"application/octet-stream"}
     assert len(target.connections) == 1
@@ -80,7 +80,7 @@ def test_every_image_is_sent_once_over_one_connection(target: Target) -> None:
     assert seen == [threading.current_thread().name] * 12
 
 
-def test_concurrent_answers_keep_the_order_of_the_images(target: Target) -> None:
+def test_concurrent_answers_keep_the_order_of_the_images(target: Server) -> None:
     first_may_answer = threading.Event()
 
     def answer(body: bytes) -> Answer:
@@ -92,57 +92,57 @@ def test_concurrent_answers_keep_the_order_of_the_images(target: Target) -> None
         return prediction(body)
 
     target.answer = answer
-    assert probe(target.url, IMAGES, concurrency=3).predictions == tuple(range(12))
+    assert probe(Target(target.url), IMAGES, concurrency=3).predictions == tuple(range(12))
     assert 1 < len(target.connections) <= 3
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
-    target: Target, monkeypatch: pytest.MonkeyPatch
+    target: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    assert probe(target.url, IMAGES[:1]).predictions == (0,)
+    assert probe(Target(target.url), IMAGES[:1]).predictions == (0,)
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b'{"detail": "no model is loaded."}', "no model is loaded"), (b"gone fishing", "gone fishing"), (b"", "Service")],
 )
-def test_a_refusal_names_url_status_and_reason(target: Target, content: bytes, reason: str) -> None:
+def test_a_refusal_names_url_status_and_reason(target: Server, content: bytes, reason: str) -> None:
     target.answer = lambda body: (503, content)
     with pytest.raises(FedvitError) as caught:
-        probe(target.url, IMAGES)
+        probe(Target(target.url), IMAGES)
     assert target.url in caught.value.message
     assert "503" in caught.value.message
     assert reason in caught.value.message
     assert caught.value.details["status"] == 503
 
 
-def test_the_first_failure_ends_the_probe(target: Target) -> None:
+def test_the_first_failure_ends_the_probe(target: Server) -> None:
     target.answer = lambda body: (500, b"") if body[0] == 2 else prediction(body)
     seen: list[None] = []
     with pytest.raises(FedvitError, match="500"):
-        probe(target.url, IMAGES, on_image=lambda: seen.append(None))
+        probe(Target(target.url), IMAGES, on_image=lambda: seen.append(None))
     assert len(seen) == 2
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"[1]", b'{"class_index": 1}', b'{"class_index": null}'])
-def test_an_answer_that_is_no_prediction(target: Target, content: bytes) -> None:
+def test_an_answer_that_is_no_prediction(target: Server, content: bytes) -> None:
     target.answer = lambda body: (200, content)
     with pytest.raises(FedvitError, match="answered 200 with no prediction"):
-        probe(target.url, IMAGES)
+        probe(Target(target.url), IMAGES)
 
 
 def test_nobody_listens() -> None:
     with pytest.raises(FedvitError, match=r"http://127\.0\.0\.1:1/infer did not answer: ConnectError") as caught:
-        probe("http://127.0.0.1:1/infer", IMAGES)
+        probe(Target("http://127.0.0.1:1"), IMAGES)
     assert caught.value.cure
 
 
 def test_no_images() -> None:
     with pytest.raises(DataError, match="no image to send"):
-        probe("http://127.0.0.1:1/infer", [])
+        probe(Target("http://127.0.0.1:1"), [])
 
 
 class TestSummarise:

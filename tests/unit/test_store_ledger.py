@@ -172,14 +172,43 @@ def test_a_round_of_ten_thousand_units_is_one_append(store: Store) -> None:
     assert store.verify_ledger() == 10_000
 
 
+def freeze(incident_id: str) -> LedgerFreeze:
+    return LedgerFreeze(incident_id, "images leaked", "token:a:Ana", utc_now())
+
+
 def test_a_frozen_ledger_takes_no_charge_until_it_is_thawed(store: Store) -> None:
     store.append_charges(charges(1), admit)
-    wish = LedgerFreeze("PB-1", "images leaked", "token:a:Ana", utc_now())
+    wish = freeze("PB-1")
     assert store.freeze_ledger(wish) == wish
-    assert store.freeze_ledger(LedgerFreeze("PB-2", "again", "token:a:Ana", utc_now())) == wish
     with pytest.raises(LedgerFrozenError, match="PB-1"):
         store.append_charges(charges(2), admit)
+    with pytest.raises(LedgerFrozenError, match="PB-1"):
+        store.check_not_frozen()
     assert store.append_charges(charges(1), admit) == 0
-    assert store.thaw_ledger() == wish
-    assert store.thaw_ledger() is None
+    assert store.thaw_ledger("PB-1") is None
+    assert store.ledger_freeze() is None
+    assert store.thaw_ledger("PB-1") is None
+    store.check_not_frozen()
     assert store.append_charges(charges(2), admit) == 3
+
+
+def test_each_incident_lifts_its_own_freeze_only(store: Store) -> None:
+    first, second = freeze("PB-1"), freeze("PB-2")
+    store.freeze_ledger(first)
+    assert store.freeze_ledger(second) == first
+    assert store.freeze_ledger(freeze("PB-1")) == first
+    with pytest.raises(ConflictError, match="'PB-3'"):
+        store.thaw_ledger("PB-3")
+    assert store.thaw_ledger("PB-1") == second
+    with pytest.raises(LedgerFrozenError, match="PB-2"):
+        store.append_charges(charges(1), admit)
+    assert store.thaw_ledger("PB-2") is None
+    assert store.append_charges(charges(1), admit) == 3
+
+
+def test_the_lines_are_dumped_as_stored_also_when_the_chain_is_broken(store: Store) -> None:
+    store.append_charges(charges(1), admit)
+    tamper(store, "UPDATE privacy_ledger SET steps = 0 WHERE sequence = 2")
+    lines = list(store.ledger_lines())
+    assert [(line["sequence"], line["steps"] == 0) for line in lines] == [(1, False), (2, True), (3, False)]
+    assert lines[1]["prev_hash"] == lines[0]["hash"]

@@ -192,10 +192,10 @@ def test_what_must_not_be_undone_is_carried_over(home: Path) -> None:
         store.take_budget_request(wish.request_id, "Bo", utc_now())
         period = store.grant_budget(1.0, WHY, "Ana", "Bo")
         charge(store, 2)
+        store.release("v1.1.1", {"standard": store.blobs.put(b"other")}, {"standard": "{}"}, "second")
         store.freeze_ledger(freeze)
         store.revoke_token(made[0], utc_now())
         store.quarantine_clients(["vehicle-0001"], "it lied", utc_now())
-        store.release("v1.1.1", {"standard": store.blobs.put(b"other")}, {"standard": "{}"}, "second")
     assert restore(home, archive).frozen == freeze
     with Store.open(home) as store:
         assert store.budget_periods() == [period]
@@ -205,7 +205,7 @@ def test_what_must_not_be_undone_is_carried_over(home: Path) -> None:
         assert (len(store.releases()), store.next_release_sequence()) == (1, 3)
         with pytest.raises(NotFoundError):
             store.take_budget_request(wish.request_id, "Bo", utc_now())
-        store.thaw_ledger()
+        store.thaw_ledger("PB-1")
     assert remaining(home) == pytest.approx(1 - cost(1))
 
 
@@ -214,7 +214,7 @@ def test_a_freeze_that_was_lifted_since_stays_lifted(home: Path) -> None:
         store.freeze_ledger(LedgerFreeze("PB-1", "images leaked", "Ana", utc_now()))
     archive = backed_up(home)
     with Store.open(home) as store:
-        store.thaw_ledger()
+        store.thaw_ledger("PB-1")
     assert restore(home, archive).frozen is None
 
 
@@ -619,7 +619,7 @@ def test_plain_tar_gives_a_state_folder_that_spends_nothing_until_somebody_answe
 def test_a_new_budget_lifts_the_freeze_of_a_restored_state_but_not_an_incidents(home: Path, tmp_path: Path) -> None:
     with Store.open(untar(backed_up(home), tmp_path / "data")) as store:
         store.freeze_ledger(LedgerFreeze("PB-1", "images leaked", "Ana", utc_now()))
-        store.thaw_ledger()
+        store.thaw_ledger("PB-1")
         freeze = store.ledger_freeze()
         assert freeze is not None
         assert freeze.incident_id == "restore"

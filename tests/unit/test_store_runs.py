@@ -244,6 +244,49 @@ def test_no_update_counts_twice_or_comes_from_a_stranger(store: Store, run: Run,
     assert store.run(run.run_id).rounds_done == 0
 
 
+def test_a_late_outcome_belongs_to_the_cohort_that_it_started_in(store: Store, run: Run) -> None:
+    fast = replace(COMMIT, outcomes=(ClientOutcome("a", 1), ClientOutcome("b", 1)))
+    store.open_round(run.run_id, 1, Cohort(1, COHORT))
+    store.commit_round(run.run_id, 1, fast)
+    store.open_round(run.run_id, 2, Cohort(2, ("a", "b")))
+    store.commit_round(run.run_id, 2, fast)
+    store.open_round(run.run_id, 3, Cohort(3, ("a",)))
+    store.commit_round(run.run_id, 3, replace(COMMIT, outcomes=(ClientOutcome("c", 1, staleness=2),)))
+    assert [record.num_updates for record in store.rounds(run.run_id)] == [2, 2, 1]
+    assert store.round(run.run_id, 3).cohort == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("name", "staleness", "fault"),
+    [
+        ("c", 0, "'c' is not in the cohort of round 3"),
+        ("z", 2, "'z' is not in the cohort of round 1"),
+        ("c", 1, "'c' is not in the cohort of round 2"),
+        ("a", 2, "'a' counts twice in round 1"),
+        ("b", 1, "'b' counts twice in round 2"),
+        ("c", 3, "'c' is not in the cohort of round 0"),
+        ("a", -1, "'a' is not in the cohort of round 4"),
+    ],
+)
+def test_a_late_outcome_of_a_stranger_or_one_answered_since_is_refused(
+    store: Store, run: Run, name: str, staleness: int, fault: str
+) -> None:
+    fast = replace(COMMIT, outcomes=(ClientOutcome("a", 1), ClientOutcome("b", 1)))
+    for index, cohort in ((1, COHORT), (2, ("a", "b"))):
+        store.open_round(run.run_id, index, Cohort(index, cohort))
+        store.commit_round(run.run_id, index, fast)
+    store.open_round(run.run_id, 3, Cohort(3, ("a", "b")))
+    with pytest.raises(ConflictError, match=fault):
+        store.commit_round(run.run_id, 3, replace(COMMIT, outcomes=(ClientOutcome(name, 1, staleness=staleness),)))
+    assert store.run(run.run_id).rounds_done == 2
+
+
+def test_a_round_opened_for_nobody_may_be_drawn_again(store: Store, run: Run) -> None:
+    assert store.open_round(run.run_id, 1, Cohort(1, ())).cohort == ()
+    assert store.open_round(run.run_id, 1, Cohort(1, ("a",))).cohort == ("a",)
+    assert store.open_round(run.run_id, 1, Cohort(1, ("b",))).cohort == ("a",)
+
+
 def test_a_commit_that_breaks_off_leaves_nothing(store: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = store.open_round(run.run_id, 1, Cohort(1, COHORT))
 

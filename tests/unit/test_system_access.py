@@ -19,7 +19,8 @@ from serve_apps.system import RaySystem, follower_token, http_options
 
 def test_a_system_that_strangers_could_use_is_not_started(tmp_path: Path) -> None:
     settings = load_settings(environ={}, overrides={"home": tmp_path / "home", "serving": {"host": "0.0.0.0"}})
-    with pytest.raises(ConfigError, match=r"access\.mode"), RaySystem(settings).running(lambda _: None):
+    starting = RaySystem(settings).running(lambda _: None, lambda: None)
+    with pytest.raises(ConfigError, match=r"access\.mode"), starting:
         pytest.fail("started")
     assert not (tmp_path / "home").exists()
 

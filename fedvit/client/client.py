@@ -1,0 +1,87 @@
+"""The client itself: one connection, and the routes in groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+from fedvit.client.caller import TIMEOUT_S, Caller
+from fedvit.client.emergency import Emergency
+from fedvit.client.fleet import Clients, Communication, Monitoring
+from fedvit.client.life import Aggregation, Model, Training
+from fedvit.client.operations import Operations
+from fedvit.client.privacy import Privacy
+from fedvit.client.system import Audit, System
+
+
+class FedvitClient:
+    """A control API, as Python sees it.
+
+    Every call raises the :mod:`fedvit.errors` class that the server's problem document names, ``ControlApiError`` where
+    there is none, and ``ControlUnreachableError`` when nothing answers. Changes take an ``idempotency_key`` and get one
+    of their own otherwise, so that a lost connection is tried again without acting twice.
+
+    Args:
+        base_url: ``http://HOST:PORT`` of the control API.
+        token: a bearer token of ``fedvit token create``.
+        timeout_s: the longest silence on the line before a request is given up.
+        verify: a file of certificates to trust, PEM, instead of the machine's; False trusts anybody.
+        transport: another way than the network, for tests.
+        before_change: is shown every changing request before it is sent; what it raises, the caller gets.
+
+    Raises:
+        UsageError: ``base_url`` is no http(s) URL, ``token`` no token, or ``verify`` names no certificates.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        token: str | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        verify: Path | bool = True,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        before_change: Callable[[httpx.Request], None] | None = None,
+    ) -> None:
+        self._caller = Caller(
+            base_url,
+            token=token,
+            timeout_s=timeout_s,
+            verify=verify,
+            transport=transport,
+            sleep=sleep,
+            before_change=before_change,
+        )
+        self.clients = Clients(self._caller)
+        self.training = Training(self._caller)
+        self.model = Model(self._caller)
+        self.privacy = Privacy(self._caller)
+        self.aggregation = Aggregation(self._caller)
+        self.communication = Communication(self._caller)
+        self.monitoring = Monitoring(self._caller)
+        self.emergency = Emergency(self._caller)
+        self.operations = Operations(self._caller)
+        self.audit = Audit(self._caller)
+        self.system = System(self._caller)
+
+    @property
+    def base_url(self) -> str:
+        """Where the control API is."""
+        return self._caller.base_url
+
+    def close(self) -> None:
+        """Give connections back."""
+        self._caller.close()
+
+    def __enter__(self) -> FedvitClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,110 @@
+"""Clients, their data and their lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from fedvit.client.caller import given, segment
+from fedvit.client.fleet_views import (
+    BackupChannelView,
+    ClientsStatus,
+    ClientView,
+    ConnectivityView,
+    DataQualityView,
+    DriftView,
+    HeartbeatView,
+)
+from fedvit.client.group import PAGE, Group, pages
+
+RemoteKind = Literal["remote", "silo"]
+HeartbeatStatus = Literal["ok", "degraded"]
+
+
+class Clients(Group):
+    """Who learns."""
+
+    def status(self, limit: int = 100, offset: int = 0) -> ClientsStatus:
+        """A page of clients, and the totals."""
+        return self._caller.read(ClientsStatus, "/api/clients/status", limit=limit, offset=offset)
+
+    def iterate(self, page_size: int = PAGE) -> Iterator[ClientView]:
+        """Every client."""
+        return pages(lambda limit, offset: self.status(limit, offset).clients, page_size)
+
+    def get(self, client_id: str) -> ClientView:
+        """One client."""
+        return self._caller.read(ClientView, f"/api/clients/{segment(client_id)}")
+
+    def register(
+        self,
+        device_id: str,
+        *,
+        kind: RemoteKind = "remote",
+        num_examples: int = 0,
+        capabilities: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> ClientView:
+        """Add a vehicle, or bring one back; registering twice is harmless."""
+        body = given(device_id=device_id, kind=kind, num_examples=num_examples, capabilities=capabilities)
+        return self._caller.change(ClientView, "POST", "/api/clients/register", body, key=idempotency_key)
+
+    def remove(self, client_id: str, *, idempotency_key: str | None = None) -> ClientView:
+        """Take a client out of the active list; its record and its privacy spend remain."""
+        return self._caller.change(ClientView, "DELETE", f"/api/clients/{segment(client_id)}", key=idempotency_key)
+
+    def validate(
+        self, client_id: str, validated: bool = True, *, reason: str | None = None, idempotency_key: str | None = None
+    ) -> ClientView:
+        """Say whether a client's data was checked."""
+        body = given(validated=validated, reason=reason)
+        path = f"/api/clients/{segment(client_id)}/validate"
+        return self._caller.change(ClientView, "POST", path, body, key=idempotency_key)
+
+    def reinstate(self, client_id: str, justification: str, *, idempotency_key: str | None = None) -> ClientView:
+        """Lift a client's quarantine."""
+        body = {"justification": justification}
+        path = f"/api/clients/{segment(client_id)}/reinstate"
+        return self._caller.change(ClientView, "POST", path, body, key=idempotency_key)
+
+    def heartbeat(
+        self, client_id: str, *, status: HeartbeatStatus = "ok", model_version: str | None = None
+    ) -> HeartbeatView:
+        """Say that a vehicle is there. Not repeated when the line breaks: the next one does as well."""
+        body = given(status=status, model_version=model_version)
+        path = f"/api/clients/{segment(client_id)}/heartbeat"
+        return self._caller.change(HeartbeatView, "POST", path, body, repeatable=False)
+
+    def connectivity(self, limit: int = 100, offset: int = 0) -> ConnectivityView:
+        """Who is heard; the page is one of the clients that are not."""
+        return self._caller.read(ConnectivityView, "/api/clients/connectivity", limit=limit, offset=offset)
+
+    def data_quality(self, limit: int = 100, offset: int = 0) -> DataQualityView:
+        """How far the clients' contributions can be trusted."""
+        return self._caller.read(DataQualityView, "/api/clients/data-quality", limit=limit, offset=offset)
+
+
+class Monitoring(Group):
+    """What is watched."""
+
+    def data_drift(self) -> DriftView:
+        """Whether what vehicles see has moved away from what the model learned."""
+        return self._caller.read(DriftView, "/api/monitoring/data-drift")
+
+
+class Communication(Group):
+    """The backup channel: a mailbox for vehicles that cannot reach the API."""
+
+    def backup(self) -> BackupChannelView:
+        """Whether it is open, and what went through it."""
+        return self._caller.read(BackupChannelView, "/api/communication/backup")
+
+    def enable_backup(self, *, idempotency_key: str | None = None) -> BackupChannelView:
+        """Open it; harmless when repeated."""
+        path = "/api/communication/enable-backup"
+        return self._caller.change(BackupChannelView, "POST", path, key=idempotency_key)
+
+    def disable_backup(self, *, idempotency_key: str | None = None) -> BackupChannelView:
+        """Close it; harmless when repeated."""
+        path = "/api/communication/disable-backup"
+        return self._caller.change(BackupChannelView, "POST", path, key=idempotency_key)

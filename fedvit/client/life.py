@@ -1,0 +1,143 @@
+"""Training, aggregation and the model's life."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from fedvit.client.caller import given, segment
+from fedvit.client.group import PAGE, Group, pages
+from fedvit.client.views import (
+    AggregationModeView,
+    ModelInfo,
+    ModelView,
+    OperationView,
+    ProgressView,
+    ReleaseView,
+    TrainingConfigView,
+)
+from fedvit.types import Variant
+
+ClientSelection = Literal["validated_only", "any"]
+OptimizeStrategy = Literal["quantization", "lighter_variant"]
+RetrainStrategy = Literal["full_retrain", "fine_tune"]
+AggregationMode = Literal["synchronous", "asynchronous"]
+
+
+class Training(Group):
+    """The training loop."""
+
+    def status(self) -> ProgressView:
+        """Where it stands."""
+        return self._caller.read(ProgressView, "/api/training/status")
+
+    def start(self, *, idempotency_key: str | None = None) -> ProgressView:
+        """Begin or continue the run that the settings describe; harmless when it is under way."""
+        return self._caller.change(ProgressView, "POST", "/api/training/start", key=idempotency_key)
+
+    def stop(self, *, idempotency_key: str | None = None) -> ProgressView:
+        """End the loop after the round under way; a start continues it."""
+        return self._caller.change(ProgressView, "POST", "/api/training/stop", key=idempotency_key)
+
+    def restart(
+        self, client_selection: ClientSelection | None = None, *, idempotency_key: str | None = None
+    ) -> OperationView:
+        """End the present run after its round and begin another from the base weights."""
+        body = given(client_selection=client_selection)
+        return self._caller.change(OperationView, "POST", "/api/training/restart", body, key=idempotency_key)
+
+    def config(self) -> TrainingConfigView:
+        """What the next round goes by."""
+        return self._caller.read(TrainingConfigView, "/api/training/config")
+
+    def configure(
+        self,
+        *,
+        min_clients: int | None = None,
+        wait_timeout: float | None = None,
+        if_match: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> TrainingConfigView:
+        """Change it for the next round and all after it; with the ``etag`` that was read, only if it still holds."""
+        body = given(min_clients=min_clients, wait_timeout=wait_timeout)
+        path = "/api/training/config"
+        return self._caller.change(TrainingConfigView, "POST", path, body, key=idempotency_key, if_match=if_match)
+
+
+class Aggregation(Group):
+    """How updates become a model."""
+
+    def mode(self) -> AggregationModeView:
+        """Whether rounds wait for their cohort."""
+        return self._caller.read(AggregationModeView, "/api/aggregation/mode")
+
+    def set_mode(
+        self,
+        mode: AggregationMode,
+        *,
+        staleness_tolerance: int | None = None,
+        buffer_size: int | None = None,
+        if_match: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> AggregationModeView:
+        """Wait for the cohort, or fold whatever arrives; with the ``etag`` that was read, only if it still holds."""
+        body = given(mode=mode, staleness_tolerance=staleness_tolerance, buffer_size=buffer_size)
+        path = "/api/aggregation/mode"
+        return self._caller.change(AggregationModeView, "POST", path, body, key=idempotency_key, if_match=if_match)
+
+
+class Model(Group):
+    """Model versions, and which one serves."""
+
+    def info(self) -> ModelInfo:
+        """The served model: size in bytes by variant, complexity, classes."""
+        return self._caller.read(ModelInfo, "/api/model/info")
+
+    def current(self) -> ModelView:
+        """The version that replicas and vehicles are offered."""
+        return self._caller.read(ModelView, "/api/model/current")
+
+    def versions(self, limit: int = 50, offset: int = 0) -> tuple[ModelView, ...]:
+        """Model versions, newest first."""
+        return self._caller.read(tuple[ModelView, ...], "/api/model/versions", limit=limit, offset=offset)
+
+    def iterate_versions(self, page_size: int = PAGE) -> Iterator[ModelView]:
+        """Every model version, newest first."""
+        return pages(self.versions, page_size)
+
+    def release(self, variant: Variant | None = None) -> bytes:
+        """The signed manifest of the current release, byte for byte as it was signed."""
+        return self._caller.get("/api/model/release", variant=variant).content
+
+    def blob(self, digest: str) -> bytes:
+        """An artifact of the current release by its SHA-256, unverified."""
+        return self._caller.get(f"/api/model/blobs/{segment(digest)}").content
+
+    def rollback(
+        self,
+        version: str,
+        *,
+        force: bool = False,
+        reason: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> ReleaseView:
+        """Make an older version's content current again, as a new and higher version."""
+        body = given(version=version, force=force, reason=reason)
+        return self._caller.change(ReleaseView, "POST", "/api/model/rollback", body, key=idempotency_key)
+
+    def switch(self, variant: Variant, *, idempotency_key: str | None = None) -> ReleaseView:
+        """Move replicas and vehicles to another variant of the current version; harmless when repeated."""
+        return self._caller.change(ReleaseView, "POST", "/api/model/switch", {"variant": variant}, key=idempotency_key)
+
+    def optimize(
+        self, strategy: OptimizeStrategy, target_latency: float, *, idempotency_key: str | None = None
+    ) -> OperationView:
+        """Move the fleet to the most accurate variant whose p95 is at most ``target_latency`` milliseconds."""
+        body = {"strategy": strategy, "target_latency": target_latency}
+        return self._caller.change(OperationView, "POST", "/api/edge/optimize", body, key=idempotency_key)
+
+    def retrain(self, strategy: RetrainStrategy, *, idempotency_key: str | None = None) -> OperationView:
+        """End the present run after its round and begin another, from the base weights or the current release's."""
+        return self._caller.change(
+            OperationView, "POST", "/api/model/retrain", {"strategy": strategy}, key=idempotency_key
+        )

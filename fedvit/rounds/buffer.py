@@ -1,0 +1,96 @@
+"""What a round makes of the answers that came in: which count, with what weight, in what order. Pure.
+
+An answer is late when it belongs to an earlier round's task. Its staleness is the number of versions committed since
+the one it started from, and it is the difference to that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from fedvit.aggregation.fedbuff import discounted
+from fedvit.types import ClientOutcome, PartialUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a round goes by when it judges an answer."""
+
+    round_index: int
+    mode: str
+    staleness_tolerance: int
+    quarantined: frozenset[str]
+
+    def refusals(self, answer: PartialUpdate) -> dict[str, str]:
+        """Why each client's update in it must not count; empty where all of them do.
+
+        A partial sum cannot be taken apart: what is refused of one client is refused of all that it was summed with.
+        """
+        contributors = [o.client_id for o in answer.outcomes if o.error is None]
+        staleness = self.round_index - answer.round_index
+        if staleness > self.staleness_tolerance:
+            reason = f"its update is {staleness} versions old; at most {self.staleness_tolerance} are tolerated"
+            return dict.fromkeys(contributors, reason)
+        kept_out = [client_id for client_id in contributors if client_id in self.quarantined]
+        if not kept_out:
+            return {}
+        summed = f"its update is summed with that of {kept_out[0]}, which is in quarantine"
+        return dict.fromkeys(contributors, summed) | dict.fromkeys(kept_out, "an incident keeps it in quarantine")
+
+
+@dataclass(frozen=True, slots=True)
+class RoundBuffer:
+    """The answers of one round, judged. ``refused`` says by client why its update does not count."""
+
+    admission: Admission
+    answers: tuple[PartialUpdate, ...]
+    refused: Mapping[str, str]
+
+    @property
+    def outcomes(self) -> tuple[ClientOutcome, ...]:
+        """How every client fared, by id."""
+        return tuple(sorted((o for a in self.answers for o in a.outcomes), key=lambda o: o.client_id))
+
+    @property
+    def accepted(self) -> int:
+        """How many clients' updates count."""
+        return sum(outcome.error is None for outcome in self.outcomes)
+
+    def lineage(self) -> dict[str, object]:
+        """What a version is made of. A synchronous round without late answers has nothing to add to its clients."""
+        staleness = {o.client_id: o.staleness for o in self.outcomes if o.error is None}
+        made_of: dict[str, object] = {"clients": list(staleness)}
+        if self.admission.mode == "asynchronous" or any(o.staleness for o in self.outcomes):
+            made_of["aggregation"] = {
+                "mode": self.admission.mode,
+                "staleness": staleness,
+                "refused": dict(self.refused),
+            }
+        return made_of
+
+    def updates(self) -> list[PartialUpdate]:
+        """What is folded, in a fixed order of summation: the result must not depend on who answered first."""
+        ordered = sorted(self.answers, key=lambda answer: min(o.client_id for o in answer.outcomes))
+        return [discounted(answer, self.admission.round_index - answer.round_index) for answer in ordered]
+
+
+def judged(answers: Iterable[PartialUpdate], admission: Admission) -> RoundBuffer:
+    """The buffer that these answers make; an answer that is refused keeps its outcomes and loses its sum."""
+    kept, refused = [], dict[str, str]()
+    for answer in answers:
+        refusals = admission.refusals(answer)
+        refused |= refusals
+        kept.append(_with_staleness(_without(answer, refusals), admission.round_index - answer.round_index))
+    return RoundBuffer(admission, tuple(kept), refused)
+
+
+def _without(answer: PartialUpdate, refusals: Mapping[str, str]) -> PartialUpdate:
+    if not refusals:
+        return answer
+    outcomes = tuple(replace(o, error=refusals.get(o.client_id, o.error)) for o in answer.outcomes)
+    return replace(answer, outcomes=outcomes, weighted_sum={}, total_weight=0.0)
+
+
+def _with_staleness(answer: PartialUpdate, staleness: int) -> PartialUpdate:
+    return replace(answer, outcomes=tuple(replace(o, staleness=staleness) for o in answer.outcomes))

@@ -1,0 +1,62 @@
+"""The backup channel: a mailbox in blob storage for vehicles that cannot reach this API."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from fedvit.operations.mailbox import Mailbox, MailboxState
+from serve_apps.control.access import OPERATOR, VIEWER, Note
+from serve_apps.problems import documented
+
+
+class BackupView(BaseModel):
+    """``pending`` messages wait in the mailbox; ``not_yet_taken`` of them are updates, which wait for a later release.
+
+    ``delivered`` and ``rejected`` count since the state folder was made.
+    """
+
+    enabled: bool
+    url: str
+    enabled_at: datetime | None
+    pending: int
+    not_yet_taken: int
+    delivered: int
+    rejected: int
+
+    @classmethod
+    def of(cls, state: MailboxState) -> BackupView:
+        """The view of a mailbox."""
+        return cls(**asdict(state))
+
+
+def add_communication_routes(api: FastAPI, mailbox: Mailbox) -> None:
+    """Open and close the backup channel."""
+
+    @api.post(
+        "/api/communication/enable-backup", tags=["communication"], dependencies=OPERATOR, responses=documented(503)
+    )
+    def enable(note: Note) -> BackupView:
+        """Take the messages that vehicles left in the mailbox, those left before included; harmless when repeated."""
+        note.before = {"enabled": mailbox.enabled()}
+        state = mailbox.enable()
+        note.after = {"enabled": state.enabled, "url": state.url}
+        return BackupView.of(state)
+
+    @api.post(
+        "/api/communication/disable-backup", tags=["communication"], dependencies=OPERATOR, responses=documented(503)
+    )
+    def disable(note: Note) -> BackupView:
+        """Leave messages where they are; harmless when repeated."""
+        note.before = {"enabled": mailbox.enabled()}
+        state = mailbox.disable()
+        note.after = {"enabled": state.enabled, "url": state.url}
+        return BackupView.of(state)
+
+    @api.get("/api/communication/backup", tags=["communication"], dependencies=VIEWER, responses=documented(422, 503))
+    def backup() -> BackupView:
+        """How the channel stands."""
+        return BackupView.of(mailbox.state())

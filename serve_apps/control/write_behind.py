@@ -1,0 +1,73 @@
+"""Telemetry is not worth a transaction each: moments by name are kept in memory and written together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+FLUSH_EVERY_S = 1.0
+_LOG = logging.getLogger("fedvit.control")
+
+
+class WriteBehind:
+    """The newest moment of each name since the last flush. What a killed process had not written is lost.
+
+    It holds no more names than whoever puts them in admits.
+
+    Args:
+        write: stores moments by name in one transaction.
+    """
+
+    def __init__(self, write: Callable[[Mapping[str, datetime]], None]) -> None:
+        self._write = write
+        self._lock = threading.Lock()
+        self._pending: dict[str, datetime] = {}
+
+    def put(self, name: str, at: datetime) -> None:
+        """Remember a moment until the next flush."""
+        with self._lock:
+            self._pending[name] = at
+
+    def flush(self) -> None:
+        """Write what is pending; what could not be written stays pending, and the log says why."""
+        with self._lock:
+            batch, self._pending = self._pending, {}
+        if not batch:
+            return
+        try:
+            self._write(batch)
+        except Exception:  # Whatever ails the store now, the next flush tries again.
+            _LOG.exception("%d moments could not be written; they are kept", len(batch))
+            with self._lock:
+                self._pending = batch | self._pending
+
+
+def flushing(*buffers: WriteBehind) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """An application's lifespan: a thread flushes the buffers about once a second, and a last time at the end."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        stop = threading.Event()
+        thread = threading.Thread(target=_flush_until, args=(stop, buffers), name="write-behind", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            await run_in_threadpool(thread.join)
+
+    return lifespan
+
+
+def _flush_until(stop: threading.Event, buffers: tuple[WriteBehind, ...]) -> None:
+    stopped = False
+    while not stopped:
+        stopped = stop.wait(FLUSH_EVERY_S)
+        for buffer in buffers:
+            buffer.flush()

@@ -1,0 +1,52 @@
+"""The processes of one running system, found from its supervisor down; others may run on the same machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+TITLES = {"control": "ray::ServeReplica:control", "aggregator": "ray::Aggregator"}
+
+
+def supervisor(home: Path) -> int:
+    """The process that ``fedvit up`` left running."""
+    return int(json.loads((home / "run" / "system.json").read_text())["pid"])
+
+
+def kill(home: Path, part: str) -> int:
+    """``kill -9`` the process of one part of the system; its id.
+
+    Raises:
+        LookupError: there is not exactly one.
+    """
+    pids = [pid for pid in _processes() if _title(pid).startswith(TITLES[part]) and supervisor(home) in _above(pid)]
+    if len(pids) != 1:
+        raise LookupError(f"{len(pids)} processes are {TITLES[part]}")
+    os.kill(pids[0], signal.SIGKILL)
+    return pids[0]
+
+
+def _processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _above(pid: int) -> set[int]:
+    """The ancestors of a process."""
+    found: set[int] = set()
+    while pid > 1:
+        try:
+            # The name in parentheses may hold anything; the parent is the second field behind it.
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            break
+        found.add(pid)
+    return found

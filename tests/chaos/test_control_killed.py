@@ -1,0 +1,137 @@
+"""kill -9 during a long operation: it comes to a definite end, and its request may be repeated under its key."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from command import Fedvit
+from load import await_true
+from processes import TITLES, kill, supervisor
+
+from fedvit.store.store import Store
+from fedvit.types import Operation, OperationStatus
+
+FULL = os.environ.get("CHAOS") == "full"
+REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "optimize": ("/api/edge/optimize", {"strategy": "quantization", "target_latency": 1000}),
+    "retrain": ("/api/model/retrain", {"strategy": "full_retrain"}),
+    "restart": ("/api/training/restart", {"client_selection": "any"}),
+    "shutdown": ("/api/system/shutdown", {"mode": "graceful", "save_state": True}),
+}
+TRAINING = ("optimize", "retrain", "restart")
+CASES = [(kind, part) for kind in TRAINING for part in TITLES] if FULL else [("retrain", "control")]
+RESTARTED_S = 180.0
+
+pytestmark = [pytest.mark.ray, *([pytest.mark.timeout(3600)] if FULL else [])]
+
+
+class Caller:
+    """Asks for an operation under a key, and asks again whatever came of it."""
+
+    def __init__(self, fedvit: Fedvit, kind: str, key: str) -> None:
+        self._url = fedvit.control + REQUESTS[kind][0]
+        self._request = {"json": REQUESTS[kind][1], "headers": {"Idempotency-Key": key}}
+
+    def ask(self) -> httpx.Response | None:
+        try:
+            return httpx.post(self._url, **self._request, timeout=90)  # type: ignore[arg-type]
+        except httpx.HTTPError:
+            return None
+
+    def insist(self) -> str:
+        """The operation, once somebody says which."""
+        answers: list[httpx.Response] = []
+
+        def accepted() -> bool:
+            answer = self.ask()
+            answers.extend([answer] if answer is not None and answer.status_code == 202 else [])
+            return bool(answers)
+
+        await_true(accepted, "an answer under the old key", limit_s=RESTARTED_S)
+        return str(answers[-1].json()["operation_id"])
+
+
+def one_more(store: Store, before: int) -> Operation:
+    """The operation that was queued since; there is one at most, ever."""
+    operations = store.operations()
+    assert len(operations) == before + 1
+    return operations[0]
+
+
+def interrupted(fedvit: Fedvit, store: Store, kind: str, part: str) -> Operation:
+    """One operation whose ``part`` is killed as soon as it is on record, asked for again until somebody answers."""
+    before = len(store.operations())
+    caller = Caller(fedvit, kind, key=f"{kind}-{part}")
+    first = threading.Thread(target=caller.ask)
+    first.start()
+    await_true(lambda: len(store.operations()) > before, f"{kind} on record", every_s=0.005)
+    kill(fedvit.home, part)
+    first.join()
+    named = caller.insist()
+    await_true(lambda: one_more(store, before).status.ended, f"the end of {kind}", limit_s=RESTARTED_S)
+    assert caller.insist() == named == one_more(store, before).operation_id
+    return one_more(store, before)
+
+
+def test_an_operation_survives_the_death_of_who_runs_it(fedvit: Fedvit) -> None:
+    fedvit.settings["training.rounds"] = "2"
+    fedvit.json("up")
+    with Store.open(fedvit.home) as store:
+        for kind, part in CASES:
+            await_true(lambda: _rests(fedvit), "the end of training", limit_s=RESTARTED_S)
+            runs, releases = len(store.runs()), len(store.releases())
+            ended = interrupted(fedvit, store, kind, part)
+            # All three kinds are repeated from their beginning by the next process.
+            assert ended.status is OperationStatus.SUCCEEDED, (kind, part, ended.error)
+            if kind == "optimize":
+                assert len(store.runs()) == runs
+                assert len(store.releases()) <= releases + 1
+            else:
+                assert len(store.runs()) == runs + 1
+                assert store.runs()[-1].run_id == (ended.result or {})["run_id"]
+            print(f"{kind}, {part} killed: {ended.status}")
+        store.verify_ledger()
+        store.verify_audit()
+
+
+@pytest.mark.skipif(not FULL, reason="a campaign: make chaos")
+@pytest.mark.parametrize("part", TITLES)
+def test_a_shutdown_survives_too_and_ends_the_system_once(fedvit: Fedvit, part: str) -> None:
+    fedvit.json("up")
+    if REQUESTS["shutdown"][0] not in httpx.get(f"{fedvit.control}/openapi.json", timeout=60).json()["paths"]:
+        pytest.skip("there is no route to shut the system down")
+    caller, first = Caller(fedvit, "shutdown", key=f"shutdown-{part}"), supervisor(fedvit.home)
+    asking = threading.Thread(target=caller.ask)
+    asking.start()
+    with Store.open(fedvit.home) as store:
+        await_true(lambda: bool(store.operations()), "the shutdown on record", every_s=0.005)
+        kill(fedvit.home, part)
+        asking.join()
+        # Asked again until it is over: who answers says the same operation, and then nobody answers any more.
+        await_true(lambda: _goes(caller, first), "the end of the system", limit_s=RESTARTED_S)
+        assert one_more(store, 0).status.ended
+        fedvit.json("up")
+        second = supervisor(fedvit.home)
+        assert caller.insist() == one_more(store, 0).operation_id
+        # The repetition ended nothing.
+        await_true(lambda: _rests(fedvit), "the end of training", limit_s=RESTARTED_S)
+        assert supervisor(fedvit.home) == second != first
+        assert httpx.get(f"{fedvit.control}/healthz", timeout=60).status_code == 200
+
+
+def _goes(caller: Caller, pid: int) -> bool:
+    caller.ask()
+    return not Path(f"/proc/{pid}").exists()
+
+
+def _rests(fedvit: Fedvit) -> bool:
+    try:
+        told = httpx.get(f"{fedvit.control}/api/training/status", timeout=60).json()
+    except (httpx.HTTPError, ValueError):
+        return False
+    return told.get("status") == "completed" and told["phase"] == "resting"

@@ -1,0 +1,315 @@
+"""For each command that changes something: a second look, at another place, that shows the change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+from drill import CONTROL, EDGES, Call, Drill, Outcome, answers, await_that, succeeds
+from placeholders import DEVICE, doubted
+
+Check = Callable[[Drill, Outcome], None]
+MORE_EDGES = tuple(f"http://127.0.0.1:{port}" for port in (8083, 8084, 8085))
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _doubts(drill: Drill, outcome: Outcome) -> None:
+    assert outcome.json()["client_id"] == doubted(drill)
+    assert drill.client(doubted(drill))["validated"] is False
+
+
+def _restarted(drill: Drill, outcome: Outcome) -> None:
+    run_id = drill.operation(outcome)["result"]["run_id"]
+    drill.training(lambda found: found["run_id"] == run_id and found["rounds_done"] >= 1, f"{run_id} trains")
+    history = drill.get("/api/privacy/history?hours=1&limit=10000")
+    took_part = {line["client_id"] for line in history if line["run_id"] == run_id}
+    before = {line["client_id"] for line in history if line["run_id"] != run_id}
+    assert doubted(drill) in before
+    assert took_part == before - {doubted(drill)}
+
+
+def _retrained(drill: Drill, outcome: Outcome) -> None:
+    result = drill.operation(outcome)["result"]
+    assert result["base_version"] is None
+    drill.training(lambda found: found["run_id"] == result["run_id"] and found["rounds_done"] >= 1, "it trains")
+
+
+def _stopped(drill: Drill, _: Outcome) -> None:
+    drill.training(lambda found: found["phase"] == "resting" and found["status"] == "stopped", "training rests")
+
+
+def _started(drill: Drill, _: Outcome) -> None:
+    drill.training(lambda found: found["status"] == "running" and found["phase"] != "resting", "training runs")
+
+
+def _configured(drill: Drill, _: Outcome) -> None:
+    found = drill.get("/api/training/config")
+    assert (found["min_clients"], found["wait_timeout"]) == (10, 300)
+
+
+def _mode_changed(drill: Drill, outcome: Outcome) -> None:
+    found = drill.get("/api/aggregation/mode")
+    assert found == outcome.json()
+    assert f'"mode": "{found["mode"]}"' in outcome.command
+    if found["mode"] == "asynchronous":
+        assert found["staleness_tolerance"] == 5
+    done = drill.get("/api/training/status")["rounds_done"]
+    drill.training(lambda now: now["status"] != "running" or now["rounds_done"] > done, "training goes on in that mode")
+
+
+# --- clients ---------------------------------------------------------------------------------------------------------
+
+
+def _removed(drill: Drill, _: Outcome) -> None:
+    assert drill.client(DEVICE)["active"] is False
+
+
+def _registered(drill: Drill, _: Outcome) -> None:
+    assert drill.client(DEVICE)["active"] is True
+
+
+def _alive(drill: Drill, _: Outcome) -> None:
+    await_that("it was heard", lambda: drill.get(f"/api/clients/{DEVICE}")["last_seen_at"])
+
+
+def _mailbox(enabled: bool) -> Check:
+    def check(drill: Drill, _: Outcome) -> None:
+        assert drill.get("/api/communication/backup")["enabled"] is enabled
+        assert drill.get("/api/clients/connectivity")["backup_channel"]["enabled"] is enabled
+
+    return check
+
+
+# --- privacy ---------------------------------------------------------------------------------------------------------
+
+
+def _reset(drill: Drill, outcome: Outcome) -> None:
+    budget, period = drill.get("/api/privacy/budget"), outcome.json()["period"]
+    assert (budget["target_epsilon"], budget["period"]) == (1.0, period)
+    assert budget["lifetime_epsilon"] > 0
+    assert drill.get("/api/privacy/periods")[-1]["period"] == period
+    assert period == drill.memory.get("period", 1) + 1
+    drill.memory["period"] = period
+
+
+def _breached(drill: Drill, outcome: Outcome) -> None:
+    told = outcome.json()
+    drill.memory["incident_id"] = told["incident_id"]
+    assert drill.get("/api/privacy/budget")["frozen"]["incident_id"] == told["incident_id"]
+    assert all(action["done"] for action in told["actions"]), told
+    for client_id in told["quarantined"]:
+        assert drill.get(f"/api/clients/{client_id}")["quarantined_at"] is not None
+    assert drill.get("/api/model/current")["lineage"].get("rollback_of") == told["rolled_back_to"]
+    bundle = Path(told["forensic_bundle"])
+    # Absolute, or as seen from the folder in which the system was started.
+    content = (bundle if bundle.is_absolute() else drill.checkout / bundle).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == told["forensic_sha256"]
+    drill.training(lambda found: found["phase"] in ("resting", "idle"), "training rests")
+    assert drill.get("/api/audit?limit=1", "admin")[0]["action"] == "POST /api/emergency/privacy-breach"
+    if "client1" not in outcome.command:
+        assert told["quarantined"] == [doubted(drill)]
+        return
+    assert (told["quarantined"], set(told["unknown_clients"])) == ([], {"client1", "client2"})
+    # The next report is to find what this one found: nothing frozen, and training under way.
+    over = {"incident_id": told["incident_id"], "justification": "The drill goes on to the next report."}
+    assert drill.ask("/api/emergency/stand-down", "POST", "emergency", json=over).is_success
+    assert drill.ask("/api/training/start", "POST").is_success
+    _started(drill, outcome)
+
+
+def _stood_down(drill: Drill, _: Outcome) -> None:
+    assert drill.get("/api/privacy/budget")["frozen"] is None
+
+
+def _reinstated(drill: Drill, _: Outcome) -> None:
+    assert drill.get(f"/api/clients/{doubted(drill)}")["quarantined_at"] is None
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def _optimized(drill: Drill, outcome: Outcome) -> None:
+    result = drill.operation(outcome)["result"]
+    assert isinstance(result["target_met"], bool)
+    if result["switched"]:
+        assert drill.get("/api/model/info")["variant"] == result["variant"]
+        drill.everybody_serves(result["version"], result["variant"])
+
+
+def _switched(drill: Drill, outcome: Outcome) -> None:
+    assert drill.get("/api/model/info")["variant"] == "edge_optimized"
+    drill.everybody_serves(outcome.json()["version"], "edge_optimized")
+    drill.look_at_images()
+
+
+def _rolled_back(drill: Drill, outcome: Outcome) -> None:
+    told, current = outcome.json(), drill.get("/api/model/current")
+    asked = re.search(r'"version": "([^"]+)"', outcome.command)
+    assert asked is not None
+    versions = {found["version"]: found for found in drill.get("/api/model/versions?limit=1000")}
+    assert versions[told["version"]]["derived_from"] == asked[1]
+    # Training may have released a later one meanwhile.
+    assert current["version"] == told["version"] or current["created_at"] > versions[told["version"]]["created_at"]
+    drill.everybody_serves(told["version"], told["variant"])
+
+
+def _exported(drill: Drill, _: Outcome) -> None:
+    assert (drill.checkout / "var/run/release/trusted_key.txt").read_text().strip()
+
+
+def _more_edges(_: Drill, __: Outcome) -> None:
+    for base in MORE_EDGES:
+        await_that(f"{base} has a model", partial(succeeds, f"{base}/health"))
+
+
+def _fewer_edges(_: Drill, __: Outcome) -> None:
+    for base in MORE_EDGES:
+        await_that(f"{base} is gone", partial(_silent, f"{base}/health"))
+
+
+# --- the system ------------------------------------------------------------------------------------------------------
+
+
+def _silent(url: str) -> bool:
+    return not answers(url)
+
+
+def _is_down(drill: Drill, _: Outcome) -> None:
+    await_that("nothing runs", lambda: drill.fedvit("status")["system"] == "down")
+    for base in (CONTROL, *EDGES):
+        await_that(f"{base} is silent", partial(_silent, base))
+
+
+def _is_up(drill: Drill, _: Outcome) -> None:
+    assert drill.fedvit("status")["system"] == "ok"
+    assert drill.get("/api/system/health")["status"] == "ok"
+
+
+def _is_another(drill: Drill, outcome: Outcome) -> None:
+    _is_up(drill, outcome)
+    assert "Stopped." in outcome.out
+    drill.training(lambda found: found["rounds_done"] >= drill.memory["rounds_done"], "training continues")
+
+
+def _shut_down(drill: Drill, outcome: Outcome) -> None:
+    assert outcome.json()["kind"] == "shutdown"
+    _is_down(drill, outcome)
+    drill.memory["privacy"] = drill.fedvit("privacy", "show")
+    drill.memory["versions"] = drill.fedvit("model", "list")
+
+
+def _saved(drill: Drill, _: Outcome) -> None:
+    newest = max(drill.checkout.glob("fedvit-backup-*.tar.gz"))
+    with tarfile.open(newest) as archive:
+        assert {"state.db", "checksums.json", "keys/root.key"} <= set(archive.getnames())
+
+
+def _restored(drill: Drill, _: Outcome) -> None:
+    privacy = drill.fedvit("privacy", "show")
+    assert privacy["epsilon_remaining"] <= drill.memory["privacy"]["epsilon_remaining"] + 1e-9
+    assert privacy["ledger_entries"] >= drill.memory["privacy"]["ledger_entries"]
+    assert drill.fedvit("model", "list") == drill.memory["versions"]
+
+
+def _token_made(drill: Drill, outcome: Outcome) -> None:
+    scope = outcome.command.rsplit(" ", 1)[-1]
+    text = outcome.out.strip()
+    listed = {token["token_id"]: token for token in drill.fedvit("token", "list")}
+    assert listed[text.split("_")[1]]["scopes"] == [scope]
+    drill.tokens[scope] = text
+
+
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+HTTP: dict[tuple[str, str], Check] = {
+    ("POST", "/api/training/restart"): _restarted,
+    ("POST", "/api/training/start"): _started,
+    ("POST", "/api/training/stop"): _stopped,
+    ("POST", "/api/training/config"): _configured,
+    ("POST", "/api/aggregation/mode"): _mode_changed,
+    ("POST", "/api/clients/{id}/validate"): _doubts,
+    ("POST", "/api/clients/{id}/heartbeat"): _alive,
+    ("POST", "/api/clients/{id}/reinstate"): _reinstated,
+    ("POST", "/api/clients/register"): _registered,
+    ("DELETE", "/api/clients/{id}"): _removed,
+    ("POST", "/api/communication/enable-backup"): _mailbox(True),
+    ("POST", "/api/communication/disable-backup"): _mailbox(False),
+    ("POST", "/api/privacy/reset-budget"): _reset,
+    ("POST", "/api/emergency/privacy-breach"): _breached,
+    ("POST", "/api/emergency/stand-down"): _stood_down,
+    ("POST", "/api/edge/optimize"): _optimized,
+    ("POST", "/api/model/retrain"): _retrained,
+    ("POST", "/api/model/switch"): _switched,
+    ("POST", "/api/model/rollback"): _rolled_back,
+    ("POST", "/api/system/shutdown"): _shut_down,
+}
+SHELL: dict[str, Check] = {
+    r"make up": _is_up,
+    r"make down": _is_down,
+    r"make down && make up": _is_another,
+    r"make emergency-backup": _saved,
+    r"fedvit restore \S+": _restored,
+    r"fedvit token create .+": _token_made,
+    r"fedvit model export .+": _exported,
+    r"for n in 3 4 5; do\n.*": _more_edges,
+    r"kill .*": _fewer_edges,
+}
+# These only look. Any other command needs a row above.
+LOOKS = (
+    r"curl .*|for device in .*|python -c .*|export PATH=.*|free -h|df -h|ps .*|tail .*|ping .*|traceroute .*"
+    r"|make (health-check|diagnostics|logs)|fedvit (status|config show|privacy show|audit-log (show|verify))\b.*"
+)
+
+
+def check_effect(drill: Drill, outcome: Outcome) -> None:
+    """Look whether the command did what the runbook says.
+
+    Raises:
+        AssertionError: it did not, or nobody wrote down how to see it.
+    """
+    for call in outcome.calls:
+        if call.method != "GET":
+            _check_of(call)(drill, outcome)
+    found = [check for pattern, check in SHELL.items() if re.fullmatch(pattern, outcome.command, re.DOTALL)]
+    for check in found:
+        check(drill, outcome)
+    assert found or re.fullmatch(LOOKS, outcome.command, re.DOTALL), f"no check for {outcome.command!r}: see effects.py"
+
+
+def _check_of(call: Call) -> Check:
+    path = httpx.URL(call.url).path
+    for (method, template), check in HTTP.items():
+        if call.method == method and re.fullmatch(template.replace("{id}", "[^/]+"), path):
+            return check
+    raise AssertionError(f"{call.method} {path} changes something and has no check: see effects.py")
+
+
+def remember(drill: Drill, command: str) -> None:
+    """What a check will compare with, before the command runs."""
+    if command == "make down && make up":
+        drill.memory["rounds_done"] = drill.get("/api/training/status")["rounds_done"]
+    if ":9090/" in command:
+        drill.show_prometheus()
+
+
+def values_of(text: str) -> list[Any]:
+    """The JSON documents in a text, one after the other.
+
+    Raises:
+        ValueError: there is something else in it.
+    """
+    decoder, found, place = json.JSONDecoder(), [], 0
+    while text[place:].strip():
+        text, place = text[place:].lstrip(), 0
+        value, place = decoder.raw_decode(text)
+        found.append(value)
+    return found

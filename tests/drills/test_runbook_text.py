@@ -1,0 +1,93 @@
+"""What the runbook says, without running it: nothing of the original is lost, every Docker command is mapped."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from runbook_text import RUNBOOK, Command, commands, equivalents, fences, parts
+
+ORIGINAL = Path(os.environ.get("RUNBOOK_ORIGINAL") or RUNBOOK.parents[2] / "shared" / "runbook.md")
+
+SAMPLE = """# A
+```bash
+# a comment
+free -h
+
+1. Tell people
+curl -X POST "http://localhost/x" \\
+  -d '{
+    "a": [1]
+  }'
+for d in a b; do
+  # inside
+  echo "$d"
+done
+docker exec s python -c "
+# it's python
+print('x')
+"
+ping <ip>
+```
+```json
+{"no": "command"}
+```
+"""
+
+
+def test_each_way_to_write_a_command_is_one_command() -> None:
+    found = list(parts(SAMPLE))
+    assert [part.text.splitlines()[0] for part in found if isinstance(part, Command)] == [
+        "free -h",
+        'curl -X POST "http://localhost/x" \\',
+        "for d in a b; do",
+        'docker exec s python -c "',
+        "ping <ip>",
+    ]
+    assert [part.kind for part in found if not isinstance(part, Command)] == ["comment", "blank", "people"]
+    assert (commands(SAMPLE)[0].heading, commands(SAMPLE)[0].line) == ("A", 4)
+
+
+def test_a_command_that_does_not_end_is_an_error() -> None:
+    with pytest.raises(ValueError, match="ends inside the command"):
+        commands("```bash\necho 'open\n```\n")
+
+
+def test_no_line_of_a_fence_is_lost() -> None:
+    text = RUNBOOK.read_text()
+    assert "\n".join(part.text for part in parts(text)) == "\n".join(
+        line for _, _, lines in fences(text) for line in lines
+    )
+    languages = set(re.findall(r"^```(\S+)$", text, re.MULTILINE))
+    assert languages == {"bash", "markdown"}
+
+
+def test_every_docker_command_has_one_row_and_every_row_is_used() -> None:
+    text = RUNBOOK.read_text()
+    rows, found = equivalents(text), [command for command in commands(text) if command.docker_only]
+    first = [next((row for row in rows if row.translate(c.text) is not None), None) for c in found]
+    assert [c.text for c, row in zip(found, first, strict=True) if row is None] == []
+    assert [row.docker for row in rows if row not in first] == []
+    headings = {command.heading for command in commands(text)}
+    assert {row.section for row in rows if row.section} <= headings
+
+
+def test_every_command_of_the_original_is_in_ours_in_its_order() -> None:
+    if not ORIGINAL.exists():
+        pytest.skip(f"the original runbook is not at {ORIGINAL} (set RUNBOOK_ORIGINAL)")
+    theirs, ours = commands(ORIGINAL.read_text()), commands(RUNBOOK.read_text())
+    assert len(theirs) > 40
+    rest = iter(command.text for command in ours)
+    lost = [command.text for command in theirs if not any(text == command.text for text in rest)]
+    assert lost == []
+
+
+def test_nothing_else_of_the_originals_fences_is_lost() -> None:
+    if not ORIGINAL.exists():
+        pytest.skip(f"the original runbook is not at {ORIGINAL} (set RUNBOOK_ORIGINAL)")
+    ours = RUNBOOK.read_text()
+    for language in ("bash", "markdown"):
+        for _, _, lines in fences(ORIGINAL.read_text(), language):
+            assert f"```{language}\n" + "\n".join(lines) + "\n```" in ours

@@ -1,0 +1,250 @@
+"""The client against the OpenAPI document: the same routes, the same parameters, the same fields."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+import httpx
+import pytest
+from control_client import Recorder, SentError, route_of
+from pydantic import TypeAdapter
+
+from fedvit.client import FedvitClient
+from fedvit.client.group import Group
+from fedvit.config import load_settings
+from fedvit.store.store import Store
+from fedvit.types import OperationStatus, Variant
+from serve_apps.control.api import Services, create_api
+
+# Routes and fields that the client knows and the server does not serve yet.
+NOT_YET_SERVED = {
+    "POST /api/privacy/reset-budget",
+    "POST /api/privacy/reset-budget/{request_id}/approve",
+    "GET /api/privacy/periods",
+    "POST /api/clients/{client_id}/heartbeat",
+    "POST /api/clients/{client_id}/reinstate",
+    "POST /api/clients/{client_id}/validate",
+    "GET /api/clients/{client_id}",
+    "GET /api/clients/data-quality",
+    "GET /api/monitoring/data-drift",
+    "GET /api/clients/connectivity",
+    "POST /api/communication/enable-backup",
+    "POST /api/communication/disable-backup",
+    "GET /api/communication/backup",
+    "GET /api/aggregation/mode",
+    "POST /api/aggregation/mode",
+    "GET /api/emergency",
+    "POST /api/emergency/privacy-breach",
+    "POST /api/emergency/stand-down",
+    "POST /api/system/shutdown",
+}
+FIELDS_NOT_YET_SERVED = {
+    *("last_seen_at", "quarantined_at", "quarantine_reason", "conditions"),
+    *("period", "period_started_at", "frozen"),
+}
+
+# Convenience over other methods, not routes.
+HELPERS = {"iterate", "iterate_versions", "wait"}
+ARGUMENTS: dict[str, Any] = {
+    "after": 7,
+    "affected_clients": ["truck-7"],
+    "breach_type": "data_exposure",
+    "buffer_size": 4,
+    "capabilities": {"camera": "front"},
+    "client_id": "truck-7",
+    "client_selection": "validated_only",
+    "description": "A disk was stolen.",
+    "device_id": "truck-7",
+    "digest": "ab" * 32,
+    "force": True,
+    "hours": 12,
+    "idempotency_key": "once",
+    "if_match": '"3"',
+    "immediate_actions": ["stop_training"],
+    "incident_id": "PB-1",
+    "justification": "The board has agreed to it.",
+    "kind": "silo",
+    "limit": 5,
+    "min_clients": 3,
+    "mode": "graceful",
+    "model_version": "v1.2.3",
+    "new_epsilon": 1.0,
+    "num_examples": 12,
+    "offset": 2,
+    "operation_id": "op-1",
+    "reason": "worse at night",
+    "request_id": "r-1",
+    "save_state": True,
+    "staleness_tolerance": 5,
+    "status": "ok",
+    "statuses": OperationStatus.QUEUED,
+    "strategy": "quantization",
+    "target_latency": 50,
+    "validated": False,
+    "variant": Variant.STANDARD,
+    "version": "v1.2.3",
+    "wait_timeout": 300,
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One method of the client, and what it sends."""
+
+    name: str
+    method: Callable[..., Any]
+    request: httpx.Request
+
+    @property
+    def returns(self) -> Any:
+        return get_type_hints(self.method)["return"]
+
+
+def _arguments(method: Callable[..., Any]) -> tuple[list[Any], dict[str, Any]]:
+    positional, named = [], {}
+    for parameter in inspect.signature(method).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional.append(ARGUMENTS[parameter.name])
+        else:
+            named[parameter.name] = ARGUMENTS[parameter.name]
+    return positional, named
+
+
+def _calls() -> Iterator[Call]:
+    client = FedvitClient("http://testserver", transport=Recorder())
+    groups = {name: group for name, group in vars(client).items() if isinstance(group, Group)}
+    for group_name, group in groups.items():
+        for name, method in inspect.getmembers(group, inspect.ismethod):
+            if name.startswith("_") or name in HELPERS:
+                continue
+            positional, named = _arguments(method)
+            with pytest.raises(SentError) as sent:
+                method(*positional, **named)
+            yield Call(f"{group_name}.{name}", method, sent.value.request)
+
+
+CALLS = list(_calls())
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """The server's OpenAPI document."""
+    home = tmp_path_factory.mktemp("home")
+
+    def nobody() -> NoReturn:
+        raise AssertionError("the document needs no actor")
+
+    with Store.open(home) as store:
+        settings = load_settings(environ={}, overrides={"home": home})
+        return create_api(Services(settings, store, aggregator=nobody, accountant=nobody)).openapi()
+
+
+def served_routes(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {
+        f"{verb.upper()} {path}": facts for path, verbs in document["paths"].items() for verb, facts in verbs.items()
+    }
+
+
+def test_every_route_has_exactly_one_method(document: Mapping[str, Any]) -> None:
+    served = set(served_routes(document))
+    methods = [route_of(call.request, served | NOT_YET_SERVED) for call in CALLS]
+    assert sorted(methods) == sorted(served | NOT_YET_SERVED)
+
+
+def test_methods_send_every_parameter_that_their_route_takes_and_no_other(document: Mapping[str, Any]) -> None:
+    routes = served_routes(document)
+    compared = 0
+    for call in CALLS:
+        facts = routes.get(route_of(call.request, set(routes) | NOT_YET_SERVED))
+        if facts is None:
+            continue
+        assert set(call.request.url.params) == _parameters(facts, "query"), call.name
+        sent = {name for name in ("if-match",) if name in call.request.headers}
+        # A key goes with every change, documented or not.
+        documented = {name.lower() for name in _parameters(facts, "header")} - {"idempotency-key"}
+        assert sent == documented, call.name
+        body = json.loads(call.request.content) if call.request.content else {}
+        assert set(body) == _body_fields(facts, document), call.name
+        compared += 1
+    assert compared == len(routes)
+
+
+def test_what_methods_return_has_the_fields_that_their_route_answers(document: Mapping[str, Any]) -> None:
+    routes = served_routes(document)
+    later = FIELDS_NOT_YET_SERVED - _all_fields(document)
+    for call in CALLS:
+        facts = routes.get(route_of(call.request, set(routes) | NOT_YET_SERVED))
+        if facts is None or call.returns in (str, bytes):
+            continue
+        answers = {_shape(schema, document) for schema in _answers(facts)}
+        assert {_shape_of(kind, later) for kind in _kinds(call.returns)} == answers, call.name
+
+
+def _parameters(facts: Mapping[str, Any], place: str) -> set[str]:
+    return {parameter["name"] for parameter in facts.get("parameters", ()) if parameter["in"] == place}
+
+
+def _body_fields(facts: Mapping[str, Any], document: Mapping[str, Any]) -> set[str]:
+    if "requestBody" not in facts:
+        return set()
+    schema = _resolved(facts["requestBody"]["content"]["application/json"]["schema"], document)
+    return set(schema["properties"])
+
+
+def _answers(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    good = [answer for status, answer in facts["responses"].items() if status.startswith("2")]
+    return [
+        answer["content"]["application/json"]["schema"]
+        for answer in good
+        if "application/json" in answer.get("content", {})
+    ]
+
+
+def _all_fields(document: Mapping[str, Any]) -> set[str]:
+    return {name for schema in document["components"]["schemas"].values() for name in schema.get("properties", ())}
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+
+
+def _shape_of(kind: Any, without: Collection[str]) -> Hashable:
+    schema = TypeAdapter(kind).json_schema(mode="serialization")
+    return _shape(schema, schema, frozenset(without))
+
+
+def _resolved(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "$ref" not in schema:
+        return schema
+    found: Any = root
+    for step in schema["$ref"].removeprefix("#/").split("/"):
+        found = found[step]
+    return _resolved(found, root)
+
+
+def _shape(schema: Mapping[str, Any], root: Mapping[str, Any], without: Collection[str] = frozenset()) -> Hashable:
+    """Names and types of a schema, whatever its titles, defaults and limits."""
+    schema = _resolved(schema, root)
+    for key in ("anyOf", "oneOf", "allOf"):
+        if key in schema:
+            shapes = frozenset(_shape(option, root, without) for option in schema[key])
+            return next(iter(shapes)) if len(shapes) == 1 else shapes
+    match schema.get("type"):
+        case "array":
+            return ("array", _shape(schema.get("items", {}), root, without))
+        case "object" if "properties" in schema:
+            fields = {name: _shape(field, root, without) for name, field in schema["properties"].items()}
+            return frozenset((name, shape) for name, shape in fields.items() if name not in without)
+        case "object":
+            more = schema.get("additionalProperties", True)
+            return ("map", "any" if more is True else _shape(more, root, without))
+        case "integer" | "number":
+            return "number"
+        case None if "enum" not in schema and "const" not in schema:
+            return "any"
+    return str(schema.get("type", "string"))

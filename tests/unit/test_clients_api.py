@@ -1,0 +1,283 @@
+"""The fleet as the control API shows it: pages that are never stale, who is connected, and what operators decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from fedvit.config import load_settings
+from fedvit.errors import PlacementError
+from fedvit.ports import ProxyReport
+from fedvit.store.store import Store
+from fedvit.testing.doubles import FakeFleet, ManualClock, seeded_fleet
+from fedvit.types import Client, ClientKind, TrainingProgress, utc_now
+from serve_apps.control import clients, heartbeats, presence
+from serve_apps.control.api import Services, create_api
+from serve_apps.control.pages import MAX_PAGES, Page, Pages
+
+RESTING = TrainingProgress(None, None, "resting", 0, 0, None, None, 0.0, None)
+
+
+class Proxies:
+    """An aggregator that knows nothing but its proxies."""
+
+    def __init__(self) -> None:
+        self.report: ProxyReport | None = FakeFleet(np.zeros(1, np.float32)).proxies_alive()
+        self.asked = 0
+
+    def proxies_alive(self) -> ProxyReport:
+        self.asked += 1
+        if self.report is None:
+            raise PlacementError("The aggregator is restarting.")
+        return self.report
+
+    def progress(self) -> TrainingProgress:
+        return RESTING
+
+
+class House:
+    """Two replicas of the control API over one state folder: three virtual clients, two trucks, one depot."""
+
+    def __init__(self, home: Path, clock: ManualClock) -> None:
+        self.clock, self.aggregator = clock, Proxies()
+        self.stores = [Store.open(home), Store.open(home)]
+        self.store = self.stores[0]
+        vehicles = [Client(f"truck-{i}", ClientKind.REMOTE, 10) for i in range(2)]
+        self.store.register_clients([*seeded_fleet(3), *vehicles, Client("depot", ClientKind.SILO, 500)])
+        settings = load_settings(environ={}, overrides={"home": home})
+
+        def nobody() -> Any:
+            raise PlacementError("The accountant is restarting.")
+
+        self.http, self.other = (
+            TestClient(create_api(Services(settings, store, lambda: self.aggregator, nobody)))  # type: ignore[arg-type, return-value]
+            for store in self.stores
+        )
+
+    def get(self, path: str, http: TestClient | None = None) -> Any:
+        answer = (http or self.http).get(path)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def post(self, path: str, **body: Any) -> Any:
+        answer = self.http.post(path, json=body)
+        assert answer.status_code < 300, answer.text
+        return answer.json()
+
+    def condition(self, client_id: str, kind: str, http: TestClient | None = None) -> dict[str, Any]:
+        conditions = self.get(f"/api/clients/{client_id}", http)["conditions"]
+        return next(found for found in conditions if found["type"] == kind)  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    clock = ManualClock()
+    monkeypatch.setattr(heartbeats.Heartbeats.__init__, "__defaults__", (clock.now,))
+    monkeypatch.setattr(presence.Presence.__init__, "__defaults__", (clock.now,))
+    monkeypatch.setattr(clients, "utc_now", clock.now)
+    made = House(tmp_path, clock)
+    yield made
+    made.close()
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_change_shows_in_the_very_next_page_of_every_replica(house: House) -> None:
+    path = "/api/clients/status?limit=2&offset=3"
+    for http in (house.http, house.other):
+        assert [c["client_id"] for c in house.get("/api/clients/status?limit=3", http)["clients"]] == [
+            "depot",
+            "truck-0",
+            "truck-1",
+        ]
+    for changed, active in ((house.http, 5), (house.other, 4)):
+        house.get(path), house.get(path, house.other)
+        changed.delete(f"/api/clients/vehicle-000{active - 4}")
+        for http in (house.http, house.other):
+            page = house.get(path, http)
+            assert (page["total"], page["active"]) == (6, active)
+    house.post("/api/clients/register", device_id="truck-0", num_examples=77)
+    house.other.post("/api/clients/vehicle-0000/validate", json={"validated": False})
+    page = house.get("/api/clients/status", house.other)
+    assert page["clients"][1]["num_examples"] == 77
+    assert (page["validated"], house.get("/api/clients/status")["validated"]) == (5, 5)
+
+
+def test_a_page_is_read_once_while_nothing_changes(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[tuple[int, int]] = []
+    page = house.store.client_page
+    monkeypatch.setattr(house.store, "client_page", lambda *place: reads.append(place) or page(*place))
+    first = house.http.get("/api/clients/status?limit=2").content
+    assert house.http.get("/api/clients/status?limit=2").content == first
+    assert house.http.get("/api/clients/status?limit=2&offset=1").content != first
+    assert reads == [(0, 2), (1, 2)]
+    house.store.set_meta("anything", 1)
+    house.get("/api/clients/status?limit=2")
+    assert len(reads) == 3
+
+
+def test_time_alone_makes_a_page_old(house: House) -> None:
+    def connected() -> list[str]:
+        page = house.get("/api/clients/status?limit=3")
+        return [found["conditions"][0]["status"] for found in page["clients"]]
+
+    assert connected() == ["False", "False", "False"]
+    house.post("/api/clients/truck-0/heartbeat")
+    assert connected() == ["False", "True", "False"]
+    house.clock.advance(90)
+    assert connected() == ["False", "True", "False"]
+    house.clock.advance(0.001)
+    assert connected() == ["False", "False", "False"]
+
+
+def test_a_page_shows_proxies_that_died_within_seconds(house: House) -> None:
+    def connected() -> str:
+        return str(house.get("/api/clients/status?offset=3")["clients"][0]["conditions"][0]["status"])
+
+    assert connected() == "True"
+    house.aggregator.report = ProxyReport({"even": False})
+    assert (connected(), house.aggregator.asked) == ("True", 1)
+    house.clock.advance(5.001)
+    assert connected() == "False"
+    house.aggregator.report = None
+    house.clock.advance(5.001)
+    assert connected() == "Unknown"
+    assert house.aggregator.asked == 3
+
+
+def test_a_page_that_is_none_is_refused(house: House) -> None:
+    for query in ("limit=0", "limit=1001", "offset=-1", f"offset={2**63}", "limit=x"):
+        for path in ("status", "connectivity"):
+            assert house.http.get(f"/api/clients/{path}?{query}").status_code == 422, query
+    assert house.get(f"/api/clients/status?offset={2**63 - 1}")["clients"] == []
+
+
+def test_pages_are_few_and_what_changes_while_one_is_made_makes_it_old() -> None:
+    mark = [0]
+    made: list[int] = []
+
+    def make(number: int) -> Page:
+        made.append(number)
+        mark[0] += number == 999
+        return Page(str(number).encode())
+
+    pages = Pages(lambda: mark[0], utc_now)
+    for number in range(MAX_PAGES + 1):
+        pages.render(number, lambda number=number: make(number))  # type: ignore[misc]
+    assert (pages.find(0), pages.find(1)) == (None, b"1")
+    assert pages.render(1, lambda: make(1)) == b"1"
+    assert len(made) == MAX_PAGES + 1
+    assert pages.render("x", lambda: make(999)) == b"999"
+    assert pages.find("x") is None
+
+
+# --- who is connected ------------------------------------------------------------------------------------------------
+
+
+def test_connectivity_follows_heartbeats_and_proxies(house: House) -> None:
+    seen = house.get("/api/clients/connectivity")
+    assert (seen["total"], seen["connected"], seen["disconnected"]) == (6, 3, 3)
+    assert (seen["ratio"], seen["partition_suspected"], seen["heartbeat_timeout_s"]) == (0.5, False, 90.0)
+    assert seen["by_kind"] == {
+        "virtual": {"total": 3, "connected": 3},
+        "remote": {"total": 2, "connected": 0},
+        "silo": {"total": 1, "connected": 0},
+    }
+    assert [lost["client_id"] for lost in seen["disconnected_clients"]] == ["depot", "truck-0", "truck-1"]
+    assert "never heard" in seen["disconnected_clients"][0]["reason"]
+    house.post("/api/clients/truck-0/heartbeat")
+    assert house.get("/api/clients/connectivity")["connected"] == 4
+    house.clock.advance(91)
+    lost = house.get("/api/clients/connectivity?limit=1&offset=1")["disconnected_clients"]
+    assert [found["client_id"] for found in lost] == ["truck-0"]
+    assert lost[0]["last_seen_at"] is not None
+    assert "more than 90 s" in lost[0]["reason"]
+    house.aggregator.report = ProxyReport({"even": True, "odd": False}, frozenset({"vehicle-0001"}))
+    seen = house.get("/api/clients/connectivity")
+    assert (seen["connected"], seen["partition_suspected"]) == (2, True)
+    assert "proxy" in next(x for x in seen["disconnected_clients"] if x["client_id"] == "vehicle-0001")["reason"]
+
+
+def test_what_another_replica_heard_counts_once_it_is_in_the_store(house: House) -> None:
+    with house.other:
+        house.other.post("/api/clients/truck-1/heartbeat", json={})
+    assert house.get("/api/clients/connectivity")["by_kind"]["remote"]["connected"] == 1
+    assert house.condition("truck-1", "Connected")["status"] == "True"
+
+
+def test_a_removed_client_is_not_missed(house: House) -> None:
+    for name in ("depot", "truck-0", "truck-1"):
+        house.http.delete(f"/api/clients/{name}")
+    seen = house.get("/api/clients/connectivity")
+    assert (seen["total"], seen["ratio"]) == (3, 1.0)
+
+
+def test_without_an_aggregator_the_fleet_is_still_shown(house: House) -> None:
+    house.aggregator.report = None
+    seen = house.get("/api/clients/connectivity")
+    assert (seen["connected"], seen["partition_suspected"]) == (0, True)
+    assert house.condition("vehicle-0000", "Connected")["reason"] == "AggregatorSilent"
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_verdict_is_kept_with_its_reason(house: House) -> None:
+    assert house.condition("truck-0", "Validated")["reason"] == "ByDefault"
+    answer = house.post("/api/clients/truck-0/validate", validated=False, reason="Mud on the lens.")
+    assert answer["validated"] is False
+    found = house.condition("truck-0", "Validated", house.other)
+    assert (found["status"], found["reason"], found["message"]) == ("False", "ByOperator", "Mud on the lens.")
+    assert found["last_transition_at"] is not None
+    assert house.get("/api/clients/status")["validated"] == 5
+    house.post("/api/clients/truck-0/validate", validated=True)
+    found = house.condition("truck-0", "Validated")
+    assert (found["status"], "Mud" in found["message"]) == ("True", False)
+
+
+def test_a_quarantine_is_lifted_with_a_justification(house: House) -> None:
+    at = utc_now() - timedelta(hours=1)
+    house.store.quarantine_clients(["truck-0"], "incident PB-1", at)
+    shown = house.get("/api/clients/truck-0")
+    assert shown["quarantine_reason"] == "incident PB-1"
+    assert house.condition("truck-0", "Quarantined")["last_transition_at"] == shown["quarantined_at"]
+    assert house.http.post("/api/clients/truck-0/reinstate", json={"justification": ""}).status_code == 422
+    answer = house.post("/api/clients/truck-0/reinstate", justification="It was somebody else's key.")
+    assert (answer["quarantined_at"], answer["quarantine_reason"]) == (None, None)
+    assert house.condition("truck-0", "Quarantined")["status"] == "False"
+    assert house.store.client("truck-0").quarantined is False
+    line = house.store.audit()[-1].facts
+    assert (line.before["quarantine_reason"], line.after["quarantine_reason"]) == ("incident PB-1", None)
+    assert line.params["body"] == {"justification": "It was somebody else's key."}
+
+
+def test_nobody_is_not_found(house: House) -> None:
+    assert house.http.get("/api/clients/nobody").status_code == 404
+    for verb, body in (("validate", {"validated": True}), ("reinstate", {"justification": "because"})):
+        assert house.http.post(f"/api/clients/nobody/{verb}", json=body).status_code == 404
+
+
+def test_removal_is_a_condition_too(house: House) -> None:
+    assert house.condition("truck-0", "Active")["status"] == "True"
+    house.http.delete("/api/clients/truck-0")
+    assert house.condition("truck-0", "Active")["reason"] == "Removed"
+
+
+def test_training_says_what_it_lacks(house: House) -> None:
+    found = {c["type"]: (c["status"], c["reason"]) for c in house.get("/api/training/status")["conditions"]}
+    assert found == {
+        "Running": ("False", "NoRun"),
+        "BudgetAvailable": ("Unknown", "AccountantSilent"),
+        "Released": ("False", "NoRelease"),
+    }

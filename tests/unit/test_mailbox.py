@@ -1,0 +1,354 @@
+"""The backup channel from end to end: a vehicle leaves messages, the server takes the good ones, once."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from edge_runtime.heartbeat import HeartbeatLoop, Way
+from edge_runtime.mailbox import MailboxSender, read_mailbox_key
+from fedvit.access.tokens import create_token
+from fedvit.config import Settings, load_settings
+from fedvit.errors import ConfigError, DataError, NotFoundError, PlacementError, UsageError
+from fedvit.operations.mailbox import PER_CLIENT, Mailbox, MailboxError
+from fedvit.operations.watch import Watch
+from fedvit.store.store import Store
+from fedvit.testing.doubles import ManualClock
+from fedvit.types import Client, ClientKind, utc_now
+from fedvit.wire.folders import Folder, LocalFolder, open_folder
+from fedvit.wire.mailbox import Message, MessageKind, new_message_id, seal
+from serve_apps.control.api import Services, create_api
+
+WAIT_S = 20.0
+
+
+class Post:
+    """A state folder with two trucks, its mailbox, and somebody who writes into it."""
+
+    def __init__(self, home: Path, url: str | None = None) -> None:
+        self.settings: Settings = load_settings(environ={}, overrides={"home": home, "fleet": {"mailbox_url": url}})
+        self.store = Store.open(home)
+        self.store.register_clients([Client(f"truck-{i}", ClientKind.REMOTE, 10) for i in (1, 2)])
+        self.clock = ManualClock()
+        self.mailbox = Mailbox(self.settings, self.store, self.clock.now)
+        self.folder: Folder = open_folder(self.mailbox.url)
+
+    def message(self, client_id: str = "truck-1", kind: str = "heartbeat", ago_s: float = 0) -> Message:
+        message_id = new_message_id(self.clock.now() - timedelta(seconds=ago_s))
+        return Message(client_id, message_id, MessageKind(kind), {"status": "ok"})
+
+    def put(self, message: Message, key_of: str | None = None, at: str | None = None) -> Message:
+        content = seal(message, self.mailbox.key_of(key_of or message.client_id))
+        self.folder.write(at or message.path, content)
+        return message
+
+    def counts(self) -> tuple[int, int, int]:
+        state = self.mailbox.state()
+        return state.pending, state.delivered, state.rejected
+
+    def reasons(self) -> list[str]:
+        root = Path(self.mailbox.url) / "rejected"
+        return sorted(path.read_text() for path in root.rglob("*.reason"))
+
+
+@pytest.fixture
+def post(tmp_path: Path) -> Iterator[Post]:
+    made = Post(tmp_path / "home")
+    yield made
+    made.store.close()
+
+
+# --- the server's side -----------------------------------------------------------------------------------------------
+
+
+def test_a_message_waits_until_the_channel_is_enabled_and_tells_when_it_was_sent(post: Post) -> None:
+    sent = post.put(post.message(ago_s=600))
+    assert (post.mailbox.take(), post.counts()) == (0, (1, 0, 0))
+    state = post.mailbox.enable()
+    assert (state.enabled, state.enabled_at) == (True, post.clock.now())
+    assert (post.mailbox.take(), post.counts()) == (1, (0, 1, 0))
+    assert post.store.client("truck-1").last_seen_at == sent.sent_at
+    assert post.store.client("truck-2").last_seen_at is None
+    assert post.folder.files("delivered/truck-1") == [f"{sent.message_id}.json"]
+    post.clock.advance(5)
+    assert post.mailbox.enable().enabled_at == state.enabled_at
+    off = post.mailbox.disable()
+    assert (off.enabled, off.enabled_at, off.delivered) == (False, None, 1)
+    post.put(post.message())
+    assert (post.mailbox.take(), post.counts()) == (0, (1, 1, 0))
+
+
+def test_what_is_not_good_is_rejected_with_a_reason_and_counts_nothing(post: Post) -> None:
+    post.mailbox.enable()
+    good = post.message("truck-2")
+    post.put(post.message(), key_of="truck-2")
+    post.put(post.message("nobody"))
+    post.put(post.message(ago_s=86_401))
+    post.put(post.message(ago_s=-301))
+    post.put(good, at=f"inbox/truck-2/{post.message().message_id}.json")
+    for content in (b"", b"[]", b"\xff", b'{"payload": 1, "hmac": 2}', b"[" * 5000, b"x" * 20_000):
+        post.folder.write(post.message().path, content)
+    post.folder.write("inbox/truck-1/evil name.json", b"{}")
+    post.folder.write("inbox/~truck/x.json", b"{}")
+    assert post.mailbox.take() == 0
+    assert post.counts() == (0, 0, 13)
+    assert [post.store.client(f"truck-{i}").last_seen_at for i in (1, 2)] == [None, None]
+    reasons = "".join(post.reasons())
+    for words in ("not sealed with the key", "no client 'nobody'", "another name", "larger than", "is called so"):
+        assert words in reasons
+    assert reasons.count("was sent at") == 2
+
+
+def test_a_sealed_message_with_strange_fields_is_rejected(post: Post) -> None:
+    post.mailbox.enable()
+    import fedvit.wire.mailbox as wire
+
+    key = post.mailbox.key_of("truck-1")
+    for payload in ("7", "{}", json.dumps({"format": 1, "client_id": "truck-1", "message_id": "x", "kind": "y"})):
+        envelope = {"payload": payload, "hmac": wire._hmac(payload, key)}
+        post.folder.write(post.message().path, json.dumps(envelope).encode())
+    unknown = post.message()
+    payload = json.dumps(
+        {"format": 1, "client_id": "truck-1", "message_id": unknown.message_id, "kind": "joke", "body": {}}
+    )
+    post.folder.write(unknown.path, json.dumps({"payload": payload, "hmac": wire._hmac(payload, key)}).encode())
+    assert (post.mailbox.take(), post.counts()) == (0, (0, 0, 4))
+    assert "'joke' is not known" in "".join(post.reasons())
+
+
+def test_a_replayed_message_counts_once_for_as_long_as_it_would_be_admitted(post: Post) -> None:
+    post.mailbox.enable()
+    sent = post.put(post.message())
+    assert post.mailbox.take() == 1
+    post.put(sent)
+    assert (post.mailbox.take(), post.counts()) == (0, (0, 1, 1))
+    assert "taken before" in post.reasons()[0]
+    post.clock.advance(86_401)
+    post.put(post.message())
+    assert post.mailbox.take() == 1
+    # Its id is forgotten, and it is too old all the same.
+    assert f"{sent.message_id}.json" not in post.folder.files("delivered/truck-1")
+    post.put(sent)
+    assert post.mailbox.take() == 0
+
+
+def test_an_update_is_kept_with_its_weights_and_said_to_be_waiting(post: Post) -> None:
+    post.mailbox.enable()
+    update = post.message(kind="update")
+    post.folder.write(update.path.replace(".json", ".safetensors"), b"weights")
+    post.put(update)
+    assert post.mailbox.take() == 0
+    state = post.mailbox.state()
+    assert (state.pending, state.not_yet_taken, state.delivered, state.rejected) == (1, 1, 0, 0)
+    assert post.folder.files("waiting/truck-1") == [f"{update.message_id}.json", f"{update.message_id}.safetensors"]
+    assert post.store.client("truck-1").last_seen_at == update.sent_at
+    post.put(update)
+    assert (post.mailbox.take(), post.counts()) == (0, (1, 0, 1))
+
+
+def test_links_lead_nowhere(post: Post, tmp_path: Path) -> None:
+    post.mailbox.enable()
+    secret = tmp_path / "secret.json"
+    secret.write_text("secret")
+    inbox = Path(post.mailbox.url) / "inbox"
+    (inbox / "truck-1").mkdir()
+    (inbox / f"{post.message().path.removeprefix('inbox/')}").symlink_to(secret)
+    (inbox / "truck-2").symlink_to(tmp_path)
+    os.mkfifo(inbox / post.message().path.removeprefix("inbox/"))
+    assert post.mailbox.take() == 0
+    assert secret.read_text() == "secret"
+    assert "secret" not in "".join(post.reasons())
+    assert post.counts()[2] == 2
+
+
+def test_one_look_takes_a_bounded_number_of_each_client(post: Post) -> None:
+    post.mailbox.enable()
+    for _ in range(PER_CLIENT + 3):
+        post.put(post.message())
+    late = post.put(post.message("truck-2"))
+    assert post.mailbox.take() == PER_CLIENT + 1
+    assert post.store.client("truck-2").last_seen_at == late.sent_at
+    assert (post.mailbox.take(), post.counts()[0]) == (3, 0)
+
+
+def test_a_mailbox_in_an_object_store_is_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    post = Post(tmp_path / "home", f"memory://box-{os.getpid()}")
+    try:
+        post.mailbox.enable()
+        sent = post.put(post.message())
+        post.put(post.message(), key_of="truck-2")
+        assert (post.mailbox.take(), post.counts()) == (1, (0, 1, 1))
+        assert post.folder.files("delivered/truck-1") == [f"{sent.message_id}.json"]
+        post.put(sent)
+        assert post.mailbox.take() == 0
+    finally:
+        post.store.close()
+
+
+@pytest.mark.parametrize("make", [lambda root: LocalFolder(root), lambda _: open_folder("memory://folder-test")])
+def test_both_kinds_of_folder_keep_the_same_promises(tmp_path: Path, make: Any) -> None:
+    folder: Folder = make(tmp_path / "box")
+    assert (folder.files("a"), folder.folders("a")) == ([], [])
+    folder.write("a/b/x.json", b"one")
+    folder.write("a/b/x.json", b"two")
+    folder.write("a/b/.draft", b"?")
+    assert (folder.folders("a"), folder.files("a"), folder.files("a/b")) == (["b"], [], ["x.json"])
+    assert folder.read("a/b/x.json", 3) == b"two"
+    with pytest.raises(DataError, match="larger than 2"):
+        folder.read("a/b/x.json", 2)
+    folder.move("a/b/x.json", "c/y.json")
+    folder.move("a/b/x.json", "c/z.json")
+    assert (folder.files("a/b"), folder.files("c")) == ([], ["y.json"])
+    folder.remove("c/y.json")
+    folder.remove("c/y.json")
+    with pytest.raises(NotFoundError):
+        folder.read("c/y.json", 10)
+
+
+def test_a_url_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nonsense://"):
+        open_folder("nonsense://x")
+
+
+def test_the_watch_goes_on_after_a_fault() -> None:
+    faults, looked = [OSError("gone")], threading.Event()
+
+    def look() -> None:
+        if faults:
+            raise faults.pop()
+        looked.set()
+
+    watch = Watch(0.01, look)
+    watch.start()
+    assert looked.wait(WAIT_S)
+    watch.close()
+
+
+# --- the API ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def http(post: Post) -> TestClient:
+    def nobody() -> Any:
+        raise PlacementError("It is restarting.")
+
+    return TestClient(create_api(Services(post.settings, post.store, nobody, nobody)))
+
+
+def test_the_channel_is_opened_and_closed_and_vehicles_are_told(post: Post, http: TestClient) -> None:
+    def told() -> bool:
+        return bool(http.post("/api/clients/truck-1/heartbeat", json={}).json()["backup_channel"])
+
+    assert (told(), http.get("/api/communication/backup").json()["enabled"]) == (False, False)
+    opened = http.post("/api/communication/enable-backup").json()
+    assert (opened["enabled"], opened["url"], opened["pending"]) == (True, post.mailbox.url, 0)
+    assert told() is True
+    post.put(post.message())
+    assert http.get("/api/clients/connectivity").json()["backup_channel"] == {
+        "enabled": True,
+        "pending": 1,
+        "delivered": 0,
+    }
+    post.mailbox.take()
+    assert http.get("/api/communication/backup").json()["delivered"] == 1
+    assert http.post("/api/communication/disable-backup").json()["enabled"] is False
+    assert told() is False
+    lines = [line.facts for line in post.store.audit()]
+    assert [(line.before["enabled"], line.after["enabled"]) for line in lines] == [(False, True), (True, False)]
+
+
+def test_a_vehicle_gets_its_own_key_and_nobody_else_does(post: Post, http: TestClient) -> None:
+    def told(scope: str, client_id: str | None) -> Any:
+        token = create_token(post.store, "x", [scope], now=utc_now(), client_id=client_id).text
+        headers = {"Authorization": f"Bearer {token}"}
+        return http.post("/api/clients/truck-1/heartbeat", json={}, headers=headers).json()["mailbox"]
+
+    assert told("device", "truck-1") == {"url": post.mailbox.url, "key": post.mailbox.key_of("truck-1").hex()}
+    assert [told("device", None), told("operator", None)] == [None, None]
+    assert http.post("/api/clients/truck-1/heartbeat", json={}).json()["mailbox"] is None
+    assert post.mailbox.key_of("truck-1") != post.mailbox.key_of("truck-2")
+
+
+def test_a_mailbox_that_cannot_be_used_is_said_and_hides_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    post = Post(tmp_path / "home", str(tmp_path / "file" / "box"))
+
+    def nobody() -> Any:
+        raise PlacementError("It is restarting.")
+
+    http = TestClient(create_api(Services(post.settings, post.store, nobody, nobody)))
+    answer = http.post("/api/communication/enable-backup")
+    assert (answer.status_code, answer.json()["type"]) == (503, "/problems/mailbox-unreachable")
+    assert post.mailbox.enabled() is False
+    found = http.get("/api/clients/connectivity")
+    assert (found.status_code, found.json()["backup_channel"]["pending"]) == (200, None)
+    with pytest.raises(MailboxError):
+        post.mailbox.state()
+    post.store.close()
+
+
+# --- the vehicle's side ----------------------------------------------------------------------------------------------
+
+
+class Outage(httpx.BaseTransport):
+    """Answers with these statuses one after another; 0 is no answer."""
+
+    def __init__(self, *statuses: int) -> None:
+        self._statuses = list(statuses)
+        self.bodies: list[Any] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        self.bodies.append(json.loads(request.read()))
+        status = self._statuses.pop(0)
+        if not status:
+            raise httpx.ConnectError("no route")
+        return httpx.Response(status, json={"interval_s": 7})
+
+
+def test_a_vehicle_that_gets_no_answer_leaves_one_heartbeat_in_the_mailbox(post: Post) -> None:
+    post.mailbox.enable()
+    sender = MailboxSender(post.folder, "truck-1", post.mailbox.key_of("truck-1"), post.clock.now)
+    line = Outage(200, 0, 503, 404)
+    body = {"status": "ok", "model_version": "v1.1.2"}
+    loop = HeartbeatLoop(httpx.Client(transport=line), "http://control:8000/", "truck-1", lambda: body, sender)
+    assert loop.beat() is Way.API
+    assert (loop._interval_s, post.counts()[0]) == (7, 0)
+    assert loop.beat() is Way.MAILBOX
+    post.clock.advance(7)
+    assert loop.beat() is Way.MAILBOX
+    assert post.counts()[0] == 1
+    assert (post.mailbox.take(), post.store.client("truck-1").last_seen_at) != (0, None)
+    assert abs(post.store.client("truck-1").last_seen_at - post.clock.now()) < timedelta(seconds=1)  # type: ignore[operator]
+    assert (loop.beat(), line.bodies) == (Way.API, [body] * 4)
+    assert post.counts() == (0, 1, 0)
+
+
+def test_what_cannot_be_left_now_is_left_later(post: Post, tmp_path: Path) -> None:
+    in_the_way = tmp_path / "box"
+    in_the_way.write_text("not a folder")
+    sender = MailboxSender(LocalFolder(in_the_way), "truck-1", post.mailbox.key_of("truck-1"))
+    assert [sender.heartbeat({}), sender.heartbeat({})] == [False, False]
+    in_the_way.unlink()
+    assert sender.flush() is True
+    (left,) = (in_the_way / "inbox" / "truck-1").iterdir()
+    assert left.suffix == ".json"
+
+
+@pytest.mark.parametrize("text", ["", "zz", "ab" * 31, "é"])
+def test_a_key_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "key"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"key"):
+        read_mailbox_key(path)
+    path.write_text("ab" * 32 + "\n")
+    assert read_mailbox_key(path) == bytes.fromhex("ab" * 32)

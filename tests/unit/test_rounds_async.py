@@ -1,0 +1,462 @@
+"""Asynchronous rounds: over a real store and a real ledger, with a fleet whose slow clients answer when a test says."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedvit.aggregation.fedavg import FedAvg
+from fedvit.aggregation.fedbuff import staleness_weight
+from fedvit.cohort.select import draw_cohort
+from fedvit.config import CohortConfig, Settings, load_settings
+from fedvit.ports import Charge
+from fedvit.registry.weights import stored_weights
+from fedvit.rounds import machine as m
+from fedvit.rounds.buffer import Admission, judged
+from fedvit.rounds.coordinator import Coordinator
+from fedvit.rounds.steering import (
+    AggregationSettings,
+    RunOrder,
+    aggregation_settings,
+    change_aggregation_settings,
+    change_round_settings,
+)
+from fedvit.store.store import Store
+from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
+from fedvit.types import BudgetReport, ClientOutcome, Cohort, PartialUpdate, RunStatus, TrainingProgress, utc_now
+
+TARGET = np.array([1.0, -2.0], dtype=np.float32)
+V0, V1, V2, V3 = (f"vehicle-{i:04d}" for i in range(4))
+
+
+class GenerousAccountant:
+    """Writes charges and refuses none: composing epsilon has its own tests and costs time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
+        self._store.append_charges(charges, lambda _: None)
+        return self.budget()
+
+    def check(self, charges: Sequence[Charge]) -> None:
+        pass
+
+    def budget(self) -> BudgetReport:
+        return BudgetReport("record", 8.0, 1e-5, 1.0, 1.0, 1.0, 1, 1)
+
+    def history(self, since: object = None, limit: int = 1000) -> Sequence[Any]:
+        return ()
+
+
+class Training:
+    """A run of four clients, each behind a proxy of its own; they answer in the order 3, 2, 1, 0."""
+
+    def __init__(self, home: Path, *, rounds: int = 4, groups: int = 4, **steering: Any) -> None:
+        self.settings: Settings = load_settings(
+            environ={},
+            overrides={
+                "home": home,
+                "training": {"rounds": rounds},
+                "privacy": {"noise_multiplier": 4.0},
+                "release": {"every_rounds": 1000, "max_accuracy_drop": 1.0},
+            },
+        )
+        self.store = Store.open(home)
+        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.register_clients(seeded_fleet(4))
+        self.steer(**steering)
+        self.process(groups)
+
+    def process(self, groups: int = 4) -> None:
+        """Another process takes over."""
+        self.fleet = FakeFleet(TARGET, groups=groups)
+        self.loop = Coordinator(
+            settings=self.settings,
+            store=self.store,
+            accountant=GenerousAccountant(self.store),
+            fleet=self.fleet,
+            model=PointModel(TARGET),
+        )
+
+    def steer(self, **changes: Any) -> None:
+        change_aggregation_settings(self.store, lambda now: replace(now, **changes))
+
+    def after(self, rounds_done: int, act: Callable[[], object]) -> None:
+        """Act once, when so many rounds are committed and the next is not begun."""
+        acted = []
+
+        def look(progress: TrainingProgress) -> None:
+            if progress.rounds_done == rounds_done and not acted:
+                acted.append(act())
+
+        self.loop._on_progress = look
+
+    def run(self) -> RunStatus:
+        return self.loop.run().status
+
+    def updates(self) -> list[int]:
+        return [record.num_updates for record in self.store.rounds("run-0001") if record.committed]
+
+    def lineage(self, round_index: int) -> dict[str, Any]:
+        return dict(self.store.version(f"v1.1.{round_index}").lineage)
+
+    def point(self, round_index: int) -> Any:
+        return stored_weights(self.store, self.store.version(f"v1.1.{round_index}").weights_digest)["point"]
+
+    def charged(self) -> Counter[str]:
+        return Counter(entry.charge.unit_id for entry in self.store.ledger())
+
+    def answered(self) -> Counter[str]:
+        """By client, how many of its updates were folded, refused or failed."""
+        from sqlalchemy import text
+
+        with self.store._database.read() as session:
+            return Counter(
+                dict(session.execute(text("SELECT client_id, count(*) FROM client_rounds GROUP BY 1")).all())
+            )
+
+
+# --- the machine and the draw ----------------------------------------------------------------------------------------
+
+
+def test_those_in_flight_count_as_taking_part_and_the_last_round_waits_for_all() -> None:
+    state, _ = m.step(m.LoopState(m.Plan(2, 3, 9)), m.Started(0))
+    orders = []
+    for index in (1, 2):
+        cohort = Cohort(index, ("a",))
+        state, effects = m.step(state, m.CohortDrawn(cohort, in_flight=2))
+        assert effects == (m.ChargeRound(cohort),)
+        state, effects = m.step(state, m.Charged())
+        orders += effects
+        state, _ = m.step(state, m.Trained(3, 0))
+        state, _ = m.step(state, m.Committed(f"v{index}"))
+    assert orders == [m.TrainRound(Cohort(1, ("a",)), 3, False), m.TrainRound(Cohort(2, ("a",)), 3, True)]
+
+
+def test_too_few_with_those_in_flight_end_the_run_in_words() -> None:
+    state, _ = m.step(m.LoopState(m.Plan(2, 4, 9)), m.Started(0))
+    _, effects = m.step(state, m.CohortDrawn(Cohort(1, ("a",)), in_flight=2))
+    assert effects == (m.Rest(RunStatus.FAILED, "Round 1 has 3 eligible clients; at least 4 are needed."),)
+
+
+@pytest.mark.parametrize(("config", "drawn"), [(CohortConfig(), 18), (CohortConfig(selection="uniform", size=5), 3)])
+def test_who_is_in_flight_is_not_drawn_and_takes_up_a_place(config: CohortConfig, drawn: int) -> None:
+    ids = [f"v{i:02d}" for i in range(20)]
+    for index in range(50):
+        cohort = draw_cohort(config, ids, run_id="r", round_index=index, secret=bytes(32), in_flight={"v03", "v11"})
+        assert len(cohort.client_ids) == drawn
+        assert not {"v03", "v11"} & set(cohort.client_ids)
+
+
+@pytest.mark.parametrize(
+    ("buffer_size", "taking_part", "min_clients", "enough"),
+    [(None, 4, 1, 2), (None, 5, 1, 3), (None, 4, 3, 3), (3, 9, 1, 3), (3, 9, 5, 5), (7, 4, 1, 4), (None, 0, 2, 2)],
+)
+def test_how_many_updates_are_enough(buffer_size: int | None, taking_part: int, min_clients: int, enough: int) -> None:
+    settings = AggregationSettings(mode="asynchronous", buffer_size=buffer_size)
+    assert settings.enough(taking_part, min_clients) == enough
+    assert replace(settings, mode="synchronous").enough(taking_part, min_clients) is None
+
+
+# --- the buffer ------------------------------------------------------------------------------------------------------
+
+
+def partial(names: str, started: int, move: float) -> PartialUpdate:
+    """Clients of one example each, summed."""
+    total = float(len(names))
+    return PartialUpdate(started, tuple(ClientOutcome(n, 1) for n in names), {"w": np.array([total * move])}, total)
+
+
+def admission(round_index: int, tolerance: int = 5, quarantined: str = "") -> Admission:
+    return Admission(round_index, "asynchronous", tolerance, frozenset(quarantined))
+
+
+def test_staleness_weights_by_hand() -> None:
+    assert staleness_weight(0) == 1.0
+    assert [staleness_weight(s) for s in (1, 3, 8)] == pytest.approx([0.70710678, 0.5, 1 / 3])
+    # Fresh: a, b move by 4. Three versions late: c moves by 12, at half weight. Mean over three: (4 + 4 + 6) / 3.
+    buffer = judged([partial("ab", 4, 4.0), partial("c", 1, 12.0)], admission(4))
+    folded = FedAvg().fold({"w": np.array([1.0], dtype=np.float32)}, buffer.updates())
+    np.testing.assert_allclose(folded["w"], [1 + 14 / 3], rtol=1e-6)
+    assert [(o.client_id, o.staleness) for o in buffer.outcomes] == [("a", 0), ("b", 0), ("c", 3)]
+
+
+def test_the_order_of_arrival_changes_no_bit() -> None:
+    draw = np.random.default_rng(0)
+    base = {"w": np.zeros(50, dtype=np.float32)}
+    answers = [
+        PartialUpdate(9 - i, (ClientOutcome(f"c{i}", 3),), {"w": draw.normal(size=50) * 10.0**i}, 3.0) for i in range(5)
+    ]
+    folds = set()
+    for seed in range(20):
+        random.Random(seed).shuffle(answers)
+        folds.add(FedAvg().fold(base, judged(answers, admission(9)).updates())["w"].tobytes())
+    assert len(folds) == 1
+
+
+def test_what_is_too_old_is_refused_by_name_and_a_failure_keeps_its_own_reason() -> None:
+    late = partial("ab", 1, 4.0)
+    late = replace(late, outcomes=(late.outcomes[0], ClientOutcome("b", 0, "no data")))
+    at_limit, beyond = judged([late], admission(6)), judged([late], admission(7))
+    assert (at_limit.accepted, at_limit.refused) == (1, {})
+    assert (beyond.accepted, beyond.refused) == (0, {"a": "its update is 6 versions old; at most 5 are tolerated"})
+    assert [o.error for o in beyond.outcomes] == [beyond.refused["a"], "no data"]
+    assert beyond.updates()[0].total_weight == 0
+
+
+def test_a_sum_with_a_quarantined_client_in_it_is_refused_as_a_whole() -> None:
+    buffer = judged([partial("ab", 3, 1.0), partial("cd", 3, 1.0)], admission(3, quarantined="a"))
+    assert buffer.refused == {
+        "a": "an incident keeps it in quarantine",
+        "b": "its update is summed with that of a, which is in quarantine",
+    }
+    assert [o.client_id for o in buffer.outcomes if o.error is None] == ["c", "d"]
+    assert buffer.lineage()["clients"] == ["c", "d"]
+
+
+# --- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_commit_with_exactly_k_and_fold_late_updates_by_hand(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous")
+    assert training.run() is RunStatus.COMPLETED
+    # Half of four. Whoever was left over in one round comes first in the next; the last round waits for all.
+    assert training.updates() == [2, 2, 2, 4]
+    assert [training.lineage(n)["aggregation"]["staleness"] for n in (1, 2, 3, 4)] == [
+        {V2: 0, V3: 0},
+        {V0: 1, V1: 1},
+        {V2: 1, V3: 1},
+        {V0: 1, V1: 1, V2: 0, V3: 0},
+    ]
+    late = 2**-0.5
+    first = 0.5
+    second = first + late * 0.5
+    third = second + late * 0.5 * (1 - first)
+    fourth = third + (late * 0.5 * (1 - second) + 0.5 * (1 - third)) / 2
+    for index, share in enumerate((first, second, third, fourth), start=1):
+        np.testing.assert_allclose(training.point(index), share * TARGET, rtol=1e-6)
+    assert training.lineage(4)["aggregation"]["mode"] == "asynchronous"
+    assert training.charged() == training.answered() == {V0: 2, V1: 2, V2: 3, V3: 3}
+    assert [cohort.client_ids for _, cohort in training.fleet.tasks] == [(V0, V1, V2, V3), (V2, V3), (V0, V1), (V2, V3)]
+
+
+def test_the_fewest_clients_are_waited_for_whatever_the_buffer(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous", buffer_size=1)
+    change_round_settings(training.store, training.settings, min_clients=3)
+    assert training.run() is RunStatus.COMPLETED
+    assert training.updates()[0] == 3
+
+
+def test_beyond_the_tolerance_an_update_is_refused_and_its_client_refreshed(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous", buffer_size=3, staleness_tolerance=1)
+    training.fleet.held.add(V0)
+    training.after(2, training.fleet.held.clear)
+    assert training.run() is RunStatus.COMPLETED
+    assert training.updates() == [3, 3, 3, 4]
+    assert training.lineage(3)["clients"] == [V1, V2, V3]
+    told = training.lineage(3)["aggregation"]
+    assert told["refused"] == {V0: "its update is 2 versions old; at most 1 are tolerated"}
+    assert V0 in training.fleet.tasks[3][1].client_ids
+    assert training.charged() == training.answered() == {V0: 2, V1: 4, V2: 4, V3: 4}
+
+
+def test_a_round_that_hangs_ends_when_the_mode_turns_asynchronous(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.fleet.held.add(V0)
+    training.fleet.on_silence = lambda: training.steer(mode="asynchronous", buffer_size=3)
+    training.after(1, training.fleet.held.clear)
+    assert training.run() is RunStatus.COMPLETED
+    assert training.updates()[0] == 3
+    assert training.lineage(2)["aggregation"]["staleness"][V0] == 1
+    assert training.charged() == training.answered()
+
+
+def test_turning_synchronous_waits_for_all_in_flight_and_then_is_as_ever(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous", buffer_size=3)
+    training.fleet.held.add(V0)
+    training.fleet.on_silence = training.fleet.held.clear
+    training.after(2, lambda: training.steer(mode="synchronous"))
+    assert training.run() is RunStatus.COMPLETED
+    assert training.updates() == [3, 3, 4, 4]
+    third = training.lineage(3)
+    assert third["aggregation"] == {"mode": "synchronous", "staleness": {V0: 2, V1: 0, V2: 0, V3: 0}, "refused": {}}
+    share = 0.5 + 0.25
+    share += (3 * 0.5 * (1 - share) + 3**-0.5 * 0.5) / 4
+    np.testing.assert_allclose(training.point(3), share * TARGET, rtol=1e-6)
+    # The round's own cohort is what was drawn for it; the late one belongs to an earlier one's.
+    assert training.store.round("run-0001", 3).cohort == (V1, V2, V3)
+    assert "aggregation" not in training.lineage(4)
+    assert training.charged() == training.answered() == {V0: 2, V1: 4, V2: 4, V3: 4}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mode_switched_at_random_loses_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
+    rounds = 20
+    training = Training(tmp_path, rounds=rounds, groups=3)
+    draw, fleet = random.Random(seed), training.fleet
+
+    def stir(progress: TrainingProgress) -> None:
+        training.steer(
+            mode=draw.choice(["synchronous", "asynchronous"]),
+            staleness_tolerance=draw.randrange(4),
+            buffer_size=draw.choice([None, 1, 2, 3, 4]),
+        )
+        fleet.held = set(draw.sample([V0, V1, V2, V3], draw.randrange(3)))
+
+    training.loop._on_progress = stir
+    # Two may be held in one group: then letting one go is not enough, and the round's patience is over.
+    fleet.on_silence = lambda: fleet.held.discard(min(fleet.held))
+    assert training.run() is RunStatus.COMPLETED
+    assert fleet.in_flight() == frozenset()
+    assert training.charged() == training.answered()
+    started = Counter(client_id for _, cohort in fleet.tasks for client_id in cohort.client_ids)
+    assert started == training.charged()
+    assert [v.version for v in training.store.versions()] == [f"v1.1.{n}" for n in range(rounds, 0, -1)]
+    modes = [training.lineage(n).get("aggregation", {}).get("mode") for n in range(1, rounds + 1)]
+    assert {None, "asynchronous"} <= set(modes)
+    refused = [training.lineage(n).get("aggregation", {}).get("refused") for n in range(1, rounds + 1)]
+    assert any(refused)
+
+
+# --- silence, stops, incidents and crashes ---------------------------------------------------------------------------
+
+
+def test_the_silent_stay_in_flight_uncharged_until_the_last_round_gives_them_up(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous", buffer_size=4)
+    training.fleet.held.add(V0)
+    assert training.run() is RunStatus.COMPLETED
+    assert training.updates() == [3, 3, 3, 3]
+    assert training.charged() == training.answered() == {V0: 1, V1: 4, V2: 4, V3: 4}
+    assert training.lineage(4)["clients"] == [V1, V2, V3]
+
+
+def test_when_all_are_silent_the_run_says_so_and_goes_on_later(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous")
+    training.fleet.held |= {V0, V1, V2, V3}
+    assert training.run() is RunStatus.FAILED
+    reason = training.store.run("run-0001").reason
+    assert reason is not None
+    assert "0 updates (4 clients failed, the first with: no answer in 600 s)" in reason
+    training.fleet.held.clear()
+    assert training.run() is RunStatus.COMPLETED
+
+
+def test_what_is_in_flight_at_a_stop_is_folded_when_the_run_goes_on(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous")
+    training.after(0, training.loop.request_stop)
+    assert training.run() is RunStatus.STOPPED
+    assert training.fleet.in_flight() == {V0, V1}
+    assert training.run() is RunStatus.COMPLETED
+    assert training.lineage(2)["aggregation"]["staleness"] == {V0: 1, V1: 1}
+    assert training.charged() == training.answered()
+
+
+def test_what_is_in_flight_when_another_run_begins_is_not_folded_into_it(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous")
+    training.after(0, training.loop.request_stop)
+    assert training.run() is RunStatus.STOPPED
+    assert training.fleet.in_flight() == {V0, V1}
+    training.loop.begin(RunOrder(0, "op-1", "again"))
+    assert training.run() is RunStatus.COMPLETED
+    assert training.store.version("v1.2.1").lineage["clients"] == [V2, V3]
+    assert training.fleet.tasks[1][1].client_ids == (V0, V1, V2, V3)
+    assert training.charged() - training.answered() == {V0: 1, V1: 1}
+
+
+def test_a_round_tried_again_in_the_same_process_hands_nothing_out_twice(tmp_path: Path) -> None:
+    training = Training(tmp_path, rounds=1)
+    training.fleet.held.add(V0)
+
+    def fault() -> None:
+        raise RuntimeError("a fault")
+
+    training.fleet.on_silence = fault
+    with pytest.raises(RuntimeError):
+        training.run()
+    training.fleet.held.clear()
+    assert training.run() is RunStatus.COMPLETED
+    assert [cohort.client_ids for _, cohort in training.fleet.tasks] == [(V0, V1, V2, V3), (V1, V2, V3)]
+    assert training.lineage(1)["clients"] == [V0, V1, V2, V3]
+    assert training.charged() == training.answered()
+
+
+def test_a_crash_loses_what_is_in_flight_charged_and_never_folded(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous", buffer_size=3)
+    training.fleet.held.add(V0)
+    training.after(1, lambda: training.fleet.held.add(V1))
+
+    def crash() -> None:
+        raise KeyboardInterrupt
+
+    training.fleet.on_silence = crash
+    with pytest.raises(KeyboardInterrupt):
+        training.run()
+    crashed, cohort = training.fleet.tasks[-1]
+    assert (crashed.round_index, cohort.client_ids) == (2, (V1, V2, V3))
+    charged = len(training.store.ledger())
+    training.process()
+    assert training.run() is RunStatus.COMPLETED
+    assert training.fleet.tasks[0] == (crashed, cohort)
+    # The repeated round is charged once; the lost update of round 1 stays on the ledger.
+    assert charged == 4 + 3
+    assert training.charged() - training.answered() == {V0: 1}
+    assert training.answered() - training.charged() == {}
+    assert training.store.verify_ledger() == len(training.store.ledger())
+
+
+@pytest.mark.parametrize(("groups", "refused"), [(4, {V0}), (2, {V0, V2})])
+def test_a_client_quarantined_in_flight_is_kept_out(tmp_path: Path, groups: int, refused: set[str]) -> None:
+    training = Training(tmp_path, groups=groups, mode="asynchronous", buffer_size=2)
+    training.fleet.held.add(V0)
+
+    def incident() -> None:
+        training.store.quarantine_clients([V0], "a breach", utc_now())
+        training.fleet.held.clear()
+
+    training.after(1, incident)
+    assert training.run() is RunStatus.COMPLETED
+    told = training.lineage(2)["aggregation"]["refused"]
+    assert set(told) == refused
+    assert told[V0] == "an incident keeps it in quarantine"
+    assert all(V0 not in training.lineage(n)["clients"] for n in (1, 2, 3, 4))
+    assert [V0 in cohort.client_ids for _, cohort in training.fleet.tasks] == [True, False, False, False]
+    assert training.charged() == training.answered()
+
+
+def test_a_synchronous_round_too_keeps_out_who_is_quarantined_while_it_trains(tmp_path: Path) -> None:
+    training = Training(tmp_path, rounds=1)
+    training.fleet.held.add(V0)
+
+    def incident() -> None:
+        training.store.quarantine_clients([V0], "a breach", utc_now())
+        training.fleet.held.clear()
+
+    training.fleet.on_silence = incident
+    assert training.run() is RunStatus.COMPLETED
+    assert training.lineage(1)["clients"] == [V1, V2, V3]
+
+
+def test_a_retried_round_leaves_out_who_was_quarantined_since(tmp_path: Path) -> None:
+    training = Training(tmp_path, rounds=1)
+    training.fleet._crash_in_round = 1
+    with pytest.raises(KeyboardInterrupt):
+        training.run()
+    training.store.quarantine_clients([V0], "a breach", utc_now())
+    assert training.run() is RunStatus.COMPLETED
+    assert [cohort.client_ids for _, cohort in training.fleet.tasks] == [(V0, V1, V2, V3), (V1, V2, V3)]
+    assert training.lineage(1)["clients"] == [V1, V2, V3]
+
+
+def test_the_settings_are_kept(tmp_path: Path) -> None:
+    training = Training(tmp_path, mode="asynchronous", staleness_tolerance=7)
+    training.store.close()
+    with Store.open(tmp_path) as store:
+        assert aggregation_settings(store) == AggregationSettings(1, "asynchronous", 7, None)
