@@ -41,7 +41,7 @@ reset: setup  ## Empty the state folder, after asking
 test: setup  ## Run every test (ARGS='tests/unit -k rounds' for some)
 ifeq ($(strip $(ARGS)),)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not install' --numprocesses auto --dist worksteal
-	$(BIN)/python -m pytest -m 'ray or install'
+	$(BIN)/python -m pytest -m '(ray or install) and not campaign'
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
@@ -51,6 +51,7 @@ fuzz: setup  ## Every route against its own document, FUZZ_EXAMPLES (200) an ope
 
 chaos: setup  ## Campaigns against a running system: releases under load, processes killed (many minutes)
 	CHAOS=full $(BIN)/python -m pytest tests/chaos -s $(ARGS)
+	$(BIN)/python -m pytest tests/integration -m campaign -s $(ARGS)
 
 lint: setup  ## Check style, types and the arrows between packages
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import typer
-import yaml
 
 from fedvit.cli.common import (
     ConfigOption,
@@ -34,6 +33,8 @@ def show(
 ) -> None:
     """Every setting as ``fedvit up`` would use it now: defaults, then the file, then the environment, then options."""
     with explained(as_json):
+        import yaml
+
         settings = settings_from(config, home, data, assignments).model_dump(mode="json")
         if as_json:
             print_json(settings)

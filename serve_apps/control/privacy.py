@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field
 
 from fedvit.access.identity import Scope
-from fedvit.access.justification import checked_justification
+from fedvit.access.justification import LEAST_CHARACTERS, checked_justification
 from fedvit.ports import AccountantPort
 from fedvit.store.store import BudgetPeriod
 from fedvit.types import utc_now
@@ -28,7 +28,8 @@ class ResetBudget(RequestBody):
 
     new_epsilon: float = Field(gt=0, allow_inf_nan=False, strict=True, examples=[1.0])
     justification: Annotated[str, AfterValidator(checked_justification)] = Field(
-        examples=["The privacy officer approved one more run for the winter data."]
+        examples=["The privacy officer approved one more run for the winter data."],
+        json_schema_extra={"minLength": LEAST_CHARACTERS},
     )
 
 

@@ -86,7 +86,7 @@ class ControlledRoute(APIRoute):
         if not requirement.audited:
             marks["x-audited"] = False
         mutating = not set(options.get("methods") or {"GET"}) <= _SAFE
-        if mutating:
+        if mutating and requirement.audited:
             marks["parameters"] = [_KEY_PARAMETER]
         options["openapi_extra"] = marks | (options.get("openapi_extra") or {})
         options["responses"] = _problems(mutating) | (options.get("responses") or {})

@@ -14,7 +14,7 @@ from conftest import Fedvit
 from fedvit.store.store import Store
 from fedvit.types import RunStatus
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.campaign]
 
 ROUNDS = 24
 START_TIMEOUT_S = 180.0
@@ -27,6 +27,7 @@ def await_progress(http: httpx.Client, reached: Callable[[dict[str, Any]], bool]
         progress: dict[str, Any] = http.get("/api/training/status").json()
         if reached(progress):
             return progress
+        time.sleep(0.1)
     raise AssertionError(f"training did not come so far: {progress}")
 
 

@@ -19,7 +19,7 @@ from conftest import Fedvit
 from fedvit.store.store import Store
 from fedvit.types import OperationStatus, RunStatus
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.campaign]
 
 INCIDENT = "PB-$(date +%Y%m%d-%H%M%S)"
 WAIT_S = 120.0
