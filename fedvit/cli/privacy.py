@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from fedvit.cli.asking import asking
 from fedvit.cli.common import (
@@ -44,10 +45,17 @@ def show(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOpti
             return
         table = Table(show_header=False, box=None)
         for key, value in facts.items():
-            table.add_row(
-                f"[bold]{key.replace('_', ' ')}[/]", f"{value:.4g}" if isinstance(value, float) else str(value)
-            )
+            table.add_row(f"[bold]{key.replace('_', ' ')}[/]", _shown(value))
         console.print(table)
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case float():
+            return f"{value:.4g}"
+        case {"incident_id": incident, "reason": reason}:
+            return escape(f"{incident}: {reason}")
+    return "–" if value is None else str(value)
 
 
 @app.command("unfreeze")

@@ -17,7 +17,7 @@ from httpx import Response
 
 from fedvit.access.justification import checked_justification
 from fedvit.access.tokens import create_token
-from fedvit.config import load_settings
+from fedvit.config import load_settings, settings_to_json
 from fedvit.errors import BudgetExhaustedError, ConflictError, IntegrityError, LedgerFrozenError, NotFoundError
 from fedvit.operations.local import LocalAggregator
 from fedvit.ports import Charge
@@ -136,6 +136,15 @@ def test_a_call_that_is_repeated_grants_once(store: Store) -> None:
     assert keeper.budget().epsilon_spent > 0
     assert keeper.reset_budget(1.0, WHY, "Ana", call_key="l").period == 3
     assert [keeper.reset_budget(1.0, WHY, "Ana").period for _ in range(2)] == [4, 5]
+
+
+def test_a_call_that_ray_repeats_on_a_new_actor_grants_once(store: Store) -> None:
+    from actors.privacy_accountant import PrivacyAccountantActor
+
+    text = settings_to_json(load_settings(environ={}, overrides={"home": store.home}))
+    reports = [PrivacyAccountantActor(text).reset_budget(1.0, WHY, "Ana", "Bo", "k") for _ in range(2)]
+    assert reports[0] == reports[1]
+    assert [period.approved_by for period in store.budget_periods()] == ["Bo"]
 
 
 def test_many_threads_count_each_charge_once(store: Store) -> None:
@@ -407,12 +416,13 @@ def test_what_is_no_reset_is_refused_and_says_what_would_be(system: System, sent
     "sent",
     [
         b'{"new_epsilon": 1e999, "justification": "The officer approved it today."}',
+        b'{"new_epsilon": NaN, "justification": "The officer approved it today."}',
         b'{"new_epsilon": 1, "justification": "The officer approved \\ud800 it today."}',
+        b'{"new_epsilon": 1.0, "justification": ...}',
     ],
 )
-def test_what_no_database_and_no_other_parser_could_read_is_no_json(system: System, sent: bytes) -> None:
-    answer = system.post(RESET, "Ana", sent)
-    assert (answer.status_code, answer.json()["type"]) == (400, "/problems/invalid-json")
+def test_what_is_no_json_grants_nothing(system: System, sent: bytes) -> None:
+    assert system.post(RESET, "Ana", sent).status_code == 400
     assert system.store.budget_periods() == []
 
 
