@@ -143,6 +143,7 @@ def _optimized(drill: Drill, outcome: Outcome) -> None:
     if result["switched"]:
         assert drill.get("/api/model/info")["variant"] == result["variant"]
         drill.everybody_serves(result["version"], result["variant"])
+    assert drill.ask("/api/training/start", "POST").is_success
 
 
 def _switched(drill: Drill, outcome: Outcome) -> None:
@@ -294,11 +295,15 @@ def _check_of(call: Call) -> Check:
 
 
 def remember(drill: Drill, command: str) -> None:
-    """What a check will compare with, before the command runs."""
+    """What a check will compare with, and what a command needs, before it runs."""
     if command == "make down && make up":
         drill.memory["rounds_done"] = drill.get("/api/training/status")["rounds_done"]
     if ":9090/" in command:
         drill.show_prometheus()
+    if "/api/edge/optimize" in command:
+        # Rounds take seconds here and minutes elsewhere: a release in between would make it fail, as the runbook says.
+        assert drill.ask("/api/training/stop", "POST").is_success
+        drill.training(lambda found: found["phase"] == "resting", "training rests")
 
 
 def values_of(text: str) -> list[Any]:
