@@ -15,17 +15,27 @@ def supervisor(home: Path) -> int:
     return int(json.loads((home / "run" / "system.json").read_text())["pid"])
 
 
-def kill(home: Path, part: str) -> int:
-    """``kill -9`` the process of one part of the system; its id.
+def kill(home: Path, part: str) -> None:
+    """``kill -9`` the process of one part of the system.
 
     Raises:
         LookupError: there is not exactly one.
     """
-    pids = [pid for pid in _processes() if _title(pid).startswith(TITLES[part]) and supervisor(home) in _above(pid)]
-    if len(pids) != 1:
-        raise LookupError(f"{len(pids)} processes are {TITLES[part]}")
-    os.kill(pids[0], signal.SIGKILL)
-    return pids[0]
+    found = below(supervisor(home), TITLES[part])
+    if len(found) != 1:
+        raise LookupError(f"{len(found)} processes are {TITLES[part]}")
+    os.kill(found[0], signal.SIGKILL)
+
+
+def below(ancestor: int, title: str) -> list[int]:
+    """The descendants of a process whose title begins so."""
+    return [pid for pid in _processes() if _title(pid).startswith(title) and ancestor in _above(pid)]
+
+
+def memory_mb(pid: int) -> float:
+    """What a process holds in memory now."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 def _processes() -> list[int]:

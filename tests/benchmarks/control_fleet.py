@@ -1,0 +1,61 @@
+"""A control application over a fleet of 10,000 registered clients on Ray Serve, without a training system behind it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from actors.spawn import connect
+from fedvit.config import Settings, load_settings
+from fedvit.store.store import Store
+from fedvit.types import Client, ClientKind
+from serve_apps.control.app import build_control_app
+
+CLIENTS = 10_000
+HOST = "127.0.0.1"
+
+
+def client_names(count: int = CLIENTS) -> list[str]:
+    """The registered clients."""
+    return [f"truck-{number:05d}" for number in range(count)]
+
+
+@contextmanager
+def serving(access: dict[str, Any] | None = None, clients: int = CLIENTS) -> Iterator[tuple[Settings, Store]]:
+    """A Ray Serve instance with the control application at ``/``; everything ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="fedvit-bench-") as folder, socket.create_server((HOST, 0)) as probe:
+        port = probe.getsockname()[1]
+        probe.close()
+        overrides = {
+            "home": Path(folder),
+            "serving": {"host": HOST, "port": port},
+            "access": access or {},
+            "ray": {"dashboard": False},
+        }
+        settings = load_settings(environ={}, overrides=overrides)
+        with Store.open(settings.home) as store:
+            store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["red", "yellow", "green"])
+            store.register_clients([Client(name, ClientKind.REMOTE, 40) for name in client_names(clients)])
+            _start(settings)
+            try:
+                yield settings, store
+            finally:
+                serve.shutdown()
+                ray.shutdown()
+
+
+def _start(settings: Settings) -> None:
+    metrics = settings.home / "run" / "metrics"
+    metrics.mkdir(parents=True)
+    connect(settings, {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "RAY_USAGE_STATS_ENABLED": "0"})
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": HOST, "port": settings.serving.port})
+    serve.run(build_control_app(settings), name="control", route_prefix="/")

@@ -1,0 +1,81 @@
+"""Heartbeats of 10,000 devices, a request and a token of its own each: 60 s at their rate, then as many as go.
+
+Run by ``make bench-control``; writes docs/benchmarks/heartbeats.json and docs/benchmarks.md. Any error fails it.
+BENCH_SECONDS and BENCH_DEVICES shorten it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from fedvit.access.identity import Scope
+from fedvit.access.tokens import create_token
+from fedvit.store.store import Store
+from fedvit.types import utc_now
+from tests.benchmarks.control_fleet import CLIENTS, HOST, client_names, serving
+from tests.benchmarks.http_load import Plan, run_load
+from tests.benchmarks.results import write_result
+from tests.processes import TITLES, below, memory_mb
+
+DEVICES = int(os.environ.get("BENCH_DEVICES", CLIENTS))
+SECONDS = float(os.environ.get("BENCH_SECONDS", "60"))
+CONNECTIONS = 32
+
+
+def main() -> None:
+    """Measure and write."""
+    with serving({"mode": "tokens"}, DEVICES) as (settings, store):
+        requests = _requests(store)
+        interval_s = settings.fleet.heartbeat_interval_s
+        needed_per_s = DEVICES / interval_s
+        plans = {
+            f"every {interval_s:g} s each": Plan(requests, CONNECTIONS, SECONDS, needed_per_s),
+            "as many as go": Plan(requests, CONNECTIONS, SECONDS / 2),
+        }
+        figures = {name: _measured(settings.serving.port, plan) for name, plan in plans.items()}
+        heard = sum(client.last_seen_at is not None for client in store.clients())
+    if heard < DEVICES:
+        raise SystemExit(f"{heard} of {DEVICES} devices were heard according to the store.")
+    write_result(
+        "heartbeats",
+        title="Heartbeats",
+        what=(
+            f"{DEVICES:,} devices, each with its own token and requests, none batched: {SECONDS:g} s at the rate of "
+            f"one in {interval_s:g} s each ({needed_per_s:.0f} a second), then {SECONDS / 2:g} s without a pause; one "
+            f"control replica, {CONNECTIONS} connections, memory of the replica in MB."
+        ),
+        command="make bench-control",
+        figures=figures,
+        ratios={"as many as go / needed": round(figures["as many as go"]["per_s"] / needed_per_s, 2)},
+    )
+    print(json.dumps(figures, indent=2))
+
+
+def _requests(store: Store) -> list[str]:
+    """One request a device, ready to be sent."""
+    now = utc_now()
+    return [
+        f"POST /api/clients/{name}/heartbeat HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 2\r\n"
+        f"Authorization: Bearer {create_token(store, name, [Scope.DEVICE], now=now, client_id=name).text}\r\n\r\n{{}}"
+        for name in client_names(DEVICES)
+    ]
+
+
+def _measured(port: int, plan: Plan) -> dict[str, Any]:
+    before_mb = _memory_mb()
+    figures = run_load(HOST, port, plan)
+    if figures["errors"]:
+        raise SystemExit(f"{figures['errors']} errors: {figures['first_errors']}")
+    del figures["first_errors"]
+    return {**figures, "mb_before": before_mb, "mb_after": _memory_mb()}
+
+
+def _memory_mb() -> float:
+    replicas = below(os.getpid(), TITLES["control"])
+    return round(sum(map(memory_mb, replicas)), 1)
+
+
+if __name__ == "__main__":
+    main()
