@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from httpx import Response
 from prometheus_client import REGISTRY
@@ -198,6 +199,38 @@ def test_without_a_token_only_public_routes_answer(guarded: House) -> None:
             assert answer.headers["content-type"] == PROBLEM
             assert answer.headers["www-authenticate"] == 'Bearer realm="fedvit"'
     assert guarded.aggregator.starts == 0
+
+
+def test_the_matrix_leaves_no_route_out(guarded: House) -> None:
+    """What the document does not show is the document itself and its two readers, which change nothing."""
+    served = {
+        (method, route.path) for route in guarded.api.routes if isinstance(route, APIRoute) for method in route.methods
+    }
+    assert served == {(method, path) for method, path, _ in operations(guarded.api)}
+    others = {getattr(route, "path", None) for route in guarded.api.routes if not isinstance(route, APIRoute)}
+    assert others <= {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+
+
+@pytest.mark.parametrize("kind", ["expired", "revoked", "invented"])
+def test_no_token_that_is_not_good_opens_a_route(guarded: House, kind: str) -> None:
+    past = utc_now() - timedelta(days=2)
+    lifetime = timedelta(days=1) if kind == "expired" else None
+    made = create_token(guarded.store, kind, [Scope.ADMIN, Scope.EMERGENCY, Scope.DEVICE], now=past, lifetime=lifetime)
+    if kind == "revoked":
+        guarded.store.revoke_token(made.token.token_id, utc_now())
+    text = f"{made.text[:-43]}{'A' * 43}" if kind == "invented" else made.text
+    # One after another they would only be told to wait.
+    for method, path, facts in operations(guarded.api):
+        guarded.clock.now_s += 1000
+        headers = {"Authorization": f"Bearer {text}"}
+        answer = guarded.ask(method, path.replace("{", "").replace("}", ""), headers=headers)
+        assert (answer.status_code == 401) == bool(facts["x-scope"]), (method, path)
+    assert guarded.aggregator.starts == 0
+    assert guarded.store.audit() == []
+
+
+def test_the_matrix_knows_every_scope() -> None:
+    assert set(IMPLIED) == set(Scope)
 
 
 def test_a_route_that_says_nothing_cannot_be_added(house: House) -> None:
