@@ -99,12 +99,10 @@ def test_an_operation_survives_the_death_of_who_runs_it(fedvit: Fedvit) -> None:
         store.verify_audit()
 
 
-@pytest.mark.skipif(not FULL, reason="a campaign: make chaos")
+@pytest.mark.campaign
 @pytest.mark.parametrize("part", TITLES)
 def test_a_shutdown_survives_too_and_ends_the_system_once(fedvit: Fedvit, part: str) -> None:
     fedvit.json("up")
-    if REQUESTS["shutdown"][0] not in httpx.get(f"{fedvit.control}/openapi.json", timeout=60).json()["paths"]:
-        pytest.skip("there is no route to shut the system down")
     caller, first = Caller(fedvit, "shutdown", key=f"shutdown-{part}"), supervisor(fedvit.home)
     asking = threading.Thread(target=caller.ask)
     asking.start()
