@@ -168,7 +168,9 @@ class AggregatorHandle:
 
     def await_shutdown(self, timeout_s: float) -> str | None:
         """Block until this system was told to go down; how, or None after ``timeout_s``."""
-        return fetch(self._actor.await_shutdown.remote(timeout_s), timeout_s + CALL_TIMEOUT_S)  # type: ignore[no-any-return]
+        # Not repeated by Ray, which would say so on the caller's standard output: whoever waits asks again himself.
+        call = self._actor.await_shutdown.options(max_task_retries=0)
+        return fetch(call.remote(timeout_s), timeout_s + CALL_TIMEOUT_S)  # type: ignore[no-any-return]
 
     def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
         """Make an older version's content current again."""

@@ -157,7 +157,9 @@ class RaySystem:
             try:
                 mode = aggregator.await_shutdown(SHUTDOWN_LOOK_S)
             except Exception as error:
-                log.warning("the aggregator does not answer: %s", type(error).__name__)
+                # At the end of the system its kill is what ends the call.
+                if not self._stopping.is_set():
+                    log.warning("the aggregator does not answer: %s", type(error).__name__)
                 self._stopping.wait(SHUTDOWN_RETRY_S)
                 continue
             if mode is not None and not self._stopping.is_set():

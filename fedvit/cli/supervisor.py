@@ -76,7 +76,7 @@ def spawn_supervisor(settings: Settings, on_step: Callable[[str], None]) -> None
     child.stdin.write(settings.model_dump_json())
     child.stdin.close()
     for line in child.stdout:
-        fact = json.loads(line)
+        fact = _fact(line)
         if "step" in fact:
             on_step(fact["step"])
         elif "error" in fact:
@@ -86,6 +86,15 @@ def spawn_supervisor(settings: Settings, on_step: Callable[[str], None]) -> None
         elif fact.get("ready"):
             return
     raise FedvitError(f"The system ended at its start with status {child.wait()}.", cure=f"See {log}.")
+
+
+def _fact(line: str) -> dict[str, Any]:
+    """A fact that the process told; nothing for what some library printed in between."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def supervise(settings: Settings, on_ready: Callable[[], None] = lambda: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -148,7 +149,9 @@ def _system(settings: Settings, *, quiet: bool, seconds: dict[str, float]) -> It
         yield running.urls
         return
     started_s = time.monotonic()
-    with find_system(settings).running(_teller(quiet), end_this_process) as urls:
+    # Ray prints what it thinks its user should know; where a program reads, standard output holds one JSON document.
+    aside = contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
+    with aside, find_system(settings).running(_teller(quiet), end_this_process) as urls:
         seconds["start"] = time.monotonic() - started_s
         yield urls
 
