@@ -10,7 +10,7 @@ from effects import check_effect, remember, values_of
 from placeholders import PLACEHOLDERS, SHELL, Placeholder
 from runbook_text import RUNBOOK, Command, commands, equivalents
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.drill]
 
 # What ends the system comes at the end, whatever its place in the text.
 LAST = ("Complete System Shutdown", "Restore from Backup")
