@@ -270,7 +270,8 @@ class Coordinator:
         """The outcomes of those who were recorded for the round, came into quarantine, and were not asked again."""
         # One that is still at it from an earlier attempt may yet answer, late.
         silent = set(record.cohort).difference((o.client_id for o in told), self._fleet.in_flight())
-        return tuple(ClientOutcome(c, 0, QUARANTINED) for c in sorted(silent) if c in self._store.quarantined_clients())
+        caught = silent.intersection(self._store.quarantined_clients())
+        return tuple(ClientOutcome(client_id, 0, QUARANTINED) for client_id in sorted(caught))
 
     def _commit(self, round_index: int) -> machine.Event:
         work = self._work

@@ -33,18 +33,19 @@ def test_a_token_is_printed_once_listed_without_its_secret_and_revoked(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "told"),
     [
-        ("token", "create", "Ana", "--scope", "root"),
-        ("token", "create", "<b>", "--scope", "admin"),
-        ("token", "revoke", "nobody"),
-        ("audit-log", "verify"),
+        (("token", "create", "Ana", "--scope", "root"), "No scope is called 'root'"),
+        (("token", "create", "<b>", "--scope", "admin"), "'<b>' is no name for a token"),
+        (("token", "revoke", "nobody"), "no fedvit state"),
+        (("audit-log", "verify"), "no fedvit state"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_what_cannot_be_done_is_one_sentence(tmp_path: Path, words: tuple[str, ...], told: str) -> None:
     result = fedvit(tmp_path, *words)
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
+    assert told in result.stderr
     assert "Traceback" not in result.output
 
 
