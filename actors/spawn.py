@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,28 +57,43 @@ def connect(settings: Settings, environment: dict[str, str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Actors:
-    """The actors of a running system."""
+    """The actors of a system, by name; the aggregator is the last."""
 
-    accountant: Any
-    proxies: Sequence[Any]
-    aggregator: Any
+    by_name: Mapping[str, Any]
 
     def handle(self) -> AggregatorHandle:
         """The aggregator, typed."""
-        return AggregatorHandle(self.aggregator)
+        return AggregatorHandle(self.by_name[AGGREGATOR])
 
     def kill(self) -> None:
         """End them all; their state is in the store."""
-        for actor in (self.aggregator, *self.proxies, self.accountant):
+        for actor in reversed(list(self.by_name.values())):
             ray.kill(actor)
+
+    def await_prepared(self, timeout_s: float) -> None:
+        """Wait until each has opened its data and built its model.
+
+        Raises:
+            PlacementError: one did not start in time; it is named.
+            FedvitError: one of them cannot use its settings.
+        """
+        references = {actor.prepare.remote(): name for name, actor in self.by_name.items()}
+        ready, waiting = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
+        for reference in ready:
+            fetch(reference)
+        if waiting:
+            names = ", ".join(references[reference] for reference in waiting)
+            raise PlacementError(
+                f"{names} did not start within {timeout_s:g} s.",
+                cure="See `make logs`; on a slow machine raise ray.start_timeout_s.",
+            )
 
 
 def spawn_actors(settings: Settings) -> Actors:
-    """Start accountant, proxies and aggregator, and wait until each is prepared.
+    """Start accountant, proxies and aggregator; :meth:`Actors.await_prepared` waits until they can be used.
 
     Raises:
         PlacementError: Ray has no room for one of them; it is named.
-        FedvitError: one of them cannot use its settings.
     """
     _check_room(settings)
     text = settings_to_json(settings)
@@ -90,9 +105,7 @@ def spawn_actors(settings: Settings) -> Actors:
     # It finds the others by name, so they have to be there. Restarted, it is given the same id again.
     system_id = secrets.token_hex(8)
     aggregator = _spawn(Aggregator, AGGREGATOR, settings, text, namespace_of(settings.home), system_id)
-    everyone = {ACCOUNTANT: accountant, **proxies, AGGREGATOR: aggregator}
-    _await_prepared({name: actor.prepare.remote() for name, actor in everyone.items()}, settings)
-    return Actors(accountant, tuple(proxies.values()), aggregator)
+    return Actors({ACCOUNTANT: accountant, **proxies, AGGREGATOR: aggregator})
 
 
 def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
@@ -124,18 +137,4 @@ def _check_room(settings: Settings) -> None:
             f"Ray has no room for {', '.join(names[room:])}: each asks for {settings.ray.actor_cpus:g} CPU, "
             f"and {free:g} are free.",
             cure="Lower ray.actor_cpus or ray.proxies, or add nodes.",
-        )
-
-
-def _await_prepared(references: dict[str, Any], settings: Settings) -> None:
-    ready, waiting = ray.wait(
-        list(references.values()), num_returns=len(references), timeout=settings.ray.start_timeout_s
-    )
-    for reference in ready:
-        fetch(reference)
-    if waiting:
-        names = ", ".join(name for name, reference in references.items() if reference in waiting)
-        raise PlacementError(
-            f"{names} did not start within {settings.ray.start_timeout_s:g} s.",
-            cure="See `make logs`; on a slow machine raise ray.start_timeout_s.",
         )

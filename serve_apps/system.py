@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedvit.access.exposure import check_exposure
 from fedvit.access.identity import Scope
@@ -27,6 +27,9 @@ from fedvit.ports import AggregatorPort, SystemUrls
 from fedvit.store.locks import system_lock
 from fedvit.types import utc_now
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
+
+if TYPE_CHECKING:
+    from actors.spawn import Actors
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +77,11 @@ class RaySystem:
             on_step("Starting Ray")
             dashboard = self._start_ray(stack)
             on_step("Starting the accountant, the client proxies and the aggregator")
-            self._start_actors(stack, on_shutdown)
+            actors = self._start_actors(stack, on_shutdown)
             on_step("Starting the control and inference applications")
+            # Meanwhile the actors load what they need.
             control = self._start_serve(stack)
+            actors.await_prepared(self._settings.ray.start_timeout_s)
             on_step("Starting the edge devices")
             edges = tuple(self._start_edge(stack, control, index) for index in range(len(self._settings.edge.ports)))
             urls = SystemUrls(control=control, inference=f"{control}/inference", edges=edges, dashboard=dashboard)
@@ -133,7 +138,7 @@ class RaySystem:
         url = ray._private.worker.get_dashboard_url() if self._settings.ray.dashboard else None
         return f"http://{url}" if url else None
 
-    def _start_actors(self, stack: ExitStack, on_shutdown: Callable[[], None]) -> None:
+    def _start_actors(self, stack: ExitStack, on_shutdown: Callable[[], None]) -> Actors:
         from actors.spawn import spawn_actors
 
         actors = spawn_actors(self._settings)
@@ -150,6 +155,7 @@ class RaySystem:
         stack.callback(_within, TRAINING_STOP_S + CLUSTER_STOP_S, rest)
         stack.callback(self._stopping.set)
         watch.start()
+        return actors
 
     def _watch(self, aggregator: AggregatorPort, on_shutdown: Callable[[], None]) -> None:
         """Tell when the control API was asked for the end. The aggregator may be restarted meanwhile."""
@@ -181,17 +187,20 @@ class RaySystem:
         inference = build_inference_app(
             self._settings, control_url=control_url, trusted_key=self._trusted_key(), token_file=self._token_file
         )
-        applications = {"control": (build_control_app(self._settings), "/"), "inference": (inference, "/inference")}
-        for name, (application, prefix) in applications.items():
+        applications = [
+            serve.RunTarget(build_control_app(self._settings), name="control", route_prefix="/"),
+            serve.RunTarget(inference, name="inference", route_prefix="/inference"),
+        ]
+        for application in applications:
             # The application only: on a joined cluster others may use Serve too.
-            stack.callback(_within, CLUSTER_STOP_S, serve.delete, name)
-            try:
-                serve.run(application, name=name, route_prefix=prefix)
-            except RuntimeError as error:
-                raise PlacementError(
-                    f"Ray Serve could not start the {name} application: {str(error).splitlines()[0]}",
-                    cure="See its log with `make logs`.",
-                ) from None
+            stack.callback(_within, CLUSTER_STOP_S, serve.delete, application.name)
+        try:
+            serve.run_many(applications)
+        except RuntimeError as error:
+            raise PlacementError(
+                f"Ray Serve could not start the applications: {str(error).splitlines()[0]}",
+                cure="See their logs with `make logs`.",
+            ) from None
         return control_url
 
     def _trusted_key(self) -> str:

@@ -15,6 +15,18 @@ FULL = os.environ.get("CHAOS") == "full"
 @pytest.fixture
 def fedvit(tmp_path: Path) -> Iterator[Fedvit]:
     """A small system that makes a release of every round; whatever a failed test left running is stopped."""
+    yield from _small_system(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fedvit]:
+    """One such system that runs, for all who leave it running: a start is what costs most here."""
+    for system in _small_system(tmp_path_factory.mktemp("running")):
+        system.json("up")
+        yield system
+
+
+def _small_system(folder: Path) -> Iterator[Fedvit]:
     settings = {
         **SMALL,
         "training.rounds": "1",
@@ -25,6 +37,6 @@ def fedvit(tmp_path: Path) -> Iterator[Fedvit]:
         "serving.poll_interval_s": "0.2",
         "edge.poll_interval_s": "0.2",
     }
-    system = Fedvit(tmp_path / "var", settings)
+    system = Fedvit(folder / "var", settings)
     yield system
     system.call("down", configured=False)

@@ -78,9 +78,8 @@ def interrupted(fedvit: Fedvit, store: Store, kind: str, part: str) -> Operation
     return one_more(store, before)
 
 
-def test_an_operation_survives_the_death_of_who_runs_it(fedvit: Fedvit) -> None:
-    fedvit.settings["training.rounds"] = "2"
-    fedvit.json("up")
+def test_an_operation_survives_the_death_of_who_runs_it(running: Fedvit) -> None:
+    fedvit = running
     with Store.open(fedvit.home) as store:
         for kind, part in CASES:
             await_true(lambda: _rests(fedvit), "the end of training", limit_s=RESTARTED_S)
