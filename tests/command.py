@@ -18,6 +18,7 @@ SMALL = {
     "training.rounds": "6",
     "privacy.noise_multiplier": "2.0",
     "release.every_rounds": "3",
+    "ray.proxies": "1",
     "ray.dashboard": "false",
 }
 

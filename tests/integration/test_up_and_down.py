@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import time
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -15,7 +16,27 @@ from fedvit.data.sources import open_source
 pytestmark = pytest.mark.ray
 
 
-def test_up_serves_trains_answers_and_down_stops(fedvit: Fedvit) -> None:
+@pytest.fixture
+def cluster(fedvit: Fedvit) -> Iterator[None]:
+    """A Ray cluster that runs already and that the system joins; every other test's system starts its own."""
+    import ray
+
+    context = ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    fedvit.settings["ray.address"] = context.address_info["address"]
+    fedvit.variables["RAY_AUTH_MODE"] = "token"
+    yield
+    ray.shutdown()
+
+
+def check_only_the_cluster_is_left() -> None:
+    import ray
+
+    assert ray.is_initialized()
+    assert [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("fedvit")] == []
+
+
+@pytest.mark.usefixtures("cluster")
+def test_up_joins_serves_trains_answers_and_down_stops(fedvit: Fedvit) -> None:
     places = fedvit.json("up")
     assert places["control"] == fedvit.control
     assert [places["edge-1"], places["edge-2"]] == fedvit.edges
@@ -50,8 +71,12 @@ def test_up_serves_trains_answers_and_down_stops(fedvit: Fedvit) -> None:
     assert fedvit.json("diagnostics", configured=False)["status"]["release"] == version
 
     assert fedvit.json("down", configured=False) == {"stopped": True}
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{fedvit.control}/healthz")
+    check_only_the_cluster_is_left()
+    # The cluster's Serve stays: others may use it.
+    assert httpx.get(f"{fedvit.control}/healthz").status_code == 404
+    for edge in fedvit.edges:
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{edge}/health")
     assert fedvit.json("down", configured=False) == {"stopped": False}
     assert fedvit.json("status", configured=False)["release"] == version
     assert fedvit.call("health-check", configured=False).returncode == 2
@@ -75,20 +100,6 @@ def check_backup(fedvit: Fedvit) -> None:
         names = archive.getnames()
     assert {"state.db", "checksums.json", "keys/root.key"} <= set(names)
     assert sum(name.startswith("blobs/") for name in names) >= 6
-
-
-def test_a_running_cluster_is_joined_and_left_running(fedvit: Fedvit) -> None:
-    import ray
-
-    context = ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    try:
-        fedvit.settings["ray.address"] = context.address_info["address"]
-        fedvit.variables["RAY_AUTH_MODE"] = "token"
-        assert fedvit.json("train")["status"] == "completed"
-        assert ray.is_initialized()
-        assert [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("fedvit")] == []
-    finally:
-        ray.shutdown()
 
 
 def test_what_cannot_be_placed_is_named(fedvit: Fedvit) -> None:
