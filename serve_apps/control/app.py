@@ -32,6 +32,8 @@ def build_control_app(settings: Settings) -> serve.Application:
         num_replicas=settings.serving.control_replicas,
         ray_actor_options={"num_cpus": settings.ray.actor_cpus},
         max_ongoing_requests=64,
+        # We keep a log of our own; Ray's would cost a line a heartbeat.
+        logging_config={"enable_access_log": False},
     )
     return deployment.bind()
 

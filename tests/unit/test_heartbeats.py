@@ -76,7 +76,7 @@ def test_a_vehicle_is_told_when_to_beat_again(garage: Garage) -> None:
     answer = garage.beat("truck-1", body={"status": "degraded", "model_version": "v1.1.2"})
     assert answer.status_code == 200
     told = answer.json()
-    assert (told["client_id"], told["interval_s"], told["backup_channel"]) == ("truck-1", 30.0, False)
+    assert (told["client_id"], told["interval_s"], told["backup_channel"]) == ("truck-1", 60.0, False)
     assert abs(datetime.fromisoformat(told["received_at"]) - utc_now()) < timedelta(minutes=1)
 
 
@@ -204,16 +204,16 @@ def test_a_replica_combines_what_it_heard_with_what_the_store_knows(garage: Gara
 
 def test_an_arrival_is_a_vehicle_that_was_not_connected(garage: Garage) -> None:
     clock = ManualClock()
-    garage.store.touch_clients({"truck-2": clock.now() - timedelta(seconds=89)})
+    garage.store.touch_clients({"truck-2": clock.now() - timedelta(seconds=149)})
     heartbeats = Heartbeats(garage.store, FleetConfig(), clock.now)
     for name in ("truck-1", "truck-2"):
         heartbeats.learn(name)
         heartbeats.beat(name)
     assert heartbeats.arrivals == 1
-    clock.advance(90)
+    clock.advance(150)
     heartbeats.beat("truck-1")
     assert heartbeats.arrivals == 1
-    clock.advance(91)
+    clock.advance(151)
     heartbeats.beat("truck-1")
     assert heartbeats.arrivals == 2
 
