@@ -257,7 +257,7 @@ class SystemPort(Protocol):
     def __init__(self, settings: Settings) -> None: ...
 
     def running(
-        self, on_step: Callable[[str], None], on_shutdown: Callable[[], None]
+        self, on_step: Callable[[str], None], on_shutdown: Callable[[], None], *, train: bool
     ) -> AbstractContextManager[SystemUrls]:
         """Start everything, yield where it answers, stop gracefully what was started.
 
@@ -265,6 +265,7 @@ class SystemPort(Protocol):
             on_step: told each step.
             on_shutdown: called, from another thread, when the control API was asked to shut the system down and all is
                 safe; it makes the block end.
+            train: begin or continue training; who starts a system needs no token for that.
         """
         ...
 

@@ -57,7 +57,9 @@ class RaySystem:
         self._forced = False
 
     @contextmanager
-    def running(self, on_step: Callable[[str], None], on_shutdown: Callable[[], None]) -> Iterator[SystemUrls]:
+    def running(
+        self, on_step: Callable[[str], None], on_shutdown: Callable[[], None], *, train: bool = False
+    ) -> Iterator[SystemUrls]:
         """Start everything, yield where it answers, stop gracefully in the reverse order.
 
         Raises:
@@ -86,6 +88,8 @@ class RaySystem:
             edges = tuple(self._start_edge(stack, control, index) for index in range(len(self._settings.edge.ports)))
             urls = SystemUrls(control=control, inference=f"{control}/inference", edges=edges, dashboard=dashboard)
             stack.enter_context(_announced(self._home, urls))
+            if train:
+                actors.handle().start_training()
             # First of all: an end asked for while we stop must not break that off.
             stack.callback(self._stopping.set)
             yield urls

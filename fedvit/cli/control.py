@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedvit.config import Settings
 
 POLL_S = 0.25
+_CURE = "Set FEDVIT_TOKEN to a token of `fedvit token create`."
 # Another way than the network; tests put an application here.
 TRANSPORT: httpx.BaseTransport | None = None
 
@@ -41,8 +42,17 @@ def control_client(
         try:
             yield client
         except UnauthorizedError as error:
-            cure = "Set FEDVIT_TOKEN to a token of `fedvit token create`."
-            raise UnauthorizedError(error.message, cure=cure, **error.details) from None
+            raise UnauthorizedError(error.message, cure=_CURE, **error.details) from None
+
+
+def check_token(settings: Settings) -> None:
+    """Say before anything is started that the control API will ask for a token.
+
+    Raises:
+        UnauthorizedError: one is demanded, and the user has set none.
+    """
+    if settings.access.mode == "tokens" and _token() is None:
+        raise UnauthorizedError("This system demands a token.", cure=_CURE, reason="missing")
 
 
 def bearer() -> dict[str, str]:

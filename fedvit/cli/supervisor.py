@@ -18,7 +18,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedvit.cli.common import find_system
-from fedvit.cli.control import control_client
 from fedvit.errors import FedvitError, InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
@@ -111,9 +110,7 @@ def supervise(settings: Settings, on_ready: Callable[[], None] = lambda: None) -
 
     try:
         system = find_system(settings)
-        with interruptible(), system.running(lambda step: tell(step=step), end_this_process) as urls:
-            with control_client(urls.control, settings) as client:
-                client.training.start()
+        with interruptible(), system.running(lambda step: tell(step=step), end_this_process, train=True):
             on_ready()
             tell(ready=True)
             signal.pause()

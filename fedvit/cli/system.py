@@ -23,7 +23,7 @@ from fedvit.cli.common import (
     running_system,
     settings_from,
 )
-from fedvit.cli.control import bearer, follow_training, sentence
+from fedvit.cli.control import bearer, check_token, follow_training, sentence
 from fedvit.cli.facts import facts_of
 from fedvit.cli.supervisor import (
     end_this_process,
@@ -148,10 +148,11 @@ def _system(settings: Settings, *, quiet: bool, seconds: dict[str, float]) -> It
     if running is not None:
         yield running.urls
         return
+    check_token(settings)
     started_s = time.monotonic()
     # Ray prints what it thinks its user should know; where a program reads, standard output holds one JSON document.
     aside = contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
-    with aside, find_system(settings).running(_teller(quiet), end_this_process) as urls:
+    with aside, find_system(settings).running(_teller(quiet), end_this_process, train=False) as urls:
         seconds["start"] = time.monotonic() - started_s
         yield urls
 
