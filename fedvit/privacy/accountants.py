@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache, reduce
 from typing import Any
 
 from scipy.optimize import brentq
 
 from fedvit.errors import ConfigError
-from fedvit.privacy.events import Event, Gaussian, PoissonGaussian, Simple, simplified
+from fedvit.privacy.events import Composition, Event, Gaussian, PoissonGaussian, Simple, simplified
 
 __all__ = ["Composition", "PoissonGaussian", "calibrate_noise_multiplier", "epsilon_pld", "epsilon_rdp", "rounds_left"]
 
@@ -27,9 +27,6 @@ MOST_NOISE_MULTIPLIER = 1000.0
 _FINE, _COARSE = 1e-4, 1e-3
 MOST_ROUNDS = 100_000
 """How far :func:`rounds_left` looks."""
-
-Composition = Mapping[Event, int] | Mapping[PoissonGaussian, int]
-"""How many times each event was applied to the same unit's data."""
 
 
 def epsilon_pld(composition: Composition, delta: float) -> float:

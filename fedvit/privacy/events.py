@@ -100,9 +100,11 @@ class Repeated:
 Event = Gaussian | PoissonGaussian | SampledTogether | BandedGaussian | Composed | Repeated
 Simple = Gaussian | PoissonGaussian
 """What every event comes down to."""
+Composition = Mapping[Event, int] | Mapping[Simple, int] | Mapping[PoissonGaussian, int]
+"""How many times each event was applied to the same unit's data."""
 
 
-def simplified(events: Mapping[Event, int]) -> dict[Simple, int]:
+def simplified(events: Composition) -> dict[Simple, int]:
     """The same spend in simple events.
 
     All that was not sampled becomes one Gaussian: ``1 / z^2`` adds up, exactly. Mechanisms on one sample become one on

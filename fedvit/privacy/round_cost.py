@@ -62,16 +62,31 @@ def round_noise_multiplier(settings: Settings) -> float:
     privacy, training = settings.privacy, settings.training
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
-    sampling_prob, steps = privacy.sampling_prob, training.rounds * training.local_steps
+    sampling_prob, steps = privacy.sampling_prob, training.local_steps
     if privacy.privacy_unit == "client":
         sampling_prob = training.cohort.sampling_prob or 1.0
-        steps = min(training.rounds, training.cohort.max_participations or training.rounds)
+        steps = 1
     return calibrate_noise_multiplier(
         target_epsilon=privacy.target_epsilon,
         target_delta=privacy.target_delta,
         sampling_prob=sampling_prob,
-        steps=steps,
+        steps=_rounds_of_one(settings) * steps,
     )
+
+
+def run_spend(settings: Settings) -> dict[Event, int]:
+    """What a whole run does at most to the data of one unit.
+
+    Raises:
+        ConfigError: see :func:`round_noise_multiplier` and :func:`round_event`.
+    """
+    return {round_event(settings, round_noise_multiplier(settings)): _rounds_of_one(settings)}
+
+
+def _rounds_of_one(settings: Settings) -> int:
+    """In how many rounds of a run one client may be charged."""
+    rounds, cap = settings.training.rounds, settings.training.cohort.max_participations
+    return rounds if cap is None else min(rounds, cap)
 
 
 def check_units(settings: Settings, clients: list[Client]) -> None:
