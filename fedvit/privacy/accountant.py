@@ -87,7 +87,7 @@ class PrivacyAccountant:
     ) -> BudgetReport:
         """Begin a new period with its own budget; see :class:`fedvit.ports.AccountantPort`."""
         self._store.grant_budget(new_epsilon, justification, requested_by, approved_by, call_key=call_key)
-        return self.budget()
+        return self.budget(outlook=True)
 
     def budget(self, *, outlook: bool = False) -> BudgetReport:
         """What the most exposed unit has spent in this period, by PLD and by RDP, and over its lifetime.
@@ -100,7 +100,10 @@ class PrivacyAccountant:
 
     def get_remaining_epsilon(self) -> float:
         """What may be spent now, never below zero."""
-        return self.budget().epsilon_remaining
+        with self._lock:
+            self._read_ledger()
+            spent = _most_exposed(self._spends.all(), self._settings.privacy.target_delta, epsilon_pld)
+            return 0.0 if self._store.ledger_freeze() else max(0.0, self._target_epsilon - spent)
 
     def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
         """Ledger entries from ``since`` on, oldest first, at most ``limit``."""

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from functools import lru_cache, reduce
 from typing import Any
 
-from scipy.optimize import brentq
-
 from fedvit.errors import ConfigError
 from fedvit.privacy.events import Composition, Event, Gaussian, PoissonGaussian, Simple, simplified
 
@@ -155,6 +153,9 @@ def calibrate_noise_multiplier(
     Raises:
         ConfigError: not even :data:`MOST_NOISE_MULTIPLIER` is enough, or the target is out of range.
     """
+    # Imported here, as everything that is: nobody who asks what is left needs it.
+    from scipy.optimize import brentq
+
     check_epsilon(target_epsilon)
 
     def excess(noise_multiplier: float) -> float:
