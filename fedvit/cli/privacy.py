@@ -39,7 +39,7 @@ def show(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOpti
         settings = settings_from(config, home)
         store = open_existing_store(settings)
         entries = store.verify_ledger()
-        report = PrivacyAccountant(store, settings).budget()
+        report = PrivacyAccountant(store, settings).budget(outlook=True)
         facts = {**asdict(report), "epsilon_remaining": report.epsilon_remaining, "ledger_entries": entries}
         if as_json:
             print_json(facts)

@@ -188,6 +188,8 @@ class _Spends:
 
     def all(self) -> list[Counter[Event]]:
         """What each unit has spent; the first is one with no charge of its own."""
+        if not self.population:
+            return [self.population, *self.own.values()]
         return [self.population, *(self.population + own for own in self.own.values())]
 
     def after(self, charges: Sequence[Charge]) -> list[Counter[Event]]:
