@@ -19,11 +19,14 @@ from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.accountants import epsilon_pld
 from fedvit.privacy.events import BandedGaussian, Event, Gaussian, PoissonGaussian, SampledTogether
 from fedvit.privacy.round_cost import spend_of
+from fedvit.registry.weights import stored_weights
+from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.coordinator import Coordinator
+from fedvit.rounds.protection import ClientLevel
 from fedvit.rounds.steering import AggregationSettings, change_aggregation_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import Cohort, PartialUpdate, RunStatus, TrainTask, Weights, utc_now
+from fedvit.types import ClientOutcome, Cohort, PartialUpdate, RunStatus, TrainTask, Weights, utc_now
 
 TARGET = np.array([3.0, -4.0], dtype=np.float32)
 POISSON = {"selection": "poisson", "sampling_prob": 0.5}
@@ -370,3 +373,43 @@ def test_settings_that_promise_nothing_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         settings(tmp_path, cohort, **privacy)
+
+
+def quiet_fleet(tmp_path: Path) -> tuple[Settings, Coordinator, Store]:
+    """Six clients whose updates are nothing beside the noise."""
+    target = np.zeros(4000, dtype=np.float32)
+    config = settings(tmp_path, {"selection": "all", "max_participations": 2}, rounds=2)
+    store = Store.open(config.home)
+    store.register_clients(seeded_fleet(6))
+    accountant = PrivacyAccountant(store, config)
+    loop = Coordinator(
+        settings=config, store=store, accountant=accountant, fleet=FakeFleet(target), model=PointModel(target)
+    )
+    return config, loop, store
+
+
+def test_no_two_rounds_share_noise(tmp_path: Path) -> None:
+    _, loop, store = quiet_fleet(tmp_path)
+    run = loop.run()
+    first, second = (
+        stored_weights(store, store.version(str(record.version)).weights_digest)["point"]
+        for record in store.rounds(run.run_id)
+    )
+    assert abs(np.corrcoef(first, second - first)[0, 1]) < 0.1
+
+
+def test_a_repeated_round_repeats_its_noise_and_one_with_another_sum_does_not(tmp_path: Path) -> None:
+    config, loop, store = quiet_fleet(tmp_path)
+    run = loop.run()
+    task, weights = loop._task(1), {"point": np.zeros(4000, dtype=np.float32)}
+
+    def folded(size: float) -> Any:
+        outcomes = (ClientOutcome("vehicle-0000", 1),)
+        answer = PartialUpdate(1, outcomes, {"point": np.full(4000, size)}, 1.0, 1)
+        buffer = judged([answer], Admission(1, "synchronous", 5, frozenset()))
+        # Another process each time.
+        return ClientLevel(config, store).fold(run, task, weights, buffer).weights["point"]
+
+    once, again, other = folded(1e-6), folded(1e-6), folded(2e-6)
+    np.testing.assert_array_equal(once, again)
+    assert abs(np.corrcoef(once, other)[0, 1]) < 0.1
