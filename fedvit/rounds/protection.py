@@ -160,6 +160,8 @@ class ClientLevel:
 
     def l2_clip_norm(self, run_id: str, round_index: int) -> float:
         """Of a whole update: as set, or as the rounds before have moved it."""
+        if self._clip is None:
+            return self._settings.privacy.l2_clip_norm
         earlier = self._facts(run_id)[: round_index - 1]
         return float(earlier[-1]["next_l2_clip_norm"]) if earlier else self._settings.privacy.l2_clip_norm
 
@@ -196,7 +198,7 @@ class ClientLevel:
 
     def _next_norm(self, run: Run, task: TrainTask, key: str, within: int, contributors: int) -> dict[str, float]:
         if self._clip is None:
-            return {"next_l2_clip_norm": task.l2_clip_norm}
+            return {}
         noise = float(self._stream("count", run.run_id, task.round_index, key).normal(1)[0])
         share = self._clip.share(within, contributors, noise, float(run.config[EXPECTED_COHORT]))
         return {"noised_share": share, "next_l2_clip_norm": self._clip.next_norm(task.l2_clip_norm, share)}
