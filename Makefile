@@ -8,7 +8,7 @@ HOME_DIR := $(or $(FEDVIT_HOME),var)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down reset test fuzz chaos drill lint fmt bench bench-edge bench-control health-check \
+.PHONY: help setup run up down reset test fuzz chaos chaos-ledger drill lint fmt bench bench-edge bench-control health-check \
 	emergency-backup diagnostics logs monitoring
 
 help:  ## List the targets
@@ -52,6 +52,9 @@ fuzz: setup  ## Every route against its own document, FUZZ_EXAMPLES (200) an ope
 chaos: setup  ## Campaigns against a running system: releases under load, processes killed (many minutes)
 	CHAOS=full $(BIN)/python -m pytest tests/chaos -s $(ARGS)
 	$(BIN)/python -m pytest tests/integration -m campaign -s $(ARGS)
+
+chaos-ledger: setup  ## kill -9 an accountant and an aggregator CHAOS_KILLS (200) times; the ledger is checked each time
+	CHAOS_KILLS=$(or $(CHAOS_KILLS),200) $(BIN)/python -m pytest tests/unit/test_ledger_killed.py -s $(ARGS)
 
 lint: setup  ## Check style, types and the arrows between packages
 	$(BIN)/ruff check .

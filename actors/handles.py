@@ -112,9 +112,9 @@ class AccountantHandle:
         wish = (new_epsilon, justification, requested_by, approved_by, call_key)
         return fetch(self._actor.reset_budget.remote(*wish))  # type: ignore[no-any-return]
 
-    def budget(self) -> BudgetReport:
+    def budget(self, *, outlook: bool = False) -> BudgetReport:
         """What was spent and what is left."""
-        return fetch(self._actor.budget.remote())  # type: ignore[no-any-return]
+        return fetch(self._actor.budget.remote(outlook=outlook))  # type: ignore[no-any-return]
 
     def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
         """Ledger entries, oldest first."""

@@ -36,9 +36,9 @@ class PrivacyAccountantActor:
         """See :meth:`fedvit.privacy.PrivacyAccountant.reset_budget`; an equal ``call_key`` grants once."""
         return self._accountant.reset_budget(new_epsilon, justification, requested_by, approved_by, call_key=call_key)
 
-    def budget(self) -> BudgetReport:
+    def budget(self, outlook: bool = False) -> BudgetReport:
         """See :meth:`fedvit.privacy.PrivacyAccountant.budget`."""
-        return self._accountant.budget()
+        return self._accountant.budget(outlook=outlook)
 
     def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
         """See :meth:`fedvit.privacy.PrivacyAccountant.history`."""

@@ -93,17 +93,28 @@ class ModelConfig(_Section):
 
 
 class CohortConfig(_Section):
-    """Who takes part in a round."""
+    """Who takes part in a round.
 
-    selection: Literal["all", "uniform"] = "all"
+    ``poisson`` tosses a secret coin for every eligible client, heads with ``sampling_prob``. ``max_participations`` in
+    a run and ``min_separation`` in rounds between two of them hold for every client; the store's records decide.
+    """
+
+    selection: Literal["all", "uniform", "poisson"] = "all"
     size: PositiveInt | None = None
+    sampling_prob: Probability | None = None
     min_clients: PositiveInt = 1
     client_selection: Literal["any", "validated_only"] = "any"
+    max_participations: PositiveInt | None = None
+    min_separation: PositiveInt = 1
 
     @model_validator(mode="after")
-    def _uniform_needs_a_size(self) -> CohortConfig:
+    def _each_selection_has_what_it_needs(self) -> CohortConfig:
         if self.selection == "uniform" and self.size is None:
             raise ValueError("selection 'uniform' needs a size")
+        if (self.selection == "poisson") != (self.sampling_prob is not None):
+            raise ValueError("selection 'poisson' and sampling_prob go together")
+        if self.selection == "poisson" and (self.max_participations is not None or self.min_separation > 1):
+            raise ValueError("selection 'poisson' leaves no room for max_participations or min_separation")
         return self
 
 
@@ -120,20 +131,47 @@ class TrainingConfig(_Section):
     cohort: CohortConfig = CohortConfig()
 
 
-class PrivacyConfig(_Section):
-    """Record-level differential privacy in each client.
+class AdaptiveClipConfig(_Section):
+    """A clipping norm that follows a quantile of the updates' norms (Andrew et al. 2021, arXiv:1905.03871).
 
+    ``count_noise_multiplier`` is that of the count of unclipped updates, which is charged beside their sum.
+    """
+
+    target_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    learning_rate: PositiveFloat = 0.2
+    count_noise_multiplier: PositiveFloat = 10.0
+
+
+class PrivacyConfig(_Section):
+    """What is protected, how well, and by which noise.
+
+    ``privacy_unit: record`` is DP-SGD in each client: ``sampling_prob`` of its records a step, each gradient clipped to
+    ``l2_clip_norm``. ``client`` clips a client's whole update to ``l2_clip_norm`` and adds noise once, at the
+    aggregator: independent noise, or with ``noise: banded`` noise of which later rounds take back a part.
     ``noise_multiplier`` left out is calibrated so that all rounds together spend at most ``target_epsilon``. With
     ``second_approver`` a new budget comes into force only when another admin approves it.
     """
 
-    privacy_unit: Literal["record"] = "record"
+    privacy_unit: Literal["record", "client"] = "record"
     target_epsilon: PositiveFloat = 8.0
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     noise_multiplier: PositiveFloat | None = None
     sampling_prob: Probability = 0.5
     l2_clip_norm: PositiveFloat = 1.0
+    noise: Literal["independent", "banded"] = "independent"
+    bands: PositiveInt | None = None
+    adaptive_clip: AdaptiveClipConfig | None = None
     second_approver: bool = False
+
+    @model_validator(mode="after")
+    def _client_level_only(self) -> PrivacyConfig:
+        if (self.noise == "banded") != (self.bands is not None):
+            raise ValueError("noise 'banded' and bands go together")
+        if self.privacy_unit == "record" and (self.noise != "independent" or self.adaptive_clip):
+            raise ValueError("noise 'banded' and adaptive_clip belong to privacy_unit 'client'")
+        if self.noise == "banded" and self.adaptive_clip:
+            raise ValueError("noise 'banded' needs one clipping norm for the whole run: leave adaptive_clip out")
+        return self
 
 
 class ReleaseConfig(_Section):
@@ -283,18 +321,47 @@ class Settings(_Section):
     fleet: FleetConfig = FleetConfig()
     ray: RayConfig = RayConfig()
 
+    @model_validator(mode="after")
+    def _cohort_fits_the_privacy_unit(self) -> Settings:
+        cohort, privacy = self.training.cohort, self.privacy
+        if privacy.privacy_unit == "record":
+            if cohort.selection == "poisson":
+                raise ValueError("training.cohort.selection 'poisson' belongs to privacy.privacy_unit 'client'")
+        elif cohort.selection != "poisson" and cohort.max_participations is None:
+            raise ValueError(
+                "privacy.privacy_unit 'client' needs training.cohort.selection 'poisson', which amplifies privacy, or "
+                "training.cohort.max_participations, a cap on what one client can lose without"
+            )
+        if privacy.bands is not None and privacy.bands > cohort.min_separation:
+            raise ValueError("privacy.bands must not be above training.cohort.min_separation")
+        return self
+
     def training_identity(self) -> dict[str, Any]:
-        """What makes two training runs the same run: model, training and privacy. JSON types only."""
-        return self.model_dump(
+        """What makes two training runs the same run: model, training and privacy. JSON types only.
+
+        What has no say in a run is not named: runs from before there was such a setting must go on.
+        """
+        found = self.model_dump(
             mode="json",
             include={"model", "training", "privacy"},
             # Who has to approve what changes nothing in a run.
             exclude={"privacy": {"second_approver"}},
         )
+        _drop_defaults(found["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
+        _drop_defaults(
+            found["training"]["cohort"], CohortConfig, "sampling_prob", "max_participations", "min_separation"
+        )
+        return found
 
     def training_digest(self) -> str:
         """SHA-256 of :meth:`training_identity`, hex."""
         return hashlib.sha256(json.dumps(self.training_identity(), sort_keys=True).encode()).hexdigest()
+
+
+def _drop_defaults(section: dict[str, Any], kind: type[_Section], *names: str) -> None:
+    for name in names:
+        if section[name] == kind.model_fields[name].default:
+            del section[name]
 
 
 def load_settings(

@@ -27,7 +27,10 @@ from fedvit.types import (
 class Charge:
     """One privacy spend of one unit's data, identified so that a retry is harmless.
 
-    ``release_id`` is the SHA-256 of everything that determines the released value (task, client, data).
+    ``release_id`` is the SHA-256 of everything that determines the released value (task, client, data). The spend is
+    ``steps`` Poisson-sampled Gaussian steps, unless ``event`` says otherwise: the canonical JSON of a
+    :mod:`fedvit.privacy.events`, of which the three numbers are then a summary. The unit :data:`POPULATION` is
+    everybody: such a charge counts for every unit.
     """
 
     run_id: str
@@ -37,6 +40,12 @@ class Charge:
     noise_multiplier: float
     sampling_prob: float
     steps: int
+    privacy_unit: str = "record"
+    event: str | None = None
+
+
+POPULATION = "*"
+"""The unit of a charge that every client bears. No client can be called that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +85,8 @@ class AccountantPort(Protocol):
         """Begin a new budget period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger."""
         ...
 
-    def budget(self) -> BudgetReport:
-        """What was spent and what is left."""
+    def budget(self, *, outlook: bool = False) -> BudgetReport:
+        """What was spent and what is left; with ``outlook``, also what the next round costs and how many are left."""
         ...
 
     def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:

@@ -147,6 +147,8 @@ class TrainTask:
     """What every client of a round is told: everything that identifies its release, except the weights themselves.
 
     ``base_digest`` is the SHA-256 of the weights that the round starts from, ``data_digest`` that of the data manifest.
+    With the ``privacy_unit`` client nothing is noised at the client: it clips its whole update to ``l2_clip_norm``, and
+    ``sampling_prob`` only says how much of its data a step sees.
     """
 
     run_id: str
@@ -158,6 +160,7 @@ class TrainTask:
     l2_clip_norm: float
     local_steps: int
     learning_rate: float
+    privacy_unit: str = "record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +180,17 @@ class ClientOutcome:
 class PartialUpdate:
     """One proxy's answer to a round: the sum of its clients' weighted updates, in one message.
 
-    ``weighted_sum[name] = sum over clients of num_examples * (local - base)``, accumulated in float64.
+    ``weighted_sum[name] = sum over clients of num_examples * (local - base)``, accumulated in float64. Where the client
+    is the privacy unit it is the sum of their clipped updates, each with a weight of 1; ``within_clip`` of them were
+    within the bound as they came. ``l2_clip_norm`` is what the receiver knows that they were clipped to.
     """
 
     round_index: int
     outcomes: tuple[ClientOutcome, ...]
     weighted_sum: Mapping[str, npt.NDArray[np.float64]]
     total_weight: float
+    within_clip: int = 0
+    l2_clip_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +284,8 @@ class BudgetReport:
 
     Epsilons are at ``target_delta``, for the most exposed unit. Only what was charged in the present ``period`` counts;
     ``lifetime_epsilon`` composes everything ever charged. The first period has no beginning on record.
+    ``next_round_epsilon`` and ``rounds_left`` say what one round more would make of it, and how many more the budget
+    admits; None where nobody asked for it, or where it is not known what a round costs.
     """
 
     privacy_unit: str
@@ -290,6 +299,8 @@ class BudgetReport:
     period: int = 1
     period_started_at: datetime | None = None
     frozen: LedgerFreeze | None = None
+    next_round_epsilon: float | None = None
+    rounds_left: int | None = None
 
     @property
     def epsilon_remaining(self) -> float:

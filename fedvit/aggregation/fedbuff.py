@@ -8,7 +8,13 @@ from fedvit.types import PartialUpdate
 
 
 def staleness_weight(staleness: int) -> float:
-    """``(1 + s)^-0.5``: a fresh update, s = 0, has weight exactly 1."""
+    """``(1 + s)^-0.5``: a fresh update, s = 0, has weight exactly 1, and none has more.
+
+    Raises:
+        ValueError: the staleness is negative.
+    """
+    if staleness < 0:
+        raise ValueError(f"a staleness of {staleness} would weigh an update up")
     return float((1 + staleness) ** -0.5)
 
 

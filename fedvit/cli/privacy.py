@@ -14,6 +14,7 @@ from fedvit.cli.common import (
     DryRunOption,
     HomeOption,
     JsonOption,
+    SetOption,
     UrlOption,
     YesOption,
     console,
@@ -38,7 +39,7 @@ def show(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOpti
         settings = settings_from(config, home)
         store = open_existing_store(settings)
         entries = store.verify_ledger()
-        report = PrivacyAccountant(store, settings).budget()
+        report = PrivacyAccountant(store, settings).budget(outlook=True)
         facts = {**asdict(report), "epsilon_remaining": report.epsilon_remaining, "ledger_entries": entries}
         if as_json:
             print_json(facts)
@@ -56,6 +57,38 @@ def _shown(value: Any) -> str:
         case {"incident_id": incident, "reason": reason}:
             return escape(f"{incident}: {reason}")
     return "–" if value is None else str(value)
+
+
+@app.command("selection-cost")
+def selection_cost(
+    trials: Annotated[float, typer.Option("--trials", min=1, help="How many trials a sweep has on average.")],
+    shape: Annotated[
+        float, typer.Option("--shape", min=0, help="Of the number of trials: 0 is logarithmic, 1 geometric.")
+    ] = 1.0,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a sweep over private data costs when only its best trial is published, beside what one trial costs.
+
+    A trial is a whole run with these settings. The promise needs a secret, random number of trials.
+    """
+    with explained(as_json):
+        from rich.table import Table
+
+        from fedvit.privacy.round_cost import run_spend
+        from fedvit.privacy.selection import selection_cost as cost_of
+
+        settings = settings_from(config, assignments=assignments)
+        delta = settings.privacy.target_delta
+        facts = asdict(cost_of(run_spend(settings), mean_trials=trials, delta=delta, shape=shape))
+        if as_json:
+            print_json(facts)
+            return
+        table = Table(show_header=False, box=None)
+        for key, value in facts.items():
+            table.add_row(f"[bold]{key.replace('_', ' ')}[/]", _shown(value))
+        console.print(table)
 
 
 @app.command("unfreeze")

@@ -161,6 +161,8 @@ class BudgetView(View):
     period: int = 1
     period_started_at: datetime | None = None
     frozen: FreezeView | None = None
+    next_round_epsilon: float | None = None
+    rounds_left: int | None = None
 
 
 class PendingResetView(View):
@@ -197,6 +199,8 @@ class SpendView(View):
     noise_multiplier: float
     sampling_prob: float
     steps: int
+    privacy_unit: str = "record"
+    event: Mapping[str, Any] | None = None
 
 
 class AuditView(View):

@@ -38,8 +38,18 @@ def draw_cohort(
     """The cohort of one round, by secret coins; equal arguments give an equal cohort, so that a retry draws the same.
 
     ``uniform`` draws ``size`` clients without replacement (all of them where there are fewer). Those in flight still
-    work on an earlier round: they are not drawn, and each of them takes up one of the ``size`` places.
+    work on an earlier round: they are not drawn, and each of them takes up one of the ``size`` places. ``poisson``
+    tosses a coin for each client, whatever falls to the others; there nobody may be in flight.
+
+    Raises:
+        ValueError: somebody is in flight, and the cohort is to be a Poisson sample.
     """
+    if config.sampling_prob is not None:
+        if in_flight:
+            raise ValueError("a Poisson sample of whoever happens to be free is none")
+        stream = SecretStream(secret, "cohort", {"run_id": run_id, "round_index": round_index})
+        heads = stream.coins(len(client_ids), config.sampling_prob)
+        return Cohort(round_index, tuple(c for c, head in zip(sorted(client_ids), heads, strict=True) if head))
     ids = sorted(client_id for client_id in client_ids if client_id not in in_flight)
     places = len(ids) if config.selection == "all" or config.size is None else max(0, config.size - len(in_flight))
     if places < len(ids):

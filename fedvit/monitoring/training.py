@@ -11,6 +11,27 @@ from fedvit.monitoring import metrics
 from fedvit.types import BudgetReport, TrainingProgress
 
 
+class BudgetMetrics:
+    """The privacy budget, for whoever is asked for it: also where no training goes on that would tell."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._registry = registry
+
+    # Made at their first value: a process that never tells must not export a budget of 0.
+    @cached_property
+    def _spent(self) -> Gauge:
+        return metrics.privacy_epsilon_spent(self._registry)
+
+    @cached_property
+    def _remaining(self) -> Gauge:
+        return metrics.privacy_epsilon_remaining(self._registry)
+
+    def publish(self, budget: BudgetReport) -> None:
+        """Set both from one consistent view."""
+        self._spent.set(budget.epsilon_spent)
+        self._remaining.set(budget.epsilon_remaining)
+
+
 class TrainingMetrics:
     """What the training loop exports. Counters count this process's own rounds; gauges say how things stand."""
 
@@ -19,8 +40,7 @@ class TrainingMetrics:
         self._rounds = metrics.training_rounds(registry)
         self._active_clients = metrics.active_clients(registry)
         self._total_clients = metrics.total_clients(registry)
-        self._epsilon_spent = metrics.privacy_epsilon_spent(registry)
-        self._epsilon_remaining = metrics.privacy_epsilon_remaining(registry)
+        self._budget = BudgetMetrics(registry)
         self._lock = threading.Lock()
         self._counted: tuple[str | None, int] | None = None
 
@@ -51,8 +71,7 @@ class TrainingMetrics:
             self._accuracy.set(progress.accuracy)
         self._active_clients.set(active)
         self._total_clients.set(total)
-        self._epsilon_spent.set(budget.epsilon_spent)
-        self._epsilon_remaining.set(budget.epsilon_remaining)
+        self._budget.publish(budget)
 
     def _count_rounds(self, progress: TrainingProgress) -> None:
         run_id, done = progress.run_id, progress.rounds_done

@@ -67,6 +67,7 @@ def _parts(store: Store, settings: Settings, incident: Mapping[str, Any]) -> _Pa
         "incident.jsonl": lambda: [incident],
         "audit.jsonl": store.audit_lines,
         "ledger.jsonl": store.ledger_lines,
+        "budget_periods.jsonl": store.budget_period_lines,
         "verification.jsonl": lambda: _verifications(store),
         "runs.jsonl": lambda: map(asdict, store.runs()),
         "versions.jsonl": lambda: map(asdict, store.versions()),

@@ -1,8 +1,8 @@
 """The privacy accountant: one writer of one append-only ledger, and the only one that says what is left.
 
-No amplification by the sampling of clients is claimed anywhere, only by each client's Poisson sampling of its records.
-So asynchronous rounds change nothing here: a release is charged before its training starts, and whether it is folded at
-once, late or never, it costs the same.
+A release is charged before its training starts, and whether it is folded at once, late or never, it costs the same.
+Amplification is claimed where a charge says so: by each client's Poisson sampling of its records, or by a Poisson
+sample of the clients themselves. The latter is charged to the population: every client bears it, drawn or not.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from fedvit.config import Settings, environment_settings
-from fedvit.errors import BudgetExhaustedError
-from fedvit.ports import Charge, LedgerEntry
-from fedvit.privacy.accountants import Composition, PoissonGaussian, epsilon_pld, epsilon_rdp
+from fedvit.errors import BudgetExhaustedError, StateError
+from fedvit.ports import POPULATION, Charge, LedgerEntry
+from fedvit.privacy.accountants import Composition, epsilon_pld, epsilon_rdp, rounds_left
+from fedvit.privacy.events import Event
+from fedvit.privacy.round_cost import round_event, spend_of
 from fedvit.store.store import BudgetPeriod, Store
 from fedvit.types import BudgetReport
 
@@ -24,20 +27,27 @@ class PrivacyAccountant:
     """Charges releases to units and keeps every unit within the budget.
 
     A unit is one client's data set: its records are disjoint from every other's, so spends on different clients compose
-    in parallel and the budget is spent by the most exposed client. All runs of a state folder draw on the same budget.
-    A new budget begins a new period: earlier charges stay on the ledger and in ``lifetime_epsilon``, and count no more.
+    in parallel and the budget is spent by the most exposed client: by its own charges and the population's together.
+    All runs of a state folder draw on the same budget. A new budget begins a new period: earlier charges stay on the
+    ledger and in ``lifetime_epsilon``, and count no more.
+
+    What protects a whole client protects each of its records; the other way round nothing follows. So charges for
+    clients count where records are the unit, and a ledger of records has no answer where clients are.
 
     Safe for threads.
 
     Args:
         store: where the ledger lies; by default the state folder of the settings.
         settings: by default those of the environment.
+
+    Raises:
+        StateError: the ledger has a charge that this accountant cannot interpret; it is named.
     """
 
     def __init__(self, store: Store | None = None, settings: Settings | None = None) -> None:
         self._settings = settings or environment_settings()
         self._store = store or Store.open(self._settings.home)
-        self._lifetime = _Spends(after=0)
+        self._lifetime = _Spends(self._settings.privacy.privacy_unit, after=0)
         # The first period is the whole ledger.
         self._period: BudgetPeriod | None = None
         self._spends = self._lifetime
@@ -77,16 +87,23 @@ class PrivacyAccountant:
     ) -> BudgetReport:
         """Begin a new period with its own budget; see :class:`fedvit.ports.AccountantPort`."""
         self._store.grant_budget(new_epsilon, justification, requested_by, approved_by, call_key=call_key)
-        return self.budget()
+        return self.budget(outlook=True)
 
-    def budget(self) -> BudgetReport:
-        """What the most exposed unit has spent in this period, by PLD and by RDP, and over its lifetime."""
+    def budget(self, *, outlook: bool = False) -> BudgetReport:
+        """What the most exposed unit has spent in this period, by PLD and by RDP, and over its lifetime.
+
+        With ``outlook`` also what one round more would make of it, and how many more the budget admits.
+        """
         with self._lock:
-            return self._report()
+            report = self._report()
+            return self._with_outlook(report) if outlook else report
 
     def get_remaining_epsilon(self) -> float:
         """What may be spent now, never below zero."""
-        return self.budget().epsilon_remaining
+        with self._lock:
+            self._read_ledger()
+            spent = _most_exposed(self._spends.all(), self._settings.privacy.target_delta, epsilon_pld)
+            return 0.0 if self._store.ledger_freeze() else max(0.0, self._target_epsilon - spent)
 
     def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
         """Ledger entries from ``since`` on, oldest first, at most ``limit``."""
@@ -96,18 +113,33 @@ class PrivacyAccountant:
         self._read_ledger()
         privacy, period, spends = self._settings.privacy, self._period, self._spends
         self._lifetime.read(self._store)
+        everybody = bool(spends.population)
         return BudgetReport(
             privacy_unit=privacy.privacy_unit,
             target_epsilon=self._target_epsilon,
             target_delta=privacy.target_delta,
-            epsilon_spent=_most_exposed(spends.units.values(), privacy.target_delta, epsilon_pld),
-            epsilon_spent_rdp=_most_exposed(spends.units.values(), privacy.target_delta, epsilon_rdp),
-            lifetime_epsilon=_most_exposed(self._lifetime.units.values(), privacy.target_delta, epsilon_pld),
+            epsilon_spent=_most_exposed(spends.all(), privacy.target_delta, epsilon_pld),
+            epsilon_spent_rdp=_most_exposed(spends.all(), privacy.target_delta, epsilon_rdp),
+            lifetime_epsilon=_most_exposed(self._lifetime.all(), privacy.target_delta, epsilon_pld),
             rounds_charged=len(spends.rounds),
-            clients_charged=len(spends.units),
+            clients_charged=max(len(spends.own), self._store.count_clients() if everybody else 0),
             period=period.period if period else 1,
             period_started_at=period.at if period else None,
             frozen=self._store.ledger_freeze(),
+        )
+
+    def _with_outlook(self, report: BudgetReport) -> BudgetReport:
+        run = self._store.latest_run()
+        noise_multiplier = self._settings.privacy.noise_multiplier or (run.noise_multiplier if run else None)
+        if noise_multiplier is None:
+            return report
+        a_round, delta = round_event(self._settings, noise_multiplier), report.target_delta
+        spent = max(self._spends.all(), key=lambda composition: epsilon_pld(composition, delta), default=Counter())
+        left = rounds_left(spent, a_round, target_epsilon=report.target_epsilon, target_delta=delta)
+        return replace(
+            report,
+            next_round_epsilon=epsilon_pld(spent + Counter({a_round: 1}), delta),
+            rounds_left=0 if report.frozen else left,
         )
 
     @property
@@ -118,10 +150,7 @@ class PrivacyAccountant:
         delta = self._settings.privacy.target_delta
         # Another process may have charged, or granted a new budget; inside the writing transaction this is the truth.
         self._read_ledger()
-        after = {c.unit_id: Counter(self._spends.units.get(c.unit_id, Counter())) for c in charges}
-        for charge in charges:
-            after[charge.unit_id][_mechanism(charge)] += charge.steps
-        epsilon = _most_exposed(after.values(), delta, epsilon_pld)
+        epsilon = _most_exposed(self._spends.after(charges), delta, epsilon_pld)
         if epsilon > self._target_epsilon:
             raise BudgetExhaustedError(
                 f"The round would raise epsilon to {epsilon:.4f}, above the budget of {self._target_epsilon} at "
@@ -134,33 +163,66 @@ class PrivacyAccountant:
     def _read_ledger(self) -> None:
         period = self._store.budget_period()
         if period is not None and period != self._period:
-            self._period, self._spends = period, _Spends(after=period.ledger_sequence)
+            self._period = period
+            self._spends = _Spends(self._settings.privacy.privacy_unit, after=period.ledger_sequence)
         self._spends.read(self._store)
 
 
 class _Spends:
-    """What each unit was charged behind one line of the ledger."""
+    """What was charged behind one line of the ledger: to each unit of its own, and to the whole population."""
 
-    def __init__(self, after: int) -> None:
-        self.units: dict[str, Counter[PoissonGaussian]] = {}
+    def __init__(self, privacy_unit: str, after: int) -> None:
+        self.own: dict[str, Counter[Event]] = {}
+        self.population: Counter[Event] = Counter()
         self.rounds: set[tuple[str, int]] = set()
+        self._privacy_unit = privacy_unit
         self._last_sequence = after
 
     def read(self, store: Store) -> None:
         """Take in the lines that came since the last time."""
         for entry in store.ledger(after=self._last_sequence):
             charge = entry.charge
-            self.units.setdefault(charge.unit_id, Counter())[_mechanism(charge)] += charge.steps
+            _add(self.population if charge.unit_id == POPULATION else self._own(charge.unit_id), self._told(charge))
             self.rounds.add((charge.run_id, charge.round_index))
             self._last_sequence = entry.sequence
 
+    def all(self) -> list[Counter[Event]]:
+        """What each unit has spent; the first is one with no charge of its own."""
+        if not self.population:
+            return [self.population, *self.own.values()]
+        return [self.population, *(self.population + own for own in self.own.values())]
+
+    def after(self, charges: Sequence[Charge]) -> list[Counter[Event]]:
+        """What those units would have spent that these charges concern."""
+        added: dict[str, Counter[Event]] = {}
+        for charge in charges:
+            _add(added.setdefault(charge.unit_id, Counter()), self._told(charge))
+        everybody = self.population + added.get(POPULATION, Counter())
+        concerned = added.keys() | self.own.keys() if POPULATION in added else added.keys()
+        own = {unit_id: self.own.get(unit_id, Counter()) for unit_id in concerned - {POPULATION}}
+        spends = [everybody + spent + added.get(unit_id, Counter()) for unit_id, spent in own.items()]
+        return [everybody, *spends] if POPULATION in added else spends
+
+    def _own(self, unit_id: str) -> Counter[Event]:
+        return self.own.setdefault(unit_id, Counter())
+
+    def _told(self, charge: Charge) -> tuple[Event, int]:
+        if self._privacy_unit == "client" and charge.privacy_unit != "client":
+            raise StateError(
+                f"Round {charge.round_index} of {charge.run_id} was charged for single records; what the client "
+                f"{charge.unit_id!r} as a whole lost by it has no bound.",
+                cure="Train with privacy.privacy_unit 'record', or begin another state folder.",
+            )
+        return spend_of(charge)
+
+
+def _add(spent: Counter[Event], spend: tuple[Event, int]) -> None:
+    event, times = spend
+    spent[event] += times
+
 
 def _most_exposed(
-    spends: Iterable[Counter[PoissonGaussian]], delta: float, epsilon: Callable[[Composition, float], float]
+    spends: Iterable[Counter[Event]], delta: float, epsilon: Callable[[Composition, float], float]
 ) -> float:
     # Clients that took part in the same rounds share one composition: epsilon is computed once for all of them.
     return max((epsilon(dict(items), delta) for items in {frozenset(c.items()) for c in spends}), default=0.0)
-
-
-def _mechanism(charge: Charge) -> PoissonGaussian:
-    return PoissonGaussian(charge.noise_multiplier, charge.sampling_prob)

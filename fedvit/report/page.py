@@ -22,7 +22,12 @@ _MECHANISMS = {
         "by Poisson sampling, each image's gradient is clipped to a fixed norm, and Gaussian noise is added before "
         "anything leaves the client. The guarantee is for each single image; for everything that one vehicle recorded, "
         "or several pictures of one scene, it is weaker."
-    )
+    ),
+    "client": (
+        "Privacy unit: one client, with everything that it recorded. Mechanism: each client's whole update is clipped, "
+        "and Gaussian noise is added once a round, at the aggregator, which has to be trusted with the "
+        "clipped updates. The guarantee is against whoever sees the models."
+    ),
 }
 
 

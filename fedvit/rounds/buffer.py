@@ -6,11 +6,15 @@ the one it started from, and it is the difference to that one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fedvit.aggregation.fedbuff import discounted
 from fedvit.types import ClientOutcome, PartialUpdate
+
+
+def _as_it_is(answer: PartialUpdate) -> tuple[PartialUpdate, str | None]:
+    return answer, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,8 @@ class Admission:
     mode: str
     staleness_tolerance: int
     quarantined: frozenset[str]
+    judge: Callable[[PartialUpdate], tuple[PartialUpdate, str | None]] = _as_it_is
+    """An answer as it would be folded, and what speaks against it, whoever sent it."""
 
     def refusals(self, answer: PartialUpdate) -> dict[str, str]:
         """Why each client's update in it must not count; empty where all of them do.
@@ -32,9 +38,12 @@ class Admission:
         if staleness > self.staleness_tolerance:
             reason = f"its update is {staleness} versions old; at most {self.staleness_tolerance} are tolerated"
             return dict.fromkeys(contributors, reason)
+        if staleness < 0:
+            return dict.fromkeys(contributors, f"it answers round {answer.round_index}, which has not begun")
         kept_out = [client_id for client_id in contributors if client_id in self.quarantined]
         if not kept_out:
-            return {}
+            fault = self.judge(answer)[1] if contributors else None
+            return dict.fromkeys(contributors, fault) if fault else {}
         summed = f"its update is summed with that of {kept_out[0]}, which is in quarantine"
         return dict.fromkeys(contributors, summed) | dict.fromkeys(kept_out, "an incident keeps it in quarantine")
 
@@ -81,6 +90,7 @@ def judged(answers: Iterable[PartialUpdate], admission: Admission) -> RoundBuffe
     for answer in answers:
         refusals = admission.refusals(answer)
         refused |= refusals
+        answer, _ = admission.judge(answer)
         kept.append(_with_staleness(_without(answer, refusals), admission.round_index - answer.round_index))
     return RoundBuffer(admission, tuple(kept), refused)
 
@@ -89,7 +99,7 @@ def _without(answer: PartialUpdate, refusals: Mapping[str, str]) -> PartialUpdat
     if not refusals:
         return answer
     outcomes = tuple(replace(o, error=refusals.get(o.client_id, o.error)) for o in answer.outcomes)
-    return replace(answer, outcomes=outcomes, weighted_sum={}, total_weight=0.0)
+    return replace(answer, outcomes=outcomes, weighted_sum={}, total_weight=0.0, within_clip=0)
 
 
 def _with_staleness(answer: PartialUpdate, staleness: int) -> PartialUpdate:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fedvit.ports import FleetPort
 from fedvit.rounds.buffer import Admission, RoundBuffer, judged
 from fedvit.rounds.machine import TrainRound
+from fedvit.rounds.protection import Protection
 from fedvit.rounds.steering import aggregation_settings
 from fedvit.store.store import Store
 from fedvit.types import PartialUpdate, TrainTask, Weights
@@ -20,9 +21,10 @@ class Collector:
     up, an asynchronous one goes on without them where it has enough updates to commit.
     """
 
-    def __init__(self, store: Store, fleet: FleetPort) -> None:
+    def __init__(self, store: Store, fleet: FleetPort, protection: Protection) -> None:
         self._store = store
         self._fleet = fleet
+        self._protection = protection
 
     def collect(self, order: TrainRound, task: TrainTask, weights: Weights, *, timeout_s: float) -> RoundBuffer:
         """What the round is made of."""
@@ -33,26 +35,27 @@ class Collector:
         answers: list[PartialUpdate] = []
         for answer in self._fleet.train(task, weights, fresh, timeout_s=timeout_s):
             answers += [answer] if answer else []
-            if self._suffice(answers, order, taking_part):
+            if self._suffice(answers, order, task, taking_part):
                 break
         else:
-            if not self._suffice(answers, order, 0):
+            if not self._suffice(answers, order, task, 0):
                 answers += self._fleet.give_up(f"no answer in {timeout_s:g} s")
-        return self._judged(answers, order)
+        return self._judged(answers, order, task)
 
-    def _suffice(self, answers: list[PartialUpdate], order: TrainRound, taking_part: int) -> bool:
+    def _suffice(self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask, taking_part: int) -> bool:
         # Read every time: who turns to asynchronous rounds while one hangs wants that one to end.
         needed = aggregation_settings(self._store).enough(taking_part, order.min_clients)
         if order.wait_for_all or needed is None:
             return False
-        return self._judged(answers, order).accepted >= needed
+        return self._judged(answers, order, task).accepted >= needed
 
-    def _judged(self, answers: list[PartialUpdate], order: TrainRound) -> RoundBuffer:
+    def _judged(self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask) -> RoundBuffer:
         settings = aggregation_settings(self._store)
         admission = Admission(
             order.cohort.round_index,
             settings.mode,
             settings.staleness_tolerance,
             frozenset(self._store.quarantined_clients()),
+            lambda answer: self._protection.judge(answer, task.run_id),
         )
         return judged(answers, admission)

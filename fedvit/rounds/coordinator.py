@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fedvit.aggregation.fedavg import FedAvg
 from fedvit.cohort.select import draw_cohort, eligible
 from fedvit.config import CohortConfig, Settings
 from fedvit.errors import BudgetExhaustedError, ConflictError, FedvitError, LedgerFrozenError, ReleaseRefusedError
-from fedvit.ports import AccountantPort, Charge, FleetPort, ServerModelPort
-from fedvit.privacy.accountants import calibrate_noise_multiplier
+from fedvit.ports import AccountantPort, FleetPort, ServerModelPort
+from fedvit.privacy.round_cost import check_units, round_noise_multiplier
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.registry.publisher import Publisher
 from fedvit.registry.weights import stored_weights
@@ -27,14 +26,13 @@ from fedvit.rounds import machine
 from fedvit.rounds.buffer import RoundBuffer
 from fedvit.rounds.collect import Collector
 from fedvit.rounds.machine import LoopState, Phase, Plan
+from fedvit.rounds.protection import Folded, protection_for
 from fedvit.rounds.steering import RunOrder, place_order, round_settings, run_identity, run_order
 from fedvit.store.store import RoundCommit, Store
-from fedvit.training.release import release_id
 from fedvit.types import (
     ClientOutcome,
     Cohort,
     Evaluation,
-    FloatArray,
     RoundRecord,
     Run,
     RunStatus,
@@ -51,7 +49,7 @@ QUARANTINED = "quarantined"
 class _RoundWork:
     """A round between training and commit."""
 
-    weights: dict[str, FloatArray]
+    folded: Folded
     buffer: RoundBuffer
     started_s: float
 
@@ -80,10 +78,10 @@ class Coordinator:
         self._store = store
         self._accountant = accountant
         self._fleet = fleet
-        self._collector = Collector(store, fleet)
+        self._protection = protection_for(settings, store)
+        self._collector = Collector(store, fleet, self._protection)
         self._model = model
         self.publisher = Publisher(store, settings)
-        self._rule = FedAvg(settings.training.server_learning_rate)
         self._cohort_secret = derive_secret(load_or_create_root_secret(store.home), "cohort")
         self._on_progress = on_progress
         self._stop = threading.Event()
@@ -112,6 +110,7 @@ class Coordinator:
 
         Raises:
             ConflictError: too few clients may take part.
+            ConfigError: the fleet is too small for what the settings promise; see :meth:`_open_run`.
             BudgetExhaustedError: some client's budget does not admit one round more.
             UpdateRejectedError: the version to start from was trained as another model.
         """
@@ -124,19 +123,13 @@ class Coordinator:
                 cure="Validate or register clients, or lower min_clients: POST /api/training/config.",
             )
         self._start_weights(order)
-        self._accountant.check([self._probe(client_id) for client_id in ids])
+        check_units(self._settings, self._store.clients(active=True))
+        self._protection.run_facts(len(ids))
+        self._accountant.check(self._protection.charges(self._probe(), ids))
 
-    def _probe(self, client_id: str) -> Charge:
-        """What one round would cost a client: of a run that does not exist yet, and never written."""
-        return Charge(
-            run_id="next-run",
-            round_index=1,
-            unit_id=client_id,
-            release_id="0" * 64,
-            noise_multiplier=self._noise_multiplier,
-            sampling_prob=self._settings.privacy.sampling_prob,
-            steps=self._settings.training.local_steps,
-        )
+    def _probe(self) -> TrainTask:
+        """A round of a run that does not exist yet; its charges are never written."""
+        return self._task_of("next-run", 1, "", self._noise_multiplier, self._settings.privacy.l2_clip_norm)
 
     def begin(self, order: RunOrder) -> Run:
         """Put an order in force and open its run, while the loop rests; :meth:`run` then drives it. Repeatable."""
@@ -161,7 +154,8 @@ class Coordinator:
             self._store.set_run_status(run.run_id, RunStatus.RUNNING)
         self._load_weights(run)
         training = self._settings.training
-        plan = Plan(run.rounds_total, training.cohort.min_clients, self._settings.release.every_rounds)
+        release_every = self._settings.release.every_rounds
+        plan = Plan(run.rounds_total, training.cohort.min_clients, release_every, self._protection.sampled)
         state = LoopState(plan)
         self._drive(state, machine.Started(run.rounds_done, self._unreleased_version(run)))
         return self._store.run(run.run_id)
@@ -209,21 +203,23 @@ class Coordinator:
     def _draw(self, round_index: int) -> machine.Event:
         # Not left to the charge alone: a round that was charged before it was interrupted is not charged again.
         self._store.check_not_frozen()
-        config = self._cohort_config(self._selection())
-        ids = eligible(self._store.clients(active=True), config)
+        run_id, config = self._current.run_id, self._cohort_config(self._selection())
+        if self._protection.sampled:
+            self._fleet.give_up("a sampled round waits for nobody")
         in_flight, kept_out = self._fleet.in_flight(), set(self._store.quarantined_clients())
+        min_clients = round_settings(self._store, self._settings).min_clients
+        try:
+            ids = self._protection.may_be_drawn(run_id, round_index, eligible(self._store.clients(active=True), config))
+        except BudgetExhaustedError as error:
+            return machine.ChargeRefused(str(error))
+        if self._protection.sampled and len(ids) < min_clients:
+            return machine.Failed(f"{len(ids)} clients may be drawn; at least {min_clients} are needed.")
         drawn = draw_cohort(
-            config,
-            ids,
-            run_id=self._current.run_id,
-            round_index=round_index,
-            secret=self._cohort_secret,
-            in_flight=in_flight,
+            config, ids, run_id=run_id, round_index=round_index, secret=self._cohort_secret, in_flight=in_flight
         )
-        record = self._store.open_round(self._current.run_id, round_index, drawn)
+        record = self._store.open_round(run_id, round_index, drawn)
         # A retry gets the recorded cohort, but an incident since then keeps its clients out.
         cohort = Cohort(round_index, tuple(c for c in record.cohort if c not in kept_out))
-        min_clients = round_settings(self._store, self._settings).min_clients
         return machine.CohortDrawn(cohort, min_clients, len(in_flight.difference(cohort.client_ids)))
 
     def _selection(self) -> str | None:
@@ -236,34 +232,21 @@ class Coordinator:
 
     def _charge(self, cohort: Cohort) -> machine.Event:
         try:
-            self._accountant.charge(self._charges(cohort))
+            self._accountant.charge(self._protection.charges(self._task(cohort.round_index), cohort.client_ids))
         except BudgetExhaustedError as error:
             return machine.ChargeRefused(str(error))
         return machine.Charged()
-
-    def _charges(self, cohort: Cohort) -> list[Charge]:
-        task = self._task(cohort.round_index)
-        sizes = {c.client_id: c.num_examples for c in self._store.clients()}
-        return [
-            Charge(
-                run_id=task.run_id,
-                round_index=task.round_index,
-                unit_id=client_id,
-                release_id=release_id(task, client_id, sizes[client_id]),
-                noise_multiplier=task.noise_multiplier,
-                sampling_prob=task.sampling_prob,
-                steps=task.local_steps,
-            )
-            for client_id in cohort.client_ids
-        ]
 
     def _train(self, order: machine.TrainRound) -> machine.Event:
         started_s, timeout_s = time.monotonic(), round_settings(self._store, self._settings).wait_timeout_s
         task = self._task(order.cohort.round_index)
         buffer = self._collector.collect(order, task, self._weights, timeout_s=timeout_s)
-        if buffer.accepted:
-            self._work = _RoundWork(self._rule.fold(self._weights, buffer.updates()), buffer, started_s)
         errors = [o.error for o in buffer.outcomes if o.error is not None]
+        if self._protection.sampled and errors and not buffer.accepted:
+            return machine.Failed(f"All {len(errors)} clients that were drawn failed, the first with: {errors[0]}")
+        if buffer.accepted or self._protection.sampled:
+            folded = self._protection.fold(self._current, task, self._weights, buffer)
+            self._work = _RoundWork(folded, buffer, started_s)
         return machine.Trained(buffer.accepted, len(errors), errors[0] if errors else None)
 
     def _left_out(self, record: RoundRecord, told: Sequence[ClientOutcome]) -> tuple[ClientOutcome, ...]:
@@ -278,9 +261,10 @@ class Coordinator:
         if work is None:
             raise machine.ImpossibleEventError("a round is committed that was not trained")
         record = self._store.round(self._current.run_id, round_index)
-        evaluation = self._model.evaluate(work.weights)
+        weights = work.folded.weights
+        evaluation = self._model.evaluate(weights)
         budget = self._accountant.budget()
-        digest = self._store.blobs.put(encode_weights(work.weights))
+        digest = self._store.blobs.put(encode_weights(weights))
         version = self._store.commit_round(
             self._current.run_id,
             round_index,
@@ -292,12 +276,12 @@ class Coordinator:
                 loss=evaluation.loss,
                 accuracy=evaluation.accuracy,
                 metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy},
-                lineage=self._lineage(round_index, work.buffer, evaluation),
+                lineage={**self._lineage(round_index, work.buffer, evaluation), **work.folded.facts},
                 outcomes=work.buffer.outcomes + self._left_out(record, work.buffer.outcomes),
                 duration_s=time.monotonic() - work.started_s,
             ),
         )
-        self._weights, self._base_digest, self._work = work.weights, digest, None
+        self._weights, self._base_digest, self._work = weights, digest, None
         self._progress = replace(
             self._progress,
             rounds_done=round_index,
@@ -334,12 +318,19 @@ class Coordinator:
     # --- beginning and continuing ------------------------------------------------------------------------------------
 
     def _open_run(self) -> Run:
-        """The unfinished run with these settings and orders, or a new one; one with others is superseded."""
+        """The unfinished run with these settings and orders, or a new one; one with others is superseded.
+
+        Raises:
+            ConfigError: the fleet is too small for ``target_delta``, or for its cohorts to rest between rounds.
+        """
         order = run_order(self._store)
         identity, digest = run_identity(self._settings, order)
         latest = self._store.latest_run()
+        check_units(self._settings, self._store.clients(active=True))
         if latest is not None and latest.config_digest == digest:
             return latest
+        ids = eligible(self._store.clients(active=True), self._cohort_config(self._selection()))
+        facts = self._protection.run_facts(len(ids))
         if latest is not None and latest.status.resumable:
             ordered = order is not None and latest.config.get("order") != identity.get("order")
             reason = order.reason if order and ordered else "The training settings changed."
@@ -347,22 +338,14 @@ class Coordinator:
         return self._store.create_run(
             rounds_total=self._settings.training.rounds,
             noise_multiplier=self._noise_multiplier,
-            config=identity,
+            config=identity | facts,
             config_digest=digest,
             data_digest=self._fleet_digest(),
         )
 
     @cached_property
     def _noise_multiplier(self) -> float:
-        privacy, training = self._settings.privacy, self._settings.training
-        if privacy.noise_multiplier is not None:
-            return privacy.noise_multiplier
-        return calibrate_noise_multiplier(
-            target_epsilon=privacy.target_epsilon,
-            target_delta=privacy.target_delta,
-            sampling_prob=privacy.sampling_prob,
-            steps=training.rounds * training.local_steps,
-        )
+        return round_noise_multiplier(self._settings)
 
     def _fleet_digest(self) -> str:
         fleet = self._store.fleet()
@@ -402,17 +385,25 @@ class Coordinator:
         return self._run
 
     def _task(self, round_index: int) -> TrainTask:
-        run, training, privacy = self._current, self._settings.training, self._settings.privacy
+        run = self._current
+        l2_clip_norm = self._protection.l2_clip_norm(run.run_id, round_index)
+        return self._task_of(run.run_id, round_index, run.data_digest, run.noise_multiplier, l2_clip_norm)
+
+    def _task_of(
+        self, run_id: str, round_index: int, data_digest: str, noise_multiplier: float, l2_clip_norm: float
+    ) -> TrainTask:
+        training, privacy = self._settings.training, self._settings.privacy
         return TrainTask(
-            run_id=run.run_id,
+            run_id=run_id,
             round_index=round_index,
             base_digest=self._base_digest,
-            data_digest=run.data_digest,
-            noise_multiplier=run.noise_multiplier,
+            data_digest=data_digest,
+            noise_multiplier=noise_multiplier,
             sampling_prob=privacy.sampling_prob,
-            l2_clip_norm=privacy.l2_clip_norm,
+            l2_clip_norm=l2_clip_norm,
             local_steps=training.local_steps,
             learning_rate=training.learning_rate,
+            privacy_unit=privacy.privacy_unit,
         )
 
     def _report(self, state: LoopState) -> None:

@@ -26,11 +26,16 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a run goes."""
+    """How a run goes.
+
+    Cohorts that are ``sampled`` in secret may have any size: whether a round takes place must not depend on whom it
+    drew. Nobody who is drawn may be late, either.
+    """
 
     rounds_total: int
     min_clients: int
     release_every_rounds: int
+    sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ class Charged:
 
 @dataclass(frozen=True, slots=True)
 class ChargeRefused:
-    """The budget does not admit the round."""
+    """The budget does not admit the round, or nobody may take part in the run any more."""
 
     reason: str
 
@@ -212,9 +217,9 @@ def step(state: LoopState, event: Event) -> Step:
             return _with_cohort(_needing(state, min_clients), cohort, in_flight)
         case Phase.CHARGING, Charged() if state.cohort:
             last = state.round_index >= state.plan.rounds_total
-            order = TrainRound(state.cohort, _needed(state), wait_for_all=last)
+            order = TrainRound(state.cohort, _needed(state), wait_for_all=last or state.plan.sampled)
             return replace(state, phase=Phase.TRAINING), (order,)
-        case Phase.CHARGING, ChargeRefused(reason):
+        case Phase.DRAWING | Phase.CHARGING, ChargeRefused(reason):
             return _finish(state, Rest(RunStatus.BUDGET_EXHAUSTED, reason))
         case Phase.TRAINING, Trained():
             return _trained(state, event)
@@ -253,7 +258,7 @@ def _too_few(state: LoopState, count: int, what: str) -> Rest | None:
 
 
 def _needed(state: LoopState) -> int:
-    return max(1, state.plan.min_clients)
+    return 0 if state.plan.sampled else max(1, state.plan.min_clients)
 
 
 def _committed(state: LoopState) -> Step:

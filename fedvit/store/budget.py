@@ -6,6 +6,7 @@ Nothing that was spent is ever deleted: a period only says from which ledger lin
 from __future__ import annotations
 
 import secrets
+import unicodedata
 from dataclasses import asdict, fields
 from datetime import datetime, timedelta
 from typing import Any
@@ -82,7 +83,7 @@ def take(session: Session, request_id: str, approved_by: str, at: datetime) -> B
 
     Raises:
         NotFoundError: no such request, or it has expired.
-        ForbiddenError: who approves is who asked.
+        ForbiddenError: who approves is who asked, be it with another token.
     """
     waiting = {wish.request_id: wish for wish in _waiting(session, at)}
     wish = waiting.pop(request_id, None)
@@ -90,10 +91,21 @@ def take(session: Session, request_id: str, approved_by: str, at: datetime) -> B
         raise NotFoundError(
             "No such request waits for approval.", cure="It was approved, or 24 hours have passed: ask again."
         )
-    if wish.requested_by == approved_by:
+    if person(wish.requested_by) == person(approved_by):
         raise ForbiddenError("Who asked for a budget cannot approve it.", cure="Let another admin approve it.")
     _keep(session, list(waiting.values()))
     return wish
+
+
+def person(actor: str) -> str:
+    """Who an actor of the audit trail is: a token's holder, by the name it was made for, or the subject of an issuer.
+
+    Names are compared as people read them: case, width and spaces do not make another person. Two names are two
+    persons: whoever makes tokens answers for it that each bears its holder's name.
+    """
+    kind, _, rest = actor.partition(":")
+    name = rest.partition(":")[2] if kind == "token" else actor
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def _waiting(session: Session, at: datetime) -> list[BudgetRequest]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedvit.errors import IntegrityError
 from fedvit.store.fleet import get_meta, set_meta
 from fedvit.store.tables import AuditRow, BudgetPeriodRow, ChargeRow
 
+_SAID = object()
 _GENESIS: dict[str, Any] = {"sequence": 0, "hash": "0" * 64}
 
 
@@ -32,12 +33,14 @@ class Chain:
         head_key: where the last line's number and hash are kept in ``meta``.
         table: its rows, which have ``sequence``, ``at``, ``prev_hash`` and ``hash``.
         facts: a row's other columns, exactly as :meth:`append` was given them.
+        unsaid: values that a hash does not name: of columns that came later than lines that lack them.
     """
 
     name: str
     head_key: str
     table: type[ChargeRow] | type[AuditRow] | type[BudgetPeriodRow]
     facts: Callable[[Row[Any]], dict[str, Any]]
+    unsaid: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def lines(self) -> Select[Any]:
@@ -52,7 +55,7 @@ class Chain:
             ValueError: a number is not finite.
         """
         head = self._checked_head(session)
-        rows = _chained(lines, head["sequence"], head["hash"], at)
+        rows = self._chained(lines, head["sequence"], head["hash"], at)
         session.execute(insert(self.table), rows)
         sequence: int = rows[-1]["sequence"]
         set_meta(session, self.head_key, {"sequence": sequence, "hash": rows[-1]["hash"]})
@@ -96,7 +99,7 @@ class Chain:
         query = self.lines.order_by(self.table.sequence).execution_options(yield_per=1000)
         for row in session.execute(query):
             sequence += 1
-            link = _link(prev_hash, _content(sequence, row.at, self.facts(row)))
+            link = _link(prev_hash, self._content(sequence, row.at, self.facts(row)))
             if row.sequence != sequence or row.prev_hash != prev_hash or row.hash != link:
                 raise self._broken(sequence)
             prev_hash = row.hash
@@ -131,20 +134,21 @@ class Chain:
             sequence=sequence,
         )
 
+    def _chained(
+        self, lines: Sequence[Mapping[str, Any]], sequence: int, prev_hash: str, at: datetime
+    ) -> list[dict[str, Any]]:
+        rows = []
+        for line in lines:
+            sequence += 1
+            link = _link(prev_hash, self._content(sequence, at, line))
+            rows.append({"sequence": sequence, "at": at, **line, "prev_hash": prev_hash, "hash": link})
+            prev_hash = link
+        return rows
 
-def _chained(lines: Sequence[Mapping[str, Any]], sequence: int, prev_hash: str, at: datetime) -> list[dict[str, Any]]:
-    rows = []
-    for line in lines:
-        sequence += 1
-        link = _link(prev_hash, _content(sequence, at, line))
-        rows.append({"sequence": sequence, "at": at, **line, "prev_hash": prev_hash, "hash": link})
-        prev_hash = link
-    return rows
-
-
-def _content(sequence: int, at: datetime, facts: Mapping[str, Any]) -> str:
-    line = {"sequence": sequence, "at": at.isoformat(timespec="microseconds"), **facts}
-    return json.dumps(line, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    def _content(self, sequence: int, at: datetime, facts: Mapping[str, Any]) -> str:
+        said = {name: value for name, value in facts.items() if self.unsaid.get(name, _SAID) != value}
+        line = {"sequence": sequence, "at": at.isoformat(timespec="microseconds"), **said}
+        return json.dumps(line, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _link(prev_hash: str, content: str) -> str:

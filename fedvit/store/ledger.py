@@ -22,6 +22,8 @@ COPY_KEY = "ledger_copy"
 """Set in every backup's database: what its original charged since is not known. Lifted apart from an incident's."""
 RESTORE = "restore"
 _CHARGE_FIELDS = tuple(field.name for field in fields(Charge))
+# Lines from before there were these two have a hash without them.
+_UNSAID = {"privacy_unit": "record", "event": None}
 _ChargeKey = tuple[str, int, str, str]
 
 
@@ -32,7 +34,7 @@ def append_charges(session: Session, charges: Sequence[Charge], check: Callable[
 
     Raises:
         LedgerFrozenError: an incident froze the ledger.
-        ConflictError: a charge is there already with another noise, sampling probability or number of steps.
+        ConflictError: a charge is there already with another noise, sampling probability, number of steps or event.
         IntegrityError: lines are missing at the end of the ledger.
     """
     new = _not_yet_written(session, [_normal(charge) for charge in charges])
@@ -176,6 +178,8 @@ def _normal(charge: Charge) -> Charge:
         noise_multiplier=float(charge.noise_multiplier),
         sampling_prob=float(charge.sampling_prob),
         steps=int(charge.steps),
+        privacy_unit=charge.privacy_unit,
+        event=charge.event,
     )
 
 
@@ -187,4 +191,4 @@ def _to_charge(line: Row[Any]) -> Charge:
     return Charge(**{name: getattr(line, name) for name in _CHARGE_FIELDS})
 
 
-CHAIN = Chain("privacy ledger", "ledger_head", ChargeRow, lambda line: _facts(_to_charge(line)))
+CHAIN = Chain("privacy ledger", "ledger_head", ChargeRow, lambda line: _facts(_to_charge(line)), _UNSAID)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from fedvit.errors import ConflictError, NotFoundError
 from fedvit.store.fleet import quarantined_clients
 from fedvit.store.records import RoundCommit
-from fedvit.store.tables import ClientRoundRow, RoundRow, RunRow, VersionRow
+from fedvit.store.tables import ChargeRow, ClientRoundRow, RoundRow, RunRow, VersionRow
 from fedvit.store.versions import insert_version
 from fedvit.types import ClientOutcome, Cohort, ModelVersion, Participation, RoundRecord, Run, RunStatus, utc_now
 
@@ -169,6 +169,26 @@ def participation(session: Session) -> dict[str, Participation]:
     counts = select(ClientRoundRow.client_id, func.count(), func.count(ClientRoundRow.error))
     rows = session.execute(counts.group_by(ClientRoundRow.client_id))
     return {client_id: Participation(rounds, failures) for client_id, rounds, failures in rows}
+
+
+def engagements(session: Session, run_id: str, before: int) -> dict[str, tuple[int, int]]:
+    """By client, in how many rounds of a run it was charged, and the last round that it was charged or folded in.
+
+    Rounds from ``before`` on do not count. One that was charged does, whatever became of it; a late update counts in
+    the round that took it.
+    """
+    charged = select(ChargeRow.unit_id, func.count(ChargeRow.round_index.distinct()), func.max(ChargeRow.round_index))
+    earlier = (ChargeRow.run_id == run_id, ChargeRow.round_index < before)
+    engaged = {
+        c: (count, last) for c, count, last in session.execute(charged.where(*earlier).group_by(ChargeRow.unit_id))
+    }
+    folded = select(ClientRoundRow.client_id, func.max(ClientRoundRow.round_index)).where(
+        ClientRoundRow.run_id == run_id, ClientRoundRow.round_index < before, ClientRoundRow.error.is_(None)
+    )
+    for client_id, last in session.execute(folded.group_by(ClientRoundRow.client_id)):
+        count, charged_last = engaged.get(client_id, (0, 0))
+        engaged[client_id] = (count, max(last, charged_last))
+    return engaged
 
 
 def _check_none_resumable(session: Session, *, except_for: str | None) -> None:

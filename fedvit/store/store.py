@@ -328,6 +328,14 @@ class Store:
         with self._database.read() as session:
             return _runs.round_record(session, run_id, round_index)
 
+    def engagements(self, run_id: str, before: int) -> dict[str, tuple[int, int]]:
+        """By client, in how many rounds of a run it was charged, and the last one that it was charged or folded in.
+
+        Rounds from ``before`` on do not count.
+        """
+        with self._database.read() as session:
+            return _runs.engagements(session, run_id, before)
+
     def participation(self) -> dict[str, Participation]:
         """How the rounds of every client went that took part in one, over all runs."""
         with self._database.read() as session:
@@ -540,6 +548,11 @@ class Store:
         """All periods that were granted, oldest first."""
         with self._database.read() as session:
             return _budget.periods(session)
+
+    def budget_period_lines(self) -> Iterator[dict[str, Any]]:
+        """Every budget period with its hashes, oldest first, as it is stored."""
+        with self._database.read() as session:
+            yield from _budget.CHAIN.dump(session)
 
     def ask_for_budget(self, new_epsilon: float, justification: str, requested_by: str, at: datetime) -> BudgetRequest:
         """Keep a request for a second person to approve within 24 hours."""

@@ -219,6 +219,8 @@ class ChargeRow(Base):
     noise_multiplier: Mapped[float]
     sampling_prob: Mapped[float]
     steps: Mapped[int]
+    privacy_unit: Mapped[str] = mapped_column(String(16), server_default="record")
+    event: Mapped[str | None] = mapped_column(Text())
     prev_hash: Mapped[str] = mapped_column(String(64))
     hash: Mapped[str] = mapped_column(String(64))
 

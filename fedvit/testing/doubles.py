@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 import numpy as np
 
 from fedvit.ports import ExportedModel, ProxyReport, Trial
+from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import (
     Client,
@@ -164,7 +165,10 @@ class FakeFleet:
         outcomes = tuple(ClientOutcome(c, 10, "it failed" if c in self._failing else None) for c in client_ids)
         well = sum(1 for outcome in outcomes if outcome.error is None)
         step = (self._target - weights["point"]).astype(np.float64) * 0.5
-        return PartialUpdate(task.round_index, outcomes, {"point": 10.0 * well * step}, 10.0 * well)
+        if task.privacy_unit == "record":
+            return PartialUpdate(task.round_index, outcomes, {"point": 10.0 * well * step}, 10.0 * well)
+        clipped, within = clip_update({"point": step}, task.l2_clip_norm)
+        return PartialUpdate(task.round_index, outcomes, {"point": well * clipped["point"]}, float(well), well * within)
 
 
 def seeded_fleet(count: int, *, seed: int = 0) -> list[Client]:

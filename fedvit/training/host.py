@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,10 @@ from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.data.images import load_images
 from fedvit.errors import FedvitError, IntegrityError
+from fedvit.privacy.mechanism import Sums, clip_update
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.training.local import LocalTrainer
+from fedvit.training.plain import PlainTrainer
 from fedvit.types import ClientOutcome, FloatArray, PartialUpdate, TrainTask, Weights
 from fedvit.vit.models import build_model
 from fedvit.wire.tensors import encode_weights
@@ -43,14 +45,17 @@ class VirtualClientHost:
         self._fleet = VirtualFleet.open(settings.data)
         self._image_size = settings.data.image_size
         self._model = build_model(settings.model, len(self._fleet.source.classes), self._image_size)
-        self._trainer = LocalTrainer(self._model, physical_batch_size=settings.training.physical_batch_size)
+        kind = LocalTrainer if settings.privacy.privacy_unit == "record" else PlainTrainer
+        self._trainer = kind(self._model, physical_batch_size=settings.training.physical_batch_size)
         self._root_secret = load_or_create_root_secret(settings.home)
         self._shards: dict[str, _Shard] = {}
 
     def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
-        """Train each client from ``weights`` and sum their updates, weighted by their number of examples.
+        """Train each client from ``weights`` and sum their updates.
 
-        A client that fails is an outcome with the reason; it adds nothing to the sum.
+        They are weighted by their number of examples; where the client is the privacy unit they are clipped, one by one
+        and before anything is summed, and have a weight of 1. A client that fails is an outcome with the reason; it
+        adds nothing to the sum.
 
         Raises:
             IntegrityError: these are not the weights that the task, and so the noise, was made for.
@@ -58,19 +63,21 @@ class VirtualClientHost:
         _check_base(task, weights)
         sums: dict[str, npt.NDArray[np.float64]] = {n: np.zeros(a.shape, np.float64) for n, a in weights.items()}
         outcomes = []
-        total = 0.0
+        total, within_clip = 0.0, 0
         for client_id in sorted(client_ids):
             try:
                 delta, num_examples = self._train_one(task, weights, client_id)
+                addend, weight, within = _addend(task, delta, num_examples)
             except Exception as error:
                 # Whatever ails one client, the others' work must not be lost with it.
                 outcomes.append(ClientOutcome(client_id, 0, _reason(error)))
                 continue
-            for name, array in delta.items():
-                sums[name] += num_examples * array.astype(np.float64)
-            total += num_examples
+            for name, array in addend.items():
+                sums[name] += array
+            total += weight
+            within_clip += within
             outcomes.append(ClientOutcome(client_id, num_examples))
-        return PartialUpdate(task.round_index, tuple(outcomes), sums, total)
+        return PartialUpdate(task.round_index, tuple(outcomes), sums, total, within_clip)
 
     def _train_one(self, task: TrainTask, weights: Weights, client_id: str) -> tuple[dict[str, FloatArray], int]:
         shard = self._shard(client_id)
@@ -89,6 +96,18 @@ class VirtualClientHost:
             digest = hashlib.sha256(images.tobytes() + labels.numpy().tobytes()).hexdigest()
             self._shards[client_id] = _Shard(features, labels, digest)
         return self._shards[client_id]
+
+
+def _addend(task: TrainTask, delta: Mapping[str, FloatArray], num_examples: int) -> tuple[Sums, float, bool]:
+    """What one client adds to the sum, its weight, and whether it was within the bound before it was clipped.
+
+    Raises:
+        UpdateRejectedError: the client is the privacy unit, and its update has no finite norm.
+    """
+    if task.privacy_unit == "client":
+        clipped, within = clip_update(delta, task.l2_clip_norm)
+        return clipped, 1.0, within
+    return {name: num_examples * array.astype(np.float64) for name, array in delta.items()}, float(num_examples), False
 
 
 def _check_base(task: TrainTask, weights: Weights) -> None:

@@ -14,6 +14,10 @@ def release_id(task: TrainTask, client_id: str, num_examples: int) -> str:
 
     A retry has the same identity, draws the same noise and is charged once; anything else is another release.
     """
-    identity = {"task": dataclasses.asdict(task), "client_id": client_id, "num_examples": num_examples}
+    facts = dataclasses.asdict(task)
+    if facts["privacy_unit"] == "record":
+        # A round that was charged before there was another unit must be the same release after it.
+        del facts["privacy_unit"]
+    identity = {"task": facts, "client_id": client_id, "num_examples": num_examples}
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

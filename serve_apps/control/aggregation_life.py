@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Response
 from pydantic import BaseModel, Field
 
+from fedvit.errors import ConflictError
 from fedvit.rounds.steering import (
     STALENESS_TOLERANCE,
     AggregationSettings,
@@ -60,7 +61,7 @@ def add_aggregation_routes(api: FastAPI, services: Services) -> None:
         """Whom a round waits for; the ETag names this revision."""
         return _told(aggregation_settings(store), response)
 
-    @api.post("/api/aggregation/mode", tags=["training"], dependencies=OPERATOR, responses=documented(412))
+    @api.post("/api/aggregation/mode", tags=["training"], dependencies=OPERATOR, responses=documented(409, 412))
     def change_mode(
         request: AggregationModeRequest, response: Response, note: Note, if_match: IfMatch = None
     ) -> AggregationModeView:
@@ -69,6 +70,11 @@ def add_aggregation_routes(api: FastAPI, services: Services) -> None:
         Nothing is lost on the way: the first synchronous round waits for all that are in flight and folds what is not
         too old.
         """
+        if request.mode == "asynchronous" and services.settings.training.cohort.selection == "poisson":
+            raise ConflictError(
+                "The cohorts are Poisson samples, and privacy is amplified by that: nobody who is drawn may be late.",
+                cure="Train with training.cohort.selection 'uniform' or 'all' and a cap on participations.",
+            )
         note.before = asdict(aggregation_settings(store))
         changed = change_aggregation_settings(
             store, lambda now: replace(now, **request.changes()), expected_revisions=revisions(if_match)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from fedvit.errors import NotFoundError
 from fedvit.monitoring.conditions import progress_conditions
 from fedvit.monitoring.metrics import render
+from fedvit.monitoring.training import BudgetMetrics
 from fedvit.operations.mailbox import Mailbox
 from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
@@ -48,6 +49,9 @@ from serve_apps.control.write_behind import flushing
 from serve_apps.problems import documented, install_problem_handlers
 
 __all__ = ["Services", "create_api"]
+
+# One a process, however many applications it builds.
+_BUDGET = BudgetMetrics()
 
 
 def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
@@ -120,7 +124,9 @@ def _add_system_routes(api: FastAPI, services: Services) -> None:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     def metrics() -> Response:
-        """Prometheus exposition of every process of this node."""
+        """Prometheus exposition of every process of this node; the budget as it is now, also while nothing trains."""
+        with contextlib.suppress(Exception):
+            _BUDGET.publish(services.accountant().budget())
         body, content_type = render(services.metrics_dir)
         return Response(body, headers={"content-type": content_type})
 

@@ -78,8 +78,8 @@ def add_privacy_routes(api: FastAPI, services: Services) -> None:
 def _add_readings(api: FastAPI, services: Services) -> None:
     @api.get("/api/privacy/budget", tags=["privacy"], dependencies=VIEWER)
     def budget() -> BudgetView:
-        """What is spent and what is left, for the most exposed client."""
-        return BudgetView.of(services.accountant().budget())
+        """What is spent and what is left, for the most exposed client, and how many rounds that is."""
+        return BudgetView.of(services.accountant().budget(outlook=True))
 
     @api.get("/api/privacy/history", tags=["privacy"], dependencies=VIEWER)
     def history(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -162,6 +163,8 @@ class BudgetView(BaseModel):
     """The privacy budget of the present period; ``lifetime_epsilon`` composes everything ever charged.
 
     ``period_started_at`` is absent in the first period; while the ledger is ``frozen`` nothing remains to be spent.
+    ``next_round_epsilon`` is what one round more would make of the most exposed client's, and ``rounds_left`` how many
+    more the budget admits; both are told with the budget alone, and where it is known what a round costs.
     """
 
     privacy_unit: str
@@ -176,6 +179,8 @@ class BudgetView(BaseModel):
     period: int
     period_started_at: datetime | None
     frozen: FreezeView | None
+    next_round_epsilon: float | None = None
+    rounds_left: int | None = None
 
     @classmethod
     def of(cls, report: BudgetReport) -> BudgetView:
@@ -193,6 +198,8 @@ class BudgetView(BaseModel):
             period=report.period,
             period_started_at=report.period_started_at,
             frozen=_freeze_view(report.frozen),
+            next_round_epsilon=report.next_round_epsilon,
+            rounds_left=report.rounds_left,
         )
 
 
@@ -201,7 +208,10 @@ def _freeze_view(freeze: LedgerFreeze | None) -> FreezeView | None:
 
 
 class SpendView(BaseModel):
-    """One line of the privacy ledger."""
+    """One line of the privacy ledger. The client ``*`` is everybody: a charge that each client bears.
+
+    ``event`` is what was done where it was more than Poisson-sampled Gaussian steps; the numbers sum it up.
+    """
 
     sequence: int
     at: datetime
@@ -211,6 +221,8 @@ class SpendView(BaseModel):
     noise_multiplier: float
     sampling_prob: float
     steps: int
+    privacy_unit: str
+    event: dict[str, Any] | None
 
     @classmethod
     def of(cls, entry: LedgerEntry) -> SpendView:
@@ -225,6 +237,8 @@ class SpendView(BaseModel):
             noise_multiplier=charge.noise_multiplier,
             sampling_prob=charge.sampling_prob,
             steps=charge.steps,
+            privacy_unit=charge.privacy_unit,
+            event=None if charge.event is None else json.loads(charge.event),
         )
 
 

@@ -94,6 +94,7 @@ def test_a_breach_in_the_middle_of_a_round_contains_everything(held: Site) -> No
 
 def test_the_bundle_holds_the_evidence_and_no_secret(site: Site) -> None:
     site.trained()
+    site.store.grant_budget(9.0, "The officer approved it today.", "token:a:Ana", None)
     told = site.breach("vehicle-0001", incident=LITERAL)
     path = Path(told["forensic_bundle"])
     assert path.parent == site.settings.home / "forensics"
@@ -108,6 +109,9 @@ def test_the_bundle_holds_the_evidence_and_no_secret(site: Site) -> None:
         ("audit trail", True, 1),
         ("privacy ledger", True, 16),
     ]
+    (period,) = files["budget_periods.jsonl"]
+    assert (period["target_epsilon"], period["ledger_sequence"]) == (9.0, 16)
+    assert period["prev_hash"] == "0" * 64
     lineage = {line["version"]: line["lineage"]["clients"] for line in files["versions.jsonl"]}
     assert [name for name, clients in lineage.items() if "vehicle-0001" in clients] == ["v1.1.4", "v1.1.3"]
     contributed = {line["version"]: line["affected_clients"] for line in files["contributions.jsonl"]}

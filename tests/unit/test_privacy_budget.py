@@ -18,7 +18,14 @@ from httpx import Response
 from fedvit.access.justification import checked_justification
 from fedvit.access.tokens import create_token
 from fedvit.config import load_settings, settings_to_json
-from fedvit.errors import BudgetExhaustedError, ConflictError, IntegrityError, LedgerFrozenError, NotFoundError
+from fedvit.errors import (
+    BudgetExhaustedError,
+    ConflictError,
+    ForbiddenError,
+    IntegrityError,
+    LedgerFrozenError,
+    NotFoundError,
+)
 from fedvit.operations.local import LocalAggregator
 from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant
@@ -462,3 +469,48 @@ def test_a_second_approver_does_not_make_another_run_of_the_same_training() -> N
         "sampling_prob",
         "l2_clip_norm",
     }
+    assert set(alone.training_identity()["training"]["cohort"]) == {
+        "selection",
+        "size",
+        "min_clients",
+        "client_selection",
+    }
+
+
+def test_what_protects_clients_makes_another_run() -> None:
+    cohort = {"selection": "poisson", "sampling_prob": 0.5}
+    digests = {
+        load_settings(
+            environ={}, overrides={"training": {"cohort": cohort}, "privacy": {"privacy_unit": "client", **privacy}}
+        ).training_digest()
+        for privacy in ({}, {"adaptive_clip": {}}, {"adaptive_clip": {"target_quantile": 0.4}}, {"l2_clip_norm": 2.0})
+    }
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("token:0a:Ana", "token:0b:Ana", True),
+        ("token:0a:Ana Lund", "token:0b:ana  lund ", True),
+        ("token:0a:Ana", "token:0a:Bo", False),
+        ("token:0a:Ana", "oidc:Ana", False),
+        ("oidc:ana@fleet", "oidc:ANA@fleet", True),
+    ],
+)
+def test_who_approves_is_another_person_whatever_the_token(store: Store, one: str, other: str, same: bool) -> None:
+    wish = store.ask_for_budget(1.0, WHY, one, utc_now())
+    if same:
+        with pytest.raises(ForbiddenError, match="Who asked"):
+            store.take_budget_request(wish.request_id, other, utc_now())
+    else:
+        assert store.take_budget_request(wish.request_id, other, utc_now()) == wish
+
+
+def test_a_second_token_of_the_same_person_approves_nothing(careful: System) -> None:
+    second = create_token(careful.store, "Ana", ["admin"], now=utc_now()).text
+    asked = careful.post(RESET, "Ana", body(1.5))
+    approve = f"{RESET}/{asked.json()['request_id']}/approve"
+    assert careful.http.post(approve, headers={"Authorization": f"Bearer {second}"}).status_code == 403
+    assert careful.store.budget_periods() == []
+    assert careful.post(approve, "Bo").status_code == 200

@@ -141,3 +141,22 @@ def test_a_crash_at_any_effect_never_commits_a_round_twice(total: int, every: in
             committed.append(effect.round_index)
         state, effects = m.step(state, answer(effect))
     assert committed == list(range(1, total + 1))
+
+
+def test_a_sampled_round_takes_place_whomever_it_drew_and_waits_for_all() -> None:
+    state, _ = m.step(m.LoopState(m.Plan(2, min_clients=3, release_every_rounds=9, sampled=True)), m.Started(0))
+    state, (charge,) = m.step(state, m.CohortDrawn(Cohort(1, ())))
+    assert isinstance(charge, m.ChargeRound)
+    state, (train,) = m.step(state, m.Charged())
+    assert isinstance(train, m.TrainRound)
+    assert train.wait_for_all
+    state, (commit,) = m.step(state, m.Trained(0, 0))
+    assert commit == m.CommitRound(1)
+
+
+def test_a_run_that_nobody_may_take_part_in_any_more_ends_like_one_without_a_budget() -> None:
+    state, _ = m.step(m.LoopState(m.Plan(9, 1, release_every_rounds=9)), m.Started(4, unreleased="v4"))
+    state, effects = m.step(state, m.ChargeRefused("the cap is 2"))
+    assert effects == (m.ReleaseVersion("v4"),)
+    _, effects = m.step(state, m.Released())
+    assert effects == (m.Rest(RunStatus.BUDGET_EXHAUSTED, "the cap is 2"),)

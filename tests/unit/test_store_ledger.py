@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from fedvit.errors import BudgetExhaustedError, ConflictError, IntegrityError, LedgerFrozenError
-from fedvit.ports import Charge
+from fedvit.ports import POPULATION, Charge
 from fedvit.store.store import LedgerFreeze, Store
 from fedvit.types import utc_now
 
@@ -212,3 +213,43 @@ def test_the_lines_are_dumped_as_stored_also_when_the_chain_is_broken(store: Sto
     lines = list(store.ledger_lines())
     assert [(line["sequence"], line["steps"] == 0) for line in lines] == [(1, False), (2, True), (3, False)]
     assert lines[1]["prev_hash"] == lines[0]["hash"]
+
+
+EVENT = '{"kind":"gaussian","noise_multiplier":2.0}'
+
+
+def test_a_charge_of_any_event_is_kept_and_chained_among_others(store: Store) -> None:
+    of_everybody = Charge("run-0001", 2, POPULATION, "r", 2.0, 1.0, 1, "client", EVENT)
+    both = [*charges(1), of_everybody, *charges(3)]
+    assert store.append_charges(both, admit) == 7
+    assert [entry.charge for entry in store.ledger()] == both
+    assert store.verify_ledger() == 7
+    with pytest.raises(ConflictError, match="another cost"):
+        store.append_charges([replace(of_everybody, event=None)], admit)
+
+
+@pytest.mark.parametrize("change", ["event = NULL", "event = '{}'", "privacy_unit = 'record'"])
+def test_what_was_done_to_whom_cannot_be_changed_unnoticed(store: Store, change: str) -> None:
+    store.append_charges([Charge("run-0001", 1, "a", "r", 2.0, 1.0, 1, "client", EVENT), *charges(2)], admit)
+    tamper(store, f"UPDATE privacy_ledger SET {change} WHERE sequence = 1")
+    with pytest.raises(IntegrityError, match=r"at sequence 1\b"):
+        store.verify_ledger()
+
+
+def test_a_line_from_before_there_were_events_has_the_hash_that_it_always_had(store: Store) -> None:
+    store.append_charges([Charge("run-0001", 1, "a", "r", 1.5, 0.5, 1)], admit)
+    (line,) = store.ledger_lines()
+    content = (
+        f'{{"at":"{line["at"]}","noise_multiplier":1.5,"release_id":"r","round_index":1,"run_id":"run-0001",'
+        '"sampling_prob":0.5,"sequence":1,"steps":1,"unit_id":"a"}'
+    )
+    assert line["hash"] == hashlib.sha256(("0" * 64 + content).encode()).hexdigest()
+
+
+def test_engagements_count_charged_rounds_once_and_only_earlier_ones(store: Store) -> None:
+    for round_index in (1, 2, 4):
+        store.append_charges(charges(round_index, units=2), admit)
+    store.append_charges([replace(charges(4)[0], release_id="another attempt")], admit)
+    assert store.engagements("run-0001", before=4) == {"u0": (2, 2), "u1": (2, 2)}
+    assert store.engagements("run-0001", before=9) == {"u0": (3, 4), "u1": (3, 4)}
+    assert store.engagements("run-0002", before=9) == {}

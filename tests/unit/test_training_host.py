@@ -13,6 +13,7 @@ from PIL import Image
 
 from fedvit.config import Settings, load_settings
 from fedvit.errors import IntegrityError
+from fedvit.privacy.mechanism import fault_of, l2_norm
 from fedvit.training.host import VirtualClientHost
 from fedvit.types import TrainTask, Weights
 from fedvit.vit.models import build_model
@@ -125,3 +126,55 @@ def test_a_client_that_nobody_knows_is_an_outcome(settings: Settings) -> None:
     host, base = VirtualClientHost(settings), base_of(settings)
     update = host.train(task_for(base), base, ["vehicle-00", "vehicle-99"])
     assert [o.error is None for o in update.outcomes] == [True, False]
+
+
+def client_level(settings: Settings, l2_clip_norm: float) -> tuple[VirtualClientHost, Weights, TrainTask]:
+    privacy = settings.privacy.model_copy(update={"privacy_unit": "client"})
+    base = base_of(settings)
+    task = replace(task_for(base), privacy_unit="client", l2_clip_norm=l2_clip_norm)
+    return VirtualClientHost(settings.model_copy(update={"privacy": privacy})), base, task
+
+
+def test_whole_updates_are_clipped_one_by_one_before_they_are_summed(settings: Settings) -> None:
+    host, base, task = client_level(settings, 1e-3)
+    alone = [host.train(task, base, [client]) for client in CLIENTS]
+    assert [l2_norm(a.weighted_sum) for a in alone] == pytest.approx([1e-3] * 3, rel=1e-9)
+    together = host.train(task, base, CLIENTS)
+    assert (together.total_weight, together.within_clip) == (3.0, 0)
+    for name, array in together.weighted_sum.items():
+        np.testing.assert_allclose(array, sum(a.weighted_sum[name] for a in alone), atol=1e-15)
+    assert fault_of(together, 1e-3) is None
+
+
+def test_an_update_within_the_bound_is_plain_sgd_without_noise(settings: Settings) -> None:
+    host, base, task = client_level(settings, 1e6)
+    update = host.train(replace(task, sampling_prob=1.0, learning_rate=0.25), base, CLIENTS[:1])
+    assert update.within_clip == 1
+    model = build_model(settings.model, 2, settings.data.image_size)
+    shard = host._shard(CLIENTS[0])
+    torch.nn.functional.cross_entropy(model.body(shard.features), shard.labels).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, array in update.weighted_sum.items():
+        gradient = gradients[name]
+        assert gradient is not None
+        np.testing.assert_allclose(array, -0.25 * gradient.numpy(), atol=1e-6)
+
+
+def test_physical_batches_change_nothing_but_rounding(settings: Settings) -> None:
+    updates = []
+    for size in (1, 64):
+        training = settings.training.model_copy(update={"physical_batch_size": size})
+        host, base, task = client_level(settings.model_copy(update={"training": training}), 1e6)
+        updates.append(host.train(task, base, CLIENTS))
+    for name, array in updates[0].weighted_sum.items():
+        np.testing.assert_allclose(array, updates[1].weighted_sum[name], atol=1e-6)
+
+
+def test_an_update_that_is_not_finite_is_an_outcome_and_adds_nothing(settings: Settings) -> None:
+    host, base, task = client_level(settings, 1.0)
+    host._shard(CLIENTS[1]).features.fill_(torch.nan)
+    update = host.train(replace(task, sampling_prob=1.0), base, CLIENTS)
+    assert [o.error is None for o in update.outcomes] == [True, False, True]
+    assert "norm" in str(update.outcomes[1].error)
+    assert update.total_weight == 2.0
+    assert fault_of(update, 1.0) is None

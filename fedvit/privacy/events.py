@@ -1,0 +1,230 @@
+"""Privacy spend as data: what was done to a unit's data, as frozen values that an accountant interprets.
+
+An event says everything that accounting needs and nothing else. It is written to the ledger as canonical JSON and read
+back to an equal value; what a newer program wrote and this one does not know is refused by name, never skipped.
+Noise multipliers are standard deviations over the sensitivity to adding or removing one unit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedvit.errors import ConfigError, StateError
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Gaussian:
+    """The Gaussian mechanism, the unit taking part for certain."""
+
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        _check_noise(self.noise_multiplier)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PoissonGaussian:
+    """One step of the Gaussian mechanism on a Poisson sample: noise ``noise_multiplier`` times the sensitivity."""
+
+    noise_multiplier: float
+    sampling_prob: float
+
+    def __post_init__(self) -> None:
+        _check_noise(self.noise_multiplier)
+        _check_sampling(self.sampling_prob)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SampledTogether:
+    """Several Gaussian mechanisms on one and the same Poisson sample.
+
+    Not the same as several :class:`PoissonGaussian`: those would each have drawn a sample of their own.
+    """
+
+    sampling_prob: float
+    events: tuple[Gaussian, ...]
+
+    def __post_init__(self) -> None:
+        _check_sampling(self.sampling_prob)
+        _check_some(self.events)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BandedGaussian:
+    """One participation in a matrix mechanism whose strategy has ``bands`` bands and columns of norm 1 at most.
+
+    A unit that takes part at most once in ``min_separation`` rounds, no fewer than there are bands, meets disjoint rows
+    of the strategy: its participations compose as independent Gaussian mechanisms would, and exactly so
+    (Choquette-Choo et al. 2023, arXiv:2306.08153; see :mod:`fedvit.privacy.correlated`).
+    """
+
+    noise_multiplier: float
+    bands: int
+    min_separation: int
+
+    def __post_init__(self) -> None:
+        _check_noise(self.noise_multiplier)
+        if not 1 <= self.bands <= self.min_separation:
+            raise ConfigError(
+                f"A strategy of {self.bands} bands with participations {self.min_separation} rounds apart.",
+                cure="min_separation must be at least the number of bands, and that at least 1.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """Events one after another on the same unit's data; each may depend on the answers before it."""
+
+    events: tuple[Event, ...]
+
+    def __post_init__(self) -> None:
+        _check_some(self.events)
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """One event ``count`` times over, every time anew."""
+
+    event: Event
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"An event is repeated {self.count} times.", cure="At least once.")
+
+
+Event = Gaussian | PoissonGaussian | SampledTogether | BandedGaussian | Composed | Repeated
+Simple = Gaussian | PoissonGaussian
+"""What every event comes down to."""
+Composition = Mapping[Event, int] | Mapping[Simple, int] | Mapping[PoissonGaussian, int]
+"""How many times each event was applied to the same unit's data."""
+
+
+def simplified(events: Composition) -> dict[Simple, int]:
+    """The same spend in simple events.
+
+    All that was not sampled becomes one Gaussian: ``1 / z^2`` adds up, exactly. Mechanisms on one sample become one on
+    that sample, by the same law.
+
+    Raises:
+        ConfigError: an event is of no known kind; its name is given.
+    """
+    sampled: dict[Simple, int] = {}
+    precision = 0.0
+    for event, count in events.items():
+        for simple, times in _unfolded(event, count):
+            if isinstance(simple, PoissonGaussian) and simple.sampling_prob < 1:
+                sampled[simple] = sampled.get(simple, 0) + times
+            else:
+                precision += times / simple.noise_multiplier**2
+    return sampled if precision == 0 else {**sampled, Gaussian(precision**-0.5): 1}
+
+
+def joint_noise_multiplier(noise_multipliers: Iterable[float]) -> float:
+    """The noise multiplier of one Gaussian mechanism that costs what these cost together: ``(sum z^-2)^-1/2``."""
+    return float(sum(z**-2 for z in noise_multipliers) ** -0.5)
+
+
+def _unfolded(event: Event, count: int) -> Iterable[tuple[Simple, int]]:
+    match event:
+        case Gaussian() | PoissonGaussian():
+            return [(event, count)]
+        case SampledTogether(sampling_prob, parts):
+            joint = joint_noise_multiplier(part.noise_multiplier for part in parts)
+            return [(PoissonGaussian(joint, sampling_prob), count)]
+        case BandedGaussian(noise_multiplier):
+            return [(Gaussian(noise_multiplier), count)]
+        case Composed(parts):
+            return [pair for part in parts for pair in _unfolded(part, count)]
+        case Repeated(inner, times):
+            return _unfolded(inner, count * times)
+    raise ConfigError(
+        f"The accountant does not know the event {type(event).__name__}.", cure="Use one of fedvit.privacy.events."
+    )
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def event_to_json(event: Event) -> str:
+    """Canonical JSON: equal events give equal text."""
+    return json.dumps(_facts(event), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def event_from_json(text: str) -> Event:
+    """The inverse of :func:`event_to_json`.
+
+    Raises:
+        StateError: it is no event, or of a kind that this program does not know, which is named.
+        ConfigError: a number in it is out of range.
+    """
+    try:
+        return _event_of(json.loads(text))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StateError(f"{text[:200]!r} is no privacy event: {error}.", cure="Restore a backup.") from None
+
+
+def _facts(event: Event) -> dict[str, Any]:
+    match event:
+        case Gaussian(z):
+            return {"kind": "gaussian", "noise_multiplier": z}
+        case PoissonGaussian(z, q):
+            return {"kind": "poisson_gaussian", "noise_multiplier": z, "sampling_prob": q}
+        case SampledTogether(q, parts):
+            return {"kind": "sampled_together", "sampling_prob": q, "events": [_facts(part) for part in parts]}
+        case BandedGaussian(z, bands, separation):
+            return {"kind": "banded_gaussian", "noise_multiplier": z, "bands": bands, "min_separation": separation}
+        case Composed(parts):
+            return {"kind": "composed", "events": [_facts(part) for part in parts]}
+        case Repeated(inner, count):
+            return {"kind": "repeated", "event": _facts(inner), "count": count}
+
+
+def _event_of(found: Any) -> Event:
+    match found:
+        case {"kind": "gaussian", "noise_multiplier": z, **rest} if not rest:
+            return Gaussian(float(z))
+        case {"kind": "poisson_gaussian", "noise_multiplier": z, "sampling_prob": q, **rest} if not rest:
+            return PoissonGaussian(float(z), float(q))
+        case {"kind": "sampled_together", "sampling_prob": q, "events": parts, **rest} if not rest:
+            return SampledTogether(float(q), tuple(_gaussian_of(part) for part in parts))
+        case {"kind": "banded_gaussian", "noise_multiplier": z, "bands": b, "min_separation": s, **rest} if not rest:
+            return BandedGaussian(float(z), int(b), int(s))
+        case {"kind": "composed", "events": parts, **rest} if not rest:
+            return Composed(tuple(_event_of(part) for part in parts))
+        case {"kind": "repeated", "event": inner, "count": count, **rest} if not rest:
+            return Repeated(_event_of(inner), int(count))
+    raise StateError(
+        f"The accountant does not know the privacy event {_name(found)}.", cure="The fedvit that wrote it knows it."
+    )
+
+
+def _gaussian_of(found: Any) -> Gaussian:
+    event = _event_of(found)
+    if not isinstance(event, Gaussian):
+        raise StateError(f"The accountant does not know {_name(found)} on a sample shared with others.")
+    return event
+
+
+def _name(found: Any) -> str:
+    kind = found.get("kind") if isinstance(found, dict) else found
+    return f"{kind!r} with {sorted(found)}" if isinstance(found, dict) else repr(kind)[:100]
+
+
+def _check_noise(noise_multiplier: float) -> None:
+    if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
+        raise ConfigError(f"noise_multiplier is {noise_multiplier}.", cure="With a privacy budget it must be above 0.")
+
+
+def _check_sampling(sampling_prob: float) -> None:
+    if not 0 < sampling_prob <= 1:
+        raise ConfigError(f"sampling_prob is {sampling_prob}.", cure="It must lie in (0, 1].")
+
+
+def _check_some(events: tuple[object, ...]) -> None:
+    if not events:
+        raise ConfigError("A composition of no events.", cure="Name at least one.")

@@ -1,0 +1,123 @@
+"""The Gaussian mechanism on whole client updates: clip once a client, add up, add noise once, divide by a constant.
+
+McMahan et al. 2018 (arXiv:1710.06963). Everything here is arithmetic on named arrays, in float64 and in the order of
+the names, so that equal updates give equal bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from fedvit.errors import UpdateRejectedError
+from fedvit.privacy.randomness import SecretStream
+from fedvit.types import FloatArray, PartialUpdate, Weights
+
+Arrays = Mapping[str, npt.NDArray[np.floating]]
+Sums = dict[str, npt.NDArray[np.float64]]
+Vector = npt.NDArray[np.float64]
+
+_ROUNDING = 1e-6
+"""What float arithmetic may add to a norm, relative to it."""
+
+
+def l2_norm(update: Arrays) -> float:
+    """L2 norm over all arrays together, those without dimensions included; NaN and infinity stay what they are."""
+    return math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in update.values()))
+
+
+def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
+    """``update * min(1, l2_clip_norm / norm)``, float64, and whether it was within the bound as it came.
+
+    A zero update is within it and stays zero.
+
+    Raises:
+        UpdateRejectedError: the update has no finite norm.
+    """
+    norm = l2_norm(update)
+    if not math.isfinite(norm):
+        raise UpdateRejectedError(
+            f"The update has the norm {norm}.", cure="Lower the learning rate; nothing of it was added up."
+        )
+    within = norm <= l2_clip_norm
+    scale = 1.0 if within else l2_clip_norm / norm
+    return {name: np.asarray(scale * array.astype(np.float64)) for name, array in update.items()}, within
+
+
+def fault_of(update: PartialUpdate, l2_clip_norm: float) -> str | None:
+    """Why a partial sum cannot be one of so many clipped updates, or None.
+
+    ``contributors * l2_clip_norm`` bounds its norm; each contributor has a weight of 1 and is within the bound or not.
+    """
+    contributors = sum(outcome.error is None for outcome in update.outcomes)
+    norm, allowed = l2_norm(update.weighted_sum), contributors * l2_clip_norm
+    if not norm <= allowed * (1 + _ROUNDING):
+        return f"its partial sum has the norm {norm:.6g}, and {contributors} clipped updates allow {allowed:.6g}"
+    if update.total_weight != contributors:
+        return f"its weight is {update.total_weight:g}, and {contributors} clients have a weight of 1 each"
+    if not 0 <= update.within_clip <= contributors:
+        return f"{update.within_clip} of its {contributors} clients were within the bound"
+    return None
+
+
+def total(base: Weights, updates: Iterable[PartialUpdate], l2_clip_norm: float) -> Sums:
+    """The sum of all updates, by the names of ``base``; one that was clipped to a larger norm is scaled down to this.
+
+    A sum that was admitted has one addend a client, each of norm ``l2_clip_norm`` at most, and so has what is scaled.
+    """
+    sums: Sums = {name: np.zeros(array.shape, dtype=np.float64) for name, array in base.items()}
+    for update in updates:
+        clipped_to = l2_clip_norm if update.l2_clip_norm is None else update.l2_clip_norm
+        scale = min(1.0, l2_clip_norm / clipped_to)
+        for name, array in update.weighted_sum.items():
+            sums[name] += scale * array
+    return sums
+
+
+def digest(sums: Arrays) -> str:
+    """SHA-256, hex, of names, shapes and bits."""
+    found = hashlib.sha256()
+    for name in sorted(sums):
+        array = np.ascontiguousarray(sums[name], dtype="<f8")
+        found.update(f"{name}{array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def fresh_noise(stream: SecretStream, size: int) -> Vector:
+    """``size`` independent standard normals of a secret stream."""
+    return stream.normal(size)
+
+
+def size_of(arrays: Arrays) -> int:
+    """How many numbers they are together."""
+    return sum(array.size for array in arrays.values())
+
+
+def released(
+    base: Weights, sums: Sums, noise: Vector, *, divisor: float, learning_rate: float
+) -> dict[str, FloatArray]:
+    """``base + learning_rate * (sums + noise) / divisor``, float32.
+
+    Args:
+        base: the weights that the round started from, by name.
+        sums: of the clipped updates, by the same names.
+        noise: [size], scaled; laid over the arrays in the order of their names.
+        divisor: a constant of the run, never what the round happened to draw: that is private.
+        learning_rate: of the server.
+
+    Raises:
+        ValueError: the noise is not one number for each of the sums', or the divisor is not above 0.
+    """
+    if noise.shape != (size_of(sums),) or not divisor > 0:
+        raise ValueError(f"noise of shape {noise.shape} and divisor {divisor} for {size_of(sums)} numbers")
+    moved, start = {}, 0
+    for name in sorted(sums):
+        part = noise[start : start + sums[name].size].reshape(sums[name].shape)
+        start += sums[name].size
+        moved[name] = (base[name] + learning_rate * (sums[name] + part) / divisor).astype(np.float32)
+    return {name: moved[name] for name in base}

@@ -1,0 +1,122 @@
+"""What choosing the best of several trials costs when each was trained on private data.
+
+A sweep that reports its best trial says more of the data than that trial alone. Publishing all k trials costs what k
+runs cost. Choosing the best of a *random* number of trials costs far less, if nobody learns how many there were
+(Papernot and Steinke 2022, arXiv:2110.03620): with a truncated negative binomial number of trials, by a bound on Renyi
+divergence, which dp-accounting computes. A fixed number of trials has no such bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq
+
+from fedvit.errors import ConfigError
+from fedvit.privacy.accountants import Composition, check_delta, dp_event_of, epsilon_pld, epsilon_rdp
+from fedvit.privacy.events import simplified
+from fedvit.privacy.randomness import SecretStream
+
+MOST_TRIALS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionCost:
+    """Epsilons at one delta, of the same trial.
+
+    Attributes:
+        one_trial: by PLD: what is said of a trial that nobody chose.
+        one_trial_rdp: by RDP, as ``select_best`` is.
+        select_best: of the best of a random number of trials with the mean ``mean_trials``.
+        all_trials: of ``ceil(mean_trials)`` trials that are all published, by PLD.
+    """
+
+    mean_trials: float
+    shape: float
+    delta: float
+    one_trial: float
+    one_trial_rdp: float
+    select_best: float
+    all_trials: float
+
+
+def selection_cost(trial: Composition, *, mean_trials: float, delta: float, shape: float = 1.0) -> SelectionCost:
+    """What it costs to train a random number of trials and to publish the best.
+
+    Args:
+        trial: all that one trial does to one unit's data.
+        mean_trials: how many trials there are on average, above 1.
+        delta: as for :func:`fedvit.privacy.accountants.epsilon_pld`.
+        shape: of the truncated negative binomial: 0 is logarithmic, 1 geometric.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    _check(mean_trials, shape)
+    found = simplified(trial)
+    return SelectionCost(
+        mean_trials=mean_trials,
+        shape=shape,
+        delta=check_delta(delta),
+        one_trial=epsilon_pld(trial, delta),
+        one_trial_rdp=epsilon_rdp(trial, delta),
+        select_best=_select_best(trial, mean_trials, delta, shape),
+        all_trials=epsilon_pld({event: count * math.ceil(mean_trials) for event, count in found.items()}, delta),
+    )
+
+
+def _select_best(trial: Composition, mean_trials: float, delta: float, shape: float) -> float:
+    from absl import logging as absl_logging
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import RdpAccountant
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    events = [dp_event.SelfComposedDpEvent(dp_event_of(event), n) for event, n in simplified(trial).items()]
+    accountant = RdpAccountant()
+    accountant.compose(dp_event.RepeatAndSelectDpEvent(dp_event.ComposedDpEvent(events), mean_trials, shape))
+    return float(accountant.get_epsilon(delta))
+
+
+def draw_number_of_trials(stream: SecretStream, *, mean_trials: float, shape: float = 1.0) -> int:
+    """How many trials a sweep shall train so that :func:`selection_cost` holds for it. To be told to nobody.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    _check(mean_trials, shape)
+    cumulated, number, uniform = 0.0, 0, float(stream.uniform(1)[0])
+    for probability in number_of_trials(mean_trials, shape):
+        cumulated, number = cumulated + float(probability), number + 1
+        if uniform <= cumulated:
+            break
+    return number
+
+
+def number_of_trials(mean_trials: float, shape: float) -> npt.NDArray[np.float64]:
+    """The probabilities of 1, 2, ... trials, as far as they matter: truncated negative binomial (Definition 1)."""
+    gamma = _gamma(mean_trials, shape)
+    most = min(MOST_TRIALS, math.ceil(60 / -math.log1p(-gamma)) + 1)
+    k = np.arange(1, most, dtype=np.float64)
+    # P(k + 1) / P(k) = (1 - gamma) * (k + shape) / (k + 1).
+    weights = np.concatenate([[1.0], np.cumprod((1 - gamma) * (k + shape) / (k + 1))])
+    return np.asarray(weights / weights.sum())
+
+
+def _gamma(mean_trials: float, shape: float) -> float:
+    mean: Callable[[float], float]
+    if shape == 0:
+        mean = lambda gamma: (1 / gamma - 1) / math.log(1 / gamma)  # noqa: E731  # a formula of two cases
+    else:
+        mean = lambda gamma: shape * (1 - gamma) / (gamma * (1 - gamma**shape))  # noqa: E731
+    return float(brentq(lambda gamma: mean(gamma) - mean_trials, 1e-9, 1 - 1e-9))
+
+
+def _check(mean_trials: float, shape: float) -> None:
+    if not 1 < mean_trials <= MOST_TRIALS:
+        raise ConfigError(f"mean_trials is {mean_trials}.", cure=f"It must lie above 1 and at most at {MOST_TRIALS}.")
+    if not (math.isfinite(shape) and shape >= 0):
+        raise ConfigError(f"shape is {shape}.", cure="0 is the logarithmic distribution, 1 the geometric.")

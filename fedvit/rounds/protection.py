@@ -1,0 +1,264 @@
+"""What a round does for privacy: who may take part, what it is charged, and what becomes of the answers.
+
+Two ways, by the privacy unit. Records are protected by each client, and the aggregator averages what it is given.
+Clients are protected here: it adds up clipped updates, adds noise once, and divides by a constant.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from fedvit.aggregation.fedavg import FedAvg
+from fedvit.config import Settings
+from fedvit.errors import BudgetExhaustedError, ConfigError
+from fedvit.ports import POPULATION, Charge
+from fedvit.privacy import mechanism
+from fedvit.privacy.correlated import BandedNoise, Vector
+from fedvit.privacy.events import Event
+from fedvit.privacy.randomness import SecretStream
+from fedvit.privacy.round_cost import adaptive_clip, charge_of, round_event
+from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.rounds.buffer import RoundBuffer
+from fedvit.store.store import Store
+from fedvit.training.release import release_id
+from fedvit.types import FloatArray, PartialUpdate, Run, TrainTask, Weights
+
+FACTS = "client_level"
+"""Where a version's lineage has what the mechanism did, for the rounds after it."""
+EXPECTED_COHORT = "expected_cohort"
+"""Where a run's configuration has the constant that its sums are divided by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """The next weights, and what a version's lineage says of how they came about."""
+
+    weights: dict[str, FloatArray]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Protection(Protocol):
+    """What a privacy unit asks of a round."""
+
+    sampled: bool
+    """Whether the cohort is a secret sample: then a round that drew nobody is one of noise alone."""
+
+    def run_facts(self, eligible: int) -> dict[str, Any]:
+        """What a run that so many clients may take part in is recorded with."""
+        ...
+
+    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> tuple[str, ...]:
+        """Those of the clients that the round may draw.
+
+        Raises:
+            BudgetExhaustedError: none of them may take part in this run any more.
+        """
+        ...
+
+    def l2_clip_norm(self, run_id: str, round_index: int) -> float:
+        """What the round clips to."""
+        ...
+
+    def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
+        """What the round costs, if these clients take part."""
+        ...
+
+    def judge(self, update: PartialUpdate, run_id: str) -> tuple[PartialUpdate, str | None]:
+        """An answer as it will be folded, and why it must not be, if so."""
+        ...
+
+    def fold(self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer) -> Folded:
+        """The weights after the round."""
+        ...
+
+
+def protection_for(settings: Settings, store: Store) -> Protection:
+    """The protection that the settings ask for."""
+    kind = RecordLevel if settings.privacy.privacy_unit == "record" else ClientLevel
+    return kind(settings, store)
+
+
+class RecordLevel:
+    """Each client protects its records; its charge is its own."""
+
+    sampled = False
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings = settings
+        self._store = store
+        self._rule = FedAvg(settings.training.server_learning_rate)
+
+    def run_facts(self, eligible: int) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> tuple[str, ...]:
+        """Those that have a participation left, and took part long enough ago."""
+        return _rested(self._settings, self._store, run_id, round_index, client_ids)
+
+    def l2_clip_norm(self, run_id: str, round_index: int) -> float:
+        """Of one record's gradient."""
+        return self._settings.privacy.l2_clip_norm
+
+    def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
+        """One a client."""
+        sizes = {c.client_id: c.num_examples for c in self._store.clients()}
+        event = round_event(self._settings, task.noise_multiplier)
+        return [_charge(event, task, c, release_id(task, c, sizes[c])) for c in client_ids]
+
+    def judge(self, update: PartialUpdate, run_id: str) -> tuple[PartialUpdate, str | None]:
+        """Noised already: nothing bounds it."""
+        return update, None
+
+    def fold(self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer) -> Folded:
+        """Their average, weighted by their number of examples."""
+        return Folded(self._rule.fold(weights, buffer.updates()))
+
+
+class ClientLevel:
+    """The aggregator protects whole clients; see :mod:`fedvit.privacy.mechanism`.
+
+    The noise is bound to the release and to the very sum that it protects, so that a repeated round repeats it, and a
+    round that comes to another sum draws another. What later rounds need of it is in the version's lineage: under a
+    key, since a plain hash of the sum would tell who guesses it right.
+    """
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings = settings
+        self._store = store
+        self._secret = derive_secret(load_or_create_root_secret(store.home), "client-level-noise")
+        self._clip = adaptive_clip(settings.privacy)
+        self._history: tuple[str, list[Mapping[str, Any]]] = ("", [])
+        self._banded: tuple[str, BandedNoise] | None = None
+        self.sampled = settings.training.cohort.selection == "poisson"
+
+    def run_facts(self, eligible: int) -> dict[str, Any]:
+        """The constant divisor: how many clients a round is expected to have.
+
+        Raises:
+            ConfigError: so few clients cannot fill the cohorts and rest between them.
+        """
+        cohort = self._settings.training.cohort
+        if cohort.sampling_prob is not None:
+            return {EXPECTED_COHORT: cohort.sampling_prob * eligible}
+        size = eligible if cohort.size is None or cohort.selection == "all" else min(cohort.size, eligible)
+        if size * cohort.min_separation > eligible:
+            raise ConfigError(
+                f"Cohorts of {size} with min_separation {cohort.min_separation} need {size * cohort.min_separation} "
+                f"clients; there are {eligible}.",
+                cure="Lower training.cohort.size or min_separation.",
+            )
+        return {EXPECTED_COHORT: float(size)}
+
+    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> tuple[str, ...]:
+        """Those that have a participation left, and took part long enough ago."""
+        return _rested(self._settings, self._store, run_id, round_index, client_ids)
+
+    def l2_clip_norm(self, run_id: str, round_index: int) -> float:
+        """Of a whole update: as set, or as the rounds before have moved it."""
+        if self._clip is None:
+            return self._settings.privacy.l2_clip_norm
+        earlier = self._facts(run_id)[: round_index - 1]
+        return float(earlier[-1]["next_l2_clip_norm"]) if earlier else self._settings.privacy.l2_clip_norm
+
+    def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
+        """One for everybody where a secret sample is drawn: whoever was not drawn might have been. Else one each."""
+        event = round_event(self._settings, task.noise_multiplier)
+        units = [POPULATION] if self.sampled else list(client_ids)
+        return [_charge(event, task, unit, release_id(task, unit, 1)) for unit in units]
+
+    def judge(self, update: PartialUpdate, run_id: str) -> tuple[PartialUpdate, str | None]:
+        """Whether its norm is what its number of clipped updates allows."""
+        norm = self.l2_clip_norm(run_id, update.round_index)
+        return replace(update, l2_clip_norm=norm), mechanism.fault_of(update, norm)
+
+    def fold(self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer) -> Folded:
+        """``weights + server_learning_rate * (sum of clipped updates + noise) / expected cohort``."""
+        norm, updates = task.l2_clip_norm, buffer.updates()
+        sums = mechanism.total(weights, updates, norm)
+        within = sum(update.within_clip for update in updates)
+        key = self._key(task, [mechanism.digest(sums), within, buffer.accepted])
+        noise = self._sum_noise_multiplier(run) * norm * self._noise(run, task, mechanism.size_of(sums), key)
+        moved = mechanism.released(
+            weights,
+            sums,
+            noise,
+            divisor=float(run.config[EXPECTED_COHORT]),
+            learning_rate=self._settings.training.server_learning_rate,
+        )
+        facts = {"noise_key": key, "l2_clip_norm": norm, **self._next_norm(run, task, key, within, buffer.accepted)}
+        return Folded(moved, {FACTS: facts})
+
+    def _sum_noise_multiplier(self, run: Run) -> float:
+        return self._clip.sum_noise_multiplier(run.noise_multiplier) if self._clip else run.noise_multiplier
+
+    def _next_norm(self, run: Run, task: TrainTask, key: str, within: int, contributors: int) -> dict[str, float]:
+        if self._clip is None:
+            return {}
+        noise = float(self._stream("count", run.run_id, task.round_index, key).normal(1)[0])
+        share = self._clip.share(within, contributors, noise, float(run.config[EXPECTED_COHORT]))
+        return {"noised_share": share, "next_l2_clip_norm": self._clip.next_norm(task.l2_clip_norm, share)}
+
+    def _noise(self, run: Run, task: TrainTask, size: int, key: str) -> Vector:
+        """Of standard deviation 1, but for what the strategy makes of it."""
+
+        def draw(round_index: int, drawn_with: str) -> Vector:
+            return mechanism.fresh_noise(self._stream("sum", run.run_id, round_index, drawn_with), size)
+
+        bands = self._settings.privacy.bands
+        if bands is None:
+            return draw(task.round_index, key)
+        if self._banded is None or self._banded[0] != run.run_id:
+            self._banded = run.run_id, BandedNoise(bands, draw)
+        earlier = [str(facts["noise_key"]) for facts in self._facts(run.run_id)[: task.round_index - 1]]
+        return self._banded[1].at([*earlier, key])
+
+    def _stream(self, purpose: str, run_id: str, round_index: int, key: str) -> SecretStream:
+        return SecretStream(self._secret, purpose, {"run_id": run_id, "round_index": round_index, "key": key})
+
+    def _key(self, task: TrainTask, protected: list[Any]) -> str:
+        text = json.dumps([release_id(task, POPULATION, 1), *protected])
+        return hmac.new(self._secret, text.encode(), "sha256").hexdigest()
+
+    def _facts(self, run_id: str) -> list[Mapping[str, Any]]:
+        """What the mechanism did in each committed round of the run, from the first on."""
+        known = self._history[1] if self._history[0] == run_id else []
+        committed = [record for record in self._store.rounds(run_id) if record.version is not None]
+        for record in committed[len(known) :]:
+            known.append(self._store.version(str(record.version)).lineage[FACTS])
+        self._history = run_id, known
+        return known
+
+
+def _charge(event: Event, task: TrainTask, unit_id: str, release: str) -> Charge:
+    return charge_of(
+        event,
+        run_id=task.run_id,
+        round_index=task.round_index,
+        unit_id=unit_id,
+        release_id=release,
+        unit=task.privacy_unit,
+    )
+
+
+def _rested(
+    settings: Settings, store: Store, run_id: str, round_index: int, client_ids: Sequence[str]
+) -> tuple[str, ...]:
+    cohort = settings.training.cohort
+    if cohort.max_participations is None and cohort.min_separation == 1:
+        return tuple(client_ids)
+    engaged = store.engagements(run_id, before=round_index)
+    times = {client_id: engaged.get(client_id, (0, 0)) for client_id in client_ids}
+    most = cohort.max_participations or round_index
+    left = [client_id for client_id in client_ids if times[client_id][0] < most]
+    if client_ids and not left:
+        raise BudgetExhaustedError(
+            f"Each of {len(client_ids)} clients has taken part in {most} rounds of {run_id}; the cap is {most}.",
+            cure="Training rests; another run, with its own charges, may use them again.",
+        )
+    apart = cohort.min_separation
+    return tuple(c for c in left if times[c][1] == 0 or round_index - times[c][1] >= apart)
