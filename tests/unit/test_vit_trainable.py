@@ -48,7 +48,7 @@ def test_all_mode_trains_the_whole_body_and_nothing_before_it() -> None:
 
 def test_all_mode_includes_the_tokens_of_a_timm_vit() -> None:
     names = trainable_weights(model_with("test_vit2", trainable="all")).keys()
-    assert names >= {"body.tokens.reg_token", "body.tokens.pos_embed", "body.vit.patch_embed.proj.weight"}
+    assert names >= {"body.vit.reg_token", "body.vit.pos_embed", "body.vit.patch_embed.proj.weight"}
 
 
 @pytest.mark.parametrize(("name", "owner"), [("hybrid_lite0", "body."), ("test_vit", "body.vit.")])

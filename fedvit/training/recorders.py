@@ -1,0 +1,110 @@
+"""Autograd functions that compute what torch's own do, and hand what parameters' gradients are made of to a tape."""
+
+# mypy: disable-error-code="no-untyped-call, override"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from fedvit.training.tape import Tape, sum_of_tokens
+
+
+class RecordedLinear(Function):
+    """``linear`` [B * k, ..., d] to [B * k, ..., p]; a weight of more dimensions is flattened to [p, d].
+
+    Without a trained weight no activation is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tape: Tape,
+        weight_key: int | None,
+        bias_key: int | None,
+    ) -> Tensor:
+        """The layer's outputs."""
+        ctx.save_for_backward(inputs if weight_key is not None else None, weight)
+        ctx.tape, ctx.keys = tape, (weight_key, bias_key)
+        return functional.linear(inputs, weight.flatten(1), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The inputs' gradient; the parameters' goes to the tape."""
+        inputs, weight = ctx.saved_tensors
+        ctx.tape.add_linear(*ctx.keys, inputs, gradient)
+        passed = gradient @ weight.flatten(1).to(gradient.dtype) if ctx.needs_input_grad[1] else None
+        return None, passed, None, None, None, None, None
+
+
+class RecordedLayerNorm(Function):
+    """``layer_norm`` over the last dimension of [B * k, ..., d]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        tape: Tape,
+        weight_key: int | None,
+        bias_key: int | None,
+    ) -> Tensor:
+        """The normalised inputs."""
+        if torch.is_autocast_enabled(inputs.device.type):
+            inputs = inputs.float()
+        outputs, mean, rstd = torch.native_layer_norm(inputs, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(inputs, mean, rstd, weight, bias)
+        ctx.tape, ctx.keys = tape, (weight_key, bias_key)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The inputs' gradient; the parameters' goes to the tape."""
+        inputs, mean, rstd, weight, bias = ctx.saved_tensors
+        tape, (weight_key, bias_key) = ctx.tape, ctx.keys
+        passed = None
+        if ctx.needs_input_grad[1]:
+            passed = torch.ops.aten.native_layer_norm_backward(
+                gradient, inputs, list(weight.shape), mean, rstd, weight, bias, [True, False, False]
+            )[0]
+        shape = (tape.batch, -1, weight.shape[0])
+        outputs = gradient.reshape(shape)
+        if weight_key is not None:
+            # Not through the normalised inputs: that would be one more array of their size.
+            scale, offset = (rstd.reshape(tape.batch, 1, -1), (mean * rstd).reshape(tape.batch, 1, -1))
+            product = torch.bmm(scale, outputs * inputs.reshape(shape))
+            tape.add(weight_key, product - torch.bmm(offset, outputs))
+        if bias_key is not None:
+            tape.add(bias_key, sum_of_tokens(outputs))
+        return None, passed, None, None, None, None, None, None
+
+
+class RecordedValue(Function):
+    """A parameter, or a value derived from some, laid out over the examples: every example's copy has its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor, shape: tuple[int, ...], tape: Tape, key: int) -> Tensor:
+        """``value`` in ``shape`` [B * k, ...], without a copy."""
+        ctx.tape, ctx.key = tape, key
+        return value.expand(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        """Nothing; the gradient goes to the tape."""
+        ctx.tape.add(ctx.key, gradient)
+        return None, None, None, None, None
