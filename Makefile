@@ -8,7 +8,7 @@ HOME_DIR := $(or $(FEDVIT_HOME),var)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down reset test fuzz chaos drill lint fmt bench bench-edge bench-control health-check \
+.PHONY: help setup run up down reset test fuzz chaos drill lint fmt bench bench-edge bench-control bench-dp health-check \
 	emergency-backup diagnostics logs monitoring
 
 help:  ## List the targets
@@ -63,7 +63,7 @@ fmt: setup  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-edge bench-control  ## Run every benchmark; figures go to docs/benchmarks
+bench: bench-edge bench-control bench-dp  ## Run every benchmark; figures go to docs/benchmarks
 
 bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real images
 	$(BIN)/python -m tests.benchmarks.edge_latency
@@ -74,6 +74,9 @@ drill: setup  ## Run every command of docs/runbook.md against a real system on t
 bench-control: setup  ## The control API with 10,000 clients: a page of the fleet beside bare FastAPI, and heartbeats
 	$(BIN)/python -m tests.benchmarks.control_status
 	$(BIN)/python -m tests.benchmarks.heartbeats
+
+bench-dp: setup  ## A private training step beside an ordinary one and Opacus' (time and memory); has the machine to itself
+	$(BIN)/python -m tests.benchmarks.dp_step
 
 health-check: setup  ## Runbook: ask every part how it is
 	@$(BIN)/fedvit health-check $(ARGS)

@@ -8,35 +8,54 @@ arXiv:2110.05679), and the sum over the clipped ones is one matrix product.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+Recipe = Callable[[Tensor], Tensor]
+
 # One number of a formed gradient is written once and read twice: what that costs in multiply-adds of a Gram matrix.
 _FORMED_NUMBER_COST = 24
 # Formed gradients may take this much more memory than the activations and output gradients that they replace.
-_FORMED_MEMORY = 1.5
+_FORMED_MEMORY = 1.0
+# Processors multiply matrices in tiles of this many rows.
+_TILE = 16
 
 
 @dataclass(slots=True)
 class _Product:
-    """A linear layer's activations [B, T, d] and output gradients [B, T, p]; the bias goes along where it can."""
+    """A linear layer's activations [B, T, d] and output gradients [B, T, p]; the bias goes along where it can.
+
+    The activations are ``recipe`` of what is kept, which has their shape.
+    """
 
     weight: int
     bias: int | None
-    inputs: Tensor
-    outputs: Tensor
+    kept: Tensor
+    recipe: Recipe
+    kept_outputs: Tensor
+
+    @property
+    def inputs(self) -> Tensor:
+        """The activations, computed anew where that is cheap."""
+        return at_least_single(self.recipe(self.kept))
+
+    @property
+    def outputs(self) -> Tensor:
+        """The output gradients."""
+        return at_least_single(self.kept_outputs)
 
     def squares(self) -> Tensor:
         """Squared gradient norms [B] of weight (and bias): sum of (A A' + 1) * (G G')."""
-        if self.inputs.shape[1] == 1:
-            ones = float(self.bias is not None)
-            return (_squares(self.inputs) + ones) * _squares(self.outputs)
-        gram = torch.bmm(self.inputs, self.inputs.mT)
-        if self.bias is not None:
-            gram += 1.0
-        return _dot(gram, torch.bmm(self.outputs, self.outputs.mT))
+        inputs, outputs, ones = self.inputs, self.outputs, float(self.bias is not None)
+        tokens = outputs.shape[1]
+        if tokens == 1:
+            return (_squares(inputs) + ones) * _squares(outputs)
+        half = tokens // 2 // _TILE * _TILE if outputs.device.type == "cpu" else 0
+        total = _gram_rows(inputs, outputs, ones, half, tokens)
+        return total + _gram_rows(inputs, outputs, ones, 0, half) if half else total
 
     def formed(self) -> Tensor:
         """The weight's gradients [B, p, d]."""
@@ -53,6 +72,24 @@ class _Product:
         else:
             outputs = outputs * by_token[:, :, None]
         return outputs.flatten(0, 1).T @ inputs.flatten(0, 1), bias[0]
+
+
+def as_it_is(values: Tensor) -> Tensor:
+    """The recipe of activations that are kept themselves."""
+    return values
+
+
+@dataclass(slots=True)
+class Layer:
+    """A linear layer's call: keys of weight and bias where they are trained, and how to get at its activations.
+
+    ``donor`` is the memory of the outputs, if something else than this layer keeps it until the backward pass.
+    """
+
+    weight: int | None
+    bias: int | None
+    recipe: Recipe = as_it_is
+    donor: Tensor | None = None
 
 
 class Tape:
@@ -73,6 +110,7 @@ class Tape:
         self._keys = {id(value): key for key, value in enumerate(self._values)}
         self._products: list[_Product] = []
         self._formed: dict[int, Tensor] = {}
+        self._held: set[int] = set()
 
     def key(self, value: Tensor) -> int:
         """The place of a parameter, or of a value derived from parameters."""
@@ -83,23 +121,35 @@ class Tape:
 
     def add(self, key: int, gradients: Tensor) -> None:
         """Add gradients [B * k, ...] of a value, k of them an example, the example's own side by side."""
-        grouped = _at_least_single(gradients.reshape(self.batch, -1, *self._values[key].shape))
+        grouped = at_least_single(gradients.reshape(self.batch, -1, *self._values[key].shape))
         summed = grouped[:, 0] if grouped.shape[1] == 1 else grouped.sum(dim=1)
         self._formed[key] = self._formed[key] + summed if key in self._formed else summed
 
-    def add_linear(self, weight: int | None, bias: int | None, inputs: Tensor | None, outputs: Tensor) -> None:
-        """Add a linear layer's activations [B * k, ..., d] and output gradients [B * k, ..., p]."""
+    def add_linear(self, layer: Layer, kept: Tensor | None, outputs: Tensor) -> None:
+        """Add a linear layer's output gradients [B * k, ..., p] and what is kept of its activations [B * k, ..., d]."""
+        bias = layer.bias
         outputs = _by_example(outputs, self.batch)
-        if weight is not None and inputs is not None:
-            product = _Product(weight, None, _by_example(inputs, self.batch), outputs)
-            if weight < len(self._names) and _ghost_is_cheaper(product):
+        if layer.weight is not None and kept is not None:
+            product = _Product(layer.weight, None, _by_example(kept, self.batch), layer.recipe, outputs)
+            if layer.weight < len(self._names) and _ghost_is_cheaper(product):
                 product.bias = bias if bias is not None and bias < len(self._names) else None
                 bias = bias if product.bias is None else None
-                self._products.append(product)
+                self._keep(product, layer.donor)
             else:
-                self.add(weight, product.formed())
+                self.add(layer.weight, product.formed())
         if bias is not None:
-            self.add(bias, sum_of_tokens(outputs))
+            self.add(bias, at_least_single(sum_of_tokens(outputs)))
+
+    def _keep(self, product: _Product, donor: Tensor | None) -> None:
+        """Keep a product for later, its gradients in the place of the layer's outputs if nobody reads those any more.
+
+        Else the heap grows in every backward pass: what is kept lies between what is not.
+        """
+        self._held.add(product.kept.untyped_storage().data_ptr())
+        if donor is not None and donor.untyped_storage().data_ptr() not in self._held:
+            place = donor.reshape(product.kept_outputs.shape)
+            product.kept_outputs = place.copy_(product.kept_outputs)
+        self._products.append(product)
 
     def missing(self) -> list[str]:
         """The parameters that no gradient was recorded for."""
@@ -143,7 +193,7 @@ class Tape:
         sums: dict[int, Tensor] = {}
         for product in self._products:
             if not everyone:
-                product = _Product(product.weight, product.bias, product.inputs[kept], product.outputs[kept])
+                product = replace(product, kept=product.kept[kept], kept_outputs=product.kept_outputs[kept])
             sums[product.weight], bias = product.weighted_sums(factors if everyone else factors[kept])
             if product.bias is not None:
                 sums[product.bias] = bias
@@ -174,25 +224,30 @@ def sum_of_tokens(outputs: Tensor) -> Tensor:
     return outputs.sum(dim=1)
 
 
+def _gram_rows(inputs: Tensor, outputs: Tensor, ones: float, first: int, last: int) -> Tensor:
+    """Rows of the Gram matrices' product up to the diagonal; they are symmetric: what is left of these counts twice."""
+    grams = [torch.bmm(x[:, first:last], x[:, :last].mT) for x in (inputs, outputs)]
+    product = grams[0].add_(ones).mul_(grams[1])
+    square = product[:, :, first:].sum(dim=(1, 2))
+    return square + 2 * product[:, :, :first].sum(dim=(1, 2)) if first else square
+
+
 def _by_example(values: Tensor, batch: int) -> Tensor:
-    return _at_least_single(values.reshape(batch, -1, values.shape[-1]))
+    # Detached: a tape that held on to the graph, which knows the tape, would live until the garbage collector comes.
+    return values.detach().reshape(batch, -1, values.shape[-1])
 
 
-def _at_least_single(values: Tensor) -> Tensor:
+def at_least_single(values: Tensor) -> Tensor:
     """Norms and sums must be exact, whatever the model computes in."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def _ghost_is_cheaper(product: _Product) -> bool:
-    tokens, width, height = product.inputs.shape[1], product.inputs.shape[2], product.outputs.shape[2]
+    tokens, width, height = *product.kept.shape[1:], product.kept_outputs.shape[2]
     if width * height > _FORMED_MEMORY * tokens * (width + height):
         return True
     return tokens * tokens * (width + height) < _FORMED_NUMBER_COST * width * height
 
 
 def _squares(values: Tensor) -> Tensor:
-    return _dot(values, values)
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.bmm(left.reshape(len(left), 1, -1), right.reshape(len(right), -1, 1)).flatten()
+    return torch.linalg.vector_norm(values.flatten(1), dim=1).square()

@@ -51,6 +51,11 @@ def _add_adapters(model: VisionModel, rank: int, seed: int) -> None:
             "The model has no attention projection that an adapter could be put on.",
             cure="Choose trainable 'all' or 'head'.",
         )
+    for name, _ in linears:
+        attention = model.body.get_submodule(name.rpartition(".")[0])
+        if hasattr(attention, "qkv_bias_separate"):
+            # Or BEiT and EVA read the projection's weight past the adapter, to multiply and add in one call.
+            attention.qkv_bias_separate = True
     generator = torch.Generator().manual_seed(seed)
     replace_modules(model.body, linears, (LoraLinear(linear, rank, generator) for _, linear in linears))
 
