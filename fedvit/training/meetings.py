@@ -60,7 +60,8 @@ class Meetings(TorchFunctionMode):
         if is_data:
             for tensor in _tensors(result):
                 setattr(tensor, _DATA, True)
-            if func in _CHEAP:
+            # Under autocast the same call later would be another one.
+            if func in _CHEAP and not torch.is_autocast_enabled(result.device.type):
                 setattr(result, _RECIPE, (args[0], partial(_again, func, args[1:], kwargs)))
         return result
 
@@ -129,11 +130,7 @@ def _note_source(func: Callable[..., Any], args: tuple[Any, ...], result: object
     trained = [value for value in args if isinstance(value, Tensor) and value.requires_grad]
     if func in _EXPANDING and isinstance(result, Tensor) and len(trained) == 1 and trained[0] is args[0]:
         source = getattr(args[0], _SOURCE, args[0])
-        if (
-            source.ndim == result.ndim
-            and source.shape[0] == 1 != result.shape[0]
-            and source.shape[1:] == result.shape[1:]
-        ):
+        if (1, *result.shape[1:]) == tuple(source.shape) != tuple(result.shape):
             setattr(result, _SOURCE, source)
 
 

@@ -159,7 +159,7 @@ class Tape:
     def settle(self) -> None:
         """Once, after the backward pass: bring derived values back to their parameters, and form what meets twice."""
         self._pull_back()
-        meetings = Counter(self._formed)
+        meetings = Counter(list(self._formed))
         for product in self._products:
             meetings.update(key for key in (product.weight, product.bias) if key is not None)
         kept = []
@@ -199,7 +199,7 @@ class Tape:
                 sums[product.bias] = bias
         for key, gradients in self._formed.items():
             chosen = gradients if everyone else gradients[kept]
-            sums[key] = (factors if everyone else factors[kept]) @ chosen.flatten(1)
+            sums[key] = (factors if everyone else factors[kept]) @ chosen.reshape(len(chosen), -1)
         return {n: sums[key].view_as(self._values[key]) for key, n in enumerate(self._names) if key in sums}
 
     def _pull_back(self) -> None:
@@ -228,7 +228,7 @@ def _gram_rows(inputs: Tensor, outputs: Tensor, ones: float, first: int, last: i
     """Rows of the Gram matrices' product up to the diagonal; they are symmetric: what is left of these counts twice."""
     grams = [torch.bmm(x[:, first:last], x[:, :last].mT) for x in (inputs, outputs)]
     product = grams[0].add_(ones).mul_(grams[1])
-    square = product[:, :, first:].sum(dim=(1, 2))
+    square: Tensor = product[:, :, first:].sum(dim=(1, 2))
     return square + 2 * product[:, :, :first].sum(dim=(1, 2)) if first else square
 
 
@@ -250,4 +250,5 @@ def _ghost_is_cheaper(product: _Product) -> bool:
 
 
 def _squares(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values.flatten(1), dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(values.reshape(len(values), -1), dim=1)
+    return norms.square()

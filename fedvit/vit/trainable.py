@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def _add_adapters(model: VisionModel, rank: int, seed: int) -> None:
             cure="Choose trainable 'all' or 'head'.",
         )
     for name, _ in linears:
-        attention = model.body.get_submodule(name.rpartition(".")[0])
+        attention: Any = model.body.get_submodule(name.rpartition(".")[0])
         if hasattr(attention, "qkv_bias_separate"):
             # Or BEiT and EVA read the projection's weight past the adapter, to multiply and add in one call.
             attention.qkv_bias_separate = True

@@ -154,6 +154,12 @@ def test_what_is_no_plain_vit_is_refused_by_name(name: str) -> None:
         build_model(config(name=name), 3, 224)
 
 
+@pytest.mark.parametrize(("name", "part"), [("test_vit_relpos", "blocks.0"), ("swin_s3_tiny_224", "layers.1.blocks.0")])
+def test_other_families_of_timm_are_trained_whole(name: str, part: str) -> None:
+    names = trainable_weights(build_model(config(name=name, trainable="all"), 3, 32)).keys()
+    assert names >= {f"body.vit.{part}.attn.qkv.weight", f"body.vit.{part}.norm1.weight"}
+
+
 def test_images_that_patches_do_not_fill_are_refused() -> None:
     with pytest.raises(ModelError, match="30 pixels into patches of 16"):
         build_model(config(name=TIMM_NAME), 3, 30)
