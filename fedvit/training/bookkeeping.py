@@ -43,6 +43,7 @@ class BookKeeping(PerExampleGradients):
             return tape.weighted_sums(self.factors(tape.norms(), l2_clip_norm))
 
     def _record(self, features: Tensor, labels: Tensor) -> Tape:
+        self.clear()
         tape = Tape(self.parameters, len(labels))
         meetings = Meetings(self.parameters, tape)
         data = meetings.begin(features)
@@ -52,5 +53,13 @@ class BookKeeping(PerExampleGradients):
         # Autocast would round the norms as well.
         with torch.autocast(features.device.type, enabled=False):
             loss.backward()
+            self._refuse_other_ways()
             tape.settle()
         return tape
+
+    def _refuse_other_ways(self) -> None:
+        """Autograd must not have come to a parameter: no call may have been missed."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                self.clear()
+                raise no_gradients(self.engine, f"{name} meets examples where book-keeping does not see it")

@@ -90,11 +90,14 @@ class Meetings(TorchFunctionMode):
     def _meet(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
-        try:
-            return _RECORDED[func](self, func, *args, **kwargs)
-        except (KeyError, _NoRecord) as error:
-            called = resolve_name(func) or getattr(func, "__name__", str(func))
-            raise no_gradients("Book-keeping", f"{called} of {self._name(tensors)} is not among its calls") from error
+        reason: Exception | None = None
+        if func in _RECORDED:
+            try:
+                return _RECORDED[func](self, func, *args, **kwargs)
+            except (_NoRecord, TypeError) as error:
+                reason = error
+        called = resolve_name(func) or getattr(func, "__name__", str(func))
+        raise no_gradients("Book-keeping", f"{called} of {self._name(tensors)} is not among its calls") from reason
 
     def _name(self, tensors: Iterable[Tensor]) -> str:
         trained = [tensor for tensor in tensors if self.is_trained(tensor)]
@@ -256,6 +259,8 @@ def _spread_if_trained(meetings: Meetings, value: Any, like: Tensor) -> Any:
 
 
 def _elementwise(meetings: Meetings, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if any(map(meetings.is_trained, kwargs.values())) or not any(map(_is_data, args)):
+        raise _NoRecord
     like = max((value for value in args if _is_data(value)), key=lambda value: value.ndim)
     return func(*(_spread_if_trained(meetings, value, like) for value in args), **kwargs)
 

@@ -277,6 +277,31 @@ def test_examples_that_are_not_in_front_are_refused() -> None:
     assert per_example_gradients(_BatchInTheMiddle(), "body.", records(count=2)[0]).engine == "Opacus"
 
 
+class _BehindTheScenes(_Odd):
+    """Torch functions are switched off: a parameter meets data, and book-keeping sees nothing of it."""
+
+    def odd(self, tokens: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return tokens * self.embed.bias
+
+
+def test_a_meeting_that_was_not_seen_is_refused_while_it_happens() -> None:
+    engine = BookKeeping(_BehindTheScenes(), "body.")
+    with pytest.raises(ModelError, match=r"body\.embed\.bias meets examples where"):
+        clipped(engine, *records())
+    assert all(parameter.grad is None for parameter in engine.parameters.values())
+
+
+class _ByKeyword(_Odd):
+    def odd(self, tokens: Tensor) -> Tensor:
+        return torch.mul(tokens, other=self.embed.bias)
+
+
+def test_a_call_of_an_unknown_form_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"mul of body\.embed\.bias is not among its calls"):
+        clipped(BookKeeping(_ByKeyword(), "body."), *records())
+
+
 class _OnlyOpacus(_Odd):
     def build(self) -> None:
         self.conv = nn.Conv1d(8, 8, 1)
