@@ -8,8 +8,8 @@ HOME_DIR := $(or $(FEDVIT_HOME),var)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down reset test fuzz chaos chaos-ledger drill lint fmt bench bench-edge bench-control health-check \
-	emergency-backup diagnostics logs monitoring
+.PHONY: help setup run up down reset test fuzz chaos chaos-ledger drill lint fmt bench bench-edge bench-control bench-dp \
+	health-check emergency-backup diagnostics logs monitoring
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -66,7 +66,7 @@ fmt: setup  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-edge bench-control  ## Run every benchmark; figures go to docs/benchmarks
+bench: bench-edge bench-control bench-dp  ## Run every benchmark; figures go to docs/benchmarks
 
 bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real images
 	$(BIN)/python -m tests.benchmarks.edge_latency
@@ -77,6 +77,9 @@ drill: setup  ## Run every command of docs/runbook.md against a real system on t
 bench-control: setup  ## The control API with 10,000 clients: a page of the fleet beside bare FastAPI, and heartbeats
 	$(BIN)/python -m tests.benchmarks.control_status
 	$(BIN)/python -m tests.benchmarks.heartbeats
+
+bench-dp: setup  ## A private training step beside an ordinary one and Opacus' (time and memory); has the machine to itself
+	$(BIN)/python -m tests.benchmarks.dp_step
 
 health-check: setup  ## Runbook: ask every part how it is
 	@$(BIN)/fedvit health-check $(ARGS)

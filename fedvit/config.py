@@ -77,7 +77,7 @@ class HybridConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """Which Vision Transformer, and what of it is trained.
+    """Which Vision Transformer, and what of it is trained: all, the head, biases and head, or LoRA adapters and head.
 
     ``name`` is ``hybrid_lite0`` or any timm ViT. ``checkpoint`` is a local safetensors or .pth file that replaces the
     download of pretrained weights.
@@ -86,7 +86,7 @@ class ModelConfig(_Section):
     name: str = "hybrid_lite0"
     pretrained: bool = True
     checkpoint: Path | None = None
-    trainable: Literal["all", "head", "adapters"] = "all"
+    trainable: Literal["all", "head", "biases", "adapters"] = "all"
     adapter_rank: PositiveInt = 4
     seed: int = 0
     hybrid: HybridConfig = HybridConfig()

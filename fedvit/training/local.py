@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedvit.errors import DataError
 from fedvit.privacy.randomness import SecretStream
-from fedvit.training.dpsgd import PerExampleGradients, SecretDPOptimizer, check_per_example_gradients
+from fedvit.training.dpsgd import SecretDPOptimizer, per_example_gradients
 from fedvit.training.release import release_id
 from fedvit.types import FloatArray, TrainTask, Weights
 from fedvit.vit.trainable import load_weights
@@ -31,8 +31,7 @@ class LocalTrainer:
         if physical_batch_size < 1:
             raise ValueError(f"physical_batch_size must be at least 1, not {physical_batch_size}")
         self._physical_batch_size = physical_batch_size
-        self._gradients = PerExampleGradients(model.body, prefix="body.")
-        check_per_example_gradients(self._gradients, _public_features(model))
+        self._gradients = per_example_gradients(model.body, "body.", _public_features(model))
 
     def train(
         self,
@@ -89,7 +88,7 @@ class LocalTrainer:
         # split() of nothing is one empty part: an empty draw takes the same road to its noise.
         parts = drawn.split(self._physical_batch_size)
         for position, part in enumerate(parts, start=1):
-            self._gradients.compute(features[part], labels[part])
+            self._gradients.clip(features[part], labels[part], optimizer.max_grad_norm)
             optimizer.signal_skip_step(do_skip=position < len(parts))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

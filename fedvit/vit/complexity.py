@@ -13,12 +13,11 @@ from fedvit.vit.vision import VisionModel
 
 def complexity(model: VisionModel) -> dict[str, float]:
     """``parameters``, transformer ``blocks``, and ``multiply_adds`` of one image (matrix products, convolutions)."""
-    owner = model.blocks_owner()
     image = torch.zeros(1, model.image_size, model.image_size, 3, dtype=torch.uint8)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
     return {
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
-        "blocks": float(len(cast("nn.Sequential", owner.blocks)) if owner is not None else 0),
+        "blocks": float(sum(len(cast("nn.Sequential", owner.blocks)) for owner in model.blocks_owners())),
         "multiply_adds": counter.get_total_flops() / 2,
     }

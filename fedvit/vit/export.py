@@ -49,8 +49,8 @@ class ExportCheck:
 def make_variant(model: VisionModel, variant: Variant) -> VisionModel:
     """A frozen copy of ``model`` in the shape of ``variant``, adapters merged. Post-processing: costs no privacy.
 
-    The two ``edge_optimized`` ones keep every other transformer block, at least one (LayerDrop, Fan et al. 2019,
-    arXiv:1909.11556).
+    The two ``edge_optimized`` ones keep every other transformer block, at least one a stage (LayerDrop, Fan et al.
+    2019, arXiv:1909.11556).
     """
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     _merge_adapters(copied)
@@ -65,8 +65,7 @@ def _merge_adapters(model: VisionModel) -> None:
 
 
 def _drop_every_other_block(model: VisionModel) -> None:
-    owner = model.blocks_owner()
-    if owner is not None:
+    for owner in model.blocks_owners():
         owner.blocks = cast("nn.Sequential | nn.ModuleList", owner.blocks)[::2]
 
 

@@ -95,10 +95,6 @@ class HybridBody(Body):
         """The linear head."""
         return self.head
 
-    def blocks_owner(self) -> nn.Module | None:
-        """The body itself."""
-        return self
-
     def forward(self, features: Tensor) -> Tensor:
         """Logits [B, num_classes] of stem features [B, channels, side, side]."""
         tokens = self.embed(features.flatten(2).transpose(1, 2).contiguous())

@@ -39,10 +39,6 @@ class Body(nn.Module):
         """The head."""
         raise NotImplementedError
 
-    def blocks_owner(self) -> nn.Module | None:
-        """The module whose ``blocks`` are the transformer blocks, or None when there are none in the body."""
-        raise NotImplementedError
-
 
 class HeadBody(Body):
     """A linear head on a frozen, pooled embedding [B, D]."""
@@ -54,10 +50,6 @@ class HeadBody(Body):
     def classifier(self) -> nn.Module:
         """The head, which is all there is."""
         return self.head
-
-    def blocks_owner(self) -> nn.Module | None:
-        """None: the blocks are frozen, in the prefix."""
-        return None
 
     def forward(self, features: Tensor) -> Tensor:
         """Embeddings [B, D] to logits [B, num_classes]."""

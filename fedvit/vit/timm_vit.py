@@ -9,7 +9,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fedvit.config import ModelConfig
@@ -19,44 +18,22 @@ from fedvit.vit.layers import Body, HeadBody, Normalise
 
 # timm's modules that hold single-headed Vision Transformers.
 _VIT_MODULES = frozenset(
-    {"vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "beit", "eva"}
+    {
+        "vision_transformer",
+        "vision_transformer_hybrid",
+        "vision_transformer_relpos",
+        "beit",
+        "eva",
+        "swin_transformer",
+    }
 )
 
 
-class TokenEmbedding(nn.Module):
-    """A ViT's raw token and position parameters, in a module of their own.
+class TimmBody(Body):
+    """A whole model of timm on normalised images [B, 3, S, S]."""
 
-    Parameters that hang on the whole transformer would make Opacus differentiate the whole transformer once an
-    example; here they cost what an addition costs.
-    """
-
-    cls_token: nn.Parameter | None
-    reg_token: nn.Parameter | None
-    pos_embed: nn.Parameter | None
-
-    def __init__(self, vit: VisionTransformer) -> None:
+    def __init__(self, vit: Any) -> None:
         super().__init__()
-        self.positions_skip_prefix: bool = vit.no_embed_class
-        for name in ("cls_token", "reg_token", "pos_embed"):
-            self.register_parameter(name, getattr(vit, name))
-            setattr(vit, name, None)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """Patches [B, N, D] to tokens [B, prefix + N, D]."""
-        prefix = [t.expand(patches.shape[0], -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
-        if self.pos_embed is None:
-            return torch.cat([*prefix, patches], dim=1)
-        if self.positions_skip_prefix:
-            return torch.cat([*prefix, patches + self.pos_embed], dim=1)
-        return torch.cat([*prefix, patches], dim=1) + self.pos_embed
-
-
-class TransformerBody(Body):
-    """A whole timm ``VisionTransformer`` on normalised images [B, 3, S, S]."""
-
-    def __init__(self, vit: VisionTransformer) -> None:
-        super().__init__()
-        self.tokens = TokenEmbedding(vit)
         self.vit = vit
 
     def classifier(self) -> nn.Module:
@@ -64,19 +41,9 @@ class TransformerBody(Body):
         head: nn.Module = self.vit.get_classifier()
         return head
 
-    def blocks_owner(self) -> nn.Module | None:
-        """timm's model."""
-        vit: nn.Module = self.vit
-        return vit
-
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of normalised images [B, 3, S, S]."""
-        vit = self.vit
-        patches = vit.patch_embed(images)
-        # Models made for any size of picture keep rows and columns apart here.
-        patches = patches.flatten(1, 2) if patches.ndim == 4 else patches
-        tokens = vit.norm_pre(vit.patch_drop(vit.pos_drop(self.tokens(patches))))
-        logits: Tensor = vit.forward_head(vit.norm(vit.blocks(tokens)))
+        logits: Tensor = self.vit(images)
         return logits
 
 
@@ -111,12 +78,7 @@ def build_timm_vit(config: ModelConfig, num_classes: int, image_size: int) -> tu
     _check_size(config.name, vit, normalise, image_size)
     if config.trainable == "head":
         return _split_at_head(normalise, vit)
-    if type(vit) is not VisionTransformer:
-        raise ModelError(
-            f"Only the head of '{config.name}' can be trained per example, not '{config.trainable}'.",
-            cure="Set model.trainable: head, or choose a plain ViT such as vit_tiny_patch16_224.",
-        )
-    return normalise, TransformerBody(vit)
+    return normalise, TimmBody(vit)
 
 
 def _split_at_head(normalise: Normalise, vit: Any) -> tuple[nn.Module, Body]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,40 +14,50 @@ from fedvit.types import FloatArray, Weights
 from fedvit.vit.layers import LoraLinear, replace_modules
 from fedvit.vit.vision import VisionModel
 
-TrainableMode = Literal["all", "head", "adapters"]
+TrainableMode = Literal["all", "head", "biases", "adapters"]
 # The attention projections of timm's ViT families, fused and not.
 _ADAPTED = ("attn.qkv", "attn.proj", "attn.q_proj", "attn.k_proj", "attn.v_proj")
 
 
 def apply_trainable(model: VisionModel, mode: TrainableMode, rank: int, *, seed: int = 0) -> None:
-    """Say what of the body is trained: ``all`` of it, its ``head``, or low-rank ``adapters`` and the head.
+    """Say what of the body is trained: ``all`` of it, its ``head``, or the head and ``biases`` or ``adapters``.
 
-    Adapters are LoRA (Hu et al. 2021, arXiv:2106.09685) of ``rank`` on the attention projections of the blocks.
+    Biases are all that add a constant vector (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199; privately, Bu et al.
+    2022, arXiv:2210.00036). Adapters are LoRA (Hu et al. 2021, arXiv:2106.09685) of ``rank`` on the attention
+    projections of the blocks.
 
     Raises:
         ModelError: a part to be trained holds a BatchNorm, or there is nothing to adapt.
     """
     model.body.requires_grad_(mode == "all")
     model.body.classifier().requires_grad_(True)
+    if mode == "biases":
+        for name, parameter in model.body.named_parameters():
+            # Position biases are tables [distances, heads], no vectors.
+            parameter.requires_grad_(parameter.requires_grad or (name.endswith("bias") and parameter.ndim == 1))
     if mode == "adapters":
         _add_adapters(model, rank, seed)
     _refuse_batch_norm(model)
 
 
 def _add_adapters(model: VisionModel, rank: int, seed: int) -> None:
-    owner = model.body.blocks_owner()
     linears = [
         (name, module)
-        for name, module in (owner.named_modules() if owner is not None else ())
-        if name.startswith("blocks.") and name.endswith(_ADAPTED) and isinstance(module, nn.Linear)
+        for name, module in model.body.named_modules()
+        if "blocks" in name.split(".") and name.endswith(_ADAPTED) and isinstance(module, nn.Linear)
     ]
-    if owner is None or not linears:
+    if not linears:
         raise ModelError(
             "The model has no attention projection that an adapter could be put on.",
             cure="Choose trainable 'all' or 'head'.",
         )
+    for name, _ in linears:
+        attention: Any = model.body.get_submodule(name.rpartition(".")[0])
+        if hasattr(attention, "qkv_bias_separate"):
+            # Or BEiT and EVA read the projection's weight past the adapter, to multiply and add in one call.
+            attention.qkv_bias_separate = True
     generator = torch.Generator().manual_seed(seed)
-    replace_modules(owner, linears, (LoraLinear(linear, rank, generator) for _, linear in linears))
+    replace_modules(model.body, linears, (LoraLinear(linear, rank, generator) for _, linear in linears))
 
 
 def _refuse_batch_norm(model: VisionModel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -45,10 +47,10 @@ class VisionModel(nn.Module):
         features: Tensor = self.prefix(images_u8)
         return features
 
-    def blocks_owner(self) -> nn.Module | None:
-        """The module whose ``blocks`` are the transformer blocks, wherever they lie; None when there are none."""
-        backbone = getattr(self.prefix, "vit", None)
-        return self.body.blocks_owner() or (backbone if hasattr(backbone, "blocks") else None)
+    def blocks_owners(self) -> list[nn.Module]:
+        """The modules whose ``blocks`` are the transformer blocks, in order: one, or one a stage; none without any."""
+        owners = [m for m in self.modules() if isinstance(getattr(m, "blocks", None), nn.Sequential | nn.ModuleList)]
+        return [owner for owner in owners if any(hasattr(block, "attn") for block in _blocks(owner))]
 
     def forward_features_to_logits(self, features: Tensor) -> Tensor:
         """Logits [B, num_classes] of what :meth:`features` gave."""
@@ -58,3 +60,7 @@ class VisionModel(nn.Module):
     def forward(self, images_u8: Tensor) -> Tensor:
         """Logits [B, num_classes] of uint8 images [B, H, W, 3]."""
         return self.forward_features_to_logits(self.prefix(images_u8))
+
+
+def _blocks(owner: nn.Module) -> list[nn.Module]:
+    return list(cast("nn.Sequential", owner.blocks))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-from scipy.stats import kstest, norm
+from scipy.stats import expon, kstest, norm
 
 from fedvit.errors import StateError
 from fedvit.privacy.randomness import SecretStream
@@ -32,10 +33,52 @@ def test_a_stream_never_repeats_itself() -> None:
 
 
 def test_normals_are_standard_normal() -> None:
-    draws = SecretStream(SECRET, "noise", {"n": 1}).normal(200_000)
+    draws = SecretStream(SECRET, "noise", {"n": 1}).normal(400_001)
+    assert len(draws) == 400_001
     assert kstest(draws, norm.cdf).pvalue > 1e-4
-    assert abs(draws.std() - 1) < 0.01
-    assert np.isfinite(draws).all()
+    # The variance of the mean of the k-th powers is that of the power over the number of draws.
+    for power, moment, variance in [(1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)]:
+        assert abs((draws**power).mean() - moment) < 5 * np.sqrt(variance / len(draws))
+    for bound in (3.0, 4.0):
+        expected = 2 * norm.sf(bound) * len(draws)
+        assert abs((abs(draws) > bound).sum() - expected) < 5 * np.sqrt(expected)
+
+
+def test_the_two_normals_of_a_pair_are_independent() -> None:
+    pairs = SecretStream(SECRET, "noise", {"n": 2}).normal(400_000).reshape(-1, 2)
+    for values in (pairs, pairs**2, abs(pairs)):
+        assert abs(np.corrcoef(values.T)[0, 1]) < 5 / np.sqrt(len(pairs))
+    assert kstest((pairs**2).sum(axis=1) / 2, expon.cdf).pvalue > 1e-4
+
+
+class _Given(SecretStream):
+    """The stream with its uniforms laid down, so that its corners can be looked at."""
+
+    def __init__(self, uniforms: list[float]) -> None:
+        super().__init__(SECRET, "noise", {})
+        self._uniforms = np.array(uniforms)
+
+    def uniform(self, count: int) -> npt.NDArray[np.float64]:
+        return self._uniforms[:count]
+
+
+@pytest.mark.parametrize("angle", [2.0**-54, 0.1, 0.25, 0.5, 0.75, 1 - 2.0**-53])
+@pytest.mark.parametrize("radius", [2.0**-54, 1e-9, 0.3, 1 - 2.0**-53])
+def test_every_uniform_gives_what_the_formula_says(radius: float, angle: float) -> None:
+    turned = 2 * np.pi * (angle - 0.5)
+    expected = np.sqrt(-2 * np.log(radius)) * np.array([np.cos(turned), np.sin(turned)])
+    found = _Given([radius, angle]).normal(2)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+    assert abs(found).max() < 8.66
+
+
+def test_a_shorter_draw_is_the_beginning_of_a_longer_one() -> None:
+    whole = SecretStream(SECRET, "noise", {}).normal(100_001)
+    for count in (0, 1, 2, 4097, 65_536):
+        assert np.array_equal(SecretStream(SECRET, "noise", {}).normal(count), whole[:count])
+    single = SecretStream(SECRET, "noise", {}).normal(1000, np.float32)
+    assert single.dtype == np.float32
+    assert np.array_equal(single, whole[:1000].astype(np.float32))
 
 
 @pytest.mark.parametrize("probability", [0.01, 0.5, 0.97])

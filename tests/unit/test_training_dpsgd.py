@@ -229,9 +229,9 @@ class _MixesExamples(_Linear):
         return self.head(features - features.mean(dim=0))  # type: ignore[no-any-return]
 
 
-class _HidesFromHooks(_Linear):
+class _Multiplies(_Linear):
     def forward(self, features: Tensor) -> Tensor:
-        return functional.linear(features, self.head.weight, self.head.bias)
+        return torch.einsum("bd,cd->bc", features, self.head.weight)
 
 
 class _Unused(_Linear):
@@ -243,13 +243,13 @@ class _Unused(_Linear):
         return self.head(features)  # type: ignore[no-any-return]
 
 
-class _Buffered(_Linear):
+class _Remembers(_Linear):
     def __init__(self) -> None:
         super().__init__()
-        self.head = nn.Linear(6, 3)
-        self.head.register_buffer("memory", torch.zeros(3))
+        self.head.register_buffer("memory", torch.zeros(6))
 
     def forward(self, features: Tensor) -> Tensor:
+        self.head.memory.copy_(features[0].detach())
         return self.head(features)  # type: ignore[no-any-return]
 
 
@@ -257,9 +257,9 @@ class _Buffered(_Linear):
     ("body", "named"),
     [
         (_MixesExamples, r"that of body\.head\.weight is wrong"),
-        (_HidesFromHooks, r"body\.head\.weight got none"),
+        (_Multiplies, r"torch\.functional\.einsum of body\.head\.weight is not among its calls.*weight got none"),
         (_Unused, r"body\.spare\.weight got none"),
-        (_Buffered, r"body\.head has both trainable parameters and buffers"),
+        (_Remembers, r"the buffer head\.memory changes.*body\.head has both trainable parameters and buffers"),
     ],
 )
 def test_what_has_no_true_per_example_gradient_is_refused_by_name(body: type[Body], named: str) -> None:

@@ -8,15 +8,18 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
 from fedvit.types import ImageArray, Variant
+from fedvit.vit.complexity import complexity
 from fedvit.vit.export import check_export, export_onnx, export_variant, make_variant, run_onnx
-from fedvit.vit.layers import Body, HeadBody, LoraLinear
+from fedvit.vit.layers import Body, HeadBody, LoraLinear, Normalise
 from fedvit.vit.models import build_model
+from fedvit.vit.timm_vit import TimmBody
 from fedvit.vit.trainable import trainable_weights, weights_digest
 from fedvit.vit.vision import VisionModel
 
@@ -54,6 +57,33 @@ def test_exports_agree_with_torch(name: str, trainable: str, variant: Variant) -
     check = check_export(content, make_variant(model, variant), images())
     assert check.max_abs_logit_difference < (1e-4 if variant is Variant.STANDARD else 0.2)
     assert check.agreement >= (1.0 if variant is Variant.STANDARD else 0.8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deit3_small_patch16_224", {"patch_size": 8}),
+        ("vit_small_patch14_reg4_dinov2", {"patch_size": 8}),
+        ("beit_base_patch16_224", {"patch_size": 8}),
+        ("eva02_tiny_patch14_224", {"patch_size": 8}),
+        # A window that does not divide the tokens, and shifted windows.
+        ("swin_tiny_patch4_window7_224", {"depths": (2, 2), "num_heads": (2, 4), "window_size": 3}),
+    ],
+)
+def test_every_family_is_exported_whole_and_for_the_edge(name: str, options: dict[str, Any]) -> None:
+    small = {"embed_dim": 24} | ({} if "depths" in options else {"depth": 2, "num_heads": 2})
+    vit = timm.create_model(name, img_size=32, num_classes=3, **small, **options)
+    model = VisionModel(Normalise(*[(0.5, 0.5, 0.5)] * 2), TimmBody(vit), 32, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    blocks = complexity(model)["blocks"]
+    for variant, kept in [(Variant.STANDARD, blocks), (Variant.EDGE_OPTIMIZED_FP32, blocks / 2)]:
+        made = make_variant(model, variant)
+        assert complexity(made)["blocks"] == kept
+        check = check_export(export_variant(model, variant, 32), made, images(6))
+        assert check.max_abs_logit_difference < 1e-4
+        assert check.agreement == 1.0
 
 
 def test_the_file_takes_bytes_of_any_batch_and_gives_float_logits() -> None:

@@ -74,7 +74,7 @@ def test_the_stem_computes_what_timm_computes() -> None:
 def test_the_body_of_a_timm_vit_computes_what_timm_computes() -> None:
     model = build_model(config(name=REGISTER_NAME), 3, 32)
     whole = timm.create_model(REGISTER_NAME, num_classes=3, img_size=32).eval()
-    state = {n.removeprefix("body.").removeprefix("vit.").removeprefix("tokens."): t for n, t in _state(model).items()}
+    state = {n.removeprefix("body.").removeprefix("vit."): t for n, t in _state(model).items()}
     whole.load_state_dict(state)
     pixels = model.features(images(2))
     with torch.no_grad():
@@ -154,14 +154,10 @@ def test_what_is_no_plain_vit_is_refused_by_name(name: str) -> None:
         build_model(config(name=name), 3, 224)
 
 
-def test_a_vit_of_another_class_trains_its_head_only() -> None:
-    name = "test_vit_relpos"
-    assert trainable_weights(build_model(config(name=name, trainable="head"), 3, 32)).keys() == {
-        "body.head.weight",
-        "body.head.bias",
-    }
-    with pytest.raises(ModelError, match=f"Only the head of '{name}'"):
-        build_model(config(name=name, trainable="all"), 3, 32)
+@pytest.mark.parametrize(("name", "part"), [("test_vit_relpos", "blocks.0"), ("swin_s3_tiny_224", "layers.1.blocks.0")])
+def test_other_families_of_timm_are_trained_whole(name: str, part: str) -> None:
+    names = trainable_weights(build_model(config(name=name, trainable="all"), 3, 32)).keys()
+    assert names >= {f"body.vit.{part}.attn.qkv.weight", f"body.vit.{part}.norm1.weight"}
 
 
 def test_images_that_patches_do_not_fill_are_refused() -> None:

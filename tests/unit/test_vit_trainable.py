@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -13,7 +14,9 @@ from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
 from fedvit.vit.layers import HeadBody
 from fedvit.vit.models import build_model
+from fedvit.vit.timm_vit import TimmBody
 from fedvit.vit.trainable import (
+    TrainableMode,
     apply_trainable,
     frozen_weights,
     load_trainable_weights,
@@ -48,7 +51,7 @@ def test_all_mode_trains_the_whole_body_and_nothing_before_it() -> None:
 
 def test_all_mode_includes_the_tokens_of_a_timm_vit() -> None:
     names = trainable_weights(model_with("test_vit2", trainable="all")).keys()
-    assert names >= {"body.tokens.reg_token", "body.tokens.pos_embed", "body.vit.patch_embed.proj.weight"}
+    assert names >= {"body.vit.reg_token", "body.vit.pos_embed", "body.vit.patch_embed.proj.weight"}
 
 
 @pytest.mark.parametrize(("name", "owner"), [("hybrid_lite0", "body."), ("test_vit", "body.vit.")])
@@ -76,6 +79,46 @@ def test_adapters_start_as_the_model_without_them() -> None:
     assert len(ups) == len(downs) > 0
     assert not any(values.any() for values in ups)
     assert all(values.any() for values in downs)
+
+
+def test_biases_mode_trains_every_bias_and_the_head() -> None:
+    names = trainable_weights(model_with("test_vit", trainable="biases")).keys()
+    everything = trainable_weights(model_with("test_vit", trainable="all")).keys()
+    biases = {name for name in everything if name.endswith(".bias")}
+    assert {"body.vit.patch_embed.proj.bias", "body.vit.blocks.0.attn.qkv.bias", "body.vit.norm.bias"} <= biases
+    assert names == biases | {"body.vit.head.weight"}
+
+
+@pytest.mark.parametrize("mode", ["biases", "adapters"])
+@pytest.mark.parametrize("name", ["beit", "swin"])
+def test_other_families_have_the_efficient_modes_too(name: str, mode: TrainableMode) -> None:
+    """BEiT reads its projection's weight past the layer; Swin's blocks lie in stages, its position bias is a table."""
+    body = small_family(name)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before = body(images)
+        model = VisionModel(nn.Identity(), body, 16, 3)
+        apply_trainable(model, mode, 2)
+        torch.testing.assert_close(body(images), before)
+    names = [name for name in trainable_weights(model) if ".head." not in name]
+    if mode == "biases":
+        assert names
+        assert all(name.endswith("bias") for name in names)
+    else:
+        # A pair on two projections of each block.
+        blocks = sum(len(list(owner.blocks)) for owner in model.blocks_owners())  # type: ignore[arg-type]
+        assert len(names) == 2 * 2 * blocks
+
+
+def small_family(name: str) -> TimmBody:
+    architecture, options = {
+        "beit": ("beit_base_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}),
+        "swin": (
+            "swin_tiny_patch4_window7_224",
+            {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 2},
+        ),
+    }[name]
+    return TimmBody(timm.create_model(architecture, img_size=16, num_classes=3, **options).eval())
 
 
 def test_a_body_without_attention_takes_no_adapter() -> None:

@@ -1,0 +1,115 @@
+"""Autograd functions that compute what torch's own do, and hand what parameters' gradients are made of to a tape."""
+
+# mypy: disable-error-code="no-untyped-call, override"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from fedvit.training.tape import Layer, Tape, sum_of_tokens
+
+
+class RecordedLinear(Function):
+    """``linear`` [B * k, ..., d] to [B * k, ..., p]; a weight of more dimensions is flattened to [p, d].
+
+    Without a trained weight no activation is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kept: Tensor,
+        layer: Layer,
+        tape: Tape,
+    ) -> Tensor:
+        """The layer's outputs, of ``inputs``, which are ``layer.recipe`` of ``kept``."""
+        ctx.save_for_backward(kept if layer.weight is not None else None, weight)
+        ctx.tape, ctx.layer = tape, layer
+        matrix = weight.flatten(1)
+        outputs = functional.linear(inputs, matrix, bias)
+        if layer.weight is not None and matrix.shape[0] > matrix.shape[1]:
+            # Layers that widen feed attention or an activation, which keep their input; others feed the residual.
+            layer.donor = outputs.detach()
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The inputs' gradient; the parameters' goes to the tape."""
+        kept, weight = ctx.saved_tensors
+        passed = gradient @ weight.flatten(1).to(gradient.dtype) if ctx.needs_input_grad[1] else None
+        ctx.tape.add_linear(ctx.layer, kept, gradient)
+        return None, passed, None, None, None, None, None
+
+
+class RecordedLayerNorm(Function):
+    """``layer_norm`` over the last dimension of [B * k, ..., d]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        tape: Tape,
+        weight_key: int | None,
+        bias_key: int | None,
+    ) -> Tensor:
+        """The normalised inputs."""
+        if torch.is_autocast_enabled(inputs.device.type):
+            inputs = inputs.float()
+        outputs, mean, rstd = torch.native_layer_norm(inputs, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(inputs, mean, rstd, weight, bias)
+        ctx.tape, ctx.keys = tape, (weight_key, bias_key)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The inputs' gradient; the parameters' goes to the tape."""
+        inputs, mean, rstd, weight, bias = ctx.saved_tensors
+        tape, (weight_key, bias_key) = ctx.tape, ctx.keys
+        passed = None
+        if ctx.needs_input_grad[1]:
+            passed = torch.ops.aten.native_layer_norm_backward(
+                gradient, inputs, list(weight.shape), mean, rstd, weight, bias, [True, False, False]
+            )[0]
+        shape = (tape.batch, -1, weight.shape[0])
+        outputs = gradient.reshape(shape)
+        if weight_key is not None:
+            # Not through the normalised inputs: that would be one more array of their size.
+            scale, offset = (rstd.reshape(tape.batch, 1, -1), (mean * rstd).reshape(tape.batch, 1, -1))
+            product = torch.bmm(scale, outputs * inputs.reshape(shape))
+            tape.add(weight_key, product - torch.bmm(offset, outputs))
+        if bias_key is not None:
+            tape.add(bias_key, sum_of_tokens(outputs))
+        return None, passed, None, None, None, None, None, None
+
+
+class RecordedValue(Function):
+    """A parameter, or a value derived from some, laid out over the examples: every example's copy has its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor, shape: tuple[int, ...], tape: Tape, key: int) -> Tensor:
+        """``value`` in ``shape`` [B * k, ...], without a copy."""
+        ctx.tape, ctx.key = tape, key
+        return value.expand(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        """Nothing; the gradient goes to the tape."""
+        ctx.tape.add(ctx.key, gradient)
+        return None, None, None, None, None

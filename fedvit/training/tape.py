@@ -1,0 +1,254 @@
+"""What one backward pass leaves behind for every example: norms first, the clipped sum once, from the same records.
+
+Book-keeping (Bu et al. 2023, arXiv:2210.00038): a layer's activations and output gradients determine every example's
+gradient; its norm follows from Gram matrices without forming it (Goodfellow 2015, arXiv:1510.01799; Li et al. 2022,
+arXiv:2110.05679), and the sum over the clipped ones is one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+Recipe = Callable[[Tensor], Tensor]
+
+# One number of a formed gradient is written once and read twice: what that costs in multiply-adds of a Gram matrix.
+_FORMED_NUMBER_COST = 24
+# Formed gradients may take this much more memory than the activations and output gradients that they replace.
+_FORMED_MEMORY = 1.0
+# Processors multiply matrices in tiles of this many rows.
+_TILE = 16
+
+
+@dataclass(slots=True)
+class _Product:
+    """A linear layer's activations [B, T, d] and output gradients [B, T, p]; the bias goes along where it can.
+
+    The activations are ``recipe`` of what is kept, which has their shape.
+    """
+
+    weight: int
+    bias: int | None
+    kept: Tensor
+    recipe: Recipe
+    kept_outputs: Tensor
+
+    @property
+    def inputs(self) -> Tensor:
+        """The activations, computed anew where that is cheap."""
+        return at_least_single(self.recipe(self.kept))
+
+    @property
+    def outputs(self) -> Tensor:
+        """The output gradients."""
+        return at_least_single(self.kept_outputs)
+
+    def squares(self) -> Tensor:
+        """Squared gradient norms [B] of weight (and bias): sum of (A A' + 1) * (G G')."""
+        inputs, outputs, ones = self.inputs, self.outputs, float(self.bias is not None)
+        tokens = outputs.shape[1]
+        if tokens == 1:
+            return (_squares(inputs) + ones) * _squares(outputs)
+        half = tokens // 2 // _TILE * _TILE if outputs.device.type == "cpu" else 0
+        total = _gram_rows(inputs, outputs, ones, half, tokens)
+        return total + _gram_rows(inputs, outputs, ones, 0, half) if half else total
+
+    def formed(self) -> Tensor:
+        """The weight's gradients [B, p, d]."""
+        return torch.bmm(self.outputs.mT, self.inputs)
+
+    def weighted_sums(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight's gradient [p, d] and the bias' [p], each example times its factor."""
+        inputs, outputs = self.inputs, self.outputs
+        by_token = factors[:, None].expand(inputs.shape[:2])
+        bias = by_token.reshape(1, -1) @ outputs.flatten(0, 1)
+        # Whichever is smaller takes the factors.
+        if inputs.shape[2] < outputs.shape[2]:
+            inputs = inputs * by_token[:, :, None]
+        else:
+            outputs = outputs * by_token[:, :, None]
+        return outputs.flatten(0, 1).T @ inputs.flatten(0, 1), bias[0]
+
+
+def as_it_is(values: Tensor) -> Tensor:
+    """The recipe of activations that are kept themselves."""
+    return values
+
+
+@dataclass(slots=True)
+class Layer:
+    """A linear layer's call: keys of weight and bias where they are trained, and how to get at its activations.
+
+    ``donor`` is the memory of the outputs, if something else than this layer keeps it until the backward pass.
+    """
+
+    weight: int | None
+    bias: int | None
+    recipe: Recipe = as_it_is
+    donor: Tensor | None = None
+
+
+class Tape:
+    """The per-example gradients of one batch of B, some formed, some as factors.
+
+    Args:
+        parameters: the trainable ones, by name.
+        batch: B, at least 1.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], batch: int) -> None:
+        self.batch = batch
+        # What the recorded calls hang on in autograd's graph, so that it never reaches the parameters themselves.
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._names = list(parameters)
+        # Trainable parameters come first, values derived from them after; a key is a place in this list.
+        self._values: list[Tensor] = list(parameters.values())
+        self._keys = {id(value): key for key, value in enumerate(self._values)}
+        self._products: list[_Product] = []
+        self._formed: dict[int, Tensor] = {}
+        self._held: set[int] = set()
+
+    def key(self, value: Tensor) -> int:
+        """The place of a parameter, or of a value derived from parameters."""
+        if id(value) not in self._keys:
+            self._keys[id(value)] = len(self._values)
+            self._values.append(value)
+        return self._keys[id(value)]
+
+    def add(self, key: int, gradients: Tensor) -> None:
+        """Add gradients [B * k, ...] of a value, k of them an example, the example's own side by side."""
+        grouped = at_least_single(gradients.reshape(self.batch, -1, *self._values[key].shape))
+        summed = grouped[:, 0] if grouped.shape[1] == 1 else grouped.sum(dim=1)
+        self._formed[key] = self._formed[key] + summed if key in self._formed else summed
+
+    def add_linear(self, layer: Layer, kept: Tensor | None, outputs: Tensor) -> None:
+        """Add a linear layer's output gradients [B * k, ..., p] and what is kept of its activations [B * k, ..., d]."""
+        bias = layer.bias
+        outputs = _by_example(outputs, self.batch)
+        if layer.weight is not None and kept is not None:
+            product = _Product(layer.weight, None, _by_example(kept, self.batch), layer.recipe, outputs)
+            if layer.weight < len(self._names) and _ghost_is_cheaper(product):
+                product.bias = bias if bias is not None and bias < len(self._names) else None
+                bias = bias if product.bias is None else None
+                self._keep(product, layer.donor)
+            else:
+                self.add(layer.weight, product.formed())
+        if bias is not None:
+            self.add(bias, at_least_single(sum_of_tokens(outputs)))
+
+    def _keep(self, product: _Product, donor: Tensor | None) -> None:
+        """Keep a product for later, its gradients in the place of the layer's outputs if nobody reads those any more.
+
+        Else the heap grows in every backward pass: what is kept lies between what is not.
+        """
+        self._held.add(product.kept.untyped_storage().data_ptr())
+        if donor is not None and donor.untyped_storage().data_ptr() not in self._held:
+            place = donor.reshape(product.kept_outputs.shape)
+            product.kept_outputs = place.copy_(product.kept_outputs)
+        self._products.append(product)
+
+    def missing(self) -> list[str]:
+        """The parameters that no gradient was recorded for."""
+        found = set(self._formed) | {p.weight for p in self._products} | {p.bias for p in self._products}
+        return [name for key, name in enumerate(self._names) if key not in found]
+
+    def settle(self) -> None:
+        """Once, after the backward pass: bring derived values back to their parameters, and form what meets twice."""
+        self._pull_back()
+        meetings = Counter(list(self._formed))
+        for product in self._products:
+            meetings.update(key for key in (product.weight, product.bias) if key is not None)
+        kept = []
+        for product in self._products:
+            if product.bias is not None and meetings[product.bias] > 1:
+                self.add(product.bias, sum_of_tokens(product.outputs))
+                product.bias = None
+            if meetings[product.weight] > 1:
+                # Norms of sums need the cross terms.
+                self.add(product.weight, product.formed())
+                if product.bias is not None:
+                    self.add(product.bias, sum_of_tokens(product.outputs))
+            else:
+                kept.append(product)
+        self._products = kept
+
+    def norms(self) -> Tensor:
+        """L2 norms [B] over all parameters together."""
+        squares = [product.squares() for product in self._products]
+        squares += [_squares(gradients) for gradients in self._formed.values()]
+        # Rounding may take a vanishing sum below zero.
+        return torch.stack(squares).sum(dim=0).clamp_min(0.0).sqrt()
+
+    def weighted_sums(self, factors: Tensor) -> dict[str, Tensor]:
+        """Sum over the examples, each times its factor [B], by parameter name.
+
+        A factor of exactly zero removes its example, even one that is not finite.
+        """
+        kept = factors != 0
+        everyone = bool(kept.all())
+        sums: dict[int, Tensor] = {}
+        for product in self._products:
+            if not everyone:
+                product = replace(product, kept=product.kept[kept], kept_outputs=product.kept_outputs[kept])
+            sums[product.weight], bias = product.weighted_sums(factors if everyone else factors[kept])
+            if product.bias is not None:
+                sums[product.bias] = bias
+        for key, gradients in self._formed.items():
+            chosen = gradients if everyone else gradients[kept]
+            sums[key] = (factors if everyone else factors[kept]) @ chosen.reshape(len(chosen), -1)
+        return {n: sums[key].view_as(self._values[key]) for key, n in enumerate(self._names) if key in sums}
+
+    def _pull_back(self) -> None:
+        own = self._values[: len(self._names)]
+        for key in [key for key in self._formed if key >= len(self._names)]:
+            gradients = self._formed.pop(key)
+            pulled = torch.autograd.grad(
+                self._values[key],
+                own,
+                gradients.to(self._values[key].dtype),
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+            for place, gradient in enumerate(pulled):
+                if gradient is not None:
+                    self.add(place, gradient)
+
+
+def sum_of_tokens(outputs: Tensor) -> Tensor:
+    """[B, T, p] to [B, p]."""
+    return outputs.sum(dim=1)
+
+
+def _gram_rows(inputs: Tensor, outputs: Tensor, ones: float, first: int, last: int) -> Tensor:
+    """Rows of the Gram matrices' product up to the diagonal; they are symmetric: what is left of these counts twice."""
+    grams = [torch.bmm(x[:, first:last], x[:, :last].mT) for x in (inputs, outputs)]
+    product = grams[0].add_(ones).mul_(grams[1])
+    square: Tensor = product[:, :, first:].sum(dim=(1, 2))
+    return square + 2 * product[:, :, :first].sum(dim=(1, 2)) if first else square
+
+
+def _by_example(values: Tensor, batch: int) -> Tensor:
+    # Detached: a tape that held on to the graph, which knows the tape, would live until the garbage collector comes.
+    return values.detach().reshape(batch, -1, values.shape[-1])
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Norms and sums must be exact, whatever the model computes in."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _ghost_is_cheaper(product: _Product) -> bool:
+    tokens, width, height = *product.kept.shape[1:], product.kept_outputs.shape[2]
+    if width * height > _FORMED_MEMORY * tokens * (width + height):
+        return True
+    return tokens * tokens * (width + height) < _FORMED_NUMBER_COST * width * height
+
+
+def _squares(values: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(values.reshape(len(values), -1), dim=1)
+    return norms.square()
