@@ -252,12 +252,16 @@ class AggregatorPort(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SystemUrls:
-    """Where a running system answers. ``edges`` in the order of the configured ports."""
+    """Where a running system answers. ``edges`` in the order of the configured ports.
+
+    ``ca_file`` is the certificate (PEM) by which control and inference are known, where they speak TLS.
+    """
 
     control: str
     inference: str
     edges: tuple[str, ...]
     dashboard: str | None = None
+    ca_file: str | None = None
 
 
 class SystemPort(Protocol):

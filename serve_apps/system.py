@@ -86,7 +86,7 @@ class RaySystem:
             actors.await_prepared(self._settings.ray.start_timeout_s)
             on_step("Starting the edge devices")
             edges = tuple(self._start_edge(stack, control, index) for index in range(len(self._settings.edge.ports)))
-            urls = SystemUrls(control=control, inference=f"{control}/inference", edges=edges, dashboard=dashboard)
+            urls = SystemUrls(control, f"{control}/inference", edges, dashboard, self._ca_file())
             stack.enter_context(_announced(self._home, urls))
             if train:
                 actors.handle().start_training()
@@ -207,6 +207,10 @@ class RaySystem:
             ) from None
         return control_url
 
+    def _ca_file(self) -> str | None:
+        certificate = self._settings.access.tls_cert
+        return None if certificate is None else str(certificate.resolve())
+
     def _trusted_key(self) -> str:
         return public_key_text(load_or_create_signing_key(self._home / "keys").public_key())
 
@@ -222,8 +226,8 @@ class RaySystem:
         ]
         if self._token_file is not None:
             command += ["--source-token-file", str(self._token_file)]
-        if self._settings.access.tls_cert is not None:
-            command += ["--source-ca", str(self._settings.access.tls_cert.resolve())]
+        if (ca_file := self._ca_file()) is not None:
+            command += ["--source-ca", ca_file]
         log = self._home / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:

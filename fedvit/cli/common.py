@@ -119,6 +119,13 @@ def running_system(home: Path) -> RunningSystem | None:
     return RunningSystem(pid, SystemUrls(**{**told, "edges": tuple(told["edges"])}))
 
 
+def trusted_certificate(settings: Settings) -> Path | None:
+    """The certificate (PEM) of the system on this state folder: what it tells of itself, or its settings."""
+    running = running_system(settings.home)
+    told = running.urls.ca_file if running else None
+    return settings.access.tls_cert if told is None else Path(told)
+
+
 def _is_locked(path: Path) -> bool:
     """Whether a living process holds the lock; unlike a process id, it cannot outlive its holder."""
     try:

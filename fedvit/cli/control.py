@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from fedvit.cli.common import console
+from fedvit.cli.common import console, trusted_certificate
 from fedvit.errors import UnauthorizedError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def control_client(
     with FedvitClient(
         base_url,
         _token(),
-        verify=settings.access.tls_cert or True,
+        verify=trusted_certificate(settings) or True,
         transport=TRANSPORT,
         before_change=before_change,
     ) as client:

@@ -23,6 +23,7 @@ from fedvit.cli.common import (
     print_json,
     running_system,
     settings_from,
+    trusted_certificate,
 )
 from fedvit.cli.control import control_client
 from fedvit.cli.facts import facts_of
@@ -44,7 +45,8 @@ def health_check(home: HomeOption = None, config: ConfigOption = None, as_json: 
         urls = running.urls
         targets = {"inference": urls.inference} | {f"edge-{i}": url for i, url in enumerate(urls.edges, start=1)}
         verdicts = {"control": _ask_control(urls.control, settings)}
-        verdicts |= {name: _ask(f"{url}/health") for name, url in targets.items()}
+        certificate = trusted_certificate(settings)
+        verdicts |= {name: _ask(f"{url}/health", certificate) for name, url in targets.items()}
         if as_json:
             print_json(verdicts)
         else:
@@ -63,11 +65,14 @@ def _ask_control(url: str, settings: Settings) -> str:
         return str(error)
 
 
-def _ask(url: str) -> str:
+def _ask(url: str, certificate: Path | None) -> str:
     import httpx
 
+    from fedvit.report.probe import Target
+
     try:
-        response = httpx.get(url, timeout=10)
+        with Target(url, ca_file=certificate).client(timeout=10) as http:
+            response = http.get(url)
     except httpx.HTTPError as error:
         return f"no answer: {error}"
     told = response.json().get("status", "") if response.headers.get("content-type", "").endswith("json") else ""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
+import ssl
 import tarfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from conftest import Fedvit
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedvit.config import DataConfig
 from fedvit.data.sources import open_source
@@ -35,31 +42,65 @@ def check_only_the_cluster_is_left() -> None:
     assert [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("fedvit")] == []
 
 
+def self_signed(folder: Path) -> Path:
+    """A certificate for this machine's loopback address; its key lies beside it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fedvit")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "tls.key").write_bytes(key.private_bytes(pem, *plain))
+    (folder / "tls.pem").write_bytes(certificate.public_bytes(pem))
+    return folder / "tls.pem"
+
+
+@pytest.fixture
+def http(fedvit: Fedvit) -> Iterator[httpx.Client]:
+    """A caller with a token, of a system that speaks TLS and demands tokens."""
+    certificate = self_signed(fedvit.home.parent)
+    fedvit.settings |= {
+        "access.mode": "tokens",
+        "access.tls_cert": str(certificate),
+        "access.tls_key": str(certificate.with_suffix(".key")),
+    }
+    token = fedvit.json("token", "create", "operator", "--scope", "admin", configured=False)["token"]
+    fedvit.variables["FEDVIT_TOKEN"] = token
+    trust = ssl.create_default_context(cafile=certificate)
+    with httpx.Client(headers={"Authorization": f"Bearer {token}"}, verify=trust, timeout=30) as client:
+        yield client
+
+
 @pytest.mark.usefixtures("cluster")
-def test_up_joins_serves_trains_answers_and_down_stops(fedvit: Fedvit) -> None:
+def test_up_joins_serves_trains_answers_and_down_stops(fedvit: Fedvit, http: httpx.Client) -> None:
     places = fedvit.json("up")
-    assert places["control"] == fedvit.control
+    control = places["control"]
+    assert control == fedvit.control.replace("http:", "https:")
+    assert http.get(f"{control}/api/model/current", headers={"Authorization": "Bearer none"}).status_code == 401
     assert [places["edge-1"], places["edge-2"]] == fedvit.edges
     assert fedvit.json("up") == places
     assert fedvit.json("train")["status"] == "completed"
 
     source = open_source(DataConfig())
     image = source.read(source.test[0])
-    version = httpx.get(f"{fedvit.control}/api/model/current").json()["version"]
+    version = http.get(f"{control}/api/model/current").json()["version"]
     assert version == "v1.1.6"
     answers = []
     for base in (places["inference"], *fedvit.edges):
-        await_version(base, version)
-        answer = httpx.post(f"{base}/infer", content=image, timeout=30).json()
+        await_version(http, base, version)
+        answer = http.post(f"{base}/infer", content=image).json()
         assert answer["model_version"] == version
         assert answer["label"] in source.classes
         answers.append(answer["class_index"])
-        metrics = httpx.get(f"{base}/metrics").text
+        metrics = http.get(f"{base}/metrics").text
         assert f'fed_vit_autorl_inference_duration_seconds_count{{model_version="{version}"}}' in metrics
-        assert httpx.post(f"{base}/infer", content=b"no image", timeout=30).status_code == 422
+        assert http.post(f"{base}/infer", content=b"no image").status_code == 422
     assert len(set(answers)) == 1
 
-    metrics = httpx.get(f"{fedvit.control}/metrics").text
+    metrics = http.get(f"{control}/metrics").text
     assert "fed_vit_autorl_training_loss " in metrics
     assert "fed_vit_autorl_inference_duration_seconds_bucket" in metrics
     assert "fed_vit_autorl_training_rounds_total 6.0" in metrics
@@ -73,7 +114,7 @@ def test_up_joins_serves_trains_answers_and_down_stops(fedvit: Fedvit) -> None:
     assert fedvit.json("down", configured=False) == {"stopped": True}
     check_only_the_cluster_is_left()
     # The cluster's Serve stays: others may use it.
-    assert httpx.get(f"{fedvit.control}/healthz").status_code == 404
+    assert http.get(f"{control}/healthz").status_code == 404
     for edge in fedvit.edges:
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{edge}/health")
@@ -82,10 +123,10 @@ def test_up_joins_serves_trains_answers_and_down_stops(fedvit: Fedvit) -> None:
     assert fedvit.call("health-check", configured=False).returncode == 2
 
 
-def await_version(base: str, version: str) -> None:
+def await_version(http: httpx.Client, base: str, version: str) -> None:
     """Return once the target serves the version; it looks every second."""
     for _ in range(600):
-        told = httpx.get(f"{base}/health/detailed", timeout=10).json()
+        told = http.get(f"{base}/health/detailed").json()
         if (told["model"] or {}).get("version") == version:
             return
         time.sleep(0.1)
