@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -195,9 +196,7 @@ class RaySystem:
             serve.RunTarget(build_control_app(self._settings), name="control", route_prefix="/"),
             serve.RunTarget(inference, name="inference", route_prefix="/inference"),
         ]
-        for application in applications:
-            # The application only: on a joined cluster others may use Serve too.
-            stack.callback(_within, CLUSTER_STOP_S, serve.delete, application.name)
+        stack.callback(_within, CLUSTER_STOP_S, _delete, [application.name for application in applications])
         try:
             serve.run_many(applications)
         except RuntimeError as error:
@@ -240,6 +239,14 @@ class RaySystem:
         if not process.stdout.readline():
             raise PlacementError(f"{name} ended at its start with status {process.wait()}.", cure=f"See {log}.")
         return f"http://{edge.host}:{edge.ports[index]}"
+
+
+def _delete(applications: Sequence[str]) -> None:
+    """Delete these Serve applications, side by side; on a joined cluster others may use Serve too."""
+    from ray import serve
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(serve.delete, applications))
 
 
 def http_options(settings: Settings) -> dict[str, Any]:

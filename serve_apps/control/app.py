@@ -15,6 +15,7 @@ from fedvit.config import Settings, settings_from_json, settings_to_json
 from fedvit.store.store import Store
 from serve_apps.control.api import Services, create_api
 from serve_apps.control.route import LOG
+from serve_apps.deploying import OPTIONS
 from serve_apps.logs import log_to_file
 
 
@@ -32,8 +33,7 @@ def build_control_app(settings: Settings) -> serve.Application:
         num_replicas=settings.serving.control_replicas,
         ray_actor_options={"num_cpus": settings.ray.actor_cpus},
         max_ongoing_requests=64,
-        # We keep a log of our own; Ray's would cost a line a heartbeat.
-        logging_config={"enable_access_log": False},
+        **OPTIONS,
     )
     return deployment.bind()
 

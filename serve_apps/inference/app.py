@@ -20,6 +20,7 @@ from fedvit.registry.feed import HttpFeed
 from fedvit.store.store import Store
 from fedvit.wire.manifest import parse_public_key
 from serve_apps.control.access import Guard
+from serve_apps.deploying import OPTIONS
 from serve_apps.inference.access import InferenceGuard
 
 TARGET_ONGOING_REQUESTS = 2
@@ -65,8 +66,7 @@ def build_inference_app(
         health_check_period_s=5,
         health_check_timeout_s=15,
         graceful_shutdown_timeout_s=5,
-        # Requests are counted in /metrics; a line each would only cost time and disk.
-        logging_config={"enable_access_log": False},
+        **OPTIONS,
     )
     return deployment.bind()
 
