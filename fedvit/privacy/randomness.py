@@ -43,6 +43,8 @@ class SecretStream:
         info = json.dumps({"purpose": purpose, "context": context}, sort_keys=True, allow_nan=False).encode()
         key = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=hashlib.sha256(info).digest()).derive(secret)
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        # The second of a pair whose first was the last to be asked for.
+        self._spare = np.empty(0, dtype=np.float64)
 
     def uniform(self, count: int) -> npt.NDArray[np.float64]:
         """``count`` uniforms in the open interval (0, 1), 53 bits each."""
@@ -54,18 +56,23 @@ class SecretStream:
         return np.asarray(self.uniform(count) < probability, dtype=np.bool_)
 
     def normal(self, count: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
-        """``count`` standard normals, computed in float64, of which a shorter draw is a prefix.
+        """``count`` standard normals, computed in float64; draws one after another are what one draw would be.
 
         Box and Muller 1958: the radius of each pair from one 53-bit uniform and its angle from another, so that all
         lie within 8.66 standard deviations; of exact normals, fewer than one in 10^17 lies beyond. On one machine the
         same stream gives the same bits; another processor's logarithm may differ in the last one.
         """
-        pairs = np.empty(((count + 1) // 2, 2), dtype=dtype)
+        spare = self._spare[:count]
+        pairs = np.empty(((count - len(spare) + 1) // 2, 2), dtype=dtype)
         # Pieces that stay in the processor's cache: 7 ns a number, of which AES is 4; inversion took 30.
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
             piece = pairs[start : start + _PAIRS_AT_ONCE]
-            piece[:, 0], piece[:, 1] = _box_muller(self.uniform(2 * len(piece)).reshape(-1, 2))
-        return pairs.ravel()[:count]
+            first, second = _box_muller(self.uniform(2 * len(piece)).reshape(-1, 2))
+            piece[:, 0], piece[:, 1] = first, second
+        drawn = np.concatenate([spare.astype(dtype), pairs.ravel()]) if len(spare) else pairs.ravel()
+        if count:
+            self._spare = second[-1:] if len(drawn) > count else self._spare[:0]
+        return drawn[:count]
 
 
 def _box_muller(uniforms: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

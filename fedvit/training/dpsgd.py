@@ -69,8 +69,8 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         stream = self._noise_for_step(self._step_index)
         self._step_index += 1
         deviation = self.noise_multiplier * self.max_grad_norm
-        noise = torch.from_numpy(stream.normal(sum(parameter.numel() for parameter in self.params), np.float32))
-        for parameter, own in zip(self.params, noise.split([p.numel() for p in self.params]), strict=True):
+        for parameter in self.params:
+            own = torch.from_numpy(stream.normal(parameter.numel(), np.float32))
             own = own.to(parameter.device, parameter.dtype).view_as(parameter)
             parameter.grad = parameter.summed_grad.add_(own, alpha=deviation)
             parameter.summed_grad = None

@@ -20,6 +20,8 @@ Recipe = Callable[[Tensor], Tensor]
 _FORMED_NUMBER_COST = 24
 # Formed gradients may take this much more memory than the activations and output gradients that they replace.
 _FORMED_MEMORY = 1.0
+# Parameters of at most so many numbers.
+_SMALL = 1 << 14
 # Processors multiply matrices in tiles of this many rows.
 _TILE = 16
 
@@ -111,6 +113,13 @@ class Tape:
         self._products: list[_Product] = []
         self._formed: dict[int, Tensor] = {}
         self._held: set[int] = set()
+        # Small gradients together, and before anything else: between the large arrays they would split the heap.
+        small = [value.numel() if value.numel() <= _SMALL else 0 for value in self._values]
+        self._small = [torch.empty(0)] * len(small)
+        if sum(small):
+            like = next(iter(parameters.values()))
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self._small = list(torch.empty(batch, sum(small), dtype=dtype, device=like.device).split(small, dim=1))
 
     def key(self, value: Tensor) -> int:
         """The place of a parameter, or of a value derived from parameters."""
@@ -123,7 +132,13 @@ class Tape:
         """Add gradients [B * k, ...] of a value, k of them an example, the example's own side by side."""
         grouped = at_least_single(gradients.reshape(self.batch, -1, *self._values[key].shape))
         summed = grouped[:, 0] if grouped.shape[1] == 1 else grouped.sum(dim=1)
-        self._formed[key] = self._formed[key] + summed if key in self._formed else summed
+        if key in self._formed:
+            # Not in place: what is there may be autograd's own.
+            self._formed[key] = self._formed[key] + summed
+        elif key < len(self._small) and self._small[key].numel():
+            self._formed[key] = self._small[key].copy_(summed.reshape(self.batch, -1)).view(summed.shape)
+        else:
+            self._formed[key] = summed
 
     def add_linear(self, layer: Layer, kept: Tensor | None, outputs: Tensor) -> None:
         """Add a linear layer's output gradients [B * k, ..., p] and what is kept of its activations [B * k, ..., d]."""

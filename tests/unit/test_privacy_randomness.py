@@ -72,10 +72,11 @@ def test_every_uniform_gives_what_the_formula_says(radius: float, angle: float) 
     assert abs(found).max() < 8.66
 
 
-def test_a_shorter_draw_is_the_beginning_of_a_longer_one() -> None:
-    whole = SecretStream(SECRET, "noise", {}).normal(100_001)
-    for count in (0, 1, 2, 4097, 65_536):
-        assert np.array_equal(SecretStream(SECRET, "noise", {}).normal(count), whole[:count])
+def test_draws_one_after_another_are_what_one_draw_would_be() -> None:
+    whole = SecretStream(SECRET, "noise", {}).normal(100_021)
+    stream = SecretStream(SECRET, "noise", {})
+    parts = [stream.normal(count) for count in (0, 1, 1, 3, 0, 4097, 2, 1, 65_536, 30_380)]
+    assert np.array_equal(np.concatenate([*parts, stream.normal(0)]), whole[: sum(map(len, parts))])
     single = SecretStream(SECRET, "noise", {}).normal(1000, np.float32)
     assert single.dtype == np.float32
     assert np.array_equal(single, whole[:1000].astype(np.float32))
