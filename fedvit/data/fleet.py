@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fedvit.config import DataConfig
 from fedvit.data.partition import partition
 from fedvit.data.sources import ImageSource, Record, open_source
+from fedvit.errors import DataError
 from fedvit.types import Client, ClientKind
 
 
@@ -35,6 +36,24 @@ class VirtualFleet:
     def records(self, client_id: str) -> tuple[Record, ...]:
         """The records of one client."""
         return tuple(self.source.train[i] for i in self.parts[client_id])
+
+    def check_disjoint(self) -> None:
+        """Make sure that no image, byte for byte, lies with two clients: it would be spent twice and charged once.
+
+        Raises:
+            DataError: one does; both records and clients are named. Or an image cannot be read.
+        """
+        first: dict[str, tuple[str, str]] = {}
+        for client_id, part in self.parts.items():
+            for record in (self.source.train[i] for i in part):
+                content = hashlib.sha256(self.source.read(record)).hexdigest()
+                holder, key = first.setdefault(content, (client_id, record.key))
+                if holder != client_id:
+                    raise DataError(
+                        f"{record.key} of {client_id} and {key} of {holder} are the same image: a record in two "
+                        "clients loses twice the privacy that it is charged.",
+                        cure="Remove one of the two, or deal by natural units that hold both.",
+                    )
 
     def parts_digest(self) -> str:
         """SHA-256 over who holds which records, hex; tells a changed deal even where the settings are the same."""
