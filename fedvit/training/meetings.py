@@ -69,6 +69,10 @@ class Meetings(TorchFunctionMode):
         """Whether this is a trainable parameter, or a value that descends from some and from no data."""
         return isinstance(value, Tensor) and value.requires_grad and not _is_data(value)
 
+    def key(self, value: Tensor | None) -> int | None:
+        """The tape's key of what is trained, None for anything else."""
+        return self.tape.key(value) if value is not None and self.is_trained(value) else None
+
     def spread(self, value: Tensor, like: Tensor) -> Tensor:
         """A copy of ``value`` for every example, shaped to meet ``like`` [B * k, ...] elementwise."""
         count = like.shape[0] if like.ndim else 0
@@ -153,10 +157,8 @@ def _recorded_linear(meetings: Meetings, inputs: Tensor, weight: Tensor, bias: T
     tape = meetings.tape
     if inputs.shape[0] % tape.batch:
         raise _NoRecord
-    weight_key = tape.key(weight) if meetings.is_trained(weight) else None
-    bias_key = tape.key(bias) if bias is not None and meetings.is_trained(bias) else None
     kept, recipe = getattr(inputs, _RECIPE, (inputs, as_it_is))
-    layer = Layer(weight_key, bias_key, recipe)
+    layer = Layer(meetings.key(weight), meetings.key(bias), recipe)
     outputs: Tensor = RecordedLinear.apply(tape.anchor, inputs, weight.detach(), _detached(bias), kept, layer, tape)
     return outputs
 
@@ -216,12 +218,12 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not _is_data(input) or weight is None or tuple(normalized_shape) != tuple(input.shape[-1:]) or input.ndim < 2:
-        raise _NoRecord
     tape = meetings.tape
-    if input.shape[0] % tape.batch:
+    if weight is None or not _is_data(input) or input.ndim < 2 or input.shape[0] % tape.batch:
         raise _NoRecord
-    keys = [tape.key(v) if v is not None and meetings.is_trained(v) else None for v in (weight, bias)]
+    if tuple(normalized_shape) != tuple(input.shape[-1:]):
+        raise _NoRecord
+    keys = (meetings.key(weight), meetings.key(bias))
     outputs: Tensor = RecordedLayerNorm.apply(tape.anchor, input, weight.detach(), _detached(bias), eps, tape, *keys)
     return outputs
 
@@ -250,7 +252,7 @@ def _group_norm(
     result = functional.group_norm(input, num_groups, None, None, eps)
     shape = (-1, *(1,) * (input.ndim - 2))
     if weight is not None:
-        result = result * (_spread_if_trained(meetings, weight.view(shape), input))
+        result = result * _spread_if_trained(meetings, weight.view(shape), input)
     return result if bias is None else result + _spread_if_trained(meetings, bias.view(shape), input)
 
 
