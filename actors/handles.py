@@ -103,6 +103,10 @@ class AccountantHandle:
         """Whether the charges could be written now."""
         fetch(self._actor.check.remote(list(charges)))
 
+    def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
+        """The units that each could bear its own of the charges now."""
+        return fetch(self._actor.within_budget.remote(list(charges)))  # type: ignore[no-any-return]
+
     def reset_budget(
         self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None
     ) -> BudgetReport:

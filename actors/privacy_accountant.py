@@ -30,6 +30,10 @@ class PrivacyAccountantActor:
         """See :meth:`fedvit.privacy.PrivacyAccountant.check`."""
         self._accountant.check(charges)
 
+    def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
+        """See :meth:`fedvit.privacy.PrivacyAccountant.within_budget`."""
+        return self._accountant.within_budget(charges)
+
     def reset_budget(
         self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None, call_key: str
     ) -> BudgetReport:

@@ -24,6 +24,9 @@ ENV_PREFIX = "FEDVIT_"
 # Read by other parts of the program, not settings.
 ENV_RESERVED = frozenset({"FEDVIT_CONFIG", "FEDVIT_TOKEN", "FEDVIT_URL"})
 
+LEAST_NOISE_MULTIPLIER = 0.3
+"""Less noise than this protects nothing worth the name, and the accountants have no reliable answer for it."""
+
 Probability = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -155,7 +158,7 @@ class PrivacyConfig(_Section):
     privacy_unit: Literal["record", "client"] = "record"
     target_epsilon: PositiveFloat = 8.0
     target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    noise_multiplier: PositiveFloat | None = None
+    noise_multiplier: Annotated[float, Field(ge=LEAST_NOISE_MULTIPLIER)] | None = None
     sampling_prob: Probability = 0.5
     l2_clip_norm: PositiveFloat = 1.0
     noise: Literal["independent", "banded"] = "independent"

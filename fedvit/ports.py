@@ -79,6 +79,14 @@ class AccountantPort(Protocol):
         """
         ...
 
+    def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
+        """The units that each could bear its own of the charges now; nothing is written.
+
+        Raises:
+            LedgerFrozenError: nothing may be charged at all.
+        """
+        ...
+
     def reset_budget(
         self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None
     ) -> BudgetReport:

@@ -76,6 +76,22 @@ class PrivacyAccountant:
         with self._lock:
             self._check(charges)
 
+    def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
+        """The units that each could bear its own of the charges now; see :class:`fedvit.ports.AccountantPort`.
+
+        Raises:
+            LedgerFrozenError: nothing may be charged at all.
+        """
+        self._store.check_not_frozen()
+        delta = self._settings.privacy.target_delta
+        with self._lock:
+            self._read_ledger()
+            return frozenset(
+                charge.unit_id
+                for charge in charges
+                if _most_exposed(self._spends.after([charge]), delta, epsilon_pld) <= self._target_epsilon
+            )
+
     def reset_budget(
         self,
         new_epsilon: float,

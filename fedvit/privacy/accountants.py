@@ -14,13 +14,12 @@ from collections.abc import Callable
 from functools import lru_cache, reduce
 from typing import Any
 
+from fedvit.config import LEAST_NOISE_MULTIPLIER
 from fedvit.errors import ConfigError
 from fedvit.privacy.events import Composition, Event, Gaussian, PoissonGaussian, Simple, simplified
 
 __all__ = ["Composition", "PoissonGaussian", "calibrate_noise_multiplier", "epsilon_pld", "epsilon_rdp", "rounds_left"]
 
-LEAST_NOISE_MULTIPLIER = 0.3
-"""Less noise than this protects nothing worth the name, and the accountants have no reliable answer for it."""
 MOST_NOISE_MULTIPLIER = 1000.0
 _FINE, _COARSE = 1e-4, 1e-3
 MOST_ROUNDS = 100_000

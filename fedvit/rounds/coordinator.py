@@ -115,7 +115,7 @@ class Coordinator:
             UpdateRejectedError: the version to start from was trained as another model.
         """
         config = self._cohort_config(order.client_selection or self._selection())
-        ids = eligible(self._store.clients(active=True), config)
+        ids = everyone = eligible(self._store.clients(active=True), config)
         needed = max(1, round_settings(self._store, self._settings).min_clients)
         if len(ids) < needed:
             raise ConflictError(
@@ -125,7 +125,8 @@ class Coordinator:
         self._start_weights(order)
         check_units(self._settings, self._store.clients(active=True))
         self._protection.run_facts(len(ids))
-        self._accountant.check(self._protection.charges(self._probe(), ids))
+        ids = self._with_budget(self._probe(), ids)
+        self._accountant.check(self._protection.charges(self._probe(), ids if len(ids) >= needed else everyone))
 
     def _probe(self) -> TrainTask:
         """A round of a run that does not exist yet; its charges are never written."""
@@ -212,6 +213,7 @@ class Coordinator:
             ids = self._protection.may_be_drawn(run_id, round_index, eligible(self._store.clients(active=True), config))
         except BudgetExhaustedError as error:
             return machine.ChargeRefused(str(error))
+        ids = self._with_budget(self._task(round_index), ids)
         if self._protection.sampled and len(ids) < min_clients:
             return machine.Failed(f"{len(ids)} clients may be drawn; at least {min_clients} are needed.")
         drawn = draw_cohort(
@@ -221,6 +223,14 @@ class Coordinator:
         # A retry gets the recorded cohort, but an incident since then keeps its clients out.
         cohort = Cohort(round_index, tuple(c for c in record.cohort if c not in kept_out))
         return machine.CohortDrawn(cohort, min_clients, len(in_flight.difference(cohort.client_ids)))
+
+    def _with_budget(self, task: TrainTask, client_ids: Sequence[str]) -> tuple[str, ...]:
+        """Those whose own budget admits the round; all of them where nobody's does, so that the charge says why."""
+        if self._protection.sampled:
+            # One charge stands for everybody.
+            return tuple(client_ids)
+        within = self._accountant.within_budget(self._protection.charges(task, client_ids))
+        return tuple(c for c in client_ids if c in within) or tuple(client_ids)
 
     def _selection(self) -> str | None:
         order = run_order(self._store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedvit.config import Settings, load_settings
 from fedvit.operations.local import LocalAggregator
+from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.accountants import epsilon_pld
 from fedvit.privacy.events import Event, Gaussian, PoissonGaussian
@@ -108,6 +110,20 @@ def test_a_budget_for_r_rounds_ends_the_run_after_exactly_r(
         # Asked again, it stays where it is, and charges nothing.
         assert served.train()["rounds_done"] == ADMITTED
         assert served.budget() == told
+    finally:
+        served.close()
+
+
+def test_a_client_without_budget_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
+    a_round = PoissonGaussian(4.0, 0.5)
+    served = Served(tmp_path, RECORD, epsilon_pld({a_round: ADMITTED}, 1e-5) + 1e-6)
+    try:
+        earlier = Charge("an-earlier-run", 1, "vehicle-0002", "e" * 64, 4.0, 0.5, ADMITTED)
+        served.accountant.charge([earlier])
+        ended = served.train()
+        assert (ended["status"], ended["rounds_done"]) == ("budget_exhausted", ADMITTED)
+        charged = Counter(e.charge.unit_id for e in served.store.ledger() if e.charge.run_id != earlier.run_id)
+        assert charged == {f"vehicle-000{i}": ADMITTED for i in (0, 1, 3, 4)}
     finally:
         served.close()
 

@@ -53,7 +53,7 @@ def test_settings_travel_as_json() -> None:
         ({"FEDVIT_TRAINNG__ROUNDS": "5"}, ["'trainng'", "Did you mean 'training'?"]),
         ({"FEDVIT_PRIVACY__TARGET_DELTA": "3"}, ["'privacy.target_delta'", "less than 1", "3"]),
         ({"FEDVIT_PRIVACY__TARGET_EPSILON": "-1"}, ["'privacy.target_epsilon'", "greater than 0"]),
-        ({"FEDVIT_PRIVACY__NOISE_MULTIPLIER": "0"}, ["'privacy.noise_multiplier'", "greater than 0"]),
+        ({"FEDVIT_PRIVACY__NOISE_MULTIPLIER": "0"}, ["'privacy.noise_multiplier'", "greater than or equal to 0.3"]),
         ({"FEDVIT_MODEL__TRAINABLE": "tail"}, ["'model.trainable'", "'all', 'head', 'biases' or 'adapters'", "tail"]),
         ({"FEDVIT_EDGE__PORTS": "[8081, 8081]"}, ["'edge.ports'", "the same port appears twice"]),
         ({"FEDVIT_SERVING__PORT": "70000"}, ["'serving.port'", "65535"]),

@@ -49,6 +49,9 @@ class GenerousAccountant:
     def check(self, charges: Sequence[Charge]) -> None:
         pass
 
+    def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
+        return frozenset(charge.unit_id for charge in charges)
+
     def budget(self, *, outlook: bool = False) -> BudgetReport:
         return BudgetReport("record", 8.0, 1e-5, 1.0, 1.0, 1.0, 1, 1)
 
