@@ -365,7 +365,7 @@ def test_cohorts_that_cannot_rest_are_refused_at_the_start(tmp_path: Path) -> No
         (POISSON, {"noise": "banded", "bands": 2}, "min_separation"),
         (POISSON, {"noise_multiplier": 0.0}, "greater than or equal to 0.3"),
         (POISSON, {"target_delta": 1.0}, "less than 1"),
-        (POISSON, {"target_epsilon": -1.0}, "greater than or equal to 0.3"),
+        (POISSON, {"target_epsilon": -1.0}, "greater than 0"),
         ({}, {"privacy_unit": "record", "adaptive_clip": {}}, "adaptive_clip"),
     ],
 )
