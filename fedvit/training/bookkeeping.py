@@ -40,7 +40,7 @@ class BookKeeping(PerExampleGradients):
     def _clipped_sums(self, features: Tensor, labels: Tensor, l2_clip_norm: float) -> dict[str, Tensor]:
         tape = self._record(features, labels)
         with torch.autocast(features.device.type, enabled=False):
-            return tape.weighted_sums(self.factors(tape.norms(), l2_clip_norm))
+            return tape.weighted_sums(self.factors(tape.norms(), l2_clip_norm), last=True)
 
     def _record(self, features: Tensor, labels: Tensor) -> Tape:
         self.clear()

@@ -55,9 +55,11 @@ class _Product:
         tokens = outputs.shape[1]
         if tokens == 1:
             return (_squares(inputs) + ones) * _squares(outputs)
-        half = tokens // 2 // _TILE * _TILE if outputs.device.type == "cpu" else 0
-        total = _gram_rows(inputs, outputs, ones, half, tokens)
-        return total + _gram_rows(inputs, outputs, ones, 0, half) if half else total
+        rows = _TILE if outputs.device.type == "cpu" else tokens
+        parts = [
+            _gram_rows(inputs, outputs, ones, first, min(first + rows, tokens)) for first in range(0, tokens, rows)
+        ]
+        return torch.stack(parts).sum(dim=0)
 
     def formed(self) -> Tensor:
         """The weight's gradients [B, p, d]."""
@@ -66,14 +68,17 @@ class _Product:
     def weighted_sums(self, factors: Tensor) -> tuple[Tensor, Tensor]:
         """The weight's gradient [p, d] and the bias' [p], each example times its factor."""
         inputs, outputs = self.inputs, self.outputs
-        by_token = factors[:, None].expand(inputs.shape[:2])
-        bias = by_token.reshape(1, -1) @ outputs.flatten(0, 1)
+        by_token = factors[:, None, None]
         # Whichever is smaller takes the factors.
         if inputs.shape[2] < outputs.shape[2]:
-            inputs = inputs * by_token[:, :, None]
-        else:
-            outputs = outputs * by_token[:, :, None]
-        return outputs.flatten(0, 1).T @ inputs.flatten(0, 1), bias[0]
+            # The factors themselves as a last column: what they are multiplied with is the bias' gradient.
+            scaled = inputs.new_empty((*inputs.shape[:2], inputs.shape[2] + 1))
+            torch.mul(inputs, by_token, out=scaled[:, :, :-1])
+            scaled[:, :, -1:] = by_token
+            both = outputs.flatten(0, 1).T @ scaled.flatten(0, 1)
+            return both[:, :-1].contiguous(), both[:, -1]
+        outputs = outputs * by_token
+        return outputs.flatten(0, 1).T @ inputs.flatten(0, 1), outputs.sum(dim=(0, 1))
 
 
 def as_it_is(values: Tensor) -> Tensor:
@@ -198,15 +203,18 @@ class Tape:
         # Rounding may take a vanishing sum below zero.
         return torch.stack(squares).sum(dim=0).clamp_min(0.0).sqrt()
 
-    def weighted_sums(self, factors: Tensor) -> dict[str, Tensor]:
+    def weighted_sums(self, factors: Tensor, *, last: bool = False) -> dict[str, Tensor]:
         """Sum over the examples, each times its factor [B], by parameter name.
 
-        A factor of exactly zero removes its example, even one that is not finite.
+        A factor of exactly zero removes its example, even one that is not finite. ``last`` lets go of each record as
+        soon as it is summed, so that the sums need no memory beside it.
         """
         kept = factors != 0
         everyone = bool(kept.all())
         sums: dict[int, Tensor] = {}
-        for product in self._products:
+        products = self._products if last else list(self._products)
+        while products:
+            product = products.pop()
             if not everyone:
                 product = replace(product, kept=product.kept[kept], kept_outputs=product.kept_outputs[kept])
             sums[product.weight], bias = product.weighted_sums(factors if everyone else factors[kept])
