@@ -20,6 +20,7 @@ def audit(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="One check by its name (repeatable); see the first column.")
     ] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first thing that is not right.")] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -39,7 +40,11 @@ def audit(
         # Small models: threads would wait for each other.
         torch.set_num_threads(1)
         scope = Scope.of(settings_from(config, assignments=assignments), quick=quick)
-        found = list(findings_of(scope, only or ()))
+        found = []
+        for timed in findings_of(scope, only or ()):
+            found.append(timed)
+            if fail_fast and not timed.finding.passed:
+                break
     passed = all(timed.finding.passed for timed in found)
     if as_json:
         print_json({"passed": passed, "findings": [asdict(t.finding) | {"seconds": t.seconds} for t in found]})

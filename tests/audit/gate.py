@@ -77,7 +77,7 @@ def _copied(folder: Path) -> Path:
 def _audited(scratch: Path, check: str) -> Outcome:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("FEDVIT_")}
     environ |= {"PYTHONPATH": str(scratch), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    options = ["audit", "--quick", "--json", "--only", check, "--set", "privacy.noise_multiplier=1.0"]
+    options = ["audit", "--quick", "--json", "--fail-fast", "--only", check, "--set", "privacy.noise_multiplier=1.0"]
     started_s = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", _RUN, *options],
