@@ -13,7 +13,7 @@ from fedvit.training.gradients import PerExampleGradients
 from fedvit.training.local import LocalTrainer
 from fedvit.training.opacus_gradients import OpacusGradients
 from fedvit.types import FloatArray
-from fedvit.vit.layers import HeadBody, Normalise
+from fedvit.vit.layers import Body, HeadBody, Normalise
 from fedvit.vit.models import build_model
 from fedvit.vit.timm_vit import TimmBody
 from fedvit.vit.trainable import TrainableMode, apply_trainable
@@ -35,7 +35,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 2},
     ),
 }
-HYBRID = "hybrid"
+HYBRID, PATCHES = "hybrid", "patches alone"
 
 
 def family(name: str, mode: TrainableMode) -> VisionModel:
@@ -43,6 +43,10 @@ def family(name: str, mode: TrainableMode) -> VisionModel:
     if name == HYBRID:
         config = ModelConfig(pretrained=False, trainable=mode, hybrid=HybridConfig(width=16, heads=2))
         return stirred(build_model(config, CLASSES, 32))
+    if name == PATCHES:
+        patches = VisionModel(Normalise([0.5] * 3, [0.5] * 3), _Patches(), IMAGE_SIZE, CLASSES)
+        apply_trainable(patches, mode, 2)
+        return stirred(patches)
     import timm
 
     architecture, options = FAMILIES[name]
@@ -52,6 +56,22 @@ def family(name: str, mode: TrainableMode) -> VisionModel:
     model = VisionModel(Normalise([0.5] * 3, [0.5] * 3), TimmBody(vit), IMAGE_SIZE, CLASSES)
     apply_trainable(model, mode, 2)
     return stirred(model)
+
+
+class _Patches(Body):
+    """A patch embedding and a head, no token beside them: Opacus takes every layer by itself, as in no whole ViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, stride=4)
+        self.head = nn.Linear(8, CLASSES)
+
+    def classifier(self) -> nn.Module:
+        return self.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embed(images).flatten(2).tanh().mean(dim=2))
+        return logits
 
 
 def stirred(model: VisionModel, deviation: float = 0.1) -> VisionModel:

@@ -41,7 +41,7 @@ def test_every_family_and_both_engines_are_looked_at() -> None:
     from fedvit.audit.records import _subjects
 
     everything = list(_subjects(quick=False))
-    assert {name for name, _, _ in everything} == {*subjects.FAMILIES, "hybrid"}
+    assert {name for name, _, _ in everything} == {*subjects.FAMILIES, "hybrid", "patches alone"}
     assert {mode for _, mode, _ in everything} == {"all", "head", "biases", "adapters"}
     assert {engine for _, _, engine in everything} == {"Book-keeping", "Opacus"}
     assert {name for name, _, _ in _subjects(quick=True)} == {name for name, _, _ in everything}
