@@ -17,6 +17,7 @@ from fedvit.cli import (
     operation,
     operations,
     privacy,
+    privacy_audit,
     shutdown,
     system,
     token,
@@ -41,6 +42,7 @@ app.command("backup")(operations.backup)
 app.command("restore")(operations.restore)
 app.command("diagnostics")(operations.diagnostics)
 app.command("logs")(operations.logs)
+app.command("audit")(privacy_audit.audit)
 app.command("drift")(monitoring.drift)
 app.command("metrics")(monitoring.metrics)
 app.add_typer(config.app, name="config")

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from fedvit.training.gradients import PerExampleGradients, no_gradients
+from fedvit.training.tape import at_least_single
 from fedvit.vit.layers import Body
 
 # Opacus looks samplers up by exact class; timm's subclass would fall onto its slow path.
@@ -77,11 +78,14 @@ class OpacusGradients(PerExampleGradients):
 
     def _clipped_sums(self, features: Tensor, labels: Tensor, l2_clip_norm: float) -> dict[str, Tensor]:
         samples = self._samples(features, labels)
-        squares = torch.stack([sample.flatten(1).square().sum(dim=1) for sample in samples.values()])
-        factors = self.factors(squares.sum(dim=0).sqrt(), l2_clip_norm)
-        kept = factors != 0
-        self.clear()
-        return {n: torch.einsum("i,i...", factors[kept], sample[kept]) for n, sample in samples.items()}
+        # Autocast would round norms and sums, and take the sum beyond the bound.
+        with torch.autocast(features.device.type, enabled=False):
+            samples = {name: at_least_single(sample) for name, sample in samples.items()}
+            squares = torch.stack([sample.flatten(1).square().sum(dim=1) for sample in samples.values()])
+            factors = self.factors(squares.sum(dim=0).sqrt(), l2_clip_norm)
+            kept = factors != 0
+            self.clear()
+            return {n: torch.einsum("i,i...", factors[kept], sample[kept]) for n, sample in samples.items()}
 
     def _samples(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with _quiet_hooks():

@@ -222,7 +222,9 @@ class Tape:
                 sums[product.bias] = bias
         for key, gradients in self._formed.items():
             chosen = gradients if everyone else gradients[kept]
-            sums[key] = (factors if everyone else factors[kept]) @ chosen.reshape(len(chosen), -1)
+            # Counted, not -1: of nobody, too, a sum has its size.
+            flat = chosen.reshape(len(chosen), self._values[key].numel())
+            sums[key] = (factors if everyone else factors[kept]) @ flat
         return {n: sums[key].view_as(self._values[key]) for key, n in enumerate(self._names) if key in sums}
 
     def _pull_back(self) -> None:

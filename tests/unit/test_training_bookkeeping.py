@@ -150,6 +150,15 @@ def test_poison_counts_as_zero_and_is_counted() -> None:
     assert engine.num_not_finite == 1
 
 
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_batch_of_poison_alone_is_a_sum_of_zeros(name: str) -> None:
+    engine, (features, labels) = BookKeeping(family(name), "body."), records(count=2)
+    total = clipped(engine, torch.full_like(features, float("nan")), labels)
+    assert len(total) == sum(p.numel() for p in engine.parameters.values())
+    assert not total.any()
+    assert engine.num_not_finite == 2
+
+
 def test_in_bfloat16_the_norm_is_that_of_the_very_gradient_that_is_added() -> None:
     engine, (features, labels) = BookKeeping(family("vit"), "body."), records()
     exact = clipped(engine, features, labels)

@@ -16,6 +16,7 @@ from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
 from fedvit.privacy.randomness import SecretStream
 from fedvit.training.local import LocalTrainer
+from fedvit.training.opacus_gradients import OpacusGradients
 from fedvit.training.release import release_id
 from fedvit.types import FloatArray, TrainTask
 from fedvit.vit.layers import Body
@@ -119,6 +120,22 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm(name: str, trainable:
         # These weights give gradients far above the clip norm, so that the bound is reached, not just kept.
         assert moved == pytest.approx(CLIP, rel=1e-4)
         assert moved <= CLIP * (1 + 1e-5)
+
+
+def test_opacus_keeps_the_bound_under_bfloat16() -> None:
+    model = build("test_vit")
+    engine = OpacusGradients(model.body, "body.")
+    features, labels = records(model, 5)
+
+    def total(chosen: list[int]) -> Tensor:
+        engine.clip(features[chosen], labels[chosen], CLIP)
+        return torch.cat([p.grad.double().flatten() for p in engine.parameters.values() if p.grad is not None])
+
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = total([0, 1, 2, 3, 4])
+        for gone in range(len(labels)):
+            moved = float((whole - total([i for i in range(len(labels)) if i != gone])).norm())
+            assert CLIP * (1 - 1e-3) <= moved <= CLIP * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

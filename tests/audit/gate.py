@@ -1,0 +1,181 @@
+"""The mutation gate: with each fault built in, `fedvit audit` must fail; without, it must pass.
+
+``python -m tests.audit.gate`` writes docs/privacy-audit.md; with names, it tries those mutants and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import fedvit
+from tests.audit.mutants import MUTANTS, NOT_YET, Mutant
+
+PACKAGE = Path(fedvit.__file__).parent
+PAGE = Path(__file__).parents[2] / "docs" / "privacy-audit.md"
+COMMAND = "make audit-mutants"
+_TIMEOUT_S = 400
+# The scratch copy must be what is audited, whatever else is installed.
+_RUN = (
+    "import pathlib, sys, fedvit; assert pathlib.Path(fedvit.__file__).is_relative_to(pathlib.Path.cwd()), fedvit;"
+    "from fedvit.cli.main import main; main()"
+)
+# How a patch fails that makes no sense; a fault of the mutant, and no finding of the audit.
+_NONSENSE = ("SyntaxError", "NameError", "ImportError", "ModuleNotFoundError", "AttributeError", "UnboundLocalError")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a check made of a package. ``seen`` is the first thing that it did not pass, or empty."""
+
+    seen: str
+    seconds: float
+
+
+def try_mutant(mutant: Mutant) -> Outcome:
+    """Build the fault into a scratch copy, and audit that.
+
+    Raises:
+        ValueError: the text that it replaces is not there, or more than once, or the result makes no sense.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = _copied(Path(folder))
+        path = scratch / "fedvit" / mutant.file
+        path.write_text(mutated(mutant, path.read_text()))
+        return _audited(scratch, mutant.check)
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The file's text with the fault; see :func:`try_mutant`."""
+    for old, new in mutant.edits:
+        if text.count(old) != 1:
+            raise ValueError(f"{mutant.name}: {old!r} is {text.count(old)} times in {mutant.file}; once was expected")
+        text = text.replace(old, new)
+    return text
+
+
+def try_original(check: str) -> Outcome:
+    """The same check of an unchanged copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _audited(_copied(Path(folder)), check)
+
+
+def _copied(folder: Path) -> Path:
+    scratch = folder.resolve()
+    shutil.copytree(PACKAGE, scratch / "fedvit", ignore=shutil.ignore_patterns("__pycache__"))
+    return scratch
+
+
+def _audited(scratch: Path, check: str) -> Outcome:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FEDVIT_")}
+    environ |= {"PYTHONPATH": str(scratch), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    options = ["audit", "--quick", "--json", "--fail-fast", "--only", check, "--set", "privacy.noise_multiplier=1.0"]
+    started_s = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, *options],
+        cwd=scratch,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
+    seconds = time.monotonic() - started_s
+    if done.returncode not in (0, 1) or not done.stdout:
+        raise ValueError(f"the audit could not run: {done.stderr[-500:]}")
+    report = json.loads(done.stdout)
+    failed = [finding for finding in report["findings"] if not finding["passed"]]
+    if bool(failed) != (done.returncode == 1):
+        raise ValueError(f"status {done.returncode} with {len(failed)} findings against it")
+    seen = f"{failed[0]['subject']}: {failed[0]['detail']}" if failed else ""
+    if any(f"{kind}:" in seen for kind in _NONSENSE):
+        raise ValueError(f"the mutant makes no sense: {seen}")
+    return Outcome(seen, seconds)
+
+
+def _table(rows: list[tuple[Mutant, Outcome]]) -> list[str]:
+    lines = ["| mutant | file | killed by | seen | s |", "|---|---|---|---|---:|"]
+    for mutant, outcome in rows:
+        seen = outcome.seen.replace("|", "/")[:160] if outcome.seen else "**survived**"
+        lines.append(f"| {mutant.name} | {mutant.file} | {mutant.check} | {seen} | {outcome.seconds:.0f} |")
+    return lines + [f"| {name} | – | not tried: {why} | | |" for name, why in NOT_YET.items()]
+
+
+def _audit_table() -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "fedvit.cli.main", "audit", "--json", "--set", "privacy.noise_multiplier=1.0"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = ["| check | of | | claimed epsilon | at least | seen | s |", "|---|---|---|---:|---:|---|---:|"]
+    for finding in json.loads(done.stdout)["findings"]:
+        epsilons = [f"{e:.3f}" if e is not None else "" for e in (finding["claimed_epsilon"], finding["lower_bound"])]
+        verdict = "pass" if finding["passed"] else "**FAIL**"
+        cells = [
+            finding["check"],
+            finding["subject"],
+            verdict,
+            *epsilons,
+            finding["detail"],
+            f"{finding['seconds']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def page(audit: list[str], mutants: list[str]) -> str:
+    """docs/privacy-audit.md."""
+    made = f"{COMMAND}`, {datetime.now(UTC).date().isoformat()}"
+    head = [
+        "# The privacy audit",
+        "",
+        f"Generated by `{made}; do not edit. What is claimed and what is looked at: docs/threat-model.md.",
+        "",
+        "## What `fedvit audit` found",
+        "",
+        "`fedvit audit --set privacy.noise_multiplier=1.0`, else the default settings.",
+        "",
+    ]
+    middle = [
+        "",
+        "## Mutants",
+        "",
+        "Each fault in a scratch copy of the package, which `fedvit audit` must not pass.",
+        "",
+    ]
+    return "\n".join([*head, *audit, *middle, *mutants, ""])
+
+
+def main(names: list[str]) -> int:
+    """Try mutants, print the table, and write the page if all were tried and killed."""
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    for check in sorted({mutant.check for mutant in chosen}):
+        original = try_original(check)
+        if original.seen:
+            print(f"The unchanged package does not pass {check!r}: {original.seen}", file=sys.stderr)
+            return 1
+    rows = []
+    for mutant in chosen:
+        rows.append((mutant, try_mutant(mutant)))
+        print(_table(rows[-1:])[2], flush=True)
+    survived = [mutant.name for mutant, outcome in rows if not outcome.seen]
+    print(f"{len(rows) - len(survived)} of {len(rows)} mutants killed; survived: {survived or 'none'}")
+    for name, why in NOT_YET.items():
+        print(f"not tried: {name}: {why}")
+    if not survived and not names:
+        PAGE.write_text(page(_audit_table(), _table(rows)))
+    return int(bool(survived))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,214 @@
+"""Faults that privacy code has had elsewhere: a small change of text each, and the check that must see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """``edits`` replace the first text by the second one, in ``file``, where it must be exactly once."""
+
+    name: str
+    file: str
+    check: str
+    edits: tuple[tuple[str, str], ...]
+
+
+RECORDS, CLIENTS, NOISE = "neighbouring records", "neighbouring clients", "fresh noise"
+SAMPLING, CHARGING, STEP, ROUND = "Poisson sampling", "charging", "released step", "released round"
+_FACTORS = "return torch.where(finite, (l2_clip_norm / (norms + _NORM_MARGIN)).clamp(max=1.0), 0.0)"
+_SUMS = "return tape.weighted_sums(self.factors(tape.norms(), l2_clip_norm))"
+_OF_THE_WHOLE = """
+            sums = tape.weighted_sums(torch.isfinite(tape.norms()).float())
+            norm = torch.stack([each.norm() for each in sums.values()]).norm()
+            return {name: each * (l2_clip_norm / norm).clamp(max=1.0) for name, each in sums.items()}"""
+_CHARGE = "self._accountant.charge(self._protection.charges(self._task(cohort.round_index), cohort.client_ids))"
+_WORK = """work = self._work
+        if work is None:"""
+
+MUTANTS = (
+    Mutant(
+        "half the noise on a step",
+        "training/dpsgd.py",
+        STEP,
+        (("deviation = self.noise_multiplier *", "deviation = 0.5 * self.noise_multiplier *"),),
+    ),
+    Mutant(
+        "half the noise on a round",
+        "rounds/protection.py",
+        ROUND,
+        (("noise = self._sum_noise_multiplier(run)", "noise = 0.5 * self._sum_noise_multiplier(run)"),),
+    ),
+    Mutant(
+        "half the noise, by a trainer that passes half on",
+        "training/local.py",
+        NOISE,
+        (("noise_multiplier=task.noise_multiplier,", "noise_multiplier=task.noise_multiplier / 2,"),),
+    ),
+    Mutant(
+        "no clipping of records",
+        "training/gradients.py",
+        RECORDS,
+        ((_FACTORS, "return torch.where(finite, torch.ones_like(norms), 0.0)"),),
+    ),
+    Mutant(
+        "no clipping of clients",
+        "privacy/mechanism.py",
+        CLIENTS,
+        (("scale = 1.0 if within else l2_clip_norm / norm", "scale = 1.0"),),
+    ),
+    Mutant(
+        "every step the same noise",
+        "training/local.py",
+        NOISE,
+        (('_stream(secret, "noise", release, step)', '_stream(secret, "noise", release, 0)'),),
+    ),
+    Mutant(
+        "every release the same noise",
+        "training/local.py",
+        NOISE,
+        (('{"release": release, "step": step}', '{"step": step}'),),
+    ),
+    Mutant(
+        "every round of clients the same noise",
+        "rounds/protection.py",
+        NOISE,
+        (('{"run_id": run_id, "round_index": round_index, "key": key}', '{"run_id": run_id}'),),
+    ),
+    Mutant(
+        "shuffled batches",
+        "training/local.py",
+        SAMPLING,
+        (
+            (
+                ".coins(len(labels), task.sampling_prob)",
+                ".uniform(len(labels)).argsort() < round(task.sampling_prob * len(labels))",
+            ),
+        ),
+    ),
+    Mutant(
+        "cohorts of a fixed size",
+        "cohort/select.py",
+        SAMPLING,
+        (
+            (
+                "stream.coins(len(client_ids), config.sampling_prob)",
+                "stream.uniform(len(client_ids)).argsort() < round(config.sampling_prob * len(client_ids))",
+            ),
+        ),
+    ),
+    Mutant(
+        "an answer counted twice",
+        "rounds/buffer.py",
+        CLIENTS,
+        (("for answer in ordered]", "for answer in [*ordered, *ordered[:1]]]"),),
+    ),
+    Mutant(
+        "late answers weighed up",
+        "aggregation/fedbuff.py",
+        CLIENTS,
+        (("return float((1 + staleness) ** -0.5)", "return float((1 + staleness) ** 0.5)"),),
+    ),
+    Mutant(
+        "division by the clients that answered",
+        "rounds/protection.py",
+        CLIENTS,
+        (("divisor=float(run.config[EXPECTED_COHORT]),", "divisor=float(max(1, buffer.accepted)),"),),
+    ),
+    Mutant(
+        "division by the records that were drawn",
+        "training/local.py",
+        RECORDS,
+        (
+            (
+                "parts = drawn.split(self._physical_batch_size)",
+                "optimizer.expected_batch_size = max(1, len(drawn))\n"
+                "        parts = drawn.split(self._physical_batch_size)",
+            ),
+        ),
+    ),
+    Mutant(
+        "a ledger lost on restart",
+        "privacy/accountant.py",
+        CHARGING,
+        (
+            (
+                "self._lifetime = _Spends(self._settings.privacy.privacy_unit, after=0)",
+                "self._lifetime = _Spends(self._settings.privacy.privacy_unit, after=len(self._store.ledger()))",
+            ),
+        ),
+    ),
+    Mutant(
+        "charged after the release",
+        "rounds/coordinator.py",
+        CHARGING,
+        (
+            (f"            {_CHARGE}", "            self._charged_later = cohort"),
+            (_WORK, f"cohort = self._charged_later\n        {_CHARGE}\n        {_WORK}"),
+        ),
+    ),
+    Mutant(
+        "channels_last left alone, for Opacus",
+        "training/opacus_gradients.py",
+        RECORDS,
+        (("self._wrapped(features.contiguous())", "self._wrapped(features)"),),
+    ),
+    Mutant(
+        "channels_last left alone, for book-keeping",
+        "training/meetings.py",
+        RECORDS,
+        (
+            (
+                "whole = images[:, :, : rows * height, : columns * width]",
+                "whole = images.as_strided(images.shape, torch.empty(images.shape).stride())\n"
+                "    whole = whole[:, :, : rows * height, : columns * width]",
+            ),
+        ),
+    ),
+    Mutant(
+        "numbers without dimensions left out of the norm",
+        "privacy/mechanism.py",
+        CLIENTS,
+        (("for a in update.values()))", "for a in update.values() if np.ndim(a)))"),),
+    ),
+    Mutant("a micro-batch clipped as a whole", "training/bookkeeping.py", RECORDS, ((_SUMS, _OF_THE_WHOLE.strip()),)),
+    Mutant(
+        "noise on every micro-batch",
+        "training/local.py",
+        RECORDS,
+        (("do_skip=position < len(parts)", "do_skip=False"),),
+    ),
+    Mutant(
+        "an example that is no number in the sum",
+        "training/gradients.py",
+        RECORDS,
+        ((_FACTORS, "return (l2_clip_norm / (norms + _NORM_MARGIN)).clamp(max=1.0)"),),
+    ),
+    Mutant(
+        "biases left out of the norm",
+        "training/tape.py",
+        RECORDS,
+        (("ones = self.inputs, self.outputs, float(self.bias is not None)", "ones = self.inputs, self.outputs, 0.0"),),
+    ),
+    Mutant(
+        "norms without the cross terms of tokens",
+        "training/tape.py",
+        RECORDS,
+        (
+            (
+                "square: Tensor = product[:, :, first:].sum(dim=(1, 2))",
+                "square: Tensor = product[:, :, first:].diagonal(dim1=1, dim2=2).sum(dim=1)",
+            ),
+        ),
+    ),
+    Mutant(
+        "norms and sums rounded by autocast, for Opacus",
+        "training/opacus_gradients.py",
+        RECORDS,
+        (("with torch.autocast(features.device.type, enabled=False):", "if True:"),),
+    ),
+)
+NOT_YET = {"equal seeds on ranks": "a client trains on one rank only; belongs to data-parallel training (issue 8)"}
+QUICK = ("half the noise on a step", "every step the same noise", "a ledger lost on restart", "an answer counted twice")
+"""A sample that takes seconds, for every test run."""
