@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedvit.aggregation.fedavg import FedAvg
-from fedvit.aggregation.fedbuff import staleness_weight
+from fedvit.aggregation.registry import create_rule
+from fedvit.aggregation.staleness import staleness_weight
 from fedvit.cohort.select import draw_cohort
-from fedvit.config import CohortConfig, Settings, load_settings
+from fedvit.config import CohortConfig, Settings, TrainingConfig, load_settings
 from fedvit.ports import Charge
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds import machine as m
@@ -184,8 +184,8 @@ def test_staleness_weights_by_hand() -> None:
     assert [staleness_weight(s) for s in (1, 3, 8)] == pytest.approx([0.70710678, 0.5, 1 / 3])
     # Fresh: a, b move by 4. Three versions late: c moves by 12, at half weight. Mean over three: (4 + 4 + 6) / 3.
     buffer = judged([partial("ab", 4, 4.0), partial("c", 1, 12.0)], admission(4))
-    folded = FedAvg().fold({"w": np.array([1.0], dtype=np.float32)}, buffer.updates())
-    np.testing.assert_allclose(folded["w"], [1 + 14 / 3], rtol=1e-6)
+    folded = create_rule(TrainingConfig()).fold({"w": np.array([1.0], dtype=np.float32)}, buffer.updates(), {})
+    np.testing.assert_allclose(folded.weights["w"], [1 + 14 / 3], rtol=1e-6)
     assert [(o.client_id, o.staleness) for o in buffer.outcomes] == [("a", 0), ("b", 0), ("c", 3)]
 
 
@@ -198,7 +198,8 @@ def test_the_order_of_arrival_changes_no_bit() -> None:
     folds = set()
     for seed in range(20):
         random.Random(seed).shuffle(answers)
-        folds.add(FedAvg().fold(base, judged(answers, admission(9)).updates())["w"].tobytes())
+        fold = create_rule(TrainingConfig()).fold(base, judged(answers, admission(9)).updates(), {})
+        folds.add(fold.weights["w"].tobytes())
     assert len(folds) == 1
 
 
