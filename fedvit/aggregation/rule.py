@@ -189,7 +189,11 @@ def mean(base: Weights, updates: Sequence[PartialUpdate]) -> dict[str, Array]:
 
 def singles(updates: Sequence[PartialUpdate]) -> list[dict[str, Array]]:
     """The update of each client, float64, in the order given; those that failed or were refused are left out."""
-    return [{n: array / u.total_weight for n, array in u.weighted_sum.items()} for u in updates if u.total_weight > 0]
+    return [
+        {name: np.divide(array, update.total_weight, dtype=np.float64) for name, array in update.weighted_sum.items()}
+        for update in updates
+        if update.total_weight > 0
+    ]
 
 
 def moved(base: Weights, delta: Mapping[str, Array], rate: float = 1.0) -> dict[str, FloatArray]:

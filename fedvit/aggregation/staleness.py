@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from fedvit.config import StalenessConfig
 from fedvit.types import PartialUpdate
 
@@ -34,4 +36,5 @@ def discounted(update: PartialUpdate, staleness: int, config: StalenessConfig = 
     weight = staleness_weight(staleness, config)
     if weight == 1:
         return update
-    return replace(update, weighted_sum={name: weight * array for name, array in update.weighted_sum.items()})
+    sums = {n: np.multiply(array, weight, dtype=np.float64) for n, array in update.weighted_sum.items()}
+    return replace(update, weighted_sum=sums)
