@@ -88,7 +88,8 @@ class Door:
             known = (self.num_examples or {}).get(outcome.client_id)
             if known is not None and outcome.num_examples > known:
                 return f"{outcome.client_id} claims {outcome.num_examples} examples, and is registered with {known}"
-        norm = l2_norm(update.weighted_sum)
+        with np.errstate(over="ignore"):
+            norm = l2_norm(update.weighted_sum)
         allowed = math.inf if self.max_update_norm is None else self.max_update_norm * weight
         # The norm of a finite update may overflow: not even no bound admits that.
         if math.isfinite(norm) and norm <= allowed * (1 + _ROUNDING):

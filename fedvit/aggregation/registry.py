@@ -24,7 +24,7 @@ from fedvit.aggregation.rule import Rule
 from fedvit.aggregation.scaffold import Scaffold
 from fedvit.aggregation.trimmed_mean import TrimmedMean
 from fedvit.config import Settings, TrainingConfig
-from fedvit.errors import ConfigError
+from fedvit.errors import ConfigError, ConflictError
 
 GROUP = "fedvit.aggregation"
 _SHIPPED: tuple[type[Rule], ...] = (
@@ -80,10 +80,10 @@ def check_mode(rule: Rule, mode: Literal["synchronous", "asynchronous"]) -> None
     """Whether rounds may be of this mode.
 
     Raises:
-        ConfigError: updates that begin at different versions would meet, and the rule cannot compare them.
+        ConflictError: updates that begin at different versions would meet, and the rule cannot compare them.
     """
     if mode == "asynchronous" and rule.needs_one_base:
-        raise ConfigError(
+        raise ConflictError(
             f"training.aggregation {rule.name!r} does not go with asynchronous rounds: its updates must all start from "
             "the same version.",
             cure="Keep synchronous rounds, or use fedbuff, fedasync, fedavg or norm_bound.",

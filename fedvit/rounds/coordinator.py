@@ -126,9 +126,8 @@ class Coordinator:
         """Whether a run as ordered could train at least one round.
 
         Raises:
-            ConflictError: too few clients may take part.
-            ConfigError: the fleet is too small for what the settings promise, or the rule and the mode of the rounds do
-                not go together; see :meth:`_open_run`.
+            ConflictError: too few clients may take part, or the rule does not go with asynchronous rounds.
+            ConfigError: the fleet is too small for what the settings promise; see :meth:`_open_run`.
             BudgetExhaustedError: some client's budget does not admit one round more.
             UpdateRejectedError: the version to start from was trained as another model.
         """
@@ -367,7 +366,8 @@ class Coordinator:
 
         Raises:
             ConfigError: the fleet is too small for ``target_delta``, for the rule, or for its cohorts to rest between
-                rounds; or the rule does not go with asynchronous rounds.
+                rounds.
+            ConflictError: rounds are asynchronous, and the rule does not go with that.
         """
         order = run_order(self._store)
         identity, digest = run_identity(self._settings, order)

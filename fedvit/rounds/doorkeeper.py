@@ -95,7 +95,7 @@ def count_refusals(
         count = _counted(store, run_id, round_index, outcome.client_id)
         if quarantine_after is not None and count >= quarantine_after:
             reason = (
-                f"{count} of its updates were refused; the last, in round {round_index} of {run_id}: {outcome.error}"
+                f"{count} of its updates were refused; the last in round {round_index} of {run_id}: {outcome.error}"
             )
             caught += store.quarantine_clients([outcome.client_id], reason, utc_now())
             store.set_meta(_KEY + outcome.client_id, {"count": 0, "last": [run_id, round_index]})

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from generous_accountant import GenerousAccountant
 
 from fedvit.aggregation.registry import create_rule
 from fedvit.aggregation.staleness import staleness_weight
 from fedvit.cohort.select import draw_cohort
 from fedvit.config import CohortConfig, Settings, TrainingConfig, load_settings
-from fedvit.ports import Charge
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds import machine as m
 from fedvit.rounds.buffer import Admission, judged
@@ -30,30 +30,10 @@ from fedvit.rounds.steering import (
 )
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import BudgetReport, ClientOutcome, Cohort, PartialUpdate, RunStatus, TrainingProgress, utc_now
+from fedvit.types import ClientOutcome, Cohort, PartialUpdate, RunStatus, TrainingProgress, utc_now
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
 V0, V1, V2, V3 = (f"vehicle-{i:04d}" for i in range(4))
-
-
-class GenerousAccountant:
-    """Writes charges and refuses none: composing epsilon has its own tests and costs time."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
-        self._store.append_charges(charges, lambda _: None)
-        return self.budget()
-
-    def check(self, charges: Sequence[Charge]) -> None:
-        pass
-
-    def budget(self, *, outlook: bool = False) -> BudgetReport:
-        return BudgetReport("record", 8.0, 1e-5, 1.0, 1.0, 1.0, 1, 1)
-
-    def history(self, since: object = None, limit: int = 1000) -> Sequence[Any]:
-        return ()
 
 
 class Training:
