@@ -121,14 +121,47 @@ class CohortConfig(_Section):
         return self
 
 
+class StalenessConfig(_Section):
+    """What an update counts that is s versions old (Xie et al. 2019, arXiv:1903.03934); a fresh one always counts 1.
+
+    ``constant``: 1. ``polynomial``: (1 + s)^-``exponent``. ``hinge``: 1 up to ``hinge_from``, then
+    1 / (1 + ``hinge_slope`` (s - ``hinge_from``)).
+    """
+
+    weight: Literal["constant", "polynomial", "hinge"] = "polynomial"
+    exponent: PositiveFloat = 0.5
+    hinge_from: Annotated[int, Field(ge=0)] = 4
+    hinge_slope: PositiveFloat = 10.0
+
+
+class DoorConfig(_Section):
+    """What the one door for updates lets in.
+
+    ``max_update_norm`` bounds the L2 norm of one client's update, privacy noise included; left out, any finite one
+    passes. ``max_update_bytes`` bounds an update on the wire. A client comes into quarantine when ``quarantine_after``
+    of its updates were refused; null leaves that to the operator.
+    """
+
+    max_update_norm: PositiveFloat | None = None
+    max_update_bytes: PositiveInt = 2**30
+    quarantine_after: PositiveInt | None = 3
+
+
 class TrainingConfig(_Section):
-    """Rounds and the local step."""
+    """Rounds and the local step.
+
+    ``aggregation`` is the name of a rule, one of ours or one that another package offers; its own settings are
+    ``aggregation_options``. See docs/adding-a-rule.md.
+    """
 
     rounds: PositiveInt = 30
     local_steps: PositiveInt = 1
     learning_rate: PositiveFloat = 2.0
     server_learning_rate: PositiveFloat = 1.0
-    aggregation: Literal["fedavg"] = "fedavg"
+    aggregation: str = "fedavg"
+    aggregation_options: dict[str, Any] = Field(default_factory=dict)
+    staleness: StalenessConfig = StalenessConfig()
+    door: DoorConfig = DoorConfig()
     physical_batch_size: PositiveInt = 64
     round_timeout_s: PositiveFloat = 600.0
     cohort: CohortConfig = CohortConfig()
@@ -327,6 +360,11 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _cohort_fits_the_privacy_unit(self) -> Settings:
         cohort, privacy = self.training.cohort, self.privacy
+        if privacy.privacy_unit == "client" and self.training.door.max_update_norm is not None:
+            raise ValueError(
+                "training.door.max_update_norm would tell of a client's update before it is protected: with "
+                "privacy.privacy_unit 'client', privacy.l2_clip_norm bounds it"
+            )
         if privacy.privacy_unit == "record":
             if cohort.selection == "poisson":
                 raise ValueError("training.cohort.selection 'poisson' belongs to privacy.privacy_unit 'client'")
@@ -347,10 +385,17 @@ class Settings(_Section):
         found = self.model_dump(
             mode="json",
             include={"model", "training", "privacy"},
-            # Who has to approve what changes nothing in a run.
-            exclude={"privacy": {"second_approver"}},
+            # Who has to approve what, and when somebody is kept out, change nothing in a run.
+            exclude={
+                "privacy": {"second_approver"},
+                "training": {"door": {"max_update_bytes", "quarantine_after"}},
+            },
         )
         _drop_defaults(found["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
+        _drop_defaults(found["training"], TrainingConfig, "aggregation_options", "staleness")
+        _drop_defaults(found["training"]["door"], DoorConfig, "max_update_norm")
+        if not found["training"]["door"]:
+            del found["training"]["door"]
         _drop_defaults(
             found["training"]["cohort"], CohortConfig, "sampling_prob", "max_participations", "min_separation"
         )
@@ -362,8 +407,9 @@ class Settings(_Section):
 
 
 def _drop_defaults(section: dict[str, Any], kind: type[_Section], *names: str) -> None:
+    defaults = kind().model_dump(mode="json")
     for name in names:
-        if section[name] == kind.model_fields[name].default:
+        if section[name] == defaults[name]:
             del section[name]
 
 

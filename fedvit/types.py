@@ -168,12 +168,14 @@ class ClientOutcome:
     """How one client fared in one round. Carries nothing computed on private data without noise.
 
     ``staleness`` counts the versions committed between the one it started from and the round that took its answer.
+    ``refused`` marks an error for which the client has to answer: the one door for updates did not let its own in.
     """
 
     client_id: str
     num_examples: int
     error: str | None = None
     staleness: int = 0
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,9 @@ class PartialUpdate:
 
     ``weighted_sum[name] = sum over clients of num_examples * (local - base)``, accumulated in float64. Where the client
     is the privacy unit it is the sum of their clipped updates, each with a weight of 1; ``within_clip`` of them were
-    within the bound as they came. ``l2_clip_norm`` is what the receiver knows that they were clipped to.
+    within the bound as they came. ``l2_clip_norm`` is what the receiver knows that they were clipped to. Where the rule
+    gives every client the same voice, each has a weight of 1; where it looks at single updates, the message has one of
+    them a client in ``parts``, no sum of its own, and all outcomes.
     """
 
     round_index: int
@@ -191,6 +195,7 @@ class PartialUpdate:
     total_weight: float
     within_clip: int = 0
     l2_clip_norm: float | None = None
+    parts: tuple[PartialUpdate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,26 +98,34 @@ def size_of(arrays: Arrays) -> int:
     return sum(array.size for array in arrays.values())
 
 
-def released(
-    base: Weights, sums: Sums, noise: Vector, *, divisor: float, learning_rate: float
-) -> dict[str, FloatArray]:
-    """``base + learning_rate * (sums + noise) / divisor``, float32.
+def noised_mean(sums: Sums, noise: Vector, *, divisor: float) -> Sums:
+    """``(sums + noise) / divisor``, float64.
 
     Args:
-        base: the weights that the round started from, by name.
-        sums: of the clipped updates, by the same names.
+        sums: of the clipped updates, by name.
         noise: [size], scaled; laid over the arrays in the order of their names.
         divisor: a constant of the run, never what the round happened to draw: that is private.
-        learning_rate: of the server.
 
     Raises:
         ValueError: the noise is not one number for each of the sums', or the divisor is not above 0.
     """
     if noise.shape != (size_of(sums),) or not divisor > 0:
         raise ValueError(f"noise of shape {noise.shape} and divisor {divisor} for {size_of(sums)} numbers")
-    moved, start = {}, 0
+    means, start = {}, 0
     for name in sorted(sums):
         part = noise[start : start + sums[name].size].reshape(sums[name].shape)
         start += sums[name].size
-        moved[name] = (base[name] + learning_rate * (sums[name] + part) / divisor).astype(np.float32)
-    return {name: moved[name] for name in base}
+        means[name] = np.asarray((sums[name] + part) / divisor)
+    return {name: means[name] for name in sums}
+
+
+def released(
+    base: Weights, sums: Sums, noise: Vector, *, divisor: float, learning_rate: float
+) -> dict[str, FloatArray]:
+    """``base + learning_rate * (sums + noise) / divisor``, float32: what federated averaging makes of the mean.
+
+    Raises:
+        ValueError: see :func:`noised_mean`.
+    """
+    mean = noised_mean(sums, noise, divisor=divisor)
+    return {name: np.asarray(base[name] + learning_rate * mean[name], dtype=np.float32) for name in base}

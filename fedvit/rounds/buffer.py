@@ -7,9 +7,11 @@ the one it started from, and it is the difference to that one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
-from fedvit.aggregation.fedbuff import discounted
+from fedvit.aggregation.staleness import DEFAULT, discounted
+from fedvit.config import StalenessConfig
 from fedvit.types import ClientOutcome, PartialUpdate
 
 
@@ -27,6 +29,8 @@ class Admission:
     quarantined: frozenset[str]
     judge: Callable[[PartialUpdate], tuple[PartialUpdate, str | None]] = _as_it_is
     """An answer as it would be folded, and what speaks against it, whoever sent it."""
+    weighing: StalenessConfig = DEFAULT
+    """What an old update counts."""
 
     def refusals(self, answer: PartialUpdate) -> dict[str, str]:
         """Why each client's update in it must not count; empty where all of them do.
@@ -50,11 +54,15 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class RoundBuffer:
-    """The answers of one round, judged. ``refused`` says by client why its update does not count."""
+    """The answers of one round, judged. ``refused`` says by client why its update does not count.
+
+    ``turned_away`` says it of those who have no outcome in this round: strangers, and who has answered already.
+    """
 
     admission: Admission
     answers: tuple[PartialUpdate, ...]
     refused: Mapping[str, str]
+    turned_away: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def outcomes(self) -> tuple[ClientOutcome, ...]:
@@ -70,21 +78,27 @@ class RoundBuffer:
         """What a version is made of. A synchronous round without late answers has nothing to add to its clients."""
         staleness = {o.client_id: o.staleness for o in self.outcomes if o.error is None}
         made_of: dict[str, object] = {"clients": list(staleness)}
-        if self.admission.mode == "asynchronous" or any(o.staleness for o in self.outcomes):
+        refused = {o.client_id: str(o.error) for o in self.outcomes if o.refused}
+        late = any(o.staleness for o in self.outcomes)
+        if self.admission.mode == "asynchronous" or late or refused or self.turned_away:
             made_of["aggregation"] = {
                 "mode": self.admission.mode,
                 "staleness": staleness,
-                "refused": dict(self.refused),
+                "refused": {**self.refused, **refused},
+                **({"turned_away": dict(self.turned_away)} if self.turned_away else {}),
             }
         return made_of
 
     def updates(self) -> list[PartialUpdate]:
         """What is folded, in a fixed order of summation: the result must not depend on who answered first."""
         ordered = sorted(self.answers, key=lambda answer: min(o.client_id for o in answer.outcomes))
-        return [discounted(answer, self.admission.round_index - answer.round_index) for answer in ordered]
+        now, weighing = self.admission.round_index, self.admission.weighing
+        return [discounted(answer, now - answer.round_index, weighing) for answer in ordered]
 
 
-def judged(answers: Iterable[PartialUpdate], admission: Admission) -> RoundBuffer:
+def judged(
+    answers: Iterable[PartialUpdate], admission: Admission, turned_away: Mapping[str, str] = MappingProxyType({})
+) -> RoundBuffer:
     """The buffer that these answers make; an answer that is refused keeps its outcomes and loses its sum."""
     kept, refused = [], dict[str, str]()
     for answer in answers:
@@ -92,7 +106,7 @@ def judged(answers: Iterable[PartialUpdate], admission: Admission) -> RoundBuffe
         refused |= refusals
         answer, _ = admission.judge(answer)
         kept.append(_with_staleness(_without(answer, refusals), admission.round_index - answer.round_index))
-    return RoundBuffer(admission, tuple(kept), refused)
+    return RoundBuffer(admission, tuple(kept), refused, turned_away)
 
 
 def _without(answer: PartialUpdate, refusals: Mapping[str, str]) -> PartialUpdate:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fedvit.aggregation.door import Door
+from fedvit.config import Settings
 from fedvit.ports import FleetPort
 from fedvit.rounds.buffer import Admission, RoundBuffer, judged
+from fedvit.rounds.doorkeeper import Doorkeeper
 from fedvit.rounds.machine import TrainRound
 from fedvit.rounds.protection import Protection
 from fedvit.rounds.steering import aggregation_settings
@@ -19,43 +22,90 @@ class Collector:
     A synchronous round waits for all that are in flight. An asynchronous one leaves the slower ones in flight; their
     answers reach a later round. Either way one that is silent for too long ends: a synchronous round gives the silent
     up, an asynchronous one goes on without them where it has enough updates to commit.
+
+    A message may bring more single updates than an asynchronous buffer has room for. The rest begins the next buffer;
+    until then its clients are in flight.
     """
 
-    def __init__(self, store: Store, fleet: FleetPort, protection: Protection) -> None:
+    def __init__(self, settings: Settings, store: Store, fleet: FleetPort, protection: Protection) -> None:
+        self._settings = settings
         self._store = store
         self._fleet = fleet
         self._protection = protection
+        self._waiting: list[PartialUpdate] = []
 
-    def collect(self, order: TrainRound, task: TrainTask, weights: Weights, *, timeout_s: float) -> RoundBuffer:
-        """What the round is made of."""
-        in_flight = self._fleet.in_flight()
+    def in_flight(self) -> frozenset[str]:
+        """The clients that were handed a task and are in no round yet."""
+        return self._fleet.in_flight().union(o.client_id for answer in self._waiting for o in answer.outcomes)
+
+    def give_up(self, reason: str) -> None:
+        """Forget whoever is in flight."""
+        self._fleet.give_up(reason)
+        self._waiting = []
+
+    def collect(
+        self, order: TrainRound, task: TrainTask, base: Weights, handed: Weights, *, timeout_s: float
+    ) -> RoundBuffer:
+        """What the round is made of.
+
+        Args:
+            base: the trainable weights, which say what an update looks like.
+            handed: what goes to the clients: the weights, and what the rule hands out beside them.
+        """
+        in_flight = self.in_flight()
         # After a failed attempt at this very round some of the cohort may be at it still.
         fresh = replace(order.cohort, client_ids=tuple(c for c in order.cohort.client_ids if c not in in_flight))
         taking_part = len(fresh.client_ids) + len(in_flight)
-        answers: list[PartialUpdate] = []
-        for answer in self._fleet.train(task, weights, fresh, timeout_s=timeout_s):
-            answers += [answer] if answer else []
+        keeper, answers = self._keeper(task, base), list(self._waiting)
+        keeper.expect(answers)
+        for message in self._fleet.train(task, handed, fresh, timeout_s=timeout_s):
+            answers += keeper.admit(message) if message else []
             if self._suffice(answers, order, task, taking_part):
                 break
         else:
             if not self._suffice(answers, order, task, 0):
-                answers += self._fleet.give_up(f"no answer in {timeout_s:g} s")
-        return self._judged(answers, order, task)
+                for given_up in self._fleet.give_up(f"no answer in {timeout_s:g} s"):
+                    answers += keeper.admit(given_up)
+        answers, self._waiting = self._split(answers, order, task, taking_part)
+        return replace(self._judged(answers, order, task), turned_away=keeper.turned_away)
 
-    def _suffice(self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask, taking_part: int) -> bool:
+    def _keeper(self, task: TrainTask, base: Weights) -> Doorkeeper:
+        sizes = {client.client_id: client.num_examples for client in self._store.clients()}
+        door = Door.of(self._settings, self._protection.rule, base, sizes)
+        return Doorkeeper(door, self._store, task.run_id, task.round_index)
+
+    def _needed(self, order: TrainRound, taking_part: int) -> int | None:
         # Read every time: who turns to asynchronous rounds while one hangs wants that one to end.
         needed = aggregation_settings(self._store).enough(taking_part, order.min_clients)
-        if order.wait_for_all or needed is None:
-            return False
-        return self._judged(answers, order, task).accepted >= needed
+        return None if order.wait_for_all else needed
+
+    def _suffice(self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask, taking_part: int) -> bool:
+        needed = self._needed(order, taking_part)
+        return needed is not None and self._judged(answers, order, task).accepted >= needed
+
+    def _split(
+        self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask, taking_part: int
+    ) -> tuple[list[PartialUpdate], list[PartialUpdate]]:
+        """What goes into the buffer, and what has no room in it."""
+        needed = self._needed(order, taking_part)
+        if needed is None or self._protection.rule.needs != "single_updates":
+            return answers, []
+        taken, left = list[PartialUpdate](), list[PartialUpdate]()
+        room = needed
+        for answer, verdict in zip(answers, self._judged(answers, order, task).answers, strict=True):
+            counts = any(outcome.error is None for outcome in verdict.outcomes)
+            (taken if room or not counts else left).append(answer)
+            room -= counts and room > 0
+        return taken, left
 
     def _judged(self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask) -> RoundBuffer:
         settings = aggregation_settings(self._store)
         admission = Admission(
             order.cohort.round_index,
             settings.mode,
-            settings.staleness_tolerance,
+            0 if self._protection.rule.needs_one_base else settings.staleness_tolerance,
             frozenset(self._store.quarantined_clients()),
             lambda answer: self._protection.judge(answer, task.run_id),
+            self._settings.training.staleness,
         )
         return judged(answers, admission)

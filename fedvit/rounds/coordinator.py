@@ -7,6 +7,7 @@ are written are not written again, and clients repeat their release bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections import deque
@@ -14,6 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from fedvit.aggregation.registry import check_mode
+from fedvit.aggregation.rule import RoundFacts, State
+from fedvit.aggregation.staleness import staleness_weight
+from fedvit.aggregation.state import decode_state, encode_state
 from fedvit.cohort.select import draw_cohort, eligible
 from fedvit.config import CohortConfig, Settings
 from fedvit.errors import BudgetExhaustedError, ConflictError, FedvitError, LedgerFrozenError, ReleaseRefusedError
@@ -25,10 +30,19 @@ from fedvit.registry.weights import stored_weights
 from fedvit.rounds import machine
 from fedvit.rounds.buffer import RoundBuffer
 from fedvit.rounds.collect import Collector
+from fedvit.rounds.doorkeeper import count_refusals
 from fedvit.rounds.machine import LoopState, Phase, Plan
-from fedvit.rounds.protection import Folded, protection_for
-from fedvit.rounds.steering import RunOrder, place_order, round_settings, run_identity, run_order
+from fedvit.rounds.protection import POPULATION_SIZE, Folded, protection_for
+from fedvit.rounds.steering import (
+    RunOrder,
+    aggregation_settings,
+    place_order,
+    round_settings,
+    run_identity,
+    run_order,
+)
 from fedvit.store.store import RoundCommit, Store
+from fedvit.store.versions import RULE_STATE
 from fedvit.types import (
     ClientOutcome,
     Cohort,
@@ -79,7 +93,7 @@ class Coordinator:
         self._accountant = accountant
         self._fleet = fleet
         self._protection = protection_for(settings, store)
-        self._collector = Collector(store, fleet, self._protection)
+        self._collector = Collector(settings, store, fleet, self._protection)
         self._model = model
         self.publisher = Publisher(store, settings)
         self._cohort_secret = derive_secret(load_or_create_root_secret(store.home), "cohort")
@@ -89,6 +103,9 @@ class Coordinator:
         self._run: Run | None = None
         self._weights: Weights = {}
         self._base_digest = ""
+        self._rule_state: State = {}
+        self._handed: Weights = {}
+        self._handed_digest = ""
         self._frozen_digest = ""
         self._work: _RoundWork | None = None
 
@@ -109,7 +126,7 @@ class Coordinator:
         """Whether a run as ordered could train at least one round.
 
         Raises:
-            ConflictError: too few clients may take part.
+            ConflictError: too few clients may take part, or the rule does not go with asynchronous rounds.
             ConfigError: the fleet is too small for what the settings promise; see :meth:`_open_run`.
             BudgetExhaustedError: some client's budget does not admit one round more.
             UpdateRejectedError: the version to start from was trained as another model.
@@ -124,6 +141,7 @@ class Coordinator:
             )
         self._start_weights(order)
         check_units(self._settings, self._store.clients(active=True))
+        check_mode(self._protection.rule, aggregation_settings(self._store).mode)
         self._protection.run_facts(len(ids))
         ids = self._with_budget(self._probe(), ids)
         self._accountant.check(self._protection.charges(self._probe(), ids if len(ids) >= needed else everyone))
@@ -149,7 +167,7 @@ class Coordinator:
         self._stop.clear()
         run, before = self._open_run(), self._run
         if before is None or before.run_id != run.run_id:
-            self._fleet.give_up("another run began")
+            self._collector.give_up("another run began")
         self._run = run
         if run.status is not RunStatus.COMPLETED:
             self._store.set_run_status(run.run_id, RunStatus.RUNNING)
@@ -206,9 +224,10 @@ class Coordinator:
         self._store.check_not_frozen()
         run_id, config = self._current.run_id, self._cohort_config(self._selection())
         if self._protection.sampled:
-            self._fleet.give_up("a sampled round waits for nobody")
-        in_flight, kept_out = self._fleet.in_flight(), set(self._store.quarantined_clients())
+            self._collector.give_up("a sampled round waits for nobody")
+        in_flight, kept_out = self._collector.in_flight(), set(self._store.quarantined_clients())
         min_clients = round_settings(self._store, self._settings).min_clients
+        min_clients = max(min_clients, self._protection.rule.least_updates)
         try:
             ids = self._protection.may_be_drawn(run_id, round_index, eligible(self._store.clients(active=True), config))
         except BudgetExhaustedError as error:
@@ -250,19 +269,39 @@ class Coordinator:
     def _train(self, order: machine.TrainRound) -> machine.Event:
         started_s, timeout_s = time.monotonic(), round_settings(self._store, self._settings).wait_timeout_s
         task = self._task(order.cohort.round_index)
-        buffer = self._collector.collect(order, task, self._weights, timeout_s=timeout_s)
+        buffer = self._collector.collect(order, task, self._weights, self._handed, timeout_s=timeout_s)
+        quarantine_after = self._settings.training.door.quarantine_after
+        count_refusals(self._store, task.run_id, task.round_index, buffer.outcomes, quarantine_after)
         errors = [o.error for o in buffer.outcomes if o.error is not None]
         if self._protection.sampled and errors and not buffer.accepted:
             return machine.Failed(f"All {len(errors)} clients that were drawn failed, the first with: {errors[0]}")
         if buffer.accepted or self._protection.sampled:
-            folded = self._protection.fold(self._current, task, self._weights, buffer)
+            folded = self._protection.fold(
+                self._current, task, self._weights, buffer, self._rule_state, self._facts(task.round_index)
+            )
             self._work = _RoundWork(folded, buffer, started_s)
         return machine.Trained(buffer.accepted, len(errors), errors[0] if errors else None)
+
+    def _facts(self, round_index: int) -> RoundFacts:
+        run = self._current
+        return RoundFacts(
+            round_index=round_index,
+            population=int(run.config.get(POPULATION_SIZE, 1)),
+            start=lambda started: self._weights if started == round_index else self._started_from(started),
+            staleness_weight=lambda staleness: staleness_weight(staleness, self._settings.training.staleness),
+        )
+
+    def _started_from(self, round_index: int) -> Weights:
+        """The weights that an earlier round of this run handed out."""
+        if round_index == 1:
+            return self._start_weights(run_order(self._store))
+        version = self._store.round(self._current.run_id, round_index - 1).version
+        return stored_weights(self._store, self._store.version(str(version)).weights_digest)
 
     def _left_out(self, record: RoundRecord, told: Sequence[ClientOutcome]) -> tuple[ClientOutcome, ...]:
         """The outcomes of those who were recorded for the round, came into quarantine, and were not asked again."""
         # One that is still at it from an earlier attempt may yet answer, late.
-        silent = set(record.cohort).difference((o.client_id for o in told), self._fleet.in_flight())
+        silent = set(record.cohort).difference((o.client_id for o in told), self._collector.in_flight())
         caught = silent.intersection(self._store.quarantined_clients())
         return tuple(ClientOutcome(client_id, 0, QUARANTINED) for client_id in sorted(caught))
 
@@ -275,6 +314,7 @@ class Coordinator:
         evaluation = self._model.evaluate(weights)
         budget = self._accountant.budget()
         digest = self._store.blobs.put(encode_weights(weights))
+        remembered = self._remembered(work.folded.state)
         version = self._store.commit_round(
             self._current.run_id,
             round_index,
@@ -286,12 +326,13 @@ class Coordinator:
                 loss=evaluation.loss,
                 accuracy=evaluation.accuracy,
                 metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy},
-                lineage={**self._lineage(round_index, work.buffer, evaluation), **work.folded.facts},
+                lineage={**self._lineage(round_index, work.buffer, evaluation), **work.folded.facts, **remembered},
                 outcomes=work.buffer.outcomes + self._left_out(record, work.buffer.outcomes),
                 duration_s=time.monotonic() - work.started_s,
             ),
         )
-        self._weights, self._base_digest, self._work = weights, digest, None
+        self._work = None
+        self._continue_from(weights, digest, work.folded.state)
         self._progress = replace(
             self._progress,
             rounds_done=round_index,
@@ -301,6 +342,9 @@ class Coordinator:
             version=version.version,
         )
         return machine.Committed(version.version)
+
+    def _remembered(self, state: State) -> dict[str, object]:
+        return {RULE_STATE: self._store.blobs.put(encode_state(state))} if state else {}
 
     def _lineage(self, round_index: int, buffer: RoundBuffer, evaluation: Evaluation) -> dict[str, object]:
         return {
@@ -331,12 +375,15 @@ class Coordinator:
         """The unfinished run with these settings and orders, or a new one; one with others is superseded.
 
         Raises:
-            ConfigError: the fleet is too small for ``target_delta``, or for its cohorts to rest between rounds.
+            ConfigError: the fleet is too small for ``target_delta``, for the rule, or for its cohorts to rest between
+                rounds.
+            ConflictError: rounds are asynchronous, and the rule does not go with that.
         """
         order = run_order(self._store)
         identity, digest = run_identity(self._settings, order)
         latest = self._store.latest_run()
         check_units(self._settings, self._store.clients(active=True))
+        check_mode(self._protection.rule, aggregation_settings(self._store).mode)
         if latest is not None and latest.config_digest == digest:
             return latest
         ids = eligible(self._store.clients(active=True), self._cohort_config(self._selection()))
@@ -366,11 +413,19 @@ class Coordinator:
         self._frozen_digest = self._store.blobs.put(encode_weights(self._model.frozen_weights()))
         version = self._store.latest_version(run.run_id)
         if version is None:
-            self._weights = self._start_weights(run_order(self._store))
-            self._base_digest = self._store.blobs.put(encode_weights(self._weights))
+            weights = self._start_weights(run_order(self._store))
+            self._continue_from(weights, self._store.blobs.put(encode_weights(weights)), {})
             return
-        self._weights = stored_weights(self._store, version.weights_digest)
-        self._base_digest = version.weights_digest
+        remembered = version.lineage.get(RULE_STATE)
+        state = decode_state(self._store.blobs.get(remembered)) if remembered else {}
+        self._continue_from(stored_weights(self._store, version.weights_digest), version.weights_digest, state)
+
+    def _continue_from(self, weights: Weights, digest: str, state: State) -> None:
+        """What the next round starts from. What clients are handed beside the weights is part of their release."""
+        beside = self._protection.rule.handed(weights, state)
+        self._weights, self._base_digest, self._rule_state = weights, digest, state
+        self._handed = {**weights, **beside}
+        self._handed_digest = hashlib.sha256(encode_weights(self._handed)).hexdigest() if beside else digest
 
     def _start_weights(self, order: RunOrder | None) -> Weights:
         """Raises UpdateRejectedError when the version to start from was trained as another model."""
@@ -406,7 +461,7 @@ class Coordinator:
         return TrainTask(
             run_id=run_id,
             round_index=round_index,
-            base_digest=self._base_digest,
+            base_digest=self._handed_digest,
             data_digest=data_digest,
             noise_multiplier=noise_multiplier,
             sampling_prob=privacy.sampling_prob,

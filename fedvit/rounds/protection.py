@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from fedvit.aggregation.fedavg import FedAvg
+from fedvit.aggregation.registry import rule_for
+from fedvit.aggregation.rule import MeanRule, RoundFacts, Rule, State
 from fedvit.config import Settings
 from fedvit.errors import BudgetExhaustedError, ConfigError
 from fedvit.ports import POPULATION, Charge
@@ -31,19 +32,24 @@ FACTS = "client_level"
 """Where a version's lineage has what the mechanism did, for the rounds after it."""
 EXPECTED_COHORT = "expected_cohort"
 """Where a run's configuration has the constant that its sums are divided by."""
+POPULATION_SIZE = "population"
+"""Where a run's configuration has how many clients could be drawn when it began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """The next weights, and what a version's lineage says of how they came about."""
+    """The next weights, what a version's lineage says of how they came about, and what the rule remembers."""
 
     weights: dict[str, FloatArray]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    state: State = field(default_factory=dict)
 
 
 class Protection(Protocol):
     """What a privacy unit asks of a round."""
 
+    rule: Rule
+    """What makes the next weights of the answers."""
     sampled: bool
     """Whether the cohort is a secret sample: then a round that drew nobody is one of noise alone."""
 
@@ -71,13 +77,23 @@ class Protection(Protocol):
         """An answer as it will be folded, and why it must not be, if so."""
         ...
 
-    def fold(self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer) -> Folded:
-        """The weights after the round."""
+    def fold(
+        self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer, state: State, facts: RoundFacts
+    ) -> Folded:
+        """The weights after the round.
+
+        Raises:
+            UpdateRejectedError: too few updates for the rule.
+        """
         ...
 
 
 def protection_for(settings: Settings, store: Store) -> Protection:
-    """The protection that the settings ask for."""
+    """The protection that the settings ask for.
+
+    Raises:
+        ConfigError: see :func:`fedvit.aggregation.registry.rule_for`.
+    """
     kind = RecordLevel if settings.privacy.privacy_unit == "record" else ClientLevel
     return kind(settings, store)
 
@@ -90,11 +106,22 @@ class RecordLevel:
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
         self._store = store
-        self._rule = FedAvg(settings.training.server_learning_rate)
+        self.rule = rule_for(settings)
 
     def run_facts(self, eligible: int) -> dict[str, Any]:
-        """Nothing."""
-        return {}
+        """How many they are.
+
+        Raises:
+            ConfigError: their cohorts are too small for the rule.
+        """
+        cohort = self._settings.training.cohort
+        size = eligible if cohort.size is None or cohort.selection == "all" else min(cohort.size, eligible)
+        if size < self.rule.least_updates:
+            raise ConfigError(
+                f"{self.rule.what()} needs {self.rule.least_updates} updates a round; cohorts have {size} clients.",
+                cure="Raise training.cohort.size, register more clients, or lower num_byzantine.",
+            )
+        return {POPULATION_SIZE: eligible}
 
     def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> tuple[str, ...]:
         """Those that have a participation left, and took part long enough ago."""
@@ -114,9 +141,12 @@ class RecordLevel:
         """Noised already: nothing bounds it."""
         return update, None
 
-    def fold(self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer) -> Folded:
-        """Their average, weighted by their number of examples."""
-        return Folded(self._rule.fold(weights, buffer.updates()))
+    def fold(
+        self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer, state: State, facts: RoundFacts
+    ) -> Folded:
+        """What the rule makes of them."""
+        fold = self.rule.fold(weights, buffer.updates(), state, facts)
+        return Folded(fold.weights, state=fold.state)
 
 
 class ClientLevel:
@@ -132,6 +162,12 @@ class ClientLevel:
         self._store = store
         self._secret = derive_secret(load_or_create_root_secret(store.home), "client-level-noise")
         self._clip = adaptive_clip(settings.privacy)
+        self.rule = rule_for(settings)
+        if not isinstance(self.rule, MeanRule):
+            raise ConfigError(
+                f"training.aggregation {self.rule.name!r} cannot be handed a noised mean.", cure=self.rule.instead
+            )
+        self._step = self.rule.step
         self._history: tuple[str, list[Mapping[str, Any]]] = ("", [])
         self._banded: tuple[str, BandedNoise] | None = None
         self.sampled = settings.training.cohort.selection == "poisson"
@@ -176,22 +212,20 @@ class ClientLevel:
         norm = self.l2_clip_norm(run_id, update.round_index)
         return replace(update, l2_clip_norm=norm), mechanism.fault_of(update, norm)
 
-    def fold(self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer) -> Folded:
-        """``weights + server_learning_rate * (sum of clipped updates + noise) / expected cohort``."""
+    def fold(
+        self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer, state: State, facts: RoundFacts
+    ) -> Folded:
+        """The rule's step along ``(sum of clipped updates + noise) / expected cohort``."""
         norm, updates = task.l2_clip_norm, buffer.updates()
         sums = mechanism.total(weights, updates, norm)
         within = sum(update.within_clip for update in updates)
         key = self._key(task, [mechanism.digest(sums), within, buffer.accepted])
         noise = self._sum_noise_multiplier(run) * norm * self._noise(run, task, mechanism.size_of(sums), key)
-        moved = mechanism.released(
-            weights,
-            sums,
-            noise,
-            divisor=float(run.config[EXPECTED_COHORT]),
-            learning_rate=self._settings.training.server_learning_rate,
-        )
-        facts = {"noise_key": key, "l2_clip_norm": norm, **self._next_norm(run, task, key, within, buffer.accepted)}
-        return Folded(moved, {FACTS: facts})
+        mean = mechanism.noised_mean(sums, noise, divisor=float(run.config[EXPECTED_COHORT]))
+        # What is made of the noised mean costs no privacy.
+        fold = self._step(weights, mean, state, facts)
+        told = {"noise_key": key, "l2_clip_norm": norm, **self._next_norm(run, task, key, within, buffer.accepted)}
+        return Folded(fold.weights, {FACTS: told}, fold.state)
 
     def _sum_noise_multiplier(self, run: Run) -> float:
         return self._clip.sum_noise_multiplier(run.noise_multiplier) if self._clip else run.noise_multiplier

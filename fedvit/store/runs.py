@@ -191,6 +191,16 @@ def engagements(session: Session, run_id: str, before: int) -> dict[str, tuple[i
     return engaged
 
 
+def awaited(session: Session, run_id: str, started: int, round_index: int) -> tuple[set[str], set[str]]:
+    """Whose answers to round ``started`` the open round ``round_index`` may take, and who has given one already.
+
+    Raises:
+        NotFoundError: ``round_index`` was never opened.
+    """
+    cohort, answered = _start(session, _round_row(session, run_id, round_index), round_index - started)
+    return cohort - answered, cohort & answered
+
+
 def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
     others = session.scalars(select(RunRow.run_id).where(RunRow.status.in_(_RESUMABLE)))
     for run_id in others:

@@ -336,6 +336,17 @@ class Store:
         with self._database.read() as session:
             return _runs.engagements(session, run_id, before)
 
+    def awaited(self, run_id: str, started: int, round_index: int) -> tuple[set[str], set[str]]:
+        """Whose answers to round ``started`` the open round ``round_index`` may take, and who has given one already.
+
+        A round that has not begun awaits nobody.
+
+        Raises:
+            NotFoundError: ``round_index`` was never opened.
+        """
+        with self._database.read() as session:
+            return _runs.awaited(session, run_id, started, round_index)
+
     def participation(self) -> dict[str, Participation]:
         """How the rounds of every client went that took part in one, over all runs."""
         with self._database.read() as session:

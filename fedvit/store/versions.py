@@ -20,6 +20,8 @@ RELEASE_FLOOR_KEY = "release_floor"
 """Release numbers up to this one may be taken, by releases that a restored state knows nothing of."""
 RELEASE_MARGIN = 10_000
 """More releases than anybody makes between a backup and the loss of its original."""
+RULE_STATE = "rule_state"
+"""Where a version's lineage names the blob of what the aggregation rule remembers, if it remembers anything."""
 _NEWEST_FIRST = (VersionRow.run_ordinal.desc(), VersionRow.number.desc())
 
 
@@ -219,7 +221,7 @@ def releases(session: Session) -> list[Release]:
 
 def blob_digests(session: Session) -> set[str]:
     """Every blob that a version or a release names."""
-    found: set[str] = set()
+    found = set(session.scalars(select(VersionRow.lineage[RULE_STATE].as_string())).all()) - {None}
     for row in session.execute(select(VersionRow.weights_digest, VersionRow.frozen_digest, VersionRow.artifacts)):
         found |= {row.weights_digest, row.frozen_digest, *row.artifacts.values()}
     return found.union(*(artifacts.values() for artifacts in session.scalars(select(ReleaseRow.artifacts))))

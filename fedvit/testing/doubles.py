@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Iterator
 from datetime import datetime, timedelta
 
 import numpy as np
+import numpy.typing as npt
 
+from fedvit.aggregation.rule import Rule
 from fedvit.ports import ExportedModel, ProxyReport, Trial
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream
@@ -94,8 +96,10 @@ class FakeFleet:
         failing: clients that answer with an error.
         crash_in_round: a round in which the whole process seems to die, once.
         groups: how many proxies there seem to be.
+        rule: what the answers are made for: sums by examples where nothing is said.
 
     Attributes:
+        tamper: what becomes of a client's own update on its way, by client; its group's sum has it in it.
         held: clients that do not answer, and with each of them its group; a test adds and takes away.
     """
 
@@ -107,6 +111,7 @@ class FakeFleet:
         crash_in_round: int | None = None,
         groups: int = 2,
         on_silence: Callable[[], None] = lambda: None,
+        rule: Rule | None = None,
     ) -> None:
         self._target = target
         self._failing = frozenset(failing)
@@ -114,6 +119,8 @@ class FakeFleet:
         self._groups = groups
         self.on_silence = on_silence
         self.held: set[str] = set()
+        self._rule = rule
+        self.tamper: dict[str, Callable[[PartialUpdate], PartialUpdate]] = {}
         self._pending: list[PartialUpdate] = []
         self.tasks: list[tuple[TrainTask, Cohort]] = []
         self.timeouts_s: list[float | None] = []
@@ -162,13 +169,28 @@ class FakeFleet:
         return ProxyReport({"even": True, "odd": True})
 
     def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
-        outcomes = tuple(ClientOutcome(c, 10, "it failed" if c in self._failing else None) for c in client_ids)
-        well = sum(1 for outcome in outcomes if outcome.error is None)
         step = (self._target - weights["point"]).astype(np.float64) * 0.5
-        if task.privacy_unit == "record":
-            return PartialUpdate(task.round_index, outcomes, {"point": 10.0 * well * step}, 10.0 * well)
-        clipped, within = clip_update({"point": step}, task.l2_clip_norm)
-        return PartialUpdate(task.round_index, outcomes, {"point": well * clipped["point"]}, float(well), well * within)
+        parts = tuple(self._one(task, client_id, step) for client_id in client_ids)
+        outcomes = tuple(outcome for part in parts for outcome in part.outcomes)
+        if self._rule is not None and self._rule.needs == "single_updates":
+            return PartialUpdate(task.round_index, outcomes, {}, 0.0, parts=parts)
+        well = [part for part in parts if part.total_weight]
+        sums = {n: sum((p.weighted_sum[n] for p in well), np.zeros(step.shape)) for n in ("point",)}
+        total = sum(part.total_weight for part in well)
+        return PartialUpdate(task.round_index, outcomes, sums, total, sum(part.within_clip for part in well))
+
+    def _one(self, task: TrainTask, client_id: str, step: npt.NDArray[np.float64]) -> PartialUpdate:
+        if client_id in self._failing:
+            return PartialUpdate(task.round_index, (ClientOutcome(client_id, 10, "it failed"),), {}, 0.0)
+        outcome = ClientOutcome(client_id, 10)
+        if task.privacy_unit == "client":
+            clipped, within = clip_update({"point": step}, task.l2_clip_norm)
+            own = PartialUpdate(task.round_index, (outcome,), clipped, 1.0, int(within))
+        else:
+            weight = 10.0 if self._rule is None or self._rule.weighting == "examples" else 1.0
+            own = PartialUpdate(task.round_index, (outcome,), {"point": weight * step}, weight)
+        tamper = self.tamper.get(client_id)
+        return own if tamper is None else tamper(own)
 
 
 def seeded_fleet(count: int, *, seed: int = 0) -> list[Client]:

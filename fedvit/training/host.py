@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from fedvit.aggregation.door import Door
+from fedvit.aggregation.registry import rule_for
+from fedvit.aggregation.rule import HANDED, Drift, Rule
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.data.images import load_images
-from fedvit.errors import FedvitError, IntegrityError
+from fedvit.errors import FedvitError, IntegrityError, UpdateRejectedError
 from fedvit.privacy.mechanism import Sums, clip_update
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
-from fedvit.training.local import LocalTrainer
-from fedvit.training.plain import PlainTrainer
+from fedvit.training.drift import LedLocalTrainer, LedPlainTrainer
+from fedvit.training.kept import KeptArrays
 from fedvit.types import ClientOutcome, FloatArray, PartialUpdate, TrainTask, Weights
 from fedvit.vit.models import build_model
 from fedvit.wire.tensors import encode_weights
@@ -45,46 +48,82 @@ class VirtualClientHost:
         self._fleet = VirtualFleet.open(settings.data)
         self._image_size = settings.data.image_size
         self._model = build_model(settings.model, len(self._fleet.source.classes), self._image_size)
-        kind = LocalTrainer if settings.privacy.privacy_unit == "record" else PlainTrainer
+        self._settings = settings
+        self._rule = rule_for(settings)
+        kind = LedLocalTrainer if settings.privacy.privacy_unit == "record" else LedPlainTrainer
         self._trainer = kind(self._model, physical_batch_size=settings.training.physical_batch_size)
         self._root_secret = load_or_create_root_secret(settings.home)
+        self._kept = KeptArrays(settings.home, self._rule.name)
         self._shards: dict[str, _Shard] = {}
 
-    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
-        """Train each client from ``weights`` and sum their updates.
+    @cached_property
+    def _personal_trainer(self) -> LedPlainTrainer:
+        return LedPlainTrainer(self._model, physical_batch_size=self._settings.training.physical_batch_size)
 
-        They are weighted by their number of examples; where the client is the privacy unit they are clipped, one by one
-        and before anything is summed, and have a weight of 1. A client that fails is an outcome with the reason; it
-        adds nothing to the sum.
+    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
+        """Train each client from ``weights`` and sum their updates, or send them one a client where the rule asks so.
+
+        They are weighted as the rule says; where the client is the privacy unit they are clipped, one by one and before
+        anything is summed, and have a weight of 1. A client that fails, or whose update does not pass the one door, is
+        an outcome with the reason; it adds nothing to the sum.
+
+        Args:
+            weights: and what the rule hands out beside them.
 
         Raises:
             IntegrityError: these are not the weights that the task, and so the noise, was made for.
         """
         _check_base(task, weights)
-        sums: dict[str, npt.NDArray[np.float64]] = {n: np.zeros(a.shape, np.float64) for n, a in weights.items()}
-        outcomes = []
-        total, within_clip = 0.0, 0
-        for client_id in sorted(client_ids):
-            try:
-                delta, num_examples = self._train_one(task, weights, client_id)
-                addend, weight, within = _addend(task, delta, num_examples)
-            except Exception as error:
-                # Whatever ails one client, the others' work must not be lost with it.
-                outcomes.append(ClientOutcome(client_id, 0, _reason(error)))
-                continue
-            for name, array in addend.items():
-                sums[name] += array
-            total += weight
-            within_clip += within
-            outcomes.append(ClientOutcome(client_id, num_examples))
-        return PartialUpdate(task.round_index, tuple(outcomes), sums, total, within_clip)
+        base = {name: array for name, array in weights.items() if not name.startswith(HANDED)}
+        handed = {name: array for name, array in weights.items() if name.startswith(HANDED)}
+        door = Door.of(self._settings, self._rule, base)
+        answers = (self._answer(task, base, handed, door, client_id) for client_id in sorted(client_ids))
+        if self._rule.needs == "single_updates":
+            parts = tuple(answers)
+            return PartialUpdate(task.round_index, tuple(o for p in parts for o in p.outcomes), {}, 0.0, parts=parts)
+        return _summed(task, base, answers)
 
-    def _train_one(self, task: TrainTask, weights: Weights, client_id: str) -> tuple[dict[str, FloatArray], int]:
-        shard = self._shard(client_id)
-        # Bound to the very records: changed data must never meet the noise of an earlier release.
-        secret = derive_secret(self._root_secret, f"{client_id}/{shard.digest}")
-        delta = self._trainer.train(task, weights, shard.features, shard.labels, secret, client_id)
-        return delta, len(shard.labels)
+    def _answer(self, task: TrainTask, base: Weights, handed: Weights, door: Door, client_id: str) -> PartialUpdate:
+        try:
+            own = self._train_one(task, base, handed, client_id, door)
+        except UpdateRejectedError as error:
+            return _failed(task, ClientOutcome(client_id, 0, str(error), refused=True))
+        except Exception as error:
+            # Whatever ails one client, the others' work must not be lost with it.
+            return _failed(task, ClientOutcome(client_id, 0, _reason(error)))
+        return own
+
+    def _train_one(self, task: TrainTask, base: Weights, handed: Weights, client_id: str, door: Door) -> PartialUpdate:
+        """One client's own answer; what it keeps for itself is kept only when that may count.
+
+        Raises:
+            UpdateRejectedError: it may not.
+        """
+        shard, half = self._shard(client_id), self._rule.client
+        kept, kept_digest = self._kept.before(task.run_id, task.round_index, client_id)
+        # Bound to the very records, and to what leads the steps: changed data must never meet the noise of an earlier
+        # release, nor must another path.
+        bound_to = f"{shard.digest}/{kept_digest}" if half.keeps else shard.digest
+        secret = derive_secret(self._root_secret, f"{client_id}/{bound_to}")
+        self._trainer.lead(half.before_training(base, handed, kept), task.learning_rate)
+        delta = self._trainer.train(task, base, shard.features, shard.labels, secret, client_id)
+        own = _own_update(task, self._rule, client_id, delta, len(shard.labels))
+        if fault := door.fault_of(own):
+            raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
+        if half.keeps:
+            self._kept.leave(task.run_id, task.round_index, client_id, half.after_training(delta, handed, kept))
+        if half.personal_pull is not None:
+            self._train_personal(task, base, kept or base, shard, secret, client_id, half.personal_pull)
+        return own
+
+    def _train_personal(
+        self, task: TrainTask, base: Weights, own: Weights, shard: _Shard, secret: bytes, client_id: str, pull: float
+    ) -> None:
+        """The client's own model takes its steps. Nobody sees it, so nothing of it is clipped, noised or charged."""
+        self._personal_trainer.lead(Drift(pull=pull, anchor=base), task.learning_rate)
+        coins = derive_secret(secret, "personal")
+        delta = self._personal_trainer.train(task, own, shard.features, shard.labels, coins, client_id)
+        self._kept.leave(task.run_id, task.round_index, client_id, {n: own[n] + d for n, d in delta.items()})
 
     def _shard(self, client_id: str) -> _Shard:
         if client_id not in self._shards:
@@ -98,16 +137,39 @@ class VirtualClientHost:
         return self._shards[client_id]
 
 
-def _addend(task: TrainTask, delta: Mapping[str, FloatArray], num_examples: int) -> tuple[Sums, float, bool]:
-    """What one client adds to the sum, its weight, and whether it was within the bound before it was clipped.
+def _own_update(
+    task: TrainTask, rule: Rule, client_id: str, delta: Mapping[str, FloatArray], num_examples: int
+) -> PartialUpdate:
+    """What one client adds to the sum, with its weight, and whether it was within the bound before it was clipped.
 
     Raises:
         UpdateRejectedError: the client is the privacy unit, and its update has no finite norm.
     """
+    outcomes = (ClientOutcome(client_id, num_examples),)
     if task.privacy_unit == "client":
         clipped, within = clip_update(delta, task.l2_clip_norm)
-        return clipped, 1.0, within
-    return {name: num_examples * array.astype(np.float64) for name, array in delta.items()}, float(num_examples), False
+        return PartialUpdate(task.round_index, outcomes, clipped, 1.0, int(within))
+    weight = float(num_examples) if rule.weighting == "examples" else 1.0
+    addend = {name: weight * array.astype(np.float64) for name, array in delta.items()}
+    return PartialUpdate(task.round_index, outcomes, addend, weight)
+
+
+def _summed(task: TrainTask, base: Weights, answers: Iterable[PartialUpdate]) -> PartialUpdate:
+    """One message of what the clients answer, added up in their order as they come: none of them is kept."""
+    sums: Sums = {name: np.zeros(array.shape, np.float64) for name, array in base.items()}
+    outcomes = list[ClientOutcome]()
+    total, within_clip = 0.0, 0
+    for answer in answers:
+        for name, array in answer.weighted_sum.items():
+            sums[name] += array
+        total += answer.total_weight
+        within_clip += answer.within_clip
+        outcomes += answer.outcomes
+    return PartialUpdate(task.round_index, tuple(outcomes), sums, total, within_clip)
+
+
+def _failed(task: TrainTask, outcome: ClientOutcome) -> PartialUpdate:
+    return PartialUpdate(task.round_index, (outcome,), {}, 0.0)
 
 
 def _check_base(task: TrainTask, weights: Weights) -> None:

@@ -67,15 +67,15 @@ class PlainTrainer:
         for step in range(task.local_steps):
             stream = SecretStream(secret, "poisson", {"release": release, "step": step})
             drawn = torch.from_numpy(stream.coins(len(labels), task.sampling_prob).nonzero()[0])
-            if len(drawn):
-                self._step(features, labels, drawn, task.learning_rate)
+            self._step(features, labels, drawn, task.learning_rate)
         return {
             name: parameter.detach().cpu().numpy() - base[name].astype("float32", copy=False)
             for name, parameter in self._parameters.items()
         }
 
     def _step(self, features: Tensor, labels: Tensor, drawn: Tensor, learning_rate: float) -> None:
-        for part in drawn.split(self._physical_batch_size):
+        # split() of nothing is one empty part.
+        for part in drawn.split(self._physical_batch_size) if len(drawn) else ():
             loss = functional.cross_entropy(self._body(features[part]), labels[part], reduction="sum")
             (loss / len(drawn)).backward()
         with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Response
 from pydantic import BaseModel, Field
 
+from fedvit.aggregation.registry import check_mode, create_rule
 from fedvit.errors import ConflictError
 from fedvit.rounds.steering import (
     STALENESS_TOLERANCE,
@@ -75,6 +76,7 @@ def add_aggregation_routes(api: FastAPI, services: Services) -> None:
                 "The cohorts are Poisson samples, and privacy is amplified by that: nobody who is drawn may be late.",
                 cure="Train with training.cohort.selection 'uniform' or 'all' and a cap on participations.",
             )
+        check_mode(create_rule(services.settings.training), request.mode)
         note.before = asdict(aggregation_settings(store))
         changed = change_aggregation_settings(
             store, lambda now: replace(now, **request.changes()), expected_revisions=revisions(if_match)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fedvit.aggregation.fedbuff import discounted, staleness_weight
+from fedvit.aggregation.staleness import discounted, staleness_weight
 from fedvit.errors import UpdateRejectedError
 from fedvit.privacy import mechanism
 from fedvit.types import ClientOutcome, PartialUpdate

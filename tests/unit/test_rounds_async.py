@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from generous_accountant import GenerousAccountant
 
-from fedvit.aggregation.fedavg import FedAvg
-from fedvit.aggregation.fedbuff import staleness_weight
+from fedvit.aggregation.registry import create_rule
+from fedvit.aggregation.staleness import staleness_weight
 from fedvit.cohort.select import draw_cohort
-from fedvit.config import CohortConfig, Settings, load_settings
-from fedvit.ports import Charge
+from fedvit.config import CohortConfig, Settings, TrainingConfig, load_settings
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds import machine as m
 from fedvit.rounds.buffer import Admission, judged
@@ -30,33 +30,10 @@ from fedvit.rounds.steering import (
 )
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import BudgetReport, ClientOutcome, Cohort, PartialUpdate, RunStatus, TrainingProgress, utc_now
+from fedvit.types import ClientOutcome, Cohort, PartialUpdate, RunStatus, TrainingProgress, utc_now
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
 V0, V1, V2, V3 = (f"vehicle-{i:04d}" for i in range(4))
-
-
-class GenerousAccountant:
-    """Writes charges and refuses none: composing epsilon has its own tests and costs time."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
-        self._store.append_charges(charges, lambda _: None)
-        return self.budget()
-
-    def check(self, charges: Sequence[Charge]) -> None:
-        pass
-
-    def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
-        return frozenset(charge.unit_id for charge in charges)
-
-    def budget(self, *, outlook: bool = False) -> BudgetReport:
-        return BudgetReport("record", 8.0, 1e-5, 1.0, 1.0, 1.0, 1, 1)
-
-    def history(self, since: object = None, limit: int = 1000) -> Sequence[Any]:
-        return ()
 
 
 class Training:
@@ -187,8 +164,8 @@ def test_staleness_weights_by_hand() -> None:
     assert [staleness_weight(s) for s in (1, 3, 8)] == pytest.approx([0.70710678, 0.5, 1 / 3])
     # Fresh: a, b move by 4. Three versions late: c moves by 12, at half weight. Mean over three: (4 + 4 + 6) / 3.
     buffer = judged([partial("ab", 4, 4.0), partial("c", 1, 12.0)], admission(4))
-    folded = FedAvg().fold({"w": np.array([1.0], dtype=np.float32)}, buffer.updates())
-    np.testing.assert_allclose(folded["w"], [1 + 14 / 3], rtol=1e-6)
+    folded = create_rule(TrainingConfig()).fold({"w": np.array([1.0], dtype=np.float32)}, buffer.updates(), {})
+    np.testing.assert_allclose(folded.weights["w"], [1 + 14 / 3], rtol=1e-6)
     assert [(o.client_id, o.staleness) for o in buffer.outcomes] == [("a", 0), ("b", 0), ("c", 3)]
 
 
@@ -201,7 +178,8 @@ def test_the_order_of_arrival_changes_no_bit() -> None:
     folds = set()
     for seed in range(20):
         random.Random(seed).shuffle(answers)
-        folds.add(FedAvg().fold(base, judged(answers, admission(9)).updates())["w"].tobytes())
+        fold = create_rule(TrainingConfig()).fold(base, judged(answers, admission(9)).updates(), {})
+        folds.add(fold.weights["w"].tobytes())
     assert len(folds) == 1
 
 

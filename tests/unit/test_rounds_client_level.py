@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedvit.aggregation.rule import NO_FACTS
 from fedvit.config import Settings, load_settings
 from fedvit.errors import BudgetExhaustedError, ConfigError, StateError
 from fedvit.ports import POPULATION, Charge
@@ -409,7 +410,7 @@ def test_a_repeated_round_repeats_its_noise_and_one_with_another_sum_does_not(tm
         answer = PartialUpdate(1, outcomes, {"point": np.full(4000, size)}, 1.0, 1)
         buffer = judged([answer], Admission(1, "synchronous", 5, frozenset()))
         # Another process each time.
-        return ClientLevel(config, store).fold(run, task, weights, buffer).weights["point"]
+        return ClientLevel(config, store).fold(run, task, weights, buffer, {}, NO_FACTS).weights["point"]
 
     once, again, other = folded(1e-6), folded(1e-6), folded(2e-6)
     np.testing.assert_array_equal(once, again)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from fedvit.config import Settings, load_settings
 from fedvit.errors import IntegrityError
 from fedvit.privacy.mechanism import fault_of, l2_norm
 from fedvit.training.host import VirtualClientHost
-from fedvit.types import TrainTask, Weights
+from fedvit.types import PartialUpdate, TrainTask, Weights
 from fedvit.vit.models import build_model
-from fedvit.vit.trainable import trainable_weights
-from fedvit.wire.tensors import encode_weights
+from fedvit.vit.trainable import load_trainable_weights, trainable_weights
+from fedvit.wire.tensors import decode_weights, encode_weights
 
 torch.set_num_threads(1)
 
@@ -178,3 +179,157 @@ def test_an_update_that_is_not_finite_is_an_outcome_and_adds_nothing(settings: S
     assert "norm" in str(update.outcomes[1].error)
     assert update.total_weight == 2.0
     assert fault_of(update, 1.0) is None
+
+
+def ruled(settings: Settings, aggregation: str, **training: Any) -> Settings:
+    changes = {"aggregation": aggregation, **training}
+    return settings.model_copy(update={"training": settings.training.model_copy(update=changes)})
+
+
+def handing(task: TrainTask, handed: Weights) -> TrainTask:
+    return replace(task, base_digest=hashlib.sha256(encode_weights(handed)).hexdigest())
+
+
+def test_single_updates_come_in_one_message_and_add_up_to_the_sum(settings: Settings) -> None:
+    base = base_of(settings)
+    summed = VirtualClientHost(settings).train(task_for(base), base, CLIENTS)
+    message = VirtualClientHost(ruled(settings, "median")).train(task_for(base), base, [*CLIENTS, "vehicle-99"])
+    assert ([o.client_id for o in message.outcomes], message.weighted_sum) == ([*CLIENTS, "vehicle-99"], {})
+    assert [part.total_weight for part in message.parts] == [1.0, 1.0, 1.0, 0.0]
+    for name, array in summed.weighted_sum.items():
+        weighed = [o.num_examples * p.weighted_sum[name] for p in message.parts[:3] for o in p.outcomes]
+        np.testing.assert_allclose(array, sum(weighed), rtol=1e-12)
+
+
+def test_every_client_weighs_the_same_where_the_rule_says_so(settings: Settings) -> None:
+    base = base_of(settings)
+    host = VirtualClientHost(ruled(settings, "scaffold"))
+    handed = {**base, **host._rule.handed(base, {})}
+    update = host.train(handing(task_for(base), handed), handed, CLIENTS)
+    assert [o.error for o in update.outcomes] == [None] * 3
+    assert update.total_weight == 3.0
+    assert update.weighted_sum.keys() == base.keys()
+
+
+@pytest.mark.parametrize("unit", ["record", "client"])
+def test_the_proximal_term_draws_every_step_back(settings: Settings, unit: str) -> None:
+    privacy = settings.privacy.model_copy(update={"privacy_unit": unit})
+    settings = settings.model_copy(update={"privacy": privacy})
+    base = base_of(settings)
+    task = replace(task_for(base), privacy_unit=unit, local_steps=3, learning_rate=0.5, l2_clip_norm=1e6)
+    plain, led = (
+        VirtualClientHost(ruled(settings, name, aggregation_options=options)).train(task, base, CLIENTS[:1])
+        for name, options in (("fedavg", {}), ("fedprox", {"proximal_mu": 2.0}))
+    )
+    # lr * mu = 1: whatever the first two steps did is taken back; what is left is the last one, and no more.
+    norms = [l2_norm(update.weighted_sum) for update in (plain, led)]
+    assert norms[1] < norms[0]
+    one = VirtualClientHost(ruled(settings, "fedprox", aggregation_options={"proximal_mu": 0.0}))
+    for name, array in one.train(task, base, CLIENTS[:1]).weighted_sum.items():
+        np.testing.assert_array_equal(array, plain.weighted_sum[name])
+
+
+def test_a_led_step_is_the_step_and_the_lead_exactly(settings: Settings) -> None:
+    base = base_of(settings)
+    host = VirtualClientHost(ruled(settings, "scaffold"))
+    rest = {**base, **host._rule.handed(base, {})}
+    shifted = {n: a + 0.25 if n.startswith("@") else a for n, a in rest.items()}
+    # Clipped to nothing and noised with nothing: what is left of two steps of rate 1 is the lead, twice -0.25.
+    task = replace(task_for(base, noise_multiplier=1e-9), local_steps=2, l2_clip_norm=1e-6)
+    for handed, expected in ((rest, 0.0), (shifted, -0.5)):
+        update = host.train(handing(replace(task, run_id=f"run{expected}"), handed), handed, CLIENTS[:1])
+        for array in update.weighted_sum.values():
+            np.testing.assert_allclose(array, expected, atol=1e-4)
+
+
+def test_a_control_variate_stays_with_the_client_and_a_repeated_round_reads_what_the_first_read(
+    settings: Settings,
+) -> None:
+    settings = ruled(settings, "scaffold", learning_rate=1.0)
+    base = base_of(settings)
+
+    def train(round_index: int) -> PartialUpdate:
+        # Another process each time.
+        host = VirtualClientHost(settings)
+        handed = {**base, **host._rule.handed(base, {})}
+        return host.train(handing(replace(task_for(base), round_index=round_index), handed), handed, CLIENTS[:1])
+
+    first, second, again = train(1), train(2), train(2)
+    folder = settings.home / "clients" / CLIENTS[0] / "run-0001" / "scaffold"
+    assert sorted(path.stem for path in folder.iterdir()) == ["00000001", "00000002"]
+    for name, array in second.weighted_sum.items():
+        np.testing.assert_array_equal(array, again.weighted_sum[name])
+    kept = decode_weights((folder / "00000001.safetensors").read_bytes(), max_bytes=10**6)
+    for name, array in first.weighted_sum.items():
+        # One step of rate 1 from c = 0: c_k is minus the update.
+        np.testing.assert_allclose(kept[name], -array, rtol=1e-6)
+
+
+def test_noise_does_not_come_back_when_what_led_the_steps_is_lost(settings: Settings) -> None:
+    settings = ruled(settings, "scaffold")
+    base = base_of(settings)
+    host = VirtualClientHost(settings)
+    handed = {**base, **host._rule.handed(base, {})}
+    task = handing(replace(task_for(base), l2_clip_norm=1e-6), handed)
+    host.train(task, handed, CLIENTS[:1])
+    second = replace(task, round_index=2)
+    with_it = host.train(second, handed, CLIENTS[:1])
+    kept = settings.home / "clients" / CLIENTS[0] / "run-0001" / "scaffold" / "00000001.safetensors"
+    before = decode_weights(kept.read_bytes(), max_bytes=10**6)
+    kept.unlink()
+    without = host.train(second, handed, CLIENTS[:1])
+    # Two steps of one rate: take the lead (minus c_k) back off, and only clipped gradient and noise are left.
+    noise = [
+        np.concatenate([(u.weighted_sum[n] - lead[n]).ravel() for n in sorted(base)])
+        for u, lead in ((with_it, before), (without, {n: 0.0 * a for n, a in before.items()}))
+    ]
+    assert not np.array_equal(*noise)
+    assert abs(np.corrcoef(*noise)[0, 1]) < 0.5
+
+
+def test_a_personal_model_learns_on_and_its_release_is_fedavg_s(settings: Settings) -> None:
+    base = base_of(settings)
+    task = replace(task_for(base), sampling_prob=1.0, local_steps=5, learning_rate=0.5)
+    global_only = VirtualClientHost(settings).train(task, base, CLIENTS[:1])
+    personal = ruled(settings, "ditto", aggregation_options={"personal_lambda": 0.0})
+    host = VirtualClientHost(personal)
+    update = host.train(task, base, CLIENTS[:1])
+    for name, array in update.weighted_sum.items():
+        np.testing.assert_array_equal(array, global_only.weighted_sum[name])
+    shard = host._shard(CLIENTS[0])
+
+    def loss(round_index: int) -> float:
+        own, _ = host._kept.before("run-0001", round_index, CLIENTS[0])
+        model = build_model(settings.model, 2, settings.data.image_size)
+        load_trainable_weights(model, own or base)
+        return float(torch.nn.functional.cross_entropy(model.body(shard.features), shard.labels).detach())
+
+    host.train(replace(task, round_index=2), base, CLIENTS[:1])
+    assert loss(3) < loss(2) < loss(1)
+
+
+def test_a_strong_pull_keeps_the_personal_model_at_the_global_one(settings: Settings) -> None:
+    base = base_of(settings)
+    task = replace(task_for(base), sampling_prob=1.0, local_steps=5, learning_rate=0.01)
+    away = []
+    for pull in (0.0, 90.0):
+        config = ruled(settings, "ditto", aggregation_options={"personal_lambda": pull})
+        host = VirtualClientHost(config.model_copy(update={"home": settings.home.parent / f"pull-{pull}"}))
+        host.train(task, base, CLIENTS[:1])
+        own, _ = host._kept.before("run-0001", 2, CLIENTS[0])
+        away.append(l2_norm({n: own[n] - base[n] for n in base}))
+    assert 0 < away[1] < away[0] / 3
+
+
+def test_an_update_that_the_door_refuses_is_its_client_s_alone(settings: Settings) -> None:
+    door = settings.training.door.model_copy(update={"max_update_norm": 1e-3})
+    base = base_of(settings)
+    bounded = VirtualClientHost(ruled(settings, "fedavg", door=door))
+    # Every client's noise is far above the bound.
+    update = bounded.train(task_for(base), base, CLIENTS)
+    assert [(o.refused, "at most 0.001 is allowed" in str(o.error)) for o in update.outcomes] == [(True, True)] * 3
+    assert update.total_weight == 0.0
+    host = VirtualClientHost(settings)
+    host._shard(CLIENTS[1]).features.fill_(torch.nan)
+    answer = host.train(task_for(base), base, CLIENTS)
+    assert all(np.isfinite(array).all() for array in answer.weighted_sum.values())

@@ -1,14 +1,12 @@
-"""Who takes part, and how their updates become one."""
+"""Who takes part."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from fedvit.aggregation.fedavg import FedAvg
 from fedvit.cohort.select import draw_cohort, eligible
 from fedvit.config import CohortConfig
-from fedvit.types import Client, ClientKind, ClientOutcome, Cohort, PartialUpdate, utc_now
+from fedvit.types import Client, ClientKind, Cohort, utc_now
 
 SECRET = bytes(32)
 
@@ -59,32 +57,3 @@ def test_a_cohort_larger_than_the_population_is_everybody() -> None:
 def test_a_client_cannot_be_in_a_cohort_twice() -> None:
     with pytest.raises(ValueError, match="appears twice"):
         Cohort(1, ("a", "b", "a"))
-
-
-def partial(weighted_sum: list[float], total_weight: float) -> PartialUpdate:
-    outcome = ClientOutcome("x", int(total_weight))
-    return PartialUpdate(1, (outcome,), {"w": np.array(weighted_sum)}, total_weight)
-
-
-def test_fedavg_by_hand() -> None:
-    base = {"w": np.array([1.0, 2.0], dtype=np.float32)}
-    # Clients: n=1 moves by (4, 0); n=3 moves by (0, 8). Mean: (1, 6).
-    folded = FedAvg().fold(base, [partial([4.0, 0.0], 1), partial([0.0, 24.0], 3)])
-    np.testing.assert_allclose(folded["w"], [2.0, 8.0])
-    assert folded["w"].dtype == np.float32
-
-
-def test_the_server_learning_rate_scales_the_step() -> None:
-    base = {"w": np.zeros(2, dtype=np.float32)}
-    np.testing.assert_allclose(FedAvg(0.5).fold(base, [partial([4.0, 8.0], 2)])["w"], [1.0, 2.0])
-
-
-def test_clients_that_failed_weigh_nothing() -> None:
-    base = {"w": np.zeros(1, dtype=np.float32)}
-    silent = PartialUpdate(1, (ClientOutcome("y", 0, "died"),), {}, 0.0)
-    np.testing.assert_allclose(FedAvg().fold(base, [partial([6.0], 3), silent])["w"], [2.0])
-
-
-def test_nobody_is_no_average() -> None:
-    with pytest.raises(ValueError, match="no client contributed"):
-        FedAvg().fold({"w": np.zeros(1, dtype=np.float32)}, [])

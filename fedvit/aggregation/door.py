@@ -1,0 +1,97 @@
+"""The one door: what every update is held against before it may count, wherever it arrives.
+
+A client's host asks before it adds an update to a sum, so that one client's fault is its own; the aggregator asks again
+of whatever reaches it, because a sum cannot be taken apart. Both ask :meth:`Door.fault_of`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedvit.aggregation.rule import Rule
+from fedvit.config import Settings
+from fedvit.privacy.mechanism import l2_norm
+from fedvit.types import PartialUpdate, Weights
+
+_ROUNDING = 1e-6
+"""What float arithmetic may add to a norm, relative to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What an update must be.
+
+    Args:
+        shapes: of the trainable parameters, by name.
+        by_examples: whether a client weighs as many examples as it has, or 1.
+        single: whether an update must be one client's alone.
+        max_update_norm: of one client's update; None: any finite one.
+        num_examples: how many each client is registered with, where that is known.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    by_examples: bool
+    single: bool
+    max_update_norm: float | None = None
+    num_examples: Mapping[str, int] | None = None
+
+    @classmethod
+    def of(
+        cls, settings: Settings, rule: Rule, weights: Weights, num_examples: Mapping[str, int] | None = None
+    ) -> Door:
+        """The door of a run: its settings, its rule, and the weights that it trains."""
+        record = settings.privacy.privacy_unit == "record"
+        return cls(
+            shapes={name: array.shape for name, array in weights.items()},
+            by_examples=record and rule.weighting == "examples",
+            single=rule.needs == "single_updates",
+            max_update_norm=settings.training.door.max_update_norm,
+            num_examples=num_examples,
+        )
+
+    def fault_of(self, update: PartialUpdate) -> str | None:
+        """The first fault of an update that somebody contributed to, as the end of a sentence about it; or None."""
+        contributors = [outcome for outcome in update.outcomes if outcome.error is None]
+        if not contributors:
+            return None
+        if self.single and len(contributors) > 1:
+            return f"it sums {len(contributors)} clients, and the rule takes single updates"
+        return self._fault_of_names(update) or self._fault_of_arrays(update) or self._fault_of_weight(update)
+
+    def _fault_of_names(self, update: PartialUpdate) -> str | None:
+        if missing := sorted(self.shapes.keys() - update.weighted_sum.keys()):
+            return f"it lacks the parameter {missing[0]!r}"
+        if strange := sorted(update.weighted_sum.keys() - self.shapes.keys()):
+            return f"it holds {strange[0]!r}, which is no parameter of this model"
+        return None
+
+    def _fault_of_arrays(self, update: PartialUpdate) -> str | None:
+        for name, array in sorted(update.weighted_sum.items()):
+            if array.dtype not in (np.float32, np.float64):
+                return f"its parameter {name!r} is {array.dtype}"
+            if array.shape != self.shapes[name]:
+                return f"its parameter {name!r} has the shape {list(array.shape)}, not {list(self.shapes[name])}"
+            if not np.isfinite(array).all():
+                return f"its parameter {name!r} holds a value that is not finite"
+        return None
+
+    def _fault_of_weight(self, update: PartialUpdate) -> str | None:
+        contributors = [outcome for outcome in update.outcomes if outcome.error is None]
+        weight = float(sum(o.num_examples for o in contributors) if self.by_examples else len(contributors))
+        if update.total_weight != weight or not weight > 0:
+            return f"its weight is {update.total_weight:g}, and that of its {len(contributors)} clients is {weight:g}"
+        for outcome in contributors:
+            known = (self.num_examples or {}).get(outcome.client_id)
+            if known is not None and outcome.num_examples > known:
+                return f"{outcome.client_id} claims {outcome.num_examples} examples, and is registered with {known}"
+        with np.errstate(over="ignore"):
+            norm = l2_norm(update.weighted_sum)
+        allowed = math.inf if self.max_update_norm is None else self.max_update_norm * weight
+        # The norm of a finite update may overflow: not even no bound admits that.
+        if math.isfinite(norm) and norm <= allowed * (1 + _ROUNDING):
+            return None
+        return f"its norm is {norm / weight:.6g}; at most {allowed / weight:g} is allowed"

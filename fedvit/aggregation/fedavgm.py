@@ -1,0 +1,36 @@
+"""Federated averaging with server momentum (Hsu et al. 2019, arXiv:1909.06335)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from fedvit.aggregation.rule import Array, Fold, MeanRule, Options, RoundFacts, State, moved
+from fedvit.config import TrainingConfig
+from fedvit.types import Weights
+
+
+class MomentumOptions(Options):
+    """``momentum`` is beta."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class FedAvgM(MeanRule):
+    """``v <- beta v + delta``, ``w <- w + eta v``; delta is FedAvg's mean update and v its memory, 0 at first."""
+
+    name = "fedavgm"
+    options_type = MomentumOptions
+
+    def __init__(self, options: MomentumOptions, training: TrainingConfig) -> None:
+        super().__init__(options, training)
+        self._momentum = options.momentum
+
+    def step(self, base: Weights, delta: Mapping[str, Array], state: State, facts: RoundFacts) -> Fold:
+        """See :meth:`MeanRule.step`."""
+        velocity = {n: np.asarray(self._momentum * state.get(f"v/{n}", 0.0) + d) for n, d in delta.items()}
+        remembered = {f"v/{n}": v for n, v in velocity.items()}
+        return Fold(moved(base, velocity, self.server_learning_rate), remembered)

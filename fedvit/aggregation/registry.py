@@ -1,0 +1,132 @@
+"""Rules by name: those shipped here, and those that other packages offer under the entry point group below."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from fedvit.aggregation.adaptive import FedAdagrad, FedAdam, FedYogi
+from fedvit.aggregation.bulyan import Bulyan
+from fedvit.aggregation.ditto import Ditto
+from fedvit.aggregation.fedasync import FedAsync
+from fedvit.aggregation.fedavg import FedAvg
+from fedvit.aggregation.fedavgm import FedAvgM
+from fedvit.aggregation.fedbuff import FedBuff
+from fedvit.aggregation.fedprox import FedProx
+from fedvit.aggregation.geometric_median import GeometricMedian
+from fedvit.aggregation.krum import Krum, MultiKrum
+from fedvit.aggregation.median import Median
+from fedvit.aggregation.norm_bound import NormBound
+from fedvit.aggregation.rule import Rule
+from fedvit.aggregation.scaffold import Scaffold
+from fedvit.aggregation.trimmed_mean import TrimmedMean
+from fedvit.config import Settings, TrainingConfig
+from fedvit.errors import ConfigError, ConflictError
+
+GROUP = "fedvit.aggregation"
+_SHIPPED: tuple[type[Rule], ...] = (
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    FedAdam,
+    FedYogi,
+    FedAdagrad,
+    Scaffold,
+    FedBuff,
+    FedAsync,
+    Ditto,
+    Median,
+    TrimmedMean,
+    Krum,
+    MultiKrum,
+    Bulyan,
+    GeometricMedian,
+    NormBound,
+)
+SHIPPED = {rule.name: rule for rule in _SHIPPED}
+
+
+def rule_names() -> list[str]:
+    """All that ``training.aggregation`` may be, the shipped ones first."""
+    offered = {point.name for point in entry_points(group=GROUP)}
+    return [*SHIPPED, *sorted(offered - SHIPPED.keys())]
+
+
+def rule_for(settings: Settings, *, secure_aggregation: bool = False) -> Rule:
+    """The rule that the settings name, with its options, if it goes with the rest of them.
+
+    Raises:
+        ConfigError: there is no such rule, an option is unknown or out of range, or the rule does not go with the
+            privacy unit or with secure aggregation.
+    """
+    rule = create_rule(settings.training)
+    if settings.privacy.privacy_unit == "client" and rule.client_level is not None:
+        raise ConfigError(
+            f"training.aggregation {rule.name!r} does not go with privacy.privacy_unit 'client': {rule.client_level}.",
+            cure=rule.instead,
+        )
+    if secure_aggregation and rule.needs == "single_updates":
+        raise ConfigError(
+            f"training.aggregation {rule.name!r} does not go with secure aggregation: it looks at single updates.",
+            cure="Use a rule that takes partial sums, such as fedavg.",
+        )
+    return rule
+
+
+def check_mode(rule: Rule, mode: Literal["synchronous", "asynchronous"]) -> None:
+    """Whether rounds may be of this mode.
+
+    Raises:
+        ConflictError: updates that begin at different versions would meet, and the rule cannot compare them.
+    """
+    if mode == "asynchronous" and rule.needs_one_base:
+        raise ConflictError(
+            f"training.aggregation {rule.name!r} does not go with asynchronous rounds: its updates must all start from "
+            "the same version.",
+            cure="Keep synchronous rounds, or use fedbuff, fedasync, fedavg or norm_bound.",
+        )
+
+
+def create_rule(training: TrainingConfig) -> Rule:
+    """The rule ``training.aggregation`` with ``training.aggregation_options``.
+
+    Raises:
+        ConfigError: there is no such rule, or one of its options is unknown or out of range.
+    """
+    kind = _find(training.aggregation)
+    try:
+        return kind(kind.options_type.model_validate(training.aggregation_options), training)
+    except ValidationError as error:
+        raise _explained(kind, error) from None
+
+
+def _find(name: str) -> type[Rule]:
+    if name in SHIPPED:
+        return SHIPPED[name]
+    offered = [point for point in entry_points(group=GROUP) if point.name == name]
+    if not offered:
+        names = rule_names()
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        fault = f"'training.aggregation': there is no rule {name!r}."
+        raise ConfigError(fault, cure=f"{hint}One of: {', '.join(names)}.")
+    found: Any = offered[0].load()
+    if not (isinstance(found, type) and issubclass(found, Rule)):
+        raise ConfigError(
+            f"The entry point {offered[0].value!r} in the group {GROUP} is no aggregation rule.",
+            cure="Name a class that extends fedvit.aggregation.rule.Rule.",
+        )
+    return found
+
+
+def _explained(kind: type[Rule], error: ValidationError) -> ConfigError:
+    fault = error.errors(include_url=False)[0]
+    key = ".".join(["training", "aggregation_options", *(str(part) for part in fault["loc"])])
+    if fault["type"] == "extra_forbidden":
+        allowed = ", ".join(kind.options_type.model_fields) or "none"
+        return ConfigError(f"'{key}' is no option of {kind.name}.", cure=f"Its options: {allowed}.")
+    message = fault["msg"].removeprefix("Value error, ")
+    return ConfigError(f"'{key}': {message[0].lower()}{message[1:]} (found {fault.get('input')!r}).")

@@ -1,0 +1,208 @@
+"""What an aggregation rule is: a server half that folds, a client half where one is needed, and what it asks of a run.
+
+A rule holds no state of its own. What it must remember between rounds (momentum, control variates, thresholds) it is
+handed with every fold and gives back; the coordinator commits it with the round, so that a restart goes on bit for bit.
+All arithmetic is float64, in the order in which updates are given: the engine sorts them by client.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from fedvit.config import TrainingConfig
+from fedvit.errors import UpdateRejectedError
+from fedvit.types import FloatArray, PartialUpdate, Weights
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Needs = Literal["partial_sums", "single_updates"]
+State: TypeAlias = Mapping[str, Array]
+"""What a rule remembers: float64 arrays by name. Empty at the beginning of a run."""
+HANDED = "@"
+"""What the names of arrays begin with that a rule hands to clients beside the weights."""
+
+
+class Options(BaseModel):
+    """The settings of a rule, ``training.aggregation_options``; a rule without any has this very class."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A round, folded: the next weights by name, float32, and what the rule remembers from now on."""
+
+    weights: dict[str, FloatArray]
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFacts:
+    """What a fold may want to know beside the updates.
+
+    ``start`` gives the weights that a round (its index) handed out; ``population`` is how many clients could be drawn
+    when the run began; ``staleness_weight`` is what an update counts so many versions after the one it started from.
+    """
+
+    round_index: int = 1
+    population: int = 1
+    start: Callable[[int], Weights] | None = None
+    staleness_weight: Callable[[int], float] = lambda staleness: 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """What a rule adds to the gradient of every local step: ``pull * (w - anchor) + shift``. It depends on no record.
+
+    So the step's privacy is what it was: the gradient is clipped and noised before anything is added.
+    """
+
+    pull: float = 0.0
+    anchor: Weights | None = None
+    shift: Weights | None = None
+
+
+NO_FACTS = RoundFacts()
+"""Of a round that needs none."""
+
+
+class ClientHalf:
+    """What a rule does where a client learns; hooks are named by where they run. This one does nothing.
+
+    ``kept`` are float32 arrays that stay with the client from one round to its next, empty at first.
+    """
+
+    keeps: ClassVar[bool] = False
+    """Whether :meth:`after_training` leaves something with the client."""
+    personal_pull: float | None = None
+    """Ditto's lambda: the client keeps a model of its own, drawn to the global one. None: it keeps none."""
+
+    def before_training(self, base: Weights, handed: Weights, kept: Weights) -> Drift | None:
+        """What every step from ``base`` is led by; None changes nothing. ``handed`` is what the server half sent."""
+        return None
+
+    def after_training(
+        self, delta: Mapping[str, FloatArray], handed: Weights, kept: Weights
+    ) -> Mapping[str, FloatArray]:
+        """What the client keeps, given the update that it releases."""
+        return kept
+
+
+class Rule(ABC):
+    """An aggregation rule.
+
+    Args:
+        options: of the class that :attr:`options_type` names.
+        training: the settings of rounds and local steps.
+
+    Attributes:
+        needs: ``partial_sums``: a proxy adds up its clients. ``single_updates``: it sends one a client, in one message.
+        weighting: what a client weighs in a sum: its number of ``examples``, or 1 (``uniform``).
+        needs_one_base: all updates of a round must start from the same version: nobody may be late.
+        least_updates: the fewest that can be folded.
+    """
+
+    name: ClassVar[str]
+    options_type: ClassVar[type[Options]] = Options
+    needs: ClassVar[Needs] = "partial_sums"
+    weighting: ClassVar[Literal["examples", "uniform"]] = "examples"
+    needs_one_base: ClassVar[bool] = False
+    client_level: ClassVar[str | None] = "the aggregator may look at nothing but one noised sum"
+    """Why the rule does not go with ``privacy_unit: client``; None where it does."""
+    instead: ClassVar[str] = "Use fedavg, fedavgm, fedprox, fedadam, fedyogi, fedadagrad or ditto."
+    """What does go with it."""
+    client: ClientHalf = ClientHalf()
+
+    def __init__(self, options: Options, training: TrainingConfig) -> None:
+        self.options = options
+        self.server_learning_rate = training.server_learning_rate
+
+    @property
+    def least_updates(self) -> int:
+        """The fewest updates that can be folded."""
+        return 1
+
+    def what(self) -> str:
+        """The rule, as a sentence about it names it."""
+        return self.name
+
+    def handed(self, base: Weights, state: State) -> dict[str, FloatArray]:
+        """What clients are handed beside the weights, float32; the names begin with :data:`HANDED`."""
+        return {}
+
+    @abstractmethod
+    def fold(self, base: Weights, updates: Sequence[PartialUpdate], state: State, facts: RoundFacts = NO_FACTS) -> Fold:
+        """The weights after a round.
+
+        Args:
+            base: the weights before it, by name.
+            updates: in a fixed order, each discounted for its age; one without contributors weighs nothing.
+            state: what the fold before gave back.
+            facts: of the round.
+
+        Raises:
+            UpdateRejectedError: too few updates.
+        """
+
+
+class MeanRule(Rule):
+    """A rule whose server half is a step along the mean update: it takes partial sums, and a noised mean as well.
+
+    With clients as the privacy unit the mean comes from :mod:`fedvit.privacy.mechanism`; what is done with it
+    afterwards costs no privacy.
+    """
+
+    client_level: ClassVar[str | None] = None
+
+    def fold(self, base: Weights, updates: Sequence[PartialUpdate], state: State, facts: RoundFacts = NO_FACTS) -> Fold:
+        """See :meth:`Rule.fold`."""
+        return self.step(base, mean(base, updates), state, facts)
+
+    @abstractmethod
+    def step(self, base: Weights, delta: Mapping[str, Array], state: State, facts: RoundFacts) -> Fold:
+        """The weights after a step along ``delta``, the mean update by the names of ``base``, float64."""
+
+
+def mean(base: Weights, updates: Sequence[PartialUpdate]) -> dict[str, Array]:
+    """``sum_k a(s_k) n_k delta_k / sum_k n_k`` by the names of ``base``, float64; of a fresh update, a(0) is 1.
+
+    The divisor is not discounted: a round of old updates takes a smaller step (Nguyen et al. 2022, arXiv:2106.06639).
+
+    Raises:
+        UpdateRejectedError: no client contributed.
+    """
+    total = sum(update.total_weight for update in updates)
+    if not total > 0:
+        raise too_few("A round", 0, 1)
+    sums = {name: np.zeros(array.shape, dtype=np.float64) for name, array in base.items()}
+    for update in updates:
+        for name, array in update.weighted_sum.items():
+            sums[name] += array
+    return {name: np.asarray(array / total) for name, array in sums.items()}
+
+
+def singles(updates: Sequence[PartialUpdate]) -> list[dict[str, Array]]:
+    """The update of each client, float64, in the order given; those that failed or were refused are left out."""
+    return [
+        {name: np.divide(array, update.total_weight, dtype=np.float64) for name, array in update.weighted_sum.items()}
+        for update in updates
+        if update.total_weight > 0
+    ]
+
+
+def moved(base: Weights, delta: Mapping[str, Array], rate: float = 1.0) -> dict[str, FloatArray]:
+    """``base + rate * delta``, float32."""
+    return {name: np.asarray(array + rate * delta[name], dtype=np.float32) for name, array in base.items()}
+
+
+def too_few(who: str, found: int, needed: int) -> UpdateRejectedError:
+    """The refusal to fold ``found`` updates where ``needed`` are."""
+    return UpdateRejectedError(
+        f"{who} needs {needed} updates, and has {found}.", cure="Draw more clients, or lower the rule's num_byzantine."
+    )
