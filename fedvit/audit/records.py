@@ -81,7 +81,7 @@ def _subjects(quick: bool) -> Iterator[tuple[str, TrainableMode, str]]:
 
 
 def _audited(
-    subject: str, model: VisionModel, scope: Scope, engine: str = "Book-keeping", cases: Sequence[Case] = CASES
+    subject: str, model: VisionModel, scope: Scope, engine: str | None = None, cases: Sequence[Case] = CASES
 ) -> Finding:
     try:
         trainer = subjects.trainer_of(model, engine)

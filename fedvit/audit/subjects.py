@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedvit.config import HybridConfig, ModelConfig
+from fedvit.training.bookkeeping import BookKeeping
 from fedvit.training.dpsgd import check_per_example_gradients
 from fedvit.training.gradients import PerExampleGradients
 from fedvit.training.local import LocalTrainer
@@ -104,13 +105,17 @@ def lamps(count: int, brightness: float = 8.0) -> VisionModel:
     return VisionModel(_Lamps(count, brightness), HeadBody(head), IMAGE_SIZE, CLASSES)
 
 
-def trainer_of(model: VisionModel, engine: str, physical_batch_size: int = 64) -> LocalTrainer:
-    """A trainer that clips with the named engine.
+def trainer_of(model: VisionModel, engine: str | None = None, physical_batch_size: int = 64) -> LocalTrainer:
+    """A trainer that clips with the named engine, or with the one that it chooses.
+
+    Book-keeping is not checked before, or a faulty one would be replaced by Opacus and never be audited.
 
     Raises:
         ModelError: the engine cannot do the model.
     """
     trainer = LocalTrainer(model, physical_batch_size=physical_batch_size)
+    if engine == BookKeeping.engine != trainer._gradients.engine:
+        trainer._gradients = BookKeeping(model.body, "body.")
     if engine == OpacusGradients.engine != trainer._gradients.engine:
         gradients: PerExampleGradients = OpacusGradients(model.body, "body.")
         check_per_example_gradients(gradients, ordinary_records(model, 2)[0])
