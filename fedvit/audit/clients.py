@@ -10,19 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from fedvit.aggregation.registry import rule_for
+from fedvit.aggregation.rule import Drift
 from fedvit.audit.findings import Finding, Scope
 from fedvit.audit.observe import Release, flat_arrays, released_rounds
 from fedvit.audit.records import ROUNDING
 from fedvit.config import Settings, load_settings
 from fedvit.privacy import mechanism
 from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.privacy.randomness import SECRET_BYTES
 from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.protection import ClientLevel
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel
-from fedvit.training.host import VirtualClientHost
+from fedvit.training.drift import LedPlainTrainer
+from fedvit.training.host import Shard, VirtualClientHost
+from fedvit.training.kept import KeptArrays
 from fedvit.types import Client, ClientKind, FloatArray, PartialUpdate, TrainTask, Weights
 
 CHECK = "neighbouring clients"
@@ -36,22 +43,40 @@ class _Model(PointModel):
         return {**super().initial_weights(), "scale": np.zeros((), np.float32)}
 
 
-class _Host(VirtualClientHost):
-    """The real host, whose clients come back with the updates that they are told to."""
+class _Told(LedPlainTrainer):
+    """Comes back with the updates that it is told to."""
 
     def __init__(self, updates: Mapping[str, Update]) -> None:
         self._updates = updates
 
-    def _train_one(self, task: TrainTask, weights: Weights, client_id: str) -> tuple[dict[str, FloatArray], int]:
-        return dict(self._updates[client_id]), 1
+    def lead(self, drift: Drift | None, learning_rate: float) -> None:
+        """There are no steps."""
+
+    def train(
+        self, task: TrainTask, base: Weights, features: Tensor, labels: Tensor, secret: bytes, client_id: str
+    ) -> dict[str, FloatArray]:
+        """The client's update."""
+        return dict(self._updates[client_id])
+
+
+class _Host(VirtualClientHost):
+    """The real host, but for its data and what its trainer says."""
+
+    def __init__(self, settings: Settings, updates: Mapping[str, Update]) -> None:
+        self._settings = settings
+        self._rule = rule_for(settings)
+        self._kept = KeptArrays(settings.home, self._rule.name)
+        self._root_secret = bytes(SECRET_BYTES)
+        self._trainer = _Told(updates)
+        self._shards = {c: Shard(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), "0" * 64) for c in updates}
 
 
 class _Fleet(FakeFleet):
     """Hosts of such clients, two of them."""
 
-    def __init__(self, updates: Mapping[str, Update], point: FloatArray) -> None:
+    def __init__(self, settings: Settings, updates: Mapping[str, Update], point: FloatArray) -> None:
         super().__init__(point)
-        self._host = _Host(updates)
+        self._host = _Host(settings, updates)
 
     def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
         return self._host.train(task, weights, client_ids)
@@ -80,7 +105,7 @@ class Rounds:
             settings=self.settings,
             store=self.store,
             accountant=self.accountant,
-            fleet=fleet or _Fleet(self._updates, self._point),
+            fleet=fleet or _Fleet(self.settings, self._updates, self._point),
             model=_Model(self._point),
         )
         with released_rounds() as seen:
@@ -157,8 +182,9 @@ def _late_faults(scope: Scope) -> Iterator[str]:
     base = {name: np.zeros_like(array) for name, array in update.items()}
     task = client_task(scope)
     with tempfile.TemporaryDirectory() as home, Store.open(Path(home)) as store:
-        protection = ClientLevel(client_settings(Path(home), scope, 9), store)
-        answer = _host_answer(task, base, update)
+        settings = client_settings(Path(home), scope, 9)
+        protection = ClientLevel(settings, store)
+        answer = _host_answer(settings, task, base, update)
         weights = []
         for staleness in range(6):
             late = replace(answer, round_index=task.round_index - staleness)
@@ -190,10 +216,10 @@ def client_task(scope: Scope, round_index: int = 9) -> TrainTask:
     )
 
 
-def _host_answer(task: TrainTask, base: Weights, update: Update) -> PartialUpdate:
+def _host_answer(settings: Settings, task: TrainTask, base: Weights, update: Update) -> PartialUpdate:
     import hashlib
 
     from fedvit.wire.tensors import encode_weights
 
     based = replace(task, base_digest=hashlib.sha256(encode_weights(base)).hexdigest())
-    return _Host({"vehicle-0000": update}).train(based, base, ["vehicle-0000"])
+    return _Host(settings, {"vehicle-0000": update}).train(based, base, ["vehicle-0000"])

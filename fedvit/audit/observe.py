@@ -62,13 +62,13 @@ def released_steps() -> Iterator[list[Release]]:
 def released_rounds() -> Iterator[list[Release]]:
     """Every addition of noise to a sum of clipped client updates, in the order of the arrays' names."""
     seen: list[Release] = []
-    released = mechanism.released
+    noised_mean = mechanism.noised_mean
 
-    def watched(base: Any, sums: mechanism.Sums, noise: Vector, *, divisor: float, learning_rate: float) -> Any:
+    def watched(sums: mechanism.Sums, noise: Vector, *, divisor: float) -> mechanism.Sums:
         seen.append(Release(flat_arrays(sums), noise.copy(), divisor))
-        return released(base, sums, noise, divisor=divisor, learning_rate=learning_rate)
+        return noised_mean(sums, noise, divisor=divisor)
 
-    with _replaced(mechanism, "released", watched):
+    with _replaced(mechanism, "noised_mean", watched):
         yield seen
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedvit.aggregation.rule import RoundFacts
 from fedvit.audit import subjects
 from fedvit.audit.bounds import best_threshold, epsilon_of_mu, epsilon_without_assumptions, errors_at, mu_of
 from fedvit.audit.clients import client_settings, client_task
@@ -179,5 +180,5 @@ class _RoundReleases:
         answer = PartialUpdate(task.round_index, outcomes, sums, float(clients))
         buffer = judged([answer], Admission(task.round_index, "synchronous", 0, frozenset()))
         base = {"point": np.zeros(sums["point"].shape, np.float32)}
-        folded = self._protection.fold(self._run, task, base, buffer).weights["point"]
+        folded = self._protection.fold(self._run, task, base, buffer, {}, RoundFacts()).weights["point"]
         return folded.astype(np.float64)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fedvit.errors import UpdateRejectedError
 from fedvit.privacy.randomness import SecretStream
-from fedvit.types import FloatArray, PartialUpdate, Weights
+from fedvit.types import PartialUpdate, Weights
 
 Arrays = Mapping[str, npt.NDArray[np.floating]]
 Sums = dict[str, npt.NDArray[np.float64]]
@@ -117,15 +117,3 @@ def noised_mean(sums: Sums, noise: Vector, *, divisor: float) -> Sums:
         start += sums[name].size
         means[name] = np.asarray((sums[name] + part) / divisor)
     return {name: means[name] for name in sums}
-
-
-def released(
-    base: Weights, sums: Sums, noise: Vector, *, divisor: float, learning_rate: float
-) -> dict[str, FloatArray]:
-    """``base + learning_rate * (sums + noise) / divisor``, float32: what federated averaging makes of the mean.
-
-    Raises:
-        ValueError: see :func:`noised_mean`.
-    """
-    mean = noised_mean(sums, noise, divisor=divisor)
-    return {name: np.asarray(base[name] + learning_rate * mean[name], dtype=np.float32) for name in base}

@@ -29,7 +29,7 @@ FEATURE_BATCH = 128
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
+class Shard:
     """One client's records as the body reads them. ``digest`` is the SHA-256 of its images and labels."""
 
     features: torch.Tensor
@@ -54,7 +54,7 @@ class VirtualClientHost:
         self._trainer = kind(self._model, physical_batch_size=settings.training.physical_batch_size)
         self._root_secret = load_or_create_root_secret(settings.home)
         self._kept = KeptArrays(settings.home, self._rule.name)
-        self._shards: dict[str, _Shard] = {}
+        self._shards: dict[str, Shard] = {}
 
     @cached_property
     def _personal_trainer(self) -> LedPlainTrainer:
@@ -117,7 +117,7 @@ class VirtualClientHost:
         return own
 
     def _train_personal(
-        self, task: TrainTask, base: Weights, own: Weights, shard: _Shard, secret: bytes, client_id: str, pull: float
+        self, task: TrainTask, base: Weights, own: Weights, shard: Shard, secret: bytes, client_id: str, pull: float
     ) -> None:
         """The client's own model takes its steps. Nobody sees it, so nothing of it is clipped, noised or charged."""
         self._personal_trainer.lead(Drift(pull=pull, anchor=base), task.learning_rate)
@@ -125,7 +125,7 @@ class VirtualClientHost:
         delta = self._personal_trainer.train(task, own, shard.features, shard.labels, coins, client_id)
         self._kept.leave(task.run_id, task.round_index, client_id, {n: own[n] + d for n, d in delta.items()})
 
-    def _shard(self, client_id: str) -> _Shard:
+    def _shard(self, client_id: str) -> Shard:
         if client_id not in self._shards:
             records = self._fleet.records(client_id)
             images = load_images(self._fleet.source, records, self._image_size)
@@ -133,7 +133,7 @@ class VirtualClientHost:
             batches = torch.from_numpy(images).split(FEATURE_BATCH)
             features = torch.cat([self._model.features(batch) for batch in batches])
             digest = hashlib.sha256(images.tobytes() + labels.numpy().tobytes()).hexdigest()
-            self._shards[client_id] = _Shard(features, labels, digest)
+            self._shards[client_id] = Shard(features, labels, digest)
         return self._shards[client_id]
 
 

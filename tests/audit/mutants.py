@@ -18,7 +18,7 @@ class Mutant:
 RECORDS, CLIENTS, NOISE = "neighbouring records", "neighbouring clients", "fresh noise"
 SAMPLING, CHARGING, STEP, ROUND = "Poisson sampling", "charging", "released step", "released round"
 _FACTORS = "return torch.where(finite, (l2_clip_norm / (norms + _NORM_MARGIN)).clamp(max=1.0), 0.0)"
-_SUMS = "return tape.weighted_sums(self.factors(tape.norms(), l2_clip_norm))"
+_SUMS = "return tape.weighted_sums(self.factors(tape.norms(), l2_clip_norm), last=True)"
 _OF_THE_WHOLE = """
             sums = tape.weighted_sums(torch.isfinite(tape.norms()).float())
             norm = torch.stack([each.norm() for each in sums.values()]).norm()
@@ -106,15 +106,15 @@ MUTANTS = (
     ),
     Mutant(
         "late answers weighed up",
-        "aggregation/fedbuff.py",
+        "aggregation/staleness.py",
         CLIENTS,
-        (("return float((1 + staleness) ** -0.5)", "return float((1 + staleness) ** 0.5)"),),
+        (("return float((1 + staleness) ** -config.exponent)", "return float((1 + staleness) ** config.exponent)"),),
     ),
     Mutant(
         "division by the clients that answered",
         "rounds/protection.py",
         CLIENTS,
-        (("divisor=float(run.config[EXPECTED_COHORT]),", "divisor=float(max(1, buffer.accepted)),"),),
+        (("divisor=float(run.config[EXPECTED_COHORT]))", "divisor=float(max(1, buffer.accepted)))"),),
     ),
     Mutant(
         "division by the records that were drawn",

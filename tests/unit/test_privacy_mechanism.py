@@ -83,31 +83,31 @@ def test_a_client_that_failed_allows_nothing() -> None:
     assert "1 clipped updates allow 1" in str(mechanism.fault_of(failed, 1.0))
 
 
-def test_the_release_is_base_plus_noised_sum_over_a_constant() -> None:
+def test_the_mean_is_the_noised_sum_over_a_constant() -> None:
     sums = mechanism.total(BASE, [partial(2.0, 2), partial(-0.5, 1)], 1.0)
     # The order of names: a, then b.
-    released = mechanism.released(BASE, sums, np.array([10.0, 20.0, 30.0]), divisor=4.0, learning_rate=0.5)
-    assert list(released) == ["b", "a"]
-    assert released["a"].shape == ()
-    assert float(released["a"]) == 3.0 + 0.5 * 10.0 / 4
-    np.testing.assert_array_equal(released["b"], [[1.0 + 0.5 * (1.5 + 20.0) / 4, 2.0 + 0.5 * 30.0 / 4]])
+    mean = mechanism.noised_mean(sums, np.array([10.0, 20.0, 30.0]), divisor=4.0)
+    assert list(mean) == ["b", "a"]
+    assert mean["a"].shape == ()
+    assert float(mean["a"]) == 10.0 / 4
+    np.testing.assert_array_equal(mean["b"], [[(1.5 + 20.0) / 4, 30.0 / 4]])
 
 
 def test_the_divisor_is_what_it_was_said_to_be_however_many_came() -> None:
     noise = np.zeros(3)
     moved = [
-        mechanism.released(BASE, mechanism.total(BASE, updates, 1.0), noise, divisor=10.0, learning_rate=1.0)["b"][0, 0]
+        mechanism.noised_mean(mechanism.total(BASE, updates, 1.0), noise, divisor=10.0)["b"][0, 0]
         for updates in ([], [partial(1.0, 1)], [partial(1.0, 1), partial(1.0, 1)])
     ]
-    assert moved == pytest.approx([1.0, 1.1, 1.2])
+    assert moved == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_noise_that_does_not_fit_is_refused() -> None:
     sums = mechanism.total(BASE, [], 1.0)
     with pytest.raises(ValueError, match="noise of shape"):
-        mechanism.released(BASE, sums, np.zeros(2), divisor=1.0, learning_rate=1.0)
+        mechanism.noised_mean(sums, np.zeros(2), divisor=1.0)
     with pytest.raises(ValueError, match="divisor 0"):
-        mechanism.released(BASE, sums, np.zeros(3), divisor=0.0, learning_rate=1.0)
+        mechanism.noised_mean(sums, np.zeros(3), divisor=0.0)
 
 
 def test_one_clipped_to_a_larger_norm_is_scaled_down_and_one_to_a_smaller_is_left() -> None:

@@ -132,7 +132,8 @@ def test_a_client_that_nobody_knows_is_an_outcome(settings: Settings) -> None:
 def client_level(settings: Settings, l2_clip_norm: float) -> tuple[VirtualClientHost, Weights, TrainTask]:
     privacy = settings.privacy.model_copy(update={"privacy_unit": "client"})
     base = base_of(settings)
-    task = replace(task_for(base), privacy_unit="client", l2_clip_norm=l2_clip_norm)
+    # Every record is drawn: a client whose coins leave it without any would come back with nothing.
+    task = replace(task_for(base), privacy_unit="client", sampling_prob=1.0, l2_clip_norm=l2_clip_norm)
     return VirtualClientHost(settings.model_copy(update={"privacy": privacy})), base, task
 
 
@@ -217,6 +218,7 @@ def test_the_proximal_term_draws_every_step_back(settings: Settings, unit: str) 
     settings = settings.model_copy(update={"privacy": privacy})
     base = base_of(settings)
     task = replace(task_for(base), privacy_unit=unit, local_steps=3, learning_rate=0.5, l2_clip_norm=1e6)
+    task = replace(task, sampling_prob=1.0)
     plain, led = (
         VirtualClientHost(ruled(settings, name, aggregation_options=options)).train(task, base, CLIENTS[:1])
         for name, options in (("fedavg", {}), ("fedprox", {"proximal_mu": 2.0}))
