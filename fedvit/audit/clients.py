@@ -87,6 +87,7 @@ class Rounds:
 
     def __init__(self, home: Path, scope: Scope, updates: Mapping[str, Update], *, rounds: int = 1) -> None:
         self.settings = client_settings(home, scope, rounds)
+        settle_key(home)
         self.store = Store.open(home)
         self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
         self.store.register_clients([Client(client_id, ClientKind.VIRTUAL, 10) for client_id in updates])
@@ -113,6 +114,13 @@ class Rounds:
         if run.rounds_done != run.rounds_total:
             raise RuntimeError(f"the run ended as {run.status.value}: {run.reason}")
         return seen
+
+
+def settle_key(home: Path) -> None:
+    """The same root key in every audit: what one finds, the next one finds as well."""
+    keys = home / "keys"
+    keys.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (keys / "root.key").write_bytes(bytes(range(SECRET_BYTES)))
 
 
 def client_settings(home: Path, scope: Scope, rounds: int) -> Settings:

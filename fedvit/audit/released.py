@@ -22,7 +22,7 @@ from torch import Tensor
 from fedvit.aggregation.rule import RoundFacts
 from fedvit.audit import subjects
 from fedvit.audit.bounds import best_threshold, epsilon_of_mu, epsilon_without_assumptions, errors_at, mu_of
-from fedvit.audit.clients import client_settings, client_task
+from fedvit.audit.clients import client_settings, client_task, settle_key
 from fedvit.audit.findings import ALPHA, Finding, Scope
 from fedvit.privacy.accountants import epsilon_pld
 from fedvit.privacy.events import Event, Gaussian
@@ -56,6 +56,7 @@ def check_step(scope: Scope) -> Iterator[Finding]:
 def check_round(scope: Scope) -> Iterator[Finding]:
     """One round of whole clients, noise at the aggregator."""
     with tempfile.TemporaryDirectory() as home, Store.open(Path(home)) as store:
+        settle_key(Path(home))
         releases = _RoundReleases(scope, ClientLevel(client_settings(Path(home), scope, 1), store))
         yield _finding(CLIENT_CHECK, scope, releases.draw)
 

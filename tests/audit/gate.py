@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import fedvit
 from tests.audit.mutants import MUTANTS, NOT_YET, Mutant
@@ -109,7 +110,7 @@ def _table(rows: list[tuple[Mutant, Outcome]]) -> list[str]:
     return lines + [f"| {name} | – | not tried: {why} | | |" for name, why in NOT_YET.items()]
 
 
-def _audit_table() -> list[str]:
+def _report() -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "fedvit.cli.main", "audit", "--json", "--set", "privacy.noise_multiplier=1.0"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -117,8 +118,13 @@ def _audit_table() -> list[str]:
         text=True,
         check=False,
     )
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def _audit_table(report: dict[str, Any]) -> list[str]:
     lines = ["| check | of | | claimed epsilon | at least | seen | s |", "|---|---|---|---:|---:|---|---:|"]
-    for finding in json.loads(done.stdout)["findings"]:
+    for finding in report["findings"]:
         epsilons = [f"{e:.3f}" if e is not None else "" for e in (finding["claimed_epsilon"], finding["lower_bound"])]
         verdict = "pass" if finding["passed"] else "**FAIL**"
         cells = [
@@ -173,7 +179,7 @@ def main(names: list[str]) -> int:
     for name, why in NOT_YET.items():
         print(f"not tried: {name}: {why}")
     if not survived and not names:
-        PAGE.write_text(page(_audit_table(), _table(rows)))
+        PAGE.write_text(page(_audit_table(_report()), _table(rows)))
     return int(bool(survived))
 
 

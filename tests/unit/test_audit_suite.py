@@ -66,7 +66,7 @@ def test_whole_trainings_and_batches_of_releases_are_of_one_distribution() -> No
 
     releases = _StepReleases(Scope(l2_clip_norm=0.5))
     for present in (False, True):
-        one_by_one, batched = releases.one_by_one(present, 0, 300), releases.batched(present, 0, 3000)
+        one_by_one, batched = releases.one_by_one(present, 0, 150), releases.batched(present, 0, 3000)
         assert ks_2samp(one_by_one, batched).pvalue > 1e-4
         assert np.mean(one_by_one) == pytest.approx(float(present), abs=0.3)
 
