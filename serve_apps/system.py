@@ -111,9 +111,9 @@ class RaySystem:
             with Store.open(self._home) as store:
                 known = store.fleet()
         if known is None:
-            fleet.check_disjoint()
             # Every image once, so that a broken one is named now and not in the middle of a round.
             load_images(fleet.source, (*fleet.source.train, *fleet.source.test), settings.data.image_size)
+            fleet.check_disjoint()
         _check_model(settings, len(manifest.classes))
 
         def write() -> None:

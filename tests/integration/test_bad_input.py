@@ -13,18 +13,18 @@ from conftest import Fedvit
 from PIL import Image
 
 
-def image(path: Path) -> None:
+def image(path: Path, shade: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (20, 20), (200, 30, 30)).save(path)
+    Image.new("RGB", (20, 20), (200, 30, shade)).save(path)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A small data set in the ImageFolder layout."""
     for split, count in (("train", 12), ("test", 3)):
-        for name in ("red", "green"):
+        for k, name in enumerate(("red", "green")):
             for i in range(count):
-                image(tmp_path / "images" / split / name / f"{i}.png")
+                image(tmp_path / "images" / split / name / f"{i}.png", shade=20 * k + i)
     return tmp_path / "images"
 
 
@@ -48,6 +48,12 @@ def empty_folder(folder: Path) -> dict[str, str]:
 def undecodable_image(folder: Path) -> dict[str, str]:
     (folder / "train" / "red" / "3.png").write_bytes(b"\x89PNG not really")
     return {}
+
+
+def one_image_twice(folder: Path) -> dict[str, str]:
+    shutil.copy(folder / "train" / "red" / "3.png", folder / "train" / "green" / "4.png")
+    # By class, so that the two lie with two vehicles for certain.
+    return {"data.partition.scheme": "shard", "data.partition.shards_per_client": "1", "data.partition.clients": "2"}
 
 
 def class_without_image(folder: Path) -> dict[str, str]:
@@ -89,6 +95,7 @@ def too_many_clients(folder: Path) -> dict[str, str]:
         (missing_folder, ["absent"]),
         (empty_folder, ["images"]),
         (undecodable_image, ["train/red/3.png"]),
+        (one_image_twice, ["train/red/3.png", "train/green/4.png", "same image"]),
         (class_without_image, ["amber"]),
         (unknown_source, ["trafic-lights", "traffic-lights, folder, gtsrb"]),
         (unknown_model, ["vit_tiny_patch16_225", "vit_tiny_patch16_224"]),
