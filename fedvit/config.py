@@ -138,12 +138,11 @@ class DoorConfig(_Section):
     """What the one door for updates lets in.
 
     ``max_update_norm`` bounds the L2 norm of one client's update, privacy noise included; left out, any finite one
-    passes. ``max_update_bytes`` bounds an update on the wire. A client comes into quarantine when ``quarantine_after``
-    of its updates were refused; null leaves that to the operator.
+    passes. A client comes into quarantine when ``quarantine_after`` of its updates were refused; null leaves that to
+    the operator.
     """
 
     max_update_norm: PositiveFloat | None = None
-    max_update_bytes: PositiveInt = 2**30
     quarantine_after: PositiveInt | None = 3
 
 
@@ -388,7 +387,7 @@ class Settings(_Section):
             # Who has to approve what, and when somebody is kept out, change nothing in a run.
             exclude={
                 "privacy": {"second_approver"},
-                "training": {"door": {"max_update_bytes", "quarantine_after"}},
+                "training": {"door": {"quarantine_after"}},
             },
         )
         _drop_defaults(found["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")

@@ -14,11 +14,8 @@ import numpy as np
 
 from fedvit.aggregation.rule import Rule
 from fedvit.config import Settings
-from fedvit.privacy.mechanism import l2_norm
+from fedvit.privacy.mechanism import ROUNDING, l2_norm
 from fedvit.types import PartialUpdate, Weights
-
-_ROUNDING = 1e-6
-"""What float arithmetic may add to a norm, relative to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +89,6 @@ class Door:
             norm = l2_norm(update.weighted_sum)
         allowed = math.inf if self.max_update_norm is None else self.max_update_norm * weight
         # The norm of a finite update may overflow: not even no bound admits that.
-        if math.isfinite(norm) and norm <= allowed * (1 + _ROUNDING):
+        if math.isfinite(norm) and norm <= allowed * (1 + ROUNDING):
             return None
         return f"its norm is {norm / weight:.6g}; at most {allowed / weight:g} is allowed"

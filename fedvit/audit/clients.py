@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from fedvit.training.drift import LedPlainTrainer
 from fedvit.training.host import Shard, VirtualClientHost
 from fedvit.training.kept import KeptArrays
 from fedvit.types import Client, ClientKind, FloatArray, PartialUpdate, TrainTask, Weights
+from fedvit.wire.tensors import encode_weights
 
 CHECK = "neighbouring clients"
 Update = Mapping[str, FloatArray]
@@ -225,9 +227,5 @@ def client_task(scope: Scope, round_index: int = 9) -> TrainTask:
 
 
 def _host_answer(settings: Settings, task: TrainTask, base: Weights, update: Update) -> PartialUpdate:
-    import hashlib
-
-    from fedvit.wire.tensors import encode_weights
-
     based = replace(task, base_digest=hashlib.sha256(encode_weights(base)).hexdigest())
     return _Host(settings, {"vehicle-0000": update}).train(based, base, ["vehicle-0000"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -31,8 +32,6 @@ app = typer.Typer(help="The privacy budget and its ledger.", no_args_is_help=Tru
 def show(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """The budget as the state folder's ledger has it, whose hash chain is verified on the way."""
     with explained(as_json):
-        from rich.table import Table
-
         from fedvit.cli.state import open_existing_store
         from fedvit.privacy.accountant import PrivacyAccountant
 
@@ -44,10 +43,16 @@ def show(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOpti
         if as_json:
             print_json(facts)
             return
-        table = Table(show_header=False, box=None)
-        for key, value in facts.items():
-            table.add_row(f"[bold]{key.replace('_', ' ')}[/]", _shown(value))
-        console.print(table)
+        _print(facts)
+
+
+def _print(facts: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        table.add_row(f"[bold]{key.replace('_', ' ')}[/]", _shown(value))
+    console.print(table)
 
 
 def _shown(value: Any) -> str:
@@ -74,8 +79,6 @@ def selection_cost(
     A trial is a whole run with these settings. The promise needs a secret, random number of trials.
     """
     with explained(as_json):
-        from rich.table import Table
-
         from fedvit.privacy.round_cost import run_spend
         from fedvit.privacy.selection import selection_cost as cost_of
 
@@ -85,10 +88,7 @@ def selection_cost(
         if as_json:
             print_json(facts)
             return
-        table = Table(show_header=False, box=None)
-        for key, value in facts.items():
-            table.add_row(f"[bold]{key.replace('_', ' ')}[/]", _shown(value))
-        console.print(table)
+        _print(facts)
 
 
 @app.command("unfreeze")

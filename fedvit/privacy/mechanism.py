@@ -21,7 +21,7 @@ Arrays = Mapping[str, npt.NDArray[np.floating]]
 Sums = dict[str, npt.NDArray[np.float64]]
 Vector = npt.NDArray[np.float64]
 
-_ROUNDING = 1e-6
+ROUNDING = 1e-6
 """What float arithmetic may add to a norm, relative to it."""
 
 
@@ -55,7 +55,7 @@ def fault_of(update: PartialUpdate, l2_clip_norm: float) -> str | None:
     """
     contributors = sum(outcome.error is None for outcome in update.outcomes)
     norm, allowed = l2_norm(update.weighted_sum), contributors * l2_clip_norm
-    if not norm <= allowed * (1 + _ROUNDING):
+    if not norm <= allowed * (1 + ROUNDING):
         return f"its partial sum has the norm {norm:.6g}, and {contributors} clipped updates allow {allowed:.6g}"
     if update.total_weight != contributors:
         return f"its weight is {update.total_weight:g}, and {contributors} clients have a weight of 1 each"

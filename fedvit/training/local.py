@@ -57,18 +57,13 @@ class LocalTrainer:
             DataError: there are no records, or labels and features disagree in number.
             ModelError: ``base`` does not fit the model.
         """
-        if len(labels) == 0 or len(labels) != len(features):
-            raise DataError(
-                f"Client {client_id} has {len(features)} images and {len(labels)} labels.",
-                cure="Every client needs at least one image, and one label an image.",
-            )
+        check_records(features, labels, client_id)
         release = release_id(task, client_id, len(labels))
         self._gradients.clear()
         load_weights(self._gradients.parameters, base)
         optimizer = self._optimizer(task, len(labels), secret, release)
         for step in range(task.local_steps):
-            coins = _stream(secret, "poisson", release, step).coins(len(labels), task.sampling_prob)
-            self._step(optimizer, features, labels, torch.from_numpy(coins.nonzero()[0]))
+            self._step(optimizer, features, labels, drawn_records(task, labels, secret, release, step))
         return {
             name: parameter.detach().cpu().numpy() - base[name].astype("float32", copy=False)
             for name, parameter in self._gradients.parameters.items()
@@ -92,6 +87,25 @@ class LocalTrainer:
             optimizer.signal_skip_step(do_skip=position < len(parts))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+
+def check_records(features: Tensor, labels: Tensor, client_id: str) -> None:
+    """Make sure that a client can be trained at all.
+
+    Raises:
+        DataError: there are no records, or labels and features disagree in number.
+    """
+    if len(labels) == 0 or len(labels) != len(features):
+        raise DataError(
+            f"Client {client_id} has {len(features)} images and {len(labels)} labels.",
+            cure="Every client needs at least one image, and one label an image.",
+        )
+
+
+def drawn_records(task: TrainTask, labels: Tensor, secret: bytes, release: str, step: int) -> Tensor:
+    """The indices of the records that a step draws, each of the N with ``task.sampling_prob``: secret Poisson coins."""
+    coins = _stream(secret, "poisson", release, step).coins(len(labels), task.sampling_prob)
+    return torch.from_numpy(coins.nonzero()[0])
 
 
 def _stream(secret: bytes, purpose: str, release: str, step: int) -> SecretStream:

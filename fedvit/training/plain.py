@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedvit.errors import DataError
-from fedvit.privacy.randomness import SecretStream
+from fedvit.training.local import check_records, drawn_records
 from fedvit.training.release import release_id
 from fedvit.types import FloatArray, TrainTask, Weights
 from fedvit.vit.trainable import load_weights
@@ -57,16 +56,11 @@ class PlainTrainer:
             DataError: there are no records, or labels and features disagree in number.
             ModelError: ``base`` does not fit the model.
         """
-        if len(labels) == 0 or len(labels) != len(features):
-            raise DataError(
-                f"Client {client_id} has {len(features)} images and {len(labels)} labels.",
-                cure="Every client needs at least one image, and one label an image.",
-            )
+        check_records(features, labels, client_id)
         release = release_id(task, client_id, len(labels))
         load_weights(dict(self._parameters), base)
         for step in range(task.local_steps):
-            stream = SecretStream(secret, "poisson", {"release": release, "step": step})
-            drawn = torch.from_numpy(stream.coins(len(labels), task.sampling_prob).nonzero()[0])
+            drawn = drawn_records(task, labels, secret, release, step)
             self._step(features, labels, drawn, task.learning_rate)
         return {
             name: parameter.detach().cpu().numpy() - base[name].astype("float32", copy=False)
