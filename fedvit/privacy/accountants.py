@@ -24,6 +24,8 @@ MOST_NOISE_MULTIPLIER = 1000.0
 _FINE, _COARSE = 1e-4, 1e-3
 MOST_ROUNDS = 100_000
 """How far :func:`rounds_left` looks."""
+# Distributions that spread over so much loss take PLD half a minute; nobody needs the last round of such a budget.
+_LARGE_EPSILON = 50.0
 
 
 def epsilon_pld(composition: Composition, delta: float) -> float:
@@ -201,7 +203,8 @@ def rounds_left(
 ) -> int:
     """How many times more ``a_round`` fits into the budget, after ``spent``; ``most`` where it is more than that.
 
-    A rough answer, which is never too many, is quick; the exact one says how many fit beside.
+    A rough answer, which is never too many, is quick; the exact one says how many fit beside. Of a budget above 50,
+    which promises nothing any more, RDP says how many fit at least.
     """
     check_epsilon(target_epsilon)
 
@@ -211,6 +214,8 @@ def rounds_left(
         whole[a_round] += rounds
         return epsilon(whole, target_delta) <= target_epsilon
 
+    if target_epsilon > _LARGE_EPSILON:
+        return _most_that_fits(lambda rounds: fits(rounds, epsilon_rdp), 0, most)
     surely = _most_that_fits(lambda rounds: fits(rounds, _epsilon_roughly), 0, most)
     return _most_that_fits(lambda rounds: fits(rounds, epsilon_pld), surely, most)
 

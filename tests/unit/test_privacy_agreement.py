@@ -16,6 +16,7 @@ from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.accountants.utils import get_noise_multiplier
 
+from fedvit.privacy import accountants
 from fedvit.privacy.accountants import (
     PoissonGaussian,
     calibrate_noise_multiplier,
@@ -102,3 +103,16 @@ def test_no_round_is_left_where_the_next_one_would_pass_the_budget() -> None:
     assert rounds_left({a_round: 5}, a_round, target_epsilon=spent, target_delta=DELTA) == 0
     assert rounds_left({a_round: 5}, a_round, target_epsilon=spent / 2, target_delta=DELTA) == 0
     assert rounds_left({}, PoissonGaussian(900.0, 0.01), target_epsilon=8.0, target_delta=DELTA, most=50) == 50
+
+
+def test_what_is_left_of_a_large_budget_is_told_without_spreading_out_its_losses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a_round, budget = PoissonGaussian(1.0, 0.5), 10_000.0
+
+    def too_slow(*_: object) -> float:
+        raise AssertionError("PLD takes half a minute here")
+
+    monkeypatch.setattr(accountants, "_epsilon_pld", too_slow)
+    left = rounds_left({a_round: 7}, a_round, target_epsilon=budget, target_delta=DELTA)
+    assert epsilon_rdp({a_round: 7 + left}, DELTA) <= budget < epsilon_rdp({a_round: 7 + left + 1}, DELTA)
