@@ -290,7 +290,7 @@ class BudgetReport:
     Epsilons are at ``target_delta``, for the most exposed unit. Only what was charged in the present ``period`` counts;
     ``lifetime_epsilon`` composes everything ever charged. The first period has no beginning on record.
     ``next_round_epsilon`` and ``rounds_left`` say what one round more would make of it, and how many more the budget
-    admits (of a budget above 50: at least); None where nobody asked for it, or where it is not known what a round costs.
+    admits (of a budget above 50: at least). None where nobody asked for it, or where nobody knows what a round costs.
     """
 
     privacy_unit: str
