@@ -164,8 +164,8 @@ class BudgetView(BaseModel):
 
     ``period_started_at`` is absent in the first period; while the ledger is ``frozen`` nothing remains to be spent.
     ``next_round_epsilon`` is what one round more would make of the most exposed client's, and ``rounds_left`` how many
-    more the budget admits (of one above 50: at least); both are told with the budget alone, and where it is known what a
-    round costs.
+    more the budget admits (of one above 50: at least); both are told with the budget alone, and where it is known what
+    a round costs.
     """
 
     privacy_unit: str
