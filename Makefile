@@ -41,7 +41,7 @@ reset: setup  ## Empty the state folder, after asking
 test: setup  ## Run every test (ARGS='tests/unit -k rounds' for some)
 ifeq ($(strip $(ARGS)),)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not install' --numprocesses auto --dist worksteal
-	$(BIN)/python -m pytest -m '(ray or install) and not (campaign or drill)'
+	$(BIN)/python -m pytest tests/integration tests/chaos -m '(ray or install) and not campaign'
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

@@ -106,15 +106,16 @@ class RaySystem:
         settings = self._settings
         fleet = VirtualFleet.open(settings.data)
         manifest = build_manifest(fleet.source)
-        known = None
+        known = trained = None
         if (self._home / "state.db").exists():
             with Store.open(self._home) as store:
-                known = store.fleet()
+                known, trained = store.fleet(), store.latest_run()
         if known is None:
             # Every image once, so that a broken one is named now and not in the middle of a round.
             load_images(fleet.source, (*fleet.source.train, *fleet.source.test), settings.data.image_size)
             fleet.check_disjoint()
-        _check_model(settings, len(manifest.classes))
+        if trained is None or trained.config.get("model") != settings.training_identity()["model"]:
+            _check_model(settings, len(manifest.classes))
 
         def write() -> None:
             with Store.open(self._home) as store:

@@ -22,7 +22,7 @@ from fedvit.access.tokens import create_token
 from fedvit.testing.doubles import FakeFleet, PointModel
 from fedvit.types import utc_now
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5"))
 UNLIMITED = {"requests_per_s": 1e6, "burst": 10**6, "max_failed_attempts": 10**6}
 # A precondition that fails is an answer to a well-formed request.
 ACCEPTED = ["2xx", "401", "403", "404", "409", "412", "429"]

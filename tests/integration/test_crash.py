@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ray
 
 START_TIMEOUT_S = 180.0
 CLIENTS = 6
-ROUNDS = 12
+ROUNDS = 8
 
 
 def start_run(fedvit: Fedvit) -> subprocess.Popen[str]:
@@ -75,7 +75,7 @@ def check_everything_counted_once(fedvit: Fedvit) -> None:
 
 
 def test_ctrl_c_and_kill_9_in_a_round_cost_nothing(fedvit: Fedvit) -> None:
-    fedvit.settings["training.rounds"] = str(ROUNDS)
+    fedvit.settings |= {"training.rounds": str(ROUNDS), "release.every_rounds": str(ROUNDS)}
     process = start_run(fedvit)
     await_round(fedvit, process, 1)
     os.kill(process.pid, signal.SIGINT)

@@ -76,6 +76,7 @@ def http(fedvit: Fedvit) -> Iterator[httpx.Client]:
 
 @pytest.mark.usefixtures("cluster")
 def test_up_joins_serves_trains_answers_and_down_stops(fedvit: Fedvit, http: httpx.Client) -> None:
+    check_what_cannot_be_placed_is_named(fedvit)
     places = fedvit.json("up")
     control = places["control"]
     assert control == fedvit.control.replace("http:", "https:")
@@ -123,6 +124,15 @@ def test_up_joins_serves_trains_answers_and_down_stops(fedvit: Fedvit, http: htt
     assert fedvit.call("health-check", configured=False).returncode == 2
 
 
+def check_what_cannot_be_placed_is_named(fedvit: Fedvit) -> None:
+    greedy = Fedvit(fedvit.home, fedvit.settings | {"ray.actor_cpus": "50"}, fedvit.variables)
+    done = greedy.call("up")
+    assert done.returncode == 2
+    assert "fedvit-accountant" in done.stderr
+    assert "50 CPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def await_version(http: httpx.Client, base: str, version: str) -> None:
     """Return once the target serves the version; it looks every second."""
     for _ in range(600):
@@ -141,12 +151,3 @@ def check_backup(fedvit: Fedvit) -> None:
         names = archive.getnames()
     assert {"state.db", "checksums.json", "keys/root.key"} <= set(names)
     assert sum(name.startswith("blobs/") for name in names) >= 6
-
-
-def test_what_cannot_be_placed_is_named(fedvit: Fedvit) -> None:
-    fedvit.settings["ray.actor_cpus"] = "50"
-    done = fedvit.call("run")
-    assert done.returncode == 2
-    assert "fedvit-accountant" in done.stderr
-    assert "50 CPU" in done.stderr
-    assert "Traceback" not in done.stderr
