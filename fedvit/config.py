@@ -161,7 +161,7 @@ class TrainingConfig(_Section):
     aggregation_options: dict[str, Any] = Field(default_factory=dict)
     staleness: StalenessConfig = StalenessConfig()
     door: DoorConfig = DoorConfig()
-    physical_batch_size: PositiveInt = 64
+    physical_batch_size: PositiveInt = 32
     round_timeout_s: PositiveFloat = 600.0
     cohort: CohortConfig = CohortConfig()
 

@@ -8,7 +8,6 @@ neutral. Only a call that is given both can make one example's gradient differ f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from fedvit.training.gradients import no_gradients
 from fedvit.training.recorders import RecordedLayerNorm, RecordedLinear, RecordedValue
-from fedvit.training.tape import Layer, Tape, as_it_is
+from fedvit.training.tape import Layer, Tape
 
-_DATA, _SOURCE, _RECIPE = "_fedvit_is_data", "_fedvit_source", "_fedvit_recipe"
+_DATA, _SOURCE = "_fedvit_is_data", "_fedvit_source"
 
 
 class Meetings(TorchFunctionMode):
@@ -60,9 +59,6 @@ class Meetings(TorchFunctionMode):
         if is_data:
             for tensor in _tensors(result):
                 setattr(tensor, _DATA, True)
-            # Under autocast the same call later would be another one.
-            if func in _CHEAP and not torch.is_autocast_enabled(result.device.type):
-                setattr(result, _RECIPE, (args[0], partial(_again, func, args[1:], kwargs)))
         return result
 
     def is_trained(self, value: object) -> bool:
@@ -113,11 +109,6 @@ class _NoRecord(Exception):
     """This call is of a known kind, but not of a shape that can be recorded."""
 
 
-@torch.no_grad()
-def _again(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], values: Tensor) -> Any:
-    return func(values, *args, **kwargs)
-
-
 def _is_data(value: object) -> bool:
     return hasattr(value, _DATA)
 
@@ -157,9 +148,8 @@ def _recorded_linear(meetings: Meetings, inputs: Tensor, weight: Tensor, bias: T
     tape = meetings.tape
     if inputs.shape[0] % tape.batch:
         raise _NoRecord
-    kept, recipe = getattr(inputs, _RECIPE, (inputs, as_it_is))
-    layer = Layer(meetings.key(weight), meetings.key(bias), recipe)
-    outputs: Tensor = RecordedLinear.apply(tape.anchor, inputs, weight.detach(), _detached(bias), kept, layer, tape)
+    layer = Layer(meetings.key(weight), meetings.key(bias))
+    outputs: Tensor = RecordedLinear.apply(tape.anchor, inputs, weight.detach(), _detached(bias), layer, tape)
     return outputs
 
 
@@ -288,8 +278,6 @@ def _attention(
     return func(query, key, value, attn_mask=_spread_if_trained(meetings, attn_mask, query), **kwargs)
 
 
-# What torch keeps the input of anyway: a linear layer that reads the output need not keep that as well.
-_CHEAP = {functional.layer_norm}
 _EXPANDING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.add, Tensor.add, Tensor.__add__}
 _ELEMENTWISE = (
     *("add", "sub", "mul", "div", "add_", "sub_", "mul_", "__add__", "__radd__", "__iadd__", "__sub__"),

@@ -28,28 +28,22 @@ class RecordedLinear(Function):
         inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        kept: Tensor,
         layer: Layer,
         tape: Tape,
     ) -> Tensor:
-        """The layer's outputs, of ``inputs``, which are ``layer.recipe`` of ``kept``."""
-        ctx.save_for_backward(kept if layer.weight is not None else None, weight)
+        """The layer's outputs."""
+        ctx.save_for_backward(inputs if layer.weight is not None else None, weight)
         ctx.tape, ctx.layer = tape, layer
-        matrix = weight.flatten(1)
-        outputs = functional.linear(inputs, matrix, bias)
-        if layer.weight is not None and matrix.shape[0] > matrix.shape[1]:
-            # Layers that widen feed attention or an activation, which keep their input; others feed the residual.
-            layer.donor = outputs.detach()
-        return outputs
+        return functional.linear(inputs, weight.flatten(1), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The inputs' gradient; the parameters' goes to the tape."""
-        kept, weight = ctx.saved_tensors
+        inputs, weight = ctx.saved_tensors
         passed = gradient @ weight.flatten(1).to(gradient.dtype) if ctx.needs_input_grad[1] else None
-        ctx.tape.add_linear(ctx.layer, kept, gradient)
-        return None, passed, None, None, None, None, None
+        ctx.tape.add_linear(ctx.layer, inputs, gradient)
+        return None, passed, None, None, None, None
 
 
 class RecordedLayerNorm(Function):

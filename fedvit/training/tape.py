@@ -8,13 +8,10 @@ arXiv:2110.05679), and the sum over the clipped ones is one matrix product.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-
-Recipe = Callable[[Tensor], Tensor]
 
 # One number of a formed gradient is written once and read twice: what that costs in multiply-adds of a Gram matrix.
 _FORMED_NUMBER_COST = 24
@@ -22,27 +19,25 @@ _FORMED_NUMBER_COST = 24
 _FORMED_MEMORY = 1.0
 # Parameters of at most so many numbers.
 _SMALL = 1 << 14
-# Processors multiply matrices in tiles of this many rows.
-_TILE = 16
+# Rows of a Gram matrix at once: few, and half of it need not be computed; many, and the products are quicker.
+_GRAM_ROWS = 32
+# Columns of a matrix product come in vectors of this many.
+_VECTOR = 16
 
 
 @dataclass(slots=True)
 class _Product:
-    """A linear layer's activations [B, T, d] and output gradients [B, T, p]; the bias goes along where it can.
-
-    The activations are ``recipe`` of what is kept, which has their shape.
-    """
+    """A linear layer's activations [B, T, d] and output gradients [B, T, p]; the bias goes along where it can."""
 
     weight: int
     bias: int | None
     kept: Tensor
-    recipe: Recipe
     kept_outputs: Tensor
 
     @property
     def inputs(self) -> Tensor:
-        """The activations, computed anew where that is cheap."""
-        return at_least_single(self.recipe(self.kept))
+        """The activations."""
+        return at_least_single(self.kept)
 
     @property
     def outputs(self) -> Tensor:
@@ -55,10 +50,10 @@ class _Product:
         tokens = outputs.shape[1]
         if tokens == 1:
             return (_squares(inputs) + ones) * _squares(outputs)
-        rows = _TILE if outputs.device.type == "cpu" else tokens
-        parts = [
-            _gram_rows(inputs, outputs, ones, first, min(first + rows, tokens)) for first in range(0, tokens, rows)
-        ]
+        rows = _GRAM_ROWS if outputs.device.type == "cpu" else tokens
+        firsts = range(0, max(tokens - rows // 2, 1), rows)
+        lasts = [*firsts[1:], tokens]
+        parts = [_gram_rows(inputs, outputs, ones, *bounds) for bounds in zip(firsts, lasts, strict=True)]
         return torch.stack(parts).sum(dim=0)
 
     def formed(self) -> Tensor:
@@ -68,35 +63,26 @@ class _Product:
     def weighted_sums(self, factors: Tensor) -> tuple[Tensor, Tensor]:
         """The weight's gradient [p, d] and the bias' [p], each example times its factor."""
         inputs, outputs = self.inputs, self.outputs
-        by_token = factors[:, None, None]
-        # Whichever is smaller takes the factors.
-        if inputs.shape[2] < outputs.shape[2]:
-            # The factors themselves as a last column: what they are multiplied with is the bias' gradient.
-            scaled = inputs.new_empty((*inputs.shape[:2], inputs.shape[2] + 1))
-            torch.mul(inputs, by_token, out=scaled[:, :, :-1])
-            scaled[:, :, -1:] = by_token
+        by_token, width = factors[:, None, None], inputs.shape[2]
+        # Whichever is smaller takes the factors, and becomes the columns of the product.
+        if width < outputs.shape[2]:
+            # The factors themselves as a further column: what they are multiplied with is the bias' gradient.
+            scaled = inputs.new_empty((*inputs.shape[:2], width + _VECTOR))
+            torch.mul(inputs, by_token, out=scaled[:, :, :width])
+            scaled[:, :, width:] = by_token
             both = outputs.flatten(0, 1).T @ scaled.flatten(0, 1)
-            return both[:, :-1].contiguous(), both[:, -1]
+            return both[:, :width].contiguous(), both[:, width]
         outputs = outputs * by_token
-        return outputs.flatten(0, 1).T @ inputs.flatten(0, 1), outputs.sum(dim=(0, 1))
+        turned = inputs.flatten(0, 1).T @ outputs.flatten(0, 1)
+        return turned.T.contiguous(), outputs.sum(dim=(0, 1))
 
 
-def as_it_is(values: Tensor) -> Tensor:
-    """The recipe of activations that are kept themselves."""
-    return values
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Layer:
-    """A linear layer's call: keys of weight and bias where they are trained, and how to get at its activations.
-
-    ``donor`` is the memory of the outputs, if something else than this layer keeps it until the backward pass.
-    """
+    """A linear layer's call: the keys of its weight and bias where they are trained."""
 
     weight: int | None
     bias: int | None
-    recipe: Recipe = as_it_is
-    donor: Tensor | None = None
 
 
 class Tape:
@@ -117,7 +103,6 @@ class Tape:
         self._keys = {id(value): key for key, value in enumerate(self._values)}
         self._products: list[_Product] = []
         self._formed: dict[int, Tensor] = {}
-        self._held: set[int] = set()
         # Small gradients together, and before anything else: between the large arrays they would split the heap.
         small = [value.numel() if value.numel() <= _SMALL else 0 for value in self._values]
         self._small = [torch.empty(0)] * len(small)
@@ -150,26 +135,15 @@ class Tape:
         bias = layer.bias
         outputs = _by_example(outputs, self.batch)
         if layer.weight is not None and kept is not None:
-            product = _Product(layer.weight, None, _by_example(kept, self.batch), layer.recipe, outputs)
+            product = _Product(layer.weight, None, _by_example(kept, self.batch), outputs)
             if layer.weight < len(self._names) and _ghost_is_cheaper(product):
                 product.bias = bias if bias is not None and bias < len(self._names) else None
                 bias = bias if product.bias is None else None
-                self._keep(product, layer.donor)
+                self._products.append(product)
             else:
                 self.add(layer.weight, product.formed())
         if bias is not None:
             self.add(bias, at_least_single(sum_of_tokens(outputs)))
-
-    def _keep(self, product: _Product, donor: Tensor | None) -> None:
-        """Keep a product for later, its gradients in the place of the layer's outputs if nobody reads those any more.
-
-        Else the heap grows in every backward pass: what is kept lies between what is not.
-        """
-        self._held.add(product.kept.untyped_storage().data_ptr())
-        if donor is not None and donor.untyped_storage().data_ptr() not in self._held:
-            place = donor.reshape(product.kept_outputs.shape)
-            product.kept_outputs = place.copy_(product.kept_outputs)
-        self._products.append(product)
 
     def missing(self) -> list[str]:
         """The parameters that no gradient was recorded for."""

@@ -1,6 +1,7 @@
 """One step of differentially private training beside one ordinary step of the same model, and beside Opacus'.
 
-In turn, over and over, on two threads; memory in a fresh process each. Run by ``make bench-dp``; writes
+In turn, over and over, on two threads; each mode in a process of its own, because where a long-lived heap puts a model's
+weights is worth a tenth of its time; memory in a fresh process each. Run by ``make bench-dp``; writes
 docs/benchmarks/dp_step.json (and dp_step_gpu.json where CUDA is present). BENCH_ROUNDS shortens it.
 """
 
@@ -20,31 +21,41 @@ from tests.benchmarks.results import write_result
 
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "15"))
 THREADS = 2
+MODES = ("all", "biases", "head")
 OPACUS = "all, Opacus "
-GPU_SIZE = Size("vit_base_patch16_224", image=224, patch=16, batch=64, device="cuda", autocast=True)
+GPU_SIZE = Size("vit_base_patch16_224", image=224, patch=16, batch=64, physical_batch=64, device="cuda", autocast=True)
 
 
-def main() -> None:
-    """Measure and write."""
-    torch.set_num_threads(THREADS)
+def main(arguments: list[str]) -> None:
+    """Measure and write; with a mode and a device, print the times of that one."""
+    if arguments:
+        torch.set_num_threads(THREADS)
+        mode, device = arguments
+        print(json.dumps(_times(mode, GPU_SIZE if device == "cuda" else Size())))
+        return
     size = Size()
-    figures = _times(size)
-    for name in figures:
-        figures[name]["peak_MB"] = round(_peak_megabytes(name))
-    _report("dp_step", size, figures, "threads fixed at 2; memory above the process before its first step")
+    turns = _modes("cpu")
+    memory = {name: round(_peak_megabytes(name)) for name in turns}
+    _report("dp_step", size, turns, memory, "threads fixed at 2; memory above the process before its first step")
     if torch.cuda.is_available():
-        _report("dp_step_gpu", GPU_SIZE, _times(GPU_SIZE), f"on {torch.cuda.get_device_name()}, bfloat16")
+        _report("dp_step_gpu", GPU_SIZE, _modes("cuda"), {}, f"on {torch.cuda.get_device_name()}, bfloat16")
 
 
-def _report(file: str, size: Size, figures: dict[str, dict[str, float]], how: str) -> None:
-    ratios = _ratios(figures)
+def _report(file: str, size: Size, turns: dict[str, list[float]], memory: dict[str, int], how: str) -> None:
+    figures: dict[str, dict[str, float]] = {
+        name: {"ms": round(statistics.median(times), 1)} for name, times in turns.items()
+    }
+    for name, megabytes in memory.items():
+        figures[name]["peak_MB"] = megabytes
+    ratios = _ratios(turns, memory)
     write_result(
         file,
         title=f"A step of private training: {size.name} at {size.image} pixels",
         what=(
             f"Forward, backward, clipping, noise and SGD; {size.name}, patches of {size.patch}, batch {size.batch}, "
-            f"{how}. All weights, all biases and the head, or the head alone; median of {ROUNDS} turns. Opacus' modes "
-            "that cannot do this model are left out."
+            f"{how}. All weights, all biases and the head, or the head alone; private steps in physical batches of "
+            f"{size.physical_batch}, the setting's default. Medians of {ROUNDS} turns, there and back, and of the ratios "
+            "within each turn. Opacus' modes that cannot do this model are left out."
         ),
         command="make bench-dp",
         figures=figures,
@@ -53,9 +64,18 @@ def _report(file: str, size: Size, figures: dict[str, dict[str, float]], how: st
     print(json.dumps({"figures": figures, "ratios": ratios}, indent=2))
 
 
-def _times(size: Size) -> dict[str, dict[str, float]]:
+def _modes(device: str) -> dict[str, list[float]]:
+    turns: dict[str, list[float]] = {}
+    for mode in MODES:
+        command = [sys.executable, "-m", "tests.benchmarks.dp_step", mode, device]
+        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        turns |= json.loads(told.splitlines()[-1])
+    return turns
+
+
+def _times(mode: str, size: Size) -> dict[str, list[float]]:
     steps: dict[str, Step] = {}
-    for name in VARIANTS:
+    for name in [name for name in VARIANTS if name.startswith(f"{mode}, ")]:
         try:
             steps[name] = build(name, size)
             steps[name]()
@@ -63,12 +83,13 @@ def _times(size: Size) -> dict[str, dict[str, float]]:
             if not name.startswith(OPACUS):
                 raise
             steps.pop(name, None)
-            print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
     turns: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            turns[name].append(_timed_ms(step, size))
-    return {name: {"ms": round(statistics.median(times), 1)} for name, times in turns.items()}
+    for turn in range(ROUNDS):
+        # There and back, so that nobody always follows the same one.
+        for name in list(steps)[:: 1 if turn % 2 else -1]:
+            turns[name].append(_timed_ms(steps[name], size))
+    return turns
 
 
 def _timed_ms(step: Step, size: Size) -> float:
@@ -89,21 +110,20 @@ def _peak_megabytes(name: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def _ratios(figures: dict[str, dict[str, float]]) -> dict[str, float]:
-    best = min((name for name in figures if name.startswith(OPACUS)), key=lambda name: figures[name]["ms"])
+def _ratios(turns: dict[str, list[float]], memory: dict[str, int]) -> dict[str, float]:
+    best = min((name for name in turns if name.startswith(OPACUS)), key=lambda name: statistics.median(turns[name]))
     pairs = {
-        **{
-            f"{mode}: private / ordinary": (f"{mode}, private", f"{mode}, ordinary")
-            for mode in ("all", "biases", "head")
-        },
+        **{f"{mode}: private / ordinary": (f"{mode}, private", f"{mode}, ordinary") for mode in MODES},
         f"{best} / private": (best, "all, private"),
     }
-    ratios = {label: round(figures[a]["ms"] / figures[b]["ms"], 2) for label, (a, b) in pairs.items()}
-    memory = [figures[f"all, {kind}"].get("peak_MB") for kind in ("private", "ordinary")]
-    if memory[0] and memory[1]:
-        ratios["all: peak memory, private / ordinary"] = round(memory[0] / memory[1], 2)
+    ratios = {
+        label: round(statistics.median(a / b for a, b in zip(turns[first], turns[second], strict=True)), 2)
+        for label, (first, second) in pairs.items()
+    }
+    if memory:
+        ratios["all: peak memory, private / ordinary"] = round(memory["all, private"] / memory["all, ordinary"], 2)
     return ratios
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -19,6 +19,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedvit.config import TrainingConfig
 from fedvit.privacy.randomness import SecretStream
 from fedvit.training.bookkeeping import BookKeeping
 from fedvit.training.dpsgd import SecretDPOptimizer
@@ -34,12 +35,16 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What is trained: a timm model and one batch of random pictures; ``autocast`` computes in bfloat16."""
+    """What is trained: a timm model and one batch of random pictures; ``autocast`` computes in bfloat16.
+
+    Private steps take the batch in parts of ``physical_batch``, as a client does.
+    """
 
     name: str = "vit_tiny_patch16_224"
     image: int = 32
     patch: int = 4
     batch: int = 64
+    physical_batch: int = TrainingConfig().physical_batch_size
     device: str = "cpu"
     autocast: bool = False
 
@@ -99,10 +104,13 @@ def private(size: Size, mode: TrainableMode) -> Step:
     )
 
     def step() -> None:
-        with size.precision():
-            gradients.clip(_features(model, images), labels, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        parts = torch.arange(size.batch).split(size.physical_batch)
+        for position, part in enumerate(parts, start=1):
+            with size.precision():
+                gradients.clip(_features(model, images[part]), labels[part], CLIP)
+            optimizer.signal_skip_step(do_skip=position < len(parts))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return step
 
