@@ -69,8 +69,10 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         stream = self._noise_for_step(self._step_index)
         self._step_index += 1
         deviation = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
-            own = torch.from_numpy(stream.normal(parameter.numel(), np.float32))
+        sizes = [parameter.numel() for parameter in self.params]
+        # Drawn together, which is quicker and gives the same numbers.
+        noise = torch.from_numpy(stream.normal(sum(sizes), np.float32)).split(sizes)
+        for parameter, own in zip(self.params, noise, strict=True):
             own = own.to(parameter.device, parameter.dtype).view_as(parameter)
             parameter.grad = parameter.summed_grad.add_(own, alpha=deviation)
             parameter.summed_grad = None

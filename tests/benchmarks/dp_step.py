@@ -1,7 +1,7 @@
 """One step of differentially private training beside one ordinary step of the same model, and beside Opacus'.
 
-In turn, over and over, on two threads; each mode in a process of its own, because where a long-lived heap puts a model's
-weights is worth a tenth of its time; memory in a fresh process each. Run by ``make bench-dp``; writes
+In turn, over and over, on two threads; each mode in a process of its own, because where a long-lived heap puts weights
+is worth a tenth of the time; memory in a fresh process each. Run by ``make bench-dp``; writes
 docs/benchmarks/dp_step.json (and dp_step_gpu.json where CUDA is present). BENCH_ROUNDS shortens it.
 """
 
@@ -54,8 +54,8 @@ def _report(file: str, size: Size, turns: dict[str, list[float]], memory: dict[s
         what=(
             f"Forward, backward, clipping, noise and SGD; {size.name}, patches of {size.patch}, batch {size.batch}, "
             f"{how}. All weights, all biases and the head, or the head alone; private steps in physical batches of "
-            f"{size.physical_batch}, the setting's default. Medians of {ROUNDS} turns, there and back, and of the ratios "
-            "within each turn. Opacus' modes that cannot do this model are left out."
+            f"{size.physical_batch}, the setting's default. Medians of {ROUNDS} turns, there and back, and of the "
+            "ratios within each turn. Opacus' modes that cannot do this model are left out."
         ),
         command="make bench-dp",
         figures=figures,
