@@ -14,6 +14,7 @@ import numpy as np
 
 from fedvit.aggregation.rule import Rule
 from fedvit.config import Settings
+from fedvit.exact import peak_of
 from fedvit.privacy.mechanism import ROUNDING, l2_norm
 from fedvit.types import PartialUpdate, Weights
 
@@ -50,14 +51,18 @@ class Door:
             num_examples=num_examples,
         )
 
-    def fault_of(self, update: PartialUpdate) -> str | None:
-        """The first fault of an update that somebody contributed to, as the end of a sentence about it; or None."""
+    def fault_of(self, update: PartialUpdate, scale: float = 1.0) -> str | None:
+        """The first fault of an update that somebody contributed to, as the end of a sentence about it; or None.
+
+        Args:
+            scale: what its arrays are still to be multiplied with.
+        """
         contributors = [outcome for outcome in update.outcomes if outcome.error is None]
         if not contributors:
             return None
         if self.single and len(contributors) > 1:
             return f"it sums {len(contributors)} clients, and the rule takes single updates"
-        return self._fault_of_names(update) or self._fault_of_arrays(update) or self._fault_of_weight(update)
+        return self._fault_of_names(update) or self._fault_of_arrays(update) or self._fault_of_weight(update, scale)
 
     def _fault_of_names(self, update: PartialUpdate) -> str | None:
         if missing := sorted(self.shapes.keys() - update.weighted_sum.keys()):
@@ -72,11 +77,11 @@ class Door:
                 return f"its parameter {name!r} is {array.dtype}"
             if array.shape != self.shapes[name]:
                 return f"its parameter {name!r} has the shape {list(array.shape)}, not {list(self.shapes[name])}"
-            if not np.isfinite(array).all():
+            if not math.isfinite(peak_of({name: array})):
                 return f"its parameter {name!r} holds a value that is not finite"
         return None
 
-    def _fault_of_weight(self, update: PartialUpdate) -> str | None:
+    def _fault_of_weight(self, update: PartialUpdate, scale: float) -> str | None:
         contributors = [outcome for outcome in update.outcomes if outcome.error is None]
         weight = float(sum(o.num_examples for o in contributors) if self.by_examples else len(contributors))
         if update.total_weight != weight or not weight > 0:
@@ -86,7 +91,7 @@ class Door:
             if known is not None and outcome.num_examples > known:
                 return f"{outcome.client_id} claims {outcome.num_examples} examples, and is registered with {known}"
         with np.errstate(over="ignore"):
-            norm = l2_norm(update.weighted_sum)
+            norm = scale * l2_norm(update.weighted_sum)
         allowed = math.inf if self.max_update_norm is None else self.max_update_norm * weight
         # The norm of a finite update may overflow: not even no bound admits that.
         if math.isfinite(norm) and norm <= allowed * (1 + ROUNDING):
