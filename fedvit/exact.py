@@ -22,7 +22,7 @@ ROOM = 2.0**11
 _COARSE = 2.0**9
 # Adding 1.5 * 2^52 of a unit to a float64 leaves no bits below that unit.
 _ROUND, _ROUND_COARSE = 1.5 * 2.0**52 * QUANTUM, 1.5 * 2.0**52 * _COARSE
-_BLOCK = 1 << 14
+_BLOCK = 1 << 16
 """Numbers that fit a processor's own cache together with what is made of them."""
 
 
@@ -31,6 +31,17 @@ def peak_of(update: Arrays) -> float:
     extremes = [float(bound) for array in update.values() if array.size for bound in (array.max(), -array.min())]
     # max() would drop a NaN that does not come first.
     return float(np.max(extremes)) if extremes else 0.0
+
+
+def subtract(local: npt.ArrayLike, base: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> float:
+    """``out = local - base``, and the peak of it, while each piece is in the processor's cache."""
+    one, other, target = np.reshape(local, -1), base.reshape(-1), out.reshape(-1)
+    extremes = [0.0]
+    for start in range(0, target.size, _BLOCK):
+        at = slice(start, start + _BLOCK)
+        piece = np.subtract(one[at], other[at], out=target[at], casting="same_kind")
+        extremes += [float(piece.max()), -float(piece.min())]
+    return float(np.max(extremes))
 
 
 def squared_norm(array: npt.NDArray[np.floating]) -> float:

@@ -18,6 +18,9 @@ from fedvit.exact import peak_of
 from fedvit.privacy.mechanism import ROUNDING, l2_norm
 from fedvit.types import PartialUpdate, Weights
 
+_NO_OVERFLOW = 1e100
+"""Numbers below it have a finite norm, however many they are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Door:
@@ -51,18 +54,24 @@ class Door:
             num_examples=num_examples,
         )
 
-    def fault_of(self, update: PartialUpdate, scale: float = 1.0) -> str | None:
+    def fault_of(self, update: PartialUpdate, scale: float = 1.0, *, peak: float | None = None) -> str | None:
         """The first fault of an update that somebody contributed to, as the end of a sentence about it; or None.
 
         Args:
             scale: what its arrays are still to be multiplied with.
+            peak: the largest magnitude in them, where that is known.
         """
         contributors = [outcome for outcome in update.outcomes if outcome.error is None]
         if not contributors:
             return None
         if self.single and len(contributors) > 1:
             return f"it sums {len(contributors)} clients, and the rule takes single updates"
-        return self._fault_of_names(update) or self._fault_of_arrays(update) or self._fault_of_weight(update, scale)
+        return (
+            self._fault_of_names(update)
+            or self._fault_of_arrays(update, peak)
+            or self._fault_of_weight(update)
+            or self._fault_of_norm(update, scale, peak)
+        )
 
     def _fault_of_names(self, update: PartialUpdate) -> str | None:
         if missing := sorted(self.shapes.keys() - update.weighted_sum.keys()):
@@ -71,17 +80,18 @@ class Door:
             return f"it holds {strange[0]!r}, which is no parameter of this model"
         return None
 
-    def _fault_of_arrays(self, update: PartialUpdate) -> str | None:
+    def _fault_of_arrays(self, update: PartialUpdate, peak: float | None) -> str | None:
+        finite = peak is not None and math.isfinite(peak)
         for name, array in sorted(update.weighted_sum.items()):
             if array.dtype not in (np.float32, np.float64):
                 return f"its parameter {name!r} is {array.dtype}"
             if array.shape != self.shapes[name]:
                 return f"its parameter {name!r} has the shape {list(array.shape)}, not {list(self.shapes[name])}"
-            if not math.isfinite(peak_of({name: array})):
+            if not finite and not math.isfinite(peak_of({name: array})):
                 return f"its parameter {name!r} holds a value that is not finite"
         return None
 
-    def _fault_of_weight(self, update: PartialUpdate, scale: float) -> str | None:
+    def _fault_of_weight(self, update: PartialUpdate) -> str | None:
         contributors = [outcome for outcome in update.outcomes if outcome.error is None]
         weight = float(sum(o.num_examples for o in contributors) if self.by_examples else len(contributors))
         if update.total_weight != weight or not weight > 0:
@@ -90,6 +100,12 @@ class Door:
             known = (self.num_examples or {}).get(outcome.client_id)
             if known is not None and outcome.num_examples > known:
                 return f"{outcome.client_id} claims {outcome.num_examples} examples, and is registered with {known}"
+        return None
+
+    def _fault_of_norm(self, update: PartialUpdate, scale: float, peak: float | None) -> str | None:
+        weight = update.total_weight
+        if self.max_update_norm is None and peak is not None and scale * peak < _NO_OVERFLOW:
+            return None
         with np.errstate(over="ignore"):
             norm = scale * l2_norm(update.weighted_sum)
         allowed = math.inf if self.max_update_norm is None else self.max_update_norm * weight

@@ -28,9 +28,13 @@ class Summing:
         self._closed: list[PartialUpdate] = []
         self._begin()
 
-    def add(self, own: PartialUpdate, scale: float = 1.0) -> None:
-        """Add one client's answer, ``scale`` times its arrays; one without any is an outcome and no more."""
-        peak = scale * peak_of(own.weighted_sum)
+    def add(self, own: PartialUpdate, scale: float = 1.0, *, peak: float | None = None) -> None:
+        """Add one client's answer, ``scale`` times its arrays; one without any is an outcome and no more.
+
+        Args:
+            peak: the largest magnitude in its arrays, where that is known.
+        """
+        peak = scale * (peak_of(own.weighted_sum) if peak is None else peak)
         if peak + QUANTUM > ROOM:
             sums = {n: np.multiply(array, scale, dtype=np.float64) for n, array in own.weighted_sum.items()}
             self._closed.append(replace(own, weighted_sum=sums))

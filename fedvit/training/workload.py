@@ -9,7 +9,7 @@ import importlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, cast
+from typing import ClassVar, TypeAlias, cast
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import ClientHalf
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, FedvitError, ModelError, UpdateRejectedError
-from fedvit.exact import Sums
+from fedvit.exact import Sums, peak_of, subtract
 from fedvit.ports import ClientHostPort, ExportedModel, ServerModelPort, Trial
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
@@ -36,6 +36,7 @@ from fedvit.types import (
 )
 
 _SEED_BYTES = 8
+_Answer: TypeAlias = tuple[PartialUpdate, float, float]
 
 
 class VirtualClients(ABC):
@@ -162,16 +163,16 @@ class OwnHost:
         door, single = Door.of(self._settings, self._rule, weights), self._rule.needs == "single_updates"
         summing, parts = Summing(task, door.shapes), list[PartialUpdate]()
         for client_id in sorted(client_ids):
-            own, scale = self._answer(task, weights, door, client_id)
+            own, scale, peak = self._answer(task, weights, door, client_id)
             if single:
                 parts.append(_weighed(own, scale))
             else:
-                summing.add(own, scale)
+                summing.add(own, scale, peak=peak)
         if not single:
             return summing.message()
         return PartialUpdate(task.round_index, tuple(o for p in parts for o in p.outcomes), {}, 0.0, parts=tuple(parts))
 
-    def _answer(self, task: TrainTask, base: Weights, door: Door, client_id: str) -> tuple[PartialUpdate, float]:
+    def _answer(self, task: TrainTask, base: Weights, door: Door, client_id: str) -> _Answer:
         try:
             return self._train_one(task, base, door, client_id)
         except UpdateRejectedError as error:
@@ -180,30 +181,32 @@ class OwnHost:
             # Whatever ails one client, the others' work must not be lost with it.
             reason = str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"
             outcome = ClientOutcome(client_id, 0, reason)
-        return PartialUpdate(task.round_index, (outcome,), {}, 0.0), 1.0
+        return PartialUpdate(task.round_index, (outcome,), {}, 0.0), 1.0, 0.0
 
-    def _train_one(self, task: TrainTask, base: Weights, door: Door, client_id: str) -> tuple[PartialUpdate, float]:
-        """A client's answer, and what its arrays are to be multiplied with.
+    def _train_one(self, task: TrainTask, base: Weights, door: Door, client_id: str) -> _Answer:
+        """A client's answer, what its arrays are to be multiplied with, and the largest magnitude in them.
 
         Raises:
             UpdateRejectedError: it may not count.
         """
         local, num_examples = self._clients.fit(client_id, base, task, self._seed(task, client_id))
         outcomes = (ClientOutcome(client_id, num_examples),)
-        delta = self._difference(local, base)
+        delta, peak = self._difference(local, base)
         if task.privacy_unit == "client":
             clipped, within = clip_update(delta, task.l2_clip_norm)
             own, scale = PartialUpdate(task.round_index, outcomes, clipped, 1.0, int(within)), 1.0
+            peak = peak_of(clipped)
         else:
             scale = float(num_examples) if door.by_examples else 1.0
             # Float32 and unscaled still: what adds it up takes both into account.
             own = PartialUpdate(task.round_index, outcomes, cast("Sums", delta), scale)
-        if fault := door.fault_of(own, scale):
+        if fault := door.fault_of(own, scale, peak=peak):
             raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
-        return own, scale
+        return own, scale, peak
 
-    def _difference(self, local: Weights, base: Weights) -> dict[str, FloatArray]:
-        """``local - base``, in arrays that the next client's overwrites."""
+    def _difference(self, local: Weights, base: Weights) -> tuple[dict[str, FloatArray], float]:
+        """``local - base``, in arrays that the next client's overwrites, and the largest magnitude in it."""
+        peaks = [0.0]
         if faults := sorted(n for n in local.keys() | base.keys() if n not in local or n not in base):
             raise UpdateRejectedError(f"fit returned the parameters {sorted(local)[:5]}; {faults[0]!r} is amiss.")
         for name, array in base.items():
@@ -211,8 +214,8 @@ class OwnHost:
                 raise UpdateRejectedError(f"fit returned {name!r} with the shape {list(np.shape(local[name]))}.")
             if name not in self._scratch:
                 self._scratch[name] = np.empty_like(array)
-            np.subtract(local[name], array, out=self._scratch[name], casting="same_kind")
-        return dict(self._scratch)
+            peaks.append(subtract(local[name], array, out=self._scratch[name]))
+        return dict(self._scratch), float(np.max(peaks))
 
     def _seed(self, task: TrainTask, client_id: str) -> int:
         name = f"workload/{client_id}/{task.run_id}/{task.round_index}/{task.base_digest}"
