@@ -97,9 +97,9 @@ class AccountantHandle:
         """
         return cls(_find(ACCOUNTANT, namespace))
 
-    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
+    def charge(self, charges: Sequence[Charge]) -> None:
         """Write the charges, all or none."""
-        return fetch(self._actor.charge.remote(list(charges)))  # type: ignore[no-any-return]
+        fetch(self._actor.charge.remote(list(charges)))
 
     def check(self, charges: Sequence[Charge]) -> None:
         """Whether the charges could be written now."""

@@ -7,7 +7,7 @@ associative; what grows beyond is carried into a second, coarser array, exactly 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -28,20 +28,29 @@ _BLOCK = 1 << 16
 
 def peak_of(update: Arrays) -> float:
     """The largest magnitude in an update; NaN or infinity if there is one, 0 if there is nothing."""
-    extremes = [float(bound) for array in update.values() if array.size for bound in (array.max(), -array.min())]
-    # max() would drop a NaN that does not come first.
-    return float(np.max(extremes)) if extremes else 0.0
+    return largest(float(bound) for array in update.values() if array.size for bound in (array.max(), -array.min()))
+
+
+def largest(numbers: Iterable[float]) -> float:
+    """The largest of them and 0; NaN if there is one, which max() would drop."""
+    top = 0.0
+    for number in numbers:
+        if number != number:
+            return number
+        if number > top:
+            top = number
+    return top
 
 
 def subtract(local: npt.ArrayLike, base: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> float:
     """``out = local - base``, and the peak of it, while each piece is in the processor's cache."""
-    one, other, target = np.reshape(local, -1), base.reshape(-1), out.reshape(-1)
-    extremes = [0.0]
+    one, other, target = np.asarray(local).reshape(-1), base.reshape(-1), out.reshape(-1)
+    extremes = list[float]()
     for start in range(0, target.size, _BLOCK):
         at = slice(start, start + _BLOCK)
         piece = np.subtract(one[at], other[at], out=target[at], casting="same_kind")
         extremes += [float(piece.max()), -float(piece.min())]
-    return float(np.max(extremes))
+    return largest(extremes)
 
 
 def squared_norm(array: npt.NDArray[np.floating]) -> float:

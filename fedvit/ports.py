@@ -60,7 +60,7 @@ class LedgerEntry:
 class AccountantPort(Protocol):
     """The privacy accountant: one writer of one ledger."""
 
-    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
+    def charge(self, charges: Sequence[Charge]) -> BudgetReport | None:
         """Write the charges, all or none, before anything is released; those already written are skipped.
 
         Raises:

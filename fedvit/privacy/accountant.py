@@ -67,9 +67,17 @@ class PrivacyAccountant:
             BudgetExhaustedError: with them some unit would pass the period's budget; nothing was written.
             LedgerFrozenError: nothing may be charged at all.
         """
+        self.write(charges)
+        return self.budget()
+
+    def write(self, charges: Sequence[Charge]) -> None:
+        """:meth:`charge` without composing what was spent, which takes longer than writing it.
+
+        Raises:
+            BudgetExhaustedError, LedgerFrozenError: see :meth:`charge`.
+        """
         with self._lock:
             self._store.append_charges(charges, self._check)
-            return self.budget()
 
     def check(self, charges: Sequence[Charge]) -> None:
         """Whether the charges could be written now; see :class:`fedvit.ports.AccountantPort`.

@@ -98,7 +98,8 @@ def eligible_at(session: Session, positions: Sequence[int], validated_only: bool
     found: dict[int, str] = {}
     for chunk in _chunks(positions):
         query = columns.where(ClientRow.position.in_(chunk), *_eligibility(validated_only))
-        found.update(row.tuple() for row in session.execute(query))
+        # Not dict(rows): SQLAlchemy's rows are slow to be told apart from mappings.
+        found.update((position, client_id) for position, client_id in session.execute(query))
     return found
 
 

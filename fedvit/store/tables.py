@@ -72,6 +72,15 @@ class ClientRow(Base):
     """A vehicle or a depot."""
 
     __tablename__ = "clients"
+    # The exceptions of a large fleet are found without reading it.
+    __table_args__ = (
+        Index(
+            "ix_clients_quarantined",
+            "client_id",
+            sqlite_where=text("quarantined_at IS NOT NULL"),
+            postgresql_where=text("quarantined_at IS NOT NULL"),
+        ),
+    )
 
     client_id: Mapped[str] = mapped_column(String(200), primary_key=True)
     # From 0, without gaps, and kept for ever: what cohorts are drawn by.

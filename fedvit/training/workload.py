@@ -18,7 +18,7 @@ from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import ClientHalf
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, FedvitError, ModelError, UpdateRejectedError
-from fedvit.exact import Sums, peak_of, subtract
+from fedvit.exact import Sums, largest, peak_of, subtract
 from fedvit.ports import ClientHostPort, ExportedModel, ServerModelPort, Trial
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
@@ -206,7 +206,7 @@ class OwnHost:
 
     def _difference(self, local: Weights, base: Weights) -> tuple[dict[str, FloatArray], float]:
         """``local - base``, in arrays that the next client's overwrites, and the largest magnitude in it."""
-        peaks = [0.0]
+        peaks = list[float]()
         if faults := sorted(n for n in local.keys() | base.keys() if n not in local or n not in base):
             raise UpdateRejectedError(f"fit returned the parameters {sorted(local)[:5]}; {faults[0]!r} is amiss.")
         for name, array in base.items():
@@ -215,7 +215,7 @@ class OwnHost:
             if name not in self._scratch:
                 self._scratch[name] = np.empty_like(array)
             peaks.append(subtract(local[name], array, out=self._scratch[name]))
-        return dict(self._scratch), float(np.max(peaks))
+        return dict(self._scratch), largest(peaks)
 
     def _seed(self, task: TrainTask, client_id: str) -> int:
         name = f"workload/{client_id}/{task.run_id}/{task.round_index}/{task.base_digest}"

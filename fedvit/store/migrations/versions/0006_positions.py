@@ -22,6 +22,10 @@ def upgrade() -> None:
     with op.batch_alter_table("clients") as table:
         table.alter_column("position", existing_type=sa.Integer(), nullable=False)
         table.create_index("ix_clients_position", ["position"], unique=True)
+    quarantined = sa.text("quarantined_at IS NOT NULL")
+    op.create_index(
+        "ix_clients_quarantined", "clients", ["client_id"], sqlite_where=quarantined, postgresql_where=quarantined
+    )
     op.create_index("ix_privacy_ledger_unit", "privacy_ledger", ["unit_id", "run_id", "round_index"])
     op.create_index("ix_client_rounds_client", "client_rounds", ["client_id", "run_id", "round_index"])
 
@@ -30,6 +34,7 @@ def downgrade() -> None:
     """Nothing is lost but the numbers."""
     op.drop_index("ix_client_rounds_client", "client_rounds")
     op.drop_index("ix_privacy_ledger_unit", "privacy_ledger")
+    op.drop_index("ix_clients_quarantined", "clients")
     with op.batch_alter_table("clients") as table:
         table.drop_index("ix_clients_position")
         table.drop_column("position")
