@@ -29,10 +29,10 @@ def l2_norm(update: Arrays) -> float:
     return math.sqrt(sum(squared_norm(a) for a in update.values()))
 
 
-def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
-    """``update * min(1, l2_clip_norm / norm)``, float64, and whether it was within the bound as it came.
+def clip_factor(update: Arrays, l2_clip_norm: float) -> tuple[float, bool]:
+    """``min(1, l2_clip_norm / norm)``, and whether the update is within the bound as it came.
 
-    A zero update is within it and stays zero.
+    A zero update is within it.
 
     Raises:
         UpdateRejectedError: the update has no finite norm.
@@ -44,6 +44,16 @@ def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
         )
     within = norm <= l2_clip_norm
     scale = 1.0 if within else l2_clip_norm / norm
+    return scale, within
+
+
+def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
+    """The update times its :func:`clip_factor`, float64, and whether it was within the bound as it came.
+
+    Raises:
+        UpdateRejectedError: the update has no finite norm.
+    """
+    scale, within = clip_factor(update, l2_clip_norm)
     return {name: np.asarray(scale * array.astype(np.float64)) for name, array in update.items()}, within
 
 

@@ -18,9 +18,9 @@ from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import ClientHalf
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, FedvitError, ModelError, UpdateRejectedError
-from fedvit.exact import Sums, largest, peak_of, subtract
+from fedvit.exact import Sums, largest, subtract
 from fedvit.ports import ClientHostPort, ExportedModel, ServerModelPort, Trial
-from fedvit.privacy.mechanism import clip_update
+from fedvit.privacy.mechanism import clip_factor
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.training.summing import Summing, check_base
 from fedvit.types import (
@@ -193,13 +193,13 @@ class OwnHost:
         outcomes = (ClientOutcome(client_id, num_examples),)
         delta, peak = self._difference(local, base)
         if task.privacy_unit == "client":
-            clipped, within = clip_update(delta, task.l2_clip_norm)
-            own, scale = PartialUpdate(task.round_index, outcomes, clipped, 1.0, int(within)), 1.0
-            peak = peak_of(clipped)
+            scale, within = clip_factor(delta, task.l2_clip_norm)
+            weight = 1.0
         else:
-            scale = float(num_examples) if door.by_examples else 1.0
-            # Float32 and unscaled still: what adds it up takes both into account.
-            own = PartialUpdate(task.round_index, outcomes, cast("Sums", delta), scale)
+            scale = weight = float(num_examples) if door.by_examples else 1.0
+            within = False
+        # Float32 and unscaled still: what adds it up takes both into account.
+        own = PartialUpdate(task.round_index, outcomes, cast("Sums", delta), weight, int(within))
         if fault := door.fault_of(own, scale, peak=peak):
             raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
         return own, scale, peak

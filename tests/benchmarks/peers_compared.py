@@ -87,7 +87,7 @@ def main() -> None:
         what=(
             f"{TURNS} turns, each measures all one after another, {ROUNDS} rounds after {WARM}; medians, and the "
             "median of the turns' own ratios. fedvit with two proxies, SQLite store and accountant; Flower 1.41 with "
-            "two workers of one CPU, pfl 0.6 with two processes; one thread each, models and images kept in the worker. "
+            "two workers of one CPU, pfl 0.6 with two processes; one thread each, models and images kept. "
             "Peers neither charge nor store anything. Memory is the PSS of the process tree."
         ),
         command="make bench-peers",

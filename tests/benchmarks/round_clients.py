@@ -51,10 +51,14 @@ class CnnClients(VirtualClients):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        self._examples = settings.workload.options["examples"]
+
+    @cached_property
+    def _cnn(self) -> Any:
+        # Who only registers clients needs no torch.
         from tests.benchmarks.small_cnn import SmallCnn
 
-        self._cnn = SmallCnn()
-        self._examples = settings.workload.options["examples"]
+        return SmallCnn()
 
     def initial_weights(self) -> Weights:
         """Of a seeded model."""
