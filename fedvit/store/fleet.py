@@ -79,7 +79,7 @@ def register_clients(session: Session, clients: Iterable[Client]) -> int:
         refreshed = [_refreshable(wanted[client_id]) for client_id in known]
         if new:
             numbered = [columns | {"position": position + i} for i, columns in enumerate(new)]
-            session.execute(insert(ClientRow), numbered)
+            session.connection().execute(insert(typed(Table, ClientRow.__table__)), numbered)
             position += len(new)
         if refreshed:
             session.execute(update(ClientRow), refreshed)

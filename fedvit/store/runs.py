@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from typing import cast as typed
 
-from sqlalchemy import ColumnElement, func, insert, select
+from sqlalchemy import ColumnElement, Table, func, insert, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, NotFoundError
@@ -262,7 +263,8 @@ def _insert_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientO
         for outcome in outcomes
     ]
     if facts:
-        session.execute(insert(ClientRoundRow), facts)
+        # The table, not the mapped class: objects for so many rows would take longer than the rows.
+        session.connection().execute(insert(typed(Table, ClientRoundRow.__table__)), facts)
 
 
 def _select_rounds(session: Session, *conditions: ColumnElement[bool]) -> list[RoundRecord]:
