@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
-	health-check emergency-backup diagnostics logs monitoring
+	bench-rounds bench-peers health-check emergency-backup diagnostics logs monitoring
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -83,6 +83,25 @@ bench-control: setup  ## The control API with 10,000 clients: a page of the flee
 
 bench-dp: setup  ## A private training step beside an ordinary one and Opacus' (time and memory); has the machine to itself
 	$(BIN)/python -m tests.benchmarks.dp_step
+
+bench-rounds: setup  ## Our own round engine: empty, large and CNN rounds, memory over 200, a million clients
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.rounds
+
+PEERS := .bench-peers
+
+# Peers have environments of their own: their Ray and ours are not the same.
+$(PEERS)/flower/.installed:
+	$(PYTHON) -m venv $(PEERS)/flower
+	$(PEERS)/flower/bin/pip install --quiet 'flwr[simulation]==1.41.0' torch
+	@touch $@
+
+$(PEERS)/pfl/.installed:
+	$(PYTHON) -m venv $(PEERS)/pfl
+	$(PEERS)/pfl/bin/pip install --quiet 'pfl[pytorch]==0.6.0'
+	@touch $@
+
+bench-peers: setup $(PEERS)/flower/.installed $(PEERS)/pfl/.installed  ## The same rounds on Flower and pfl, in turn
+	OMP_NUM_THREADS=1 BENCH_PEERS=$(PEERS) $(BIN)/python -m tests.benchmarks.peers_compared
 
 health-check: setup  ## Runbook: ask every part how it is
 	@$(BIN)/fedvit health-check $(ARGS)

@@ -12,11 +12,14 @@ from typing import Any
 
 from actors.handles import AccountantHandle, RayFleet
 from fedvit.config import settings_from_json
+from fedvit.monitoring.latest import Latest
 from fedvit.monitoring.training import TrainingMetrics
 from fedvit.operations.local import LocalAggregator
 from fedvit.ports import ProxyReport
 from fedvit.store.store import Store
 from fedvit.types import Operation, TrainingProgress, Variant
+
+METRICS_EVERY_S = 0.5
 
 
 class Aggregator:
@@ -87,12 +90,8 @@ class Aggregator:
         return self._local.result().switch_variant(variant)
 
     def _build(self) -> LocalAggregator:
-        import torch
+        from fedvit.training.workload import server_model
 
-        from fedvit.training.server import ServerModel
-
-        # More threads than free cores make torch wait for itself.
-        torch.set_num_threads(self._settings.ray.threads_per_proxy)
         store = Store.open(self._settings.home)
 
         def publish(progress: TrainingProgress) -> None:
@@ -103,13 +102,15 @@ class Aggregator:
                 total=store.count_clients(),
             )
 
+        # Rounds may take a tenth of a second; nobody looks at metrics that often.
+        tell = Latest(publish, METRICS_EVERY_S)
         local = LocalAggregator(
             settings=self._settings,
             store=store,
             accountant=self._accountant,
             fleet=self._fleet,
-            model=ServerModel(self._settings),
-            on_progress=publish,
+            model=server_model(self._settings),
+            on_progress=tell,
             system_id=self._system_id,
             on_connected=self._metrics.publish_connected,
         )

@@ -1,19 +1,16 @@
 """The client proxy: the actor behind which clients do their learning.
 
-torch is loaded by the actor itself, not by whoever starts it or looks for it.
+What it hosts, and torch, is loaded by the actor itself, not by whoever starts it or looks for it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fedvit.config import settings_from_json
+from fedvit.ports import ClientHostPort
 from fedvit.types import PartialUpdate, TrainTask, Weights
-
-if TYPE_CHECKING:
-    from fedvit.training.host import VirtualClientHost
 
 
 class ClientProxy:
@@ -21,7 +18,7 @@ class ClientProxy:
 
     def __init__(self, settings_json: str) -> None:
         self._settings = settings_from_json(settings_json)
-        self._host: VirtualClientHost | None = None
+        self._host: ClientHostPort | None = None
 
     def prepare(self) -> int:
         """Build the model and open the data; return the process id.
@@ -39,13 +36,10 @@ class ClientProxy:
         """Train these clients; one message back. Repeating the call repeats the very same update."""
         return self._warm_host().train(task, weights, client_ids)
 
-    def _warm_host(self) -> VirtualClientHost:
+    def _warm_host(self) -> ClientHostPort:
         # Asked at each call: a restarted actor has not been prepared again.
         if self._host is None:
-            import torch
+            from fedvit.training.workload import client_host
 
-            from fedvit.training.host import VirtualClientHost
-
-            torch.set_num_threads(self._settings.ray.threads_per_proxy)
-            self._host = VirtualClientHost(self._settings)
+            self._host = client_host(self._settings)
         return self._host

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from actors.homes import Homes
 from fedvit.errors import FedvitError, PlacementError
 from fedvit.ports import Charge, LedgerEntry, ProxyReport
 from fedvit.types import (
@@ -95,9 +97,9 @@ class AccountantHandle:
         """
         return cls(_find(ACCOUNTANT, namespace))
 
-    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
+    def charge(self, charges: Sequence[Charge]) -> None:
         """Write the charges, all or none."""
-        return fetch(self._actor.charge.remote(list(charges)))  # type: ignore[no-any-return]
+        fetch(self._actor.charge.remote(list(charges)))
 
     def check(self, charges: Sequence[Charge]) -> None:
         """Whether the charges could be written now."""
@@ -189,6 +191,7 @@ class AggregatorHandle:
 class _Handed:
     """What a proxy was handed and has not answered."""
 
+    proxy: int
     task: TrainTask
     client_ids: tuple[str, ...]
 
@@ -200,13 +203,14 @@ class _Handed:
 class RayFleet:
     """Implements :class:`fedvit.ports.FleetPort` with client proxies: one message a proxy and round.
 
-    A client stays with the proxy that first trained it, where its features are warm. One thread may use it at a time.
+    A client goes to the proxy that trained it last, where its data is warm, unless another one has less to do. One
+    thread may use it at a time.
     """
 
     def __init__(self, proxies: Sequence[Any], *, timeout_s: float) -> None:
         self._proxies = list(proxies)
         self._timeout_s = timeout_s
-        self._home: dict[str, int] = {}
+        self._homes = Homes(len(self._proxies))
         self._handed: dict[Any, _Handed] = {}
 
     @classmethod
@@ -252,15 +256,17 @@ class RayFleet:
         asked = [proxy.ping.options(concurrency_group=PING, max_task_retries=0).remote() for proxy in self._proxies]
         answered, _ = ray.wait(asked, num_returns=len(asked), timeout=PING_TIMEOUT_S)
         alive = [reference in answered and _went_well(reference) for reference in asked]
-        # Copied at once: a round that is handed out meanwhile adds to it.
-        stranded = frozenset(client_id for client_id, index in self._home.copy().items() if not alive[index])
+        stranded = self._homes.at([index for index, good in enumerate(alive) if not good])
         return ProxyReport({proxy_name(index): good for index, good in enumerate(alive)}, stranded)
 
     def _hand_out(self, task: TrainTask, weights: Weights, cohort: Cohort) -> None:
         weights_ref = ray.put(dict(weights))
-        for index, client_ids in self._assign(cohort.client_ids).items():
+        load = Counter[int]()
+        for handed in self._handed.values():
+            load[handed.proxy] += len(handed.client_ids)
+        for index, client_ids in self._homes.assign(cohort.client_ids, load).items():
             reference = self._proxies[index].train.remote(task, weights_ref, client_ids)
-            self._handed[reference] = _Handed(task, tuple(client_ids))
+            self._handed[reference] = _Handed(index, task, tuple(client_ids))
 
     def _answer(self, reference: Any) -> PartialUpdate:
         handed = self._handed.pop(reference)
@@ -268,13 +274,6 @@ class RayFleet:
             return fetch(reference)  # type: ignore[no-any-return]
         except (RayError, FedvitError) as error:
             return handed.failed(str(error).strip().splitlines()[-1])
-
-    def _assign(self, client_ids: Sequence[str]) -> dict[int, list[str]]:
-        groups: dict[int, list[str]] = {}
-        for client_id in client_ids:
-            index = self._home.setdefault(client_id, len(self._home) % len(self._proxies))
-            groups.setdefault(index, []).append(client_id)
-        return groups
 
 
 def _went_well(reference: Any) -> bool:

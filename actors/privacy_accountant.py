@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 from fedvit.config import settings_from_json
@@ -17,14 +18,16 @@ class PrivacyAccountantActor:
 
     def __init__(self, settings_json: str) -> None:
         self._accountant = PrivacyAccountant(settings=settings_from_json(settings_json))
+        self._ahead = ThreadPoolExecutor(max_workers=1)
 
     def prepare(self) -> int:
         """Return the process id once the ledger is read."""
         return os.getpid()
 
-    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
-        """See :meth:`fedvit.privacy.PrivacyAccountant.charge`."""
-        return self._accountant.charge(charges)
+    def charge(self, charges: Sequence[Charge]) -> None:
+        """See :meth:`fedvit.privacy.PrivacyAccountant.write`; the budget is composed while clients train."""
+        self._accountant.write(charges)
+        self._ahead.submit(self._accountant.budget)
 
     def check(self, charges: Sequence[Charge]) -> None:
         """See :meth:`fedvit.privacy.PrivacyAccountant.check`."""

@@ -150,10 +150,12 @@ class TrainingConfig(_Section):
     """Rounds and the local step.
 
     ``aggregation`` is the name of a rule, one of ours or one that another package offers; its own settings are
-    ``aggregation_options``. See docs/adding-a-rule.md.
+    ``aggregation_options``. See docs/adding-a-rule.md. A version that is not evaluated has no loss and no accuracy;
+    one that may be released always is.
     """
 
     rounds: PositiveInt = 30
+    evaluate_every_rounds: PositiveInt = 1
     local_steps: PositiveInt = 1
     learning_rate: PositiveFloat = 2.0
     server_learning_rate: PositiveFloat = 1.0
@@ -164,6 +166,17 @@ class TrainingConfig(_Section):
     physical_batch_size: PositiveInt = 32
     round_timeout_s: PositiveFloat = 600.0
     cohort: CohortConfig = CohortConfig()
+
+
+class WorkloadConfig(_Section):
+    """A model and clients of your own in the place of a Vision Transformer on images.
+
+    ``clients`` names a :class:`fedvit.training.workload.VirtualClients` as ``package.module:Class``, which every proxy
+    imports: name only what you would run. ``options`` are for that class.
+    """
+
+    clients: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class AdaptiveClipConfig(_Section):
@@ -347,6 +360,7 @@ class Settings(_Section):
     home: Path = Path("var")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    workload: WorkloadConfig = WorkloadConfig()
     training: TrainingConfig = TrainingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     release: ReleaseConfig = ReleaseConfig()
@@ -383,11 +397,11 @@ class Settings(_Section):
         """
         found = self.model_dump(
             mode="json",
-            include={"model", "training", "privacy"},
+            include={"model", "training", "privacy", *(("workload",) if self.workload.clients else ())},
             # Who has to approve what, and when somebody is kept out, change nothing in a run.
             exclude={
                 "privacy": {"second_approver"},
-                "training": {"door": {"quarantine_after"}},
+                "training": {"door": {"quarantine_after"}, "evaluate_every_rounds": True},
             },
         )
         _drop_defaults(found["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")

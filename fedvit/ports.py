@@ -60,7 +60,7 @@ class LedgerEntry:
 class AccountantPort(Protocol):
     """The privacy accountant: one writer of one ledger."""
 
-    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
+    def charge(self, charges: Sequence[Charge]) -> BudgetReport | None:
         """Write the charges, all or none, before anything is released; those already written are skipped.
 
         Raises:
@@ -164,8 +164,25 @@ class Trial:
     p95_ms: float
 
 
+class ClientHostPort(Protocol):
+    """What a client proxy hosts: the virtual clients that live behind it."""
+
+    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
+        """Train these clients from ``weights``; one message. Repeating the call repeats the very same message.
+
+        A client that fails is an outcome with an error, not an exception.
+
+        Raises:
+            IntegrityError: these are not the weights that the task was made for.
+        """
+        ...
+
+
 class ServerModelPort(Protocol):
     """The global model, on the server's side: where it starts, how good it is, how it is exported."""
+
+    exports: bool
+    """Whether :meth:`export` makes something that replicas and vehicles can run; without it nothing is released."""
 
     def initial_weights(self) -> Weights:
         """The trainable weights that a run starts from; equal settings give equal weights."""
@@ -175,8 +192,8 @@ class ServerModelPort(Protocol):
         """The weights that never travel."""
         ...
 
-    def evaluate(self, weights: Weights) -> Evaluation:
-        """The model with these weights on the held-out images."""
+    def evaluate(self, weights: Weights) -> Evaluation | None:
+        """The model with these weights on held-out data; None where there are none."""
         ...
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:
@@ -304,6 +321,10 @@ class BlobStorePort(Protocol):
 
     def put(self, content: bytes) -> str:
         """Store ``content``; return its SHA-256, hex. Idempotent."""
+        ...
+
+    def put_pieces(self, pieces: Sequence[bytes | memoryview]) -> str:
+        """Store large pieces as one blob without joining them first."""
         ...
 
     def get(self, digest: str) -> bytes:

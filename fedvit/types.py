@@ -209,6 +209,10 @@ class Evaluation:
     """``confusion[i][j]``: images of class i that were called class j."""
     num_examples: int
 
+    def answers(self) -> list[int]:
+        """How many images were called each class."""
+        return [sum(column) for column in zip(*self.confusion, strict=True)]
+
 
 @dataclass(frozen=True, slots=True)
 class Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import logging
 import os
@@ -104,6 +105,8 @@ class RaySystem:
         from fedvit.store.store import Store
 
         settings = self._settings
+        if settings.workload.clients is not None:
+            return _checked_workload(settings)
         fleet = VirtualFleet.open(settings.data)
         manifest = build_manifest(fleet.source)
         known = trained = None
@@ -288,6 +291,22 @@ def follower_token(settings: Settings) -> Iterator[Path | None]:
         finally:
             path.unlink(missing_ok=True)
             store.revoke_token(made.token.token_id, utc_now())
+
+
+def _checked_workload(settings: Settings) -> Callable[[], None]:
+    """Make the workload once, so that a fault of it is named now; the answer registers its clients."""
+    from fedvit.store.store import Store
+    from fedvit.training.workload import client_host, own_clients
+
+    client_host(settings)
+    named = json.dumps(settings.workload.model_dump(mode="json"), sort_keys=True)
+
+    def write() -> None:
+        with Store.open(settings.home) as store:
+            store.bind_fleet(data_digest=hashlib.sha256(named.encode()).hexdigest(), partition={}, classes=())
+            store.register_clients(own_clients(settings).registered())
+
+    return write
 
 
 def _check_model(settings: Settings, num_classes: int) -> None:

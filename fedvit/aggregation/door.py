@@ -14,8 +14,12 @@ import numpy as np
 
 from fedvit.aggregation.rule import Rule
 from fedvit.config import Settings
+from fedvit.exact import peak_of
 from fedvit.privacy.mechanism import ROUNDING, l2_norm
 from fedvit.types import PartialUpdate, Weights
+
+_NO_OVERFLOW = 1e100
+"""Numbers below it have a finite norm, however many they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +54,24 @@ class Door:
             num_examples=num_examples,
         )
 
-    def fault_of(self, update: PartialUpdate) -> str | None:
-        """The first fault of an update that somebody contributed to, as the end of a sentence about it; or None."""
+    def fault_of(self, update: PartialUpdate, scale: float = 1.0, *, peak: float | None = None) -> str | None:
+        """The first fault of an update that somebody contributed to, as the end of a sentence about it; or None.
+
+        Args:
+            scale: what its arrays are still to be multiplied with.
+            peak: the largest magnitude in them, where that is known.
+        """
         contributors = [outcome for outcome in update.outcomes if outcome.error is None]
         if not contributors:
             return None
         if self.single and len(contributors) > 1:
             return f"it sums {len(contributors)} clients, and the rule takes single updates"
-        return self._fault_of_names(update) or self._fault_of_arrays(update) or self._fault_of_weight(update)
+        return (
+            self._fault_of_names(update)
+            or self._fault_of_arrays(update, peak)
+            or self._fault_of_weight(update)
+            or self._fault_of_norm(update, scale, peak)
+        )
 
     def _fault_of_names(self, update: PartialUpdate) -> str | None:
         if missing := sorted(self.shapes.keys() - update.weighted_sum.keys()):
@@ -66,13 +80,14 @@ class Door:
             return f"it holds {strange[0]!r}, which is no parameter of this model"
         return None
 
-    def _fault_of_arrays(self, update: PartialUpdate) -> str | None:
+    def _fault_of_arrays(self, update: PartialUpdate, peak: float | None) -> str | None:
+        finite = peak is not None and math.isfinite(peak)
         for name, array in sorted(update.weighted_sum.items()):
             if array.dtype not in (np.float32, np.float64):
                 return f"its parameter {name!r} is {array.dtype}"
             if array.shape != self.shapes[name]:
                 return f"its parameter {name!r} has the shape {list(array.shape)}, not {list(self.shapes[name])}"
-            if not np.isfinite(array).all():
+            if not finite and not math.isfinite(peak_of({name: array})):
                 return f"its parameter {name!r} holds a value that is not finite"
         return None
 
@@ -85,8 +100,14 @@ class Door:
             known = (self.num_examples or {}).get(outcome.client_id)
             if known is not None and outcome.num_examples > known:
                 return f"{outcome.client_id} claims {outcome.num_examples} examples, and is registered with {known}"
+        return None
+
+    def _fault_of_norm(self, update: PartialUpdate, scale: float, peak: float | None) -> str | None:
+        weight = update.total_weight
+        if self.max_update_norm is None and peak is not None and scale * peak < _NO_OVERFLOW:
+            return None
         with np.errstate(over="ignore"):
-            norm = l2_norm(update.weighted_sum)
+            norm = scale * l2_norm(update.weighted_sum)
         allowed = math.inf if self.max_update_norm is None else self.max_update_norm * weight
         # The norm of a finite update may overflow: not even no bound admits that.
         if math.isfinite(norm) and norm <= allowed * (1 + ROUNDING):

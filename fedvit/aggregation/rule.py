@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fedvit.config import TrainingConfig
 from fedvit.errors import UpdateRejectedError
+from fedvit.exact import ExactSums
 from fedvit.types import FloatArray, PartialUpdate, Weights
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -180,11 +181,10 @@ def mean(base: Weights, updates: Sequence[PartialUpdate]) -> dict[str, Array]:
     total = sum(update.total_weight for update in updates)
     if not total > 0:
         raise too_few("A round", 0, 1)
-    sums = {name: np.zeros(array.shape, dtype=np.float64) for name, array in base.items()}
+    sums = ExactSums({name: array.shape for name, array in base.items()})
     for update in updates:
-        for name, array in update.weighted_sum.items():
-            sums[name] += array
-    return {name: np.asarray(array / total) for name, array in sums.items()}
+        sums.add(update.weighted_sum)
+    return {name: np.divide(array, total, out=array) for name, array in sums.totals().items()}
 
 
 def singles(updates: Sequence[PartialUpdate]) -> list[dict[str, Array]]:
@@ -198,7 +198,12 @@ def singles(updates: Sequence[PartialUpdate]) -> list[dict[str, Array]]:
 
 def moved(base: Weights, delta: Mapping[str, Array], rate: float = 1.0) -> dict[str, FloatArray]:
     """``base + rate * delta``, float32."""
-    return {name: np.asarray(array + rate * delta[name], dtype=np.float32) for name, array in base.items()}
+    return {name: _moved(array, delta[name], rate) for name, array in base.items()}
+
+
+def _moved(array: FloatArray, delta: Array, rate: float) -> FloatArray:
+    found = delta if rate == 1.0 else rate * delta
+    return np.add(array, found, out=np.empty(array.shape, np.float32), dtype=np.float64, casting="same_kind")
 
 
 def too_few(who: str, found: int, needed: int) -> UpdateRejectedError:

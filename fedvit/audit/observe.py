@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedvit.exact import Sums
 from fedvit.privacy import mechanism
 from fedvit.privacy.randomness import SecretStream
 from fedvit.training import local
@@ -64,7 +65,7 @@ def released_rounds() -> Iterator[list[Release]]:
     seen: list[Release] = []
     noised_mean = mechanism.noised_mean
 
-    def watched(sums: mechanism.Sums, noise: Vector, *, divisor: float) -> mechanism.Sums:
+    def watched(sums: Sums, noise: Vector, *, divisor: float) -> Sums:
         seen.append(Release(flat_arrays(sums), noise.copy(), divisor))
         return noised_mean(sums, noise, divisor=divisor)
 

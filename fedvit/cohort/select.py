@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from fedvit.config import CohortConfig
 from fedvit.privacy.randomness import SecretStream
-from fedvit.types import Client, Cohort
+from fedvit.types import Cohort
+
+_LEAST_ASKED = 16
 
 
-def eligible(clients: Sequence[Client], config: CohortConfig) -> tuple[str, ...]:
-    """Ids of the clients that may be drawn, sorted.
+class Roll(Protocol):
+    """The registered clients, of whom there may be very many: each has a position, and few are ever looked at."""
 
-    They are active, have data, are not in quarantine, and are validated where the setting says so.
-    """
-    validated_only = config.client_selection == "validated_only"
-    return tuple(
-        sorted(
-            c.client_id
-            for c in clients
-            if c.active and c.num_examples and not c.quarantined and (c.validated or not validated_only)
-        )
-    )
+    def size(self) -> int:
+        """How many positions there are, from 0."""
+        ...
+
+    def admitted(self, positions: Sequence[int]) -> Mapping[int, str]:
+        """Of the clients at these positions, those that may be drawn now, by position."""
+        ...
+
+
+class ListedRoll:
+    """A few clients, all of whom may be drawn."""
+
+    def __init__(self, client_ids: Sequence[str]) -> None:
+        self._ids = sorted(client_ids)
+
+    def size(self) -> int:
+        """How many they are."""
+        return len(self._ids)
+
+    def admitted(self, positions: Sequence[int]) -> Mapping[int, str]:
+        """All of them."""
+        return {position: self._ids[position] for position in positions}
 
 
 def draw_cohort(
     config: CohortConfig,
-    client_ids: Sequence[str],
+    roll: Roll | Sequence[str],
     *,
     run_id: str,
     round_index: int,
@@ -37,6 +54,8 @@ def draw_cohort(
 ) -> Cohort:
     """The cohort of one round, by secret coins; equal arguments give an equal cohort, so that a retry draws the same.
 
+    Only clients that come into question are looked up on the roll; a sequence is a roll of ids.
+
     ``uniform`` draws ``size`` clients without replacement (all of them where there are fewer). Those in flight still
     work on an earlier round: they are not drawn, and each of them takes up one of the ``size`` places. ``poisson``
     tosses a coin for each client, whatever falls to the others; there nobody may be in flight.
@@ -44,16 +63,31 @@ def draw_cohort(
     Raises:
         ValueError: somebody is in flight, and the cohort is to be a Poisson sample.
     """
+    roll = ListedRoll(roll) if isinstance(roll, Sequence) else roll
+    stream = SecretStream(secret, "cohort", {"run_id": run_id, "round_index": round_index})
     if config.sampling_prob is not None:
         if in_flight:
             raise ValueError("a Poisson sample of whoever happens to be free is none")
-        stream = SecretStream(secret, "cohort", {"run_id": run_id, "round_index": round_index})
-        heads = stream.coins(len(client_ids), config.sampling_prob)
-        return Cohort(round_index, tuple(c for c, head in zip(sorted(client_ids), heads, strict=True) if head))
-    ids = sorted(client_id for client_id in client_ids if client_id not in in_flight)
-    places = len(ids) if config.selection == "all" or config.size is None else max(0, config.size - len(in_flight))
-    if places < len(ids):
-        stream = SecretStream(secret, "cohort", {"run_id": run_id, "round_index": round_index})
-        ranks = np.argsort(stream.uniform(len(ids)), kind="stable")
-        ids = sorted(ids[i] for i in ranks[:places])
-    return Cohort(round_index, tuple(ids))
+        # A coin for every position, whoever may be drawn: those heads that may are a Poisson sample of those who may.
+        heads = stream.coins(roll.size(), config.sampling_prob).nonzero()[0]
+        return Cohort(round_index, tuple(sorted(_admitted(roll, heads, len(heads), ()))))
+    if config.selection == "all" or config.size is None:
+        everybody = _admitted(roll, np.arange(roll.size()), roll.size(), in_flight)
+        return Cohort(round_index, tuple(sorted(everybody)))
+    places = max(0, config.size - len(in_flight))
+    drawn = _admitted(roll, stream.uniform(roll.size()).argsort(kind="stable"), places, in_flight)
+    return Cohort(round_index, tuple(sorted(islice(drawn, places))))
+
+
+def _admitted(roll: Roll, order: npt.NDArray[np.int64], wanted: int, in_flight: Collection[str]) -> Iterator[str]:
+    """Those who may be drawn, in this order; looked up a few more at a time than are wanted still."""
+    start, found = 0, 0
+    while start < len(order) and found < wanted:
+        # Ever more at a time: where hardly anybody may be drawn, many have to be asked.
+        chunk = order[start : start + max(_LEAST_ASKED, start, wanted - found + (wanted - found) // 8)].tolist()
+        start += len(chunk)
+        admitted = roll.admitted(chunk)
+        for client_id in (admitted[position] for position in chunk if position in admitted):
+            if client_id not in in_flight:
+                found += 1
+                yield client_id

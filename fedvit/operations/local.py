@@ -155,8 +155,11 @@ class LocalAggregator:
 
     def _count_connected(self) -> None:
         timeout_s = self._settings.fleet.heartbeat_timeout_s
-        fleet = connectivity(self._store.sightings(), self.proxies_alive(), utc_now(), timeout_s)
-        self._on_connected(fleet.connected)
+        proxies = self.proxies_alive()
+        fleet = connectivity(self._store.sightings(hosted=False), proxies, utc_now(), timeout_s)
+        # Of virtual clients there may be a million: they are counted, not looked at.
+        hosted = self._store.count_hosted() - len(proxies.stranded) if any(proxies.alive.values()) else 0
+        self._on_connected(fleet.connected + hosted)
 
     def _export(self, version: ModelVersion) -> dict[Variant, ExportedModel]:
         weights = stored_weights(self._store, version.weights_digest)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from fedvit.errors import UpdateRejectedError
+from fedvit.exact import Arrays, ExactSums, Sums, squared_norm
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import PartialUpdate, Weights
 
-Arrays = Mapping[str, npt.NDArray[np.floating]]
-Sums = dict[str, npt.NDArray[np.float64]]
 Vector = npt.NDArray[np.float64]
 
 ROUNDING = 1e-6
@@ -27,13 +26,13 @@ ROUNDING = 1e-6
 
 def l2_norm(update: Arrays) -> float:
     """L2 norm over all arrays together, those without dimensions included; NaN and infinity stay what they are."""
-    return math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in update.values()))
+    return math.sqrt(sum(squared_norm(a) for a in update.values()))
 
 
-def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
-    """``update * min(1, l2_clip_norm / norm)``, float64, and whether it was within the bound as it came.
+def clip_factor(update: Arrays, l2_clip_norm: float) -> tuple[float, bool]:
+    """``min(1, l2_clip_norm / norm)``, and whether the update is within the bound as it came.
 
-    A zero update is within it and stays zero.
+    A zero update is within it.
 
     Raises:
         UpdateRejectedError: the update has no finite norm.
@@ -45,6 +44,16 @@ def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
         )
     within = norm <= l2_clip_norm
     scale = 1.0 if within else l2_clip_norm / norm
+    return scale, within
+
+
+def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
+    """The update times its :func:`clip_factor`, float64, and whether it was within the bound as it came.
+
+    Raises:
+        UpdateRejectedError: the update has no finite norm.
+    """
+    scale, within = clip_factor(update, l2_clip_norm)
     return {name: np.asarray(scale * array.astype(np.float64)) for name, array in update.items()}, within
 
 
@@ -69,13 +78,11 @@ def total(base: Weights, updates: Iterable[PartialUpdate], l2_clip_norm: float) 
 
     A sum that was admitted has one addend a client, each of norm ``l2_clip_norm`` at most, and so has what is scaled.
     """
-    sums: Sums = {name: np.zeros(array.shape, dtype=np.float64) for name, array in base.items()}
+    sums = ExactSums({name: array.shape for name, array in base.items()})
     for update in updates:
         clipped_to = l2_clip_norm if update.l2_clip_norm is None else update.l2_clip_norm
-        scale = min(1.0, l2_clip_norm / clipped_to)
-        for name, array in update.weighted_sum.items():
-            sums[name] += scale * array
-    return sums
+        sums.add(update.weighted_sum, min(1.0, l2_clip_norm / clipped_to))
+    return sums.totals()
 
 
 def digest(sums: Arrays) -> str:

@@ -17,7 +17,6 @@ from fedvit.privacy.events import (
     event_from_json,
     event_to_json,
 )
-from fedvit.types import Client
 
 
 def round_event(settings: Settings, noise_multiplier: float) -> Event:
@@ -89,13 +88,13 @@ def _rounds_of_one(settings: Settings) -> int:
     return rounds if cap is None else min(rounds, cap)
 
 
-def check_units(settings: Settings, clients: list[Client]) -> None:
+def check_units(settings: Settings, clients: int, num_examples: int) -> None:
     """Whether delta promises anything to each unit of this fleet: its records, or its clients.
 
     Raises:
         ConfigError: ``target_delta`` is larger than 1/n; n is named.
     """
-    units = sum(c.num_examples for c in clients) if settings.privacy.privacy_unit == "record" else len(clients)
+    units = num_examples if settings.privacy.privacy_unit == "record" else clients
     if units:
         check_delta(settings.privacy.target_delta, units)
 

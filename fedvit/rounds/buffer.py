@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 
 from fedvit.aggregation.staleness import DEFAULT, discounted
@@ -52,7 +53,7 @@ class Admission:
         return dict.fromkeys(contributors, summed) | dict.fromkeys(kept_out, "an incident keeps it in quarantine")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RoundBuffer:
     """The answers of one round, judged. ``refused`` says by client why its update does not count.
 
@@ -64,7 +65,7 @@ class RoundBuffer:
     refused: Mapping[str, str]
     turned_away: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def outcomes(self) -> tuple[ClientOutcome, ...]:
         """How every client fared, by id."""
         return tuple(sorted((o for a in self.answers for o in a.outcomes), key=lambda o: o.client_id))
@@ -117,4 +118,6 @@ def _without(answer: PartialUpdate, refusals: Mapping[str, str]) -> PartialUpdat
 
 
 def _with_staleness(answer: PartialUpdate, staleness: int) -> PartialUpdate:
+    if all(o.staleness == staleness for o in answer.outcomes):
+        return answer
     return replace(answer, outcomes=tuple(replace(o, staleness=staleness) for o in answer.outcomes))

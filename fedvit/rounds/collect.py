@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedvit.aggregation.door import Door
@@ -56,7 +57,8 @@ class Collector:
         # After a failed attempt at this very round some of the cohort may be at it still.
         fresh = replace(order.cohort, client_ids=tuple(c for c in order.cohort.client_ids if c not in in_flight))
         taking_part = len(fresh.client_ids) + len(in_flight)
-        keeper, answers = self._keeper(task, base), list(self._waiting)
+        answering = [*fresh.client_ids, *in_flight]
+        keeper, answers = self._keeper(task, base, answering), list(self._waiting)
         keeper.expect(answers)
         for message in self._fleet.train(task, handed, fresh, timeout_s=timeout_s):
             answers += keeper.admit(message) if message else []
@@ -69,8 +71,8 @@ class Collector:
         answers, self._waiting = self._split(answers, order, task, taking_part)
         return replace(self._judged(answers, order, task), turned_away=keeper.turned_away)
 
-    def _keeper(self, task: TrainTask, base: Weights) -> Doorkeeper:
-        sizes = {client.client_id: client.num_examples for client in self._store.clients()}
+    def _keeper(self, task: TrainTask, base: Weights, client_ids: Sequence[str]) -> Doorkeeper:
+        sizes = self._store.num_examples(client_ids)
         door = Door.of(self._settings, self._protection.rule, base, sizes)
         return Doorkeeper(door, self._store, task.run_id, task.round_index)
 

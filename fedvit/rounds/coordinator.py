@@ -7,11 +7,11 @@ are written are not written again, and clients repeat their release bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +19,6 @@ from fedvit.aggregation.registry import check_mode
 from fedvit.aggregation.rule import RoundFacts, State
 from fedvit.aggregation.staleness import staleness_weight
 from fedvit.aggregation.state import decode_state, encode_state
-from fedvit.cohort.select import draw_cohort, eligible
 from fedvit.config import CohortConfig, Settings
 from fedvit.errors import BudgetExhaustedError, ConflictError, FedvitError, LedgerFrozenError, ReleaseRefusedError
 from fedvit.ports import AccountantPort, FleetPort, ServerModelPort
@@ -33,6 +32,7 @@ from fedvit.rounds.collect import Collector
 from fedvit.rounds.doorkeeper import count_refusals
 from fedvit.rounds.machine import LoopState, Phase, Plan
 from fedvit.rounds.protection import POPULATION_SIZE, Folded, protection_for
+from fedvit.rounds.roll import StoreRoll
 from fedvit.rounds.steering import (
     RunOrder,
     aggregation_settings,
@@ -54,7 +54,7 @@ from fedvit.types import (
     TrainTask,
     Weights,
 )
-from fedvit.wire.tensors import encode_weights
+from fedvit.wire.tensors import encode_weights, encoded_pieces, weights_digest
 
 QUARANTINED = "quarantined"
 
@@ -99,6 +99,8 @@ class Coordinator:
         self._cohort_secret = derive_secret(load_or_create_root_secret(store.home), "cohort")
         self._on_progress = on_progress
         self._stop = threading.Event()
+        # Weights are written while they are evaluated.
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
         self._progress = self._resting_progress()
         self._run: Run | None = None
         self._weights: Weights = {}
@@ -132,19 +134,28 @@ class Coordinator:
             UpdateRejectedError: the version to start from was trained as another model.
         """
         config = self._cohort_config(order.client_selection or self._selection())
-        ids = everyone = eligible(self._store.clients(active=True), config)
+        count = self._count_eligible(config)
         needed = max(1, round_settings(self._store, self._settings).min_clients)
-        if len(ids) < needed:
+        if count < needed:
             raise ConflictError(
-                f"{len(ids)} clients may take part ({config.client_selection}); at least {needed} are needed.",
+                f"{count} clients may take part ({config.client_selection}); at least {needed} are needed.",
                 cure="Validate or register clients, or lower min_clients: POST /api/training/config.",
             )
         self._start_weights(order)
-        check_units(self._settings, self._store.clients(active=True))
+        check_units(self._settings, *self._store.count_units())
         check_mode(self._protection.rule, aggregation_settings(self._store).mode)
-        self._protection.run_facts(len(ids))
-        ids = self._with_budget(self._probe(), ids)
-        self._accountant.check(self._protection.charges(self._probe(), ids if len(ids) >= needed else everyone))
+        self._protection.run_facts(count)
+        self._accountant.check(self._protection.charges(self._probe(), self._some(config, needed)))
+
+    def _some(self, config: CohortConfig, needed: int) -> tuple[str, ...]:
+        """So many clients whose budget admits a round; where they are too few, some that show why."""
+        few = config.model_copy(update={"selection": "uniform", "size": needed, "sampling_prob": None})
+        roll = StoreRoll(self._store, self._protection, self._accountant, self._probe(), few)
+        found = roll.draw(self._cohort_secret).client_ids
+        return found if len(found) >= needed else roll.forgiving().draw(self._cohort_secret).client_ids
+
+    def _count_eligible(self, config: CohortConfig, at_most: int | None = None) -> int:
+        return self._store.count_eligible(validated_only=config.client_selection == "validated_only", at_most=at_most)
 
     def _probe(self) -> TrainTask:
         """A round of a run that does not exist yet; its charges are never written."""
@@ -228,28 +239,17 @@ class Coordinator:
         in_flight, kept_out = self._collector.in_flight(), set(self._store.quarantined_clients())
         min_clients = round_settings(self._store, self._settings).min_clients
         min_clients = max(min_clients, self._protection.rule.least_updates)
+        roll = StoreRoll(self._store, self._protection, self._accountant, self._task(round_index), config)
         try:
-            ids = self._protection.may_be_drawn(run_id, round_index, eligible(self._store.clients(active=True), config))
+            drawn = roll.draw(self._cohort_secret, in_flight)
         except BudgetExhaustedError as error:
             return machine.ChargeRefused(str(error))
-        ids = self._with_budget(self._task(round_index), ids)
-        if self._protection.sampled and len(ids) < min_clients:
-            return machine.Failed(f"{len(ids)} clients may be drawn; at least {min_clients} are needed.")
-        drawn = draw_cohort(
-            config, ids, run_id=run_id, round_index=round_index, secret=self._cohort_secret, in_flight=in_flight
-        )
+        if self._protection.sampled and (count := self._count_eligible(config, min_clients)) < min_clients:
+            return machine.Failed(f"{count} clients may be drawn; at least {min_clients} are needed.")
         record = self._store.open_round(run_id, round_index, drawn)
         # A retry gets the recorded cohort, but an incident since then keeps its clients out.
         cohort = Cohort(round_index, tuple(c for c in record.cohort if c not in kept_out))
         return machine.CohortDrawn(cohort, min_clients, len(in_flight.difference(cohort.client_ids)))
-
-    def _with_budget(self, task: TrainTask, client_ids: Sequence[str]) -> tuple[str, ...]:
-        """Those whose own budget admits the round; all of them where nobody's does, so that the charge says why."""
-        if self._protection.sampled:
-            # One charge stands for everybody.
-            return tuple(client_ids)
-        within = self._accountant.within_budget(self._protection.charges(task, client_ids))
-        return tuple(c for c in client_ids if c in within) or tuple(client_ids)
 
     def _selection(self) -> str | None:
         order = run_order(self._store)
@@ -311,9 +311,10 @@ class Coordinator:
             raise machine.ImpossibleEventError("a round is committed that was not trained")
         record = self._store.round(self._current.run_id, round_index)
         weights = work.folded.weights
-        evaluation = self._model.evaluate(weights)
+        storing = self._disk.submit(self._store.blobs.put_pieces, encoded_pieces(weights))
+        evaluation = self._evaluated(round_index, weights)
         budget = self._accountant.budget()
-        digest = self._store.blobs.put(encode_weights(weights))
+        digest = storing.result()
         remembered = self._remembered(work.folded.state)
         version = self._store.commit_round(
             self._current.run_id,
@@ -323,9 +324,9 @@ class Coordinator:
                 frozen_digest=self._frozen_digest,
                 # What the weights really cost their data, however often the budget was renewed.
                 epsilon=budget.lifetime_epsilon,
-                loss=evaluation.loss,
-                accuracy=evaluation.accuracy,
-                metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy},
+                loss=evaluation.loss if evaluation else None,
+                accuracy=evaluation.accuracy if evaluation else None,
+                metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy} if evaluation else {},
                 lineage={**self._lineage(round_index, work.buffer, evaluation), **work.folded.facts, **remembered},
                 outcomes=work.buffer.outcomes + self._left_out(record, work.buffer.outcomes),
                 duration_s=time.monotonic() - work.started_s,
@@ -336,17 +337,23 @@ class Coordinator:
         self._progress = replace(
             self._progress,
             rounds_done=round_index,
-            loss=evaluation.loss,
-            accuracy=evaluation.accuracy,
+            loss=evaluation.loss if evaluation else self._progress.loss,
+            accuracy=evaluation.accuracy if evaluation else self._progress.accuracy,
             epsilon=budget.epsilon_spent,
             version=version.version,
         )
         return machine.Committed(version.version)
 
+    def _evaluated(self, round_index: int, weights: Weights) -> Evaluation | None:
+        """How good the weights are, in the rounds in which that is asked; what may be released is always judged."""
+        every, released = self._settings.training.evaluate_every_rounds, self._settings.release.every_rounds
+        due = round_index % every == 0 or round_index % released == 0 or round_index >= self._current.rounds_total
+        return self._model.evaluate(weights) if due or self._stop.is_set() else None
+
     def _remembered(self, state: State) -> dict[str, object]:
         return {RULE_STATE: self._store.blobs.put(encode_state(state))} if state else {}
 
-    def _lineage(self, round_index: int, buffer: RoundBuffer, evaluation: Evaluation) -> dict[str, object]:
+    def _lineage(self, round_index: int, buffer: RoundBuffer, evaluation: Evaluation | None) -> dict[str, object]:
         return {
             "run_id": self._current.run_id,
             "round_index": round_index,
@@ -356,10 +363,13 @@ class Coordinator:
             "config_digest": self._current.config_digest,
             **buffer.lineage(),
             # What the mix of answers in service is held against later; see fedvit.monitoring.drift.
-            "held_out_answers": [sum(column) for column in zip(*evaluation.confusion, strict=True)],
+            **({"held_out_answers": evaluation.answers()} if evaluation else {}),
         }
 
     def _release(self, version: str) -> machine.Event:
+        if not self._model.exports:
+            self._store.refuse_release(version, "Its model has no export.")
+            return machine.ReleaseRefused()
         exports = {variant: self._model.export(self._weights, variant) for variant in self.publisher.variants()}
         record = self._store.version(version)
         try:
@@ -382,12 +392,11 @@ class Coordinator:
         order = run_order(self._store)
         identity, digest = run_identity(self._settings, order)
         latest = self._store.latest_run()
-        check_units(self._settings, self._store.clients(active=True))
+        check_units(self._settings, *self._store.count_units())
         check_mode(self._protection.rule, aggregation_settings(self._store).mode)
         if latest is not None and latest.config_digest == digest:
             return latest
-        ids = eligible(self._store.clients(active=True), self._cohort_config(self._selection()))
-        facts = self._protection.run_facts(len(ids))
+        facts = self._protection.run_facts(self._count_eligible(self._cohort_config(self._selection())))
         if latest is not None and latest.status.resumable:
             ordered = order is not None and latest.config.get("order") != identity.get("order")
             reason = order.reason if order and ordered else "The training settings changed."
@@ -425,7 +434,7 @@ class Coordinator:
         beside = self._protection.rule.handed(weights, state)
         self._weights, self._base_digest, self._rule_state = weights, digest, state
         self._handed = {**weights, **beside}
-        self._handed_digest = hashlib.sha256(encode_weights(self._handed)).hexdigest() if beside else digest
+        self._handed_digest = weights_digest(self._handed) if beside else digest
 
     def _start_weights(self, order: RunOrder | None) -> Weights:
         """Raises UpdateRejectedError when the version to start from was trained as another model."""

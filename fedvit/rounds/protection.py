@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import MeanRule, RoundFacts, Rule, State
 from fedvit.config import Settings
-from fedvit.errors import BudgetExhaustedError, ConfigError
+from fedvit.errors import ConfigError
 from fedvit.ports import POPULATION, Charge
 from fedvit.privacy import mechanism
 from fedvit.privacy.correlated import BandedNoise, Vector
@@ -45,6 +45,14 @@ class Folded:
     state: State = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Who of some clients rested long enough to be drawn, and how many of them have a participation left at all."""
+
+    rested: frozenset[str]
+    not_worn_out: int
+
+
 class Protection(Protocol):
     """What a privacy unit asks of a round."""
 
@@ -57,12 +65,8 @@ class Protection(Protocol):
         """What a run that so many clients may take part in is recorded with."""
         ...
 
-    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> tuple[str, ...]:
-        """Those of the clients that the round may draw.
-
-        Raises:
-            BudgetExhaustedError: none of them may take part in this run any more.
-        """
+    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> Rest:
+        """Those of the clients that the round may draw."""
         ...
 
     def l2_clip_norm(self, run_id: str, round_index: int) -> float:
@@ -123,7 +127,7 @@ class RecordLevel:
             )
         return {POPULATION_SIZE: eligible}
 
-    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> tuple[str, ...]:
+    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> Rest:
         """Those that have a participation left, and took part long enough ago."""
         return _rested(self._settings, self._store, run_id, round_index, client_ids)
 
@@ -133,7 +137,7 @@ class RecordLevel:
 
     def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
         """One a client."""
-        sizes = {c.client_id: c.num_examples for c in self._store.clients()}
+        sizes = self._store.num_examples(client_ids)
         event = round_event(self._settings, task.noise_multiplier)
         return [_charge(event, task, c, release_id(task, c, sizes[c])) for c in client_ids]
 
@@ -190,7 +194,7 @@ class ClientLevel:
             )
         return {EXPECTED_COHORT: float(size)}
 
-    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> tuple[str, ...]:
+    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> Rest:
         """Those that have a participation left, and took part long enough ago."""
         return _rested(self._settings, self._store, run_id, round_index, client_ids)
 
@@ -279,20 +283,13 @@ def _charge(event: Event, task: TrainTask, unit_id: str, release: str) -> Charge
     )
 
 
-def _rested(
-    settings: Settings, store: Store, run_id: str, round_index: int, client_ids: Sequence[str]
-) -> tuple[str, ...]:
+def _rested(settings: Settings, store: Store, run_id: str, round_index: int, client_ids: Sequence[str]) -> Rest:
     cohort = settings.training.cohort
     if cohort.max_participations is None and cohort.min_separation == 1:
-        return tuple(client_ids)
-    engaged = store.engagements(run_id, before=round_index)
+        return Rest(frozenset(client_ids), len(client_ids))
+    engaged = store.engagements(run_id, round_index, client_ids)
     times = {client_id: engaged.get(client_id, (0, 0)) for client_id in client_ids}
     most = cohort.max_participations or round_index
     left = [client_id for client_id in client_ids if times[client_id][0] < most]
-    if client_ids and not left:
-        raise BudgetExhaustedError(
-            f"Each of {len(client_ids)} clients has taken part in {most} rounds of {run_id}; the cap is {most}.",
-            cure="Training rests; another run, with its own charges, may use them again.",
-        )
     apart = cohort.min_separation
-    return tuple(c for c in left if times[c][1] == 0 or round_index - times[c][1] >= apart)
+    return Rest(frozenset(c for c in left if times[c][1] == 0 or round_index - times[c][1] >= apart), len(left))

@@ -6,6 +6,9 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
 from fedvit.errors import IntegrityError, NotFoundError
@@ -32,6 +35,24 @@ class FileBlobStore:
         if not _holds(target, content):
             _make_folder(target.parent, self._root)
             _write_atomically(target, content)
+        return digest
+
+    def put_pieces(self, pieces: Sequence[bytes | memoryview]) -> str:
+        """Store large pieces as one blob without joining them first; hashed by one thread while another writes."""
+        draft_folder = self._root / "sha256"
+        _make_folder(draft_folder, self._root)
+        with ThreadPoolExecutor(max_workers=1) as other:
+            hashing = other.submit(_hash, pieces)
+            draft = _write_draft(draft_folder, pieces)
+            try:
+                digest = hashing.result()
+                target = self._locate(digest)
+                _make_folder(target.parent, self._root)
+                os.replace(draft, target)
+            except BaseException:
+                draft.unlink(missing_ok=True)
+                raise
+        fsync_folder(target.parent)
         return digest
 
     def get(self, digest: str) -> bytes:
@@ -95,18 +116,41 @@ def _make_folder(folder: Path, root: Path) -> None:
         fsync_folder(folder)
 
 
+def _hash(pieces: Sequence[bytes | memoryview]) -> str:
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
+
+
 def _write_atomically(target: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=target.parent)
+    draft = _write_draft(target.parent, [content])
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        os.replace(draft, target)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    fsync_folder(target.parent)
+
+
+def _write_draft(folder: Path, pieces: Sequence[bytes | memoryview]) -> Path:
+    """A file beside its later place, flushed to disk."""
+    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=folder)
+    try:
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            for piece in pieces:
+                _write_all(file, piece)
             os.fsync(file.fileno())
-        os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    fsync_folder(target.parent)
+    return Path(name)
+
+
+def _write_all(file: FileIO, piece: bytes | memoryview) -> None:
+    left = memoryview(piece)
+    while left:
+        left = left[file.write(left) :]
 
 
 def fsync_folder(folder: Path) -> None:

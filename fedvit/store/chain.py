@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
+from typing import cast as typed
 
-from sqlalchemy import Row, Select, insert, select
+from sqlalchemy import Row, Select, Table, insert, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import IntegrityError
@@ -56,7 +57,7 @@ class Chain:
         """
         head = self._checked_head(session)
         rows = self._chained(lines, head["sequence"], head["hash"], at)
-        session.execute(insert(self.table), rows)
+        session.connection().execute(insert(typed(Table, self.table.__table__)), rows)
         sequence: int = rows[-1]["sequence"]
         set_meta(session, self.head_key, {"sequence": sequence, "hash": rows[-1]["hash"]})
         return sequence

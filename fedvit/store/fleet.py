@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import islice
 from typing import Any, TypeVar
 from typing import cast as typed
 
-from sqlalchemy import Integer, Select, Table, bindparam, cast, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Integer, Select, Table, bindparam, cast, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from fedvit.errors import NotFoundError, StateError
@@ -20,6 +21,9 @@ FLEET_KEY = "fleet"
 _VALIDATION_KEY = "validation/"
 # Older SQLite builds admit 999 bound parameters a statement.
 _CHUNK = 500
+# Rows of a registration that are in memory at once.
+_BULK = 10_000
+_Item = TypeVar("_Item")
 _Query = TypeVar("_Query", bound=Select[Any])
 
 
@@ -62,17 +66,70 @@ def bind_fleet(session: Session, info: FleetInfo) -> None:
         )
 
 
-def register_clients(session: Session, clients: Sequence[Client]) -> int:
-    """Insert new clients and refresh known ones; what an operator decides (validated, active) stays as decided."""
-    wanted = {client.client_id: client for client in clients}
-    known = _known_ids(session, list(wanted))
-    new = [_to_columns(client) for client_id, client in wanted.items() if client_id not in known]
-    refreshed = [_refreshable(wanted[client_id]) for client_id in known]
-    if new:
-        session.execute(insert(ClientRow), new)
-    if refreshed:
-        session.execute(update(ClientRow), refreshed)
-    return len(new)
+def register_clients(session: Session, clients: Iterable[Client]) -> int:
+    """Insert new clients and refresh known ones; what an operator decides (validated, active) stays as decided.
+
+    A million of them are never in memory at once.
+    """
+    before = position = population(session)
+    remaining = iter(clients)
+    while wanted := {client.client_id: client for client in islice(remaining, _BULK)}:
+        known = _known_ids(session, list(wanted)) if position else set()
+        new = [_to_columns(client) for client_id, client in wanted.items() if client_id not in known]
+        refreshed = [_refreshable(wanted[client_id]) for client_id in known]
+        if new:
+            numbered = [columns | {"position": position + i} for i, columns in enumerate(new)]
+            session.connection().execute(insert(typed(Table, ClientRow.__table__)), numbered)
+            position += len(new)
+        if refreshed:
+            session.execute(update(ClientRow), refreshed)
+    return position - before
+
+
+def population(session: Session) -> int:
+    """How many clients are registered; each has a position below that."""
+    last = session.scalar(select(func.max(ClientRow.position)))
+    return 0 if last is None else last + 1
+
+
+def eligible_at(session: Session, positions: Sequence[int], validated_only: bool) -> dict[int, str]:
+    """Those of the clients at these positions that may be drawn, by position."""
+    columns = select(ClientRow.position, ClientRow.client_id)
+    found: dict[int, str] = {}
+    for chunk in _chunks(positions):
+        query = columns.where(ClientRow.position.in_(chunk), *_eligibility(validated_only))
+        # Not dict(rows): SQLAlchemy's rows are slow to be told apart from mappings.
+        found.update((position, client_id) for position, client_id in session.execute(query))
+    return found
+
+
+def count_eligible(session: Session, validated_only: bool, at_most: int | None) -> int:
+    """How many clients may be drawn; no more than ``at_most`` are counted."""
+    found = select(ClientRow.position).where(*_eligibility(validated_only)).limit(at_most).subquery()
+    return session.scalar(select(func.count()).select_from(found)) or 0
+
+
+def count_units(session: Session) -> tuple[int, int]:
+    """How many active clients there are, and how many examples they have."""
+    totals = select(func.count(), func.sum(ClientRow.num_examples)).where(ClientRow.active)
+    clients, examples = session.execute(totals).one()
+    return clients, examples or 0
+
+
+def num_examples(session: Session, client_ids: Sequence[str]) -> dict[str, int]:
+    """How many examples these clients are registered with; unknown ones are left out."""
+    columns = select(ClientRow.client_id, ClientRow.num_examples)
+    return {
+        client_id: count
+        for chunk in _chunks(client_ids)
+        for client_id, count in session.execute(columns.where(ClientRow.client_id.in_(chunk)))
+    }
+
+
+def _eligibility(validated_only: bool) -> list[ColumnElement[bool]]:
+    """Active, with data, not in quarantine, and validated where that is asked for."""
+    always = [ClientRow.active.is_(True), ClientRow.num_examples > 0, ClientRow.quarantined_at.is_(None)]
+    return [*always, ClientRow.validated.is_(True)] if validated_only else always
 
 
 def client(session: Session, client_id: str) -> Client:
@@ -119,11 +176,19 @@ def client_page(session: Session, offset: int, limit: int) -> ClientPage:
     )
 
 
-def sightings(session: Session) -> list[Sighting]:
-    """The whereabouts of all active clients, ordered by id."""
-    columns = select(ClientRow.client_id, ClientRow.kind, ClientRow.last_seen_at)
-    rows = session.execute(columns.where(ClientRow.active).order_by(ClientRow.client_id))
+def sightings(session: Session, hosted: bool) -> list[Sighting]:
+    """The whereabouts of all active clients, ordered by id; of virtual ones only where ``hosted`` are asked for."""
+    columns = select(ClientRow.client_id, ClientRow.kind, ClientRow.last_seen_at).where(ClientRow.active)
+    columns = columns if hosted else columns.where(ClientRow.kind != ClientKind.VIRTUAL.value)
+    rows = session.execute(columns.order_by(ClientRow.client_id))
     return [Sighting(client_id, ClientKind(kind), at) for client_id, kind, at in rows]
+
+
+def count_hosted(session: Session) -> int:
+    """How many active clients are virtual."""
+    total = population(session)
+    others = select(func.count()).select_from(ClientRow)
+    return total - (session.scalar(others.where(~ClientRow.active | (ClientRow.kind != ClientKind.VIRTUAL.value))) or 0)
 
 
 def validate_client(session: Session, client_id: str, verdict: Validation) -> Client:
@@ -191,7 +256,7 @@ def _known_ids(session: Session, client_ids: Sequence[str]) -> set[str]:
     }
 
 
-def _chunks(items: Sequence[str]) -> Iterator[Sequence[str]]:
+def _chunks(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
     return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from typing import cast as typed
 
-from sqlalchemy import ColumnElement, func, insert, select
+from sqlalchemy import ColumnElement, Table, func, insert, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, NotFoundError
@@ -16,6 +17,8 @@ from fedvit.store.tables import ChargeRow, ClientRoundRow, RoundRow, RunRow, Ver
 from fedvit.store.versions import insert_version
 from fedvit.types import ClientOutcome, Cohort, ModelVersion, Participation, RoundRecord, Run, RunStatus, utc_now
 
+# Older SQLite builds admit 999 bound parameters a statement.
+_CHUNK = 500
 _RESUMABLE = [status.value for status in RunStatus if status.resumable]
 
 
@@ -171,18 +174,27 @@ def participation(session: Session) -> dict[str, Participation]:
     return {client_id: Participation(rounds, failures) for client_id, rounds, failures in rows}
 
 
-def engagements(session: Session, run_id: str, before: int) -> dict[str, tuple[int, int]]:
+def engagements(
+    session: Session, run_id: str, before: int, client_ids: Sequence[str] | None
+) -> dict[str, tuple[int, int]]:
     """By client, in how many rounds of a run it was charged, and the last round that it was charged or folded in.
 
     Rounds from ``before`` on do not count. One that was charged does, whatever became of it; a late update counts in
     the round that took it.
     """
+    if client_ids is not None and len(client_ids) > _CHUNK:
+        chunks = (client_ids[start : start + _CHUNK] for start in range(0, len(client_ids), _CHUNK))
+        return {c: found for chunk in chunks for c, found in engagements(session, run_id, before, chunk).items()}
     charged = select(ChargeRow.unit_id, func.count(ChargeRow.round_index.distinct()), func.max(ChargeRow.round_index))
+    folded = select(ClientRoundRow.client_id, func.max(ClientRoundRow.round_index))
+    if client_ids is not None:
+        charged = charged.where(ChargeRow.unit_id.in_(client_ids))
+        folded = folded.where(ClientRoundRow.client_id.in_(client_ids))
     earlier = (ChargeRow.run_id == run_id, ChargeRow.round_index < before)
     engaged = {
         c: (count, last) for c, count, last in session.execute(charged.where(*earlier).group_by(ChargeRow.unit_id))
     }
-    folded = select(ClientRoundRow.client_id, func.max(ClientRoundRow.round_index)).where(
+    folded = folded.where(
         ClientRoundRow.run_id == run_id, ClientRoundRow.round_index < before, ClientRoundRow.error.is_(None)
     )
     for client_id, last in session.execute(folded.group_by(ClientRoundRow.client_id)):
@@ -251,7 +263,8 @@ def _insert_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientO
         for outcome in outcomes
     ]
     if facts:
-        session.execute(insert(ClientRoundRow), facts)
+        # The table, not the mapped class: objects for so many rows would take longer than the rows.
+        session.connection().execute(insert(typed(Table, ClientRoundRow.__table__)), facts)
 
 
 def _select_rounds(session: Session, *conditions: ColumnElement[bool]) -> list[RoundRecord]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -142,13 +142,41 @@ class Store:
         with self._database.read() as session:
             return _fleet.fleet(session)
 
-    def register_clients(self, clients: Sequence[Client]) -> int:
+    def register_clients(self, clients: Iterable[Client]) -> int:
         """Insert new clients, refresh kind, records and capabilities of known ones; return how many are new.
 
         ``validated``, ``active`` and ``registered_at`` of a known client stay: an operator decides them.
         """
         with self._database.write() as session:
             return _fleet.register_clients(session, clients)
+
+    def population(self) -> int:
+        """How many clients are registered; each keeps a position below that, from 0."""
+        with self._database.read() as session:
+            return _fleet.population(session)
+
+    def eligible_at(self, positions: Sequence[int], *, validated_only: bool = False) -> dict[int, str]:
+        """Those of the clients at these positions that may be drawn, by position.
+
+        They are active, have data, are not in quarantine, and are validated where that is asked for.
+        """
+        with self._database.read() as session:
+            return _fleet.eligible_at(session, positions, validated_only)
+
+    def count_eligible(self, *, validated_only: bool = False, at_most: int | None = None) -> int:
+        """How many clients may be drawn; no more than ``at_most`` are counted."""
+        with self._database.read() as session:
+            return _fleet.count_eligible(session, validated_only, at_most)
+
+    def count_units(self) -> tuple[int, int]:
+        """How many active clients there are, and how many examples they have together."""
+        with self._database.read() as session:
+            return _fleet.count_units(session)
+
+    def num_examples(self, client_ids: Sequence[str]) -> dict[str, int]:
+        """How many examples these clients are registered with; unknown ones are left out."""
+        with self._database.read() as session:
+            return _fleet.num_examples(session, client_ids)
 
     def client(self, client_id: str) -> Client:
         """One client.
@@ -190,10 +218,15 @@ class Store:
         with self._database.read() as session:
             return _fleet.client_page(session, offset, limit)
 
-    def sightings(self) -> list[Sighting]:
-        """The whereabouts of all active clients, ordered by id."""
+    def sightings(self, *, hosted: bool = True) -> list[Sighting]:
+        """The whereabouts of all active clients, ordered by id; of virtual ones only where ``hosted`` are asked for."""
         with self._database.read() as session:
-            return _fleet.sightings(session)
+            return _fleet.sightings(session, hosted)
+
+    def count_hosted(self) -> int:
+        """How many active clients are virtual."""
+        with self._database.read() as session:
+            return _fleet.count_hosted(session)
 
     def validate_client(self, client_id: str, verdict: Validation) -> Client:
         """Record whether an operator trusts a client's data, and why.
@@ -328,13 +361,15 @@ class Store:
         with self._database.read() as session:
             return _runs.round_record(session, run_id, round_index)
 
-    def engagements(self, run_id: str, before: int) -> dict[str, tuple[int, int]]:
+    def engagements(
+        self, run_id: str, before: int, client_ids: Sequence[str] | None = None
+    ) -> dict[str, tuple[int, int]]:
         """By client, in how many rounds of a run it was charged, and the last one that it was charged or folded in.
 
-        Rounds from ``before`` on do not count.
+        Rounds from ``before`` on do not count. Asked of all clients, or of these.
         """
         with self._database.read() as session:
-            return _runs.engagements(session, run_id, before)
+            return _runs.engagements(session, run_id, before, client_ids)
 
     def awaited(self, run_id: str, started: int, round_index: int) -> tuple[set[str], set[str]]:
         """Whose answers to round ``started`` the open round ``round_index`` may take, and who has given one already.

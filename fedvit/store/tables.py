@@ -72,8 +72,19 @@ class ClientRow(Base):
     """A vehicle or a depot."""
 
     __tablename__ = "clients"
+    # The exceptions of a large fleet are found without reading it.
+    __table_args__ = (
+        Index(
+            "ix_clients_quarantined",
+            "client_id",
+            sqlite_where=text("quarantined_at IS NOT NULL"),
+            postgresql_where=text("quarantined_at IS NOT NULL"),
+        ),
+    )
 
     client_id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    # From 0, without gaps, and kept for ever: what cohorts are drawn by.
+    position: Mapped[int] = mapped_column(index=True, unique=True)
     kind: Mapped[str] = mapped_column(String(16))
     num_examples: Mapped[int]
     validated: Mapped[bool]
@@ -125,7 +136,10 @@ class ClientRoundRow(Base):
     """How one client fared in one committed round."""
 
     __tablename__ = "client_rounds"
-    __table_args__ = (ForeignKeyConstraint(["run_id", "round_index"], ["rounds.run_id", "rounds.round_index"]),)
+    __table_args__ = (
+        Index("ix_client_rounds_client", "client_id", "run_id", "round_index"),
+        ForeignKeyConstraint(["run_id", "round_index"], ["rounds.run_id", "rounds.round_index"]),
+    )
 
     run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     round_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -208,7 +222,10 @@ class ChargeRow(Base):
     """A line of the privacy ledger. Append-only, hash-chained, and no foreign key: it outlives everything it names."""
 
     __tablename__ = "privacy_ledger"
-    __table_args__ = (UniqueConstraint("run_id", "round_index", "unit_id", "release_id"),)
+    __table_args__ = (
+        UniqueConstraint("run_id", "round_index", "unit_id", "release_id"),
+        Index("ix_privacy_ledger_unit", "unit_id", "run_id", "round_index"),
+    )
 
     sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     at: Mapped[datetime] = mapped_column(index=True)

@@ -53,6 +53,8 @@ class PointModel:
         canary_disagrees: variants whose answers differ from everybody else's.
     """
 
+    exports = True
+
     def __init__(self, target: FloatArray) -> None:
         self._target = target
         self.latency_ms: dict[Variant, float] = {}

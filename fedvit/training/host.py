@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,14 +16,14 @@ from fedvit.aggregation.rule import HANDED, Drift, Rule
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.data.images import load_images
-from fedvit.errors import FedvitError, IntegrityError, UpdateRejectedError
-from fedvit.privacy.mechanism import Sums, clip_update
+from fedvit.errors import FedvitError, UpdateRejectedError
+from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.training.drift import LedLocalTrainer, LedPlainTrainer
 from fedvit.training.kept import KeptArrays
+from fedvit.training.summing import Summing, check_base
 from fedvit.types import ClientOutcome, FloatArray, PartialUpdate, TrainTask, Weights
 from fedvit.vit.models import build_model
-from fedvit.wire.tensors import encode_weights
 
 FEATURE_BATCH = 128
 
@@ -73,7 +73,7 @@ class VirtualClientHost:
         Raises:
             IntegrityError: these are not the weights that the task, and so the noise, was made for.
         """
-        _check_base(task, weights)
+        check_base(task, weights)
         base = {name: array for name, array in weights.items() if not name.startswith(HANDED)}
         handed = {name: array for name, array in weights.items() if name.startswith(HANDED)}
         door = Door.of(self._settings, self._rule, base)
@@ -81,7 +81,10 @@ class VirtualClientHost:
         if self._rule.needs == "single_updates":
             parts = tuple(answers)
             return PartialUpdate(task.round_index, tuple(o for p in parts for o in p.outcomes), {}, 0.0, parts=parts)
-        return _summed(task, base, answers)
+        summing = Summing(task, door.shapes)
+        for answer in answers:
+            summing.add(answer)
+        return summing.message()
 
     def _answer(self, task: TrainTask, base: Weights, handed: Weights, door: Door, client_id: str) -> PartialUpdate:
         try:
@@ -154,32 +157,8 @@ def _own_update(
     return PartialUpdate(task.round_index, outcomes, addend, weight)
 
 
-def _summed(task: TrainTask, base: Weights, answers: Iterable[PartialUpdate]) -> PartialUpdate:
-    """One message of what the clients answer, added up in their order as they come: none of them is kept."""
-    sums: Sums = {name: np.zeros(array.shape, np.float64) for name, array in base.items()}
-    outcomes = list[ClientOutcome]()
-    total, within_clip = 0.0, 0
-    for answer in answers:
-        for name, array in answer.weighted_sum.items():
-            sums[name] += array
-        total += answer.total_weight
-        within_clip += answer.within_clip
-        outcomes += answer.outcomes
-    return PartialUpdate(task.round_index, tuple(outcomes), sums, total, within_clip)
-
-
 def _failed(task: TrainTask, outcome: ClientOutcome) -> PartialUpdate:
     return PartialUpdate(task.round_index, (outcome,), {}, 0.0)
-
-
-def _check_base(task: TrainTask, weights: Weights) -> None:
-    """One release id, one base: two bases under the same noise would lay their gradients' difference bare."""
-    found = hashlib.sha256(encode_weights(weights)).hexdigest()
-    if found != task.base_digest:
-        raise IntegrityError(
-            f"Round {task.round_index} starts from weights {task.base_digest[:12]}, but {found[:12]} arrived.",
-            cure="Nothing was trained; the round is repeated.",
-        )
 
 
 def _reason(error: Exception) -> str:

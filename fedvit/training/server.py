@@ -28,6 +28,8 @@ class ServerModel:
     that puts weights into the one model has it to itself.
     """
 
+    exports = True
+
     def __init__(self, settings: Settings) -> None:
         self._lock = threading.RLock()
         self._image_size = settings.data.image_size

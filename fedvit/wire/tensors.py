@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Set
 
 import numpy as np
@@ -10,6 +12,8 @@ from safetensors.numpy import load, save
 
 from fedvit.errors import UpdateRejectedError
 from fedvit.types import FloatArray, Weights
+
+_LENGTH_BYTES = _ALIGNMENT = 8
 
 
 def encode_weights(weights: Weights) -> bytes:
@@ -23,6 +27,41 @@ def encode_weights(weights: Weights) -> bytes:
             raise ValueError(f"parameter {name!r} is {array.dtype}, not float32")
     # ascontiguousarray would turn a 0-d parameter into a 1-d one.
     return save({name: np.asarray(weights[name], order="C") for name in sorted(weights)})
+
+
+def weights_digest(weights: Weights) -> str:
+    """SHA-256, hex, of :func:`encode_weights`, without writing the bytes down.
+
+    Raises:
+        ValueError: an array is not float32.
+    """
+    found = hashlib.sha256()
+    for piece in encoded_pieces(weights):
+        found.update(piece)
+    return found.hexdigest()
+
+
+def encoded_pieces(weights: Weights) -> list[bytes | memoryview]:
+    """:func:`encode_weights` piece by piece, without a copy of the numbers.
+
+    Raises:
+        ValueError: an array is not float32.
+    """
+    named = {name: np.asarray(weights[name], order="C") for name in sorted(weights)}
+    return [_prefix(named), *(array.reshape(-1).view(np.uint8).data for array in named.values())]
+
+
+def _prefix(named: Mapping[str, FloatArray]) -> bytes:
+    """What safetensors writes before the numbers: the length of a JSON header, and the header."""
+    header, end = dict[str, object](), 0
+    for name, array in named.items():
+        if array.dtype != np.float32:
+            raise ValueError(f"parameter {name!r} is {array.dtype}, not float32")
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def decode_weights(

@@ -93,8 +93,8 @@ MUTANTS = (
         SAMPLING,
         (
             (
-                "stream.coins(len(client_ids), config.sampling_prob)",
-                "stream.uniform(len(client_ids)).argsort() < round(config.sampling_prob * len(client_ids))",
+                "stream.coins(roll.size(), config.sampling_prob)",
+                "(stream.uniform(roll.size()).argsort() < round(config.sampling_prob * roll.size()))",
             ),
         ),
     ),

@@ -2,29 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import pytest
 
-from fedvit.cohort.select import draw_cohort, eligible
+from fedvit.cohort.select import ListedRoll, draw_cohort
 from fedvit.config import CohortConfig
+from fedvit.store.store import Store
 from fedvit.types import Client, ClientKind, Cohort, utc_now
 
 SECRET = bytes(32)
 
 
+def test_only_active_clients_with_data_are_eligible(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        store.register_clients(
+            [client("c"), client("b", active=False), client("a"), client("d", num_examples=0), client("e")]
+        )
+        store.quarantine_clients(["e"], "an incident", utc_now())
+        assert (store.population(), store.count_eligible(), store.count_eligible(at_most=1)) == (5, 2, 1)
+        assert store.eligible_at(range(5)) == {0: "c", 2: "a"}
+        assert store.eligible_at([1, 2, 99]) == {2: "a"}
+
+
+def test_validated_only_leaves_the_others_out(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        store.register_clients([client("a"), client("b", validated=False)])
+        assert store.eligible_at(range(2), validated_only=True) == {0: "a"}
+        assert store.eligible_at(range(2)) == {0: "a", 1: "b"}
+        assert (store.count_eligible(validated_only=True), store.count_units()) == (1, (2, 20))
+
+
+class CountingRoll(ListedRoll):
+    """Remembers how many clients were looked up."""
+
+    asked = 0
+
+    def admitted(self, positions: Sequence[int]) -> Mapping[int, str]:
+        """A third of them may be drawn."""
+        self.asked += len(positions)
+        return {at: name for at, name in super().admitted(positions).items() if int(name[1:]) % 3 == 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "most", "drawn"),
+    [
+        (CohortConfig(selection="uniform", size=20), 90, 20),
+        (CohortConfig(selection="poisson", sampling_prob=0.01), 180, None),
+    ],
+)
+def test_of_very_many_clients_few_are_looked_up(config: CohortConfig, most: int, drawn: int | None) -> None:
+    roll = CountingRoll([f"v{i:05d}" for i in range(10_000)])
+    cohort = draw_cohort(config, roll, run_id="r", round_index=1, secret=SECRET)
+    assert 0 < roll.asked < most
+    assert all(int(name[1:]) % 3 == 0 for name in cohort.client_ids)
+    assert drawn is None or len(cohort.client_ids) == drawn
+
+
+def test_where_hardly_anybody_may_be_drawn_all_are_asked() -> None:
+    roll = CountingRoll([f"v{i:05d}" for i in range(90)])
+    config = CohortConfig(selection="uniform", size=40)
+    cohort = draw_cohort(config, roll, run_id="r", round_index=1, secret=SECRET)
+    assert (len(cohort.client_ids), roll.asked) == (30, 90)
+
+
 def client(name: str, **changes: object) -> Client:
     return Client(name, ClientKind.VIRTUAL, **{"num_examples": 10, **changes})  # type: ignore[arg-type]
-
-
-def test_only_active_clients_with_data_are_eligible() -> None:
-    kept_out = client("e", quarantined_at=utc_now())
-    clients = [client("c"), client("b", active=False), client("a"), client("d", num_examples=0), kept_out]
-    assert eligible(clients, CohortConfig()) == ("a", "c")
-
-
-def test_validated_only_leaves_the_others_out() -> None:
-    clients = [client("a"), client("b", validated=False)]
-    assert eligible(clients, CohortConfig(client_selection="validated_only")) == ("a",)
-    assert eligible(clients, CohortConfig()) == ("a", "b")
 
 
 def test_a_draw_is_repeatable_and_changes_with_round_and_secret() -> None:

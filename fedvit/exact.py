@@ -1,0 +1,139 @@
+"""Sums of arrays whose bits depend neither on the order of the addends nor on how they were grouped into partial sums.
+
+Pre-rounding (Demmel and Nguyen 2015, IEEE Trans. Computers 64(7)): every addend is rounded once, to a multiple of
+:data:`QUANTUM`. From then on float64 addition makes no error while the sum stays below :data:`ROOM`, so that it is
+associative; what grows beyond is carried into a second, coarser array, exactly again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Sums = dict[str, npt.NDArray[np.float64]]
+Arrays = Mapping[str, npt.NDArray[np.floating]]
+
+QUANTUM = 2.0**-40
+"""What an addend is rounded to: a hundred-thousandth of the last bit of a float32 weight of 0.01."""
+ROOM = 2.0**11
+"""How large the magnitudes of the addends may be together before something is carried."""
+_COARSE = 2.0**9
+# Adding 1.5 * 2^52 of a unit to a float64 leaves no bits below that unit.
+_ROUND, _ROUND_COARSE = 1.5 * 2.0**52 * QUANTUM, 1.5 * 2.0**52 * _COARSE
+_BLOCK = 1 << 16
+"""Numbers that fit a processor's own cache together with what is made of them."""
+
+
+def peak_of(update: Arrays) -> float:
+    """The largest magnitude in an update; NaN or infinity if there is one, 0 if there is nothing."""
+    return largest(float(bound) for array in update.values() if array.size for bound in (array.max(), -array.min()))
+
+
+def largest(numbers: Iterable[float]) -> float:
+    """The largest of them and 0; NaN if there is one, which max() would drop."""
+    top = 0.0
+    for number in numbers:
+        if number != number:
+            return number
+        if number > top:
+            top = number
+    return top
+
+
+def subtract(local: npt.ArrayLike, base: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> float:
+    """``out = local - base``, and the peak of it, while each piece is in the processor's cache."""
+    one, other, target = np.asarray(local).reshape(-1), base.reshape(-1), out.reshape(-1)
+    extremes = list[float]()
+    for start in range(0, target.size, _BLOCK):
+        at = slice(start, start + _BLOCK)
+        piece = np.subtract(one[at], other[at], out=target[at], casting="same_kind")
+        extremes += [float(piece.max()), -float(piece.min())]
+    return largest(extremes)
+
+
+def squared_norm(array: npt.NDArray[np.floating]) -> float:
+    """The sum of an array's squares, in float64; NaN and infinity stay what they are."""
+    return sum(float(np.square(piece, out=piece).sum()) for piece, _ in _blocks(array))
+
+
+class ExactSums:
+    """The sum of updates by name, float64, exact after the one rounding of each addend.
+
+    That holds while all magnitudes together stay below 2^60, which no training reaches; beyond it, sums round.
+
+    Args:
+        shapes: of the arrays, by name.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._low: Sums = {name: np.zeros(shape) for name, shape in shapes.items()}
+        self._high: Sums | None = None
+        self._used = 0.0
+
+    def has_room(self, peak: float) -> bool:
+        """Whether an addend of this peak leaves :meth:`totals` a multiple of the quantum that was never carried."""
+        return self._high is None and self._used + peak + QUANTUM <= ROOM
+
+    def add(self, update: Arrays, weight: float = 1.0, *, peak: float | None = None) -> None:
+        """Add ``weight * update``.
+
+        Args:
+            update: finite, by the names of the sums; a name that is missing adds nothing.
+            peak: at least the largest magnitude of ``weight * update``, where that is known already.
+        """
+        peak = abs(weight) * peak_of(update) if peak is None else peak
+        if self._used + peak + QUANTUM > ROOM:
+            self._carry()
+        coarse = self._used + peak + QUANTUM > ROOM
+        self._used += (_COARSE / 2 if coarse else peak) + QUANTUM
+        for name, array in update.items():
+            high = self._upper(name) if coarse else None
+            for addend, at in _blocks(array):
+                _add_block(addend, weight, self._low[name].reshape(-1)[at], None if high is None else high[at])
+
+    def totals(self) -> Sums:
+        """The sums; the caller may keep them, and adds nothing afterwards."""
+        if self._high is None:
+            return self._low
+        return {name: np.asarray(low + self._high[name]) for name, low in self._low.items()}
+
+    def _carry(self) -> None:
+        for name, low in self._low.items():
+            moved = (low + _ROUND_COARSE) - _ROUND_COARSE
+            self._upper(name).reshape(low.shape)[...] += moved
+            low -= moved
+        self._used = _COARSE / 2
+
+    def _upper(self, name: str) -> npt.NDArray[np.float64]:
+        if self._high is None:
+            self._high = {name: np.zeros(low.shape) for name, low in self._low.items()}
+        return self._high[name].reshape(-1)
+
+
+def _blocks(array: npt.NDArray[np.floating]) -> Iterator[tuple[npt.NDArray[np.float64], slice]]:
+    """Pieces of an array as float64, in one buffer that each of them overwrites, and where they lie."""
+    flat, buffer = array.reshape(-1), np.empty(min(_BLOCK, array.size))
+    for start in range(0, flat.size, _BLOCK):
+        at = slice(start, min(start + _BLOCK, flat.size))
+        addend = buffer[: at.stop - start]
+        addend[...] = flat[at]
+        yield addend, at
+
+
+def _add_block(
+    addend: npt.NDArray[np.float64],
+    weight: float,
+    low: npt.NDArray[np.float64],
+    high: npt.NDArray[np.float64] | None,
+) -> None:
+    if weight != 1.0:
+        addend *= weight
+    if high is not None:
+        moved = (addend + _ROUND_COARSE) - _ROUND_COARSE
+        high += moved
+        addend -= moved
+    addend += _ROUND
+    addend -= _ROUND
+    low += addend

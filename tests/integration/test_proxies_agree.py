@@ -1,0 +1,92 @@
+"""One seed, one model: how many proxies trained it, and who was slow, changes no bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from generous_accountant import GenerousAccountant
+
+from actors.client_proxy import ClientProxy
+from actors.handles import RayFleet, proxy_name
+from actors.spawn import _spawn, connect
+from fedvit.config import Settings, load_settings, settings_to_json
+from fedvit.rounds.coordinator import Coordinator
+from fedvit.store.store import Store
+from fedvit.training.workload import own_clients, server_model
+from fedvit.types import RunStatus
+
+pytestmark = pytest.mark.ray
+
+SEED = bytes(range(32))
+CLIENTS, ROUNDS = 9, 4
+# Each is slow enough for the others to be ahead of it, wherever it is trained.
+STRAGGLERS = {1: ["vehicle-03"], 2: ["vehicle-00", "vehicle-05"], 4: ["vehicle-08"]}
+PRIVACY: dict[str, dict[str, Any]] = {
+    "record": {"privacy": {"privacy_unit": "record"}, "cohort": {"selection": "uniform", "size": 6}},
+    "client": {"privacy": {"privacy_unit": "client"}, "cohort": {"selection": "poisson", "sampling_prob": 0.7}},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray whose workers find the modules beside the tests."""
+    settings = load_settings(
+        environ={}, overrides={"home": tmp_path_factory.mktemp("ray"), "ray": {"dashboard": False}}
+    )
+    folder = str(Path(__file__).parents[1])
+    connect(settings, {"PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])})
+    yield
+    ray.shutdown()
+
+
+def trained(home: Path, unit: str, proxies: int) -> list[str]:
+    """The hash of every round's weights."""
+    settings = _settings(home, unit, proxies)
+    (home / "keys").mkdir(parents=True)
+    (home / "keys" / "root.key").write_bytes(SEED)
+    actors = [
+        _spawn(ClientProxy, f"{proxy_name(index)}-of-{proxies}-{unit}", settings, settings_to_json(settings))
+        for index in range(proxies)
+    ]
+    try:
+        with Store.open(home) as store:
+            store.register_clients(own_clients(settings).registered())
+            loop = Coordinator(
+                settings=settings,
+                store=store,
+                accountant=GenerousAccountant(store),
+                fleet=RayFleet(actors, timeout_s=60.0),
+                model=server_model(settings),
+            )
+            run = loop.run()
+            assert (run.status, run.reason) == (RunStatus.COMPLETED, None)
+            return [version.weights_digest for version in reversed(store.versions())]
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _settings(home: Path, unit: str, proxies: int) -> Settings:
+    overrides = {
+        "home": home,
+        "workload": {
+            "clients": "own_clients:ProtectingClients",
+            # What is slow where is not the same in any two runs.
+            "options": {"clients": CLIENTS, "stragglers": STRAGGLERS[proxies], "late_s": 0.3},
+        },
+        "training": {"rounds": ROUNDS, "cohort": PRIVACY[unit]["cohort"]},
+        "privacy": {"noise_multiplier": 1.0, **PRIVACY[unit]["privacy"]},
+    }
+    return load_settings(environ={}, overrides=overrides)
+
+
+@pytest.mark.parametrize("unit", ["record", "client"])
+def test_one_two_and_four_proxies_train_the_same_model(tmp_path: Path, unit: str) -> None:
+    found = [trained(tmp_path / str(proxies), unit, proxies) for proxies in (1, 2, 4)]
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) == ROUNDS

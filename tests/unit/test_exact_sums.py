@@ -1,0 +1,118 @@
+"""Sums that do not depend on the order or the grouping of their addends, bit for bit."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedvit.aggregation.rule import mean
+from fedvit.exact import QUANTUM, ROOM, ExactSums, peak_of, squared_norm
+from fedvit.training.summing import Summing
+from fedvit.types import ClientOutcome, PartialUpdate, TrainTask
+
+SHAPES: dict[str, tuple[int, ...]] = {"a": (3,), "b": ()}
+TASK = TrainTask("run-0001", 1, "base", "data", 1.0, 0.5, 1.0, 1, 1.0)
+# From far below the quantum to far above the room, as a hostile or a diverging client might send them.
+NUMBERS = (
+    st.floats(-(2.0**40), 2.0**40, width=32)
+    | st.floats(-1.0, 1.0, width=32)
+    | st.sampled_from([2.0**-100, 2.0**-41, 2048.0])
+)
+CLIENTS = st.lists(st.tuples(st.lists(NUMBERS, min_size=4, max_size=4), st.integers(1, 500)), min_size=1, max_size=12)
+
+
+def own(index: int, numbers: list[float], weight: int) -> PartialUpdate:
+    delta = {"a": np.array(numbers[:3], np.float32), "b": np.array(numbers[3], np.float32)}
+    return PartialUpdate(1, (ClientOutcome(f"c{index:02d}", weight),), delta, float(weight))
+
+
+def through(groups: list[list[PartialUpdate]]) -> dict[str, npt.NDArray[np.float64]]:
+    """What a round makes of clients that were summed in these groups."""
+    updates: list[PartialUpdate] = []
+    for group in groups:
+        summing = Summing(TASK, SHAPES)
+        for update in group:
+            summing.add(update, scale=update.total_weight)
+        message = summing.message()
+        updates += message.parts or (message,)
+    return mean({name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}, updates)
+
+
+@settings(max_examples=150, deadline=None)
+@given(clients=CLIENTS, data=st.data())
+def test_a_round_comes_to_the_same_bits_however_its_clients_were_grouped(
+    clients: list[tuple[list[float], int]], data: st.DataObject
+) -> None:
+    updates = [own(index, numbers, weight) for index, (numbers, weight) in enumerate(clients)]
+    alone = through([updates])
+    proxies = data.draw(st.integers(1, 5))
+    homes = data.draw(st.lists(st.integers(0, proxies - 1), min_size=len(updates), max_size=len(updates)))
+    shuffled = data.draw(st.permutations(list(zip(updates, homes, strict=True))))
+    grouped = through([[u for u, home in shuffled if home == index] for index in range(proxies)])
+    for name in SHAPES:
+        assert alone[name].tobytes() == grouped[name].tobytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(clients=CLIENTS)
+def test_a_sum_is_off_by_half_a_quantum_a_client_at_most(clients: list[tuple[list[float], int]]) -> None:
+    sums = ExactSums(SHAPES)
+    for index, (numbers, weight) in enumerate(clients):
+        sums.add(own(index, numbers, weight).weighted_sum, weight)
+    for position in range(3):
+        exact = sum(Fraction(float(np.float32(numbers[position]))) * weight for numbers, weight in clients)
+        found = Fraction(float(sums.totals()["a"][position]))
+        rounding = abs(exact) * Fraction(2) ** -52
+        assert abs(found - exact) <= len(clients) * Fraction(QUANTUM) / 2 + rounding
+
+
+def test_ordinary_addition_would_depend_on_the_grouping() -> None:
+    # Or the tests above could not fail.
+    rng = np.random.default_rng(0)
+    a, b, c = rng.standard_normal((3, 100))
+    assert not np.array_equal((a + b) + c, a + (b + c))
+
+
+def test_a_message_is_one_sum_as_long_as_there_is_room() -> None:
+    small, large, huge = (own(index, [size] * 4, 1) for index, size in enumerate((1.0, ROOM / 2, 4 * ROOM)))
+    summing = Summing(TASK, SHAPES)
+    summing.add(small)
+    summing.add(large)
+    assert summing.message().parts == ()
+    summing = Summing(TASK, SHAPES)
+    for update in (huge, large, large, small):
+        summing.add(update)
+    message = summing.message()
+    assert [len(part.outcomes) for part in message.parts] == [1, 1, 2]
+    assert sum(part.total_weight for part in message.parts) == 4.0
+    assert [o.client_id for o in message.outcomes] == ["c00", "c01", "c01", "c02"]
+
+
+def test_a_round_of_failures_is_one_empty_sum() -> None:
+    summing = Summing(TASK, SHAPES)
+    summing.add(PartialUpdate(1, (ClientOutcome("c00", 0, "it failed"),), {}, 0.0))
+    message = summing.message()
+    assert (message.total_weight, message.weighted_sum.keys()) == (0.0, SHAPES.keys())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_peak_tells_of_numbers_that_are_not_finite(bad: float, position: int) -> None:
+    array = np.array([1.0, 2.0, 3.0])
+    array[position] = bad
+    assert not np.isfinite(peak_of({"x": np.ones(3), "y": array}))
+    assert not np.isfinite(squared_norm(array))
+
+
+def test_peak_and_norm_of_arrays_that_take_several_blocks() -> None:
+    array = np.random.default_rng(1).standard_normal((300, 301)).astype(np.float32)
+    assert peak_of({"x": array, "empty": np.zeros((0, 3))}) == np.abs(array).max()
+    assert squared_norm(array) == pytest.approx(float(np.square(array, dtype=np.float64).sum()), rel=1e-12)
+    sums = ExactSums({"x": array.shape})
+    sums.add({"x": array}, 3.0)
+    np.testing.assert_allclose(sums.totals()["x"], 3.0 * array.astype(np.float64), atol=QUANTUM)
