@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from fedvit.errors import ConfigError
-from fedvit.types import Variant
+from fedvit.types import Encoding, Variant
 
 ENV_PREFIX = "FEDVIT_"
 # Read by other parts of the program, not settings.
@@ -139,11 +139,23 @@ class DoorConfig(_Section):
 
     ``max_update_norm`` bounds the L2 norm of one client's update, privacy noise included; left out, any finite one
     passes. A client comes into quarantine when ``quarantine_after`` of its updates were refused; null leaves that to
-    the operator.
+    the operator. One that is sent as bytes may have ``max_update_bytes`` of them.
     """
 
     max_update_norm: PositiveFloat | None = None
     quarantine_after: PositiveInt | None = 3
+    max_update_bytes: PositiveInt = 64 * 2**20
+
+
+class CompressionConfig(_Section):
+    """The form in which one client's update travels: a remote client's, or any where the rule takes single updates.
+
+    The first of ``encodings`` that a client knows is used, and float32 where it knows none; see
+    :mod:`fedvit.wire.encoding`. ``top_k`` keeps ``top_k_fraction`` of all values.
+    """
+
+    encodings: tuple[Encoding, ...] = ()
+    top_k_fraction: Probability = 0.05
 
 
 class TrainingConfig(_Section):
@@ -163,6 +175,7 @@ class TrainingConfig(_Section):
     aggregation_options: dict[str, Any] = Field(default_factory=dict)
     staleness: StalenessConfig = StalenessConfig()
     door: DoorConfig = DoorConfig()
+    compression: CompressionConfig = CompressionConfig()
     physical_batch_size: PositiveInt = 32
     round_timeout_s: PositiveFloat = 600.0
     cohort: CohortConfig = CohortConfig()
@@ -279,12 +292,14 @@ class FleetConfig(_Section):
     A remote client or a depot is connected while its last sign of life is younger than ``heartbeat_timeout_s``.
     ``mailbox_url`` is where vehicles that cannot reach the API leave messages: a path or an fsspec URL, by default the
     folder ``mailbox`` in ``home``. Every ``look_every_s`` the fleet is counted and, if enabled, the mailbox emptied.
+    A remote client that trains asks for its next task every ``task_interval_s``.
     """
 
     heartbeat_interval_s: PositiveFloat = 60.0
     heartbeat_timeout_s: PositiveFloat = 150.0
     mailbox_url: str | None = None
     look_every_s: PositiveFloat = 5.0
+    task_interval_s: PositiveFloat = 5.0
 
     @model_validator(mode="after")
     def _timeout_spans_an_interval(self) -> FleetConfig:
@@ -378,6 +393,11 @@ class Settings(_Section):
                 "training.door.max_update_norm would tell of a client's update before it is protected: with "
                 "privacy.privacy_unit 'client', privacy.l2_clip_norm bounds it"
             )
+        if privacy.privacy_unit == "client" and self.training.compression.encodings:
+            raise ValueError(
+                "training.compression.encodings may lift an update above the norm that it was clipped to, which the "
+                "noise is sized for: they do not go with privacy.privacy_unit 'client'"
+            )
         if privacy.privacy_unit == "record":
             if cohort.selection == "poisson":
                 raise ValueError("training.cohort.selection 'poisson' belongs to privacy.privacy_unit 'client'")
@@ -401,11 +421,11 @@ class Settings(_Section):
             # Who has to approve what, and when somebody is kept out, change nothing in a run.
             exclude={
                 "privacy": {"second_approver"},
-                "training": {"door": {"quarantine_after"}, "evaluate_every_rounds": True},
+                "training": {"door": {"quarantine_after", "max_update_bytes"}, "evaluate_every_rounds": True},
             },
         )
         _drop_defaults(found["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
-        _drop_defaults(found["training"], TrainingConfig, "aggregation_options", "staleness")
+        _drop_defaults(found["training"], TrainingConfig, "aggregation_options", "staleness", "compression")
         _drop_defaults(found["training"]["door"], DoorConfig, "max_update_norm")
         if not found["training"]["door"]:
             del found["training"]["door"]

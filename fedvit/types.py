@@ -5,7 +5,7 @@ Arrays are NumPy, so that this module (which a vehicle imports) loads neither to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -69,6 +69,16 @@ class Variant(StrEnum):
     EDGE_OPTIMIZED_FP32 = "edge_optimized_fp32"
 
 
+class Encoding(StrEnum):
+    """The forms in which an update may travel; see :mod:`fedvit.wire.encoding`."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    TOP_K = "top_k"
+
+
 class OperationStatus(StrEnum):
     """Where a long operation stands."""
 
@@ -125,6 +135,18 @@ class Client:
         return self.quarantined_at is not None
 
     @property
+    def trains(self) -> bool:
+        """Whether it says that it has a trainer of its own: the capability ``training``, an object."""
+        return isinstance(self.capabilities.get("training"), Mapping)
+
+    @property
+    def encodings(self) -> frozenset[str]:
+        """The forms of updates that its trainer knows: ``{"training": {"encodings": [...]}}``."""
+        told = self.capabilities.get("training")
+        known = told.get("encodings", ()) if isinstance(told, Mapping) else ()
+        return frozenset(str(name) for name in known) if isinstance(known, Sequence) else frozenset()
+
+    @property
     def sighting(self) -> Sighting:
         """The client as far as its whereabouts go."""
         return Sighting(self.client_id, self.kind, self.last_seen_at)
@@ -169,6 +191,7 @@ class ClientOutcome:
 
     ``staleness`` counts the versions committed between the one it started from and the round that took its answer.
     ``refused`` marks an error for which the client has to answer: the one door for updates did not let its own in.
+    ``sent_bytes`` is the length of an update that came as bytes, and ``encoding`` the form it had.
     """
 
     client_id: str
@@ -176,6 +199,8 @@ class ClientOutcome:
     error: str | None = None
     staleness: int = 0
     refused: bool = False
+    sent_bytes: int | None = None
+    encoding: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +211,8 @@ class PartialUpdate:
     is the privacy unit it is the sum of their clipped updates, each with a weight of 1; ``within_clip`` of them were
     within the bound as they came. ``l2_clip_norm`` is what the receiver knows that they were clipped to. Where the rule
     gives every client the same voice, each has a weight of 1; where it looks at single updates, the message has one of
-    them a client in ``parts``, no sum of its own, and all outcomes.
+    them a client in ``parts``, no sum of its own, and all outcomes. ``content`` is one client's update as it travels,
+    see :mod:`fedvit.wire.updates`; until the one door has opened it, the sum is empty.
     """
 
     round_index: int
@@ -196,6 +222,7 @@ class PartialUpdate:
     within_clip: int = 0
     l2_clip_norm: float | None = None
     parts: tuple[PartialUpdate, ...] = ()
+    content: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedvit.aggregation.rule import Rule
 from fedvit.config import Settings
+from fedvit.errors import UpdateRejectedError
 from fedvit.exact import peak_of
 from fedvit.privacy.mechanism import ROUNDING, l2_norm
 from fedvit.types import PartialUpdate, Weights
+from fedvit.wire.updates import decode_update, encoding_of
 
 _NO_OVERFLOW = 1e100
 """Numbers below it have a finite norm, however many they are."""
@@ -32,6 +34,7 @@ class Door:
         single: whether an update must be one client's alone.
         max_update_norm: of one client's update; None: any finite one.
         num_examples: how many each client is registered with, where that is known.
+        max_update_bytes: of one that comes as bytes.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -39,6 +42,7 @@ class Door:
     single: bool
     max_update_norm: float | None = None
     num_examples: Mapping[str, int] | None = None
+    max_update_bytes: int = 2**40
 
     @classmethod
     def of(
@@ -52,7 +56,32 @@ class Door:
             single=rule.needs == "single_updates",
             max_update_norm=settings.training.door.max_update_norm,
             num_examples=num_examples,
+            max_update_bytes=settings.training.door.max_update_bytes,
         )
+
+    def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> Door:
+        """The same door for a model of which the shapes are known and the weights are not at hand."""
+        return replace(self, shapes=shapes)
+
+    def opened(self, update: PartialUpdate) -> PartialUpdate:
+        """An update as arrays, with how it travelled; one that did not come as bytes is as it was.
+
+        Raises:
+            UpdateRejectedError: its bytes are not what :mod:`fedvit.wire.updates` writes, or speak for somebody else.
+        """
+        if update.content is None:
+            return update
+        (asked,) = update.outcomes
+        told = decode_update(update.content, max_bytes=self.max_update_bytes, shapes=self.shapes)
+        failed = len(told.outcomes) == 1 and told.outcomes[0].error is not None
+        named = [(o.client_id, o.num_examples) for o in told.outcomes]
+        if told.round_index != update.round_index or named != [(asked.client_id, 0 if failed else asked.num_examples)]:
+            raise UpdateRejectedError(
+                f"It speaks for {named} in round {told.round_index}; {asked.client_id} was asked in round "
+                f"{update.round_index} to train {asked.num_examples} examples."
+            )
+        outcome = replace(told.outcomes[0], sent_bytes=len(update.content), encoding=encoding_of(update.content))
+        return replace(told, outcomes=(outcome,))
 
     def fault_of(self, update: PartialUpdate, scale: float = 1.0, *, peak: float | None = None) -> str | None:
         """The first fault of an update that somebody contributed to, as the end of a sentence about it; or None.

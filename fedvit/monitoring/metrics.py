@@ -27,6 +27,7 @@ ACTIVE_CLIENTS = f"{PREFIX}active_clients"
 CONNECTED_CLIENTS = f"{PREFIX}connected_clients"
 TOTAL_CLIENTS = f"{PREFIX}total_clients"
 HEARTBEATS = f"{PREFIX}heartbeats_total"
+UPDATE_BYTES = f"{PREFIX}update_bytes_total"
 UNAUTHORIZED_REQUESTS = f"{PREFIX}unauthorized_requests_total"
 EPSILON_REMAINING = f"{PREFIX}privacy_epsilon_remaining"
 EPSILON_SPENT = f"{PREFIX}privacy_epsilon_spent"
@@ -105,6 +106,11 @@ def total_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
 def heartbeats(registry: CollectorRegistry = REGISTRY) -> Counter:
     """Heartbeats heard, by ``status``: what the vehicle says of itself, ok or degraded."""
     return Counter(HEARTBEATS, "Heartbeats heard, by what the vehicle says of itself.", ["status"], registry=registry)
+
+
+def update_bytes(registry: CollectorRegistry = REGISTRY) -> Counter:
+    """Bytes of updates that came to the door as bytes, by ``encoding``."""
+    return Counter(UPDATE_BYTES, "Bytes of updates that came as bytes.", ["encoding"], registry=registry)
 
 
 def unauthorized_requests(registry: CollectorRegistry = REGISTRY) -> Counter:

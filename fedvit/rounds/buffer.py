@@ -88,7 +88,8 @@ class RoundBuffer:
                 "refused": {**self.refused, **refused},
                 **({"turned_away": dict(self.turned_away)} if self.turned_away else {}),
             }
-        return made_of
+        sent = {o.client_id: {"bytes": o.sent_bytes, "encoding": o.encoding} for o in self.outcomes if o.sent_bytes}
+        return made_of | ({"sent": sent} if sent else {})
 
     def updates(self) -> list[PartialUpdate]:
         """What is folded, in a fixed order of summation: the result must not depend on who answered first."""

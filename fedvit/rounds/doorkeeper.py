@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from fedvit.aggregation.door import Door
+from fedvit.errors import UpdateRejectedError
+from fedvit.monitoring.metrics import update_bytes
 from fedvit.store.store import Store
 from fedvit.types import ClientOutcome, PartialUpdate, utc_now
 
 _KEY = "refused_updates/"
+# One a process, however many rounds there are.
+_BYTES = update_bytes()
 
 
 @dataclass(slots=True)
@@ -55,6 +59,12 @@ class Doorkeeper:
         answer = replace(answer, outcomes=tuple(outcomes))
         if strangers:
             return _refused(answer, f"its update is summed with that of {strangers[0]}, which may not answer", False)
+        try:
+            answer = self.door.opened(answer)
+        except UpdateRejectedError as error:
+            return _refused(answer, f"its update is refused: {error.message}", True)
+        outcomes = list(answer.outcomes)
+        _count_bytes(outcomes)
         fault = self.door.fault_of(answer)
         if fault is None:
             return answer if any(o.error is None for o in outcomes) else _emptied(answer)
@@ -78,7 +88,13 @@ def _refused(answer: PartialUpdate, reason: str, guilty: bool) -> PartialUpdate:
 
 
 def _emptied(answer: PartialUpdate) -> PartialUpdate:
-    return replace(answer, weighted_sum={}, total_weight=0.0, within_clip=0)
+    return replace(answer, weighted_sum={}, total_weight=0.0, within_clip=0, content=None)
+
+
+def _count_bytes(outcomes: Iterable[ClientOutcome]) -> None:
+    for outcome in outcomes:
+        if outcome.sent_bytes is not None:
+            _BYTES.labels(str(outcome.encoding)).inc(outcome.sent_bytes)
 
 
 def count_refusals(

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,14 +17,18 @@ from fedvit.aggregation.rule import HANDED, Drift, Rule
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.data.images import load_images
+from fedvit.data.sources import ImageSource, Record
 from fedvit.errors import FedvitError, UpdateRejectedError
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.training.drift import LedLocalTrainer, LedPlainTrainer
 from fedvit.training.kept import KeptArrays
+from fedvit.training.sending import Sender
 from fedvit.training.summing import Summing, check_base
-from fedvit.types import ClientOutcome, FloatArray, PartialUpdate, TrainTask, Weights
+from fedvit.types import ClientOutcome, Encoding, FloatArray, PartialUpdate, TrainTask, Weights
 from fedvit.vit.models import build_model
+from fedvit.vit.trainable import frozen_weights
+from fedvit.wire.tensors import encode_weights
 
 FEATURE_BATCH = 128
 
@@ -37,15 +42,31 @@ class Shard:
     digest: str
 
 
+class Holdings(Protocol):
+    """Who holds which records of a data set."""
+
+    @property
+    def source(self) -> ImageSource:
+        """The data set."""
+        ...
+
+    def records(self, client_id: str) -> Sequence[Record]:
+        """The records of one client."""
+        ...
+
+
 class VirtualClientHost:
     """Trains virtual clients one after another on one model, keeping each client's frozen features.
 
     The raw images of a client are read when it first takes part; afterwards only the output of the model's frozen
     prefix is kept, in memory.
+
+    Args:
+        holdings: whose records they are; by default those of the virtual fleet that the settings describe.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._fleet = VirtualFleet.open(settings.data)
+    def __init__(self, settings: Settings, holdings: Holdings | None = None) -> None:
+        self._fleet: Holdings = VirtualFleet.open(settings.data) if holdings is None else holdings
         self._image_size = settings.data.image_size
         self._model = build_model(settings.model, len(self._fleet.source.classes), self._image_size)
         self._settings = settings
@@ -54,6 +75,7 @@ class VirtualClientHost:
         self._trainer = kind(self._model, physical_batch_size=settings.training.physical_batch_size)
         self._root_secret = load_or_create_root_secret(settings.home)
         self._kept = KeptArrays(settings.home, self._rule.name)
+        self._sender = Sender(settings.home, self._root_secret, settings.training.compression.top_k_fraction)
         self._shards: dict[str, Shard] = {}
 
     @cached_property
@@ -79,12 +101,30 @@ class VirtualClientHost:
         door = Door.of(self._settings, self._rule, base)
         answers = (self._answer(task, base, handed, door, client_id) for client_id in sorted(client_ids))
         if self._rule.needs == "single_updates":
-            parts = tuple(answers)
+            smaller = self._settings.training.compression.encodings[:1]
+            parts = tuple(self._sender.sealed(task, a, smaller[0], door) if smaller else a for a in answers)
             return PartialUpdate(task.round_index, tuple(o for p in parts for o in p.outcomes), {}, 0.0, parts=parts)
         summing = Summing(task, door.shapes)
         for answer in answers:
             summing.add(answer)
         return summing.message()
+
+    def train_alone(self, task: TrainTask, weights: Weights, client_id: str, encoding: Encoding) -> PartialUpdate:
+        """Train one client and give back its answer as bytes, whatever the rule, for one that travels by itself.
+
+        Raises:
+            IntegrityError: these are not the weights that the task was made for.
+        """
+        check_base(task, weights)
+        base = {name: array for name, array in weights.items() if not name.startswith(HANDED)}
+        handed = {name: array for name, array in weights.items() if name.startswith(HANDED)}
+        door = Door.of(self._settings, self._rule, base)
+        return self._sender.sealed(task, self._answer(task, base, handed, door, client_id), encoding, door)
+
+    @cached_property
+    def frozen_digest(self) -> str:
+        """SHA-256, hex, of the weights that never travel: the server's have to be the same."""
+        return hashlib.sha256(encode_weights(frozen_weights(self._model))).hexdigest()
 
     def _answer(self, task: TrainTask, base: Weights, handed: Weights, door: Door, client_id: str) -> PartialUpdate:
         try:
