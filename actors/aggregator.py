@@ -16,6 +16,7 @@ from fedvit.monitoring.latest import Latest
 from fedvit.monitoring.training import TrainingMetrics
 from fedvit.operations.local import LocalAggregator
 from fedvit.ports import ProxyReport
+from fedvit.rounds.fleets import MixedFleet
 from fedvit.store.store import Store
 from fedvit.types import Operation, TrainingProgress, Variant
 
@@ -108,7 +109,7 @@ class Aggregator:
             settings=self._settings,
             store=store,
             accountant=self._accountant,
-            fleet=self._fleet,
+            fleet=MixedFleet(self._settings, store, self._fleet),
             model=server_model(self._settings),
             on_progress=tell,
             system_id=self._system_id,

@@ -91,6 +91,14 @@ class Caller:
             self._before_change(request)
         return self._exchange(request)
 
+    def put(self, path: str, content: bytes) -> httpx.Response:
+        """The answer to bytes that are put in their place; to repeat that does nothing."""
+        headers = {"Content-Type": "application/octet-stream"}
+        request = self._http.build_request("PUT", path, content=content, headers=headers)
+        if self._before_change is not None:
+            self._before_change(request)
+        return self._exchange(request)
+
     def change(self, kind: type[T], method: str, path: str, body: Mapping[str, Any] | None = None, **more: Any) -> T:
         """A change's answer as a ``kind``; ``more`` is that of :meth:`send`."""
         return self.parsed(kind, self.send(method, path, body, **more))
@@ -114,7 +122,7 @@ class Caller:
             ) from None
 
     def _exchange(self, request: httpx.Request) -> httpx.Response:
-        repeatable = request.method == "GET" or "Idempotency-Key" in request.headers
+        repeatable = request.method in ("GET", "PUT") or "Idempotency-Key" in request.headers
         for pause_s in (*PAUSES_S, None) if repeatable else (None,):
             try:
                 response = self._http.send(request)

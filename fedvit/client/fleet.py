@@ -14,6 +14,8 @@ from fedvit.client.fleet_views import (
     DataQualityView,
     DriftView,
     HeartbeatView,
+    ReceiptView,
+    RemoteTaskView,
 )
 from fedvit.client.group import PAGE, Group, pages
 
@@ -74,6 +76,24 @@ class Clients(Group):
         body = given(status=status, model_version=model_version)
         path = f"/api/clients/{segment(client_id)}/heartbeat"
         return self._caller.change(HeartbeatView, "POST", path, body, repeatable=False)
+
+    def task(self, client_id: str) -> RemoteTaskView:
+        """What a remote client shall train now, if anything."""
+        return self._caller.read(RemoteTaskView, f"/api/clients/{segment(client_id)}/task")
+
+    def task_weights(self, client_id: str) -> bytes:
+        """What its task starts from, as safetensors; unverified."""
+        return self._caller.get(f"/api/clients/{segment(client_id)}/task/weights").content
+
+    def upload(self, client_id: str, run_id: str, round_index: int, update: bytes) -> ReceiptView:
+        """Bring what a client learned in a round; repeating it does nothing."""
+        path = f"/api/clients/{segment(client_id)}/updates/{segment(run_id)}/{round_index}"
+        return self._caller.parsed(ReceiptView, self._caller.put(path, update))
+
+    def receipt(self, client_id: str, run_id: str, round_index: int) -> ReceiptView:
+        """What became of a client's update to a round."""
+        path = f"/api/clients/{segment(client_id)}/updates/{segment(run_id)}/{round_index}"
+        return self._caller.read(ReceiptView, path)
 
     def connectivity(self, limit: int = 100, offset: int = 0) -> ConnectivityView:
         """Who is heard; the page is one of the clients that are not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 from fedvit.client.views import Condition, View
 
@@ -47,6 +48,48 @@ class HeartbeatView(View):
     interval_s: float
     backup_channel: bool
     mailbox: MailboxView | None
+
+
+class TaskView(View):
+    """What a remote client shall train; ``settings`` has model, training and privacy of the run."""
+
+    run_id: str
+    round_index: int
+    base_digest: str
+    data_digest: str
+    noise_multiplier: float
+    sampling_prob: float
+    l2_clip_norm: float
+    local_steps: int
+    learning_rate: float
+    privacy_unit: str
+    num_examples: int
+    release_id: str
+    encoding: str
+    frozen_digest: str
+    image_size: int
+    classes: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+class RemoteTaskView(View):
+    """A remote client's task, if there is one, and after how many seconds to ask again."""
+
+    client_id: str
+    poll_after_s: float
+    task: TaskView | None
+
+
+class ReceiptView(View):
+    """What became of an update: received, accepted, refused, duplicate or turned_away, and why."""
+
+    client_id: str
+    run_id: str
+    round_index: int
+    status: str
+    reason: str | None
+    folded_in: int | None
+    version: str | None
 
 
 class ClientQuality(View):

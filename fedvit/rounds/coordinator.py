@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from functools import cached_property
 
 from fedvit.aggregation.registry import check_mode
@@ -32,6 +33,7 @@ from fedvit.rounds.collect import Collector
 from fedvit.rounds.doorkeeper import count_refusals
 from fedvit.rounds.machine import LoopState, Phase, Plan
 from fedvit.rounds.protection import POPULATION_SIZE, Folded, protection_for
+from fedvit.rounds.remote import FROZEN_DIGEST
 from fedvit.rounds.roll import StoreRoll
 from fedvit.rounds.steering import (
     RunOrder,
@@ -53,6 +55,7 @@ from fedvit.types import (
     TrainingProgress,
     TrainTask,
     Weights,
+    utc_now,
 )
 from fedvit.wire.tensors import encode_weights, encoded_pieces, weights_digest
 
@@ -150,12 +153,23 @@ class Coordinator:
     def _some(self, config: CohortConfig, needed: int) -> tuple[str, ...]:
         """So many clients whose budget admits a round; where they are too few, some that show why."""
         few = config.model_copy(update={"selection": "uniform", "size": needed, "sampling_prob": None})
-        roll = StoreRoll(self._store, self._protection, self._accountant, self._probe(), few)
+        roll = self._roll(self._probe(), few)
         found = roll.draw(self._cohort_secret).client_ids
         return found if len(found) >= needed else roll.forgiving().draw(self._cohort_secret).client_ids
 
     def _count_eligible(self, config: CohortConfig, at_most: int | None = None) -> int:
-        return self._store.count_eligible(validated_only=config.client_selection == "validated_only", at_most=at_most)
+        return self._store.count_eligible(
+            validated_only=config.client_selection == "validated_only",
+            heard_since=self._heard_since(),
+            at_most=at_most,
+        )
+
+    def _heard_since(self) -> datetime:
+        """Remote clients that were silent for longer are not there."""
+        return utc_now() - timedelta(seconds=self._settings.fleet.heartbeat_timeout_s)
+
+    def _roll(self, task: TrainTask, config: CohortConfig) -> StoreRoll:
+        return StoreRoll(self._store, self._protection, self._accountant, task, config, self._heard_since())
 
     def _probe(self) -> TrainTask:
         """A round of a run that does not exist yet; its charges are never written."""
@@ -239,7 +253,7 @@ class Coordinator:
         in_flight, kept_out = self._collector.in_flight(), set(self._store.quarantined_clients())
         min_clients = round_settings(self._store, self._settings).min_clients
         min_clients = max(min_clients, self._protection.rule.least_updates)
-        roll = StoreRoll(self._store, self._protection, self._accountant, self._task(round_index), config)
+        roll = self._roll(self._task(round_index), config)
         try:
             drawn = roll.draw(self._cohort_secret, in_flight)
         except BudgetExhaustedError as error:
@@ -420,6 +434,7 @@ class Coordinator:
     def _load_weights(self, run: Run) -> None:
         """The weights after the last committed round, or the ones that a run starts from."""
         self._frozen_digest = self._store.blobs.put(encode_weights(self._model.frozen_weights()))
+        self._store.set_meta(FROZEN_DIGEST, self._frozen_digest)
         version = self._store.latest_version(run.run_id)
         if version is None:
             weights = self._start_weights(run_order(self._store))

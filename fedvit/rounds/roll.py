@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 
 from fedvit.cohort.select import draw_cohort
 from fedvit.config import CohortConfig
@@ -17,14 +18,20 @@ class StoreRoll:
     """Implements :class:`fedvit.cohort.select.Roll` for the round of ``task``.
 
     A client may be drawn that is eligible, has a participation left in the run, rested long enough since its last one,
-    and has the budget for one more.
+    and has the budget for one more. A remote one has to have been heard since ``heard_since``.
     """
 
     def __init__(
-        self, store: Store, protection: Protection, accountant: AccountantPort, task: TrainTask, config: CohortConfig
+        self,
+        store: Store,
+        protection: Protection,
+        accountant: AccountantPort,
+        task: TrainTask,
+        config: CohortConfig,
+        heard_since: datetime | None = None,
     ) -> None:
         self._store, self._protection, self._accountant = store, protection, accountant
-        self._task, self._config = task, config
+        self._task, self._config, self._heard_since = task, config, heard_since
         self._validated_only = config.client_selection == "validated_only"
         self._size = store.population()
         self._forgiving = False
@@ -36,7 +43,7 @@ class StoreRoll:
 
     def admitted(self, positions: Sequence[int]) -> Mapping[int, str]:
         """See :class:`fedvit.cohort.select.Roll`."""
-        found = self._store.eligible_at(positions, validated_only=self._validated_only)
+        found = self._store.eligible_at(positions, validated_only=self._validated_only, heard_since=self._heard_since)
         rest = self._protection.may_be_drawn(self._task.run_id, self._task.round_index, list(found.values()))
         within = self._within_budget(rest.rested)
         self._eligible += len(found)

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, TypeVar
 from typing import cast as typed
 
-from sqlalchemy import ColumnElement, Integer, Select, Table, bindparam, cast, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Integer, Select, Table, and_, bindparam, cast, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from fedvit.errors import NotFoundError, StateError
@@ -92,20 +92,22 @@ def population(session: Session) -> int:
     return 0 if last is None else last + 1
 
 
-def eligible_at(session: Session, positions: Sequence[int], validated_only: bool) -> dict[int, str]:
+def eligible_at(
+    session: Session, positions: Sequence[int], validated_only: bool, heard_since: datetime | None
+) -> dict[int, str]:
     """Those of the clients at these positions that may be drawn, by position."""
     columns = select(ClientRow.position, ClientRow.client_id)
     found: dict[int, str] = {}
     for chunk in _chunks(positions):
-        query = columns.where(ClientRow.position.in_(chunk), *_eligibility(validated_only))
+        query = columns.where(ClientRow.position.in_(chunk), *_eligibility(validated_only, heard_since))
         # Not dict(rows): SQLAlchemy's rows are slow to be told apart from mappings.
         found.update((position, client_id) for position, client_id in session.execute(query))
     return found
 
 
-def count_eligible(session: Session, validated_only: bool, at_most: int | None) -> int:
+def count_eligible(session: Session, validated_only: bool, heard_since: datetime | None, at_most: int | None) -> int:
     """How many clients may be drawn; no more than ``at_most`` are counted."""
-    found = select(ClientRow.position).where(*_eligibility(validated_only)).limit(at_most).subquery()
+    found = select(ClientRow.position).where(*_eligibility(validated_only, heard_since)).limit(at_most).subquery()
     return session.scalar(select(func.count()).select_from(found)) or 0
 
 
@@ -126,9 +128,13 @@ def num_examples(session: Session, client_ids: Sequence[str]) -> dict[str, int]:
     }
 
 
-def _eligibility(validated_only: bool) -> list[ColumnElement[bool]]:
-    """Active, with data, not in quarantine, and validated where that is asked for."""
-    always = [ClientRow.active.is_(True), ClientRow.num_examples > 0, ClientRow.quarantined_at.is_(None)]
+def _eligibility(validated_only: bool, heard_since: datetime | None) -> list[ColumnElement[bool]]:
+    """Active, with data, not in quarantine, there, and validated where that is asked for."""
+    there: ColumnElement[bool] = ClientRow.kind == ClientKind.VIRTUAL.value
+    if heard_since is not None:
+        trains = func.json_type(ClientRow.capabilities, "$.training") == "object"
+        there = or_(there, and_(trains, ClientRow.last_seen_at >= heard_since))
+    always = [ClientRow.active.is_(True), ClientRow.num_examples > 0, ClientRow.quarantined_at.is_(None), there]
     return [*always, ClientRow.validated.is_(True)] if validated_only else always
 
 
@@ -147,6 +153,13 @@ def clients(
     """Clients ordered by id."""
     query = _matching(select(ClientRow), active, validated).order_by(ClientRow.client_id).offset(offset).limit(limit)
     return [_to_client(row) for row in session.scalars(query)]
+
+
+def remote_clients(session: Session, client_ids: Sequence[str]) -> list[Client]:
+    """Those of these clients that are active and not virtual, ordered by id."""
+    remote = select(ClientRow).where(ClientRow.active, ClientRow.kind != ClientKind.VIRTUAL.value)
+    rows = (row for ids in _chunks(client_ids) for row in session.scalars(remote.where(ClientRow.client_id.in_(ids))))
+    return sorted((_to_client(row) for row in rows), key=lambda client: client.client_id)
 
 
 def count_clients(session: Session, active: bool | None, validated: bool | None) -> int:

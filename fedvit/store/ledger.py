@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, LedgerFrozenError
@@ -44,6 +44,14 @@ def append_charges(session: Session, charges: Sequence[Charge], check: Callable[
     check(new)
     CHAIN.append(session, [_facts(charge) for charge in new], utc_now())
     return len(new)
+
+
+def is_charged(session: Session, run_id: str, round_index: int, unit_id: str, release_id: str) -> bool:
+    """Whether the ledger has the charge of this very release."""
+    key = (run_id, round_index, unit_id, release_id)
+    columns = (ChargeRow.run_id, ChargeRow.round_index, ChargeRow.unit_id, ChargeRow.release_id)
+    query = select(ChargeRow.sequence).where(*(column == value for column, value in zip(columns, key, strict=True)))
+    return session.scalar(query.limit(1)) is not None
 
 
 def freeze(session: Session, wish: LedgerFreeze) -> LedgerFreeze:

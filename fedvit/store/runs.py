@@ -213,6 +213,23 @@ def awaited(session: Session, run_id: str, started: int, round_index: int) -> tu
     return cohort - answered, cohort & answered
 
 
+def answer_of(session: Session, client_id: str, run_id: str, started: int) -> tuple[int, str | None] | None:
+    """The round that took a client's answer to round ``started``, and why it does not count; None: none has."""
+    own = (RoundRow.run_id == run_id, RoundRow.round_index >= started)
+    rounds = session.execute(select(RoundRow.round_index, RoundRow.cohort).where(*own).order_by(RoundRow.round_index))
+    # It is drawn again only once it has answered, or was given up.
+    drawn = [index for index, cohort in rounds if client_id in cohort]
+    if not drawn or drawn[0] != started:
+        return None
+    outcome = select(ClientRoundRow.round_index, ClientRoundRow.error).where(
+        ClientRoundRow.run_id == run_id, ClientRoundRow.client_id == client_id, ClientRoundRow.round_index >= started
+    )
+    found = session.execute(outcome.order_by(ClientRoundRow.round_index).limit(1)).first()
+    if found is None or (len(drawn) > 1 and found.round_index >= drawn[1]):
+        return None
+    return found.round_index, found.error
+
+
 def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
     others = session.scalars(select(RunRow.run_id).where(RunRow.status.in_(_RESUMABLE)))
     for run_id in others:

@@ -155,18 +155,23 @@ class Store:
         with self._database.read() as session:
             return _fleet.population(session)
 
-    def eligible_at(self, positions: Sequence[int], *, validated_only: bool = False) -> dict[int, str]:
+    def eligible_at(
+        self, positions: Sequence[int], *, validated_only: bool = False, heard_since: datetime | None = None
+    ) -> dict[int, str]:
         """Those of the clients at these positions that may be drawn, by position.
 
-        They are active, have data, are not in quarantine, and are validated where that is asked for.
+        They are active, have data, are not in quarantine, and are validated where that is asked for. One that is not
+        virtual has a trainer and was heard since ``heard_since``: whoever cannot answer is neither drawn nor charged.
         """
         with self._database.read() as session:
-            return _fleet.eligible_at(session, positions, validated_only)
+            return _fleet.eligible_at(session, positions, validated_only, heard_since)
 
-    def count_eligible(self, *, validated_only: bool = False, at_most: int | None = None) -> int:
+    def count_eligible(
+        self, *, validated_only: bool = False, heard_since: datetime | None = None, at_most: int | None = None
+    ) -> int:
         """How many clients may be drawn; no more than ``at_most`` are counted."""
         with self._database.read() as session:
-            return _fleet.count_eligible(session, validated_only, at_most)
+            return _fleet.count_eligible(session, validated_only, heard_since, at_most)
 
     def count_units(self) -> tuple[int, int]:
         """How many active clients there are, and how many examples they have together."""
@@ -198,6 +203,11 @@ class Store:
         """Clients ordered by id; None filters nothing."""
         with self._database.read() as session:
             return _fleet.clients(session, active, validated, offset, limit)
+
+    def remote_clients(self, client_ids: Sequence[str]) -> list[Client]:
+        """Those of these clients that are active and not virtual, ordered by id."""
+        with self._database.read() as session:
+            return _fleet.remote_clients(session, client_ids)
 
     def count_clients(self, *, active: bool | None = None, validated: bool | None = None) -> int:
         """How many clients match; None filters nothing."""
@@ -382,6 +392,11 @@ class Store:
         with self._database.read() as session:
             return _runs.awaited(session, run_id, started, round_index)
 
+    def answer_of(self, client_id: str, run_id: str, started: int) -> tuple[int, str | None] | None:
+        """The round that took a client's answer to round ``started``, and why it does not count; None: none has."""
+        with self._database.read() as session:
+            return _runs.answer_of(session, client_id, run_id, started)
+
     def participation(self) -> dict[str, Participation]:
         """How the rounds of every client went that took part in one, over all runs."""
         with self._database.read() as session:
@@ -509,6 +524,11 @@ class Store:
         """
         with self._database.write() as session:
             return _ledger.append_charges(session, charges, check)
+
+    def is_charged(self, run_id: str, round_index: int, unit_id: str, release_id: str) -> bool:
+        """Whether the ledger has the charge of this very release."""
+        with self._database.read() as session:
+            return _ledger.is_charged(session, run_id, round_index, unit_id, release_id)
 
     def check_not_frozen(self) -> None:
         """Make sure that charges may be written.

@@ -32,6 +32,7 @@ from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
 from serve_apps.control.presence import Presence
 from serve_apps.control.privacy import add_privacy_routes
+from serve_apps.control.remote_clients import add_remote_client_routes
 from serve_apps.control.route import Control, install_control
 from serve_apps.control.schemas import (
     MAX_INTEGER,
@@ -79,6 +80,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     add_data_health_routes(api, services, presence)
     add_client_routes(api, services, heartbeats, presence, mailbox)
     add_heartbeat_routes(api, services, heartbeats, mailbox)
+    add_remote_client_routes(api, services, heartbeats)
     add_communication_routes(api, mailbox)
     _add_model_routes(api, services)
     add_privacy_routes(api, services)

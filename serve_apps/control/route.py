@@ -36,6 +36,7 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Where an operation is watched, and which revision was made, are part of the answer.
 _KEPT_HEADERS = ("location", "etag")
+_MAX_BYTES = "x-max-bytes"
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 _KEY_PARAMETER = {
     "name": "Idempotency-Key",
@@ -57,6 +58,16 @@ class Control:
     store: Store
 
 
+def takes_bytes(max_bytes: int) -> dict[str, Any]:
+    """For a route's ``openapi_extra``: its body is bytes, at most ``max_bytes``, and read by the handler.
+
+    Such a route's requirement says ``audited=False``.
+    """
+    schema = {"type": "string", "format": "binary"}
+    body = {"required": True, "content": {"application/octet-stream": {"schema": schema}}}
+    return {"requestBody": body, _MAX_BYTES: max_bytes}
+
+
 def install_control(api: FastAPI, control: Control) -> None:
     """Make every route that is added to ``api`` from now on a :class:`ControlledRoute`."""
     api.state.control = control
@@ -69,7 +80,8 @@ class ControlledRoute(APIRoute):
 
     A request passes, in this order: its token, its scopes and its rate; the size and the form of its body; for a
     mutating one its idempotency key; then the handler, within the time limit. A mutating one is audited at the end,
-    unless its requirement says ``audited=False``; then it knows no idempotency keys either.
+    unless its requirement says ``audited=False``; then it knows no idempotency keys either. Bodies are JSON, unless
+    ``openapi_extra`` is :func:`takes_bytes`.
 
     Raises:
         TypeError: the route declares not one requirement.
@@ -91,6 +103,7 @@ class ControlledRoute(APIRoute):
         options["openapi_extra"] = marks | (options.get("openapi_extra") or {})
         options["responses"] = _problems(mutating) | (options.get("responses") or {})
         super().__init__(path, endpoint, **options)
+        self.max_bytes: int | None = (options["openapi_extra"] or {}).get(_MAX_BYTES)
         self.repeatable = any(dependant.call is call_key for dependant in self.dependant.dependencies)
         if _is_told_something(self.dependant):
             self.responses = documented(422) | self.responses
@@ -152,11 +165,14 @@ class _Call:
 
     async def _read(self) -> tuple[bytes, Any]:
         limit_s = self._access.request_timeout_s
+        max_bytes = self._route.max_bytes or self._access.max_body_bytes
         try:
-            content = await asyncio.wait_for(read_body(self._request, self._access.max_body_bytes), limit_s)
+            content = await asyncio.wait_for(read_body(self._request, max_bytes), limit_s)
         except TimeoutError:
             detail = f"The body did not arrive within {limit_s:g} s."
             raise ProblemError(408, "request-timeout", "Request timeout", detail) from None
+        if self._route.max_bytes is not None:
+            return content, None
         takes_body = self._route.body_field is not None
         if not content and not takes_body:
             return content, None

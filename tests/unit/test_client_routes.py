@@ -52,12 +52,15 @@ ARGUMENTS: dict[str, Any] = {
     "operation_id": "op-1",
     "reason": "worse at night",
     "request_id": "r-1",
+    "round_index": 4,
+    "run_id": "run-0001",
     "save_state": True,
     "staleness_tolerance": 5,
     "status": "ok",
     "statuses": OperationStatus.QUEUED,
     "strategy": "quantization",
     "target_latency": 50,
+    "update": b"safetensors",
     "validated": False,
     "variant": Variant.STANDARD,
     "version": "v1.2.3",
@@ -138,6 +141,10 @@ def test_methods_send_every_parameter_that_their_route_takes_and_no_other(docume
         # A key goes with every change, documented or not.
         documented = {name.lower() for name in _parameters(facts, "header")} - {"idempotency-key"}
         assert sent == documented, call.name
+        if _takes_bytes(facts):
+            assert call.request.content == ARGUMENTS["update"]
+            assert call.request.headers["content-type"] == "application/octet-stream"
+            continue
         body = json.loads(call.request.content) if call.request.content else {}
         assert set(body) == _body_fields(facts, document), call.name
 
@@ -154,6 +161,10 @@ def test_what_methods_return_has_the_fields_that_their_route_answers(document: M
 
 def _parameters(facts: Mapping[str, Any], place: str) -> set[str]:
     return {parameter["name"] for parameter in facts.get("parameters", ()) if parameter["in"] == place}
+
+
+def _takes_bytes(facts: Mapping[str, Any]) -> bool:
+    return "application/octet-stream" in facts.get("requestBody", {}).get("content", {})
 
 
 def _body_fields(facts: Mapping[str, Any], document: Mapping[str, Any]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,27 @@ def test_where_hardly_anybody_may_be_drawn_all_are_asked() -> None:
 
 def client(name: str, **changes: object) -> Client:
     return Client(name, ClientKind.VIRTUAL, **{"num_examples": 10, **changes})  # type: ignore[arg-type]
+
+
+def test_of_remote_clients_only_those_that_train_and_were_heard_are_eligible(tmp_path: Path) -> None:
+    able = {"training": {"encodings": ["int8"]}}
+    now = utc_now()
+    late = now - timedelta(seconds=1)
+    with Store.open(tmp_path) as store:
+        store.register_clients(
+            [
+                Client("heard", ClientKind.REMOTE, 10, capabilities=able),
+                Client("silent", ClientKind.REMOTE, 10, capabilities=able),
+                Client("never", ClientKind.SILO, 10, capabilities=able),
+                Client("edge", ClientKind.REMOTE, 10, capabilities={"training": True}),
+                Client("plain", ClientKind.REMOTE, 10),
+                client("virtual"),
+            ]
+        )
+        store.touch_clients({"heard": now, "silent": late, "edge": now, "plain": now})
+        found = [set(store.eligible_at(range(6), heard_since=since).values()) for since in (None, now, late)]
+        assert found == [{"virtual"}, {"heard", "virtual"}, {"heard", "silent", "virtual"}]
+        assert [store.count_eligible(heard_since=since) for since in (None, now, late)] == [1, 2, 3]
 
 
 def test_a_draw_is_repeatable_and_changes_with_round_and_secret() -> None:

@@ -1,0 +1,109 @@
+"""Virtual and remote clients behind one port: a round hands its task to both and takes whatever answers first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+
+from fedvit.config import Settings
+from fedvit.ports import FleetPort, ProxyReport
+from fedvit.rounds.remote import Offer, RemoteWork
+from fedvit.store.store import Store
+from fedvit.types import Client, ClientOutcome, Cohort, PartialUpdate, TrainTask, Weights
+from fedvit.wire.tensors import encode_weights
+
+LOOK_S = 0.25
+UNCHARGED = "it was not asked: what it holds is not what was charged"
+
+
+class MixedFleet:
+    """Implements :class:`fedvit.ports.FleetPort`: clients of other kinds than virtual are asked through the store.
+
+    Args:
+        virtual: the fleet of the virtual clients.
+        now_s: a clock that only goes forward.
+        pause: waits for so many seconds.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        virtual: FleetPort,
+        *,
+        now_s: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._settings, self._store, self._virtual = settings, store, virtual
+        self._work = RemoteWork(settings, store)
+        self._now_s, self._pause = now_s, pause
+        self._asked: dict[str, Offer] = {}
+
+    def train(
+        self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
+    ) -> Iterator[PartialUpdate | None]:
+        """Hand the task out and yield the answers as they arrive, those to earlier tasks among them."""
+        patience_s = self._settings.training.round_timeout_s if timeout_s is None else timeout_s
+        remote = self._remote(cohort)
+        virtual = replace(cohort, client_ids=tuple(c for c in cohort.client_ids if c not in remote))
+        uncharged = self._ask(task, weights, remote.values())
+        if uncharged.outcomes:
+            yield uncharged
+        heard_s = self._now_s()
+        for answer in self._virtual.train(task, weights, virtual, timeout_s=timeout_s):
+            yield answer
+            yield from self._arrived()
+            heard_s = heard_s if answer is None else self._now_s()
+        while self._asked:
+            waiting = len(self._asked)
+            yield from self._arrived()
+            if len(self._asked) < waiting:
+                heard_s = self._now_s()
+            elif self._now_s() - heard_s >= patience_s:
+                return
+            else:
+                yield None
+                self._pause(LOOK_S)
+
+    def in_flight(self) -> frozenset[str]:
+        """The clients that have not answered."""
+        return self._virtual.in_flight() | self._asked.keys()
+
+    def give_up(self, reason: str) -> list[PartialUpdate]:
+        """Wait for nobody any more; whoever answers later is told so."""
+        given_up = self._virtual.give_up(reason)
+        for client_id, offer in self._asked.items():
+            self._work.close(offer, reason)
+            given_up.append(PartialUpdate(offer.task.round_index, (ClientOutcome(client_id, 0, reason),), {}, 0.0))
+        self._asked.clear()
+        return given_up
+
+    def proxies_alive(self) -> ProxyReport:
+        """Of the virtual clients; a remote one shows by itself that it is there."""
+        return self._virtual.proxies_alive()
+
+    def _remote(self, cohort: Cohort) -> dict[str, Client]:
+        return {client.client_id: client for client in self._store.remote_clients(cohort.client_ids)}
+
+    def _ask(self, task: TrainTask, weights: Weights, clients: Collection[Client]) -> PartialUpdate:
+        """Leave the task for each; who could not be asked."""
+        if clients:
+            # Its digest is the task's: that is what clients fetch it by.
+            self._store.blobs.put(encode_weights(weights))
+        uncharged = []
+        for client in clients:
+            offer = self._work.leave(task, client)
+            if offer is None:
+                uncharged.append(ClientOutcome(client.client_id, 0, UNCHARGED))
+            else:
+                self._asked[client.client_id] = offer
+        return PartialUpdate(task.round_index, tuple(uncharged), {}, 0.0)
+
+    def _arrived(self) -> Iterator[PartialUpdate]:
+        for client_id, offer in sorted(self._asked.items()):
+            answer = self._work.answer(offer)
+            if answer is not None:
+                # Before it is handed on: whoever takes it may not come back for more.
+                del self._asked[client_id]
+                yield answer

@@ -1,0 +1,268 @@
+"""What remote clients are asked and what they answer, kept in the state folder between those who talk to them.
+
+The aggregator leaves a task for each client; the control API hands it out and takes the answer; the aggregator finds
+that. Any of them may die and come back, and there may be several of the second. A task is left after its charge was
+written, so that whatever a client releases is on the ledger already. An answer belongs to one client and one round: the
+first one counts, and it stays until the client is asked something else, so that a round that is tried again finds it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fedvit.aggregation.door import Door
+from fedvit.aggregation.registry import rule_for
+from fedvit.aggregation.rule import HANDED
+from fedvit.config import Settings
+from fedvit.errors import NotFoundError, UpdateRejectedError
+from fedvit.ports import POPULATION
+from fedvit.store.store import Store
+from fedvit.training.release import release_id
+from fedvit.types import Client, ClientOutcome, Encoding, PartialUpdate, RunStatus, TrainTask
+from fedvit.wire.tensors import decode_weights
+
+FROZEN_DIGEST = "frozen_digest"
+"""Where the store has the SHA-256 of the weights that never travel, as the aggregator built them."""
+_TASK_KEY = "remote_task/"
+_MAX_WEIGHTS_BYTES = 8 * 2**30
+
+
+class ReceiptStatus(StrEnum):
+    """What became of an update."""
+
+    RECEIVED = "received"
+    """It waits for the round."""
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    DUPLICATE = "duplicate"
+    """Another answer of this client to this round was here before; this one changes nothing."""
+    TURNED_AWAY = "turned_away"
+    """Nobody waits for it: the client was not asked, or the round went on without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a client's update to a round; ``folded_in`` is the round that took it, once one has."""
+
+    client_id: str
+    run_id: str
+    round_index: int
+    status: ReceiptStatus
+    reason: str | None = None
+    folded_in: int | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A task for one client: ``num_examples`` and so ``release_id`` are what was charged.
+
+    ``closed`` says why nobody waits for the answer any more.
+    """
+
+    client_id: str
+    task: TrainTask
+    num_examples: int
+    encoding: Encoding
+    closed: str | None = None
+
+    @property
+    def release_id(self) -> str:
+        """The identity of what the client shall release."""
+        return release_id(self.task, self.client_id, self.num_examples)
+
+    def is_for(self, run_id: str, round_index: int) -> bool:
+        """Whether it asks for an answer to this round."""
+        return (self.task.run_id, self.task.round_index) == (run_id, round_index)
+
+    def answer(self, content: bytes) -> PartialUpdate:
+        """An update as the door takes it."""
+        outcomes = (ClientOutcome(self.client_id, self.num_examples),)
+        return PartialUpdate(self.task.round_index, outcomes, {}, 0.0, content=content)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the store keeps it."""
+        return {**asdict(self), "encoding": self.encoding.value}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Offer:
+        """The inverse."""
+        task, encoding = TrainTask(**found["task"]), Encoding(found["encoding"])
+        return cls(**{**found, "task": task, "encoding": encoding})
+
+
+def encoding_for(client: Client, settings: Settings) -> Encoding:
+    """The form that the client shall send: the first of the run's that it knows, else float32."""
+    wanted = settings.training.compression.encodings
+    return next((encoding for encoding in wanted if encoding.value in client.encodings), Encoding.FLOAT32)
+
+
+class RemoteWork:
+    """The tasks of remote clients and their answers."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings, self._store = settings, store
+        self._folder = store.home / "remote"
+        self._shapes = lru_cache(maxsize=2)(self._read_shapes)
+
+    # --- the aggregator's side ---------------------------------------------------------------------------------------
+
+    def leave(self, task: TrainTask, client: Client) -> Offer | None:
+        """Ask a client; what it answered to earlier rounds is gone, what it answered to this one is not.
+
+        None where the ledger does not hold the charge of what it would release: its data has changed since.
+        """
+        offer = Offer(client.client_id, task, client.num_examples, encoding_for(client, self._settings))
+        if not self._is_charged(offer):
+            return None
+        keep = self._place(client.client_id, task.run_id, task.round_index)
+        for path in keep.parent.glob("*"):
+            if path != keep:
+                path.unlink(missing_ok=True)
+        self._store.set_meta(_TASK_KEY + client.client_id, offer.to_json())
+        return offer
+
+    def close(self, offer: Offer, reason: str) -> None:
+        """Wait for this answer no more."""
+
+        def change(found: Any) -> Any:
+            mine = found is not None and Offer.from_json(found).is_for(offer.task.run_id, offer.task.round_index)
+            return {**found, "closed": reason} if mine else found
+
+        self._store.change_meta(_TASK_KEY + offer.client_id, change)
+
+    def answer(self, offer: Offer) -> PartialUpdate | None:
+        """What the client answered, if it has."""
+        content = _read(self._place(offer.client_id, offer.task.run_id, offer.task.round_index))
+        return None if content is None else offer.answer(content)
+
+    # --- the client's side -------------------------------------------------------------------------------------------
+
+    def task(self, client_id: str) -> Offer | None:
+        """What the client shall do now; nothing where it has answered, or may not take part.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        client, offer, run = self._store.client(client_id), self._offer(client_id), self._store.latest_run()
+        if offer is None or offer.closed or client.quarantined or not client.active or run is None:
+            return None
+        under_way = run.run_id == offer.task.run_id and run.status is RunStatus.RUNNING
+        answered = self._place(client_id, offer.task.run_id, offer.task.round_index).exists()
+        return offer if under_way and not answered else None
+
+    def receive(self, client_id: str, run_id: str, round_index: int, content: bytes) -> Receipt:
+        """Take an answer, or say what became of the one before; repeating it does nothing.
+
+        One that the door will not let in is kept all the same: the round has to know that this client is done.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        known = self.receipt(client_id, run_id, round_index)
+        offer = self._offer(client_id)
+        if known.status is not ReceiptStatus.TURNED_AWAY or offer is None or not offer.is_for(run_id, round_index):
+            return self._compared(known, content)
+        if offer.closed:
+            return known
+        if not _create(self._place(client_id, run_id, round_index), content):
+            return self._compared(self.receipt(client_id, run_id, round_index), content)
+        return self.receipt(client_id, run_id, round_index)
+
+    def receipt(self, client_id: str, run_id: str, round_index: int) -> Receipt:
+        """What became of the client's answer to a round.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        self._store.client(client_id)
+        of = (client_id, run_id, round_index)
+        taken = self._store.answer_of(*of)
+        if taken is not None:
+            folded_in, error = taken
+            status = ReceiptStatus.REFUSED if error else ReceiptStatus.ACCEPTED
+            return Receipt(*of, status, error, folded_in, self._store.round(run_id, folded_in).version)
+        offer, content = self._offer(client_id), _read(self._place(*of))
+        if offer is None or not offer.is_for(run_id, round_index):
+            return Receipt(*of, ReceiptStatus.TURNED_AWAY, self._why_not(*of))
+        if offer.closed:
+            reason = f"round {round_index} of {run_id} went on without it: {offer.closed}"
+            return Receipt(*of, ReceiptStatus.TURNED_AWAY, reason)
+        if content is None:
+            return Receipt(*of, ReceiptStatus.TURNED_AWAY, "it has not answered yet")
+        fault = self._fault(offer, content)
+        return Receipt(*of, ReceiptStatus.REFUSED if fault else ReceiptStatus.RECEIVED, fault)
+
+    def _is_charged(self, offer: Offer) -> bool:
+        task = offer.task
+        units = {offer.client_id: offer.num_examples}
+        if task.privacy_unit == "client":
+            units = {offer.client_id: 1, POPULATION: 1}
+        releases = ((unit, release_id(task, unit, size)) for unit, size in units.items())
+        return any(self._store.is_charged(task.run_id, task.round_index, *release) for release in releases)
+
+    def _compared(self, known: Receipt, content: bytes) -> Receipt:
+        first = _read(self._place(known.client_id, known.run_id, known.round_index))
+        if known.status is ReceiptStatus.TURNED_AWAY or first is None or first == content:
+            return known
+        reason = f"it has answered already; another answer to round {known.round_index} changes nothing"
+        return Receipt(known.client_id, known.run_id, known.round_index, ReceiptStatus.DUPLICATE, reason)
+
+    def _why_not(self, client_id: str, run_id: str, round_index: int) -> str:
+        try:
+            asked = client_id in self._store.round(run_id, round_index).cohort
+        except NotFoundError:
+            asked = False
+        return f"round {round_index} of {run_id} {'went on without it' if asked else 'did not ask it'}"
+
+    def _fault(self, offer: Offer, content: bytes) -> str | None:
+        """What the one door will say."""
+        rule = rule_for(self._settings)
+        sizes = {offer.client_id: offer.num_examples}
+        door = Door.of(self._settings, rule, {}, sizes).with_shapes(self._shapes(offer.task.base_digest))
+        try:
+            return door.fault_of(door.opened(offer.answer(content)))
+        except UpdateRejectedError as error:
+            return error.message
+
+    def _read_shapes(self, base_digest: str) -> dict[str, tuple[int, ...]]:
+        weights = decode_weights(self._store.blobs.get(base_digest), max_bytes=_MAX_WEIGHTS_BYTES)
+        return {name: array.shape for name, array in weights.items() if not name.startswith(HANDED)}
+
+    def _offer(self, client_id: str) -> Offer | None:
+        found = self._store.get_meta(_TASK_KEY + client_id)
+        return None if found is None else Offer.from_json(found)
+
+    def _place(self, client_id: str, run_id: str, round_index: int) -> Path:
+        return self._folder / client_id / f"{run_id}.{round_index:08d}.safetensors"
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _create(path: Path, content: bytes) -> bool:
+    """Whether the file is ours: it appears whole, and only if there was none."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # In the folder above: what lies in this one is answers.
+    draft = path.parent.parent / f".{secrets.token_hex(8)}"
+    try:
+        with open(draft, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
