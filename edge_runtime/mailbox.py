@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -40,6 +41,19 @@ class MailboxSender:
             self._waiting.remove(message)
         self._waiting.append(Message(self._client_id, new_message_id(self._now()), MessageKind.HEARTBEAT, dict(body)))
         return self.flush()
+
+    def update(self, run_id: str, round_index: int, content: bytes) -> bool:
+        """Leave an update; return whether it is in the mailbox. It is not kept: whoever has it tries again."""
+        digest = hashlib.sha256(content).hexdigest()
+        body = {"run_id": run_id, "round_index": round_index, "sha256": digest}
+        message = Message(self._client_id, new_message_id(self._now()), MessageKind.UPDATE, body)
+        try:
+            self._folder.write(message.path.removesuffix(".json") + ".safetensors", content)
+            self._folder.write(message.path, seal(message, self._key))
+        except OSError as error:
+            _LOG.warning("the mailbox cannot be reached: %s", error)
+            return False
+        return True
 
     def flush(self) -> bool:
         """Try to leave what waits; return whether nothing waits any more."""

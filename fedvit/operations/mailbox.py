@@ -1,8 +1,8 @@
 """The server's side of the mailbox: a second way for vehicles that cannot reach the API.
 
 A vehicle leaves a message in ``inbox/``. While the channel is enabled, a good one is taken and moved to ``delivered/``;
-a bad one to ``rejected/``, with a file beside it that says why. An update is good and cannot be taken yet: it is kept
-in ``waiting/`` and counted as pending.
+a bad one to ``rejected/``, with a file beside it that says why. An update goes the way of one that was uploaded, with
+the same verdict; its weights are not kept here. What an earlier release kept in ``waiting/`` is taken like that, too.
 
 Who may write into the mailbox can fill it or take files away, and no more: a message counts only under its client's
 key, under its own name, once, and for a day.
@@ -19,12 +19,22 @@ from functools import cached_property
 from typing import Any
 
 from fedvit.config import Settings
-from fedvit.errors import FedvitError, NotFoundError, StateError
+from fedvit.errors import DataError, FedvitError, IntegrityError, NotFoundError, StateError
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.rounds.remote import Receipt, ReceiptStatus, RemoteWork
 from fedvit.store.store import Store
 from fedvit.types import CLIENT_ID, utc_now
 from fedvit.wire.folders import Folder, open_folder
-from fedvit.wire.mailbox import INBOX, MAX_MESSAGE_BYTES, Message, MessageKind, is_message_id, sent_at, unseal
+from fedvit.wire.mailbox import (
+    INBOX,
+    MAX_MESSAGE_BYTES,
+    Message,
+    MessageKind,
+    UpdateNote,
+    is_message_id,
+    sent_at,
+    unseal,
+)
 
 DELIVERED, REJECTED, WAITING = "delivered", "rejected", "waiting"
 # Later a message is refused as too old; until then its id is remembered, so that it counts once.
@@ -44,7 +54,7 @@ class MailboxError(StateError):
 
 @dataclass(frozen=True, slots=True)
 class MailboxState:
-    """How the channel stands. ``pending`` includes ``not_yet_taken``, the updates that this release cannot take."""
+    """How the channel stands. ``pending`` includes ``not_yet_taken``, the updates that an earlier release kept."""
 
     enabled: bool
     url: str
@@ -61,6 +71,7 @@ class _Pass:
 
     seen: dict[str, datetime] = field(default_factory=dict)
     moves: list[tuple[str, str]] = field(default_factory=list)
+    removals: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     delivered: int = 0
 
@@ -77,6 +88,8 @@ class Mailbox:
         self.url = mailbox_url(settings)
         self._store, self._now = store, now
         self._home = settings.home
+        self._work = RemoteWork(settings, store)
+        self._max_update_bytes = settings.training.door.max_update_bytes
         self._opened: Folder | None = None
 
     def key_of(self, client_id: str) -> bytes:
@@ -169,7 +182,9 @@ class Mailbox:
 
     def _take(self) -> int:
         found = _Pass()
-        for client, name in self._arrived():
+        for client, name in self._arrived(WAITING):
+            self._look_again(client, name, found)
+        for client, name in self._arrived(INBOX):
             self._look(client, name, found)
         # Told to the store first: a message moved and then forgotten would be lost; one told twice does no harm.
         self._store.touch_clients(found.seen)
@@ -177,16 +192,18 @@ class Mailbox:
             if target in found.reasons:
                 self._folder.write(f"{target}.reason", found.reasons[target].encode())
             self._folder.move(path, target)
+        for path in found.removals:
+            self._folder.remove(path)
         if found.moves:
             self._count_up(found)
         for client in found.seen:
             self._forget_old(client)
         return found.delivered
 
-    def _arrived(self) -> Iterator[tuple[str, str]]:
+    def _arrived(self, place: str) -> Iterator[tuple[str, str]]:
         left = PER_PASS
-        for client in self._folder.folders(INBOX):
-            names = [name for name in self._folder.files(f"{INBOX}/{client}") if name.endswith(".json")]
+        for client in self._folder.folders(place):
+            names = [name for name in self._folder.files(f"{place}/{client}") if name.endswith(".json")]
             for name in names[: min(PER_CLIENT, left)]:
                 left -= 1
                 yield client, name.removesuffix(".json")
@@ -196,19 +213,62 @@ class Mailbox:
         try:
             message = self._verified(client, name)
         except FedvitError as error:
-            target = f"{REJECTED}/{_safe(client, _is_client_id)}/{_safe(name, is_message_id)}.json"
-            found.moves.append((path, target))
-            found.reasons[target] = f"{error}\n"
+            self._reject(path, client, name, f"{error}", found)
             return
         # Names sort by time, so the last one is the newest.
         found.seen[client] = min(message.sent_at, self._now())
         if message.kind is MessageKind.UPDATE:
-            # The weights first: a message in waiting has them beside it.
-            for ending in ("safetensors", "json"):
-                found.moves.append((f"{INBOX}/{client}/{name}.{ending}", f"{WAITING}/{client}/{name}.{ending}"))
+            self._deliver(INBOX, message, found)
             return
         found.moves.append((path, f"{DELIVERED}/{client}/{name}.json"))
         found.delivered += 1
+
+    def _look_again(self, client: str, name: str, found: _Pass) -> None:
+        """At what was verified when it came, whenever that was."""
+        path = f"{WAITING}/{client}/{name}.json"
+        try:
+            message = unseal(self._folder.read(path, MAX_MESSAGE_BYTES), self.key_of(client), client, name)
+        except FedvitError as error:
+            self._reject(path, client, name, f"{error}", found)
+            return
+        self._deliver(WAITING, message, found)
+
+    def _deliver(self, place: str, message: Message, found: _Pass) -> None:
+        """Hand an update on, and say what became of it."""
+        path = f"{place}/{message.client_id}/{message.message_id}"
+        found.removals.append(f"{path}.safetensors")
+        try:
+            receipt = self._received(f"{path}.safetensors", message)
+        except FedvitError as error:
+            self._reject(f"{path}.json", message.client_id, message.message_id, f"{error}", found)
+            return
+        if receipt.status not in (ReceiptStatus.RECEIVED, ReceiptStatus.ACCEPTED):
+            reason = f"The update is {receipt.status.value}: {receipt.reason}."
+            self._reject(f"{path}.json", message.client_id, message.message_id, reason, found)
+            return
+        found.moves.append((f"{path}.json", f"{DELIVERED}/{message.client_id}/{message.message_id}.json"))
+        found.delivered += 1
+
+    def _received(self, path: str, message: Message) -> Receipt:
+        """What becomes of the update beside a message.
+
+        Raises:
+            FedvitError: there is none, or it is not the one that was sealed.
+        """
+        try:
+            told = UpdateNote.of(message)
+        except (KeyError, TypeError, ValueError):
+            raise DataError("The message does not say which round its update is for.") from None
+        content = self._folder.read(path, self._max_update_bytes)
+        if hashlib.sha256(content).hexdigest() != told.sha256:
+            raise IntegrityError("The update is not the one that the message was sealed for.")
+        return self._work.receive(message.client_id, told.run_id, told.round_index, content)
+
+    @staticmethod
+    def _reject(path: str, client: str, name: str, reason: str, found: _Pass) -> None:
+        target = f"{REJECTED}/{_safe(client, _is_client_id)}/{_safe(name, is_message_id)}.json"
+        found.moves.append((path, target))
+        found.reasons[target] = f"{reason}\n"
 
     def _verified(self, client: str, name: str) -> Message:
         """The message in a file of the inbox.

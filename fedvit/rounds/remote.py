@@ -183,17 +183,17 @@ class RemoteWork:
         """
         self._store.client(client_id)
         of = (client_id, run_id, round_index)
+        offer, content = self._offer(client_id), _read(self._place(*of))
+        if offer is not None and offer.closed and offer.is_for(run_id, round_index):
+            reason = f"round {round_index} of {run_id} went on without it: {offer.closed}"
+            return Receipt(*of, ReceiptStatus.TURNED_AWAY, reason)
         taken = self._store.answer_of(*of)
         if taken is not None:
             folded_in, error = taken
             status = ReceiptStatus.REFUSED if error else ReceiptStatus.ACCEPTED
             return Receipt(*of, status, error, folded_in, self._store.round(run_id, folded_in).version)
-        offer, content = self._offer(client_id), _read(self._place(*of))
         if offer is None or not offer.is_for(run_id, round_index):
             return Receipt(*of, ReceiptStatus.TURNED_AWAY, self._why_not(*of))
-        if offer.closed:
-            reason = f"round {round_index} of {run_id} went on without it: {offer.closed}"
-            return Receipt(*of, ReceiptStatus.TURNED_AWAY, reason)
         if content is None:
             return Receipt(*of, ReceiptStatus.TURNED_AWAY, "it has not answered yet")
         fault = self._fault(offer, content)

@@ -4,7 +4,7 @@ A file ``<mailbox>/inbox/<client_id>/<message_id>.json`` holds ``{"payload": TEX
 of the message; the HMAC-SHA256 under the client's mailbox key covers its very bytes, so nothing has to be written
 canonically. A message id begins with the moment of sending in milliseconds: ids sort by time, and how old a message is
 can be told from its name. A message of kind ``update`` has its weights beside it, ``<message_id>.safetensors``, which
-are put there before it.
+are put there before it; its body is an :class:`UpdateNote`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,28 @@ class Message:
     def path(self) -> str:
         """Where it lies in a mailbox until it is taken."""
         return f"{INBOX}/{self.client_id}/{self.message_id}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateNote:
+    """Which round the update beside a message answers; ``sha256``, hex, is that of its bytes."""
+
+    run_id: str
+    round_index: int
+    sha256: str
+
+    @classmethod
+    def of(cls, message: Message) -> UpdateNote:
+        """The note in a message.
+
+        Raises:
+            KeyError, TypeError, ValueError: there is none.
+        """
+        body = message.body
+        note = cls(body["run_id"], body["round_index"], body["sha256"])
+        if not isinstance(note.run_id, str) or type(note.round_index) is not int or not isinstance(note.sha256, str):
+            raise TypeError("a field of the note is of another type")
+        return note
 
 
 def new_message_id(at: datetime) -> str:

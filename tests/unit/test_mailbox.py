@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -141,18 +143,37 @@ def test_a_replayed_message_counts_once_for_as_long_as_it_would_be_admitted(post
     assert post.mailbox.take() == 0
 
 
-def test_an_update_is_kept_with_its_weights_and_said_to_be_waiting(post: Post) -> None:
+def note(content: bytes, **changes: Any) -> dict[str, Any]:
+    return {"run_id": "run-0001", "round_index": 1, "sha256": hashlib.sha256(content).hexdigest(), **changes}
+
+
+@pytest.mark.parametrize("place", ["inbox", "waiting"])
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (note(b"weights"), "turned_away: round 1 of run-0001 did not ask it"),
+        (note(b"others"), "not the one that the message was sealed for"),
+        (note(b"weights", round_index="1"), "does not say which round"),
+        ({}, "does not say which round"),
+        (None, "There is no file"),
+    ],
+)
+def test_an_update_that_nobody_can_use_is_rejected_in_words(
+    post: Post, place: str, body: dict[str, Any] | None, words: str
+) -> None:
     post.mailbox.enable()
-    update = post.message(kind="update")
-    post.folder.write(update.path.replace(".json", ".safetensors"), b"weights")
-    post.put(update)
+    update = replace(post.message(kind="update"), body=note(b"weights") if body is None else body)
+    at = update.path.replace("inbox", place)
+    if body is not None:
+        post.folder.write(at.replace(".json", ".safetensors"), b"weights")
+    post.put(update, at=at)
     assert post.mailbox.take() == 0
     state = post.mailbox.state()
-    assert (state.pending, state.not_yet_taken, state.delivered, state.rejected) == (1, 1, 0, 0)
-    assert post.folder.files("waiting/truck-1") == [f"{update.message_id}.json", f"{update.message_id}.safetensors"]
-    assert post.store.client("truck-1").last_seen_at == update.sent_at
-    post.put(update)
-    assert (post.mailbox.take(), post.counts()) == (0, (1, 0, 1))
+    assert (state.pending, state.not_yet_taken, state.delivered, state.rejected) == (0, 0, 0, 1)
+    assert words in post.reasons()[0]
+    assert post.folder.files("waiting/truck-1") == post.folder.files("inbox/truck-1") == []
+    seen = update.sent_at if place == "inbox" else None
+    assert post.store.client("truck-1").last_seen_at == seen
 
 
 def test_links_lead_nowhere(post: Post, tmp_path: Path) -> None:

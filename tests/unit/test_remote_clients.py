@@ -1,0 +1,396 @@
+"""Remote clients through the real API, store, ledger and loop; a truck acts whenever the round waits for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from generous_accountant import GenerousAccountant
+from httpx import Response
+from prometheus_client import REGISTRY
+
+from edge_runtime.mailbox import MailboxSender
+from fedvit.access.tokens import create_token
+from fedvit.config import load_settings
+from fedvit.monitoring.metrics import UPDATE_BYTES
+from fedvit.operations.mailbox import Mailbox
+from fedvit.privacy.randomness import SecretStream
+from fedvit.registry.weights import stored_weights
+from fedvit.rounds.coordinator import Coordinator
+from fedvit.rounds.fleets import UNCHARGED, MixedFleet
+from fedvit.rounds.steering import change_aggregation_settings
+from fedvit.store.store import Store
+from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
+from fedvit.types import Client, ClientKind, ClientOutcome, Encoding, PartialUpdate, RunStatus, utc_now
+from fedvit.wire.folders import open_folder
+from fedvit.wire.tensors import decode_weights
+from fedvit.wire.updates import encode_smaller
+from serve_apps.control.api import Services, create_api
+
+TARGET = np.array([1.0, -2.0], dtype=np.float32)
+ALL = [encoding.value for encoding in Encoding]
+
+
+class Yard:
+    """A run of two virtual clients and some trucks.
+
+    Attributes:
+        act: what happens while the round waits; by default every truck does its duty.
+        waits: how often the round has waited.
+    """
+
+    def __init__(self, home: Path, *, trucks: int = 1, rounds: int = 1, encodings: Any = ALL, **training: Any) -> None:
+        self.settings = load_settings(
+            environ={},
+            overrides={
+                "home": home,
+                "training": {"rounds": rounds, **training},
+                "privacy": {"noise_multiplier": 4.0},
+                "release": {"every_rounds": 1000, "max_accuracy_drop": 1.0},
+            },
+        )
+        self.store = Store.open(home)
+        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.register_clients(seeded_fleet(2))
+        self.trucks = [f"truck-{i}" for i in range(trucks)]
+        for truck in self.trucks:
+            self.store.register_clients(
+                [Client(truck, ClientKind.REMOTE, 30, capabilities={"training": {"encodings": list(encodings)}})]
+            )
+        self.store.touch_clients(dict.fromkeys(self.trucks, utc_now()))
+
+        def nobody() -> NoReturn:
+            raise AssertionError("an actor was asked")
+
+        self.http = TestClient(create_api(Services(self.settings, self.store, nobody, nobody)))
+        self.now_s, self.waits = 0.0, 0
+        self.act: Callable[[], object] = lambda: [self.do_duty(truck) for truck in self.trucks]
+        self.process()
+
+    def process(self) -> None:
+        """Another process takes over."""
+        self.virtual = FakeFleet(TARGET)
+        self.loop = Coordinator(
+            settings=self.settings,
+            store=self.store,
+            accountant=GenerousAccountant(self.store),
+            fleet=MixedFleet(self.settings, self.store, self.virtual, now_s=lambda: self.now_s, pause=self._pause),
+            model=PointModel(TARGET),
+        )
+
+    def _pause(self, _: float) -> None:
+        # Silence must not last for ever, and three looks are enough for whoever answers.
+        self.now_s += 250
+        self.waits += 1
+        self.act()
+
+    def run(self) -> RunStatus:
+        return self.loop.run().status
+
+    def task(self, truck: str) -> Any:
+        answer = self.http.get(f"/api/clients/{truck}/task")
+        assert answer.status_code == 200, answer.text
+        return answer.json()["task"]
+
+    def update(self, truck: str, task: Any, *, step: float = 0.5, **changes: Any) -> bytes:
+        """What the truck learned: a share of the way to the target, like its virtual brothers."""
+        content = self.http.get(f"/api/clients/{truck}/task/weights").content
+        assert hashlib.sha256(content).hexdigest() == task["base_digest"]
+        point = decode_weights(content, max_bytes=10_000)["point"]
+        count = changes.pop("num_examples", task["num_examples"])
+        outcomes = (ClientOutcome(changes.pop("client_id", truck), count),)
+        sums = {"point": count * step * (TARGET - point).astype(np.float64)}
+        update = PartialUpdate(task["round_index"], outcomes, sums, float(count))
+        coins = SecretStream(bytes(32), "coins", {})
+        return encode_smaller(replace(update, **changes), Encoding(task["encoding"]), coins.uniform, 1.0)
+
+    def put(self, truck: str, content: bytes, round_index: int = 1, **more: Any) -> Response:
+        return self.http.put(f"/api/clients/{truck}/updates/run-0001/{round_index}", content=content, **more)
+
+    def do_duty(self, truck: str) -> Response | None:
+        task = self.task(truck)
+        return self.put(truck, self.update(truck, task), task["round_index"]) if task else None
+
+    def receipt(self, truck: str, round_index: int = 1) -> Any:
+        return self.http.get(f"/api/clients/{truck}/updates/run-0001/{round_index}").json()
+
+    def lineage(self, round_index: int = 1) -> dict[str, Any]:
+        return dict(self.store.version(f"v1.1.{round_index}").lineage)
+
+    def point(self, round_index: int = 1) -> Any:
+        return stored_weights(self.store, self.store.version(f"v1.1.{round_index}").weights_digest)["point"]
+
+
+@pytest.fixture
+def yard(tmp_path: Path) -> Iterator[Yard]:
+    made = Yard(tmp_path)
+    yield made
+    made.store.close()
+
+
+def test_a_truck_and_virtual_clients_make_one_round(yard: Yard) -> None:
+    seen: list[Any] = []
+
+    def act() -> None:
+        task = yard.task("truck-0")
+        # Before anybody can release anything, it is paid for.
+        key = (task["run_id"], task["round_index"], "truck-0", task["release_id"])
+        seen.append((yard.store.is_charged(*key), yard.store.is_charged(*key[:3], "0" * 64)))
+        answer = yard.put("truck-0", yard.update("truck-0", task, step=1.0))
+        seen.append((answer.status_code, answer.json()["status"], yard.task("truck-0")))
+
+    yard.act = act
+    assert yard.run() is RunStatus.COMPLETED
+    assert seen == [(True, False), (202, "received", None)]
+    # The virtual ones go half the way with ten examples each, the truck goes all of it with thirty.
+    np.testing.assert_allclose(yard.point(), (20 * 0.5 + 30 * 1.0) / 50 * TARGET, rtol=1e-6)
+    assert yard.lineage()["clients"] == ["truck-0", "vehicle-0000", "vehicle-0001"]
+    assert yard.virtual.tasks[0][1].client_ids == ("vehicle-0000", "vehicle-0001")
+    told = yard.receipt("truck-0")
+    assert (told["status"], told["folded_in"], told["version"], told["reason"]) == ("accepted", 1, "v1.1.1", None)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "sent"),
+    [
+        ((), ALL, "float32"),
+        (("int8", "float16"), ALL, "int8"),
+        (("int8", "float16"), ["float16"], "float16"),
+        (("top_k",), ["int8"], "float32"),
+        (("bfloat16",), "bfloat16", "float32"),
+    ],
+)
+def test_the_form_is_agreed_for_each_client_and_its_bytes_are_told(
+    tmp_path: Path, wanted: tuple[str, ...], known: Any, sent: str
+) -> None:
+    def counted() -> float:
+        return REGISTRY.get_sample_value(UPDATE_BYTES, {"encoding": sent}) or 0.0
+
+    before = counted()
+    yard = Yard(tmp_path, encodings=known, compression={"encodings": wanted})
+    assert yard.run() is RunStatus.COMPLETED
+    assert yard.lineage()["sent"]["truck-0"]["encoding"] == sent
+    assert counted() - before == yard.lineage()["sent"]["truck-0"]["bytes"] > 100
+    np.testing.assert_allclose(yard.point(), 0.5 * TARGET, rtol=0.01)
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "nan": ({"weighted_sum": {"point": np.array([np.nan, 0.0])}}, "'point' holds a value that is not finite"),
+    "huge": ({"step": 1e6}, "its norm is"),
+    "misshapen": ({"weighted_sum": {"point": np.zeros((2, 1))}}, "'point' has the shape [2, 1]"),
+    "nameless": ({"weighted_sum": {}}, "it lacks the parameter 'point'"),
+    "strange": ({"weighted_sum": {"point": np.zeros(2), "x": np.zeros(1)}}, "it holds 'x'"),
+    "heavy": ({"total_weight": 31.0}, "its weight is 31"),
+    "another's": ({"client_id": "truck-1"}, "It speaks for [('truck-1', 30)] in round {0}"),
+    "greedy": ({"num_examples": 31}, "It speaks for [('truck-0', 31)] in round {0}"),
+    "of another version": (
+        {"round_index": 7},
+        "It speaks for [('truck-0', 30)] in round 7; truck-0 was asked in round {0}",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "no update"])
+def test_what_the_door_does_not_let_in_is_refused_at_once_recorded_and_counted(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yard = Yard(tmp_path, trucks=2, rounds=2, door={"max_update_norm": 100.0, "quarantine_after": 2})
+    changes, reason = FAULTS.get(fault, ({}, "The update is not safetensors"))
+    monkeypatch.setattr(f"{__name__}.encode_smaller", encode_as_it_is)
+    answers: list[Response] = []
+
+    def act() -> None:
+        yard.do_duty("truck-1")
+        if task := yard.task("truck-0"):
+            content = b"pickle" if fault == "no update" else yard.update("truck-0", task, **changes)
+            answers.append(yard.put("truck-0", content, task["round_index"]))
+
+    yard.act = act
+    assert yard.run() is RunStatus.COMPLETED
+    assert len(answers) == 2
+    for index, answer in enumerate(answers, start=1):
+        assert (answer.status_code, answer.json()["type"]) == (422, "/problems/update-rejected")
+        assert reason.replace("{0}", str(index)) in answer.json()["detail"]
+        recorded = yard.lineage(index)["aggregation"]["refused"]["truck-0"]
+        assert recorded.startswith("its update is refused: ")
+        assert reason.replace("{0}", str(index)) in recorded
+        assert yard.receipt("truck-0", index)["reason"] == recorded
+        assert "truck-1" in yard.lineage(index)["clients"]
+    np.testing.assert_allclose(yard.point(2), 0.75 * TARGET, rtol=1e-6)
+    assert yard.store.quarantined_clients() == ["truck-0"]
+    assert yard.task("truck-0") is None
+
+
+def encode_as_it_is(update: PartialUpdate, *_: Any) -> bytes:
+    """With whatever is in it."""
+    from fedvit.wire.updates import encode_update
+
+    return encode_update(update)
+
+
+def test_an_answer_may_be_repeated_and_not_changed(yard: Yard) -> None:
+    told: list[tuple[int, str]] = []
+    contents: list[bytes] = []
+
+    def act() -> None:
+        task = yard.task("truck-0")
+        contents.extend(yard.update("truck-0", task, step=step) for step in (0.5, 0.25))
+        for content in (contents[0], contents[0], contents[1]):
+            answer = yard.put("truck-0", content)
+            told.append(
+                (answer.status_code, answer.json().get("status") if answer.is_success else answer.json()["detail"])
+            )
+
+    yard.act = act
+    assert yard.run() is RunStatus.COMPLETED
+    assert told[:2] == [(202, "received")] * 2
+    assert told[2][0] == 409
+    assert "another answer to round 1 changes nothing" in str(told[2][1])
+    np.testing.assert_allclose(yard.point(), 0.5 * TARGET, rtol=1e-6)
+    again, other = yard.put("truck-0", contents[0]), yard.put("truck-0", contents[1])
+    assert (again.status_code, again.json()["folded_in"], other.status_code) == (200, 1, 409)
+
+
+def test_a_silent_truck_is_given_up_and_told_so_when_it_comes(yard: Yard) -> None:
+    kept: list[bytes] = []
+
+    def act() -> None:
+        kept.append(yard.update("truck-0", yard.task("truck-0")))
+
+    yard.act = act
+    assert yard.run() is RunStatus.COMPLETED
+    assert yard.waits == 3
+    assert yard.lineage()["clients"] == ["vehicle-0000", "vehicle-0001"]
+    late = yard.put("truck-0", kept[0])
+    assert late.status_code == 409
+    assert "round 1 of run-0001 went on without it: no answer in 600 s" in late.json()["detail"]
+    assert yard.receipt("truck-0")["status"] == "turned_away"
+
+
+def test_a_late_answer_goes_into_the_next_buffer_of_an_asynchronous_run(tmp_path: Path) -> None:
+    yard = Yard(tmp_path, rounds=3)
+    change_aggregation_settings(yard.store, lambda now: replace(now, mode="asynchronous", buffer_size=2))
+    folded: list[Any] = []
+
+    def look(progress: Any) -> None:
+        if progress.rounds_done == 1 and not folded:
+            folded.append(yard.do_duty("truck-0"))
+
+    yard.loop._on_progress = look
+    assert yard.run() is RunStatus.COMPLETED
+    assert folded[0].status_code == 202
+    assert yard.lineage(2)["aggregation"]["staleness"]["truck-0"] == 1
+    told = yard.receipt("truck-0", 1)
+    assert (told["status"], told["folded_in"], told["version"]) == ("accepted", 2, "v1.1.2")
+
+
+def test_an_answer_too_old_is_refused_in_the_round_that_meets_it(tmp_path: Path) -> None:
+    yard = Yard(tmp_path, rounds=4)
+    steering = {"mode": "asynchronous", "buffer_size": 2, "staleness_tolerance": 1}
+    change_aggregation_settings(yard.store, lambda now: replace(now, **steering))
+
+    def look(progress: Any) -> None:
+        if progress.rounds_done == 2:
+            yard.do_duty("truck-0")
+
+    yard.loop._on_progress = look
+    assert yard.run() is RunStatus.COMPLETED
+    told = yard.receipt("truck-0", 1)
+    assert (told["status"], told["folded_in"]) == ("refused", 3)
+    assert told["reason"] == "its update is 2 versions old; at most 1 are tolerated"
+
+
+def test_an_answer_survives_the_death_of_the_aggregator(yard: Yard) -> None:
+    committed = yard.store.commit_round
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    yard.store.commit_round = dies  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        yard.run()
+    yard.store.commit_round = committed  # type: ignore[method-assign]
+    yard.process()
+    yard.act = lambda: pytest.fail("the round waits for what it has")
+    assert yard.run() is RunStatus.COMPLETED
+    assert "truck-0" in yard.lineage()["clients"]
+    assert len(yard.store.ledger()) == 3
+
+
+def test_a_truck_whose_data_changed_after_the_charge_is_not_asked(yard: Yard) -> None:
+    charge = yard.loop._accountant.charge
+
+    def then_changed(charges: Any) -> Any:
+        report = charge(charges)
+        known = yard.store.client("truck-0")
+        yard.store.register_clients([replace(known, num_examples=31)])
+        return report
+
+    yard.loop._accountant.charge = then_changed  # type: ignore[method-assign]
+    assert yard.run() is RunStatus.COMPLETED
+    assert yard.task("truck-0") is None
+    assert yard.receipt("truck-0")["reason"] == UNCHARGED
+
+
+def test_nobody_else_gets_a_task_or_brings_an_answer(yard: Yard) -> None:
+    found: dict[str, Any] = {}
+
+    def act() -> None:
+        content = yard.update("truck-0", yard.task("truck-0"))
+        found["virtual"] = yard.put("vehicle-0000", content).status_code
+        found["unknown"] = yard.put("nobody", content).status_code
+        found["other round"] = yard.put("truck-0", content, 7).json()["detail"]
+        for name, client_id in (("own", "truck-0"), ("bound", "vehicle-0000")):
+            token = create_token(yard.store, "x", ["device"], now=utc_now(), client_id=client_id).text
+            headers = {"Authorization": f"Bearer {token}"}
+            asked = [
+                yard.http.get("/api/clients/truck-0/task", headers=headers).status_code,
+                yard.http.get("/api/clients/truck-0/task/weights", headers=headers).status_code,
+                yard.put("truck-0", content, headers=headers).status_code,
+                yard.http.get("/api/clients/truck-0/updates/run-0001/1", headers=headers).status_code,
+            ]
+            found[name] = asked
+
+    yard.act = act
+    assert yard.run() is RunStatus.COMPLETED
+    assert (found["virtual"], found["unknown"]) == (409, 404)
+    assert "round 7 of run-0001 did not ask it" in found["other round"]
+    assert found["own"] == [200, 200, 202, 200]
+    assert found["bound"] == [403] * 4
+    assert yard.task("vehicle-0000") is None
+    assert yard.http.get("/api/clients/truck-0/task/weights").status_code == 404
+    assert yard.http.get("/api/clients/nobody/task").status_code == 404
+
+
+def test_bytes_beyond_the_bound_are_not_read(tmp_path: Path) -> None:
+    yard = Yard(tmp_path, door={"max_update_bytes": 1000})
+    assert yard.put("truck-0", bytes(1001)).status_code == 413
+    assert yard.put("truck-0", bytes(1000)).status_code == 409
+
+
+def test_an_update_left_in_the_mailbox_takes_the_same_way(yard: Yard) -> None:
+    mailbox = Mailbox(yard.settings, yard.store)
+    mailbox.enable()
+    sender = MailboxSender(open_folder(mailbox.url), "truck-0", mailbox.key_of("truck-0"))
+
+    def act() -> None:
+        if task := yard.task("truck-0"):
+            assert sender.update("run-0001", 9, b"of no round")
+            assert sender.update("run-0001", 1, yard.update("truck-0", task))
+            assert mailbox.take() == 1
+
+    yard.act = act
+    assert yard.run() is RunStatus.COMPLETED
+    assert "truck-0" in yard.lineage()["clients"]
+    state = mailbox.state()
+    assert (state.pending, state.not_yet_taken, state.delivered, state.rejected) == (0, 0, 1, 1)
+    box = Path(mailbox.url)
+    assert [path.name for path in box.rglob("*.safetensors")] == []
+    (reason,) = box.rglob("*.reason")
+    assert "turned_away: round 9 of run-0001 did not ask it" in reason.read_text()
