@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from edge_runtime.mailbox import MailboxSender, read_mailbox_key
 from edge_runtime.server import ServingOptions, ServingProcess
 from fedvit.errors import FedvitError, InterruptedRunError, NotFoundError, PortInUseError, UsageError
 from fedvit.registry.client import ReleaseClient
-from fedvit.registry.feed import control_client, open_feed
+from fedvit.registry.feed import control_client, open_feed, read_token
 from fedvit.types import Variant
 from fedvit.wire.folders import open_folder
 from fedvit.wire.manifest import parse_public_key
@@ -119,6 +121,62 @@ def infer(
         engine = InferenceEngine(release.model_path, release.manifest, threads)
         for path in images:
             typer.echo(json.dumps({"image": str(path), **dataclasses.asdict(engine.infer(_read(path)))}))
+
+
+@app.command()
+def train(
+    source: Annotated[str, typer.Option(help="URL of a control server.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder (or zip) with the vehicle's images: train/<class>/*, or <class>/*.")
+    ],
+    device_id: Annotated[str, typer.Option(help="As whom to take part; a bound token speaks for this one only.")],
+    home: Annotated[Path, typer.Option(help="Folder for the vehicle's key and its own ledger.")] = Path(
+        "fedvit-edge-home"
+    ),
+    rounds: Annotated[int | None, typer.Option(min=1, help="End after so many rounds; left out, never.")] = None,
+    target_epsilon: Annotated[float, typer.Option(min=0.01, help="The most that this vehicle will ever spend.")] = 8.0,
+    target_delta: Annotated[float, typer.Option(min=1e-12, max=0.1, help="At which delta.")] = 1e-5,
+    checkpoint: Annotated[Path | None, typer.Option(help="Pretrained weights, where there is no network.")] = None,
+    threads: ThreadsOption = 1,
+    source_token_file: SourceTokenOption = None,
+    source_ca: SourceCaOption = None,
+    mailbox: MailboxOption = None,
+    mailbox_key_file: MailboxKeyOption = None,
+) -> None:
+    """Take part in training: what leaves the vehicle is noised here. One line of JSON a round; SIGTERM ends it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    with _explained(), _trainer_installed():
+        # torch and the library's training: whoever only serves goes without.
+        from edge_runtime.training.vehicle import Policy, Vehicle
+        from fedvit.client import FedvitClient
+
+        token = read_token(source_token_file) if source_token_file else None
+        sender = _sender(mailbox, mailbox_key_file, source, device_id)
+        with FedvitClient(source, token, verify=source_ca or True) as client:
+            vehicle = Vehicle(
+                client,
+                device_id,
+                data,
+                home.resolve(),
+                policy=Policy(target_epsilon, target_delta),
+                checkpoint=checkpoint,
+                mailbox=sender,
+            )
+            stop = threading.Event()
+            signal.signal(signal.SIGTERM, lambda *_: stop.set())
+            vehicle.register()
+            vehicle.run(stop, lambda step: typer.echo(json.dumps(dataclasses.asdict(step))), rounds)
+            vehicle.close()
+
+
+@contextmanager
+def _trainer_installed() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(f"Training needs {error.name}.", cure="pip install 'fedvit[edge,trainer]'.") from None
 
 
 def _sender(url: str | None, key_file: Path | None, source: str, device_id: str) -> MailboxSender | None:

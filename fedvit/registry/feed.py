@@ -87,7 +87,7 @@ def control_client(
     Raises:
         UsageError: a file cannot be used.
     """
-    headers = {} if token_file is None else {"Authorization": f"Bearer {_read_token(token_file)}"}
+    headers = {} if token_file is None else {"Authorization": f"Bearer {read_token(token_file)}"}
     return httpx.Client(timeout=timeout_s, transport=transport, headers=headers, verify=_trust(ca_file))
 
 
@@ -163,7 +163,12 @@ class HttpFeed:
         return bytes(content)
 
 
-def _read_token(path: Path) -> str:
+def read_token(path: Path) -> str:
+    """The one bearer token in a file.
+
+    Raises:
+        UsageError: there is none.
+    """
     try:
         token = path.read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:

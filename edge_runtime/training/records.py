@@ -1,0 +1,54 @@
+"""The images on a vehicle's own disk: ``train/<class>/*``, or ``<class>/*``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedvit.data.folder import class_records, images_below, subfolders
+from fedvit.data.records import Record, TreeSource
+from fedvit.data.trees import FileTree, open_tree
+from fedvit.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRecords:
+    """One vehicle's data set; implements :class:`fedvit.training.host.Holdings`."""
+
+    source: TreeSource
+
+    @classmethod
+    def open(cls, path: Path, classes: Sequence[str]) -> OwnRecords:
+        """The images of the fleet's ``classes``, in whose order labels count; a vehicle need not have all of them.
+
+        Raises:
+            DataError: there is no image, or a folder is named like none of the classes.
+        """
+        tree = open_tree(path)
+        parent = _parent(tree)
+        if strange := sorted(set(subfolders(tree, parent)) - set(classes)):
+            raise DataError(f"{path} has a folder {strange[0]!r}.", cure=f"The fleet's classes: {', '.join(classes)}.")
+        train = class_records(tree, parent, classes)
+        if not train:
+            raise DataError(f"{path} holds no image.", cure="Put images into folders named like the fleet's classes.")
+        return cls(TreeSource("own", tuple(classes), train, (), tree))
+
+    def records(self, client_id: str) -> tuple[Record, ...]:
+        """All of them: there is one client."""
+        return self.source.train
+
+
+def count_images(path: Path) -> int:
+    """How many images there are, whatever their classes are called.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    tree = open_tree(path)
+    parent = _parent(tree)
+    return sum(len(images_below(tree, f"{parent}{name}/")) for name in subfolders(tree, parent))
+
+
+def _parent(tree: FileTree) -> str:
+    return "train/" if "train/" in tree.names else ""
