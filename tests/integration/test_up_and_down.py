@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import ssl
 import tarfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
+from certificate import self_signed
 from conftest import Fedvit
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedvit.config import DataConfig
 from fedvit.data.sources import open_source
@@ -40,22 +35,6 @@ def check_only_the_cluster_is_left() -> None:
 
     assert ray.is_initialized()
     assert [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("fedvit")] == []
-
-
-def self_signed(folder: Path) -> Path:
-    """A certificate for this machine's loopback address; its key lies beside it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fedvit")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
-    certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
-    pem = serialization.Encoding.PEM
-    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "tls.key").write_bytes(key.private_bytes(pem, *plain))
-    (folder / "tls.pem").write_bytes(certificate.public_bytes(pem))
-    return folder / "tls.pem"
 
 
 @pytest.fixture
