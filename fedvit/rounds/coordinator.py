@@ -401,7 +401,7 @@ class Coordinator:
         Raises:
             ConfigError: the fleet is too small for ``target_delta``, for the rule, or for its cohorts to rest between
                 rounds.
-            ConflictError: rounds are asynchronous, and the rule does not go with that.
+            ConflictError: nobody may take part, or rounds are asynchronous and the rule does not go with that.
         """
         order = run_order(self._store)
         identity, digest = run_identity(self._settings, order)
@@ -410,7 +410,13 @@ class Coordinator:
         check_mode(self._protection.rule, aggregation_settings(self._store).mode)
         if latest is not None and latest.config_digest == digest:
             return latest
-        facts = self._protection.run_facts(self._count_eligible(self._cohort_config(self._selection())))
+        count = self._count_eligible(self._cohort_config(self._selection()))
+        if not count:
+            raise ConflictError(
+                "No client may take part: none that is active, and is heard where it is remote, has data.",
+                cure="Register or validate clients, or start the trainers of remote ones; then start again.",
+            )
+        facts = self._protection.run_facts(count)
         if latest is not None and latest.status.resumable:
             ordered = order is not None and latest.config.get("order") != identity.get("order")
             reason = order.reason if order and ordered else "The training settings changed."
