@@ -82,6 +82,21 @@ def register(
         ask.show(client)
 
 
+@app.command("receipt")
+def receipt(
+    client_id: ClientArgument,
+    run_id: Annotated[str, typer.Argument(help="The run, as `fedvit training status` shows it.")],
+    round_index: Annotated[int, typer.Argument(min=1, help="The round that the client was asked in.")],
+    home: HomeOption = None,
+    url: UrlOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What became of a client's update to a round: accepted, refused and why, or not taken."""
+    with asking(home, url, config, as_json) as ask:
+        ask.show(ask.client.clients.receipt(client_id, run_id, round_index))
+
+
 @app.command("remove")
 def remove(
     client_id: ClientArgument,

@@ -20,8 +20,15 @@ from fedvit.cli.main import app
 from fedvit.client.views import OperationView
 from fedvit.testing.doubles import FakeFleet, PointModel
 
-# What it is for no person to ask: vehicles fetch releases, probes ask whether a replica lives.
-FOR_MACHINES = {"GET /api/model/release", "GET /api/model/blobs/{digest}", "GET /healthz"}
+# What it is for no person to ask: vehicles fetch releases and tasks and upload, probes ask whether a replica lives.
+FOR_MACHINES = {
+    "GET /api/model/release",
+    "GET /api/model/blobs/{digest}",
+    "GET /api/clients/{client_id}/task",
+    "GET /api/clients/{client_id}/task/weights",
+    "PUT /api/clients/{client_id}/updates/{run_id}/{round_index}",
+    "GET /healthz",
+}
 WHY = ("--justification", "The board has agreed to it.")
 HARMLESS = {
     "clients list": "GET /api/clients/status",
@@ -30,6 +37,7 @@ HARMLESS = {
     "clients validate truck-7 --bad": "POST /api/clients/{client_id}/validate",
     f"clients reinstate truck-7 {WHY[0]} ok": "POST /api/clients/{client_id}/reinstate",
     "clients heartbeat truck-7": "POST /api/clients/{client_id}/heartbeat",
+    "clients receipt truck-7 run-0001 4": "GET /api/clients/{client_id}/updates/{run_id}/{round_index}",
     "clients connectivity": "GET /api/clients/connectivity",
     "clients data-quality": "GET /api/clients/data-quality",
     "training status": "GET /api/training/status",
