@@ -26,6 +26,7 @@ from fedvit.errors import (
     FedvitError,
     ForbiddenError,
     IntegrityError,
+    RateLimitedError,
     UpdateRejectedError,
 )
 from fedvit.privacy.accountant import PrivacyAccountant
@@ -39,6 +40,8 @@ from fedvit.wire.updates import encode_update
 
 _LOG = logging.getLogger(__name__)
 RETRY_S = 5.0
+# What passes by itself.
+_LATER = (ControlUnreachableError, ControlApiError, RateLimitedError)
 _MAX_WEIGHTS_BYTES = 8 * 2**30
 _TASK_FIELDS = tuple(field.name for field in fields(TrainTask))
 
@@ -135,7 +138,7 @@ class Vehicle:
     def _patiently(self) -> Step:
         try:
             return self.step()
-        except (ControlUnreachableError, ControlApiError) as error:
+        except _LATER as error:
             _LOG.warning("%s", error)
             return Step(RETRY_S)
 
@@ -143,7 +146,7 @@ class Vehicle:
         """The update, or, where there must be none, the reason why."""
         try:
             return self._trained(told)
-        except (ControlUnreachableError, ControlApiError):
+        except _LATER:
             raise
         except FedvitError as error:
             _LOG.error("round %d of %s: %s", told.round_index, told.run_id, error)
@@ -186,7 +189,7 @@ class Vehicle:
             receipt = self._client.clients.upload(self._client_id, told.run_id, told.round_index, content)
         except (ConflictError, UpdateRejectedError) as error:
             return error.code, error.message
-        except (ControlUnreachableError, ControlApiError):
+        except _LATER:
             if self._mailbox is None or not self._mailbox.update(told.run_id, told.round_index, content):
                 raise
             return "mailbox", None

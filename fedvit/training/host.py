@@ -102,7 +102,10 @@ class VirtualClientHost:
         answers = (self._answer(task, base, handed, door, client_id) for client_id in sorted(client_ids))
         if self._rule.needs == "single_updates":
             smaller = self._settings.training.compression.encodings[:1]
-            parts = tuple(self._sender.sealed(task, a, smaller[0], door) if smaller else a for a in answers)
+            # Who has nothing to send says why as it is: bytes do not tell a refusal from a failure.
+            parts = tuple(
+                self._sender.sealed(task, a, smaller[0], door) if smaller and a.total_weight else a for a in answers
+            )
             return PartialUpdate(task.round_index, tuple(o for p in parts for o in p.outcomes), {}, 0.0, parts=parts)
         summing = Summing(task, door.shapes)
         for answer in answers:

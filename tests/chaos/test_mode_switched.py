@@ -148,7 +148,7 @@ def check_the_books(fedvit: Fedvit, told: list[dict[str, Any]]) -> None:
         staleness = aggregation.get("staleness", dict.fromkeys(lineage["clients"], 0))
         late.update(client for client, versions in staleness.items() if versions)
         accepted.update(client for client in lineage["clients"] if not staleness[client])
-        refused.update(aggregation.get("refused", {}))
+        refused.update(list(aggregation.get("refused", {})))
         assert "turned_away" not in aggregation
     assert accepted + late + refused == sent
     assert 0 < late.total() + refused.total() < sent.total()

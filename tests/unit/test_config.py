@@ -58,6 +58,11 @@ def test_settings_travel_as_json() -> None:
         ({"FEDVIT_EDGE__PORTS": "[8081, 8081]"}, ["'edge.ports'", "the same port appears twice"]),
         ({"FEDVIT_SERVING__PORT": "70000"}, ["'serving.port'", "65535"]),
         ({"FEDVIT_MODEL__HYBRID__HEADS": "7"}, ["'model.hybrid'", "multiple of heads"]),
+        ({"FEDVIT_TRAINING__COMPRESSION__ENCODINGS": "[zip]"}, ["'training.compression.encodings.0'", "'int8'"]),
+        (
+            {"FEDVIT_TRAINING__COMPRESSION__ENCODINGS": "[int8]", "FEDVIT_PRIVACY__PRIVACY_UNIT": "client"},
+            ["training.compression.encodings may lift an update above the norm"],
+        ),
         ({"FEDVIT_TRAINING__COHORT__SELECTION": "uniform"}, ["'training.cohort'", "needs a size"]),
     ],
 )
@@ -90,6 +95,10 @@ def test_the_training_identity_ignores_what_does_not_change_the_model() -> None:
     base = load_settings(environ={})
     assert load_settings(environ={"FEDVIT_SERVING__PORT": "9000"}).training_digest() == base.training_digest()
     assert load_settings(environ={"FEDVIT_TRAINING__ROUNDS": "9"}).training_digest() != base.training_digest()
+    # A run from before updates could be made smaller must go on.
+    assert "compression" not in base.training_identity()["training"]
+    smaller = load_settings(environ={"FEDVIT_TRAINING__COMPRESSION__ENCODINGS": "[int8]"})
+    assert smaller.training_digest() != base.training_digest()
 
 
 def test_errors_survive_a_process_boundary() -> None:

@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fedvit.config import Settings, load_settings
+from fedvit.aggregation.door import Door
+from fedvit.aggregation.registry import rule_for
+from fedvit.config import CompressionConfig, Settings, load_settings
 from fedvit.errors import IntegrityError
 from fedvit.privacy.mechanism import fault_of, l2_norm
 from fedvit.training.host import VirtualClientHost
-from fedvit.types import PartialUpdate, TrainTask, Weights
+from fedvit.types import Encoding, PartialUpdate, TrainTask, Weights
 from fedvit.vit.models import build_model
 from fedvit.vit.trainable import load_trainable_weights, trainable_weights
 from fedvit.wire.tensors import decode_weights, encode_weights
@@ -200,6 +202,24 @@ def test_single_updates_come_in_one_message_and_add_up_to_the_sum(settings: Sett
     for name, array in summed.weighted_sum.items():
         weighed = [o.num_examples * p.weighted_sum[name] for p in message.parts[:3] for o in p.outcomes]
         np.testing.assert_allclose(array, sum(weighed), rtol=1e-12)
+
+
+def test_single_updates_travel_in_the_form_that_is_set_and_come_out_nearly_as_they_were(settings: Settings) -> None:
+    base = base_of(settings)
+    plain = VirtualClientHost(ruled(settings, "median")).train(task_for(base), base, CLIENTS)
+    smaller = ruled(settings, "median", compression=CompressionConfig(encodings=(Encoding.INT8,)))
+    message, again = (VirtualClientHost(smaller).train(task_for(base), base, [*CLIENTS, "vehicle-99"]) for _ in "ab")
+    assert message == again
+    door = Door.of(smaller, rule_for(smaller), base)
+    for part, exact in zip(message.parts, plain.parts, strict=False):
+        opened = door.opened(part)
+        assert door.fault_of(opened) is None
+        (outcome,) = opened.outcomes
+        assert (outcome.encoding, outcome.sent_bytes) == ("int8", len(part.content or b""))
+        for name, array in opened.weighted_sum.items():
+            largest = float(np.abs(exact.weighted_sum[name]).max())
+            np.testing.assert_allclose(array, exact.weighted_sum[name], atol=largest / 100)
+    assert (message.parts[3].content, message.parts[3].outcomes[0].error is None) == (None, False)
 
 
 def test_every_client_weighs_the_same_where_the_rule_says_so(settings: Settings) -> None:
