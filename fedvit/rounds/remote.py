@@ -121,11 +121,12 @@ class RemoteWork:
         offer = Offer(client.client_id, task, client.num_examples, encoding_for(client, self._settings))
         if not self._is_charged(offer):
             return None
+        # Before old answers go: without them, old tasks would seem to wait for some.
+        self._store.set_meta(_TASK_KEY + client.client_id, offer.to_json())
         keep = self._place(client.client_id, task.run_id, task.round_index)
         for path in keep.parent.glob("*"):
             if path != keep:
                 path.unlink(missing_ok=True)
-        self._store.set_meta(_TASK_KEY + client.client_id, offer.to_json())
         return offer
 
     def close(self, offer: Offer, reason: str) -> None:

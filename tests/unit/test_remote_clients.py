@@ -394,3 +394,20 @@ def test_an_update_left_in_the_mailbox_takes_the_same_way(yard: Yard) -> None:
     assert [path.name for path in box.rglob("*.safetensors")] == []
     (reason,) = box.rglob("*.reason")
     assert "turned_away: round 9 of run-0001 did not ask it" in reason.read_text()
+
+
+def test_a_task_that_was_answered_is_never_handed_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yard = Yard(tmp_path, rounds=2)
+    asked: list[Any] = []
+    unlink = Path.unlink
+
+    def asking(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".safetensors":
+            asked.append(yard.task("truck-0")["round_index"])
+        unlink(path, missing_ok)
+        if path.suffix == ".safetensors":
+            asked.append(yard.task("truck-0")["round_index"])
+
+    monkeypatch.setattr(Path, "unlink", asking)
+    assert yard.run() is RunStatus.COMPLETED
+    assert asked == [2, 2]
