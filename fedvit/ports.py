@@ -109,6 +109,11 @@ class ProxyReport:
     alive: Mapping[str, bool]
     stranded: frozenset[str] = frozenset()
 
+    @property
+    def reaches_all(self) -> bool:
+        """Whether every virtual client has a proxy that would train it."""
+        return not self.stranded and any(self.alive.values())
+
     def reaches(self, client_id: str) -> bool:
         """Whether a proxy would train this client; one that trained nowhere yet goes to any that answers."""
         return client_id not in self.stranded and any(self.alive.values())

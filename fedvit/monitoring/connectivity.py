@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from fedvit.ports import ProxyReport
@@ -47,6 +47,13 @@ class Connectivity:
     def partition_suspected(self) -> bool:
         """Whether too many are gone at once for it to be their own fault."""
         return self.ratio < PARTITION_BELOW
+
+    def with_hosted(self, count: int) -> Connectivity:
+        """The same with so many virtual clients more, each of which a proxy hosts that answers."""
+        total, there = self.by_kind.get(ClientKind.VIRTUAL, (0, 0))
+        counts = {**self.by_kind, ClientKind.VIRTUAL: (total + count, there + count)}
+        by_kind = {kind: counts[kind] for kind in ClientKind if kind in counts and counts[kind][0]}
+        return replace(self, total=self.total + count, connected=self.connected + count, by_kind=by_kind)
 
 
 def connectivity(

@@ -158,8 +158,8 @@ class LocalAggregator:
         proxies = self.proxies_alive()
         fleet = connectivity(self._store.sightings(hosted=False), proxies, utc_now(), timeout_s)
         # Of virtual clients there may be a million: they are counted, not looked at.
-        hosted = self._store.count_hosted() - len(proxies.stranded) if any(proxies.alive.values()) else 0
-        self._on_connected(fleet.connected + hosted)
+        hosted = self._store.count_hosted() if any(proxies.alive.values()) else 0
+        self._on_connected(fleet.connected + max(0, hosted - len(proxies.stranded)))
 
     def _export(self, version: ModelVersion) -> dict[Variant, ExportedModel]:
         weights = stored_weights(self._store, version.weights_digest)

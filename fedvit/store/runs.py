@@ -243,7 +243,8 @@ def _check_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientOu
     starts = {staleness: _start(session, row, staleness) for staleness in {o.staleness for o in outcomes}}
     for outcome in outcomes:
         cohort, answered = starts[outcome.staleness]
-        if outcome.client_id in seen | answered or outcome.client_id not in cohort:
+        again = outcome.client_id in seen or outcome.client_id in answered
+        if again or outcome.client_id not in cohort:
             fault = "is not in the cohort of" if outcome.client_id not in cohort else "counts twice in"
             raise ConflictError(
                 f"Client {outcome.client_id!r} {fault} round {row.round_index - outcome.staleness} of {row.run_id}.",

@@ -34,8 +34,12 @@ class Presence:
     def connectivity(self) -> Connectivity:
         """The active clients, all of them, with the proxies asked now."""
         proxies, _ = self._known_proxies(timedelta(0))
-        sightings = [self._sighted(sighting) for sighting in self._services.store.sightings()]
-        return connectivity(sightings, proxies, self._now(), self._timeout_s)
+        store = self._services.store
+        # Of virtual clients there may be a million: looked at one by one only when one of them may be lost.
+        counted = proxies is not None and proxies.reaches_all
+        sightings = [self._sighted(sighting) for sighting in store.sightings(hosted=not counted)]
+        found = connectivity(sightings, proxies, self._now(), self._timeout_s)
+        return found.with_hosted(store.count_hosted()) if counted else found
 
     def active_clients(self) -> list[Client]:
         """The active clients, with the newest sign of life of each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedvit.errors import NotFoundError
+from fedvit.monitoring.connectivity import connectivity
 from fedvit.monitoring.latest import Latest
+from fedvit.ports import ProxyReport
 from fedvit.store import fleet
 from fedvit.store.blobs import FileBlobStore
 from fedvit.store.store import Store
@@ -52,6 +55,17 @@ def test_virtual_clients_are_counted_and_the_others_looked_at(store: Store) -> N
     assert store.count_hosted() == 4
     assert [s.client_id for s in store.sightings(hosted=False)] == ["depot", "truck"]
     assert len(store.sightings()) == 6
+
+
+def test_a_fleet_is_counted_as_it_is_when_looked_at(store: Store) -> None:
+    store.register_clients([*vehicles(0, 5), Client("truck", ClientKind.REMOTE, 3)])
+    store.touch_clients({"truck": utc_now()})
+    proxies = ProxyReport({"a": True, "b": True})
+    looked_at = connectivity(store.sightings(), proxies, utc_now(), 60.0)
+    counted = connectivity(store.sightings(hosted=False), proxies, utc_now(), 60.0).with_hosted(store.count_hosted())
+    assert counted == looked_at
+    assert (proxies.reaches_all, replace(proxies, stranded=frozenset({"v00001"})).reaches_all) == (True, False)
+    assert not ProxyReport({"a": False}).reaches_all
 
 
 def test_examples_of_some_clients(store: Store) -> None:
