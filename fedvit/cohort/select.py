@@ -37,9 +37,9 @@ def draw_cohort(
 ) -> Cohort:
     """The cohort of one round, by secret coins; equal arguments give an equal cohort, so that a retry draws the same.
 
-    ``uniform`` draws ``size`` clients without replacement (all of them where there are fewer). Those in flight still
-    work on an earlier round: they are not drawn, and each of them takes up one of the ``size`` places. ``poisson``
-    tosses a coin for each client, whatever falls to the others; there nobody may be in flight.
+    ``uniform`` draws ``places`` clients without replacement (all of them where there are fewer). Those in flight still
+    work on an earlier round: they are not drawn, and each of them takes up one of the places. ``poisson`` tosses a coin
+    for each client, whatever falls to the others; there nobody may be in flight.
 
     Raises:
         ValueError: somebody is in flight, and the cohort is to be a Poisson sample.
@@ -51,7 +51,8 @@ def draw_cohort(
         heads = stream.coins(len(client_ids), config.sampling_prob)
         return Cohort(round_index, tuple(c for c, head in zip(sorted(client_ids), heads, strict=True) if head))
     ids = sorted(client_id for client_id in client_ids if client_id not in in_flight)
-    places = len(ids) if config.selection == "all" or config.size is None else max(0, config.size - len(in_flight))
+    wanted = None if config.selection == "all" else config.places
+    places = len(ids) if wanted is None else max(0, wanted - len(in_flight))
     if places < len(ids):
         stream = SecretStream(secret, "cohort", {"run_id": run_id, "round_index": round_index})
         ranks = np.argsort(stream.uniform(len(ids)), kind="stable")
