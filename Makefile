@@ -8,7 +8,7 @@ HOME_DIR := $(or $(FEDVIT_HOME),var)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
+.PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp bench-async bench-robust \
 	health-check emergency-backup diagnostics logs monitoring
 
 help:  ## List the targets
@@ -83,6 +83,12 @@ bench-control: setup  ## The control API with 10,000 clients: a page of the flee
 
 bench-dp: setup  ## A private training step beside an ordinary one and Opacus' (time and memory); has the machine to itself
 	$(BIN)/python -m tests.benchmarks.dp_step
+
+bench-async: setup  ## Asynchronous against synchronous rounds in virtual time, on GTSRB_ZIP=path/to/GTSRB.zip
+	$(BIN)/python -m tests.benchmarks.async_gtsrb
+
+bench-robust: setup  ## Rules of aggregation while a fifth of the clients lies, on GTSRB_ZIP=path/to/GTSRB.zip
+	$(BIN)/python -m tests.benchmarks.robust_gtsrb
 
 health-check: setup  ## Runbook: ask every part how it is
 	@$(BIN)/fedvit health-check $(ARGS)
