@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
-	bench-rounds bench-peers health-check emergency-backup diagnostics logs monitoring
+	bench-rounds bench-peers bench-async bench-robust health-check emergency-backup diagnostics logs monitoring
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -102,6 +102,12 @@ $(PEERS)/pfl/.installed:
 
 bench-peers: setup $(PEERS)/flower/.installed $(PEERS)/pfl/.installed  ## The same rounds on Flower and pfl, in turn
 	OMP_NUM_THREADS=1 BENCH_PEERS=$(PEERS) $(BIN)/python -m tests.benchmarks.peers_compared
+
+bench-async: setup  ## Asynchronous against synchronous rounds in virtual time, on GTSRB_ZIP=path/to/GTSRB.zip
+	$(BIN)/python -m tests.benchmarks.async_gtsrb
+
+bench-robust: setup  ## Rules of aggregation while a fifth of the clients lies, on GTSRB_ZIP=path/to/GTSRB.zip
+	$(BIN)/python -m tests.benchmarks.robust_gtsrb
 
 health-check: setup  ## Runbook: ask every part how it is
 	@$(BIN)/fedvit health-check $(ARGS)

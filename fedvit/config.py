@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,10 +101,13 @@ class CohortConfig(_Section):
 
     ``poisson`` tosses a secret coin for every eligible client, heads with ``sampling_prob``. ``max_participations`` in
     a run and ``min_separation`` in rounds between two of them hold for every client; the store's records decide.
+    ``uniform`` draws ``over_selection`` times ``size`` more clients than the round wants (Bonawitz et al. 2019,
+    arXiv:1902.01046): a synchronous round commits with the first ``size`` updates and gives the others up.
     """
 
     selection: Literal["all", "uniform", "poisson"] = "all"
     size: PositiveInt | None = None
+    over_selection: Annotated[float, Field(ge=0, le=10)] = 0.0
     sampling_prob: Probability | None = None
     min_clients: PositiveInt = 1
     client_selection: Literal["any", "validated_only"] = "any"
@@ -114,11 +118,18 @@ class CohortConfig(_Section):
     def _each_selection_has_what_it_needs(self) -> CohortConfig:
         if self.selection == "uniform" and self.size is None:
             raise ValueError("selection 'uniform' needs a size")
+        if self.selection != "uniform" and self.over_selection:
+            raise ValueError("over_selection belongs to selection 'uniform'")
         if (self.selection == "poisson") != (self.sampling_prob is not None):
             raise ValueError("selection 'poisson' and sampling_prob go together")
         if self.selection == "poisson" and (self.max_participations is not None or self.min_separation > 1):
             raise ValueError("selection 'poisson' leaves no room for max_participations or min_separation")
         return self
+
+    @property
+    def places(self) -> int | None:
+        """How many ``uniform`` draws, those that a round wants and those beyond; None where there is no size."""
+        return None if self.size is None else math.ceil(self.size * (1 + self.over_selection) - 1e-9)
 
 
 class StalenessConfig(_Section):
@@ -163,7 +174,8 @@ class TrainingConfig(_Section):
 
     ``aggregation`` is the name of a rule, one of ours or one that another package offers; its own settings are
     ``aggregation_options``. See docs/adding-a-rule.md. A version that is not evaluated has no loss and no accuracy;
-    one that may be released always is.
+    one that may be released always is. A round ends after ``round_timeout_s`` of silence; with ``round_deadline_s``
+    also that long after it began, unless its cohort is a secret Poisson sample: there nobody may be late.
     """
 
     rounds: PositiveInt = 30
@@ -178,6 +190,7 @@ class TrainingConfig(_Section):
     compression: CompressionConfig = CompressionConfig()
     physical_batch_size: PositiveInt = 32
     round_timeout_s: PositiveFloat = 600.0
+    round_deadline_s: PositiveFloat | None = None
     cohort: CohortConfig = CohortConfig()
 
 
@@ -369,6 +382,69 @@ class RayConfig(_Section):
         return self.address or os.environ.get("RAY_ADDRESS") or None
 
 
+class DelayConfig(_Section):
+    """How long a simulated client takes from task to answer, in virtual seconds.
+
+    ``log_normal``: ``median_s * exp(sigma z)``, z standard normal; ``client_share`` of its variance is the client's own
+    from round to round, the rest is drawn anew for every task. ``constant``: ``median_s``. With ``dropout_prob`` a task
+    is never answered: its client falls silent on the way, which the server notices ``dropout_noticed_s`` later. One
+    that is given up does not know it and works on, so that its next task begins late; with ``given_up_stops`` it is
+    free at once.
+    """
+
+    kind: Literal["log_normal", "constant"] = "log_normal"
+    median_s: PositiveFloat = 300.0
+    sigma: Annotated[float, Field(ge=0, le=5)] = 1.2
+    client_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    dropout_prob: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dropout_noticed_s: PositiveFloat = 150.0
+    given_up_stops: bool = False
+
+
+FaultKind = Literal["sign_flip", "scale", "noise", "nan", "label_flip"]
+
+
+class FaultConfig(_Section):
+    """A group of simulated clients that err, or lie: ``share`` of the fleet, drawn anew for every seed.
+
+    The ``kinds`` act one after another: ``label_flip`` learns class c as C - 1 - c; of the update, ``sign_flip`` turns
+    the sign, ``scale`` multiplies by ``factor``, ``noise`` adds normals of standard deviation ``deviation``, and
+    ``nan`` spoils one value.
+    """
+
+    share: Probability
+    kinds: Annotated[tuple[FaultKind, ...], Field(min_length=1)]
+    factor: float = 10.0
+    deviation: PositiveFloat = 1.0
+
+
+class SimulationConfig(_Section):
+    """What ``fedvit simulate`` adds to the settings of a run: rounds, clients, time and trouble that are not real.
+
+    ``mode``, ``buffer_size`` and ``staleness_tolerance`` are what an operator sets with ``fedvit aggregation mode``.
+    ``seed`` draws delays, faults, cohorts and batches. Without ``private`` clients train by plain SGD, nothing is
+    clipped, noised or charged, and the report says so. The held-out images are asked after every version, or once in
+    ``evaluate_every_s`` virtual seconds. A run ends with its rounds, ``max_hours`` or at ``target_accuracy``.
+    """
+
+    mode: Literal["synchronous", "asynchronous"] = "synchronous"
+    buffer_size: PositiveInt | None = None
+    staleness_tolerance: Annotated[int, Field(ge=0)] = 5
+    seed: Annotated[int, Field(ge=0)] = 0
+    private: bool = True
+    evaluate_every_s: Annotated[float, Field(ge=0)] = 0.0
+    target_accuracy: Probability | None = None
+    max_hours: PositiveFloat | None = None
+    delays: DelayConfig = DelayConfig()
+    faults: tuple[FaultConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _faulty_groups_fit(self) -> SimulationConfig:
+        if sum(fault.share for fault in self.faults) > 1:
+            raise ValueError("the shares of faults add up to more than the whole fleet")
+        return self
+
+
 class Settings(_Section):
     """Everything that can be set, with a working default each: no file at all is the traffic-light demo."""
 
@@ -384,6 +460,16 @@ class Settings(_Section):
     edge: EdgeConfig = EdgeConfig()
     fleet: FleetConfig = FleetConfig()
     ray: RayConfig = RayConfig()
+    simulation: SimulationConfig = SimulationConfig()
+
+    @model_validator(mode="after")
+    def _without_privacy_nothing_is_asked_of_it(self) -> Settings:
+        if not self.simulation.private and self.privacy.privacy_unit != "record":
+            raise ValueError(
+                "simulation.private false needs privacy.privacy_unit 'record': else the aggregator clips and noises "
+                "what is not to be private"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cohort_fits_the_privacy_unit(self) -> Settings:
@@ -425,13 +511,13 @@ class Settings(_Section):
             },
         )
         _drop_defaults(found["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
-        _drop_defaults(found["training"], TrainingConfig, "aggregation_options", "staleness", "compression")
+        omitted = ("aggregation_options", "staleness", "compression", "round_deadline_s")
+        _drop_defaults(found["training"], TrainingConfig, *omitted)
         _drop_defaults(found["training"]["door"], DoorConfig, "max_update_norm")
         if not found["training"]["door"]:
             del found["training"]["door"]
-        _drop_defaults(
-            found["training"]["cohort"], CohortConfig, "sampling_prob", "max_participations", "min_separation"
-        )
+        newer = ("sampling_prob", "max_participations", "min_separation", "over_selection")
+        _drop_defaults(found["training"]["cohort"], CohortConfig, *newer)
         return found
 
     def training_digest(self) -> str:

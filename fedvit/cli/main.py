@@ -19,6 +19,7 @@ from fedvit.cli import (
     privacy,
     privacy_audit,
     shutdown,
+    simulate,
     system,
     token,
     training,
@@ -42,6 +43,7 @@ app.command("backup")(operations.backup)
 app.command("restore")(operations.restore)
 app.command("diagnostics")(operations.diagnostics)
 app.command("logs")(operations.logs)
+app.command("simulate")(simulate.simulate)
 app.command("audit")(privacy_audit.audit)
 app.command("drift")(monitoring.drift)
 app.command("metrics")(monitoring.metrics)

@@ -56,9 +56,9 @@ def draw_cohort(
 
     Only clients that come into question are looked up on the roll; a sequence is a roll of ids.
 
-    ``uniform`` draws ``size`` clients without replacement (all of them where there are fewer). Those in flight still
-    work on an earlier round: they are not drawn, and each of them takes up one of the ``size`` places. ``poisson``
-    tosses a coin for each client, whatever falls to the others; there nobody may be in flight.
+    ``uniform`` draws ``places`` clients without replacement (all of them where there are fewer). Those in flight still
+    work on an earlier round: they are not drawn, and each of them takes up one of the places. ``poisson`` tosses a coin
+    for each client, whatever falls to the others; there nobody may be in flight.
 
     Raises:
         ValueError: somebody is in flight, and the cohort is to be a Poisson sample.
@@ -71,10 +71,11 @@ def draw_cohort(
         # A coin for every position, whoever may be drawn: those heads that may are a Poisson sample of those who may.
         heads = stream.coins(roll.size(), config.sampling_prob).nonzero()[0]
         return Cohort(round_index, tuple(sorted(_admitted(roll, heads, len(heads), ()))))
-    if config.selection == "all" or config.size is None:
+    wanted = None if config.selection == "all" else config.places
+    if wanted is None:
         everybody = _admitted(roll, np.arange(roll.size()), roll.size(), in_flight)
         return Cohort(round_index, tuple(sorted(everybody)))
-    places = max(0, config.size - len(in_flight))
+    places = max(0, wanted - len(in_flight))
     drawn = _admitted(roll, stream.uniform(roll.size()).argsort(kind="stable"), places, in_flight)
     return Cohort(round_index, tuple(sorted(islice(drawn, places))))
 

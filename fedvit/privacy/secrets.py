@@ -9,14 +9,19 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from fedvit.errors import StateError
 from fedvit.privacy.randomness import SECRET_BYTES
 
 
-def load_or_create_root_secret(home: Path) -> bytes:
+def load_or_create_root_secret(home: Path, create: Callable[[int], bytes] = secrets.token_bytes) -> bytes:
     """The root key of a state folder; made at the first call, the same for ever after.
+
+    Args:
+        home: the state folder.
+        create: so many bytes. Nothing is secret that is drawn with another one than the system's: of a simulation.
 
     Raises:
         StateError: the key file has the wrong length: somebody changed it.
@@ -24,7 +29,7 @@ def load_or_create_root_secret(home: Path) -> bytes:
     path = home / "keys" / "root.key"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
-        _create_once(path)
+        _create_once(path, create(SECRET_BYTES))
     secret = path.read_bytes()
     if len(secret) != SECRET_BYTES:
         raise StateError(
@@ -34,11 +39,11 @@ def load_or_create_root_secret(home: Path) -> bytes:
     return secret
 
 
-def _create_once(path: Path) -> None:
+def _create_once(path: Path, secret: bytes) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_bytes(SECRET_BYTES))
+        file.write(secret)
         file.flush()
         os.fsync(file.fileno())
     try:

@@ -28,6 +28,7 @@ _INK, _GRID = "#010203", "#040506"
 _PAGE_COLOURS = {_INK: "currentColor", _GRID: "var(--grid)"}
 # Legible on white and on near black, and told apart by most colour-blind readers (after Okabe & Ito).
 BLUE, ORANGE, GREEN, RED = "#3a87c8", "#d98020", "#1f9e77", "#d0504c"
+PURPLE, GREY = "#9a6cc4", "#8a8f98"
 # The stubs of some versions list every key as a literal type, those of others do not.
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -65,7 +66,7 @@ def learning_chart(curve: Sequence[RoundRecord]) -> str:
         lower.set_ylim(bottom=0)
         lower.set_xlabel("Round")
 
-    return _svg("learning", "Test accuracy and test loss by round", 4.4, draw)
+    return svg_of("learning", "Test accuracy and test loss by round", 4.4, draw)
 
 
 def privacy_chart(curve: Sequence[RoundRecord], target_epsilon: float) -> str:
@@ -81,7 +82,7 @@ def privacy_chart(curve: Sequence[RoundRecord], target_epsilon: float) -> str:
         axes.set_xlabel("Round")
         axes.set_ylabel("Epsilon spent (most exposed unit)")
 
-    return _svg("privacy", "Epsilon spent by round, against the budget", 4.4, draw)
+    return svg_of("privacy", "Epsilon spent by round, against the budget", 4.4, draw)
 
 
 def latency_chart(latencies_s: Mapping[str, Sequence[float]]) -> str:
@@ -96,7 +97,7 @@ def latency_chart(latencies_s: Mapping[str, Sequence[float]]) -> str:
             _histogram(axes, name, values, bins)
         _millisecond_axis(rows[-1])
 
-    return _svg("latency", "Latency histogram of each target", 1.1 + 1.15 * len(times_ms), draw)
+    return svg_of("latency", "Latency histogram of each target", 1.1 + 1.15 * len(times_ms), draw)
 
 
 def _plot(axes: Axes, points: Sequence[tuple[int, float | None]], name: str, colour: str) -> None:
@@ -127,7 +128,7 @@ def _millisecond_axis(axes: Axes) -> None:
     axes.set_xlabel("Latency seen by the client (ms, logarithmic); lines: p50 solid, p95 dashed")
 
 
-def _svg(chart: str, description: str, height_in: float, draw: Callable[[Figure], None]) -> str:
+def svg_of(chart: str, description: str, height_in: float, draw: Callable[[Figure], None]) -> str:
     """What ``draw`` puts into a figure, as an ``svg`` element whose ids begin with ``chart``."""
     try:
         from matplotlib import rc_context

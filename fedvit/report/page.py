@@ -69,8 +69,15 @@ def write_page(
         "targets": _target_table(summary),
         "facts": _facts(summary),
     }
-    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    write_atomically(path, Template(template).substitute(parts))
+    write_from_template(path, "page.html", parts)
+
+
+def write_from_template(path: Path, template: str, parts: Mapping[str, str]) -> None:
+    """Write a template of this package, with its ``parts`` and the house's style, to ``path``: whole or not at all."""
+    folder = resources.files(__package__)
+    style = folder.joinpath("style.css").read_text(encoding="utf-8")
+    text = folder.joinpath(template).read_text(encoding="utf-8")
+    write_atomically(path, Template(text).substitute(parts, style=style))
 
 
 def _missing(sentence: str) -> str:

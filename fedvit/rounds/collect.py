@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fedvit.aggregation.door import Door
@@ -20,19 +22,28 @@ from fedvit.types import PartialUpdate, TrainTask, Weights
 class Collector:
     """Starts a round's cohort and takes answers, late ones as well, until the round may be folded.
 
-    A synchronous round waits for all that are in flight. An asynchronous one leaves the slower ones in flight; their
-    answers reach a later round. Either way one that is silent for too long ends: a synchronous round gives the silent
-    up, an asynchronous one goes on without them where it has enough updates to commit.
+    A synchronous round waits for all that are in flight, or where more were drawn than it wants for as many as it
+    wants. An asynchronous one leaves the slower ones in flight; their answers reach a later round. Either way one that
+    is silent for too long ends, and so does one that is past its deadline: a synchronous round gives up who has not
+    answered, an asynchronous one goes on without them where it has enough updates to commit.
 
     A message may bring more single updates than an asynchronous buffer has room for. The rest begins the next buffer;
     until then its clients are in flight.
     """
 
-    def __init__(self, settings: Settings, store: Store, fleet: FleetPort, protection: Protection) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        fleet: FleetPort,
+        protection: Protection,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._settings = settings
         self._store = store
         self._fleet = fleet
         self._protection = protection
+        self._clock = clock
         self._waiting: list[PartialUpdate] = []
 
     def in_flight(self) -> frozenset[str]:
@@ -60,14 +71,18 @@ class Collector:
         answering = [*fresh.client_ids, *in_flight]
         keeper, answers = self._keeper(task, base, answering), list(self._waiting)
         keeper.expect(answers)
+        deadline_s, ended = self._deadline_s(), f"no answer in {timeout_s:g} s"
         for message in self._fleet.train(task, handed, fresh, timeout_s=timeout_s):
             answers += keeper.admit(message) if message else []
             if self._suffice(answers, order, task, taking_part):
+                ended = "the round has as many updates as it wants"
                 break
-        else:
-            if not self._suffice(answers, order, task, 0):
-                for given_up in self._fleet.give_up(f"no answer in {timeout_s:g} s"):
-                    answers += keeper.admit(given_up)
+            if self._clock() >= deadline_s:
+                ended = f"no answer within the round's {self._settings.training.round_deadline_s:g} s"
+                break
+        if not self._leaves_in_flight(answers, order, task):
+            for given_up in self._fleet.give_up(ended):
+                answers += keeper.admit(given_up)
         answers, self._waiting = self._split(answers, order, task, taking_part)
         return replace(self._judged(answers, order, task), turned_away=keeper.turned_away)
 
@@ -76,10 +91,25 @@ class Collector:
         door = Door.of(self._settings, self._protection.rule, base, sizes)
         return Doorkeeper(door, self._store, task.run_id, task.round_index)
 
-    def _needed(self, order: TrainRound, taking_part: int) -> int | None:
+    def _deadline_s(self) -> float:
+        """When the round that begins now is over; never where nobody may be late."""
+        patience_s = self._settings.training.round_deadline_s
+        return math.inf if patience_s is None or self._protection.sampled else self._clock() + patience_s
+
+    def _leaves_in_flight(self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask) -> bool:
+        return self._asynchronous() and self._suffice(answers, order, task, 0)
+
+    def _asynchronous(self) -> bool:
         # Read every time: who turns to asynchronous rounds while one hangs wants that one to end.
-        needed = aggregation_settings(self._store).enough(taking_part, order.min_clients)
-        return None if order.wait_for_all else needed
+        return aggregation_settings(self._store).mode == "asynchronous"
+
+    def _needed(self, order: TrainRound, taking_part: int) -> int | None:
+        """How many updates the round commits with; None: those of all that take part."""
+        settings, cohort = aggregation_settings(self._store), self._settings.training.cohort
+        if settings.mode == "synchronous" and cohort.over_selection and cohort.size is not None:
+            # The last round too: whoever is slower than this was given up in every round before.
+            return max(cohort.size, order.min_clients)
+        return None if order.wait_for_all else settings.enough(taking_part, order.min_clients)
 
     def _suffice(self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask, taking_part: int) -> bool:
         needed = self._needed(order, taking_part)
@@ -90,7 +120,7 @@ class Collector:
     ) -> tuple[list[PartialUpdate], list[PartialUpdate]]:
         """What goes into the buffer, and what has no room in it."""
         needed = self._needed(order, taking_part)
-        if needed is None or self._protection.rule.needs != "single_updates":
+        if needed is None or not self._asynchronous() or self._protection.rule.needs != "single_updates":
             return answers, []
         taken, left = list[PartialUpdate](), list[PartialUpdate]()
         room = needed

@@ -76,6 +76,8 @@ class Coordinator:
 
     Args:
         on_progress: told after every event, from the thread that runs the loop.
+        clock: seconds since whenever, for deadlines and how long a round took; a simulation's is virtual.
+        publisher: what it releases with; by default one that signs with the state folder's key.
 
     Attributes:
         publisher: what it releases with.
@@ -90,15 +92,18 @@ class Coordinator:
         fleet: FleetPort,
         model: ServerModelPort,
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+        publisher: Publisher | None = None,
     ) -> None:
         self._settings = settings
         self._store = store
         self._accountant = accountant
         self._fleet = fleet
         self._protection = protection_for(settings, store)
-        self._collector = Collector(settings, store, fleet, self._protection)
+        self._clock = clock
+        self._collector = Collector(settings, store, fleet, self._protection, clock)
         self._model = model
-        self.publisher = Publisher(store, settings)
+        self.publisher = publisher or Publisher(store, settings)
         self._cohort_secret = derive_secret(load_or_create_root_secret(store.home), "cohort")
         self._on_progress = on_progress
         self._stop = threading.Event()
@@ -281,7 +286,7 @@ class Coordinator:
         return machine.Charged()
 
     def _train(self, order: machine.TrainRound) -> machine.Event:
-        started_s, timeout_s = time.monotonic(), round_settings(self._store, self._settings).wait_timeout_s
+        started_s, timeout_s = self._clock(), round_settings(self._store, self._settings).wait_timeout_s
         task = self._task(order.cohort.round_index)
         buffer = self._collector.collect(order, task, self._weights, self._handed, timeout_s=timeout_s)
         quarantine_after = self._settings.training.door.quarantine_after
@@ -343,7 +348,7 @@ class Coordinator:
                 metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy} if evaluation else {},
                 lineage={**self._lineage(round_index, work.buffer, evaluation), **work.folded.facts, **remembered},
                 outcomes=work.buffer.outcomes + self._left_out(record, work.buffer.outcomes),
-                duration_s=time.monotonic() - work.started_s,
+                duration_s=self._clock() - work.started_s,
             ),
         )
         self._work = None

@@ -186,11 +186,12 @@ class ClientLevel:
         if cohort.sampling_prob is not None:
             return {EXPECTED_COHORT: cohort.sampling_prob * eligible}
         size = eligible if cohort.size is None or cohort.selection == "all" else min(cohort.size, eligible)
-        if size * cohort.min_separation > eligible:
+        drawn = size if cohort.places is None or cohort.selection == "all" else min(cohort.places, eligible)
+        if drawn * cohort.min_separation > eligible:
             raise ConfigError(
-                f"Cohorts of {size} with min_separation {cohort.min_separation} need {size * cohort.min_separation} "
+                f"Cohorts of {drawn} with min_separation {cohort.min_separation} need {drawn * cohort.min_separation} "
                 f"clients; there are {eligible}.",
-                cure="Lower training.cohort.size or min_separation.",
+                cure="Lower training.cohort.size, over_selection or min_separation.",
             )
         return {EXPECTED_COHORT: float(size)}
 

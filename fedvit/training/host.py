@@ -71,12 +71,16 @@ class VirtualClientHost:
         self._model = build_model(settings.model, len(self._fleet.source.classes), self._image_size)
         self._settings = settings
         self._rule = rule_for(settings)
-        kind = LedLocalTrainer if settings.privacy.privacy_unit == "record" else LedPlainTrainer
-        self._trainer = kind(self._model, physical_batch_size=settings.training.physical_batch_size)
+        self._trainer = self._trainer_of(settings)
         self._root_secret = load_or_create_root_secret(settings.home)
         self._kept = KeptArrays(settings.home, self._rule.name)
         self._sender = Sender(settings.home, self._root_secret, settings.training.compression.top_k_fraction)
         self._shards: dict[str, Shard] = {}
+
+    def _trainer_of(self, settings: Settings) -> LedLocalTrainer | LedPlainTrainer:
+        """Who takes a client's steps: where records are protected, the client itself adds the noise."""
+        kind = LedLocalTrainer if settings.privacy.privacy_unit == "record" else LedPlainTrainer
+        return kind(self._model, physical_batch_size=settings.training.physical_batch_size)
 
     @cached_property
     def _personal_trainer(self) -> LedPlainTrainer:

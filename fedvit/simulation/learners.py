@@ -1,0 +1,51 @@
+"""Real local training for simulated clients, and what some of them make of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fedvit.config import Settings
+from fedvit.simulation.faults import Faults
+from fedvit.training.drift import LedLocalTrainer, LedPlainTrainer
+from fedvit.training.host import Shard, VirtualClientHost
+from fedvit.types import PartialUpdate, TrainTask, Weights
+
+
+class SimulatedClients(VirtualClientHost):
+    """The host of virtual clients, one answer each. Where the simulation is not private, they train by plain SGD.
+
+    Args:
+        settings: of the run; its ``home`` is the simulation's own.
+        faults: who errs, and how.
+        shards: what the clients hold, by id, as an earlier simulation of the same data and model has read it.
+    """
+
+    def __init__(self, settings: Settings, faults: Faults, shards: dict[str, Shard]) -> None:
+        super().__init__(settings)
+        self._faults = faults
+        self._shards = shards
+
+    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> PartialUpdate:
+        """One client's own answer, as it arrives."""
+        message = self.train(task, weights, [client_id])
+        own = message.parts[0] if message.parts else message
+        return self._faults.sent(client_id, own)
+
+    def load(self, client_id: str) -> None:
+        """Read what a client holds, if nobody has yet."""
+        super()._shard(client_id)
+
+    def _trainer_of(self, settings: Settings) -> LedLocalTrainer | LedPlainTrainer:
+        if settings.simulation.private:
+            return super()._trainer_of(settings)
+        return LedPlainTrainer(self._model, physical_batch_size=settings.training.physical_batch_size)
+
+    def _shard(self, client_id: str) -> Shard:
+        shard = super()._shard(client_id)
+        labels = torch.from_numpy(self._faults.labels(client_id, shard.labels.numpy(), self._model.num_classes))
+        if torch.equal(labels, shard.labels):
+            return shard
+        # Other records, so other noise.
+        return replace(shard, labels=labels, digest=f"{shard.digest}/flipped")

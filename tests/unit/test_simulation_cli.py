@@ -1,0 +1,114 @@
+"""``fedvit simulate`` on real images and a real, tiny model: curves side by side, one report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from fedvit.cli.main import app
+from fedvit.cli.simulate import _planned
+from fedvit.errors import ConfigError
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Six clients with red and green images, an untrained stem, a head to train."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 12)):
+        for channel, name in enumerate(("red", "green")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    tree: dict[str, Any] = {
+        "home": str(tmp_path / "var"),
+        "data": {
+            "source": "folder",
+            "path": "images",
+            "image_size": 32,
+            "partition": {"scheme": "iid", "clients": 6, "min_examples": 2},
+        },
+        "model": {"pretrained": False, "trainable": "head", "hybrid": {"depth": 1, "width": 16, "heads": 2}},
+        "training": {"rounds": 4, "local_steps": 2, "learning_rate": 1.0},
+        "privacy": {"sampling_prob": 1.0},
+        "simulation": {"private": False, "target_accuracy": 0.9},
+    }
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def invoked(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["simulate", *arguments])
+
+
+def test_curves_side_by_side_end_in_one_report_that_says_what_is_not_real(config: Path, tmp_path: Path) -> None:
+    shown = invoked("-c", str(config), "--vary", "simulation.mode=synchronous,asynchronous", "--seeds", "2", "--json")
+    assert shown.exit_code == 0, shown.stderr
+    summary = json.loads(shown.stdout)
+    report = tmp_path / "var" / "simulation"
+    assert json.loads((report / "summary.json").read_text()) == summary
+    assert [(run["name"], run["seed"]) for run in summary["runs"]] == [
+        (f"mode={mode}", seed) for mode in ("synchronous", "asynchronous") for seed in (0, 1)
+    ]
+    assert summary["private"] is False
+    for run in summary["runs"]:
+        assert run["epsilon"] is None
+        assert run["accuracy"] > 0.8
+        assert sum(run["outcomes"].values()) >= run["curve"][-1]["updates"]
+    page = (report / "index.html").read_text()
+    assert "Not private: clients trained by plain SGD" in page
+    for mode in ("synchronous", "asynchronous"):
+        assert f'id="accuracy-series-mode={mode}-1"' in page
+    # The state of a real run is not begun.
+    assert [path.name for path in (tmp_path / "var").iterdir()] == ["simulation"]
+
+
+def test_a_private_simulation_is_noised_and_shows_what_it_cost(config: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--set",
+        "simulation.private=true",
+        "--set",
+        "privacy.noise_multiplier=1.0",
+        "--to",
+        str(tmp_path / "to"),
+    ]
+    shown = invoked("-c", str(config), *arguments)
+    assert shown.exit_code == 0, shown.stderr
+    assert "not private" not in shown.stdout.lower()
+    (run,) = json.loads((tmp_path / "to" / "summary.json").read_text())["runs"]
+    assert run["epsilon"] > 1
+    assert "Not private" not in (tmp_path / "to" / "index.html").read_text()
+
+
+def test_every_combination_is_planned_under_a_name_of_its_own(config: Path) -> None:
+    vary = ["training.aggregation=fedavg,median", "simulation.faults=[[], [{share: 0.2, kinds: [nan]}]]"]
+    planned = list(_planned([config], None, None, vary, 1))
+    assert [name for name, _ in planned] == [
+        f"aggregation={rule} faults={faults}"
+        for rule in ("fedavg", "median")
+        for faults in ("[]", "[{kinds: [nan], share: 0.2}]")
+    ]
+    assert [s.training.aggregation for _, s in planned] == ["fedavg", "fedavg", "median", "median"]
+    assert [len(s.simulation.faults) for _, s in planned] == [0, 1, 0, 1]
+    other = config.with_name("other.yaml")
+    other.write_text(config.read_text())
+    assert [name for name, _ in _planned([config, other], None, None, None, 1)] == ["toy", "other"]
+
+
+@pytest.mark.parametrize("vary", ["training.rounds", "training.rounds=", "training.rounds=[1"])
+def test_a_setting_without_values_is_refused_by_name(config: Path, vary: str) -> None:
+    with pytest.raises(ConfigError, match=r"--vary 'training.rounds.*has no values"):
+        list(_planned([config], None, None, [vary], 1))
