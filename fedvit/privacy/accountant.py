@@ -58,6 +58,7 @@ class PrivacyAccountant:
         self._period: BudgetPeriod | None = None
         self._spends = self._lifetime
         self._lock = threading.RLock()
+        self._reported: tuple[int, BudgetReport] | None = None
         self._read_ledger()
 
     def charge(self, charges: Sequence[Charge]) -> BudgetReport:
@@ -128,7 +129,11 @@ class PrivacyAccountant:
         With ``outlook`` also what one round more would make of it, and how many more the budget admits.
         """
         with self._lock:
-            report = self._report()
+            # Asked before: what is committed while we read is read again the next time.
+            counter = self._store.change_counter()
+            if self._reported is None or self._reported[0] != counter:
+                self._reported = counter, self._report()
+            report = self._reported[1]
             return self._with_outlook(report) if outlook else report
 
     def get_remaining_epsilon(self) -> float:

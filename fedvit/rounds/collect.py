@@ -120,7 +120,7 @@ class Collector:
     ) -> tuple[list[PartialUpdate], list[PartialUpdate]]:
         """What goes into the buffer, and what has no room in it."""
         needed = self._needed(order, taking_part)
-        if needed is None or not self._asynchronous() or self._protection.rule.needs != "single_updates":
+        if self._protection.rule.needs != "single_updates" or needed is None or not self._asynchronous():
             return answers, []
         taken, left = list[PartialUpdate](), list[PartialUpdate]()
         room = needed

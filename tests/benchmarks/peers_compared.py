@@ -18,26 +18,28 @@ from tests.benchmarks.rounds import BY_CLIENT, CASES, COLUMNS, ours
 
 TURNS = int(os.environ.get("BENCH_TURNS", "3"))
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "10"))
-WARM = 2
+WARM = 5
 PEERS = Path(os.environ.get("BENCH_PEERS", ".bench-peers")).absolute()
 ROOT = Path(__file__).parents[2]
 _OURS = list(CASES.values())
 EMPTY: dict[str, Any] = {"kind": "empty", "clients": 500, "parameters": 1000}
 BIG: dict[str, Any] = {"kind": "empty", "clients": 20, "parameters": 5_500_000, "arrays": 20}
-CNN: dict[str, Any] = {"kind": "cnn", "clients": 100, "cohort": 20, "examples": 50}
+# Long enough for clients to have been everywhere: their images are made when a worker first meets them.
+CNN_ROUNDS = 2 * ROUNDS
+CNN: dict[str, Any] = {"kind": "cnn", "clients": 100, "cohort": 20, "examples": 50, "rounds": CNN_ROUNDS}
 NAMES = {"empty": "500 empty clients x 1k", "big": "20 empty clients x 5.5 M fp32", "cnn": "small CNN, 20 of 100"}
 
 
 def flower(case: dict[str, Any]) -> dict[str, float]:
     """Flower 1.41, two workers with one CPU each."""
     command = [str(PEERS / "flower" / "bin" / "python"), "-m", "tests.benchmarks.peers.flower_rounds"]
-    return _peer([*command, json.dumps({**case, "rounds": ROUNDS, "warm": WARM})])
+    return _peer([*command, json.dumps({**case, "rounds": case.get("rounds", ROUNDS), "warm": WARM})])
 
 
 def pfl(case: dict[str, Any]) -> dict[str, float]:
     """pfl 0.6, two processes."""
     command = [str(PEERS / "pfl" / "bin" / "torchrun"), "--nproc-per-node", "2", "-m"]
-    return _peer([*command, "tests.benchmarks.peers.pfl_rounds", json.dumps({**case, "rounds": ROUNDS, "warm": WARM})])
+    return _peer([*command, "tests.benchmarks.peers.pfl_rounds", json.dumps({"rounds": ROUNDS, **case, "warm": WARM})])
 
 
 def _peer(command: list[str]) -> dict[str, float]:
@@ -57,7 +59,7 @@ MEASURED = {
     "fedvit, " + NAMES["big"]: lambda: ours(*_OURS[2], ROUNDS),
     "fedvit, " + NAMES["big"] + ", unit record": lambda: ours(*_OURS[3], ROUNDS),
     "Flower, " + NAMES["big"]: lambda: flower(BIG),
-    "fedvit, " + NAMES["cnn"]: lambda: ours(*_OURS[4], ROUNDS),
+    "fedvit, " + NAMES["cnn"]: lambda: ours(*_OURS[4], CNN_ROUNDS),
     "Flower, " + NAMES["cnn"]: lambda: flower(CNN),
     "pfl, " + NAMES["cnn"]: lambda: pfl(CNN),
 }
@@ -66,7 +68,9 @@ MEASURED = {
 def main() -> None:
     """Measure and write."""
     turns = [{name: measured() for name, measured in MEASURED.items()} for _ in range(TURNS)]
-    figures = {name: {c: statistics.median(turn[name][c] for turn in turns) for c in COLUMNS} for name in MEASURED}
+    figures = {
+        name: {c: round(statistics.median(turn[name][c] for turn in turns), 4) for c in COLUMNS} for name in MEASURED
+    }
     pairs = {
         "Flower / fedvit, " + NAMES["empty"]: ("Flower, " + NAMES["empty"], "fedvit, " + NAMES["empty"]),
         "Flower / fedvit, " + NAMES["empty"] + ", 500 charges": (
@@ -85,7 +89,8 @@ def main() -> None:
         "rounds_peers",
         title="A round beside Flower and pfl",
         what=(
-            f"{TURNS} turns, each measures all one after another, {ROUNDS} rounds after {WARM}; medians, and the "
+            f"{TURNS} turns, each measures all one after another, {ROUNDS} rounds after {WARM} "
+            f"({CNN_ROUNDS} of the CNN); medians, and the "
             "median of the turns' own ratios. fedvit with two proxies, SQLite store and accountant; Flower 1.41 with "
             "two workers of one CPU, pfl 0.6 with two processes; one thread each, models and images kept. "
             "Peers neither charge nor store anything. Memory is the PSS of the process tree."

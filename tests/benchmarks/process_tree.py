@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-EVERY_S = 0.5
+EVERY_S = 2.0
 
 
 def descendants(root: int) -> set[int]:
@@ -44,7 +44,7 @@ def pss_mb(pids: set[int]) -> float:
 
 
 class TreeWatch:
-    """Looks twice a second, in a thread of its own, for as long as the block lasts."""
+    """Looks every two seconds (what it reads costs some milliseconds a process), in a thread of its own, for as long as the block lasts."""
 
     def __init__(self, root: int) -> None:
         self._root = root

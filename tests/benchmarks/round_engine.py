@@ -86,7 +86,7 @@ def _between_commits(home: Path) -> list[float]:
     return [(after - before).total_seconds() for before, after in pairwise(moments)]
 
 
-def measure(kind: str, options: Mapping[str, Any], *, rounds: int, warm: int = 2, **more: Any) -> dict[str, float]:
+def measure(kind: str, options: Mapping[str, Any], *, rounds: int, warm: int = 5, **more: Any) -> dict[str, float]:
     """Median and slowest seconds of a round after ``warm`` ones, and the peak memory of all processes in MB."""
     with tempfile.TemporaryDirectory(prefix="fedvit-bench-") as folder:
         settings = settings_for(Path(folder), kind, options, rounds=rounds + warm + 1, **more)
