@@ -44,7 +44,10 @@ def pss_mb(pids: set[int]) -> float:
 
 
 class TreeWatch:
-    """Looks every two seconds (what it reads costs some milliseconds a process), in a thread of its own, for as long as the block lasts."""
+    """Looks every two seconds, in a thread of its own, for as long as the block lasts.
+
+    No oftener: what it reads costs the machine some milliseconds a process.
+    """
 
     def __init__(self, root: int) -> None:
         self._root = root
@@ -68,6 +71,8 @@ class TreeWatch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
+        # What is quicker than a look is seen as well.
+        self.samples.append((time.monotonic(), self.now_mb()))
 
     def _look(self) -> None:
         while not self._ended.wait(EVERY_S):
