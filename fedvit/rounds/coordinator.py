@@ -21,7 +21,14 @@ from fedvit.aggregation.rule import RoundFacts, State
 from fedvit.aggregation.staleness import staleness_weight
 from fedvit.aggregation.state import decode_state, encode_state
 from fedvit.config import CohortConfig, Settings
-from fedvit.errors import BudgetExhaustedError, ConflictError, FedvitError, LedgerFrozenError, ReleaseRefusedError
+from fedvit.errors import (
+    BudgetExhaustedError,
+    ConfigError,
+    ConflictError,
+    FedvitError,
+    LedgerFrozenError,
+    ReleaseRefusedError,
+)
 from fedvit.ports import AccountantPort, FleetPort, ServerModelPort
 from fedvit.privacy.round_cost import check_units, round_noise_multiplier
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
@@ -136,8 +143,8 @@ class Coordinator:
         """Whether a run as ordered could train at least one round.
 
         Raises:
-            ConflictError: too few clients may take part, or the rule does not go with asynchronous rounds.
-            ConfigError: the fleet is too small for what the settings promise; see :meth:`_open_run`.
+            ConflictError: too few clients may take part, the rule does not go with asynchronous rounds, or the fleet is
+                not of a size for what the settings promise; see :meth:`_open_run`.
             BudgetExhaustedError: some client's budget does not admit one round more.
             UpdateRejectedError: the version to start from was trained as another model.
         """
@@ -150,9 +157,13 @@ class Coordinator:
                 cure="Validate or register clients, or lower min_clients: POST /api/training/config.",
             )
         self._start_weights(order)
-        check_units(self._settings, *self._store.count_units())
         check_mode(self._protection.rule, aggregation_settings(self._store).mode)
-        self._protection.run_facts(count)
+        try:
+            check_units(self._settings, *self._store.count_units())
+            self._protection.run_facts(count)
+        except ConfigError as error:
+            # Whoever asks for a run did not write the settings: it is the fleet, as it is now, that they do not fit.
+            raise ConflictError(error.message, cure=error.cure) from error
         self._accountant.check(self._protection.charges(self._probe(), self._some(config, needed)))
 
     def _some(self, config: CohortConfig, needed: int) -> tuple[str, ...]:

@@ -399,6 +399,15 @@ def test_a_restart_without_enough_validated_clients_is_refused(make: Make) -> No
     assert system.store.runs() == []
 
 
+def test_a_fleet_that_outgrew_delta_is_a_conflict_and_no_fault_of_the_request(make: Make) -> None:
+    system = make()
+    answer = system.http.post("/api/clients/register", json={"device_id": "truck-9", "num_examples": 10**6})
+    assert answer.status_code == 201
+    answer = system.http.post("/api/training/restart", json={})
+    assert (answer.status_code, "target_delta" in answer.text) == (409, True)
+    assert system.store.runs() == []
+
+
 def test_a_cancelled_restart_lets_the_present_run_go_on(make: Make) -> None:
     fleet = HeldFleet()
     system = make(fleet=fleet)
