@@ -109,9 +109,10 @@ def bars_chart(accuracies: Mapping[str, Mapping[str, float]], *, reference: floa
         axes.set_xticks(range(len(accuracies)), list(accuracies))
         axes.set_ylim(0, 1)
         axes.set_ylabel("Test accuracy")
-        figure.legend(loc="outside upper center", ncols=len(columns))
+        axes.grid(visible=False, axis="x")
+        figure.legend(loc="outside upper center", ncols=2)
 
-    return svg_of("bars", "Test accuracy by rule and attack", 3.6, draw)
+    return svg_of("bars", "Test accuracy by rule and attack", 4.0, draw)
 
 
 def standalone(svg: str) -> str:

@@ -106,7 +106,8 @@ def _what() -> str:
         "(local learning rate 5, 10, 20; server 1, 2; momentum; 8 or 16 local steps) and may wait for all, commit with "
         "the first of more than it wants, or end at a deadline. A vehicle that is given up works on, since nobody can "
         "tell it before it answers; the rows that say so assume that it stops at once, as if it could be told. The "
-        "last column is what was handed out and came to nothing."
+        "last column is what was handed out and came to nothing: a tuned deadline comes near asynchronous rounds, or "
+        "where slow vehicles can be told to stop even before them, by throwing most of the vehicles' work away."
     )
 
 
