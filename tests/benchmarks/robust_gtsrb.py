@@ -95,7 +95,8 @@ def _what() -> str:
         f"Test accuracy on GTSRB (reduced, 32 pixels) after {ROUNDS} rounds of {CLIENTS} vehicles, {LIARS} of which "
         "flip the sign of their update, scale it by 10, or both. A small ViT on frozen EfficientNet-Lite0 features, 10 "
         "local steps of plain SGD a round, one learning rate for all rules, one seed; not private; the coordinator, "
-        "rules and door of a real run. A run whose weights are no numbers any more ends, and is shown as it was last seen."
+        "rules and door of a real run. A run whose weights are no numbers any more ends, and is shown as it was last "
+        "seen."
     )
 
 
