@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import SMALL, Fedvit, environment, free_ports
-
-__all__ = ["SMALL", "Fedvit", "environment", "free_ports"]
+from command import SMALL, Fedvit
 
 
 @pytest.fixture

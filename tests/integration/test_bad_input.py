@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Fedvit
+from command import Fedvit
 from PIL import Image
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Fedvit
+from command import Fedvit
 
 from fedvit.store.store import Store
 from fedvit.types import OperationStatus, RunStatus

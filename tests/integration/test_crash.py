@@ -11,7 +11,7 @@ import time
 
 import httpx
 import pytest
-from conftest import Fedvit, environment
+from command import Fedvit, environment
 
 from fedvit.errors import InterruptedRunError
 from fedvit.store.store import Store

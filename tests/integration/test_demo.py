@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Fedvit
+from command import Fedvit
 
 pytestmark = pytest.mark.ray
 

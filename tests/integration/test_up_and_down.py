@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from certificate import self_signed
-from conftest import Fedvit
+from command import Fedvit
 
 from fedvit.config import DataConfig
 from fedvit.data.sources import open_source
