@@ -11,10 +11,11 @@ import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from fastapi import FastAPI, Request, Response
 from fastapi.dependencies.models import Dependant
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
@@ -105,6 +106,9 @@ class ControlledRoute(APIRoute):
         super().__init__(path, endpoint, **options)
         self.max_bytes: int | None = (options["openapi_extra"] or {}).get(_MAX_BYTES)
         self.repeatable = any(dependant.call is call_key for dependant in self.dependant.dependencies)
+        self._single = [
+            field.alias for field in self.dependant.query_params if not _takes_several(field.field_info.annotation)
+        ]
         if _is_told_something(self.dependant):
             self.responses = documented(422) | self.responses
 
@@ -119,6 +123,20 @@ class ControlledRoute(APIRoute):
                 return problem_of(error)
 
         return handle
+
+    def check_given_once(self, request: Request) -> None:
+        """Which of two values counts, no document says.
+
+        Raises:
+            RequestValidationError: a parameter of the query that has one value was given several.
+        """
+        faults = [
+            {"loc": ("query", name), "msg": f"Given {len(values)} times; it has one value", "type": "given_once"}
+            for name in self._single
+            if len(values := request.query_params.getlist(name)) > 1
+        ]
+        if faults:
+            raise RequestValidationError(faults)
 
     def example(self) -> Any:
         """A body that this route admits, or None."""
@@ -150,6 +168,7 @@ class _Call:
         )
         if request.method in _SAFE:
             self._guard.permit(requirement, identity)
+            self._route.check_given_once(request)
             return await self._in_time(self._inner(request))
         try:
             self._guard.permit(requirement, identity)
@@ -158,6 +177,7 @@ class _Call:
             if identity.authenticated and requirement.audited:
                 await self._audit(identity, None, error.http_status)
             raise
+        self._route.check_given_once(request)
         content, body = await self._read()
         if not requirement.audited:
             return await self._in_time(self._inner(with_body(request, content)))
@@ -265,6 +285,10 @@ def _problems(mutating: bool) -> dict[int | str, dict[str, Any]]:
 def _is_told_something(dependant: Dependant) -> bool:
     """Whether FastAPI would document its own form of 422 here, which is never sent."""
     return bool(dependant.path_params or dependant.query_params or dependant.header_params)
+
+
+def _takes_several(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(get_origin(part) is list for part in get_args(annotation))
 
 
 class RequestIds:

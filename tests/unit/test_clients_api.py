@@ -157,7 +157,7 @@ def test_a_page_shows_proxies_that_died_within_seconds(house: House) -> None:
 
 
 def test_a_page_that_is_none_is_refused(house: House) -> None:
-    for query in ("limit=0", "limit=1001", "offset=-1", f"offset={2**63}", "limit=x"):
+    for query in ("limit=0", "limit=1001", "offset=-1", f"offset={2**63}", "limit=x", "limit=2&limit=3"):
         for path in ("status", "connectivity"):
             assert house.http.get(f"/api/clients/{path}?{query}").status_code == 422, query
     assert house.get(f"/api/clients/status?offset={2**63 - 1}")["clients"] == []
