@@ -84,7 +84,6 @@ class Coordinator:
     Args:
         on_progress: told after every event, from the thread that runs the loop.
         clock: seconds since whenever, for deadlines and how long a round took; a simulation's is virtual.
-        publisher: what it releases with; by default one that signs with the state folder's key.
 
     Attributes:
         publisher: what it releases with.
@@ -100,7 +99,6 @@ class Coordinator:
         model: ServerModelPort,
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
-        publisher: Publisher | None = None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -110,7 +108,7 @@ class Coordinator:
         self._clock = clock
         self._collector = Collector(settings, store, fleet, self._protection, clock)
         self._model = model
-        self.publisher = publisher or Publisher(store, settings)
+        self.publisher = Publisher(store, settings)
         self._cohort_secret = derive_secret(load_or_create_root_secret(store.home), "cohort")
         self._on_progress = on_progress
         self._stop = threading.Event()

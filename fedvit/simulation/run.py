@@ -18,7 +18,7 @@ from fedvit.rounds.steering import change_aggregation_settings
 from fedvit.simulation.delays import Delays, generator
 from fedvit.simulation.faults import Faults
 from fedvit.simulation.fleet import SimulatedFleet, VirtualClock
-from fedvit.simulation.server import NoPrivacy, NoRelease, SimulatedServer
+from fedvit.simulation.server import NoPrivacy, SimulatedServer
 from fedvit.simulation.world import World
 from fedvit.store.store import Store
 from fedvit.types import RunStatus, TrainingProgress
@@ -121,7 +121,6 @@ def _simulated(
         model=SimulatedServer(world.server, clock, simulation.evaluate_every_s),
         on_progress=(watch := _Watch(settings, store, clock, on_version)),
         clock=clock,
-        publisher=NoRelease(store, settings),
     )
     watch.stop = loop.request_stop
     run = loop.run()
@@ -162,17 +161,17 @@ class _Watch:
     def __call__(self, progress: TrainingProgress) -> None:
         if progress.version is None or progress.rounds_done == len(self.points):
             return
-        lineage = self.store.version(progress.version).lineage
-        told, accepted = lineage.get("aggregation", {}), lineage["clients"]
+        version = self.store.version(progress.version)
+        told, accepted = version.lineage.get("aggregation", {}), version.lineage["clients"]
         self.outcomes["accepted"] += len(accepted)
         for reason in told.get("refused", {}).values():
             self.outcomes["stale" if "versions old" in reason else "refused"] += 1
         self.staleness.update(told.get("staleness", dict.fromkeys(accepted, 0)).values())
-        self._add(progress)
+        self._add(progress.rounds_done, version.metrics)
 
-    def _add(self, progress: TrainingProgress) -> None:
+    def _add(self, round_index: int, metrics: Mapping[str, float]) -> None:
         hours, updates = self.clock() / HOUR_S, self.outcomes["accepted"]
-        point = Point(hours, progress.rounds_done, updates, _known(progress.accuracy), _known(progress.loss))
+        point = Point(hours, round_index, updates, _known(metrics.get("accuracy")), _known(metrics.get("loss")))
         self.points.append(point)
         self.on_version(point)
         wanted = self.settings.simulation

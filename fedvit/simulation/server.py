@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Protocol
 
 from fedvit.config import Settings
-from fedvit.errors import ConflictError, ReleaseRefusedError
+from fedvit.errors import ConflictError
 from fedvit.ports import Charge, ExportedModel, LedgerEntry, Trial
-from fedvit.registry.publisher import Publisher
-from fedvit.store.store import Release
-from fedvit.types import BudgetReport, Evaluation, ModelVersion, Variant, Weights
+from fedvit.types import BudgetReport, Evaluation, Variant, Weights
 
 
 class Evaluated(Protocol):
@@ -29,10 +27,6 @@ class Evaluated(Protocol):
     def evaluate(self, weights: Weights) -> Evaluation:
         """See :class:`fedvit.ports.ServerModelPort`."""
         ...
-
-
-NOT_EVALUATED = Evaluation(math.nan, math.nan, {}, (), 0)
-"""Of a version at which nobody looked."""
 
 
 class SimulatedServer:
@@ -54,11 +48,11 @@ class SimulatedServer:
         """The weights that never travel."""
         return self._model.frozen_weights()
 
-    def evaluate(self, weights: Weights) -> Evaluation:
-        """The model on the held-out images, or :data:`NOT_EVALUATED`."""
+    def evaluate(self, weights: Weights) -> Evaluation | None:
+        """The model on the held-out images; None where it was looked at a moment ago."""
         now_s = self._clock()
         if now_s < self._next_s:
-            return NOT_EVALUATED
+            return None
         self._next_s = now_s + self._every_s
         return self._model.evaluate(weights)
 
@@ -77,22 +71,6 @@ class SimulatedServer:
             ConflictError: always.
         """
         raise ConflictError("A simulation exports nothing.")
-
-
-class NoRelease(Publisher):
-    """Releases no version: nobody serves what a simulation trained."""
-
-    def variants(self) -> tuple[Variant, ...]:
-        """None has to be exported."""
-        return ()
-
-    def release(self, version: ModelVersion, exports: Mapping[Variant, ExportedModel], reason: str) -> Release:
-        """Refuse.
-
-        Raises:
-            ReleaseRefusedError: always.
-        """
-        raise ReleaseRefusedError(f"{version.version} was simulated; a simulation releases nothing.")
 
 
 class NoPrivacy:

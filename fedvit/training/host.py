@@ -18,13 +18,13 @@ from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.data.images import load_images
 from fedvit.data.sources import ImageSource, Record
-from fedvit.errors import FedvitError, UpdateRejectedError
+from fedvit.errors import UpdateRejectedError
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.training.drift import LedLocalTrainer, LedPlainTrainer
 from fedvit.training.kept import KeptArrays
 from fedvit.training.sending import Sender
-from fedvit.training.summing import Summing, check_base
+from fedvit.training.summing import Summing, check_base, failed
 from fedvit.types import ClientOutcome, Encoding, FloatArray, PartialUpdate, TrainTask, Weights
 from fedvit.vit.models import build_model
 from fedvit.vit.trainable import frozen_weights
@@ -135,13 +135,9 @@ class VirtualClientHost:
 
     def _answer(self, task: TrainTask, base: Weights, handed: Weights, door: Door, client_id: str) -> PartialUpdate:
         try:
-            own = self._train_one(task, base, handed, client_id, door)
-        except UpdateRejectedError as error:
-            return _failed(task, ClientOutcome(client_id, 0, str(error), refused=True))
+            return self._train_one(task, base, handed, client_id, door)
         except Exception as error:
-            # Whatever ails one client, the others' work must not be lost with it.
-            return _failed(task, ClientOutcome(client_id, 0, _reason(error)))
-        return own
+            return failed(task, client_id, error)
 
     def _train_one(self, task: TrainTask, base: Weights, handed: Weights, client_id: str, door: Door) -> PartialUpdate:
         """One client's own answer; what it keeps for itself is kept only when that may count.
@@ -202,11 +198,3 @@ def _own_update(
     weight = float(num_examples) if rule.weighting == "examples" else 1.0
     addend = {name: weight * array.astype(np.float64) for name, array in delta.items()}
     return PartialUpdate(task.round_index, outcomes, addend, weight)
-
-
-def _failed(task: TrainTask, outcome: ClientOutcome) -> PartialUpdate:
-    return PartialUpdate(task.round_index, (outcome,), {}, 0.0)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"

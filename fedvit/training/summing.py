@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedvit.errors import IntegrityError
+from fedvit.errors import FedvitError, IntegrityError, UpdateRejectedError
 from fedvit.exact import QUANTUM, ROOM, ExactSums, peak_of
 from fedvit.types import ClientOutcome, PartialUpdate, TrainTask, Weights
 from fedvit.wire.tensors import weights_digest
@@ -62,6 +62,13 @@ class Summing:
     def _end(self) -> PartialUpdate:
         outcomes, sums = tuple(self._outcomes), self._sums.totals()
         return PartialUpdate(self._task.round_index, outcomes, sums, self._total_weight, self._within_clip)
+
+
+def failed(task: TrainTask, client_id: str, error: Exception) -> PartialUpdate:
+    """The answer of a client that has none: whatever ails one, the others' work must not be lost with it."""
+    reason = str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"
+    outcome = ClientOutcome(client_id, 0, reason, refused=isinstance(error, UpdateRejectedError))
+    return PartialUpdate(task.round_index, (outcome,), {}, 0.0)
 
 
 def check_base(task: TrainTask, weights: Weights) -> None:

@@ -17,12 +17,12 @@ from fedvit.aggregation.door import Door
 from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import ClientHalf
 from fedvit.config import Settings
-from fedvit.errors import ConfigError, FedvitError, ModelError, UpdateRejectedError
+from fedvit.errors import ConfigError, ModelError, UpdateRejectedError
 from fedvit.exact import Sums, largest, subtract
 from fedvit.ports import ClientHostPort, ExportedModel, ServerModelPort, Trial
 from fedvit.privacy.mechanism import clip_factor
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
-from fedvit.training.summing import Summing, check_base
+from fedvit.training.summing import Summing, check_base, failed
 from fedvit.types import (
     Client,
     ClientKind,
@@ -175,13 +175,8 @@ class OwnHost:
     def _answer(self, task: TrainTask, base: Weights, door: Door, client_id: str) -> _Answer:
         try:
             return self._train_one(task, base, door, client_id)
-        except UpdateRejectedError as error:
-            outcome = ClientOutcome(client_id, 0, str(error), refused=True)
         except Exception as error:
-            # Whatever ails one client, the others' work must not be lost with it.
-            reason = str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"
-            outcome = ClientOutcome(client_id, 0, reason)
-        return PartialUpdate(task.round_index, (outcome,), {}, 0.0), 1.0, 0.0
+            return failed(task, client_id, error), 1.0, 0.0
 
     def _train_one(self, task: TrainTask, base: Weights, door: Door, client_id: str) -> _Answer:
         """A client's answer, what its arrays are to be multiplied with, and the largest magnitude in them.
