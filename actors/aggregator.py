@@ -11,12 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from actors.handles import AccountantHandle, RayFleet
-from fedvit.config import settings_from_json
 from fedvit.monitoring.latest import Latest
 from fedvit.monitoring.training import TrainingMetrics
 from fedvit.operations.local import LocalAggregator
 from fedvit.ports import ProxyReport
 from fedvit.rounds.fleets import MixedFleet
+from fedvit.settings import settings_from_json
 from fedvit.store.store import Store
 from fedvit.types import Operation, TrainingProgress, Variant
 

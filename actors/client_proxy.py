@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from fedvit.config import settings_from_json
 from fedvit.ports import ClientHostPort
+from fedvit.settings import settings_from_json
 from fedvit.types import PartialUpdate, TrainTask, Weights
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
-from fedvit.config import settings_from_json
 from fedvit.ports import Charge, LedgerEntry
 from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.settings import settings_from_json
 from fedvit.types import BudgetReport
 
 

@@ -17,8 +17,9 @@ from actors.aggregator import Aggregator
 from actors.client_proxy import ClientProxy
 from actors.handles import ACCOUNTANT, AGGREGATOR, PING, AggregatorHandle, fetch, proxy_name
 from actors.privacy_accountant import PrivacyAccountantActor
-from fedvit.config import Settings, settings_to_json
+from fedvit.config import Settings
 from fedvit.errors import PlacementError
+from fedvit.settings import settings_to_json
 
 
 def namespace_of(home: Path) -> str:

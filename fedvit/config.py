@@ -1,29 +1,17 @@
-"""Typed configuration: one YAML file, overridden by environment variables, overridden by the command line.
-
-``FEDVIT_TRAINING__ROUNDS=5`` overrides ``training.rounds``: the prefix ``FEDVIT_``, then the path with ``__`` between
-sections. ``FEDVIT_HOME`` names the state folder. Every error names the key, what was found and what is allowed.
-"""
+"""Typed configuration: what can be set, within which bounds, what goes with what; fedvit.settings reads it."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fedvit.errors import ConfigError
 from fedvit.types import Encoding, Variant
-
-ENV_PREFIX = "FEDVIT_"
-# Read by other parts of the program, not settings.
-ENV_RESERVED = frozenset({"FEDVIT_CONFIG", "FEDVIT_TOKEN", "FEDVIT_URL"})
 
 LEAST_NOISE_MULTIPLIER = 0.3
 """Less noise than this protects nothing worth the name, and the accountants have no reliable answer for it."""
@@ -530,151 +518,3 @@ def _drop_defaults(section: dict[str, Any], kind: type[_Section], *names: str) -
     for name in names:
         if section[name] == defaults[name]:
             del section[name]
-
-
-def load_settings(
-    path: Path | None = None,
-    *,
-    environ: Mapping[str, str] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> Settings:
-    """Settings from a YAML file, then ``environ``, then ``overrides`` (nested like the file).
-
-    Raises:
-        ConfigError: the file is unreadable, or a key is unknown or out of range.
-    """
-    tree = _read_yaml(path) if path is not None else {}
-    source = str(path) if path is not None else "the built-in defaults"
-    _merge(tree, _environment_tree(os.environ if environ is None else environ))
-    _merge(tree, dict(overrides or {}))
-    try:
-        settings = Settings.model_validate(tree)
-    except ValidationError as error:
-        raise _explain(error, source) from None
-    if path is not None:
-        settings = _resolve_paths(settings, path.parent)
-    return settings
-
-
-def environment_settings() -> Settings:
-    """The settings of this process's environment: the file that ``FEDVIT_CONFIG`` names, and the other variables.
-
-    Raises:
-        ConfigError: see :func:`load_settings`.
-    """
-    named = os.environ.get("FEDVIT_CONFIG")
-    return load_settings(Path(named) if named else None)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"There is no configuration file {path}.", cure="Name an existing YAML file, or leave --config out."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration file {path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        place = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {place}.", cure="Mend the line named.") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path} holds a {type(tree).__name__}, not sections.", cure=f"Begin with one of: {_keys(Settings)}."
-        )
-    return tree
-
-
-def _resolve_paths(settings: Settings, folder: Path) -> Settings:
-    """Paths in a file are relative to that file, as its writer sees them; ``home`` is not."""
-
-    def resolve(path: Path | None) -> Path | None:
-        return path if path is None or path.is_absolute() or path.exists() else folder / path
-
-    data = settings.data.model_copy(update={"path": resolve(settings.data.path)})
-    model = settings.model.model_copy(update={"checkpoint": resolve(settings.model.checkpoint)})
-    access = settings.access
-    access = access.model_copy(
-        update={
-            "tls_cert": resolve(access.tls_cert),
-            "tls_key": resolve(access.tls_key),
-            "oidc": access.oidc and access.oidc.model_copy(update={"jwks_path": resolve(access.oidc.jwks_path)}),
-        }
-    )
-    return settings.model_copy(update={"data": data, "model": model, "access": access})
-
-
-def _environment_tree(environ: Mapping[str, str]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, text in environ.items():
-        if not name.startswith(ENV_PREFIX) or name in ENV_RESERVED:
-            continue
-        *sections, key = name.removeprefix(ENV_PREFIX).lower().split("__")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{name} contradicts another FEDVIT_ variable.", cure="Unset one of the two.")
-        # YAML reads 5, true, null and [8081, 8082] as a user expects; a path or a name stays text.
-        node[key] = yaml.safe_load(text) if text.strip() else text
-    return tree
-
-
-def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _explain(error: ValidationError, source: str) -> ConfigError:
-    """The first faults as sentences: key, what was found, what is allowed."""
-    faults = error.errors(include_url=False)
-    sentences = [_explain_one(fault) for fault in faults[:3]]
-    more = f" ({len(faults) - 3} more.)" if len(faults) > 3 else ""
-    return ConfigError(f"In {source} and the environment: " + " ".join(sentences) + more)
-
-
-def _explain_one(fault: Any) -> str:
-    path = [str(part) for part in fault["loc"]]
-    key = ".".join(path) or "the file"
-    if fault["type"] == "extra_forbidden":
-        section = _section_at(path[:-1])
-        allowed = list(section.model_fields) if section else []
-        near = difflib.get_close_matches(path[-1], allowed, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        return f"'{key}' is no setting.{hint} Allowed here: {', '.join(allowed)}."
-    found = fault.get("input")
-    shown = "" if isinstance(found, BaseModel | dict) else f" (found {found!r})"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"'{key}': {message[0].lower()}{message[1:]}{shown}."
-
-
-def _section_at(path: list[str]) -> type[BaseModel] | None:
-    section: type[BaseModel] = Settings
-    for part in path:
-        field = section.model_fields.get(part)
-        kind = field.annotation if field else None
-        kinds = [kind, *get_args(kind)]
-        section_kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if section_kind is None:
-            return None
-        section = section_kind
-    return section
-
-
-def _keys(section: type[BaseModel]) -> str:
-    return ", ".join(section.model_fields)
-
-
-def settings_to_json(settings: Settings) -> str:
-    """Settings as JSON that :func:`settings_from_json` reads back; how they travel to actors and replicas."""
-    return settings.model_dump_json()
-
-
-def settings_from_json(text: str) -> Settings:
-    """The inverse of :func:`settings_to_json`."""
-    return TypeAdapter(Settings).validate_json(text)

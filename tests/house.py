@@ -12,12 +12,13 @@ import numpy as np
 from fastapi.testclient import TestClient
 from tiny_release import CLASSES, IMAGE_SIZE, tiny_model
 
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.operations.local import LocalAggregator
 from fedvit.ports import ExportedModel, PartialUpdate
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.registry.client import ReleaseClient
 from fedvit.registry.feed import HttpFeed
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import Cohort, TrainTask, Variant, Weights

@@ -12,11 +12,11 @@ from fastapi.testclient import TestClient
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
-from fedvit.config import load_settings
 from fedvit.errors import PlacementError
 from fedvit.operations.local import LocalAggregator
 from fedvit.ports import AggregatorPort, PartialUpdate
 from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import Cohort, TrainTask, Weights, utc_now

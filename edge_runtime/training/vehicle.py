@@ -17,7 +17,7 @@ from edge_runtime.mailbox import MailboxSender
 from edge_runtime.training.records import OwnRecords, count_images
 from fedvit.client import FedvitClient
 from fedvit.client.fleet_views import TaskView
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.errors import (
     ConflictError,
     ControlApiError,
@@ -31,6 +31,7 @@ from fedvit.errors import (
 )
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.round_cost import charge_of, round_event
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.training.host import VirtualClientHost
 from fedvit.training.release import release_id

@@ -19,13 +19,14 @@ from fedvit.aggregation.rule import Drift
 from fedvit.audit.findings import Finding, Scope
 from fedvit.audit.observe import Release, flat_arrays, released_rounds
 from fedvit.audit.records import ROUNDING
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.privacy import mechanism
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.randomness import SECRET_BYTES
 from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.protection import ClientLevel
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel
 from fedvit.training.drift import LedPlainTrainer

@@ -55,10 +55,10 @@ def settings_from(
     """Settings from a command's options.
 
     Raises:
-        ConfigError: see :func:`fedvit.config.load_settings`.
+        ConfigError: see :func:`fedvit.settings.load_settings`.
     """
     # Imported here: `fedvit --help` need not pay for it.
-    from fedvit.config import load_settings
+    from fedvit.settings import load_settings
 
     overrides: dict[str, Any] = {}
     for assignment in assignments or []:

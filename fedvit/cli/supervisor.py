@@ -140,7 +140,7 @@ def stop_process(pid: int) -> None:
 
 def main() -> int:
     """Run the system until a signal ends it; the exit status of the error that did, otherwise."""
-    from fedvit.config import settings_from_json
+    from fedvit.settings import settings_from_json
 
     settings = settings_from_json(sys.stdin.read())
 

@@ -14,12 +14,13 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TypeAlias
 
-from fedvit.config import Settings, environment_settings
+from fedvit.config import Settings
 from fedvit.errors import BudgetExhaustedError, StateError
 from fedvit.ports import POPULATION, Charge, LedgerEntry
 from fedvit.privacy.accountants import Composition, epsilon_pld, epsilon_rdp, rounds_left
 from fedvit.privacy.events import Event
 from fedvit.privacy.round_cost import round_event, spend_of
+from fedvit.settings import environment_settings
 from fedvit.store.store import BudgetPeriod, Store
 from fedvit.types import BudgetReport
 

@@ -11,7 +11,8 @@ from ray import serve
 
 from actors.handles import AccountantHandle, AggregatorHandle
 from actors.spawn import namespace_of
-from fedvit.config import Settings, settings_from_json, settings_to_json
+from fedvit.config import Settings
+from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.store.store import Store
 from serve_apps.control.api import Services, create_api
 from serve_apps.control.route import LOG

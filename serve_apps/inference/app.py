@@ -13,10 +13,11 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from edge_runtime.server import ServingOptions, ServingProcess
-from fedvit.config import Settings, settings_from_json, settings_to_json
+from fedvit.config import Settings
 from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE
 from fedvit.registry.client import ReleaseClient
 from fedvit.registry.feed import HttpFeed
+from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.store.store import Store
 from fedvit.wire.manifest import parse_public_key
 from serve_apps.control.access import Guard

@@ -14,7 +14,8 @@ import ray
 from ray import serve
 
 from actors.spawn import connect
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import Client, ClientKind
 from serve_apps.control.app import build_control_app

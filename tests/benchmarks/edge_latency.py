@@ -14,8 +14,8 @@ import torch
 
 from edge_runtime.engine import InferenceEngine
 from fedvit.cli.state import open_existing_store
-from fedvit.config import load_settings
 from fedvit.data.sources import open_source
+from fedvit.settings import load_settings
 from fedvit.vit.models import build_model
 from fedvit.vit.trainable import load_trainable_weights
 from fedvit.wire.images import decode_image

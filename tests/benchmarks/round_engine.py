@@ -20,7 +20,8 @@ from typing import Any
 import ray
 
 from actors.spawn import Actors, connect, spawn_actors
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.training.workload import own_clients
 from fedvit.types import RunStatus

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
+from fedvit.settings import load_settings
 from fedvit.simulation.run import Simulated, simulate
 from fedvit.simulation.world import ImageWorld
 

@@ -9,8 +9,8 @@ import pytest
 from fedvit.access import limits
 from fedvit.access.exposure import check_exposure, is_loopback
 from fedvit.access.limits import FailureWindow, TokenBuckets, whole_seconds
-from fedvit.config import load_settings
 from fedvit.errors import ConfigError
+from fedvit.settings import load_settings
 
 
 class Clock:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from fedvit.config import load_settings
 from fedvit.operations.local import LocalAggregator
 from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import RunStatus

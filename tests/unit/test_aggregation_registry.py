@@ -11,10 +11,11 @@ import pytest
 from generous_accountant import GenerousAccountant
 
 from fedvit.aggregation.registry import SHIPPED, create_rule, rule_for, rule_names
-from fedvit.config import TrainingConfig, load_settings
+from fedvit.config import TrainingConfig
 from fedvit.errors import ConfigError
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import RunStatus

@@ -19,8 +19,8 @@ from fedvit.audit.records import CASES
 from fedvit.audit.released import CLIENT_CHECK, RECORD_CHECK, TIGHTNESS, check_step
 from fedvit.audit.suite import CHECKS, audit
 from fedvit.cli.main import app
-from fedvit.config import load_settings
 from fedvit.errors import UsageError
+from fedvit.settings import load_settings
 from fedvit.training.dpsgd import SecretDPOptimizer
 from fedvit.training.local import LocalTrainer
 from fedvit.types import TrainTask

@@ -11,12 +11,13 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.operations.local import LocalAggregator
 from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.accountants import epsilon_pld
 from fedvit.privacy.events import Event, Gaussian, PoissonGaussian
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from serve_apps.control.api import Services, create_api

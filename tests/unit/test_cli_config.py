@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fedvit.cli.main import app
-from fedvit.config import load_settings
+from fedvit.settings import load_settings
 
 
 def test_what_is_in_force_is_shown_and_can_be_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

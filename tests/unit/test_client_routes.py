@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from fedvit.client import FedvitClient
 from fedvit.client.group import Group
-from fedvit.config import load_settings
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import OperationStatus, Variant
 from serve_apps.control.api import Services, create_api

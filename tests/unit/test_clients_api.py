@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from fedvit.config import load_settings
 from fedvit.errors import PlacementError
 from fedvit.ports import ProxyReport
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, ManualClock, seeded_fleet
 from fedvit.types import Client, ClientKind, TrainingProgress, utc_now

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedvit.config import Settings, load_settings, settings_from_json, settings_to_json
+from fedvit.config import Settings
 from fedvit.errors import ConfigError, FedvitError
+from fedvit.settings import load_settings, settings_from_json, settings_to_json
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -23,9 +23,10 @@ from pydantic import BaseModel, ConfigDict
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.errors import ConflictError, NotFoundError, StateError
 from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import seeded_fleet
 from fedvit.types import Operation, TrainingProgress, Variant, utc_now

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from fedvit.config import load_settings
 from fedvit.errors import PlacementError
 from fedvit.ports import AggregatorPort
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.rounds.coordinator import Coordinator
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import TrainingProgress

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedvit.config import load_settings
 from fedvit.errors import UsageError
+from fedvit.settings import load_settings
 
 app_module = pytest.importorskip("serve_apps.inference.app")
 

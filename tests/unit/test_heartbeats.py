@@ -16,8 +16,9 @@ from sqlalchemy.orm import Session
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
-from fedvit.config import FleetConfig, load_settings
+from fedvit.config import FleetConfig
 from fedvit.errors import ConfigError, StateError
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import ManualClock
 from fedvit.types import Client, ClientKind, utc_now

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
-from fedvit.config import load_settings
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.control.access import Guard

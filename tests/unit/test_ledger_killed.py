@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.ports import POPULATION
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.events import Gaussian
 from fedvit.privacy.round_cost import charge_of
 from fedvit.rounds.coordinator import Coordinator
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import Cohort, PartialUpdate, TrainTask, Weights

@@ -19,10 +19,11 @@ from fastapi.testclient import TestClient
 from edge_runtime.heartbeat import HeartbeatLoop, Way
 from edge_runtime.mailbox import MailboxSender, read_mailbox_key
 from fedvit.access.tokens import create_token
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.errors import ConfigError, DataError, NotFoundError, PlacementError, UsageError
 from fedvit.operations.mailbox import PER_CLIENT, Mailbox, MailboxError
 from fedvit.operations.watch import Watch
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import ManualClock
 from fedvit.types import Client, ClientKind, utc_now

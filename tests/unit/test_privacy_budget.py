@@ -17,7 +17,6 @@ from httpx import Response
 
 from fedvit.access.justification import checked_justification
 from fedvit.access.tokens import create_token
-from fedvit.config import load_settings, settings_to_json
 from fedvit.errors import (
     BudgetExhaustedError,
     ConflictError,
@@ -30,6 +29,7 @@ from fedvit.operations.local import LocalAggregator
 from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+from fedvit.settings import load_settings, settings_to_json
 from fedvit.store import budget
 from fedvit.store.store import LedgerFreeze, Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet

@@ -17,7 +17,6 @@ from prometheus_client import REGISTRY
 
 from edge_runtime.mailbox import MailboxSender
 from fedvit.access.tokens import create_token
-from fedvit.config import load_settings
 from fedvit.monitoring.metrics import UPDATE_BYTES
 from fedvit.operations.mailbox import Mailbox
 from fedvit.privacy.randomness import SecretStream
@@ -25,6 +24,7 @@ from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.fleets import UNCHARGED, MixedFleet
 from fedvit.rounds.steering import change_aggregation_settings
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import Client, ClientKind, ClientOutcome, Encoding, PartialUpdate, RunStatus, utc_now

@@ -16,7 +16,7 @@ from generous_accountant import GenerousAccountant
 from fedvit.aggregation.registry import create_rule
 from fedvit.aggregation.staleness import staleness_weight
 from fedvit.cohort.select import draw_cohort
-from fedvit.config import CohortConfig, Settings, TrainingConfig, load_settings
+from fedvit.config import CohortConfig, Settings, TrainingConfig
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds import machine as m
 from fedvit.rounds.buffer import Admission, judged
@@ -28,6 +28,7 @@ from fedvit.rounds.steering import (
     change_aggregation_settings,
     change_round_settings,
 )
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import ClientOutcome, Cohort, PartialUpdate, RunStatus, TrainingProgress, utc_now

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from generous_accountant import GenerousAccountant
 
-from fedvit.config import load_settings
 from fedvit.errors import ConfigError, ConflictError
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import change_aggregation_settings
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel
 from fedvit.types import Client, ClientKind, Run, RunStatus

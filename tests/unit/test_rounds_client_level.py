@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedvit.aggregation.rule import NO_FACTS
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.errors import BudgetExhaustedError, ConfigError, StateError
 from fedvit.ports import POPULATION, Charge
 from fedvit.privacy import mechanism
@@ -26,6 +26,7 @@ from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.protection import ClientLevel
 from fedvit.rounds.steering import AggregationSettings, change_aggregation_settings
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import ClientOutcome, Cohort, PartialUpdate, RunStatus, TrainTask, Weights, utc_now

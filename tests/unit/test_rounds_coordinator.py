@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.ports import FleetPort
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.rounds.coordinator import Coordinator
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import RunStatus, TrainingProgress

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedvit.config import load_settings
 from fedvit.errors import LedgerFrozenError
 from fedvit.ports import ExportedModel
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunOrder
+from fedvit.settings import load_settings
 from fedvit.store.store import LedgerFreeze, Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import Evaluation, RunStatus, Variant, Weights, utc_now

@@ -14,12 +14,13 @@ from generous_accountant import GenerousAccountant
 
 from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.state import decode_state
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.errors import ConfigError, ConflictError
 from fedvit.privacy import mechanism
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunOrder, change_aggregation_settings
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import Cohort, PartialUpdate, Run, RunStatus, TrainTask, Weights

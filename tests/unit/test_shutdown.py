@@ -13,10 +13,10 @@ import pytest
 from incident_site import WAIT_S, JsonObject, LateFleet, Site
 
 from fedvit.cli.supervisor import end_this_process, interruptible
-from fedvit.config import load_settings
 from fedvit.errors import InterruptedRunError, PlacementError, UsageError
 from fedvit.operations import local
 from fedvit.operations.runner import OperationKind
+from fedvit.settings import load_settings
 from fedvit.types import OperationStatus, RunStatus
 from serve_apps.system import RaySystem
 

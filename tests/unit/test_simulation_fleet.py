@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedvit.config import DelayConfig, FaultConfig, load_settings
+from fedvit.config import DelayConfig, FaultConfig
 from fedvit.errors import ConfigError
+from fedvit.settings import load_settings
 from fedvit.simulation.delays import Delays
 from fedvit.simulation.faults import Faults
 from fedvit.simulation.fleet import SILENT, SimulatedFleet, VirtualClock

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from toy_world import ToyWorld
 
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.rounds import coordinator
+from fedvit.settings import load_settings
 from fedvit.simulation.run import Simulated, simulate
 from fedvit.store.store import RoundCommit
 from fedvit.types import RunStatus

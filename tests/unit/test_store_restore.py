@@ -27,12 +27,12 @@ from typer.testing import CliRunner
 
 from fedvit.access.tokens import create_token
 from fedvit.cli.main import app
-from fedvit.config import load_settings
 from fedvit.errors import FedvitError, IntegrityError, LedgerFrozenError, NotFoundError, StateError, UsageError
 from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
 from fedvit.privacy.secrets import load_or_create_root_secret
+from fedvit.settings import load_settings
 from fedvit.store import archive as archives
 from fedvit.store import restore as restoring
 from fedvit.store.backup import write_backup

@@ -10,8 +10,8 @@ from ray.serve.config import HTTPOptions
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import verify_token
-from fedvit.config import load_settings
 from fedvit.errors import ConfigError, UnauthorizedError
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.system import RaySystem, follower_token, http_options

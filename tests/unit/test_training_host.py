@@ -14,9 +14,10 @@ from PIL import Image
 
 from fedvit.aggregation.door import Door
 from fedvit.aggregation.registry import rule_for
-from fedvit.config import CompressionConfig, Settings, load_settings
+from fedvit.config import CompressionConfig, Settings
 from fedvit.errors import IntegrityError
 from fedvit.privacy.mechanism import fault_of, l2_norm
+from fedvit.settings import load_settings
 from fedvit.training.host import VirtualClientHost
 from fedvit.types import Encoding, PartialUpdate, TrainTask, Weights
 from fedvit.vit.models import build_model

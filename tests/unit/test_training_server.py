@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedvit.config import load_settings
+from fedvit.settings import load_settings
 from fedvit.training.server import ServerModel
 from fedvit.types import Variant
 

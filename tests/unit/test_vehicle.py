@@ -21,12 +21,12 @@ from edge_runtime.training.records import OwnRecords, count_images
 from edge_runtime.training.vehicle import Policy, Step, Vehicle
 from fedvit.aggregation.door import Door
 from fedvit.client import FedvitClient
-from fedvit.config import load_settings
 from fedvit.errors import ControlUnreachableError, DataError
 from fedvit.operations.mailbox import Mailbox
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.fleets import MixedFleet
 from fedvit.rounds.remote import FROZEN_DIGEST
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet
 from fedvit.training.sending import Sender

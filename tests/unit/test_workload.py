@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from generous_accountant import GenerousAccountant
 
-from fedvit.config import Settings, load_settings
+from fedvit.config import Settings
 from fedvit.errors import ConfigError, IntegrityError, ModelError
 from fedvit.privacy.mechanism import fault_of
 from fedvit.rounds.coordinator import Coordinator
+from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet
 from fedvit.training.workload import OwnHost, OwnModel, VirtualClients, client_host, own_clients, server_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedvit.cli.state import open_existing_store
-from fedvit.config import environment_settings
+from fedvit.settings import environment_settings
 
 
 def test_connection() -> bool:

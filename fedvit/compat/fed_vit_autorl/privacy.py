@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fedvit.cli.state import open_existing_store
-from fedvit.config import Settings, environment_settings
+from fedvit.config import Settings
 from fedvit.privacy.accountant import PrivacyAccountant as _PrivacyAccountant
+from fedvit.settings import environment_settings
 from fedvit.store.store import Store
 
 
