@@ -74,7 +74,8 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         noise = torch.from_numpy(stream.normal(sum(sizes), np.float32)).split(sizes)
         for parameter, own in zip(self.params, noise, strict=True):
             own = own.to(parameter.device, parameter.dtype).view_as(parameter)
-            parameter.grad = parameter.summed_grad.add_(own, alpha=deviation)
+            # Into the noise, which lies in order where a sum may not.
+            parameter.grad = own.mul_(deviation).add_(parameter.summed_grad)
             parameter.summed_grad = None
 
 

@@ -14,6 +14,9 @@ from torch.nn import functional
 
 from fedvit.training.tape import Layer, Tape, sum_of_tokens
 
+# One token in so many is few.
+_FEW = 4
+
 
 class RecordedLinear(Function):
     """``linear`` [B * k, ..., d] to [B * k, ..., p]; a weight of more dimensions is flattened to [p, d].
@@ -41,8 +44,13 @@ class RecordedLinear(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The inputs' gradient; the parameters' goes to the tape."""
         inputs, weight = ctx.saved_tensors
-        passed = gradient @ weight.flatten(1).to(gradient.dtype) if ctx.needs_input_grad[1] else None
-        ctx.tape.add_linear(ctx.layer, inputs, gradient)
+        tokens = _few_tokens(gradient)
+        reached = gradient if tokens is None else gradient[:, tokens]
+        passed = reached @ weight.flatten(1).to(gradient.dtype) if ctx.needs_input_grad[1] else None
+        if passed is not None and tokens is not None:
+            everywhere = passed.new_zeros((*gradient.shape[:2], passed.shape[2]))
+            passed = everywhere.index_copy_(1, tokens, passed)
+        ctx.tape.add_linear(ctx.layer, inputs if inputs is None or tokens is None else inputs[:, tokens], reached)
         return None, passed, None, None, None, None
 
 
@@ -107,3 +115,16 @@ class RecordedValue(Function):
         """Nothing; the gradient goes to the tape."""
         ctx.tape.add(ctx.key, gradient)
         return None, None, None, None, None
+
+
+def _few_tokens(gradient: Tensor) -> Tensor | None:
+    """Which tokens [n] of a gradient [B, T, p] are not zero in some example; None where they are many.
+
+    Behind a class token the last block's gradient is zero at every other token, and zeros need no products. The first
+    example's last token tells whether it is worth looking; on a GPU the question would cost more than the products.
+    """
+    if gradient.dim() != 3 or gradient.device.type != "cpu" or bool(gradient[0, -1].any()):
+        return None
+    few = gradient.shape[1] // _FEW
+    found = gradient.any(dim=2).any(dim=0).nonzero()[:, 0]
+    return found if 0 < len(found) <= few else None

@@ -61,7 +61,7 @@ class _Product:
         return torch.bmm(self.outputs.mT, self.inputs)
 
     def weighted_sums(self, factors: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight's gradient [p, d] and the bias' [p], each example times its factor."""
+        """The weight's gradient [p, d] and the bias' [p], each example times its factor; as they lie, not in order."""
         inputs, outputs = self.inputs, self.outputs
         by_token, width = factors[:, None, None], inputs.shape[2]
         # Whichever is smaller takes the factors, and becomes the columns of the product.
@@ -71,10 +71,10 @@ class _Product:
             torch.mul(inputs, by_token, out=scaled[:, :, :width])
             scaled[:, :, width:] = by_token
             both = outputs.flatten(0, 1).T @ scaled.flatten(0, 1)
-            return both[:, :width].contiguous(), both[:, width]
+            return both[:, :width], both[:, width]
         outputs = outputs * by_token
         turned = inputs.flatten(0, 1).T @ outputs.flatten(0, 1)
-        return turned.T.contiguous(), outputs.sum(dim=(0, 1))
+        return turned.T, outputs.sum(dim=(0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ class Tape:
             # Counted, not -1: of nobody, too, a sum has its size.
             flat = chosen.reshape(len(chosen), self._values[key].numel())
             sums[key] = (factors if everyone else factors[kept]) @ flat
-        return {n: sums[key].view_as(self._values[key]) for key, n in enumerate(self._names) if key in sums}
+        return {n: sums[key].reshape(self._values[key].shape) for key, n in enumerate(self._names) if key in sums}
 
     def _pull_back(self) -> None:
         own = self._values[: len(self._names)]

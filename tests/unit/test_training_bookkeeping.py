@@ -311,6 +311,30 @@ def test_a_call_of_an_unknown_form_is_refused_by_name() -> None:
         clipped(BookKeeping(_ByKeyword(), "body."), *records())
 
 
+class _SomeTokens(Body):
+    """Each example's loss sees one token of eight, some another than the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 5), nn.Linear(5, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        tokens = self.second(self.first(features.reshape(-1, 8, 96)[:, :, :48]).tanh())
+        return torch.stack([each[2 + int(chooses)] for each, chooses in zip(tokens, features[:, 0, 0, 0] > 0)])
+
+    def classifier(self) -> nn.Module:
+        return self.second
+
+
+def test_tokens_that_no_loss_sees_are_left_out_of_products_and_of_nothing_else() -> None:
+    engine, (features, labels) = BookKeeping(_SomeTokens(), ""), records()
+    tape = engine._record(features, labels)
+    assert {tuple(product.kept_outputs.shape[:2]) for product in tape._products} == {(3, 2)}
+    sums, norms = truth(engine.module, features, labels)
+    assert error(clipped(engine, features, labels), sums) < 1e-5
+    assert error(engine.norms(features, labels), norms) < 1e-5
+
+
 class _OnlyOpacus(_Odd):
     def build(self) -> None:
         self.conv = nn.Conv1d(8, 8, 1)
