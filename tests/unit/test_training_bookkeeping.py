@@ -320,7 +320,9 @@ class _SomeTokens(Body):
 
     def forward(self, features: Tensor) -> Tensor:
         tokens = self.second(self.first(features.reshape(-1, 8, 96)[:, :, :48]).tanh())
-        return torch.stack([each[2 + int(chooses)] for each, chooses in zip(tokens, features[:, 0, 0, 0] > 0)])
+        return torch.stack(
+            [each[2 + int(chooses)] for each, chooses in zip(tokens, features[:, 0, 0, 0] > 0, strict=True)]
+        )
 
     def classifier(self) -> nn.Module:
         return self.second
