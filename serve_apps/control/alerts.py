@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from fedvit.store.store import Alert
 from fedvit.types import Severity
 
-# As many as fit into a body.
-MAX_ALERTS = 10_000
+# What Alertmanager sends at once is bounded by max_alerts on its side; more would not fit into a body.
+MAX_ALERTS = 1000
 MAX_LABELS = 64
 MAX_TEXT = 2000
 UNNAMED = "unnamed"
