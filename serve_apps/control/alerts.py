@@ -6,11 +6,12 @@ lose the alert, for Alertmanager repeats nothing that was answered with 4xx.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from fedvit.store.store import Alert
 from fedvit.types import Severity
@@ -20,6 +21,14 @@ MAX_ALERTS = 1000
 MAX_LABELS = 64
 MAX_TEXT = 2000
 UNNAMED = "unnamed"
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]")
+
+
+def _written(given: Any) -> Any:
+    """A number would be taken for seconds since 1970."""
+    if not isinstance(given, str) or _DAY.match(given) is None:
+        raise ValueError("is no moment in the form 2026-03-01T03:15:00Z")
+    return given
 
 
 def _in_utc(moment: datetime) -> datetime:
@@ -31,7 +40,7 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("lies outside the calendar") from None
 
 
-Moment = Annotated[datetime, AfterValidator(_in_utc)]
+Moment = Annotated[datetime, BeforeValidator(_written), AfterValidator(_in_utc)]
 # Go says "0001-01-01T00:00:00Z" where there is no moment.
 _NEVER = datetime(1, 1, 2, tzinfo=UTC)
 
@@ -74,7 +83,7 @@ class AlertmanagerMessage(BaseModel):
 
     version: Literal["4"]
     groupKey: str = Field(default="", examples=['{}:{alertname="EdgeDeviceOffline"}'])
-    truncatedAlerts: int = Field(default=0, ge=0)
+    truncatedAlerts: int = Field(default=0, ge=0, strict=True)
     status: Literal["firing", "resolved"] = Field(examples=["firing"])
     receiver: str = Field(default="", examples=["fedvit"])
     groupLabels: dict[str, str] = Field(default_factory=dict, examples=[{"alertname": "EdgeDeviceOffline"}])
