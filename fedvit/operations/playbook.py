@@ -149,9 +149,15 @@ STAND_DOWN = Step(
     ),
 )
 
-_LOSS, _PARTITION, _BREACH = "2-high-training-loss", "6-network-partition", "privacy-breach-response"
+_DOWN, _LOSS, _PARTITION, _BREACH = (
+    "1-federated-server-down",
+    "2-high-training-loss",
+    "6-network-partition",
+    "privacy-breach-response",
+)
 PLAYBOOK: Mapping[str, Play] = {
-    "ServiceDown": Play("1-federated-server-down", (Step("restart_service", "make down && make up"),)),
+    "ServiceDown": Play(_DOWN, (Step("restart_service", "make down && make up"),)),
+    "ComponentUnhealthy": Play(_DOWN, (Step("restart_service", "make down && make up"),)),
     "HighTrainingLoss": Play(_LOSS, (RESTART, RETRAIN)),
     "ModelConvergenceStalled": Play(_LOSS, (RESTART,)),
     "LowDataQuality": Play(_LOSS, (RESTART,)),

@@ -17,7 +17,7 @@ from fedvit.operations.incident_report import Section, collect, report
 from fedvit.operations.incidents import timeline
 from fedvit.operations.playbook import RUNBOOK, play_of
 from fedvit.operations.remediation import Order, Proposal, orders, proposals
-from fedvit.store.store import Incident, IncidentEvent, RemediationOutcome, Store
+from fedvit.store.store import Alert, Incident, IncidentEvent, RemediationOutcome, Store
 from fedvit.types import Severity, utc_now
 from serve_apps.control.access import VIEWER, CurrentIdentity, Note, requires
 from serve_apps.control.alerts import AlertmanagerMessage
@@ -124,7 +124,7 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
     def taken_in(message: AlertmanagerMessage) -> tuple[list[str], list[Order]]:
         now = utc_now()
         try:
-            found = store.record_alerts([one.to_alert(now) for one in message.alerts], reopen_within=window, at=now)
+            found = store.record_alerts(message.to_alerts(now), reopen_within=window, at=now)
             return found, [order for name in found for order in orders(store, settings, name, now)]
         except StateError as error:
             # Alertmanager tries again what was answered with 5xx, and nothing else.
@@ -136,6 +136,8 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
 
         Where ``remediation.allow`` says so, the runbook's action follows, once a firing.
         """
+        if message.truncatedAlerts:
+            LOG.warning("Alertmanager left alerts out", extra={"truncated": message.truncatedAlerts})
         found, due = await run_in_threadpool(taken_in, message)
         for order in due:
             await _carry_out(api, store, order)
@@ -183,10 +185,16 @@ def _detail(services: Services, incident: Incident) -> IncidentDetail:
     found = proposals(services.settings.remediation, incident.alertname, alerts, store.remediations(name))
     return IncidentDetail(
         **IncidentSummary.of(incident).model_dump(),
-        runbook=f"{RUNBOOK}#{play_of(incident.alertname).section}",
+        runbook=_runbook_of(incident.alertname, alerts),
         proposals=[ProposalView.of(one) for one in found],
         timeline=[TimelineEntry(**asdict(entry)) for entry in timeline(store, incident, utc_now())],
     )
+
+
+def _runbook_of(alertname: str, alerts: list[Alert]) -> str:
+    """The section that the rule names, which may be one that this table does not know."""
+    told = next((url for alert in alerts if (url := alert.annotations.get("runbook_url"))), None)
+    return told or f"{RUNBOOK}#{play_of(alertname).section}"
 
 
 async def _carry_out(api: FastAPI, store: Store, order: Order) -> None:

@@ -44,10 +44,7 @@ ARGUMENTS: dict[str, Any] = {
     "justification": "The board has agreed to it.",
     "kind": "silo",
     "limit": 5,
-    "message": {
-        **{"version": "4", "groupKey": "{}", "truncatedAlerts": 0, "status": "firing", "receiver": "fedvit"},
-        **{"groupLabels": {}, "commonLabels": {}, "commonAnnotations": {}, "externalURL": "", "alerts": []},
-    },
+    "message": {"version": "4", "truncatedAlerts": 0, "alerts": []},
     "min_clients": 3,
     "mode": "graceful",
     "model_version": "v1.2.3",
