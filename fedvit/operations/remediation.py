@@ -12,10 +12,12 @@ from urllib.parse import quote
 from fedvit.config import RemediationConfig, Settings
 from fedvit.operations.playbook import DEVICE, Call, Step, client_of, play_of
 from fedvit.rounds.steering import round_settings
-from fedvit.store.store import Alert, Remediation, RemediationOutcome, Standing, Store
+from fedvit.store.store import Alert, LoggedAlert, Remediation, RemediationOutcome, Standing, Store
 from fedvit.types import RemediationAction
 
 HOUR = timedelta(hours=1)
+_COOLDOWN, _CAP = "cooldown: ", "cap: "
+_FOR_ALL = (_COOLDOWN, _CAP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,19 @@ def orders(store: Store, settings: Settings, incident_id: str, at: datetime) -> 
 
     Each is claimed before it is done: whoever asks again, or at the same time, gets nothing.
     """
-    found = []
+    found: list[Order] = []
+    exhausted: set[RemediationAction] = set()
     for logged in store.incident_alerts(incident_id):
-        if logged.alert.ends_at is None:
-            found += _orders_for(store, settings, incident_id, logged.alert, at)
+        for step in play_of(logged.alert.alertname).steps if logged.alert.ends_at is None else ():
+            action, call = step.action, step.call
+            if action is None or call is None or action not in settings.remediation.allow or action in exhausted:
+                continue
+            claimed = _claim(store, settings, logged, action, call, at)
+            if claimed is not None and claimed.outcome is RemediationOutcome.BEGUN:
+                found.append(Order(claimed, call))
+            elif claimed is not None and claimed.detail.startswith(_FOR_ALL):
+                # What holds for this alert holds for a thousand others of the same message.
+                exhausted.add(action)
     return found
 
 
@@ -95,9 +106,9 @@ def why_withheld(
         return f"{target} is no active client"
     last = max((one.at for one in standing.attempted if one.action is action), default=None)
     if last is not None and at < last + timedelta(seconds=config.cooldown_s):
-        return f"cooldown: {action} was taken less than {config.cooldown_s:g} s before"
+        return f"{_COOLDOWN}{action} was taken less than {config.cooldown_s:g} s before"
     if sum(one.at > at - HOUR for one in standing.attempted) >= config.max_actions_per_hour:
-        return f"cap: {config.max_actions_per_hour} actions were taken within the hour"
+        return f"{_CAP}{config.max_actions_per_hour} actions were taken within the hour"
     return _too_many_left_out(config, action, standing)
 
 
@@ -105,28 +116,23 @@ def _too_many_left_out(config: RemediationConfig, action: RemediationAction, sta
     out, of = 0, standing.active
     if action is RemediationAction.REMOVE_CLIENT:
         # Those before it count, however long ago: else it would only take longer.
-        out, of = standing.removed + 1, standing.active + standing.removed
+        out, of = standing.removed + 1, standing.fleet
     if action is RemediationAction.RESTART_VALIDATED_ONLY:
         out = standing.unvalidated
     if out > config.max_client_share * of:
-        return f"cap: it would leave out {out} of {of} clients, more than a share of {config.max_client_share:g}"
+        return f"{_CAP}it would leave out {out} of {of} clients, more than a share of {config.max_client_share:g}"
     return None
 
 
-def _orders_for(store: Store, settings: Settings, incident_id: str, alert: Alert, at: datetime) -> list[Order]:
-    found = []
-    for step in play_of(alert.alertname).steps:
-        action, call = step.action, step.call
-        if action is None or call is None or action not in settings.remediation.allow:
-            continue
-        target = client_of(alert.labels) if call.about_a_client else None
-        needless = _why_needless(store, settings, action, call)
-        wish = Remediation(incident_id, alert.fingerprint, alert.starts_at, action, target, at)
-        allowed = partial(why_withheld, settings.remediation, action, target, at)
-        claimed = store.claim_remediation(wish, partial(_first_reason, needless, allowed))
-        if claimed is not None and claimed.outcome is RemediationOutcome.BEGUN:
-            found.append(Order(claimed, call))
-    return found
+def _claim(
+    store: Store, settings: Settings, logged: LoggedAlert, action: RemediationAction, call: Call, at: datetime
+) -> Remediation | None:
+    alert = logged.alert
+    target = client_of(alert.labels) if call.about_a_client else None
+    needless = _why_needless(store, settings, action, call)
+    wish = Remediation(logged.incident_id, alert.fingerprint, alert.starts_at, action, target, at)
+    allowed = partial(why_withheld, settings.remediation, action, target, at)
+    return store.claim_remediation(wish, partial(_first_reason, needless, allowed))
 
 
 def _first_reason(known: str | None, check: Callable[[Standing], str | None], standing: Standing) -> str | None:

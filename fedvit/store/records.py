@@ -264,7 +264,8 @@ class Standing:
     """What decides whether a remediation may be taken on, as of one moment.
 
     ``attempted`` are those that were taken on before, whatever came of them; ``removed`` clients were taken out by them
-    and have not come back. ``active`` clients include those ``unvalidated``.
+    and have not come back, or are about to be, out of a ``fleet`` of so many. ``active`` clients include those
+    ``unvalidated``.
     """
 
     attempted: tuple[Remediation, ...]
@@ -272,6 +273,7 @@ class Standing:
     unvalidated: int
     target_active: bool
     removed: int
+    fleet: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,21 +54,28 @@ def _standing(session: Session, wish: Remediation) -> Standing:
     query = select(RemediationRow).where(RemediationRow.outcome != RemediationOutcome.WITHHELD.value)
     attempted = tuple(_to_remediation(row) for row in session.scalars(query))
     active = count_clients(session, True, None)
+    gone, going = _removed(session, attempted)
     target = None if wish.target is None else session.get(ClientRow, wish.target)
     return Standing(
         attempted=attempted,
         active=active,
         unvalidated=active - count_clients(session, True, True),
         target_active=target is not None and target.active,
-        removed=_still_removed(session, attempted),
+        removed=len(gone) + len(going),
+        fleet=active + len(gone),
     )
 
 
-def _still_removed(session: Session, attempted: tuple[Remediation, ...]) -> int:
-    """How many clients were taken out by remediation and never came back."""
-    targets = {one.target for one in attempted if one.action is RemediationAction.REMOVE_CLIENT and one.target}
-    rows = (session.get(ClientRow, client_id) for client_id in targets)
-    return sum(1 for row in rows if row is not None and not row.active)
+def _removed(session: Session, attempted: tuple[Remediation, ...]) -> tuple[set[str], set[str]]:
+    """The clients that were taken out by remediation and never came back, and those that are about to be."""
+    gone, going = set(), set()
+    for one in attempted:
+        row = session.get(ClientRow, one.target) if one.action is RemediationAction.REMOVE_CLIENT else None
+        if row is not None and not row.active:
+            gone.add(row.client_id)
+        elif row is not None and one.outcome is RemediationOutcome.BEGUN:
+            going.add(row.client_id)
+    return gone, going
 
 
 def _new_row(wish: Remediation) -> RemediationRow:

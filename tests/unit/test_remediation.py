@@ -231,8 +231,19 @@ def test_removals_add_up_however_slowly_they_come(tmp_path: Path) -> None:
         assert order.claimed.target == "vehicle-0002"
 
 
+def test_a_message_of_many_takes_out_no_more_either(tmp_path: Path) -> None:
+    settings = allowing("remove_client", max_client_share=0.25, cooldown_s=1e-9, max_actions_per_hour=100)
+    with Store.open(tmp_path) as store:
+        store.register_clients(seeded_fleet(8))
+        name = recorded(store, *(edge(f"vehicle-000{i}") for i in range(8)))
+        found = orders(store, settings, name, NOON + timedelta(seconds=1))
+        assert [order.claimed.target for order in found] == ["vehicle-0000", "vehicle-0001"]
+        (withheld,) = (one for one in store.remediations(name) if one.outcome is RemediationOutcome.WITHHELD)
+        assert withheld.detail == "cap: it would leave out 3 of 8 clients, more than a share of 0.25"
+
+
 def test_a_restart_that_would_leave_most_clients_out_is_withheld() -> None:
-    standing = Standing(attempted=(), active=10, unvalidated=2, target_active=False, removed=0)
+    standing = Standing(attempted=(), active=10, unvalidated=2, target_active=False, removed=0, fleet=10)
     config = RemediationConfig(allow=(RemediationAction.RESTART_VALIDATED_ONLY,))
     reason = why_withheld(config, RemediationAction.RESTART_VALIDATED_ONLY, None, NOON, standing)
     assert reason == "cap: it would leave out 2 of 10 clients, more than a share of 0.1"
