@@ -80,7 +80,7 @@ def show(
         for step in steps:
             _show_step(step)
         console.print("\n[bold]timeline[/]")
-        show_rows(lines, "at", "kind", "actor", "text")
+        show_rows([line | {"at": line["at"][:19]} for line in lines], "at", "kind", "actor", "text")
 
 
 @app.command("note")

@@ -179,7 +179,7 @@ def _clients_affected(facts: Facts) -> str:
 def _data_loss(facts: Facts) -> str:
     rounds = facts.rounds
     return (
-        f"rounds: {rounds.committed} committed, {rounds.open} begun and not committed; updates: "
+        f"rounds: {rounds.lost} lost, {rounds.committed} committed, {rounds.under_way} under way; updates: "
         f"{rounds.refused} of {rounds.answers} refused or lost, 0 doubled (a client counts once a round)"
     )
 

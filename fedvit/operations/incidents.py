@@ -19,6 +19,7 @@ MAX_COMMANDS = 1000
 _LATE = timedelta(minutes=2)
 _MAX_TEXT = 300
 _REMEDIATION = "remediation"
+_NOTE = "POST /api/incidents/{incident_id}/notes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,9 @@ def _alert_lines(alerts: list[LoggedAlert]) -> Iterator[Entry]:
 
 def _own_lines(store: Store, incident_id: str) -> Iterator[Entry]:
     for event in store.incident_events(incident_id):
-        if event.kind in ("opened", "reopened", "resolved"):
+        if event.kind == "opened":
+            continue  # Its first alert says so.
+        if event.kind in ("reopened", "resolved"):
             yield Entry(event.at, "incident", None, f"incident {event.kind}: {event.text}")
         else:
             yield Entry(event.at, "note", event.actor, f"{event.kind.replace('_', ' ')}: {event.text}")
@@ -117,6 +120,8 @@ def _own_lines(store: Store, incident_id: str) -> Iterator[Entry]:
 
 def _command_lines(entries: list[AuditEntry]) -> Iterator[Entry]:
     for entry in entries:
+        if entry.facts.action == _NOTE:
+            continue  # The note itself has a line.
         # What the system did by itself has lines of its own.
         kind = _REMEDIATION if entry.facts.actor == _REMEDIATION else "command"
         yield Entry(entry.at, kind, entry.facts.actor, what_was_asked(entry))
@@ -134,11 +139,11 @@ def _remediation_lines(remediations: list[Remediation]) -> Iterator[Entry]:
 
 
 def _changes(before: Any, after: Any) -> Iterator[str]:
-    """What differs between the two states that a call noted, where both are objects."""
-    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+    """What differs between the two states that a call noted, where they are states of the same thing."""
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping) or set(before) != set(after):
         return
     for name, value in list(after.items())[:20]:
-        if name in before and before[name] != value and not isinstance(value, Mapping | list):
+        if before[name] != value and not isinstance(value, Mapping | list):
             yield f"{name}: {before[name]} → {value}"[:100]
 
 

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from fedvit.store.ledger import frozen
 from fedvit.store.records import Happening, RoundTally
+from fedvit.store.runs import RESUMABLE
 from fedvit.store.tables import (
     BudgetPeriodRow,
     ClientRoundRow,
@@ -36,8 +37,12 @@ def happenings(session: Session, since: datetime, until: datetime) -> list[Happe
 def round_tally(session: Session, since: datetime, until: datetime) -> RoundTally:
     """What became of the rounds that began, or were committed, from ``since`` to ``until``."""
     committed = RoundRow.committed_at.between(since, until)
-    left_open = RoundRow.opened_at.between(since, until) & RoundRow.committed_at.is_(None)
     rounds = select(func.count()).select_from(RoundRow)
+    open_ = (
+        rounds.join(RunRow, RunRow.run_id == RoundRow.run_id)
+        .where(RoundRow.opened_at.between(since, until), RoundRow.committed_at.is_(None))
+        .where
+    )
     answers = (
         select(func.count(), func.count(ClientRoundRow.error))
         .join_from(
@@ -50,7 +55,8 @@ def round_tally(session: Session, since: datetime, until: datetime) -> RoundTall
     given, refused = session.execute(answers).one()
     return RoundTally(
         committed=session.scalar(rounds.where(committed)) or 0,
-        open=session.scalar(rounds.where(left_open)) or 0,
+        under_way=session.scalar(open_(RunRow.status.in_(RESUMABLE))) or 0,
+        lost=session.scalar(open_(RunRow.status.not_in(RESUMABLE))) or 0,
         answers=given,
         refused=refused,
     )

@@ -286,13 +286,14 @@ class Happening:
 
 @dataclass(frozen=True, slots=True)
 class RoundTally:
-    """What became of the rounds of some span of time: begun in it, of them not committed, and of those committed.
+    """What became of the rounds of some span of time; those ``lost`` began and will never be committed.
 
-    ``answers`` are what clients answered to the committed ones, ``refused`` those that do not count. No answer counts
-    twice: the table has one row for a client and round.
+    A round ``under_way`` goes on, also after a crash or a stop. ``answers`` are what clients answered to the committed
+    ones, ``refused`` those that do not count. No answer counts twice: the table has one row for a client and round.
     """
 
     committed: int
-    open: int
+    under_way: int
+    lost: int
     answers: int
     refused: int
