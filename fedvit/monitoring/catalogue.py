@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from fedvit.types import Encoding
+from fedvit.types import Encoding, Severity
 
 PREFIX = "fed_vit_autorl_"
 OTHER = "other"
@@ -238,6 +238,14 @@ CATALOGUE = (
         "1 if the part answers as it should: the store reads, the registry has every artifact of the release, "
         "the accountant and the aggregator answer, every client proxy lives. As of the scrape.",
         (Label("component", COMPONENTS),),
+    ),
+    Metric(
+        "health",
+        "incidents_open",
+        "gauge",
+        "incidents",
+        "Incidents of the log that are not resolved, as of the scrape.",
+        (Label("severity", tuple(Severity)),),
     ),
     Metric("health", "store_bytes", "gauge", "bytes", "Size of the state database with its write-ahead log."),
 )

@@ -19,6 +19,7 @@ _BUDGET = BudgetMetrics()
 _HEALTHY = gauge("component_healthy")
 _STORE_BYTES = gauge("store_bytes")
 _DEPTH = gauge("queue_depth")
+_INCIDENTS = gauge("incidents_open")
 
 
 class Vitals:
@@ -57,6 +58,8 @@ class Vitals:
 
 def _look_into(store: Store) -> None:
     _DEPTH.labels("operations").set(len(store.operations(OperationStatus.QUEUED, OperationStatus.RUNNING)))
+    for severity, count in store.open_incidents().items():
+        _INCIDENTS.labels(severity.value).set(count)
     _STORE_BYTES.set(sum(path.stat().st_size for path in store.home.glob("state.db*")))
 
 

@@ -303,3 +303,16 @@ def test_the_command_line_shows_notes_and_reports(site: Site, monkeypatch: pytes
     assert "root cause: A cable was cut." in shown
     assert json.loads(fedvit("show", name, "--json").stdout)["incident_id"] == name
     assert fedvit("report", name).stdout.startswith(f"# Incident Report: {name}\n")
+
+
+def test_how_many_are_open_is_scraped(site: Site) -> None:
+    def scraped() -> dict[str, float]:
+        text = site.http.get("/metrics").text
+        found = re.findall(r'^fed_vit_autorl_incidents_open{severity="(P\d)"} (\S+)$', text, re.MULTILINE)
+        return {severity: float(count) for severity, count in found}
+
+    down = alert("ServiceDown", starts_at=ago(1), severity="P0", fingerprint="b")
+    told(site, alert(starts_at=ago(1)), down)
+    assert scraped() == {"P0": 1, "P1": 0, "P2": 1, "P3": 0}
+    told(site, down | {"status": "resolved"})
+    assert scraped() == {"P0": 0, "P1": 0, "P2": 1, "P3": 0}
