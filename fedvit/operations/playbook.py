@@ -5,11 +5,12 @@ Commands stand here as docs/runbook.md prints them, character by character; a te
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedvit.types import RemediationAction
+from fedvit.types import CLIENT_ID, RemediationAction
 
 DEVICE = "<device-id>"
 RUNBOOK = "docs/runbook.md"
@@ -179,5 +180,9 @@ def play_of(alertname: str) -> Play:
 
 
 def client_of(labels: Mapping[str, str]) -> str | None:
-    """The client that an alert is about, if its labels name one."""
-    return next((labels[name] for name in ("client_id", "device_id", "device") if labels.get(name)), None)
+    """The client that an alert is about, if its labels name one.
+
+    What no client can be called is none: it would become part of a command that somebody types.
+    """
+    named = (labels.get(name, "") for name in ("client_id", "device_id", "device"))
+    return next((name for name in named if re.fullmatch(CLIENT_ID, name)), None)

@@ -110,5 +110,9 @@ def severity_of(labels: Mapping[str, str]) -> Severity:
 
 
 def bounded(texts: Mapping[str, str]) -> dict[str, str]:
-    """The first :data:`MAX_LABELS` texts, each cut at :data:`MAX_TEXT` characters."""
-    return {name[:200]: text[:MAX_TEXT] for name, text in list(texts.items())[:MAX_LABELS]}
+    """The first :data:`MAX_LABELS` texts, cut at :data:`MAX_TEXT` characters; nothing in them steers a terminal."""
+    return {_plain(name[:200]): _plain(text[:MAX_TEXT]) for name, text in list(texts.items())[:MAX_LABELS]}
+
+
+def _plain(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)

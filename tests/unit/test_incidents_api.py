@@ -94,6 +94,20 @@ def test_what_is_no_message_of_version_4_is_refused_by_name(site: Site, change: 
     assert site.store.incidents() == []
 
 
+@pytest.mark.parametrize("name", ['x"; rm -rf /; "', "../vehicle-0001", "vehicle-0001\n", "$(id)", "a" * 65])
+def test_what_an_alert_calls_a_client_becomes_part_of_no_command_unless_it_can_be_one(site: Site, name: str) -> None:
+    (found,) = told(site, alert(starts_at=ago(1), client_id=name))
+    (step,) = site.get(f"/api/incidents/{found}")["proposals"]
+    assert step["command"] == 'curl -X DELETE "http://localhost:8000/api/clients/<device-id>"'
+
+
+def test_what_would_steer_a_terminal_is_taken_out(site: Site) -> None:
+    sent = alert(starts_at=ago(1))
+    sent["annotations"]["summary"] = "gone\x1b[2J\r\nvéhicule"
+    (found,) = told(site, sent)
+    assert site.get(f"/api/incidents/{found}")["summary"] == "gone [2J  véhicule"
+
+
 def test_a_severity_that_is_none_of_ours_is_the_least(site: Site) -> None:
     told(site, alert(starts_at=ago(1), severity="critical"))
     assert site.get("/api/incidents")[0]["severity"] == "P3"

@@ -27,7 +27,7 @@ from fedvit.errors import (
 )
 from fedvit.operations.local import LocalAggregator
 from fedvit.ports import Charge
-from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.privacy.accountant import PrivacyAccountant, epsilon_spent_at
 from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
 from fedvit.settings import load_settings, settings_to_json
 from fedvit.store import budget
@@ -101,6 +101,19 @@ def test_a_new_budget_begins_at_nothing_spent_and_forgets_nothing(store: Store) 
     (period,) = store.budget_periods()
     assert (period.ledger_sequence, period.requested_by, period.approved_by) == (4, "token:a:Ana", "token:b:Bo")
     assert (period.justification, period.at) == (WHY, report.period_started_at)
+
+
+def test_what_was_spent_at_a_moment_is_that_of_the_period_then(store: Store) -> None:
+    keeper, moments = accountant(store), [utc_now()]
+    for round_index in (1, 2):
+        keeper.charge(charges(round_index))
+        moments.append(utc_now())
+    keeper.reset_budget(cost(2) + 1e-6, WHY, "token:a:Ana")
+    moments.append(utc_now())
+    keeper.charge(charges(3))
+    settings = load_settings(environ={}, overrides={})
+    spent = [epsilon_spent_at(store, settings, at) for at in (*moments, utc_now())]
+    assert spent == pytest.approx([0.0, cost(1), cost(2), 0.0, cost(1)])
 
 
 def test_the_lifetime_is_that_of_the_most_exposed_unit(store: Store) -> None:
