@@ -99,8 +99,8 @@ class Aggregator:
             self._metrics.publish(
                 progress,
                 self._accountant.budget(),
-                active=store.count_clients(active=True),
-                total=store.count_clients(),
+                active=store.count_clients(active=True, quarantined=False),
+                total=store.count_clients(active=True),
             )
 
         # Rounds may take a tenth of a second; nobody looks at metrics that often.

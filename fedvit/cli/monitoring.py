@@ -1,4 +1,4 @@
-"""``fedvit drift | metrics``: what is watched."""
+"""``fedvit drift | metrics | monitoring``: what is watched, and by whom."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import typer
 
 from fedvit.cli.asking import asking
 from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, UrlOption
+
+app = typer.Typer(help="Prometheus and Alertmanager beside the system.", no_args_is_help=True)
+
+
+@app.command()
+def catalogue() -> None:
+    """Print docs/metrics.md: every metric, its labels and what it means."""
+    from fedvit.monitoring.catalogue import markdown
+
+    typer.echo(markdown(), nl=False)
 
 
 def drift(

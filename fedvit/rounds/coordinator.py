@@ -29,6 +29,7 @@ from fedvit.errors import (
     LedgerFrozenError,
     ReleaseRefusedError,
 )
+from fedvit.monitoring.training import RoundMetrics
 from fedvit.ports import AccountantPort, FleetPort, ServerModelPort
 from fedvit.privacy.round_cost import check_units, round_noise_multiplier
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
@@ -67,6 +68,8 @@ from fedvit.types import (
 from fedvit.wire.tensors import encode_weights, encoded_pieces, weights_digest
 
 QUARANTINED = "quarantined"
+# One a process, however many loops it has.
+_METRICS = RoundMetrics()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +228,9 @@ class Coordinator:
         queue = deque(effects)
         while queue:
             self._report(state)
+            began_s = self._clock()
             event = self._perform_guarded(queue.popleft())
+            _METRICS.phase_took(state.phase.value, self._clock() - began_s)
             if event is not None:
                 if self._stop.is_set() and not state.stop_requested:
                     state, _ = machine.step(state, machine.StopRequested())
@@ -344,6 +349,7 @@ class Coordinator:
         budget = self._accountant.budget()
         digest = storing.result()
         remembered = self._remembered(work.folded.state)
+        left_out = self._left_out(record, work.buffer.outcomes)
         version = self._store.commit_round(
             self._current.run_id,
             round_index,
@@ -356,10 +362,11 @@ class Coordinator:
                 accuracy=evaluation.accuracy if evaluation else None,
                 metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy} if evaluation else {},
                 lineage={**self._lineage(round_index, work.buffer, evaluation), **work.folded.facts, **remembered},
-                outcomes=work.buffer.outcomes + self._left_out(record, work.buffer.outcomes),
+                outcomes=work.buffer.outcomes + left_out,
                 duration_s=self._clock() - work.started_s,
             ),
         )
+        _METRICS.committed(work.buffer.outcomes, len(left_out), len(work.buffer.turned_away))
         self._work = None
         self._continue_from(weights, digest, work.folded.state)
         self._progress = replace(

@@ -162,9 +162,15 @@ def remote_clients(session: Session, client_ids: Sequence[str]) -> list[Client]:
     return sorted((_to_client(row) for row in rows), key=lambda client: client.client_id)
 
 
-def count_clients(session: Session, active: bool | None, validated: bool | None) -> int:
+def count_clients(
+    session: Session, active: bool | None, validated: bool | None, quarantined: bool | None = None
+) -> int:
     """How many clients match."""
-    return session.scalar(_matching(select(func.count()).select_from(ClientRow), active, validated)) or 0
+    query = _matching(select(func.count()).select_from(ClientRow), active, validated)
+    if quarantined is not None:
+        since = ClientRow.quarantined_at
+        query = query.where(since.is_not(None) if quarantined else since.is_(None))
+    return session.scalar(query) or 0
 
 
 def set_client(session: Session, client_id: str, active: bool | None, validated: bool | None) -> Client:

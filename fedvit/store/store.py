@@ -209,10 +209,12 @@ class Store:
         with self._database.read() as session:
             return _fleet.remote_clients(session, client_ids)
 
-    def count_clients(self, *, active: bool | None = None, validated: bool | None = None) -> int:
+    def count_clients(
+        self, *, active: bool | None = None, validated: bool | None = None, quarantined: bool | None = None
+    ) -> int:
         """How many clients match; None filters nothing."""
         with self._database.read() as session:
-            return _fleet.count_clients(session, active, validated)
+            return _fleet.count_clients(session, active, validated, quarantined)
 
     def set_client(self, client_id: str, *, active: bool | None = None, validated: bool | None = None) -> Client:
         """Change what is not None.
