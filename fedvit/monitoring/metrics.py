@@ -6,8 +6,12 @@ sum. That variable must be in the environment before ``prometheus_client`` is im
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -18,44 +22,58 @@ from fedvit.monitoring.node import NodeCollector
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
+_Made = TypeVar("_Made", Counter, Gauge, Histogram)
+# A registry takes a name once; whoever asks for it again gets the same.
+_made: WeakKeyDictionary[CollectorRegistry, dict[str, Any]] = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
 def counter(name: str, registry: CollectorRegistry | None = REGISTRY) -> Counter:
-    """A counter of the catalogue; all its series are there from the beginning, where their labels are known.
+    """The counter of the catalogue; all its series are there from the beginning, where their labels are known.
 
     Raises:
         ValueError: the catalogue has no counter of that name.
     """
     metric = _known(name, "counter")
-    made = Counter(metric.full_name, metric.meaning, _label_names(metric), registry=registry)
-    # A series that begins with its first event hides that event from rate().
-    for values in _known_labels(metric):
-        made.labels(*values)
-    return made
+
+    def make() -> Counter:
+        made = Counter(metric.full_name, metric.meaning, _label_names(metric), registry=registry)
+        # A series that begins with its first event hides that event from rate().
+        for values in _known_labels(metric):
+            made.labels(*values)
+        return made
+
+    return _once(name, registry, make)
 
 
 def gauge(name: str, registry: CollectorRegistry | None = REGISTRY) -> Gauge:
-    """A gauge of the catalogue. One without labels exports 0 until it is set: make it at its first value.
+    """The gauge of the catalogue. One without labels exports 0 until it is set: ask for it with its first value.
 
     Raises:
         ValueError: the catalogue has no gauge of that name.
     """
     metric = _known(name, "gauge")
-    return Gauge(
-        metric.full_name,
-        metric.meaning,
-        _label_names(metric),
-        registry=registry,
-        multiprocess_mode=metric.over_processes,
+    labels, mode = _label_names(metric), metric.over_processes
+    return _once(
+        name,
+        registry,
+        lambda: Gauge(metric.full_name, metric.meaning, labels, registry=registry, multiprocess_mode=mode),
     )
 
 
 def histogram(name: str, registry: CollectorRegistry | None = REGISTRY) -> Histogram:
-    """A histogram of the catalogue.
+    """The histogram of the catalogue.
 
     Raises:
         ValueError: the catalogue has no histogram of that name.
     """
     metric = _known(name, "histogram")
-    return Histogram(metric.full_name, metric.meaning, _label_names(metric), buckets=metric.buckets, registry=registry)
+    labels, buckets = _label_names(metric), metric.buckets
+    return _once(
+        name,
+        registry,
+        lambda: Histogram(metric.full_name, metric.meaning, labels, buckets=buckets, registry=registry),
+    )
 
 
 def render(multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:
@@ -86,6 +104,17 @@ def _source(multiprocess_dir: Path | None, registry: CollectorRegistry) -> Colle
     merged = CollectorRegistry()
     merged.register(NodeCollector(multiprocess_dir))
     return merged
+
+
+def _once(name: str, registry: CollectorRegistry | None, make: Callable[[], _Made]) -> _Made:
+    if registry is None:
+        return make()
+    with _lock:
+        known = _made.setdefault(registry, {})
+        if name not in known:
+            known[name] = make()
+        made: _Made = known[name]
+        return made
 
 
 def _known(name: str, kind: Kind) -> Metric:

@@ -39,9 +39,14 @@ class RoundMetrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._rounds = counter("training_rounds_total", registry)
+        self._depth = gauge("queue_depth", registry).labels("clients_in_flight")
         self._phases = histogram("round_duration_seconds", registry)
         self._updates = counter("client_updates_total", registry)
         self._staleness = histogram("update_staleness", registry)
+
+    def in_flight(self, clients: int) -> None:
+        """So many clients were handed a task and have not answered."""
+        self._depth.set(clients)
 
     def phase_took(self, phase: str, seconds: float) -> None:
         """One phase of a round is over; resting is none."""

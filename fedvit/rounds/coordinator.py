@@ -302,7 +302,9 @@ class Coordinator:
     def _train(self, order: machine.TrainRound) -> machine.Event:
         started_s, timeout_s = self._clock(), round_settings(self._store, self._settings).wait_timeout_s
         task = self._task(order.cohort.round_index)
+        _METRICS.in_flight(len(self._collector.in_flight().union(order.cohort.client_ids)))
         buffer = self._collector.collect(order, task, self._weights, self._handed, timeout_s=timeout_s)
+        _METRICS.in_flight(len(self._collector.in_flight()))
         quarantine_after = self._settings.training.door.quarantine_after
         count_refusals(self._store, task.run_id, task.round_index, buffer.outcomes, quarantine_after)
         errors = [o.error for o in buffer.outcomes if o.error is not None]

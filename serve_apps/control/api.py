@@ -15,7 +15,6 @@ from safetensors import safe_open
 from fedvit.errors import NotFoundError
 from fedvit.monitoring.conditions import progress_conditions
 from fedvit.monitoring.metrics import render
-from fedvit.monitoring.training import BudgetMetrics
 from fedvit.operations.mailbox import Mailbox
 from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
@@ -46,13 +45,11 @@ from serve_apps.control.schemas import (
 )
 from serve_apps.control.services import Services
 from serve_apps.control.training_life import add_training_life_routes
+from serve_apps.control.vitals import Vitals
 from serve_apps.control.write_behind import flushing
 from serve_apps.problems import documented, install_problem_handlers
 
 __all__ = ["Services", "create_api"]
-
-# One a process, however many applications it builds.
-_BUDGET = BudgetMetrics()
 
 
 def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
@@ -75,7 +72,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     )
     install_problem_handlers(api)
     install_control(api, Control(guard, services.store))
-    _add_system_routes(api, services)
+    _add_system_routes(api, services, Vitals(services, (guard.tokens_used, heartbeats.seen)))
     # Before the clients: its paths would be taken for one of them.
     add_data_health_routes(api, services, presence)
     add_client_routes(api, services, heartbeats, presence, mailbox)
@@ -95,7 +92,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     return api
 
 
-def _add_system_routes(api: FastAPI, services: Services) -> None:
+def _add_system_routes(api: FastAPI, services: Services, vitals: Vitals) -> None:
     @api.get("/healthz", tags=["system"], dependencies=[public()])
     def healthz() -> dict[str, str]:
         """Whether this replica answers."""
@@ -127,8 +124,7 @@ def _add_system_routes(api: FastAPI, services: Services) -> None:
     )
     def metrics() -> Response:
         """Prometheus exposition of every process of this node; the budget as it is now, also while nothing trains."""
-        with contextlib.suppress(Exception):
-            _BUDGET.publish(services.accountant().budget())
+        vitals.publish()
         body, content_type = render(services.metrics_dir)
         return Response(body, headers={"content-type": content_type})
 
