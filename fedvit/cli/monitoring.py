@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from fedvit.cli.asking import asking
-from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, UrlOption
+from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, UrlOption, explained
 
 app = typer.Typer(help="Prometheus and Alertmanager beside the system.", no_args_is_help=True)
 
@@ -16,6 +18,21 @@ def catalogue() -> None:
     from fedvit.monitoring.catalogue import markdown
 
     typer.echo(markdown(), nl=False)
+
+
+@app.command()
+def rules(
+    factor: Annotated[float, typer.Option(help="How many times as fast as in service: for drills.")] = 1.0,
+    table: Annotated[bool, typer.Option(help="Print them as a table of docs/monitoring.md instead.")] = False,
+) -> None:
+    """Print the alert rules of the checkout, for Prometheus."""
+    import yaml
+
+    from fedvit.monitoring.rules import RULES, markdown, read_groups, shortened
+
+    with explained():
+        groups = shortened(read_groups(RULES), factor)
+        typer.echo(markdown(groups) if table else yaml.safe_dump({"groups": groups}, sort_keys=False, width=120))
 
 
 def drift(
