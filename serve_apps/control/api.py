@@ -26,6 +26,7 @@ from serve_apps.control.communication import add_communication_routes
 from serve_apps.control.data_health import add_data_health_routes
 from serve_apps.control.emergency import add_emergency_routes
 from serve_apps.control.heartbeats import Heartbeats, add_heartbeat_routes
+from serve_apps.control.incidents import add_incident_routes
 from serve_apps.control.links import link_answers
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
@@ -87,6 +88,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     add_aggregation_routes(api, services)
     add_operation_routes(api, services)
     add_emergency_routes(api, services)
+    add_incident_routes(api, services)
     _add_audit_routes(api, services)
     link_answers(api)
     return api
