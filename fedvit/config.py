@@ -293,7 +293,8 @@ class FleetConfig(_Section):
     A remote client or a depot is connected while its last sign of life is younger than ``heartbeat_timeout_s``.
     ``mailbox_url`` is where vehicles that cannot reach the API leave messages: a path or an fsspec URL, by default the
     folder ``mailbox`` in ``home``. Every ``look_every_s`` the fleet is counted and, if enabled, the mailbox emptied.
-    A remote client that trains asks for its next task every ``task_interval_s``.
+    A remote client that trains asks for its next task every ``task_interval_s``. With ``scrape_vehicles`` Prometheus
+    also asks those that registered with the capability ``metrics``, a host:port: whoever registers chooses it.
     """
 
     heartbeat_interval_s: PositiveFloat = 60.0
@@ -301,6 +302,7 @@ class FleetConfig(_Section):
     mailbox_url: str | None = None
     look_every_s: PositiveFloat = 5.0
     task_interval_s: PositiveFloat = 5.0
+    scrape_vehicles: bool = False
 
     @model_validator(mode="after")
     def _timeout_spans_an_interval(self) -> FleetConfig:

@@ -173,6 +173,15 @@ def count_clients(
     return session.scalar(query) or 0
 
 
+def metrics_addresses(session: Session) -> dict[str, str]:
+    """What active clients that are not virtual say as their capability ``metrics``, where it is text."""
+    said = func.json_extract(ClientRow.capabilities, "$.metrics")
+    is_text = func.json_type(ClientRow.capabilities, "$.metrics") == "text"
+    real = and_(ClientRow.active.is_(True), ClientRow.kind != ClientKind.VIRTUAL.value, is_text)
+    query = select(ClientRow.client_id, said).where(real).order_by(ClientRow.client_id)
+    return {client_id: str(address) for client_id, address in session.execute(query)}
+
+
 def set_client(session: Session, client_id: str, active: bool | None, validated: bool | None) -> Client:
     """Change what is not None.
 

@@ -226,6 +226,11 @@ class Store:
         with self._database.read() as session:
             return _fleet.count_clients(session, active, validated, quarantined)
 
+    def metrics_addresses(self) -> dict[str, str]:
+        """Where active remote clients say that their metrics are, by client; nobody checked what they say."""
+        with self._database.read() as session:
+            return _fleet.metrics_addresses(session)
+
     def set_client(self, client_id: str, *, active: bool | None = None, validated: bool | None = None) -> Client:
         """Change what is not None.
 
