@@ -51,8 +51,9 @@ class ReleaseMetrics(Collector):
             if self._series is not None:
                 self._series.end()
             self._served = model_version, sequence
-            self._series = _InMemory(model_version, self._count_answers)
-            if self._folder is not None:
+            if self._folder is None:
+                self._series = _InMemory(model_version, self._count_answers)
+            else:
                 self._series = _InFiles(self._folder, model_version, sequence, self._count_answers)
 
     def answered(self, sequence: int, duration_s: float, class_index: int) -> None:
