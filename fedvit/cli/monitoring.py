@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,6 +34,15 @@ def rules(
     with explained():
         groups = shortened(read_groups(RULES), factor)
         typer.echo(markdown(groups) if table else yaml.safe_dump({"groups": groups}, sort_keys=False, width=120))
+
+
+@app.command()
+def dashboards(folder: Annotated[Path, typer.Argument(help="Where Grafana looks for them.")]) -> None:
+    """Write the Grafana dashboards: training, privacy, fleet, edge, serving."""
+    from fedvit.monitoring.dashboards import write_dashboards
+
+    for path in write_dashboards(folder):
+        typer.echo(path)
 
 
 @app.command()
