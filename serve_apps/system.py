@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -22,6 +22,7 @@ from fedvit.access.exposure import check_exposure
 from fedvit.access.identity import Scope
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
+from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE
 from fedvit.monitoring.targets import EDGES, RAY, SERVER, Target, link_targets, write_targets
 from fedvit.operations.children import check_port_free, end_child, end_with_parent, why_taken
 from fedvit.operations.watching import server_target
@@ -138,7 +139,7 @@ class RaySystem:
         metrics_dir = self._home / "run" / "metrics"
         shutil.rmtree(metrics_dir, ignore_errors=True)
         metrics_dir.mkdir(parents=True)
-        environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir), "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = {MULTIPROCESS_VARIABLE: str(metrics_dir), "RAY_USAGE_STATS_ENABLED": "0"}
         if not self._joins:
             # Ray's processes end a little after ray.shutdown returns; "stopped" means that the ports are free.
             stack.callback(_await_free_ports, self._settings)
@@ -250,13 +251,23 @@ class RaySystem:
         with log.open("ab") as output:
             # Its own process group, so that Ctrl-C reaches it through us and in order.
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=output, start_new_session=True, preexec_fn=end_with_parent
+                command,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+                env=edge_environment(os.environ),
             )
         stack.callback(end_child, process)
         assert process.stdout is not None
         if not process.stdout.readline():
             raise PlacementError(f"{name} ended at its start with status {process.wait()}.", cure=f"See {log}.")
         return f"http://{edge.host}:{edge.ports[index]}"
+
+
+def edge_environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """An edge's: it exports its own metrics, and what it counts is nothing of the server's."""
+    return {name: value for name, value in ours.items() if name != MULTIPROCESS_VARIABLE}
 
 
 def _delete(applications: Sequence[str]) -> None:

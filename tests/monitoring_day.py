@@ -191,7 +191,7 @@ def main() -> None:
     """Print the readings."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=10_000)
-    parser.add_argument("--step-minutes", type=float, default=1.0)
+    parser.add_argument("--step-minutes", type=float, default=5.0)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         day = Day(Path(home), chosen.clients, timedelta(minutes=chosen.step_minutes))

@@ -23,6 +23,8 @@ from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from fedvit.monitoring.catalogue import PREFIX
+
 LOCK = ".lock"
 JOURNAL = "folding.json"
 ENDED = "ended"
@@ -62,7 +64,8 @@ class NodeCollector(Collector):
             tidy(self._folder)
             files = [str(path) for path in sorted(self._folder.glob("*.db"))]
             merged = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
-        return list(merged)
+        # Ray's own processes find the variable in their environment, too.
+        return [family for family in merged if family.name.startswith(PREFIX)]
 
 
 def tidy(folder: Path) -> None:

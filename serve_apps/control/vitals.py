@@ -13,7 +13,7 @@ from serve_apps.control.services import Services
 from serve_apps.control.write_behind import WriteBehind
 
 # A scrape must not wait for an actor that hangs: what does not answer within it is not healthy.
-ANSWER_S = 2.0
+ANSWER_S = 1.0
 # One a process, however many applications it builds.
 _BUDGET = BudgetMetrics()
 _HEALTHY = gauge("component_healthy")

@@ -196,6 +196,13 @@ def test_ray_is_told_the_same_figures_but_those_that_end(tmp_path: Path) -> None
     assert not any("v1" in labels for _, labels in told)
 
 
+def test_what_others_write_into_the_folder_is_not_ours(tmp_path: Path) -> None:
+    with working(tmp_path) as (worker,):
+        worker.do("from prometheus_client import Counter", 'Counter("ray_things", "Things of Ray.").inc()')
+        worker.do('counter("training_rounds_total").inc()')
+        assert {name for name, _ in samples(tmp_path)} == {"fed_vit_autorl_training_rounds_total"}
+
+
 def test_a_release_has_all_its_buckets_before_its_first_image(tmp_path: Path) -> None:
     with working(tmp_path) as (worker,):
         worker.do('release.serve("v1", 1)')

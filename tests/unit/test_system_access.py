@@ -14,7 +14,7 @@ from fedvit.errors import ConfigError, UnauthorizedError
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import utc_now
-from serve_apps.system import RaySystem, follower_token, http_options
+from serve_apps.system import RaySystem, edge_environment, follower_token, http_options
 
 
 def test_a_system_that_strangers_could_use_is_not_started(tmp_path: Path) -> None:
@@ -56,3 +56,8 @@ def test_serve_understands_how_it_shall_listen(tmp_path: Path) -> None:
         path.write_text("")
     options = HTTPOptions(**http_options(load_settings(environ={}, overrides={"access": files})))
     assert (options.ssl_certfile, options.ssl_keyfile) == (str(tmp_path / "c.pem"), str(tmp_path / "k.pem"))
+
+
+def test_an_edge_counts_for_itself() -> None:
+    ours = {"PATH": "/bin", "PROMETHEUS_MULTIPROC_DIR": "/var/metrics"}
+    assert edge_environment(ours) == {"PATH": "/bin"}
