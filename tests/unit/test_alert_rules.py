@@ -75,6 +75,13 @@ def test_what_an_alert_tells_is_in_the_runbook(alert: rules.Alert) -> None:
     assert alert.severity in row
 
 
+def test_the_table_of_alerts_is_current() -> None:
+    text = (ROOT / "docs" / "monitoring.md").read_text()
+    found = re.search(r"<!-- generated: .* -->\n(.*)<!-- end -->", text, re.DOTALL)
+    assert found is not None
+    assert found[1] == rules.markdown(GROUPS), "run: fedvit monitoring rules --table"
+
+
 def anchor_of(heading: str) -> str:
     """How a heading is linked to."""
     return re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-")
