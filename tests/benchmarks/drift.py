@@ -281,7 +281,7 @@ def _chart(curves: Mapping[str, Curve], before: float) -> str:
         left.axhline(before - DROP, color="grey", linestyle="--", linewidth=1)
         right.axhline(0.95, color="grey", linestyle="--", linewidth=1)
         left.set_ylabel("Accuracy on shifted images")
-        right.set_ylabel(f"Windows called drifting, {DRIFTING} of {CLIENTS} clients shifted")
+        right.set_ylabel("Share of windows called drifting")
         for axes in (left, right):
             axes.set_ylim(0, 1.03)
             axes.set_xlabel("Severity (star: accuracy 5 points down)")
