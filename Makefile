@@ -9,8 +9,8 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
-	bench-rounds bench-peers bench-async bench-robust health-check emergency-backup diagnostics logs monitoring monitoring-day
-	bench-rounds bench-peers bench-async bench-robust bench-drift health-check emergency-backup diagnostics logs monitoring
+	bench-rounds bench-peers bench-async bench-robust bench-drift health-check emergency-backup diagnostics logs monitoring \
+	monitoring-day
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20

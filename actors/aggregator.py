@@ -15,7 +15,6 @@ from actors.handles import AccountantHandle, RayFleet
 from actors.mirror import RayMirror
 from fedvit.monitoring.latest import Latest
 from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE
-from fedvit.monitoring.training import TrainingMetrics
 from fedvit.monitoring.training import DataMetrics, TrainingMetrics
 from fedvit.operations.local import LocalAggregator
 from fedvit.operations.watch import Watch

@@ -309,7 +309,6 @@ class Coordinator:
         started_s, timeout_s = self._clock(), round_settings(self._store, self._settings).wait_timeout_s
         task = self._task(order.cohort.round_index)
         _METRICS.in_flight(len(self._collector.in_flight().union(order.cohort.client_ids)))
-        self._sketching.gather()
         self._gather_sketches()
         self._sketching.ask(self._current, task.round_index, order.cohort.client_ids)
         buffer = self._collector.collect(order, task, self._weights, self._handed, timeout_s=timeout_s)
