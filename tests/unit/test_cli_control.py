@@ -27,6 +27,7 @@ FOR_MACHINES = {
     "GET /api/model/blobs/{digest}",
     "GET /api/clients/{client_id}/task",
     "GET /api/clients/{client_id}/task/weights",
+    "PUT /api/clients/{client_id}/sketches/{run_id}/{round_index}",
     "PUT /api/clients/{client_id}/updates/{run_id}/{round_index}",
     "GET /healthz",
     "POST /api/incidents/alerts",

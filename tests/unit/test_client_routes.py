@@ -31,6 +31,7 @@ ARGUMENTS: dict[str, Any] = {
     "capabilities": {"camera": "front"},
     "client_id": "truck-7",
     "client_selection": "validated_only",
+    "counts": [3, -1],
     "description": "A disk was stolen.",
     "device_id": "truck-7",
     "digest": "ab" * 32,
