@@ -70,6 +70,8 @@ class _Host(VirtualClientHost):
         self._rule = rule_for(settings)
         self._kept = KeptArrays(settings.home, self._rule.name)
         self._root_secret = bytes(SECRET_BYTES)
+        # Whole clients are clipped here and noised at the aggregator.
+        self._noised = False
         self._trainer = _Told(updates)
         self._shards = {c: Shard(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), "0" * 64) for c in updates}
 
