@@ -413,6 +413,38 @@ class RayConfig(_Section):
         return self.address or os.environ.get("RAY_ADDRESS") or None
 
 
+class FinetuneConfig(_Section):
+    """``fedvit finetune``: one model on a whole data set, record-level DP-SGD on ``ranks`` processes (Ray Train).
+
+    What is drawn, clipped and noised is in ``privacy``; ``training.physical_batch_size`` is a rank's. Every
+    ``checkpoint_every_steps`` are one release: charged before, kept after. With ``min_ranks`` a job goes on with so few
+    while there is no room for all. Each rank is given ``cpus_per_rank`` of Ray's CPUs, a GPU on ``device: cuda``, and
+    computes with ``threads_per_rank``. A job that lost ranks goes on from its last checkpoint, ``max_failures`` times.
+    """
+
+    ranks: PositiveInt = 1
+    min_ranks: PositiveInt | None = None
+    steps: PositiveInt = 60
+    checkpoint_every_steps: PositiveInt = 20
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: PositiveFloat = 2.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    cpus_per_rank: Annotated[float, Field(gt=0)] = 0.5
+    threads_per_rank: PositiveInt = 1
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    start_timeout_s: PositiveFloat = 60.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FinetuneConfig:
+        if self.min_ranks is not None and self.min_ranks > self.ranks:
+            raise ValueError(f"min_ranks ({self.min_ranks}) must not be above ranks ({self.ranks})")
+        if self.optimizer == "adam" and self.momentum:
+            raise ValueError("momentum belongs to optimizer 'sgd'")
+        return self
+
+
 class DelayConfig(_Section):
     """How long a simulated client takes from task to answer, in virtual seconds.
 
@@ -494,6 +526,7 @@ class Settings(_Section):
     incidents: IncidentsConfig = IncidentsConfig()
     remediation: RemediationConfig = RemediationConfig()
     ray: RayConfig = RayConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     simulation: SimulationConfig = SimulationConfig()
 
     @model_validator(mode="after")
