@@ -12,7 +12,9 @@ from fedvit.data.images import load_images
 from fedvit.data.sources import ImageSource, Record
 from fedvit.vit.vision import VisionModel
 
-_AT_ONCE = 128
+# Neighbours by index that are read together, whoever of them is drawn: which images share a pass through the prefix
+# shows in the last bits, and a step that is repeated has to find the same features.
+_GROUP = 64
 
 
 class DrawnFeatures:
@@ -30,7 +32,7 @@ class DrawnFeatures:
         self._model, self._source, self._records = model, source, tuple(records)
         self._device = next(model.body.parameters()).device
         self._keeps_output = any(True for _ in model.prefix.parameters())
-        self._known = np.zeros(len(records), np.bool_)
+        self._known = np.zeros(-(-len(self._records) // _GROUP), np.bool_)
         self._kept: Tensor | None = None
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
@@ -39,23 +41,24 @@ class DrawnFeatures:
         Raises:
             DataError: an image cannot be read or decoded; the message names its key.
         """
-        self._read(index.numpy()[~self._known[index.numpy()]])
+        for group in np.unique(index.numpy() // _GROUP):
+            if not self._known[group]:
+                self._read(int(group))
         if self._kept is None:
-            return self._model.features(self._pixels(np.empty(0, np.int64)).to(self._device))
+            return self._model.features(self._pixels(range(0)).to(self._device))
         kept = self._kept[index]
         return kept if self._keeps_output else self._model.features(kept.to(self._device))
 
-    def _read(self, wanted: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> None:
-        for start in range(0, len(wanted), _AT_ONCE):
-            part = wanted[start : start + _AT_ONCE]
-            fresh = self._pixels(part)
-            if self._keeps_output:
-                fresh = self._model.features(fresh.to(self._device)).cpu()
-            if self._kept is None:
-                self._kept = torch.empty((len(self._records), *fresh.shape[1:]), dtype=fresh.dtype)
-            self._kept[torch.from_numpy(part)] = fresh
-            self._known[part] = True
+    def _read(self, group: int) -> None:
+        members = range(group * _GROUP, min((group + 1) * _GROUP, len(self._records)))
+        fresh = self._pixels(members)
+        if self._keeps_output:
+            fresh = self._model.features(fresh.to(self._device)).cpu()
+        if self._kept is None:
+            self._kept = torch.empty((len(self._records), *fresh.shape[1:]), dtype=fresh.dtype)
+        self._kept[members.start : members.stop] = fresh
+        self._known[group] = True
 
-    def _pixels(self, index: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
-        chosen = [self._records[i] for i in index]
+    def _pixels(self, members: range) -> Tensor:
+        chosen = [self._records[index] for index in members]
         return torch.from_numpy(load_images(self._source, chosen, self._model.image_size))

@@ -173,7 +173,6 @@ class Finetuning:
         self._base = trainable_weights(model)
         self.plan = plan_of(settings, self._source, self._base)
         self._secret = derive_secret(load_or_create_root_secret(settings.home), f"{NAME}/{self.plan.digest}")
-        self._check_agreed()
         self._model = model.to(ranks.device)
         self._features = DrawnFeatures(self._model, self._source, self._source.train)
         self._labels = torch.tensor([record.label for record in self._source.train])
@@ -192,9 +191,11 @@ class Finetuning:
         A range that may not be charged is not taken: the job ends before it, on all ranks, and the outcome says why.
 
         Raises:
+            StateError: ranks have different data, settings or keys.
             IntegrityError: the checkpoint is damaged, or another job's.
             DataError: an image cannot be read or decoded.
         """
+        self._check_agreed()
         step, optimizer = self._resumed(checkpoint)
         error = None
         while step < self._config.steps:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -157,10 +158,6 @@ class RankedTrainer(LocalTrainer):
         self, task: TrainTask, num_examples: int, secret: bytes, release: str, first_step: int = 0
     ) -> RankedDPOptimizer:
         """The optimiser of a release, about to take the step of this index."""
-
-        def noise_for(step: int) -> OwnNoise:
-            return OwnNoise(self._ranks, lambda block: _block_stream(secret, release, step, block))
-
         return RankedDPOptimizer(
             list(self._gradients.parameters.values()),
             ranks=self._ranks,
@@ -168,7 +165,7 @@ class RankedTrainer(LocalTrainer):
             noise_multiplier=task.noise_multiplier,
             l2_clip_norm=task.l2_clip_norm,
             expected_batch=task.sampling_prob * num_examples,
-            noise_for_step=noise_for,
+            noise_for_step=partial(block_noise, self._ranks, secret, release),
             inner=self._inner,
             first_step=first_step,
         )
@@ -200,5 +197,10 @@ class RankedTrainer(LocalTrainer):
         return torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._bfloat16)
 
 
-def _block_stream(secret: bytes, release: str, step: int, block: int) -> SecretStream:
-    return SecretStream(secret, "noise of a block", {"release": release, "step": step, "block": block})
+def block_noise(ranks: Ranks, secret: bytes, release: str, step: int) -> OwnNoise:
+    """A rank's share of the noise of a step."""
+
+    def stream_of(block: int) -> SecretStream:
+        return SecretStream(secret, "noise of a block", {"release": release, "step": step, "block": block})
+
+    return OwnNoise(ranks, stream_of)
