@@ -12,7 +12,7 @@ import ray
 
 from actors.handles import AccountantHandle
 from actors.spawn import connect, spawn_accountant
-from actors.trainer import run_ranks
+from actors.trainer import absolute_paths, run_ranks
 from fedvit.config import Settings
 from fedvit.data.sources import ImageSource, open_source
 from fedvit.errors import StateError
@@ -39,7 +39,7 @@ def finetune(settings: Settings, on_step: Callable[[str], None]) -> FinetuneRepo
     """
     started_s = time.monotonic()
     on_step("Checking the data, the model and the state")
-    settings = with_noise(_absolute(settings))
+    settings = with_noise(absolute_paths(settings))
     source = open_source(settings.data)
     model = build_model(settings.model, len(source.classes), settings.data.image_size)
     plan = plan_of(settings, source, trainable_weights(model))
@@ -55,17 +55,6 @@ def finetune(settings: Settings, on_step: Callable[[str], None]) -> FinetuneRepo
         spent = AccountantHandle(accountant).budget().epsilon_spent
     weights = _write_weights(settings.home / "finetune" / plan.job, files, plan.digest)
     return _report(settings, plan, outcome, spent, weights, time.monotonic() - started_s)
-
-
-def _absolute(settings: Settings) -> Settings:
-    """Ranks work in folders of their own."""
-
-    def absolute(path: Path | None) -> Path | None:
-        return None if path is None else path.absolute()
-
-    data = settings.data.model_copy(update={"path": absolute(settings.data.path)})
-    model = settings.model.model_copy(update={"checkpoint": absolute(settings.model.checkpoint)})
-    return settings.model_copy(update={"home": settings.home.absolute(), "data": data, "model": model})
 
 
 def _check_folder(home: Path, plan: Plan, source: ImageSource) -> None:

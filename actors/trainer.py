@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,35 @@ def run_ranks(settings: Settings, job: str) -> tuple[Any, dict[str, bytes]]:
         PlacementError: there is no room for a rank; it is named.
         FedvitError: ranks failed more often than the settings admit; or what a rank raised.
     """
+    config = {"settings": settings_to_json(settings)}
+    result = fit_ranks(run_rank, config, settings, job, "finetune")
+    return result.return_value, files_of(result.checkpoint) if result.checkpoint else {}
+
+
+def fit_ranks(
+    loop: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any], settings: Settings, job: str, folder: str
+) -> Any:
+    """Run ``loop(arguments)`` on every rank, over again from the last checkpoint where one is lost; rank 0's result.
+
+    Args:
+        folder: of the state folder, for what Ray Train keeps of the job.
+
+    Raises:
+        PlacementError, FedvitError: see :func:`run_ranks`.
+    """
     config = settings.finetune
     check_room(config)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.start_timeout_s)
     trainer = TorchTrainer(
-        run_rank,
-        train_loop_config={"settings": settings_to_json(settings)},
+        loop,
+        train_loop_config=dict(arguments),
         torch_config=TorchConfig(
             backend="nccl" if config.device == "cuda" else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
         ),
         scaling_config=_scaling(config),
         run_config=train.RunConfig(
             name=job,
-            storage_path=str(settings.home / "finetune"),
+            storage_path=str(settings.home / folder),
             failure_config=train.FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),
@@ -67,10 +83,9 @@ def run_ranks(settings: Settings, job: str) -> tuple[Any, dict[str, bytes]]:
         ),
     )
     try:
-        result = trainer.fit()
+        return trainer.fit()
     except train.TrainingFailedError as error:
         raise _explained(error, job) from None
-    return result.return_value, files_of(result.checkpoint) if result.checkpoint else {}
 
 
 def run_rank(config: Mapping[str, Any]) -> Any:
@@ -82,11 +97,29 @@ def run_rank(config: Mapping[str, Any]) -> Any:
 
     settings = settings_from_json(config["settings"])
     torch.set_num_threads(settings.finetune.threads_per_rank)
-    device = train.torch.get_device() if settings.finetune.device == "cuda" else torch.device("cpu")
+    device = rank_device(settings)
     accountant = AccountantHandle.connect(namespace_of(settings.home))
     job = Finetuning(settings, Ranks.here(device), charge=accountant.charge, keep=_keep)
     checkpoint = train.get_checkpoint()
     return job.run(files_of(checkpoint) if checkpoint else None)
+
+
+def absolute_paths(settings: Settings) -> Settings:
+    """The settings with paths that mean the same in a rank, which works in a folder of its own."""
+
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else path.absolute()
+
+    data = settings.data.model_copy(update={"path": absolute(settings.data.path)})
+    model = settings.model.model_copy(update={"checkpoint": absolute(settings.model.checkpoint)})
+    return settings.model_copy(update={"home": settings.home.absolute(), "data": data, "model": model})
+
+
+def rank_device(settings: Settings) -> Any:
+    """The device that Ray Train gave this rank."""
+    import torch
+
+    return train.torch.get_device() if settings.finetune.device == "cuda" else torch.device("cpu")
 
 
 def files_of(checkpoint: train.Checkpoint) -> dict[str, bytes]:

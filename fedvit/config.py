@@ -163,7 +163,8 @@ class TrainingConfig(_Section):
     ``aggregation`` is the name of a rule, one of ours or one that another package offers; its own settings are
     ``aggregation_options``. See docs/adding-a-rule.md. A version that is not evaluated has no loss and no accuracy;
     one that may be released always is. A round ends after ``round_timeout_s`` of silence; with ``round_deadline_s``
-    also that long after it began, unless its cohort is a secret Poisson sample: there nobody may be late.
+    also that long after it began, unless its cohort is a secret Poisson sample: there nobody may be late. With
+    ``ranks`` above 1 every client is a silo: so many processes take its local steps, placed as ``finetune`` says.
     """
 
     rounds: PositiveInt = 30
@@ -177,6 +178,7 @@ class TrainingConfig(_Section):
     door: DoorConfig = DoorConfig()
     compression: CompressionConfig = CompressionConfig()
     physical_batch_size: PositiveInt = 32
+    ranks: PositiveInt = 1
     round_timeout_s: PositiveFloat = 600.0
     round_deadline_s: PositiveFloat | None = None
     cohort: CohortConfig = CohortConfig()
@@ -539,6 +541,12 @@ class Settings(_Section):
         return self
 
     @model_validator(mode="after")
+    def _ranks_protect_records(self) -> Settings:
+        if self.training.ranks > 1 and (self.privacy.privacy_unit != "record" or self.workload.clients is not None):
+            raise ValueError("training.ranks above 1 needs privacy.privacy_unit 'record' and no workload.clients")
+        return self
+
+    @model_validator(mode="after")
     def _cohort_fits_the_privacy_unit(self) -> Settings:
         cohort, privacy = self.training.cohort, self.privacy
         if privacy.privacy_unit == "client" and self.training.door.max_update_norm is not None:
@@ -578,7 +586,7 @@ class Settings(_Section):
             },
         )
         _drop_defaults(found["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
-        omitted = ("aggregation_options", "staleness", "compression", "round_deadline_s")
+        omitted = ("aggregation_options", "staleness", "compression", "round_deadline_s", "ranks")
         _drop_defaults(found["training"], TrainingConfig, *omitted)
         _drop_defaults(found["training"]["door"], DoorConfig, "max_update_norm")
         if not found["training"]["door"]:
