@@ -20,7 +20,7 @@ from ray.train.v2.api.config import LoggingConfig
 from actors.handles import AccountantHandle
 from actors.spawn import namespace_of
 from fedvit.config import FinetuneConfig, Settings
-from fedvit.errors import FedvitError, PlacementError
+from fedvit.errors import FedvitError, InterruptedRunError, PlacementError
 from fedvit.settings import settings_from_json, settings_to_json
 
 # A rank that is killed breaks its connections, which the others see at once; this is for one that hangs.
@@ -44,10 +44,15 @@ def run_ranks(settings: Settings, job: str) -> tuple[Any, dict[str, bytes]]:
 
     Raises:
         PlacementError: there is no room for a rank; it is named.
+        InterruptedRunError: the user ended it.
         FedvitError: ranks failed more often than the settings admit; or what a rank raised.
     """
     config = {"settings": settings_to_json(settings)}
     result = fit_ranks(run_rank, config, settings, job, "finetune")
+    if result.return_value is None:
+        raise InterruptedRunError(
+            f"{job} was interrupted.", cure="What was kept stays: the same command goes on from there."
+        )
     return result.return_value, files_of(result.checkpoint) if result.checkpoint else {}
 
 

@@ -252,9 +252,9 @@ def test_finetune_settings_that_do_not_fit_are_named(changes: dict[str, Any], na
 
 
 def test_silos_protect_records_and_are_another_run() -> None:
+    cohort = {"selection": "poisson", "sampling_prob": 0.5}
+    overrides = {"training": {"ranks": 2, "cohort": cohort}, "privacy": {"privacy_unit": "client"}}
     with pytest.raises(ConfigError, match=r"training\.ranks above 1 needs privacy\.privacy_unit 'record'"):
-        cohort = {"selection": "poisson", "sampling_prob": 0.5}
-        overrides = {"training": {"ranks": 2, "cohort": cohort}, "privacy": {"privacy_unit": "client"}}
         load_settings(environ={}, overrides=overrides)
     one, two = (load_settings(environ={}, overrides={"training": {"ranks": ranks}}) for ranks in (1, 2))
     assert "ranks" not in one.training_identity()["training"]
