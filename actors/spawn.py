@@ -116,7 +116,9 @@ def spawn_accountant(settings: Settings) -> Any:
         FedvitError: the ledger cannot be used.
         PlacementError: it did not start in time.
     """
-    actor = _spawn(PrivacyAccountantActor, ACCOUNTANT, settings, settings_to_json(settings))
+    # It waits for the ranks. When a node is lost, Ray Train counts on all CPUs of those that are left.
+    placed = settings.model_copy(update={"ray": settings.ray.model_copy(update={"actor_cpus": 0.0})})
+    actor = _spawn(PrivacyAccountantActor, ACCOUNTANT, placed, settings_to_json(settings))
     Actors({ACCOUNTANT: actor}).await_prepared(settings.ray.start_timeout_s)
     return actor
 

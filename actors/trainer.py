@@ -68,7 +68,7 @@ def fit_ranks(
         PlacementError, FedvitError: see :func:`run_ranks`.
     """
     config = settings.finetune
-    check_room(config)
+    ranks = check_room(config)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.start_timeout_s)
     trainer = TorchTrainer(
         loop,
@@ -76,7 +76,7 @@ def fit_ranks(
         torch_config=TorchConfig(
             backend="nccl" if config.device == "cuda" else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
         ),
-        scaling_config=_scaling(config),
+        scaling_config=_scaling(config, ranks),
         run_config=train.RunConfig(
             name=job,
             storage_path=str(settings.home / folder),
@@ -141,10 +141,12 @@ def _keep(step: int, files: Mapping[str, bytes]) -> None:
         train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(folder) if files else None)
 
 
-def _scaling(config: FinetuneConfig) -> train.ScalingConfig:
-    elastic = config.min_ranks is not None and config.min_ranks < config.ranks
+def _scaling(config: FinetuneConfig, ranks: int) -> train.ScalingConfig:
+    # No more than there is room for now: Ray Train counts a node's CPUs, blind to who else has some of them, and would
+    # wait for a place that never comes.
+    elastic = config.min_ranks is not None and config.min_ranks < ranks
     return train.ScalingConfig(
-        num_workers=(config.min_ranks, config.ranks) if elastic else config.ranks,
+        num_workers=(config.min_ranks, ranks) if elastic else ranks,
         use_gpu=config.device == "cuda",
         resources_per_worker=_resources(config),
     )
@@ -154,13 +156,14 @@ def _resources(config: FinetuneConfig) -> dict[str, float]:
     return {"CPU": config.cpus_per_rank, **({"GPU": 1.0} if config.device == "cuda" else {})}
 
 
-def check_room(config: FinetuneConfig) -> None:
-    """Say at once which rank will never be placed, instead of waiting for it.
+def check_room(config: FinetuneConfig) -> int:
+    """Say at once which rank will never be placed, instead of waiting for it; return how many can be.
 
     Raises:
         PlacementError: the ranks that a job needs ask for more than the cluster has free.
     """
     free, needed = ray.available_resources(), config.min_ranks or config.ranks
+    placed = config.ranks
     for kind, share in _resources(config).items():
         room = int(free.get(kind, 0.0) / share + 1e-9)
         if room < needed:
@@ -169,6 +172,8 @@ def check_room(config: FinetuneConfig) -> None:
                 f"Ray has no room for {names}: each asks for {share:g} {kind}, and {free.get(kind, 0.0):g} are free.",
                 cure="Lower finetune.ranks or finetune.cpus_per_rank, or add nodes.",
             )
+        placed = min(placed, room)
+    return placed
 
 
 def _explained(error: train.TrainingFailedError, job: str) -> FedvitError:

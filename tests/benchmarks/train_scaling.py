@@ -16,8 +16,8 @@ import sys
 from tests.benchmarks.results import write_result
 from tests.benchmarks.train_ranks import SIZE
 
-ROUNDS = int(os.environ.get("BENCH_ROUNDS", "6"))
-STEPS = 4
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "5"))
+STEPS = 3
 KINDS = ("ordinary", "private")
 Seconds = dict[str, list[float]]
 

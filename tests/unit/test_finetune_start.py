@@ -84,7 +84,8 @@ def test_ranks_without_room_are_named_at_once(
 
 def test_fewer_ranks_than_wanted_are_enough_where_the_settings_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
-    check_room(FinetuneConfig(ranks=9, min_ranks=2))
+    assert check_room(FinetuneConfig(ranks=9, min_ranks=2, cpus_per_rank=0.3)) == 3
+    assert check_room(FinetuneConfig(ranks=2, min_ranks=1, cpus_per_rank=0.3)) == 2
 
 
 @pytest.mark.parametrize(
