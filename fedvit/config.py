@@ -419,10 +419,10 @@ class FinetuneConfig(_Section):
     """``fedvit finetune``: one model on a whole data set, record-level DP-SGD on ``ranks`` processes (Ray Train).
 
     What is drawn, clipped and noised is in ``privacy``; ``training.physical_batch_size`` is a rank's. Every
-    ``checkpoint_every_steps`` are one release: charged before, kept after. With ``min_ranks`` a job has as many ranks as
-    there is room for when it begins, and goes on with so few when a node is lost. Each is given ``cpus_per_rank`` of
-    Ray's CPUs, a GPU on ``device: cuda``, and computes with ``threads_per_rank``. A job that lost ranks goes on from its
-    last checkpoint, ``max_failures`` times.
+    ``checkpoint_every_steps`` are one release: charged before, kept after. With ``min_ranks`` a job has as many ranks
+    as there is room for when it begins, and goes on with so few when a node is lost. Each is given ``cpus_per_rank``
+    of Ray's CPUs, a GPU on ``device: cuda``, and computes with ``threads_per_rank``. A job that lost ranks goes on
+    from its last checkpoint, ``max_failures`` times.
     """
 
     ranks: PositiveInt = 1
