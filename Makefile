@@ -9,8 +9,8 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
-	bench-rounds bench-peers bench-async bench-robust bench-drift health-check emergency-backup diagnostics logs monitoring \
-	monitoring-day
+	bench-train bench-rounds bench-peers bench-async bench-robust bench-drift health-check emergency-backup diagnostics \
+	logs monitoring monitoring-day
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -59,7 +59,7 @@ chaos: setup  ## Campaigns against a running system: releases under load, proces
 chaos-ledger: setup  ## kill -9 an accountant and an aggregator CHAOS_KILLS (200) times; the ledger is checked each time
 	CHAOS_KILLS=$(or $(CHAOS_KILLS),200) $(BIN)/python -m pytest tests/unit/test_ledger_killed.py -s $(ARGS)
 
-audit-mutants: setup  ## Build 25 faults into scratch copies; `fedvit audit` must see each; writes docs/privacy-audit.md
+audit-mutants: setup  ## Build 30 faults into scratch copies; `fedvit audit` must see each; writes docs/privacy-audit.md
 	$(BIN)/python -m tests.audit.gate
 
 lint: setup  ## Check style, types and the arrows between packages
@@ -89,6 +89,9 @@ bench-control: setup  ## The control API with 10,000 clients: a page of the flee
 
 bench-dp: setup  ## A private training step beside an ordinary one and Opacus' (time and memory); has the machine to itself
 	$(BIN)/python -m tests.benchmarks.dp_step
+
+bench-train: setup  ## Two ranks against one, private training beside ordinary; has the machine to itself (4 minutes)
+	$(BIN)/python -m tests.benchmarks.train_scaling
 
 bench-rounds: setup  ## Our own round engine: empty, large and CNN rounds, memory over 200, a million clients
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.rounds

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from fedvit.config import Settings
 from fedvit.ports import ClientHostPort
 from fedvit.settings import settings_from_json
 from fedvit.types import PartialUpdate, TrainTask, Weights
@@ -44,7 +45,15 @@ class ClientProxy:
     def _warm_host(self) -> ClientHostPort:
         # Asked at each call: a restarted actor has not been prepared again.
         if self._host is None:
-            from fedvit.training.workload import client_host
-
-            self._host = client_host(self._settings)
+            self._host = _host_of(self._settings)
         return self._host
+
+
+def _host_of(settings: Settings) -> ClientHostPort:
+    if settings.training.ranks > 1:
+        from actors.silo import SiloHost
+
+        return SiloHost(settings)
+    from fedvit.training.workload import client_host
+
+    return client_host(settings)

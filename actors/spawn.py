@@ -109,6 +109,20 @@ def spawn_actors(settings: Settings) -> Actors:
     return Actors({ACCOUNTANT: accountant, **proxies, AGGREGATOR: aggregator})
 
 
+def spawn_accountant(settings: Settings) -> Any:
+    """Start the accountant alone, for a job that is not part of a running system.
+
+    Raises:
+        FedvitError: the ledger cannot be used.
+        PlacementError: it did not start in time.
+    """
+    # It waits for the ranks. When a node is lost, Ray Train counts on all CPUs of those that are left.
+    placed = settings.model_copy(update={"ray": settings.ray.model_copy(update={"actor_cpus": 0.0})})
+    actor = _spawn(PrivacyAccountantActor, ACCOUNTANT, placed, settings_to_json(settings))
+    Actors({ACCOUNTANT: actor}).await_prepared(settings.ray.start_timeout_s)
+    return actor
+
+
 def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
     options = ray.remote(
         num_cpus=settings.ray.actor_cpus,

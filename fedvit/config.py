@@ -163,7 +163,8 @@ class TrainingConfig(_Section):
     ``aggregation`` is the name of a rule, one of ours or one that another package offers; its own settings are
     ``aggregation_options``. See docs/adding-a-rule.md. A version that is not evaluated has no loss and no accuracy;
     one that may be released always is. A round ends after ``round_timeout_s`` of silence; with ``round_deadline_s``
-    also that long after it began, unless its cohort is a secret Poisson sample: there nobody may be late.
+    also that long after it began, unless its cohort is a secret Poisson sample: there nobody may be late. With
+    ``ranks`` above 1 every client is a silo: so many processes take its local steps, placed as ``finetune`` says.
     """
 
     rounds: PositiveInt = 30
@@ -177,6 +178,7 @@ class TrainingConfig(_Section):
     door: DoorConfig = DoorConfig()
     compression: CompressionConfig = CompressionConfig()
     physical_batch_size: PositiveInt = 32
+    ranks: PositiveInt = 1
     round_timeout_s: PositiveFloat = 600.0
     round_deadline_s: PositiveFloat | None = None
     cohort: CohortConfig = CohortConfig()
@@ -413,6 +415,39 @@ class RayConfig(_Section):
         return self.address or os.environ.get("RAY_ADDRESS") or None
 
 
+class FinetuneConfig(_Section):
+    """``fedvit finetune``: one model on a whole data set, record-level DP-SGD on ``ranks`` processes (Ray Train).
+
+    What is drawn, clipped and noised is in ``privacy``; ``training.physical_batch_size`` is a rank's. Every
+    ``checkpoint_every_steps`` are one release: charged before, kept after. With ``min_ranks`` a job has as many ranks
+    as there is room for when it begins, and goes on with so few when a node is lost. Each is given ``cpus_per_rank``
+    of Ray's CPUs, a GPU on ``device: cuda``, and computes with ``threads_per_rank``. A job that lost ranks goes on
+    from its last checkpoint, ``max_failures`` times.
+    """
+
+    ranks: PositiveInt = 1
+    min_ranks: PositiveInt | None = None
+    steps: PositiveInt = 60
+    checkpoint_every_steps: PositiveInt = 20
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: PositiveFloat = 2.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    cpus_per_rank: Annotated[float, Field(gt=0)] = 0.5
+    threads_per_rank: PositiveInt = 1
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    start_timeout_s: PositiveFloat = 60.0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FinetuneConfig:
+        if self.min_ranks is not None and self.min_ranks > self.ranks:
+            raise ValueError(f"min_ranks ({self.min_ranks}) must not be above ranks ({self.ranks})")
+        if self.optimizer == "adam" and self.momentum:
+            raise ValueError("momentum belongs to optimizer 'sgd'")
+        return self
+
+
 class DelayConfig(_Section):
     """How long a simulated client takes from task to answer, in virtual seconds.
 
@@ -494,6 +529,7 @@ class Settings(_Section):
     incidents: IncidentsConfig = IncidentsConfig()
     remediation: RemediationConfig = RemediationConfig()
     ray: RayConfig = RayConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     simulation: SimulationConfig = SimulationConfig()
 
     @model_validator(mode="after")
@@ -503,6 +539,12 @@ class Settings(_Section):
                 "simulation.private false needs privacy.privacy_unit 'record': else the aggregator clips and noises "
                 "what is not to be private"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_protect_records(self) -> Settings:
+        if self.training.ranks > 1 and (self.privacy.privacy_unit != "record" or self.workload.clients is not None):
+            raise ValueError("training.ranks above 1 needs privacy.privacy_unit 'record' and no workload.clients")
         return self
 
     @model_validator(mode="after")
@@ -545,7 +587,7 @@ class Settings(_Section):
             },
         )
         _drop_defaults(found["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
-        omitted = ("aggregation_options", "staleness", "compression", "round_deadline_s")
+        omitted = ("aggregation_options", "staleness", "compression", "round_deadline_s", "ranks")
         _drop_defaults(found["training"], TrainingConfig, *omitted)
         _drop_defaults(found["training"]["door"], DoorConfig, "max_update_norm")
         if not found["training"]["door"]:

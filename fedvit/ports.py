@@ -311,6 +311,38 @@ class SystemUrls:
     ca_file: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class FinetuneReport:
+    """What ``fedvit finetune`` made.
+
+    Attributes:
+        job: names it on the ledger and in ``finetune`` of the state folder; other data or settings are another job.
+        steps: so many of ``steps_total`` were taken and charged.
+        images_per_s: expected images a second, over all ranks; None where no step was left to take.
+        epsilon: what the job's steps cost together, at ``target_delta``.
+        epsilon_spent: what the ledger says of the whole state folder.
+        weights: the file of the trained weights; None before the first checkpoint.
+        stopped: why it ended before its last step.
+    """
+
+    job: str
+    steps: int
+    steps_total: int
+    ranks: int
+    device: str
+    images_per_s: float | None
+    accuracy: float
+    loss: float
+    recall_by_class: Mapping[str, float]
+    noise_multiplier: float
+    epsilon: float
+    epsilon_spent: float
+    target_delta: float
+    seconds: float
+    weights: str | None
+    stopped: str | None = None
+
+
 class SystemPort(Protocol):
     """A whole running system, found by the command line through the entry point group ``fedvit.system``."""
 
@@ -326,6 +358,14 @@ class SystemPort(Protocol):
             on_shutdown: called, from another thread, when the control API was asked to shut the system down and all is
                 safe; it makes the block end.
             train: begin or continue training; who starts a system needs no token for that.
+        """
+        ...
+
+    def finetune(self, on_step: Callable[[str], None]) -> FinetuneReport:
+        """Train one model on the whole data set, on several ranks; what was kept before is gone on with.
+
+        Raises:
+            UsageError: the settings, the data, the model, the state or the cluster stand in the way.
         """
         ...
 

@@ -26,7 +26,7 @@ from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE
 from fedvit.monitoring.targets import EDGES, RAY, SERVER, Target, link_targets, write_targets
 from fedvit.operations.children import check_port_free, end_child, end_with_parent, why_taken
 from fedvit.operations.watching import server_target
-from fedvit.ports import AggregatorPort, SystemUrls
+from fedvit.ports import AggregatorPort, FinetuneReport, SystemUrls
 from fedvit.store.locks import system_lock
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
@@ -95,6 +95,12 @@ class RaySystem:
             stack.callback(self._stopping.set)
             yield urls
             on_step("Stopping")
+
+    def finetune(self, on_step: Callable[[str], None]) -> FinetuneReport:
+        """See :class:`fedvit.ports.SystemPort`; nothing of the rest of a system is started."""
+        from actors.finetuning import finetune
+
+        return finetune(self._settings, on_step)
 
     def _checked(self) -> Callable[[], None]:
         """Read and check everything that can be wrong; the answer writes what the checks found into the state."""

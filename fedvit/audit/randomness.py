@@ -33,7 +33,7 @@ def check_noise(scope: Scope) -> Iterator[Finding]:
         ("steps, rounds and clients", _steps(scope)),
         ("rounds of whole clients", _rounds(scope)),
     ):
-        faults = list(_noise_faults(releases, scope.noise_multiplier * scope.l2_clip_norm))
+        faults = list(noise_faults(releases, scope.noise_multiplier * scope.l2_clip_norm))
         size = len(releases[0].noise)
         detail = faults[0] if faults else f"{len(releases)} times {size} numbers, of the charged deviation, unrelated"
         yield Finding(NOISE_CHECK, subject, not faults, detail)
@@ -60,7 +60,8 @@ def _rounds(scope: Scope) -> list[Release]:
             rounds.store.close()
 
 
-def _noise_faults(releases: list[Release], deviation: float) -> Iterator[str]:
+def noise_faults(releases: list[Release], deviation: float) -> Iterator[str]:
+    """How noise differs from independent normals of this deviation: in size, in its mean, from one draw to another."""
     for number, release in enumerate(releases):
         size = len(release.noise)
         found = float(release.noise.std()) / deviation

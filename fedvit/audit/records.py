@@ -58,7 +58,6 @@ CASES = (
     Case("empty batches", sampling_prob=1e-9, local_steps=2),
 )
 BRIEF = (PLAIN, Case("channels_last, three at a time", physical_batch_size=3, channels_last=True), CASES[4])
-# Ranks belong here once a client trains on several (issue 8): one sum over ranks, and equal numbers of steps on each.
 
 
 def check(scope: Scope) -> Iterator[Finding]:

@@ -31,16 +31,19 @@ from fedvit.privacy.randomness import SecretStream
 from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.protection import EXPECTED_COHORT, ClientLevel
 from fedvit.store.store import Store
+from fedvit.testing.ranks import on_ranks
 from fedvit.training.dpsgd import SecretDPOptimizer
+from fedvit.training.ranks import RankedDPOptimizer, Ranks, block_noise
 from fedvit.types import ClientOutcome, PartialUpdate, Run, RunStatus, TrainTask, utc_now
 
-RECORD_CHECK, CLIENT_CHECK = "released step", "released round"
+RECORD_CHECK, RANKS_CHECK, CLIENT_CHECK = "released step", "released step of two ranks", "released round"
 DRAWS, PILOT = 10_000, 2_000
 """Released values each way: for the bound, and before it for the threshold."""
 TIGHTNESS = 0.8
 _MOST_DRAWS = 60_000
 _SECRET = bytes(range(32))
 _BATCH = 500
+_RANKS = 2
 
 Scores = npt.NDArray[np.float64]
 Draw = Callable[[bool, int, int], Scores]
@@ -51,6 +54,11 @@ def check_step(scope: Scope) -> Iterator[Finding]:
     """One step of DP-SGD, every record drawn."""
     draw = _StepReleases(scope)
     yield _finding(RECORD_CHECK, scope, draw.batched if scope.quick else draw.one_by_one)
+
+
+def check_ranks(scope: Scope) -> Iterator[Finding]:
+    """The same step, its records and its noise shared by two ranks."""
+    yield _finding(RANKS_CHECK, scope, _RankedReleases(scope).batched)
 
 
 def check_round(scope: Scope) -> Iterator[Finding]:
@@ -146,6 +154,32 @@ class _StepReleases:
         flat: npt.NDArray[np.float64] = torch.cat([g.double().flatten() for g in gradients]).numpy()
         self._engine.clear()
         return flat
+
+
+class _RankedReleases(_StepReleases):
+    """Every rank has its own records' clipped sum, and each copy its own noise."""
+
+    def _noised(self, total: npt.NDArray[np.float64], present: bool, number: int) -> Scores:
+        features, labels = self._with if present else self._without
+        shares = [self._sum(features[i::_RANKS], labels[i::_RANKS]) for i in range(_RANKS)]
+
+        def step(ranks: Ranks) -> Tensor:
+            copies = torch.nn.Parameter(torch.zeros(_BATCH, len(total)))
+            optimizer = RankedDPOptimizer(
+                [copies],
+                ranks=ranks,
+                learning_rate=1.0,
+                noise_multiplier=self._scope.noise_multiplier,
+                l2_clip_norm=self._scope.l2_clip_norm,
+                expected_batch=1.0,
+                noise_for_step=lambda step: block_noise(ranks, _SECRET, f"{present}/{number}", step),
+            )
+            copies.grad = torch.from_numpy(shares[ranks.index]).float().expand(_BATCH, -1).clone()
+            optimizer.step()
+            return -copies.detach()
+
+        released: Scores = on_ranks(_RANKS, step)[0].double().numpy()
+        return (released - self._known) @ self._direction
 
 
 def _step_task(scope: Scope, number: int) -> TrainTask:

@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fedvit.audit import charging, clients, one_run, randomness, records, released
+from fedvit.audit import charging, clients, one_run, randomness, ranks, records, released
 from fedvit.audit.findings import Finding, Scope
 from fedvit.errors import UsageError
 
 CHECKS: dict[str, Callable[[Scope], Iterator[Finding]]] = {
     records.CHECK: records.check,
+    ranks.CHECK: ranks.check,
     clients.CHECK: clients.check,
     randomness.NOISE_CHECK: randomness.check_noise,
     randomness.SAMPLING_CHECK: randomness.check_sampling,
     charging.CHECK: charging.check,
     released.RECORD_CHECK: released.check_step,
+    released.RANKS_CHECK: released.check_ranks,
     released.CLIENT_CHECK: released.check_round,
     one_run.CHECK: one_run.check,
 }

@@ -12,6 +12,7 @@ from fedvit.cli import (
     config,
     data,
     emergency,
+    finetune,
     incident,
     model,
     monitoring,
@@ -44,6 +45,7 @@ app.command("backup")(operations.backup)
 app.command("restore")(operations.restore)
 app.command("diagnostics")(operations.diagnostics)
 app.command("logs")(operations.logs)
+app.command("finetune")(finetune.finetune)
 app.command("simulate")(simulate.simulate)
 app.command("audit")(privacy_audit.audit)
 app.command("drift")(monitoring.drift)

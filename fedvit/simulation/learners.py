@@ -8,8 +8,8 @@ import torch
 
 from fedvit.config import Settings
 from fedvit.simulation.faults import Faults
-from fedvit.training.drift import LedLocalTrainer, LedPlainTrainer
-from fedvit.training.host import Shard, VirtualClientHost
+from fedvit.training.drift import LedPlainTrainer
+from fedvit.training.host import Shard, Trainer, VirtualClientHost
 from fedvit.types import PartialUpdate, TrainTask, Weights
 
 
@@ -37,7 +37,7 @@ class SimulatedClients(VirtualClientHost):
         """Read what a client holds, if nobody has yet."""
         super()._shard(client_id)
 
-    def _trainer_of(self, settings: Settings) -> LedLocalTrainer | LedPlainTrainer:
+    def _trainer_of(self, settings: Settings) -> Trainer:
         if settings.simulation.private:
             return super()._trainer_of(settings)
         return LedPlainTrainer(self._model, physical_batch_size=settings.training.physical_batch_size)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 
 from fedvit.errors import ModelError
-from fedvit.privacy.randomness import SecretStream
 from fedvit.training.bookkeeping import BookKeeping
 from fedvit.training.gradients import PerExampleGradients, no_gradients
 from fedvit.training.opacus_gradients import OpacusGradients
@@ -18,6 +19,14 @@ from fedvit.vit.layers import Body
 
 # Of a parameter's own gradient, and of the whole one: rounding, for gradients that ought to vanish.
 _RELATIVE_TOLERANCE, _ABSOLUTE_TOLERANCE = 1e-3, 1e-5
+
+
+class Normals(Protocol):
+    """Where standard normals come from; a secret stream is one."""
+
+    def normal(self, count: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+        """``count`` of them."""
+        ...
 
 
 class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # opacus is untyped
@@ -32,7 +41,9 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         l2_clip_norm: bound on one example's gradient, L2 over all parameters together.
         expected_batch: constant divisor: sampling probability times number of examples. Never the drawn size, which is
             private.
-        noise_for_step: the noise stream of the step of this index.
+        noise_for_step: the noise stream of the step of this index, or another source of standard normals.
+        inner: makes the optimiser that takes the noised gradient, instead of plain SGD.
+        first_step: index of the next step, for a run that is resumed.
     """
 
     def __init__(
@@ -43,17 +54,19 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         noise_multiplier: float,
         l2_clip_norm: float,
         expected_batch: float,
-        noise_for_step: Callable[[int], SecretStream],
+        noise_for_step: Callable[[int], Normals],
+        inner: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        first_step: int = 0,
     ) -> None:
         super().__init__(
-            torch.optim.SGD(parameters, lr=learning_rate),
+            torch.optim.SGD(parameters, lr=learning_rate) if inner is None else inner(parameters),
             noise_multiplier=noise_multiplier,
             max_grad_norm=l2_clip_norm,
             expected_batch_size=expected_batch,
             loss_reduction="mean",
         )
         self._noise_for_step = noise_for_step
-        self._step_index = 0
+        self._step_index = first_step
 
     def accumulate(self) -> None:
         """Add every ``grad`` to its sum, without the copy that Opacus makes of the first."""

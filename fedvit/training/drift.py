@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedvit.aggregation.rule import Drift
 from fedvit.training.dpsgd import SecretDPOptimizer
-from fedvit.training.local import LocalTrainer
+from fedvit.training.local import Features, LocalTrainer
 from fedvit.training.plain import PlainTrainer
 
 
@@ -57,7 +57,7 @@ class LedLocalTrainer(LocalTrainer):
         """What leads the next client's steps; None: nothing."""
         self._lead = None if drift is None else _Lead(drift, learning_rate)
 
-    def _step(self, optimizer: SecretDPOptimizer, features: Tensor, labels: Tensor, drawn: Tensor) -> None:
+    def _step(self, optimizer: SecretDPOptimizer, features: Features, labels: Tensor, drawn: Tensor) -> None:
         with _led(self._lead, self._gradients.parameters):
             super()._step(optimizer, features, labels, drawn)
 

@@ -58,6 +58,26 @@ class Holdings(Protocol):
         ...
 
 
+class Trainer(Protocol):
+    """Who takes a client's steps; see :class:`fedvit.training.drift.LedLocalTrainer`."""
+
+    def lead(self, drift: Drift | None, learning_rate: float) -> None:
+        """What leads the next client's steps."""
+        ...
+
+    def train(
+        self,
+        task: TrainTask,
+        base: Weights,
+        features: torch.Tensor,
+        labels: torch.Tensor,
+        secret: bytes,
+        client_id: str,
+    ) -> Mapping[str, FloatArray]:
+        """``local - base``."""
+        ...
+
+
 class VirtualClientHost:
     """Trains virtual clients one after another on one model, keeping each client's frozen features.
 
@@ -82,7 +102,7 @@ class VirtualClientHost:
         # The model is never changed, and says where training starts.
         self._noised = settings.simulation.private and settings.privacy.privacy_unit == "record"
 
-    def _trainer_of(self, settings: Settings) -> LedLocalTrainer | LedPlainTrainer:
+    def _trainer_of(self, settings: Settings) -> Trainer:
         """Who takes a client's steps: where records are protected, the client itself adds the noise."""
         kind = LedLocalTrainer if settings.privacy.privacy_unit == "record" else LedPlainTrainer
         return kind(self._model, physical_batch_size=settings.training.physical_batch_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,12 @@ from fedvit.vit.trainable import load_weights
 from fedvit.vit.vision import VisionModel
 
 _CHECKED_EXAMPLES = 2
+
+
+class Features(Protocol):
+    """What a body reads, by the indices [B] of records; a tensor [N, ...] is one."""
+
+    def __getitem__(self, index: Tensor, /) -> Tensor: ...
 
 
 class LocalTrainer:
@@ -79,14 +87,17 @@ class LocalTrainer:
             noise_for_step=lambda step: _stream(secret, "noise", release, step),
         )
 
-    def _step(self, optimizer: SecretDPOptimizer, features: Tensor, labels: Tensor, drawn: Tensor) -> None:
+    def _step(self, optimizer: SecretDPOptimizer, features: Features, labels: Tensor, drawn: Tensor) -> None:
         # split() of nothing is one empty part: an empty draw takes the same road to its noise.
         parts = drawn.split(self._physical_batch_size)
         for position, part in enumerate(parts, start=1):
-            self._gradients.clip(features[part], labels[part], optimizer.max_grad_norm)
+            self._clip(features, labels, part, optimizer.max_grad_norm)
             optimizer.signal_skip_step(do_skip=position < len(parts))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+    def _clip(self, features: Features, labels: Tensor, part: Tensor, l2_clip_norm: float) -> None:
+        self._gradients.clip(features[part], labels[part], l2_clip_norm)
 
 
 def check_records(features: Tensor, labels: Tensor, client_id: str) -> None:
@@ -115,4 +126,5 @@ def _stream(secret: bytes, purpose: str, release: str, step: int) -> SecretStrea
 def _public_features(model: VisionModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (_CHECKED_EXAMPLES, model.image_size, model.image_size, 3)
-    return model.features(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return model.features(images.to(next(model.body.parameters()).device))

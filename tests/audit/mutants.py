@@ -16,6 +16,7 @@ class Mutant:
 
 
 RECORDS, CLIENTS, NOISE = "neighbouring records", "neighbouring clients", "fresh noise"
+RANKS = "ranks"
 SAMPLING, CHARGING, STEP, ROUND = "Poisson sampling", "charging", "released step", "released round"
 _FACTORS = "return torch.where(finite, (l2_clip_norm / (norms + _NORM_MARGIN)).clamp(max=1.0), 0.0)"
 _SUMS = "return tape.weighted_sums(self.factors(tape.norms(), l2_clip_norm), last=True)"
@@ -208,7 +209,32 @@ MUTANTS = (
         RECORDS,
         (("with torch.autocast(features.device.type, enabled=False):", "if True:"),),
     ),
+    Mutant("equal seeds on ranks", "training/ranks.py", RANKS, ((', "block": block}', "}"),)),
+    Mutant(
+        "every rank on all records",
+        "training/ranks.py",
+        RANKS,
+        (("return drawn[self.index :: self.count]", "return drawn"),),
+    ),
+    Mutant(
+        "ranks without a record stay away",
+        "training/ranks.py",
+        RANKS,
+        (("        super()._step(", "        if len(self._ranks.own(drawn)):\n            super()._step("),),
+    ),
+    Mutant(
+        "ranks that all divide the noise",
+        "training/ranks.py",
+        RANKS,
+        ((".normal(len(own), dtype)", ".normal(len(own), dtype) / self._ranks.count"),),
+    ),
+    Mutant(
+        "blocks of noise that no rank adds",
+        "training/ranks.py",
+        RANKS,
+        (("blocks[self._ranks.index :: self._ranks.count]", "blocks[self._ranks.index :: 2 * self._ranks.count]"),),
+    ),
 )
-NOT_YET = {"equal seeds on ranks": "a client trains on one rank only; belongs to data-parallel training (issue 8)"}
+NOT_YET: dict[str, str] = {}
 QUICK = ("every step the same noise",)
 """A sample that takes seconds, for every test run."""

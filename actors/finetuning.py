@@ -1,0 +1,105 @@
+"""``fedvit finetune`` from beginning to end: what can be wrong is said first, then Ray, ledger and ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import ray
+
+from actors.handles import AccountantHandle
+from actors.spawn import connect, spawn_accountant
+from actors.trainer import absolute_paths, run_ranks
+from fedvit.config import Settings
+from fedvit.data.sources import ImageSource, open_source
+from fedvit.errors import StateError
+from fedvit.ports import FinetuneReport
+from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+from fedvit.store.locks import system_lock
+from fedvit.store.store import Store
+from fedvit.training.finetune import Outcome, Plan, plan_of, with_noise
+from fedvit.training.positions import unpack
+from fedvit.vit.models import build_model
+from fedvit.vit.trainable import trainable_weights
+from fedvit.wire.tensors import encode_weights
+
+WEIGHTS = "weights.safetensors"
+
+
+def finetune(settings: Settings, on_step: Callable[[str], None]) -> FinetuneReport:
+    """See :class:`fedvit.ports.SystemPort`. The ledger is the state folder's, and everybody on it is charged.
+
+    Raises:
+        StateError: a system runs on the state folder, or the folder belongs to other data.
+        ConfigError, DataError, ModelError, PlacementError: see :func:`fedvit.training.finetune.plan_of` and
+            :func:`actors.trainer.run_ranks`.
+    """
+    started_s = time.monotonic()
+    on_step("Checking the data, the model and the state")
+    settings = with_noise(absolute_paths(settings))
+    source = open_source(settings.data)
+    model = build_model(settings.model, len(source.classes), settings.data.image_size)
+    plan = plan_of(settings, source, trainable_weights(model))
+    with ExitStack() as stack:
+        stack.enter_context(system_lock(settings.home))
+        _check_folder(settings.home, plan, source)
+        on_step("Starting Ray")
+        stack.callback(ray.shutdown)
+        connect(settings, {"RAY_USAGE_STATS_ENABLED": "0"})
+        accountant = spawn_accountant(settings)
+        on_step(f"Training {plan.job} on {settings.finetune.ranks} ranks")
+        outcome, files = run_ranks(settings, plan.job)
+        spent = AccountantHandle(accountant).budget().epsilon_spent
+    weights = _write_weights(settings.home / "finetune" / plan.job, files, plan.digest)
+    return _report(settings, plan, outcome, spent, weights, time.monotonic() - started_s)
+
+
+def _check_folder(home: Path, plan: Plan, source: ImageSource) -> None:
+    with Store.open(home) as store:
+        bound = store.fleet()
+    if bound is not None and bound.data_digest != plan.task.data_digest:
+        raise StateError(
+            f"The state folder {home} belongs to data {bound.data_digest[:12]}, and {source.name} is "
+            f"{plan.task.data_digest[:12]}.",
+            cure="Name another folder with --home: a ledger is about one data set.",
+        )
+
+
+def _write_weights(folder: Path, files: Mapping[str, bytes], digest: str) -> Path | None:
+    if not files:
+        return None
+    _, weights, _ = unpack(files, digest)
+    draft = folder / f".{WEIGHTS}"
+    draft.write_bytes(encode_weights(weights))
+    os.replace(draft, folder / WEIGHTS)
+    return folder / WEIGHTS
+
+
+def _report(
+    settings: Settings, plan: Plan, outcome: Outcome, spent: float, weights: Path | None, seconds: float
+) -> FinetuneReport:
+    shown = outcome.evaluation
+    assert shown is not None, "rank 0 evaluates"
+    event = PoissonGaussian(plan.task.noise_multiplier, plan.task.sampling_prob)
+    delta = settings.privacy.target_delta
+    return FinetuneReport(
+        job=plan.job,
+        steps=outcome.steps,
+        steps_total=settings.finetune.steps,
+        ranks=outcome.ranks,
+        device=outcome.device,
+        images_per_s=outcome.images_per_s,
+        accuracy=shown.accuracy,
+        loss=shown.loss,
+        recall_by_class=shown.recall_by_class,
+        noise_multiplier=plan.task.noise_multiplier,
+        epsilon=epsilon_pld({event: outcome.steps}, delta),
+        epsilon_spent=spent,
+        target_delta=delta,
+        seconds=seconds,
+        weights=None if weights is None else str(weights),
+        stopped=None if outcome.error is None else str(outcome.error),
+    )

@@ -1,0 +1,92 @@
+"""A silo: a client with several processors of its own, behind the same port as any other.
+
+Its share of a round is a Ray Train job: the very step of ``fedvit finetune``, from the round's weights. Its data go to
+the ranks through the object store, once a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from actors.trainer import absolute_paths, fit_ranks, rank_device
+from fedvit.aggregation.rule import Drift
+from fedvit.config import Settings
+from fedvit.errors import ConfigError
+from fedvit.settings import settings_from_json, settings_to_json
+from fedvit.training.host import VirtualClientHost
+from fedvit.training.local import check_records
+from fedvit.types import FloatArray, TrainTask, Weights
+
+
+class SiloHost(VirtualClientHost):
+    """Implements :class:`fedvit.ports.ClientHostPort`: each client's local steps are taken by ``training.ranks``."""
+
+    def _trainer_of(self, settings: Settings) -> SiloTrainer:
+        return SiloTrainer(settings)
+
+
+class SiloTrainer:
+    """Takes the place of :class:`fedvit.training.local.LocalTrainer`.
+
+    Args:
+        settings: ``finetune`` says where ranks run and what each is given.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        ranks = {"ranks": settings.training.ranks, "min_ranks": None}
+        self._settings = absolute_paths(settings).model_copy(
+            update={"finetune": settings.finetune.model_copy(update=ranks)}
+        )
+
+    def lead(self, drift: Drift | None, learning_rate: float) -> None:
+        """Raises ConfigError where there is something to lead."""
+        if drift is not None:
+            raise ConfigError(
+                f"training.aggregation {self._settings.training.aggregation!r} leads the local steps, and those of "
+                "several ranks cannot be led.",
+                cure="Use a rule without a client half, or training.ranks 1.",
+            )
+
+    def train(
+        self, task: TrainTask, base: Weights, features: Tensor, labels: Tensor, secret: bytes, client_id: str
+    ) -> Mapping[str, FloatArray]:
+        """See :meth:`fedvit.training.local.LocalTrainer.train`.
+
+        Raises:
+            DataError: there are no records, or labels and features disagree in number.
+            PlacementError: there is no room for a rank; it is named.
+            FedvitError: ranks failed more often than the settings admit.
+        """
+        check_records(features, labels, client_id)
+        records = ray.put((dict(base), features.numpy(), labels.numpy(), secret))
+        config = {"settings": settings_to_json(self._settings), "task": task, "client": client_id, "records": [records]}
+        job = f"{client_id}-{task.run_id}-{task.round_index}-{task.base_digest[:8]}"
+        delta: Mapping[str, FloatArray] = fit_ranks(run_silo_rank, config, self._settings, job, "silo").return_value
+        return delta
+
+
+def run_silo_rank(config: Mapping[str, Any]) -> Mapping[str, FloatArray]:
+    """What each rank of a round does: all give the same answer, and rank 0's is taken."""
+    from fedvit.data.sources import open_source
+    from fedvit.training.ranks import RankedTrainer, Ranks
+    from fedvit.vit.models import build_model
+
+    settings = settings_from_json(config["settings"])
+    torch.set_num_threads(settings.finetune.threads_per_rank)
+    device = rank_device(settings)
+    base, features, labels, secret = ray.get(config["records"][0])
+    classes = len(open_source(settings.data).classes)
+    trainer = RankedTrainer(
+        build_model(settings.model, classes, settings.data.image_size).to(device),
+        Ranks.here(device),
+        physical_batch_size=settings.training.physical_batch_size,
+        bfloat16=settings.finetune.precision == "bfloat16",
+    )
+    # Copies: what comes from the object store is read-only.
+    records = torch.from_numpy(features.copy()), torch.from_numpy(labels.copy())
+    return trainer.train(config["task"], base, *records, secret, config["client"])

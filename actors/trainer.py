@@ -1,0 +1,190 @@
+"""Fine-tuning as a Ray Train job: a controller that restarts ranks, ranks that meet over gloo or NCCL.
+
+Neither Ray Train's ``prepare_model`` nor its ``prepare_data_loader`` is used: the first wraps a model whose gradients
+are summed here already, the second puts batches of a fixed size in the place of a Poisson sample.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import train
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import LoggingConfig
+
+from actors.handles import AccountantHandle
+from actors.spawn import namespace_of
+from fedvit.config import FinetuneConfig, Settings
+from fedvit.errors import FedvitError, InterruptedRunError, PlacementError
+from fedvit.settings import settings_from_json, settings_to_json
+
+# A rank that is killed breaks its connections, which the others see at once; this is for one that hangs.
+_COLLECTIVE_TIMEOUT_S = 600
+
+
+def rank_name(index: int) -> str:
+    """A rank as messages call it."""
+    return f"fedvit-rank-{index}"
+
+
+def run_ranks(settings: Settings, job: str) -> tuple[Any, dict[str, bytes]]:
+    """Train on as many ranks as the settings say, from the job's last checkpoint if it has one.
+
+    Args:
+        settings: complete, with absolute paths; every node has to see the state folder and the data set under them.
+        job: names the folder of the job's checkpoints, in ``finetune`` of the state folder.
+
+    Returns:
+        What rank 0 found (:class:`fedvit.training.finetune.Outcome`), and the last checkpoint's files.
+
+    Raises:
+        PlacementError: there is no room for a rank; it is named.
+        InterruptedRunError: the user ended it.
+        FedvitError: ranks failed more often than the settings admit; or what a rank raised.
+    """
+    config = {"settings": settings_to_json(settings)}
+    result = fit_ranks(run_rank, config, settings, job, "finetune")
+    if result.return_value is None:
+        raise InterruptedRunError(
+            f"{job} was interrupted.", cure="What was kept stays: the same command goes on from there."
+        )
+    return result.return_value, files_of(result.checkpoint) if result.checkpoint else {}
+
+
+def fit_ranks(
+    loop: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any], settings: Settings, job: str, folder: str
+) -> Any:
+    """Run ``loop(arguments)`` on every rank, over again from the last checkpoint where one is lost; rank 0's result.
+
+    Args:
+        folder: of the state folder, for what Ray Train keeps of the job.
+
+    Raises:
+        PlacementError, FedvitError: see :func:`run_ranks`.
+    """
+    config = settings.finetune
+    ranks = check_room(config)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.start_timeout_s)
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=dict(arguments),
+        torch_config=TorchConfig(
+            backend="nccl" if config.device == "cuda" else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
+        ),
+        scaling_config=_scaling(config, ranks),
+        run_config=train.RunConfig(
+            name=job,
+            storage_path=str(settings.home / folder),
+            failure_config=train.FailureConfig(
+                max_failures=config.max_failures, controller_failure_limit=config.max_failures
+            ),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        return trainer.fit()
+    except train.TrainingFailedError as error:
+        raise _explained(error, job) from None
+
+
+def run_rank(config: Mapping[str, Any]) -> Any:
+    """What each rank does, from its start to its end."""
+    import torch
+
+    from fedvit.training.finetune import Finetuning
+    from fedvit.training.ranks import Ranks
+
+    settings = settings_from_json(config["settings"])
+    torch.set_num_threads(settings.finetune.threads_per_rank)
+    device = rank_device(settings)
+    accountant = AccountantHandle.connect(namespace_of(settings.home))
+    job = Finetuning(settings, Ranks.here(device), charge=accountant.charge, keep=_keep)
+    checkpoint = train.get_checkpoint()
+    return job.run(files_of(checkpoint) if checkpoint else None)
+
+
+def absolute_paths(settings: Settings) -> Settings:
+    """The settings with paths that mean the same in a rank, which works in a folder of its own."""
+
+    def absolute(path: Path | None) -> Path | None:
+        return None if path is None else path.absolute()
+
+    data = settings.data.model_copy(update={"path": absolute(settings.data.path)})
+    model = settings.model.model_copy(update={"checkpoint": absolute(settings.model.checkpoint)})
+    return settings.model_copy(update={"home": settings.home.absolute(), "data": data, "model": model})
+
+
+def rank_device(settings: Settings) -> Any:
+    """The device that Ray Train gave this rank."""
+    import torch
+
+    return train.torch.get_device() if settings.finetune.device == "cuda" else torch.device("cpu")
+
+
+def files_of(checkpoint: train.Checkpoint) -> dict[str, bytes]:
+    """A checkpoint's files by name."""
+    with checkpoint.as_directory() as folder:
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+def _keep(step: int, files: Mapping[str, bytes]) -> None:
+    """Hand a checkpoint to Ray Train, which returns once it is stored; every rank has to call."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(folder) if files else None)
+
+
+def _scaling(config: FinetuneConfig, ranks: int) -> train.ScalingConfig:
+    # No more than there is room for now: Ray Train counts a node's CPUs, blind to who else has some of them, and would
+    # wait for a place that never comes.
+    elastic = config.min_ranks is not None and config.min_ranks < ranks
+    return train.ScalingConfig(
+        num_workers=(config.min_ranks, ranks) if elastic else ranks,
+        use_gpu=config.device == "cuda",
+        resources_per_worker=_resources(config),
+    )
+
+
+def _resources(config: FinetuneConfig) -> dict[str, float]:
+    return {"CPU": config.cpus_per_rank, **({"GPU": 1.0} if config.device == "cuda" else {})}
+
+
+def check_room(config: FinetuneConfig) -> int:
+    """Say at once which rank will never be placed, instead of waiting for it; return how many can be.
+
+    Raises:
+        PlacementError: the ranks that a job needs ask for more than the cluster has free.
+    """
+    free, needed = ray.available_resources(), config.min_ranks or config.ranks
+    placed = config.ranks
+    for kind, share in _resources(config).items():
+        room = int(free.get(kind, 0.0) / share + 1e-9)
+        if room < needed:
+            names = ", ".join(rank_name(index) for index in range(room, needed))
+            raise PlacementError(
+                f"Ray has no room for {names}: each asks for {share:g} {kind}, and {free.get(kind, 0.0):g} are free.",
+                cure="Lower finetune.ranks or finetune.cpus_per_rank, or add nodes.",
+            )
+        placed = min(placed, room)
+    return placed
+
+
+def _explained(error: train.TrainingFailedError, job: str) -> FedvitError:
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, FedvitError):
+            return cause
+    reason = getattr(error, "controller_failure", None) or next(iter(failures.values()), error)
+    lines = str(reason).strip().splitlines() or [type(reason).__name__]
+    return PlacementError(
+        f"The ranks of {job} failed: {lines[-1]}",
+        cure="What was kept stays: the same command goes on from there. See `ray list actors` and the Ray dashboard.",
+    )

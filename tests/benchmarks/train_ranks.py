@@ -1,0 +1,86 @@
+"""One rank, over gloo: times of ordinary and private steps of the same model on the same batch, dealt out.
+
+Started by train_scaling.py, once for each number of ranks; the two kinds of step take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import distributed
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from fedvit.training.ranks import RankedTrainer, Ranks
+from fedvit.types import TrainTask
+from fedvit.vit.layers import Normalise
+from fedvit.vit.vision import VisionModel
+from tests.benchmarks.dp_variants import CLASSES, CLIP, LEARNING_RATE, SIGMA, Size
+
+SIZE = Size()
+_SECRET, _RELEASE = bytes(32), "benchmark"
+Step = Callable[[], None]
+
+
+def ordinary(ranks: Ranks) -> Step:
+    """The non-private twin as one would write it: DistributedDataParallel, which sums while it differentiates."""
+    model, (images, labels) = SIZE.model("all"), SIZE.data()
+    body = DistributedDataParallel(model.body) if ranks.count > 1 else model.body
+    optimizer = torch.optim.SGD(body.parameters(), lr=LEARNING_RATE)
+    own = ranks.own(torch.arange(SIZE.batch))
+
+    def step() -> None:
+        # In the same physical batches, with one all-reduce a step.
+        parts = own.split(SIZE.physical_batch)
+        for position, part in enumerate(parts, start=1):
+            if ranks.count > 1:
+                body.require_backward_grad_sync = position == len(parts)  # type: ignore[assignment]
+            loss = functional.cross_entropy(body(images[part]), labels[part], reduction="sum") / len(own)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def private(ranks: Ranks) -> Step:
+    """A step of ``fedvit finetune``."""
+    body, (images, labels) = SIZE.model("all").body, SIZE.data()
+    model = VisionModel(Normalise([0.5] * 3, [0.5] * 3), body, SIZE.image, CLASSES)
+    trainer = RankedTrainer(model, ranks, physical_batch_size=SIZE.physical_batch)
+    task = TrainTask("benchmark", 0, "", "", SIGMA, 1.0, CLIP, 1, LEARNING_RATE)
+    optimizer = trainer.optimizer(task, SIZE.batch, _SECRET, _RELEASE)
+    drawn = torch.arange(SIZE.batch)
+    return lambda: trainer.step(optimizer, images, labels, drawn)
+
+
+def main(index: int, count: int, port: int, turns: int) -> None:
+    """Print the seconds of each step, by kind; on rank 0."""
+    torch.set_num_threads(1)
+    if count > 1:
+        distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=index, world_size=count)
+    ranks = Ranks.here()
+    steps = {"ordinary": ordinary(ranks), "private": private(ranks)}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + 1):
+        # There and back, so that neither always follows the other.
+        for name in list(steps)[:: 1 if turn % 2 else -1]:
+            ranks.any(False)
+            started_s = time.perf_counter()
+            steps[name]()
+            # The slowest rank is when a step is over.
+            ranks.any(False)
+            if turn:
+                seconds[name].append(time.perf_counter() - started_s)
+    if index == 0:
+        print(json.dumps(seconds))
+    if count > 1:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,77 @@
+"""A silo behind a client proxy: two ranks of a Ray Train job give the answer that one would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors.client_proxy import ClientProxy
+from actors.handles import fetch
+from actors.spawn import _spawn, connect
+from fedvit.config import Settings
+from fedvit.settings import load_settings, settings_to_json
+from fedvit.training.host import Trainer, VirtualClientHost
+from fedvit.training.ranks import RankedTrainer, Ranks
+from fedvit.training.server import ServerModel
+from fedvit.types import FloatArray, PartialUpdate, TrainTask
+from fedvit.wire.tensors import weights_digest
+
+pytestmark = pytest.mark.ray
+
+CLIENT, TIMEOUT_S = "vehicle-00", 240.0
+
+
+class _Unled(RankedTrainer):
+    def lead(self, drift: object, learning_rate: float) -> None:
+        assert drift is None
+
+
+class OneRank(VirtualClientHost):
+    """The silo's host on a single rank, without Ray."""
+
+    def _trainer_of(self, settings: Settings) -> Trainer:
+        return _Unled(self._model, Ranks(), physical_batch_size=settings.training.physical_batch_size)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Iterator[Settings]:
+    """Of a run with two silos, on a Ray of its own."""
+    overrides: dict[str, Any] = {
+        "home": tmp_path / "var",
+        "data": {"partition": {"clients": 2, "scheme": "iid"}},
+        "model": {"hybrid": {"width": 32}},
+        "training": {"ranks": 2, "local_steps": 2},
+        "ray": {"dashboard": False},
+    }
+    found = load_settings(environ={}, overrides=overrides)
+    connect(found, {})
+    yield found
+    ray.shutdown()
+
+
+def flat(sums: Mapping[str, Any]) -> FloatArray:
+    return np.concatenate([np.asarray(sums[name]).ravel() for name in sorted(sums)])
+
+
+def test_two_ranks_behind_a_proxy_give_the_answer_of_one(settings: Settings) -> None:
+    base = ServerModel(settings).initial_weights()
+    task = TrainTask("run-0001", 1, weights_digest(base), "data", 1.0, 0.1, 1.0, 2, 0.1)
+    proxy = _spawn(ClientProxy, "silo-proxy", settings, settings_to_json(settings))
+    answer: PartialUpdate = fetch(proxy.train.remote(task, base, [CLIENT]), TIMEOUT_S)
+    assert [outcome.error for outcome in answer.outcomes] == [None]
+    torch.set_num_threads(1)
+    alone = OneRank(settings).train(task, base, [CLIENT])
+    assert answer.total_weight == alone.total_weight
+    found, truth = flat(answer.weighted_sum), flat(alone.weighted_sum)
+    assert np.linalg.norm(found - truth) / np.linalg.norm(truth) < 1e-5
+    # No room: the client's answer names the rank.
+    cramped = settings.model_copy(update={"finetune": settings.finetune.model_copy(update={"cpus_per_rank": 64.0})})
+    other = _spawn(ClientProxy, "cramped-proxy", settings, settings_to_json(cramped))
+    (outcome,) = fetch(other.train.remote(task, base, [CLIENT]), TIMEOUT_S).outcomes
+    assert "no room for fedvit-rank-0" in str(outcome.error)
