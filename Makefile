@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
-	bench-rounds bench-peers bench-async bench-robust health-check emergency-backup diagnostics logs monitoring
+	bench-rounds bench-peers bench-async bench-robust health-check emergency-backup diagnostics logs monitoring monitoring-day
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -76,6 +76,9 @@ bench: bench-edge bench-control bench-dp  ## Run every benchmark; figures go to 
 bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real images
 	$(BIN)/python -m tests.benchmarks.edge_latency
 
+monitoring-day: setup  ## 24 h of operation in fast-forward: what the exporters hold while 10,000 clients come and go
+	MONITORING_DAY=full $(BIN)/python -m pytest tests/unit/test_monitoring_day.py -s $(ARGS)
+
 drill: setup  ## Run every command of docs/runbook.md against a real system on the real ports
 	$(BIN)/python -m pytest tests/drills $(ARGS)
 
@@ -123,9 +126,6 @@ diagnostics: setup  ## Runbook: versions, machine, state and logs, for somebody 
 logs: setup  ## Runbook: show all logs (ARGS=-f follows them)
 	@$(BIN)/fedvit logs $(ARGS)
 
-# What it gathers goes into the state folder; the rules say when to wake somebody.
-monitoring:  ## Runbook: Prometheus on http://localhost:9090 with the alerts, until Ctrl-C
-	@command -v prometheus >/dev/null || { echo "Prometheus is missing: apt-get install prometheus" >&2; exit 2; }
-	@mkdir -p $(HOME_DIR)/monitoring
-	exec prometheus --config.file=cluster_configs/monitoring/prometheus.yml \
-		--web.listen-address=127.0.0.1:9090 --storage.tsdb.path=$(HOME_DIR)/monitoring $(ARGS)
+# What they gather goes into the state folder. MONITORING_FACTOR=12 is for drills: the same rules, so much faster.
+monitoring: setup  ## Runbook: Prometheus on http://localhost:9090 and Alertmanager on :9093 with the alerts, until Ctrl-C
+	@exec $(BIN)/fedvit monitoring run $(ARGS)

@@ -82,7 +82,7 @@ class ServingProcess:
         self._stats = RequestStats(self._registry, count_answers=options.count_answers)
         self._meter = ProcessMeter()
         self._cache = client.folder
-        self.service = ModelService(client, options.threads, on_swap=self._stats.retired)
+        self.service = ModelService(client, options.threads, on_swap=self._stats.serves)
         # Of its own, so that health answers however many images wait.
         self._pool = ThreadPoolExecutor(options.workers, thread_name_prefix="infer")
         self._in_flight = 0
@@ -118,7 +118,7 @@ class ServingProcess:
 
     async def _infer(self, request: Request) -> Response:
         try:
-            prediction = await self._predict(request)
+            sequence, prediction = await self._predict(request)
         except ClientDisconnect:
             self._stats.failed("rejected")
             return Response(status_code=400)
@@ -128,21 +128,27 @@ class ServingProcess:
         except Exception:
             self._stats.failed("failed")
             raise
-        self._stats.succeeded(prediction.model_version, prediction.duration_s, prediction.class_index)
+        self._stats.succeeded(sequence, prediction.duration_s, prediction.class_index)
         return JSONResponse(dataclasses.asdict(prediction))
 
-    async def _predict(self, request: Request) -> Prediction:
+    async def _predict(self, request: Request) -> tuple[int, Prediction]:
+        """The number of the release that answered, and its answer."""
         engine = self.service.engine
         if self._in_flight >= self.options.max_in_flight:
             raise OverloadedError(
                 f"{self._in_flight} requests are waiting already; no more are taken.", cure="Ask again later."
             )
-        self._in_flight += 1
+        self._count_in_flight(1)
         try:
             content = await _read_body(request)
-            return await asyncio.get_running_loop().run_in_executor(self._pool, engine.infer, content)
+            prediction = await asyncio.get_running_loop().run_in_executor(self._pool, engine.infer, content)
+            return engine.manifest.sequence, prediction
         finally:
-            self._in_flight -= 1
+            self._count_in_flight(-1)
+
+    def _count_in_flight(self, change: int) -> None:
+        self._in_flight += change
+        self._stats.waiting(self._in_flight)
 
     async def _health(self, _: Request) -> Response:
         manifest = self.service.engine.manifest

@@ -12,6 +12,7 @@ from edge_runtime.engine import InferenceEngine
 from fedvit.errors import FedvitError
 from fedvit.registry.client import LoadedRelease, ReleaseClient
 from fedvit.types import utc_now
+from fedvit.wire.manifest import ReleaseManifest
 
 _LOG = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 2.0
@@ -38,11 +39,11 @@ class ModelService:
     Args:
         client: where verified releases come from.
         threads: how many threads work on one image.
-        on_swap: told the version that was retired and the one that took over.
+        on_swap: told the release that is about to serve.
     """
 
     def __init__(
-        self, client: ReleaseClient, threads: int = 1, on_swap: Callable[[str, str], None] | None = None
+        self, client: ReleaseClient, threads: int = 1, on_swap: Callable[[ReleaseManifest], None] | None = None
     ) -> None:
         self._client = client
         self._threads = threads
@@ -136,9 +137,9 @@ class ModelService:
             _LOG.warning("%s", error)
             self._load_error = str(error)
             return False
-        old, self._engine = self._engine, engine
+        if self._on_swap is not None:
+            self._on_swap(engine.manifest)
+        self._engine = engine
         self._load_error = None
         _LOG.info("serving %s (%s)", engine.manifest.version, engine.manifest.variant)
-        if old is not None and self._on_swap is not None and old.manifest.version != engine.manifest.version:
-            self._on_swap(old.manifest.version, engine.manifest.version)
         return True

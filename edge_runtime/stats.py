@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from fedvit.monitoring.metrics import drop_version, inference_duration, inference_requests, predictions
+from fedvit.monitoring.metrics import counter, gauge
+from fedvit.monitoring.releases import ReleaseMetrics
+from fedvit.wire.manifest import ReleaseManifest
 
 WINDOW = 1000
 _MIN_CPU_SPAN_S = 0.2
@@ -25,19 +27,25 @@ class RequestStats:
     """
 
     def __init__(self, registry: CollectorRegistry, *, count_answers: bool = False) -> None:
-        self._answers = predictions(registry) if count_answers else None
-        self._durations = inference_duration(registry)
-        self._requests = inference_requests(registry)
+        self._release = ReleaseMetrics(registry, count_answers=count_answers)
+        self._requests = counter("inference_requests_total", registry)
+        self._waiting = gauge("queue_depth", registry).labels("images")
         self._lock = threading.Lock()
         self._window_s: deque[float] = deque(maxlen=WINDOW)
         self.requests_total = 0
         self.errors_total = 0
 
-    def succeeded(self, model_version: str, duration_s: float, class_index: int) -> None:
-        """Count one answered request."""
-        if self._answers is not None:
-            self._answers.labels(model_version, str(class_index)).inc()
-        self._durations.labels(model_version).observe(duration_s)
+    def serves(self, manifest: ReleaseManifest) -> None:
+        """Export what concerns this release from now on, and of no other."""
+        self._release.serve(manifest.version, manifest.sequence)
+
+    def waiting(self, images: int) -> None:
+        """Say how many images are waited for."""
+        self._waiting.set(images)
+
+    def succeeded(self, sequence: int, duration_s: float, class_index: int) -> None:
+        """Count one request that was answered by the release with that number."""
+        self._release.answered(sequence, duration_s, class_index)
         self._requests.labels("ok").inc()
         with self._lock:
             self.requests_total += 1
@@ -49,10 +57,6 @@ class RequestStats:
         with self._lock:
             self.requests_total += 1
             self.errors_total += 1
-
-    def retired(self, model_version: str, _successor: str) -> None:
-        """Stop exporting a version that no longer serves."""
-        drop_version(self._durations, model_version)
 
     def latency_ms(self) -> dict[str, float | None]:
         """Percentiles of the last ``WINDOW`` answered requests, milliseconds; None before the first."""

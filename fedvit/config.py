@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fedvit.types import Encoding, Variant
+from fedvit.types import NEVER_AUTOMATIC, Encoding, RemediationAction, Variant
 
 LEAST_NOISE_MULTIPLIER = 0.3
 """Less noise than this protects nothing worth the name, and the accountants have no reliable answer for it."""
@@ -293,7 +293,8 @@ class FleetConfig(_Section):
     A remote client or a depot is connected while its last sign of life is younger than ``heartbeat_timeout_s``.
     ``mailbox_url`` is where vehicles that cannot reach the API leave messages: a path or an fsspec URL, by default the
     folder ``mailbox`` in ``home``. Every ``look_every_s`` the fleet is counted and, if enabled, the mailbox emptied.
-    A remote client that trains asks for its next task every ``task_interval_s``.
+    A remote client that trains asks for its next task every ``task_interval_s``. With ``scrape_vehicles`` Prometheus
+    also asks those that registered with the capability ``metrics``, a host:port: whoever registers chooses it.
     """
 
     heartbeat_interval_s: PositiveFloat = 60.0
@@ -301,12 +302,42 @@ class FleetConfig(_Section):
     mailbox_url: str | None = None
     look_every_s: PositiveFloat = 5.0
     task_interval_s: PositiveFloat = 5.0
+    scrape_vehicles: bool = False
 
     @model_validator(mode="after")
     def _timeout_spans_an_interval(self) -> FleetConfig:
         if self.heartbeat_timeout_s <= self.heartbeat_interval_s:
             raise ValueError("heartbeat_timeout_s must be above heartbeat_interval_s")
         return self
+
+
+class IncidentsConfig(_Section):
+    """The incident log. An alert that fires again within ``reopen_within_s`` of its incident's end reopens that one."""
+
+    reopen_within_s: PositiveFloat = 3600.0
+
+
+class RemediationConfig(_Section):
+    """What the runbook does about an alert and the system may do by itself; see docs/incidents.md.
+
+    Each action of ``allow`` runs at most once in ``cooldown_s``, all together ``max_actions_per_hour`` times an hour,
+    and none may leave more than ``max_client_share`` of the active clients out.
+    """
+
+    allow: tuple[RemediationAction, ...] = ()
+    cooldown_s: PositiveFloat = 900.0
+    max_actions_per_hour: PositiveInt = 4
+    max_client_share: Probability = 0.1
+
+    @field_validator("allow", mode="before")
+    @classmethod
+    def _may_be_automatic(cls, given: Any) -> Any:
+        for name in given if isinstance(given, list | tuple) else ():
+            if name in NEVER_AUTOMATIC:
+                raise ValueError(f"{name!r} is never automatic: only a person may decide that")
+            if name not in list(RemediationAction):
+                raise ValueError(f"{str(name)[:100]!r} is no action; there are {', '.join(RemediationAction)}")
+        return given
 
 
 class OidcConfig(_Section):
@@ -447,6 +478,8 @@ class Settings(_Section):
     access: AccessConfig = AccessConfig()
     edge: EdgeConfig = EdgeConfig()
     fleet: FleetConfig = FleetConfig()
+    incidents: IncidentsConfig = IncidentsConfig()
+    remediation: RemediationConfig = RemediationConfig()
     ray: RayConfig = RayConfig()
     simulation: SimulationConfig = SimulationConfig()
 

@@ -69,6 +69,33 @@ class Variant(StrEnum):
     EDGE_OPTIMIZED_FP32 = "edge_optimized_fp32"
 
 
+class Severity(StrEnum):
+    """How bad an incident is, and how soon somebody must look: the runbook's levels, the worst first."""
+
+    P0 = "P0"
+    P1 = "P1"
+    P2 = "P2"
+    P3 = "P3"
+
+
+class RemediationAction(StrEnum):
+    """What may be done about an alert without a person, where ``remediation.allow`` names it."""
+
+    RESTART_VALIDATED_ONLY = "restart_validated_only"
+    FULL_RETRAIN = "full_retrain"
+    REMOVE_CLIENT = "remove_client"
+    STOP_TRAINING = "stop_training"
+    OPTIMIZE_EDGE = "optimize_edge"
+    SWITCH_TO_EDGE_OPTIMIZED = "switch_to_edge_optimized"
+    ASYNCHRONOUS_MODE = "asynchronous_mode"
+    FEWER_CLIENTS = "fewer_clients"
+    ENABLE_BACKUP_CHANNEL = "enable_backup_channel"
+
+
+NEVER_AUTOMATIC = ("privacy_reset", "privacy_breach")
+"""What the runbook does about alerts, too, and what only a person may do."""
+
+
 class Encoding(StrEnum):
     """The forms in which an update may travel; see :mod:`fedvit.wire.encoding`."""
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 from fedvit.access.exposure import check_exposure
 from fedvit.access.identity import Scope
 from fedvit.config import Settings
-from fedvit.errors import PlacementError, PortInUseError
+from fedvit.errors import PlacementError
+from fedvit.monitoring.targets import EDGES, RAY, SERVER, Target, link_targets, write_targets
+from fedvit.operations.children import check_port_free, end_child, end_with_parent, why_taken
+from fedvit.operations.watching import server_target
 from fedvit.ports import AggregatorPort, SystemUrls
 from fedvit.store.locks import system_lock
-from fedvit.types import utc_now
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EDGE_STOP_S = 10.0
 FOLLOWER = "followers of this system"
 TRAINING_STOP_S = 30.0
 CLUSTER_STOP_S = 15.0
@@ -43,7 +41,6 @@ PORT_FREE_S = 20.0
 SHUTDOWN_LOOK_S = 30.0
 SHUTDOWN_RETRY_S = 1.0
 ANNOUNCEMENT = Path("run") / "system.json"
-PR_SET_PDEATHSIG = 1
 
 
 class RaySystem:
@@ -88,6 +85,7 @@ class RaySystem:
             actors.await_prepared(self._settings.ray.start_timeout_s)
             on_step("Starting the edge devices")
             edges = tuple(self._start_edge(stack, control, index) for index in range(len(self._settings.edge.ports)))
+            self._tell_prometheus(stack)
             urls = SystemUrls(control, f"{control}/inference", edges, dashboard, self._ca_file())
             stack.enter_context(_announced(self._home, urls))
             if train:
@@ -133,6 +131,7 @@ class RaySystem:
 
     def _start_ray(self, stack: ExitStack) -> str | None:
         import ray
+        from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
         from actors.spawn import connect
 
@@ -145,8 +144,22 @@ class RaySystem:
             stack.callback(_await_free_ports, self._settings)
         connect(self._settings, environment)
         stack.callback(ray.shutdown)
-        url = ray._private.worker.get_dashboard_url() if self._settings.ray.dashboard else None
+        if not self._settings.ray.dashboard:
+            write_targets(self._home, RAY, [])
+            return None
+        session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+        link_targets(self._home, RAY, session / PROMETHEUS_SERVICE_DISCOVERY_FILE)
+        stack.callback(write_targets, self._home, RAY, [])
+        url = ray._private.worker.get_dashboard_url()
         return f"http://{url}" if url else None
+
+    def _tell_prometheus(self, stack: ExitStack) -> None:
+        """Name what is to be scraped; of a graceful end only the server is told to be missing."""
+        edge = self._settings.edge
+        edges = [Target(f"{edge.host}:{port}", {"device": f"edge-{n}"}) for n, port in enumerate(edge.ports, start=1)]
+        write_targets(self._home, SERVER, [server_target(self._settings)])
+        write_targets(self._home, EDGES, edges)
+        stack.callback(write_targets, self._home, EDGES, [])
 
     def _start_actors(self, stack: ExitStack, on_shutdown: Callable[[], None]) -> Actors:
         from actors.spawn import spawn_actors
@@ -237,9 +250,9 @@ class RaySystem:
         with log.open("ab") as output:
             # Its own process group, so that Ctrl-C reaches it through us and in order.
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=output, start_new_session=True, preexec_fn=_end_with_parent
+                command, stdout=subprocess.PIPE, stderr=output, start_new_session=True, preexec_fn=end_with_parent
             )
-        stack.callback(_end_process, process)
+        stack.callback(end_child, process)
         assert process.stdout is not None
         if not process.stdout.readline():
             raise PlacementError(f"{name} ended at its start with status {process.wait()}.", cure=f"See {log}.")
@@ -272,25 +285,12 @@ def follower_token(settings: Settings) -> Iterator[Path | None]:
     if settings.access.mode != "tokens":
         yield None
         return
-    from fedvit.access.tokens import create_token
+    from fedvit.access.tokens import lent_token
     from fedvit.store.store import Store
 
     path = settings.home / "run" / "follower.token"
-    with Store.open(settings.home) as store:
-        for token in store.tokens():
-            # What a system that was killed left behind.
-            if token.name == FOLLOWER and token.revoked_at is None:
-                store.revoke_token(token.token_id, utc_now())
-        made = create_token(store, FOLLOWER, [Scope.DEVICE], now=utc_now())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(made.text)
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
-            store.revoke_token(made.token.token_id, utc_now())
+    with Store.open(settings.home) as store, lent_token(store, FOLLOWER, Scope.DEVICE, path):
+        yield path
 
 
 def _checked_workload(settings: Settings) -> Callable[[], None]:
@@ -323,12 +323,6 @@ def _check_model(settings: Settings, num_classes: int) -> None:
     export_onnx(build_model(settings.model, num_classes, image_size), image_size)
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel to end this child when its parent dies, however it dies (Linux; elsewhere nothing happens)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _within(limit_s: float, stop: Callable[..., object], *arguments: object) -> None:
     """Stop something gracefully, for at most ``limit_s``: a cluster that died under us must not keep us from ending."""
 
@@ -345,15 +339,6 @@ def _within(limit_s: float, stop: Callable[..., object], *arguments: object) -> 
         log.warning("gave up on %s after %g s", getattr(stop, "__name__", stop), limit_s)
 
 
-def _end_process(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(EDGE_STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 def check_ports(settings: Settings, *, joins: bool = False) -> None:
     """Make sure that every port can be listened on.
 
@@ -367,29 +352,14 @@ def check_ports(settings: Settings, *, joins: bool = False) -> None:
     if not joins:
         wanted.insert(0, ("serving.port", settings.serving.host, settings.serving.port))
     for key, host, port in wanted:
-        reason = _why_taken(host, port)
-        if reason:
-            raise PortInUseError(
-                f"Port {port} on {host} cannot be listened on: {reason}.",
-                cure=f"Stop the program that uses it, or set {key} to another port.",
-            )
-
-
-def _why_taken(host: str, port: int) -> str | None:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            return error.strerror
-    return None
+        check_port_free(host, port, key)
 
 
 def _await_free_ports(settings: Settings) -> None:
     serving, edge = settings.serving, settings.edge
     places = [(serving.host, serving.port), *((edge.host, port) for port in edge.ports)]
     deadline_s = time.monotonic() + PORT_FREE_S
-    while any(_why_taken(*place) for place in places) and time.monotonic() < deadline_s:
+    while any(why_taken(*place) for place in places) and time.monotonic() < deadline_s:
         time.sleep(0.05)
 
 

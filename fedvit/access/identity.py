@@ -10,13 +10,14 @@ from fedvit.errors import ConfigError, ForbiddenError
 
 
 class Scope(StrEnum):
-    """What a token may be good for. Admin implies operator implies viewer; the other two stand alone."""
+    """What a token may be good for. Admin implies operator implies viewer; the others stand alone."""
 
     VIEWER = "viewer"
     OPERATOR = "operator"
     ADMIN = "admin"
     EMERGENCY = "emergency"
     DEVICE = "device"
+    ALERTS = "alerts"
 
 
 # Who answers an incident must see what is going on; nothing else is implied by it, nor does an admin stand in for it.
@@ -26,6 +27,7 @@ _IMPLIED: dict[Scope, frozenset[Scope]] = {
     Scope.ADMIN: frozenset({Scope.VIEWER, Scope.OPERATOR, Scope.ADMIN}),
     Scope.EMERGENCY: frozenset({Scope.VIEWER, Scope.EMERGENCY}),
     Scope.DEVICE: frozenset({Scope.DEVICE}),
+    Scope.ALERTS: frozenset({Scope.ALERTS}),
 }
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from fedvit.access.identity import Identity, Scope, parse_scopes
 from fedvit.errors import ConfigError, NotFoundError, UnauthorizedError
 from fedvit.store.store import Store, Token
-from fedvit.types import CLIENT_ID
+from fedvit.types import CLIENT_ID, utc_now
 
 PREFIX = "fvt_"
 _FORM = re.compile(r"fvt_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
@@ -76,6 +79,24 @@ def create_token(
     )
     store.add_token(token)
     return NewToken(token, f"{PREFIX}{token_id}_{secret}")
+
+
+@contextmanager
+def lent_token(store: Store, name: str, scope: Scope, path: Path) -> Iterator[None]:
+    """A token in a file that only its owner reads, good until this ends; one that was left behind is revoked."""
+    for token in store.tokens():
+        if token.name == name and token.revoked_at is None:
+            store.revoke_token(token.token_id, utc_now())
+    made = create_token(store, name, [scope], now=utc_now())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(made.text)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        store.revoke_token(made.token.token_id, utc_now())
 
 
 def verify_token(

@@ -57,6 +57,7 @@ app.add_typer(privacy.app, name="privacy")
 app.add_typer(backup_channel.app, name="backup-channel")
 app.add_typer(emergency.app, name="emergency")
 app.add_typer(operation.app, name="operation")
+app.add_typer(monitoring.app, name="monitoring")
 app.add_typer(token.app, name="token")
 app.add_typer(audit.app, name="audit-log")
 

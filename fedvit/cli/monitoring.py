@@ -1,11 +1,71 @@
-"""``fedvit drift | metrics``: what is watched."""
+"""``fedvit drift | metrics | monitoring``: what is watched, and by whom."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from fedvit.cli.asking import asking
-from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, UrlOption
+from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, UrlOption, explained, settings_from
+
+app = typer.Typer(help="Prometheus and Alertmanager beside the system.", no_args_is_help=True)
+
+
+@app.command()
+def catalogue() -> None:
+    """Print docs/metrics.md: every metric, its labels and what it means."""
+    from fedvit.monitoring.catalogue import markdown
+
+    typer.echo(markdown(), nl=False)
+
+
+@app.command()
+def rules(
+    factor: Annotated[float, typer.Option(help="How many times as fast as in service: for drills.")] = 1.0,
+    table: Annotated[bool, typer.Option(help="Print them as a table of docs/monitoring.md instead.")] = False,
+) -> None:
+    """Print the alert rules of the checkout, for Prometheus."""
+    import yaml
+
+    from fedvit.monitoring.rules import RULES, markdown, read_groups, shortened
+
+    with explained():
+        groups = shortened(read_groups(RULES), factor)
+        typer.echo(markdown(groups) if table else yaml.safe_dump({"groups": groups}, sort_keys=False, width=120))
+
+
+@app.command()
+def dashboards(folder: Annotated[Path, typer.Argument(help="Where Grafana looks for them.")]) -> None:
+    """Write the Grafana dashboards: training, privacy, fleet, edge, serving."""
+    from fedvit.monitoring.dashboards import write_dashboards
+
+    for path in write_dashboards(folder):
+        typer.echo(path)
+
+
+@app.command()
+def run(
+    home: HomeOption = None,
+    config: ConfigOption = None,
+    factor: Annotated[
+        float, typer.Option(help="How many times as fast as in service: for drills.", envvar="MONITORING_FACTOR")
+    ] = 1.0,
+    prometheus_port: Annotated[int, typer.Option(help="Where Prometheus listens, on loopback.")] = 9090,
+    alertmanager_port: Annotated[int, typer.Option(help="Where Alertmanager listens, on loopback.")] = 9093,
+) -> None:
+    """Run Prometheus and Alertmanager with the alerts of the checkout, until Ctrl-C."""
+    from fedvit.cli.supervisor import sigterm_unwinds
+    from fedvit.operations.watching import Watchers, watching
+
+    watchers = Watchers(factor, prometheus_port, alertmanager_port)
+    try:
+        with explained(), sigterm_unwinds(), watching(settings_from(config, home), watchers) as attend:
+            typer.echo(f"Prometheus: http://{watchers.prometheus}\nAlertmanager: http://{watchers.alertmanager}")
+            attend()
+    except KeyboardInterrupt:
+        typer.echo("Stopped.")
 
 
 def drift(

@@ -29,6 +29,18 @@ DOWN_TIMEOUT_S = 60.0
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C, and both end with one sentence."""
+    try:
+        with sigterm_unwinds():
+            yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "Interrupted; everything committed is safe.", cure="The same command continues from there."
+        ) from None
+
+
+@contextlib.contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM is Ctrl-C."""
 
     def interrupt(_: int, __: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
@@ -36,10 +48,6 @@ def interruptible() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        raise InterruptedRunError(
-            "Interrupted; everything committed is safe.", cure="The same command continues from there."
-        ) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
 

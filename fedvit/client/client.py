@@ -12,6 +12,7 @@ import httpx
 from fedvit.client.caller import TIMEOUT_S, Caller
 from fedvit.client.emergency import Emergency
 from fedvit.client.fleet import Clients, Communication, Monitoring
+from fedvit.client.incidents import Incidents
 from fedvit.client.life import Aggregation, Model, Training
 from fedvit.client.operations import Operations
 from fedvit.client.privacy import Privacy
@@ -65,6 +66,7 @@ class FedvitClient:
         self.communication = Communication(self._caller)
         self.monitoring = Monitoring(self._caller)
         self.emergency = Emergency(self._caller)
+        self.incidents = Incidents(self._caller)
         self.operations = Operations(self._caller)
         self.audit = Audit(self._caller)
         self.system = System(self._caller)

@@ -1,4 +1,4 @@
-"""Metric names, and the one place that makes and renders them.
+"""Makes the metrics of the :mod:`~fedvit.monitoring.catalogue`, and renders them.
 
 On the server every actor and replica of a node writes into ``PROMETHEUS_MULTIPROC_DIR`` and any of them renders the
 sum. That variable must be in the environment before ``prometheus_client`` is imported. An edge process does without.
@@ -6,141 +6,74 @@ sum. That variable must be in the environment before ``prometheus_client`` is im
 
 from __future__ import annotations
 
-import contextlib
-import os
+import threading
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+
+from fedvit.monitoring.catalogue import BY_NAME, CATALOGUE, Kind, Metric
+from fedvit.monitoring.node import NodeCollector
 
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
-PREFIX = "fed_vit_autorl_"
-INFERENCE_DURATION = f"{PREFIX}inference_duration_seconds"
-INFERENCE_REQUESTS = f"{PREFIX}inference_requests_total"
-PREDICTIONS = f"{PREFIX}predictions_total"
-TRAINING_LOSS = f"{PREFIX}training_loss"
-TRAINING_ACCURACY = f"{PREFIX}training_accuracy"
-TRAINING_ROUNDS = f"{PREFIX}training_rounds_total"
-ACTIVE_CLIENTS = f"{PREFIX}active_clients"
-CONNECTED_CLIENTS = f"{PREFIX}connected_clients"
-TOTAL_CLIENTS = f"{PREFIX}total_clients"
-HEARTBEATS = f"{PREFIX}heartbeats_total"
-UPDATE_BYTES = f"{PREFIX}update_bytes_total"
-UNAUTHORIZED_REQUESTS = f"{PREFIX}unauthorized_requests_total"
-EPSILON_REMAINING = f"{PREFIX}privacy_epsilon_remaining"
-EPSILON_SPENT = f"{PREFIX}privacy_epsilon_spent"
 
-# Dense around the alert's 100 ms, so that histogram_quantile interpolates little there.
-DURATION_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+_Made = TypeVar("_Made", Counter, Gauge, Histogram)
+# A registry takes a name once; whoever asks for it again gets the same.
+_made: WeakKeyDictionary[CollectorRegistry, dict[str, Any]] = WeakKeyDictionary()
+_lock = threading.RLock()
 
 
-def inference_duration(registry: CollectorRegistry = REGISTRY) -> Histogram:
-    """Seconds from image bytes to prediction, by ``model_version``."""
-    return Histogram(
-        INFERENCE_DURATION,
-        "Seconds from image bytes to prediction.",
-        ["model_version"],
-        buckets=DURATION_BUCKETS_S,
-        registry=registry,
+def counter(name: str, registry: CollectorRegistry | None = REGISTRY) -> Counter:
+    """The counter of the catalogue; all its series are there from the beginning, where their labels are known.
+
+    Raises:
+        ValueError: the catalogue has no counter of that name.
+    """
+    metric = _known(name, "counter")
+
+    def make() -> Counter:
+        made = Counter(metric.full_name, metric.meaning, _label_names(metric), registry=registry)
+        # A series that begins with its first event hides that event from rate().
+        for values in _known_labels(metric):
+            made.labels(*values)
+        return made
+
+    return _once(name, registry, make)
+
+
+def gauge(name: str, registry: CollectorRegistry | None = REGISTRY) -> Gauge:
+    """The gauge of the catalogue. One without labels exports 0 until it is set: ask for it with its first value.
+
+    Raises:
+        ValueError: the catalogue has no gauge of that name.
+    """
+    metric = _known(name, "gauge")
+    labels, mode = _label_names(metric), metric.over_processes
+    return _once(
+        name,
+        registry,
+        lambda: Gauge(metric.full_name, metric.meaning, labels, registry=registry, multiprocess_mode=mode),
     )
 
 
-def inference_requests(registry: CollectorRegistry = REGISTRY) -> Counter:
-    """Inference requests by ``outcome``: ok, rejected (the caller's fault), unavailable or failed."""
-    return Counter(INFERENCE_REQUESTS, "Inference requests by outcome.", ["outcome"], registry=registry)
+def histogram(name: str, registry: CollectorRegistry | None = REGISTRY) -> Histogram:
+    """The histogram of the catalogue.
 
-
-def predictions(registry: CollectorRegistry = REGISTRY) -> Counter:
-    """Answers by ``model_version`` and ``label``, the index of the class.
-
-    For the server's inference replicas alone: what vehicles see, they keep.
+    Raises:
+        ValueError: the catalogue has no histogram of that name.
     """
-    return Counter(PREDICTIONS, "Answers by class index.", ["model_version", "label"], registry=registry)
-
-
-def predictions_by_class(
-    model_version: str, multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY
-) -> dict[int, int]:
-    """How often the replicas of this node answered each class, since the system was started."""
-    source = registry if multiprocess_dir is None else _merged(multiprocess_dir)
-    return {
-        int(sample.labels["label"]): int(sample.value)
-        for family in source.collect()
-        for sample in family.samples
-        if sample.name == PREDICTIONS and sample.labels["model_version"] == model_version
-    }
-
-
-def training_loss(registry: CollectorRegistry = REGISTRY) -> Gauge:
-    """Loss of the global model on the held-out images."""
-    return _gauge(TRAINING_LOSS, "Loss of the global model on the held-out images.", registry)
-
-
-def training_accuracy(registry: CollectorRegistry = REGISTRY) -> Gauge:
-    """Accuracy of the global model on the held-out images, 0 to 1."""
-    return _gauge(TRAINING_ACCURACY, "Accuracy of the global model on the held-out images.", registry)
-
-
-def training_rounds(registry: CollectorRegistry = REGISTRY) -> Counter:
-    """Rounds committed since the process began."""
-    return Counter(TRAINING_ROUNDS, "Rounds committed since the process began.", registry=registry)
-
-
-def active_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
-    """Clients that may take part in rounds."""
-    return _gauge(ACTIVE_CLIENTS, "Clients that may take part in rounds.", registry)
-
-
-def connected_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
-    """Active clients that are connected: hosted by a proxy that answers, or heard lately."""
-    return _gauge(CONNECTED_CLIENTS, "Active clients that are connected.", registry)
-
-
-def total_clients(registry: CollectorRegistry = REGISTRY) -> Gauge:
-    """Clients ever registered."""
-    return _gauge(TOTAL_CLIENTS, "Clients ever registered.", registry)
-
-
-def heartbeats(registry: CollectorRegistry = REGISTRY) -> Counter:
-    """Heartbeats heard, by ``status``: what the vehicle says of itself, ok or degraded."""
-    return Counter(HEARTBEATS, "Heartbeats heard, by what the vehicle says of itself.", ["status"], registry=registry)
-
-
-def update_bytes(registry: CollectorRegistry = REGISTRY) -> Counter:
-    """Bytes of updates that came to the door as bytes, by ``encoding``."""
-    return Counter(UPDATE_BYTES, "Bytes of updates that came as bytes.", ["encoding"], registry=registry)
-
-
-def unauthorized_requests(registry: CollectorRegistry = REGISTRY) -> Counter:
-    """Requests refused for who asked, by ``reason``: one of a fixed few, never what the caller sent."""
-    return Counter(UNAUTHORIZED_REQUESTS, "Requests refused for who asked, by reason.", ["reason"], registry=registry)
-
-
-def privacy_epsilon_remaining(registry: CollectorRegistry = REGISTRY) -> Gauge:
-    """Epsilon left to the most exposed unit."""
-    return _gauge(EPSILON_REMAINING, "Epsilon left to the most exposed unit.", registry)
-
-
-def privacy_epsilon_spent(registry: CollectorRegistry = REGISTRY) -> Gauge:
-    """Epsilon spent by the most exposed unit."""
-    return _gauge(EPSILON_SPENT, "Epsilon spent by the most exposed unit.", registry)
-
-
-def _gauge(name: str, help_text: str, registry: CollectorRegistry) -> Gauge:
-    # After a restart the new process's value holds, not the sum with the dead one's.
-    return Gauge(name, help_text, registry=registry, multiprocess_mode="mostrecent")
-
-
-def drop_version(histogram: Histogram, version: str) -> None:
-    """Stop exporting the series of a retired model version; harmless if there is none.
-
-    In multiprocess mode a series lives as long as its file, and only ``rate()`` tells it from a live one.
-    """
-    if MULTIPROCESS_VARIABLE not in os.environ:
-        with contextlib.suppress(KeyError):
-            histogram.remove(version)
+    metric = _known(name, "histogram")
+    labels, buckets = _label_names(metric), metric.buckets
+    return _once(
+        name,
+        registry,
+        lambda: Histogram(metric.full_name, metric.meaning, labels, buckets=buckets, registry=registry),
+    )
 
 
 def render(multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:
@@ -149,12 +82,62 @@ def render(multiprocess_dir: Path | None = None, registry: CollectorRegistry = R
     Raises:
         ValueError: ``multiprocess_dir`` is not a folder.
     """
+    return generate_latest(_source(multiprocess_dir, registry)), CONTENT_TYPE_LATEST
+
+
+def predictions_by_class(
+    model_version: str, multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY
+) -> dict[int, int]:
+    """How often the replicas of this node answered each class, since that release serves."""
+    name = BY_NAME["predictions_total"].full_name
+    return {
+        int(sample.labels["label"]): int(sample.value)
+        for family in _source(multiprocess_dir, registry).collect()
+        for sample in family.samples
+        if sample.name == name and sample.labels["model_version"] == model_version
+    }
+
+
+def lasting_figures(multiprocess_dir: Path) -> Iterator[tuple[Metric, dict[str, str], float]]:
+    """Every counter and gauge of a node, with labels and value, but for those that end with a release."""
+    lasting = {metric.full_name: metric for metric in CATALOGUE if metric.kind != "histogram" and not metric.of_release}
+    for family in _source(multiprocess_dir, REGISTRY).collect():
+        for sample in family.samples:
+            if sample.name in lasting:
+                yield lasting[sample.name], dict(sample.labels), sample.value
+
+
+def _source(multiprocess_dir: Path | None, registry: CollectorRegistry) -> CollectorRegistry:
     if multiprocess_dir is None:
-        return generate_latest(registry), CONTENT_TYPE_LATEST
-    return generate_latest(_merged(multiprocess_dir)), CONTENT_TYPE_LATEST
-
-
-def _merged(multiprocess_dir: Path) -> CollectorRegistry:
+        return registry
     merged = CollectorRegistry()
-    MultiProcessCollector(merged, path=str(multiprocess_dir))  # type: ignore[no-untyped-call]
+    merged.register(NodeCollector(multiprocess_dir))
     return merged
+
+
+def _once(name: str, registry: CollectorRegistry | None, make: Callable[[], _Made]) -> _Made:
+    if registry is None:
+        return make()
+    with _lock:
+        known = _made.setdefault(registry, {})
+        if name not in known:
+            known[name] = make()
+        made: _Made = known[name]
+        return made
+
+
+def _known(name: str, kind: Kind) -> Metric:
+    metric = BY_NAME.get(name)
+    if metric is None or metric.kind != kind:
+        raise ValueError(f"the catalogue has no {kind} {name!r}")
+    return metric
+
+
+def _label_names(metric: Metric) -> list[str]:
+    return [label.name for label in metric.labels]
+
+
+def _known_labels(metric: Metric) -> list[tuple[str, ...]]:
+    if not metric.labels:
+        return []
+    return list(product(*(label.values for label in metric.labels)))

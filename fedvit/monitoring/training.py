@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+from collections import Counter as Tally
+from collections.abc import Iterable
 from functools import cached_property
 
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
-from fedvit.monitoring import metrics
-from fedvit.types import BudgetReport, TrainingProgress
+from fedvit.monitoring.catalogue import PHASES
+from fedvit.monitoring.metrics import counter, gauge, histogram
+from fedvit.types import BudgetReport, ClientOutcome, TrainingProgress
 
 
 class BudgetMetrics:
@@ -20,51 +22,82 @@ class BudgetMetrics:
     # Made at their first value: a process that never tells must not export a budget of 0.
     @cached_property
     def _spent(self) -> Gauge:
-        return metrics.privacy_epsilon_spent(self._registry)
+        return gauge("privacy_epsilon_spent", self._registry)
 
     @cached_property
     def _remaining(self) -> Gauge:
-        return metrics.privacy_epsilon_remaining(self._registry)
+        return gauge("privacy_epsilon_remaining", self._registry)
 
     def publish(self, budget: BudgetReport) -> None:
         """Set both from one consistent view."""
-        self._spent.set(budget.epsilon_spent)
-        self._remaining.set(budget.epsilon_remaining)
+        self._spent.labels(budget.privacy_unit).set(budget.epsilon_spent)
+        self._remaining.labels(budget.privacy_unit).set(budget.epsilon_remaining)
+
+
+class RoundMetrics:
+    """What rounds are made of: how long their phases took, and what became of the clients that they asked."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._rounds = counter("training_rounds_total", registry)
+        self._depth = gauge("queue_depth", registry).labels("clients_in_flight")
+        self._phases = histogram("round_duration_seconds", registry)
+        self._updates = counter("client_updates_total", registry)
+        self._staleness = histogram("update_staleness", registry)
+
+    def in_flight(self, clients: int) -> None:
+        """So many clients were handed a task and have not answered."""
+        self._depth.set(clients)
+
+    def phase_took(self, phase: str, seconds: float) -> None:
+        """One phase of a round is over; resting is none."""
+        if phase in PHASES:
+            self._phases.labels(phase).observe(seconds)
+
+    def committed(self, outcomes: Iterable[ClientOutcome], quarantined: int = 0, turned_away: int = 0) -> None:
+        """A round is durable.
+
+        Args:
+            outcomes: of those that were asked and not ``quarantined`` before they were.
+            turned_away: answers of clients that nobody waited for.
+        """
+        self._rounds.inc()
+        tally = Tally({"quarantined": quarantined, "turned_away": turned_away})
+        for outcome in outcomes:
+            if outcome.error is None:
+                self._staleness.observe(outcome.staleness)
+            tally["accepted" if outcome.error is None else "refused" if outcome.refused else "failed"] += 1
+        for kind, count in tally.items():
+            self._updates.labels(kind).inc(count)
 
 
 class TrainingMetrics:
-    """What the training loop exports. Counters count this process's own rounds; gauges say how things stand."""
+    """How the training loop stands."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._registry = registry
-        self._rounds = metrics.training_rounds(registry)
-        self._active_clients = metrics.active_clients(registry)
-        self._total_clients = metrics.total_clients(registry)
+        self._active_clients = gauge("active_clients", registry)
+        self._total_clients = gauge("total_clients", registry)
         self._budget = BudgetMetrics(registry)
-        self._lock = threading.Lock()
-        self._counted: tuple[str | None, int] | None = None
 
     # Made at their first value: an unset gauge would export 0, a perfect loss or a fleet that is gone.
     @cached_property
     def _loss(self) -> Gauge:
-        return metrics.training_loss(self._registry)
+        return gauge("training_loss", self._registry)
 
     @cached_property
     def _accuracy(self) -> Gauge:
-        return metrics.training_accuracy(self._registry)
+        return gauge("training_accuracy", self._registry)
 
     @cached_property
     def _connected_clients(self) -> Gauge:
-        return metrics.connected_clients(self._registry)
+        return gauge("connected_clients", self._registry)
 
     def publish_connected(self, connected: int) -> None:
         """Set how many clients are connected."""
         self._connected_clients.set(connected)
 
     def publish(self, progress: TrainingProgress, budget: BudgetReport, *, active: int, total: int) -> None:
-        """Set everything from one consistent view; the first call counts no rounds, they are an earlier process's."""
-        with self._lock:
-            self._count_rounds(progress)
+        """Set everything from one consistent view."""
         if progress.loss is not None:
             self._loss.set(progress.loss)
         if progress.accuracy is not None:
@@ -72,10 +105,3 @@ class TrainingMetrics:
         self._active_clients.set(active)
         self._total_clients.set(total)
         self._budget.publish(budget)
-
-    def _count_rounds(self, progress: TrainingProgress) -> None:
-        run_id, done = progress.run_id, progress.rounds_done
-        before = self._counted
-        if before is not None:
-            self._rounds.inc(max(0, done - (before[1] if before[0] == run_id else 0)))
-        self._counted = run_id, done

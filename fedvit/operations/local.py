@@ -13,6 +13,8 @@ from typing import Any
 from fedvit.config import Settings
 from fedvit.errors import ConflictError
 from fedvit.monitoring.connectivity import connectivity
+from fedvit.monitoring.metrics import gauge
+from fedvit.monitoring.targets import ADDRESS, VEHICLES, Target, write_targets
 from fedvit.operations.mailbox import Mailbox
 from fedvit.operations.optimize import Optimizer
 from fedvit.operations.runner import OperationCancelled, OperationKind, OperationRunner, Task
@@ -64,7 +66,9 @@ class LocalAggregator:
         self._shutting_down = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-loop")
         self._on_connected = on_connected
-        self._watch = Watch(settings.fleet.look_every_s, Mailbox(settings, store).take, self._count_connected)
+        self._mailbox = Mailbox(settings, store)
+        looks = (self._mailbox.take, self._count_connected, self._count_messages, self._name_vehicles)
+        self._watch = Watch(settings.fleet.look_every_s, *looks)
         optimizer = Optimizer(settings, store, self._publisher, model)
         new_run = OperationKind(self._begin_run, self._admit_run, repeatable=True)
         self._operations = OperationRunner(
@@ -160,6 +164,18 @@ class LocalAggregator:
         # Of virtual clients there may be a million: they are counted, not looked at.
         hosted = self._store.count_hosted() if any(proxies.alive.values()) else 0
         self._on_connected(fleet.connected + max(0, hosted - len(proxies.stranded)))
+
+    def _count_messages(self) -> None:
+        if self._mailbox.enabled():
+            gauge("queue_depth").labels("mailbox").set(self._mailbox.state().pending)
+
+    def _name_vehicles(self) -> None:
+        """Keep the list of vehicles that Prometheus is to ask."""
+        said = self._store.metrics_addresses() if self._settings.fleet.scrape_vehicles else {}
+        good = {client_id: address for client_id, address in said.items() if ADDRESS.fullmatch(address)}
+        # The name is the series' instance, not the address: that may be anybody's.
+        targets = [Target(good[name], {"instance": name, "device": name}) for name in sorted(good)]
+        write_targets(self._store.home, VEHICLES, targets)
 
     def _export(self, version: ModelVersion) -> dict[Variant, ExportedModel]:
         weights = stored_weights(self._store, version.weights_digest)

@@ -29,6 +29,7 @@ from fedvit.errors import (
     LedgerFrozenError,
     ReleaseRefusedError,
 )
+from fedvit.monitoring.training import RoundMetrics
 from fedvit.ports import AccountantPort, FleetPort, ServerModelPort
 from fedvit.privacy.round_cost import check_units, round_noise_multiplier
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
@@ -67,6 +68,8 @@ from fedvit.types import (
 from fedvit.wire.tensors import encode_weights, encoded_pieces, weights_digest
 
 QUARANTINED = "quarantined"
+# One a process, however many loops it has.
+_METRICS = RoundMetrics()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +228,9 @@ class Coordinator:
         queue = deque(effects)
         while queue:
             self._report(state)
+            began_s = self._clock()
             event = self._perform_guarded(queue.popleft())
+            _METRICS.phase_took(state.phase.value, self._clock() - began_s)
             if event is not None:
                 if self._stop.is_set() and not state.stop_requested:
                     state, _ = machine.step(state, machine.StopRequested())
@@ -297,7 +302,9 @@ class Coordinator:
     def _train(self, order: machine.TrainRound) -> machine.Event:
         started_s, timeout_s = self._clock(), round_settings(self._store, self._settings).wait_timeout_s
         task = self._task(order.cohort.round_index)
+        _METRICS.in_flight(len(self._collector.in_flight().union(order.cohort.client_ids)))
         buffer = self._collector.collect(order, task, self._weights, self._handed, timeout_s=timeout_s)
+        _METRICS.in_flight(len(self._collector.in_flight()))
         quarantine_after = self._settings.training.door.quarantine_after
         count_refusals(self._store, task.run_id, task.round_index, buffer.outcomes, quarantine_after)
         errors = [o.error for o in buffer.outcomes if o.error is not None]
@@ -344,6 +351,7 @@ class Coordinator:
         budget = self._accountant.budget()
         digest = storing.result()
         remembered = self._remembered(work.folded.state)
+        left_out = self._left_out(record, work.buffer.outcomes)
         version = self._store.commit_round(
             self._current.run_id,
             round_index,
@@ -356,10 +364,11 @@ class Coordinator:
                 accuracy=evaluation.accuracy if evaluation else None,
                 metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy} if evaluation else {},
                 lineage={**self._lineage(round_index, work.buffer, evaluation), **work.folded.facts, **remembered},
-                outcomes=work.buffer.outcomes + self._left_out(record, work.buffer.outcomes),
+                outcomes=work.buffer.outcomes + left_out,
                 duration_s=self._clock() - work.started_s,
             ),
         )
+        _METRICS.committed(work.buffer.outcomes, len(left_out), len(work.buffer.turned_away))
         self._work = None
         self._continue_from(weights, digest, work.folded.state)
         self._progress = replace(

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from fedvit.aggregation.door import Door
 from fedvit.errors import UpdateRejectedError
-from fedvit.monitoring.metrics import update_bytes
+from fedvit.monitoring.metrics import counter
 from fedvit.store.store import Store
 from fedvit.types import ClientOutcome, PartialUpdate, utc_now
 
 _KEY = "refused_updates/"
 # One a process, however many rounds there are.
-_BYTES = update_bytes()
+_BYTES = counter("update_bytes_total")
 
 
 @dataclass(slots=True)

@@ -162,9 +162,24 @@ def remote_clients(session: Session, client_ids: Sequence[str]) -> list[Client]:
     return sorted((_to_client(row) for row in rows), key=lambda client: client.client_id)
 
 
-def count_clients(session: Session, active: bool | None, validated: bool | None) -> int:
+def count_clients(
+    session: Session, active: bool | None, validated: bool | None, quarantined: bool | None = None
+) -> int:
     """How many clients match."""
-    return session.scalar(_matching(select(func.count()).select_from(ClientRow), active, validated)) or 0
+    query = _matching(select(func.count()).select_from(ClientRow), active, validated)
+    if quarantined is not None:
+        since = ClientRow.quarantined_at
+        query = query.where(since.is_not(None) if quarantined else since.is_(None))
+    return session.scalar(query) or 0
+
+
+def metrics_addresses(session: Session) -> dict[str, str]:
+    """What active clients that are not virtual say as their capability ``metrics``, where it is text."""
+    said = func.json_extract(ClientRow.capabilities, "$.metrics")
+    is_text = func.json_type(ClientRow.capabilities, "$.metrics") == "text"
+    real = and_(ClientRow.active.is_(True), ClientRow.kind != ClientKind.VIRTUAL.value, is_text)
+    query = select(ClientRow.client_id, said).where(real).order_by(ClientRow.client_id)
+    return {client_id: str(address) for client_id, address in session.execute(query)}
 
 
 def set_client(session: Session, client_id: str, active: bool | None, validated: bool | None) -> Client:

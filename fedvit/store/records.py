@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from fedvit.types import Client, ClientOutcome
+from fedvit.types import Client, ClientOutcome, Severity
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,3 +180,56 @@ class StoredAnswer:
     body: str
     media_type: str | None
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One firing of one alert: ``fingerprint`` names the alert, ``starts_at`` the firing. ``ends_at`` None fires still.
+
+    ``labels`` and ``annotations`` are those of the rule that fired.
+    """
+
+    alertname: str
+    severity: Severity
+    fingerprint: str
+    starts_at: datetime
+    ends_at: datetime | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    generator_url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedAlert:
+    """An alert of an incident, and when the log learned of it."""
+
+    incident_id: str
+    received_at: datetime
+    alert: Alert
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """What was wrong from the first alert of a name to the end of the last; ``resolved_at`` None is open.
+
+    ``severity`` is the worst that its alerts had; ``firing`` of its ``alerts`` have not ended.
+    """
+
+    incident_id: str
+    alertname: str
+    severity: Severity
+    summary: str
+    opened_at: datetime
+    resolved_at: datetime | None
+    alerts: int
+    firing: int
+
+
+@dataclass(frozen=True, slots=True)
+class IncidentEvent:
+    """A line of an incident's own history: ``opened``, ``reopened``, ``resolved``, or the section of a note."""
+
+    at: datetime
+    kind: str
+    actor: str
+    text: str

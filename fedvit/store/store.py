@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,7 @@ from fedvit.store import audit as _audit
 from fedvit.store import budget as _budget
 from fedvit.store import fleet as _fleet
 from fedvit.store import idempotency as _idempotency
+from fedvit.store import incidents as _incidents
 from fedvit.store import ledger as _ledger
 from fedvit.store import operations as _operations
 from fedvit.store import runs as _runs
@@ -22,6 +23,7 @@ from fedvit.store import versions as _versions
 from fedvit.store.blobs import FileBlobStore
 from fedvit.store.database import Database, open_database
 from fedvit.store.records import (
+    Alert,
     AuditEntry,
     AuditFacts,
     BudgetPeriod,
@@ -29,6 +31,9 @@ from fedvit.store.records import (
     ClientPage,
     Derivation,
     FleetInfo,
+    Incident,
+    IncidentEvent,
+    LoggedAlert,
     Release,
     RequestKey,
     RoundCommit,
@@ -48,6 +53,7 @@ from fedvit.types import (
     RoundRecord,
     Run,
     RunStatus,
+    Severity,
     Sighting,
 )
 
@@ -64,6 +70,7 @@ _OWN_KEYS = frozenset(
 )
 
 __all__ = [
+    "Alert",
     "AuditEntry",
     "AuditFacts",
     "BudgetPeriod",
@@ -71,7 +78,10 @@ __all__ = [
     "ClientPage",
     "Derivation",
     "FleetInfo",
+    "Incident",
+    "IncidentEvent",
     "LedgerFreeze",
+    "LoggedAlert",
     "Release",
     "RequestKey",
     "RoundCommit",
@@ -209,10 +219,17 @@ class Store:
         with self._database.read() as session:
             return _fleet.remote_clients(session, client_ids)
 
-    def count_clients(self, *, active: bool | None = None, validated: bool | None = None) -> int:
+    def count_clients(
+        self, *, active: bool | None = None, validated: bool | None = None, quarantined: bool | None = None
+    ) -> int:
         """How many clients match; None filters nothing."""
         with self._database.read() as session:
-            return _fleet.count_clients(session, active, validated)
+            return _fleet.count_clients(session, active, validated, quarantined)
+
+    def metrics_addresses(self) -> dict[str, str]:
+        """Where active remote clients say that their metrics are, by client; nobody checked what they say."""
+        with self._database.read() as session:
+            return _fleet.metrics_addresses(session)
 
     def set_client(self, client_id: str, *, active: bool | None = None, validated: bool | None = None) -> Client:
         """Change what is not None.
@@ -781,6 +798,56 @@ class Store:
         """
         with self._database.write() as session:
             return _operations.cancel_operation(session, operation_id)
+
+    # --- incidents ---------------------------------------------------------------------------------------------------
+
+    def record_alerts(self, alerts: Iterable[Alert], *, reopen_within: timedelta, at: datetime) -> list[str]:
+        """Take in what fires and what has ended, once however often it is told; return the incidents concerned."""
+        with self._database.write() as session:
+            return _incidents.record_alerts(session, alerts, reopen_within, at)
+
+    def end_alerts(self, fingerprint: str, at: datetime) -> list[str]:
+        """End whatever fires under a fingerprint; return the incidents concerned."""
+        with self._database.write() as session:
+            return _incidents.end_alerts(session, fingerprint, at)
+
+    def note_incident(self, incident_id: str, event: IncidentEvent) -> None:
+        """Add a line to an incident's history.
+
+        Raises:
+            NotFoundError: no such incident.
+        """
+        with self._database.write() as session:
+            _incidents.note(session, incident_id, event)
+
+    def incident(self, incident_id: str) -> Incident:
+        """One incident.
+
+        Raises:
+            NotFoundError: no such incident.
+        """
+        with self._database.read() as session:
+            return _incidents.incident(session, incident_id)
+
+    def incidents(self, *, is_open: bool | None = None, offset: int = 0, limit: int | None = None) -> list[Incident]:
+        """Incidents, newest first; None filters nothing."""
+        with self._database.read() as session:
+            return _incidents.incidents(session, is_open, offset, limit)
+
+    def open_incidents(self) -> dict[Severity, int]:
+        """How many incidents are open, for every severity."""
+        with self._database.read() as session:
+            return _incidents.open_by_severity(session)
+
+    def incident_alerts(self, incident_id: str) -> list[LoggedAlert]:
+        """The alerts of an incident, in the order in which they began."""
+        with self._database.read() as session:
+            return _incidents.incident_alerts(session, incident_id)
+
+    def incident_events(self, incident_id: str) -> list[IncidentEvent]:
+        """The history of an incident, as it was told."""
+        with self._database.read() as session:
+            return _incidents.incident_events(session, incident_id)
 
     def change_counter(self) -> int:
         """A number that differs from an earlier one if anything was committed in between, by whatever process.

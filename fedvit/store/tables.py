@@ -283,7 +283,7 @@ class AuditRow(Base):
     __tablename__ = "audit"
 
     sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    at: Mapped[datetime]
+    at: Mapped[datetime] = mapped_column(index=True)
     actor: Mapped[str] = mapped_column(String(200))
     scopes: Mapped[list[str]]
     source: Mapped[str] = mapped_column(String(64))
@@ -311,3 +311,63 @@ class IdempotencyRow(Base):
     body: Mapped[str | None] = mapped_column(Text())
     media_type: Mapped[str | None] = mapped_column(String(100))
     headers: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+
+
+class IncidentRow(Base):
+    """An incident: what was wrong from the first alert of a name to the end of the last."""
+
+    __tablename__ = "incidents"
+    __table_args__ = (Index("ix_incidents_alertname", "alertname", "ordinal"),)
+
+    incident_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    ordinal: Mapped[int] = mapped_column(unique=True)
+    alertname: Mapped[str] = mapped_column(String(200))
+    severity: Mapped[str] = mapped_column(String(2))
+    summary: Mapped[str] = mapped_column(Text())
+    opened_at: Mapped[datetime]
+    resolved_at: Mapped[datetime | None]
+
+
+class IncidentAlertRow(Base):
+    """One firing of one alert, from ``starts_at`` to ``ends_at``; a repeated message finds it."""
+
+    __tablename__ = "incident_alerts"
+
+    fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    starts_at: Mapped[datetime] = mapped_column(primary_key=True)
+    incident_id: Mapped[str] = mapped_column(ForeignKey("incidents.incident_id"), index=True)
+    alertname: Mapped[str] = mapped_column(String(200))
+    severity: Mapped[str] = mapped_column(String(2))
+    labels: Mapped[dict[str, str]]
+    annotations: Mapped[dict[str, str]]
+    generator_url: Mapped[str] = mapped_column(Text())
+    received_at: Mapped[datetime]
+    ends_at: Mapped[datetime | None]
+
+
+class IncidentEventRow(Base):
+    """A line of an incident's own history: opened, reopened, resolved, or what somebody noted. Append-only."""
+
+    __tablename__ = "incident_events"
+
+    incident_id: Mapped[str] = mapped_column(ForeignKey("incidents.incident_id"), primary_key=True)
+    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at: Mapped[datetime]
+    kind: Mapped[str] = mapped_column(String(32))
+    actor: Mapped[str] = mapped_column(String(200))
+    text: Mapped[str] = mapped_column(Text())
+
+
+class RemediationRow(Base):
+    """What the system did about one firing by itself, or why it did not."""
+
+    __tablename__ = "remediations"
+
+    fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    starts_at: Mapped[datetime] = mapped_column(primary_key=True)
+    action: Mapped[str] = mapped_column(String(64), primary_key=True)
+    incident_id: Mapped[str] = mapped_column(ForeignKey("incidents.incident_id"), index=True)
+    target: Mapped[str | None] = mapped_column(String(200))
+    at: Mapped[datetime]
+    outcome: Mapped[str] = mapped_column(String(16), index=True)
+    detail: Mapped[str] = mapped_column(Text())

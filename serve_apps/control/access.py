@@ -20,7 +20,7 @@ from fedvit.access.limits import FailureWindow, TokenBuckets, whole_seconds
 from fedvit.access.tokens import PREFIX, verify_token
 from fedvit.config import AccessConfig, Settings
 from fedvit.errors import FedvitError, ForbiddenError, RateLimitedError, UnauthorizedError
-from fedvit.monitoring.metrics import unauthorized_requests
+from fedvit.monitoring.metrics import counter
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.control.write_behind import WriteBehind
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fedvit.access.oidc import OidcVerifier
 
 # One a process, however many applications it builds.
-_REFUSED = unauthorized_requests()
+_REFUSED = counter("unauthorized_requests_total")
 _NOBODY = Identity("anonymous", frozenset(), authenticated=False)
 
 

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from fedvit.errors import NotFoundError
 from fedvit.monitoring.conditions import progress_conditions
 from fedvit.monitoring.metrics import render
-from fedvit.monitoring.training import BudgetMetrics
 from fedvit.operations.mailbox import Mailbox
 from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
@@ -27,6 +26,7 @@ from serve_apps.control.communication import add_communication_routes
 from serve_apps.control.data_health import add_data_health_routes
 from serve_apps.control.emergency import add_emergency_routes
 from serve_apps.control.heartbeats import Heartbeats, add_heartbeat_routes
+from serve_apps.control.incidents import add_incident_routes
 from serve_apps.control.links import link_answers
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
@@ -46,13 +46,11 @@ from serve_apps.control.schemas import (
 )
 from serve_apps.control.services import Services
 from serve_apps.control.training_life import add_training_life_routes
+from serve_apps.control.vitals import Vitals
 from serve_apps.control.write_behind import flushing
 from serve_apps.problems import documented, install_problem_handlers
 
 __all__ = ["Services", "create_api"]
-
-# One a process, however many applications it builds.
-_BUDGET = BudgetMetrics()
 
 
 def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
@@ -75,7 +73,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     )
     install_problem_handlers(api)
     install_control(api, Control(guard, services.store))
-    _add_system_routes(api, services)
+    _add_system_routes(api, services, Vitals(services, (guard.tokens_used, heartbeats.seen)))
     # Before the clients: its paths would be taken for one of them.
     add_data_health_routes(api, services, presence)
     add_client_routes(api, services, heartbeats, presence, mailbox)
@@ -90,12 +88,13 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     add_aggregation_routes(api, services)
     add_operation_routes(api, services)
     add_emergency_routes(api, services)
+    add_incident_routes(api, services)
     _add_audit_routes(api, services)
     link_answers(api)
     return api
 
 
-def _add_system_routes(api: FastAPI, services: Services) -> None:
+def _add_system_routes(api: FastAPI, services: Services, vitals: Vitals) -> None:
     @api.get("/healthz", tags=["system"], dependencies=[public()])
     def healthz() -> dict[str, str]:
         """Whether this replica answers."""
@@ -127,8 +126,7 @@ def _add_system_routes(api: FastAPI, services: Services) -> None:
     )
     def metrics() -> Response:
         """Prometheus exposition of every process of this node; the budget as it is now, also while nothing trains."""
-        with contextlib.suppress(Exception):
-            _BUDGET.publish(services.accountant().budget())
+        vitals.publish()
         body, content_type = render(services.metrics_dir)
         return Response(body, headers={"content-type": content_type})
 

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from fedvit.access.identity import Identity, Scope
 from fedvit.config import FleetConfig
-from fedvit.monitoring.metrics import heartbeats as heartbeat_counter
+from fedvit.monitoring.metrics import counter
 from fedvit.operations.mailbox import Mailbox
 from fedvit.store.store import Store
 from fedvit.types import utc_now
@@ -23,7 +23,7 @@ from serve_apps.control.write_behind import WriteBehind
 from serve_apps.problems import documented
 
 # One a process, however many applications it builds.
-_COUNTED = heartbeat_counter()
+_COUNTED = counter("heartbeats_total")
 
 
 class HeartbeatRequest(RequestBody):

@@ -24,6 +24,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedvit.access.identity import Identity
 from fedvit.errors import FedvitError
+from fedvit.monitoring.catalogue import BY_NAME, OTHER
+from fedvit.monitoring.metrics import gauge, histogram
 from fedvit.store.store import RequestKey, Store, StoredAnswer
 from fedvit.types import utc_now
 from serve_apps.control.access import AuditNote, Caller, Guard, call_key, requirement_of
@@ -46,6 +48,10 @@ _KEY_PARAMETER = {
     "description": "A repetition under the same key gets the first answer again, for 24 hours, and changes nothing.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]*$"},
 }
+# One a process, however many applications it builds.
+_DURATION = histogram("request_duration_seconds")
+_METHOD = BY_NAME["request_duration_seconds"].label("method")
+_UNDER_WAY = gauge("queue_depth").labels("requests")
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 # A task that nobody refers to may be collected before it is done.
 _running: set[asyncio.Task[Response]] = set()
@@ -306,9 +312,11 @@ class RequestIds:
         identifier = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = identifier
         reset = request_id.set(identifier)
+        _UNDER_WAY.inc()
         try:
             await _logged(self._app, scope, receive, send)
         finally:
+            _UNDER_WAY.dec()
             request_id.reset(reset)
 
 
@@ -326,7 +334,10 @@ async def _logged(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> N
     try:
         await app(scope, receive, send_with_id)
     finally:
-        _log(scope, status, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        _log(scope, status, seconds)
+        route = getattr(scope.get("route"), "path", OTHER)
+        _DURATION.labels(_METHOD.of(scope["method"]), route, f"{status // 100}xx").observe(seconds)
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:

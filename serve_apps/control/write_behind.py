@@ -29,6 +29,11 @@ class WriteBehind:
         self._lock = threading.Lock()
         self._pending: dict[str, datetime] = {}
 
+    @property
+    def pending(self) -> int:
+        """How many names wait for the next flush."""
+        return len(self._pending)
+
     def put(self, name: str, at: datetime) -> None:
         """Remember a moment until the next flush."""
         with self._lock:

@@ -220,7 +220,7 @@ class Drill:
 
     def start(self) -> None:
         """Start the system and, where it is installed, Prometheus; return when both have something to show."""
-        for port in (8000, 8081, 8082, 8083, 8084, 8085, *([9090] if self.has("prometheus") else [])):
+        for port in (8000, 8081, 8082, 8083, 8084, 8085, *([9090, 9093] if self.has("prometheus") else [])):
             check_free(port)
         up = self.run("make up")
         assert up.exit_status == 0, up.told()

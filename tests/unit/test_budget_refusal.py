@@ -81,7 +81,9 @@ class Served:
 
     def metric(self, name: str) -> float:
         families = text_string_to_metric_families(self.http.get("/metrics").text)
-        (value,) = [sample.value for family in families for sample in family.samples if sample.name == name]
+        unit = self.settings.privacy.privacy_unit
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        (value,) = [sample.value for sample in samples if sample.labels["privacy_unit"] == unit]
         return value
 
 

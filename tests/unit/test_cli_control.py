@@ -20,7 +20,8 @@ from fedvit.cli.main import app
 from fedvit.client.views import OperationView
 from fedvit.testing.doubles import FakeFleet, PointModel
 
-# What it is for no person to ask: vehicles fetch releases and tasks and upload, probes ask whether a replica lives.
+# What it is for no person to ask: vehicles fetch releases and tasks and upload, probes ask whether a replica lives,
+# Alertmanager tells alerts.
 FOR_MACHINES = {
     "GET /api/model/release",
     "GET /api/model/blobs/{digest}",
@@ -28,6 +29,7 @@ FOR_MACHINES = {
     "GET /api/clients/{client_id}/task/weights",
     "PUT /api/clients/{client_id}/updates/{run_id}/{round_index}",
     "GET /healthz",
+    "POST /api/incidents/alerts",
 }
 WHY = ("--justification", "The board has agreed to it.")
 HARMLESS = {

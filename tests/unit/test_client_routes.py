@@ -43,6 +43,10 @@ ARGUMENTS: dict[str, Any] = {
     "justification": "The board has agreed to it.",
     "kind": "silo",
     "limit": 5,
+    "message": {
+        **{"version": "4", "groupKey": "{}", "truncatedAlerts": 0, "status": "firing", "receiver": "fedvit"},
+        **{"groupLabels": {}, "commonLabels": {}, "commonAnnotations": {}, "externalURL": "", "alerts": []},
+    },
     "min_clients": 3,
     "mode": "graceful",
     "model_version": "v1.2.3",

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 
-from fedvit.monitoring.training import TrainingMetrics
-from fedvit.types import BudgetReport, RunStatus, TrainingProgress
+from fedvit.monitoring.catalogue import UPDATE_OUTCOMES
+from fedvit.monitoring.training import RoundMetrics, TrainingMetrics
+from fedvit.types import BudgetReport, ClientOutcome, RunStatus, TrainingProgress
 
+REMAINING = "fed_vit_autorl_privacy_epsilon_remaining"
 BUDGET = BudgetReport("record", 8.0, 1e-5, 3.0, 3.3, 3.0, 2, 30)
 IDLE = TrainingProgress("run-0001", RunStatus.RUNNING, "drawing", 9, 0, None, None, 0.0, None)
 
@@ -18,16 +20,38 @@ def test_no_loss_is_exported_before_there_is_one() -> None:
     metrics = TrainingMetrics(registry)
     metrics.publish(IDLE, BUDGET, active=29, total=30)
     assert registry.get_sample_value("fed_vit_autorl_training_loss") is None
-    assert registry.get_sample_value("fed_vit_autorl_privacy_epsilon_remaining") == 5.0
+    assert registry.get_sample_value(REMAINING, {"privacy_unit": "record"}) == 5.0
     assert registry.get_sample_value("fed_vit_autorl_active_clients") == 29
     metrics.publish(replace(IDLE, rounds_done=1, loss=0.5, accuracy=0.9), BUDGET, active=29, total=30)
     assert registry.get_sample_value("fed_vit_autorl_training_loss") == 0.5
     assert registry.get_sample_value("fed_vit_autorl_training_accuracy") == 0.9
 
 
-def test_rounds_are_counted_once_and_only_this_process_s_own() -> None:
+def test_what_became_of_the_clients_of_a_round_is_counted() -> None:
     registry = CollectorRegistry()
-    metrics = TrainingMetrics(registry)
-    for run_id, done in [("run-0001", 3), ("run-0001", 3), ("run-0001", 4), ("run-0001", 5), ("run-0002", 1)]:
-        metrics.publish(replace(IDLE, run_id=run_id, rounds_done=done), BUDGET, active=1, total=1)
-    assert registry.get_sample_value("fed_vit_autorl_training_rounds_total") == 3
+    metrics = RoundMetrics(registry)
+    outcomes = [
+        ClientOutcome("a", 4),
+        ClientOutcome("b", 4, staleness=2),
+        ClientOutcome("c", 0, "no answer"),
+        ClientOutcome("d", 4, "not finite", refused=True),
+    ]
+    metrics.committed(outcomes, quarantined=1, turned_away=2)
+    counted = {
+        outcome: registry.get_sample_value("fed_vit_autorl_client_updates_total", {"outcome": outcome})
+        for outcome in UPDATE_OUTCOMES
+    }
+    assert counted == {"accepted": 2, "failed": 1, "refused": 1, "quarantined": 1, "turned_away": 2}
+    assert registry.get_sample_value("fed_vit_autorl_training_rounds_total") == 1
+    assert registry.get_sample_value("fed_vit_autorl_update_staleness_sum") == 2
+    assert registry.get_sample_value("fed_vit_autorl_update_staleness_bucket", {"le": "0.0"}) == 1
+
+
+def test_only_the_phases_of_a_round_are_timed() -> None:
+    registry = CollectorRegistry()
+    metrics = RoundMetrics(registry)
+    metrics.phase_took("training", 1.5)
+    metrics.phase_took("resting", 9.0)
+    name = "fed_vit_autorl_round_duration_seconds_count"
+    assert registry.get_sample_value(name, {"phase": "training"}) == 1
+    assert registry.get_sample_value(name, {"phase": "resting"}) is None

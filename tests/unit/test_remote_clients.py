@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY
 
 from edge_runtime.mailbox import MailboxSender
 from fedvit.access.tokens import create_token
-from fedvit.monitoring.metrics import UPDATE_BYTES
+from fedvit.monitoring.catalogue import BY_NAME
 from fedvit.operations.mailbox import Mailbox
 from fedvit.privacy.randomness import SecretStream
 from fedvit.registry.weights import stored_weights
@@ -170,7 +170,7 @@ def test_the_form_is_agreed_for_each_client_and_its_bytes_are_told(
     tmp_path: Path, wanted: tuple[str, ...], known: Any, sent: str
 ) -> None:
     def counted() -> float:
-        return REGISTRY.get_sample_value(UPDATE_BYTES, {"encoding": sent}) or 0.0
+        return REGISTRY.get_sample_value(BY_NAME["update_bytes_total"].full_name, {"encoding": sent}) or 0.0
 
     before = counted()
     yard = Yard(tmp_path, encodings=known, compression={"encodings": wanted})

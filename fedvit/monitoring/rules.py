@@ -1,0 +1,118 @@
+"""The alert rules as data: with every time divided by one factor for drills, and as a table for the documents.
+
+What is waited for (``for``) and what is looked back on (ranges and offsets) shrink together, so that a drill shows the
+same rules in less time. Thresholds stay, counts among them: so many in a shorter time is more often.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedvit.errors import ConfigError
+
+RULES = Path("cluster_configs") / "monitoring" / "rules"
+SCRAPE_INTERVAL_S = 5.0
+# Shorter, and scrapes would take a share of the machine that they are to watch.
+LEAST_SCRAPE_INTERVAL_S = 2.0
+# rate() needs two samples, and one scrape may fail.
+SAMPLES_A_RANGE = 4
+_UNITS_S = {"h": 3600, "m": 60, "s": 1}
+_RANGE = re.compile(r"(?<=\[)\d+[smh](?=\])")
+_OFFSET = re.compile(r"(?<=\boffset )\d+[smh]\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One alert. ``waits`` is Prometheus' ``for``: how long its condition has to hold; "" for not at all."""
+
+    name: str
+    severity: str
+    condition: str
+    waits: str
+    summary: str
+    respond_within: str
+    runbook_url: str
+
+
+def read_groups(folder: Path) -> list[dict[str, Any]]:
+    """The groups of all rule files in the folder.
+
+    Raises:
+        ConfigError: there are none, or one cannot be read.
+    """
+    try:
+        files = [yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*.yml"))]
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"The alert rules in {folder} cannot be read: {error}.") from None
+    if not files:
+        raise ConfigError(f"There are no alert rules in {folder}.", cure="Run it in the checkout's folder.")
+    return [group for file in files for group in file["groups"]]
+
+
+def scrape_interval_s(factor: float) -> float:
+    """How often targets are scraped in a drill that is ``factor`` times as fast, seconds."""
+    return max(LEAST_SCRAPE_INTERVAL_S, SCRAPE_INTERVAL_S / factor)
+
+
+def shortened(groups: Sequence[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
+    """The same rules, ``factor`` times as fast, as far as scrapes allow.
+
+    Raises:
+        ConfigError: the factor is below 1.
+    """
+    if not factor >= 1:
+        raise ConfigError(f"A factor of {factor:g} makes no rule faster.", cure="Give 1, or more.")
+    return [{**group, "rules": [_shortened(rule, factor) for rule in group["rules"]]} for group in groups]
+
+
+def alerts(groups: Sequence[dict[str, Any]]) -> Iterator[Alert]:
+    """The alerts of the groups."""
+    for rule in (rule for group in groups for rule in group["rules"] if "alert" in rule):
+        told = rule["annotations"]
+        yield Alert(
+            name=rule["alert"],
+            severity=rule["labels"]["severity"],
+            condition=" ".join(rule["expr"].split()),
+            waits=str(rule.get("for", "")),
+            summary=told["summary"],
+            respond_within=told["respond_within"],
+            runbook_url=told["runbook_url"],
+        )
+
+
+def markdown(groups: Sequence[dict[str, Any]]) -> str:
+    """A table of the alerts; links are as seen from docs/."""
+    lines = ["| alert | severity | holds for | respond within | condition | runbook |", "|---|---|---|---|---|---|"]
+    for alert in alerts(groups):
+        link = alert.runbook_url.removeprefix("docs/")
+        condition = alert.condition.replace("|", "\\|")
+        lines.append(
+            f"| `{alert.name}` | {alert.severity} | {alert.waits or '–'} | {alert.respond_within} | `{condition}` "
+            f"| [section]({link}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _shortened(rule: dict[str, Any], factor: float) -> dict[str, Any]:
+    interval_s = math.ceil(scrape_interval_s(factor))
+
+    def shorter(text: str, least_s: int) -> str:
+        long_s = int(text[:-1]) * _UNITS_S[text[-1]]
+        return _told(min(long_s, max(round(long_s / factor), least_s)))
+
+    expr = _RANGE.sub(lambda found: shorter(found[0], SAMPLES_A_RANGE * interval_s), rule["expr"])
+    expr = _OFFSET.sub(lambda found: shorter(found[0], interval_s), expr)
+    waits = {"for": shorter(rule["for"], interval_s)} if "for" in rule else {}
+    return {**rule, "expr": expr, **waits}
+
+
+def _told(seconds: int) -> str:
+    unit = next(unit for unit, length_s in _UNITS_S.items() if seconds % length_s == 0)
+    return f"{seconds // _UNITS_S[unit]}{unit}"

@@ -1,0 +1,55 @@
+"""Processes that end with the one that started them, and the ports that they listen on."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import socket
+import subprocess
+import sys
+
+from fedvit.errors import PortInUseError
+
+STOP_S = 10.0
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """For ``preexec_fn``: ask the kernel to end this child when its parent dies, however it dies (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_child(process: subprocess.Popen[bytes]) -> None:
+    """End it gracefully; by force where it takes longer than :data:`STOP_S`."""
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def why_taken(host: str, port: int) -> str | None:
+    """Why nobody could listen there, or None."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            return error.strerror
+    return None
+
+
+def check_port_free(host: str, port: int, setting: str | None = None) -> None:
+    """Make sure that a port can be listened on.
+
+    Raises:
+        PortInUseError: it cannot; ``setting`` names what would choose another.
+    """
+    reason = why_taken(host, port)
+    if reason is not None:
+        other = f", or set {setting} to another port" if setting else ""
+        raise PortInUseError(
+            f"Port {port} on {host} cannot be listened on: {reason}.", cure=f"Stop the program that uses it{other}."
+        )

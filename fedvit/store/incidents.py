@@ -1,0 +1,230 @@
+"""The incident log as rows. Functions of an open session.
+
+An alert that fires while an incident of its name is open joins it; with the end of its last alert an incident is
+resolved; one that fires soon after reopens it. A firing is known by fingerprint and start, so that a repeated message
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from fedvit.errors import NotFoundError
+from fedvit.store.records import Alert, Incident, IncidentEvent, LoggedAlert
+from fedvit.store.tables import IncidentAlertRow, IncidentEventRow, IncidentRow
+from fedvit.types import Severity
+
+MONITORING = "monitoring"
+"""The actor of what nobody did: an alert fired, or ended."""
+
+
+def record_alerts(session: Session, alerts: Iterable[Alert], reopen_within: timedelta, at: datetime) -> list[str]:
+    """Take in what fires and what has ended; return the incidents concerned, each once, in the order of the alerts."""
+    # First what fires: an incident that one alert leaves and another joins has not ended in between.
+    ordered = sorted(alerts, key=lambda alert: (alert.ends_at is not None, alert.starts_at))
+    return list(dict.fromkeys(_record(session, alert, reopen_within, at) for alert in ordered))
+
+
+def end_alerts(session: Session, fingerprint: str, at: datetime) -> list[str]:
+    """End whatever fires under this fingerprint; return the incidents concerned."""
+    query = select(IncidentAlertRow).where(
+        IncidentAlertRow.fingerprint == fingerprint, IncidentAlertRow.ends_at.is_(None)
+    )
+    found = list(session.scalars(query))
+    for row in found:
+        _end(session, row, at, at)
+    return [row.incident_id for row in found]
+
+
+def note(session: Session, incident_id: str, event: IncidentEvent) -> None:
+    """Add a line to an incident's history.
+
+    Raises:
+        NotFoundError: no such incident.
+    """
+    _row(session, incident_id)
+    _tell(session, incident_id, event)
+
+
+def incident(session: Session, incident_id: str) -> Incident:
+    """One incident.
+
+    Raises:
+        NotFoundError: no such incident.
+    """
+    return _to_incident(session, _row(session, incident_id))
+
+
+def incidents(session: Session, is_open: bool | None, offset: int, limit: int | None) -> list[Incident]:
+    """Incidents, newest first; None filters nothing."""
+    query = select(IncidentRow).order_by(IncidentRow.ordinal.desc()).offset(offset).limit(limit)
+    if is_open is not None:
+        query = query.where(IncidentRow.resolved_at.is_(None) if is_open else IncidentRow.resolved_at.is_not(None))
+    return [_to_incident(session, row) for row in session.scalars(query)]
+
+
+def open_by_severity(session: Session) -> dict[Severity, int]:
+    """How many incidents are open, for every severity."""
+    query = (
+        select(IncidentRow.severity, func.count())
+        .where(IncidentRow.resolved_at.is_(None))
+        .group_by(IncidentRow.severity)
+    )
+    found = dict(session.execute(query).tuples().all())
+    return {severity: found.get(severity.value, 0) for severity in Severity}
+
+
+def incident_alerts(session: Session, incident_id: str) -> list[LoggedAlert]:
+    """The alerts of an incident, in the order in which they began."""
+    query = select(IncidentAlertRow).where(IncidentAlertRow.incident_id == incident_id)
+    return [_to_logged(row) for row in session.scalars(query.order_by(IncidentAlertRow.starts_at))]
+
+
+def incident_events(session: Session, incident_id: str) -> list[IncidentEvent]:
+    """The history of an incident, as it was told."""
+    query = select(IncidentEventRow).where(IncidentEventRow.incident_id == incident_id)
+    rows = session.scalars(query.order_by(IncidentEventRow.sequence))
+    return [IncidentEvent(row.at, row.kind, row.actor, row.text) for row in rows]
+
+
+# --- one alert -------------------------------------------------------------------------------------------------------
+
+
+def _record(session: Session, alert: Alert, reopen_within: timedelta, at: datetime) -> str:
+    known = session.get(IncidentAlertRow, (alert.fingerprint, alert.starts_at))
+    if known is None:
+        known = _add(session, alert, _incident_for(session, alert, reopen_within, at), at)
+    if alert.ends_at is not None and known.ends_at is None:
+        _end(session, known, alert.ends_at, at)
+    return known.incident_id
+
+
+def _incident_for(session: Session, alert: Alert, reopen_within: timedelta, at: datetime) -> IncidentRow:
+    """The incident that a firing belongs to: one that is open, one that has just ended, or another."""
+    # Whoever runs ahead of our clock must not open incidents in the future.
+    began = min(alert.starts_at, at)
+    newest = select(IncidentRow).where(IncidentRow.alertname == alert.alertname).order_by(IncidentRow.ordinal.desc())
+    row = session.scalar(newest.limit(1))
+    if row is None or (row.resolved_at is not None and row.resolved_at + reopen_within < began):
+        return _open(session, alert, began)
+    if row.resolved_at is not None and alert.ends_at is None:
+        row.resolved_at = None
+        _tell(session, row.incident_id, IncidentEvent(began, "reopened", MONITORING, f"{alert.alertname} fired again"))
+    row.opened_at = min(row.opened_at, began)
+    row.severity = min(row.severity, alert.severity.value)
+    return row
+
+
+def _open(session: Session, alert: Alert, began: datetime) -> IncidentRow:
+    row = IncidentRow(
+        incident_id=_new_id(session, began),
+        ordinal=1 + (session.scalar(select(func.max(IncidentRow.ordinal))) or 0),
+        alertname=alert.alertname,
+        severity=alert.severity.value,
+        summary=alert.annotations.get("summary", ""),
+        opened_at=began,
+    )
+    session.add(row)
+    session.flush()
+    _tell(session, row.incident_id, IncidentEvent(began, "opened", MONITORING, f"{alert.alertname} fired"))
+    return row
+
+
+def _new_id(session: Session, began: datetime) -> str:
+    """The runbook's form: INC-YYYY-MMDD-XXX, the day in UTC and its incidents counted from 1."""
+    prefix = f"INC-{began.year:04d}-{began.month:02d}{began.day:02d}-"
+    query = select(func.count()).where(IncidentRow.incident_id.startswith(prefix, autoescape=True))
+    return f"{prefix}{1 + (session.scalar(query) or 0):03d}"
+
+
+def _add(session: Session, alert: Alert, incident: IncidentRow, at: datetime) -> IncidentAlertRow:
+    row = IncidentAlertRow(
+        fingerprint=alert.fingerprint,
+        starts_at=alert.starts_at,
+        incident_id=incident.incident_id,
+        alertname=alert.alertname,
+        severity=alert.severity.value,
+        labels=dict(alert.labels),
+        annotations=dict(alert.annotations),
+        generator_url=alert.generator_url,
+        received_at=at,
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def _end(session: Session, row: IncidentAlertRow, ends_at: datetime, at: datetime) -> None:
+    row.ends_at = min(ends_at, at)
+    session.flush()
+    still = select(func.count()).where(
+        IncidentAlertRow.incident_id == row.incident_id, IncidentAlertRow.ends_at.is_(None)
+    )
+    incident = _row(session, row.incident_id)
+    if session.scalar(still) == 0:
+        was_open, incident.resolved_at = incident.resolved_at is None, _last_end(session, row.incident_id)
+        if was_open:
+            told = IncidentEvent(incident.resolved_at, "resolved", MONITORING, "All its alerts have cleared")
+            _tell(session, row.incident_id, told)
+
+
+def _last_end(session: Session, incident_id: str) -> datetime:
+    query = select(IncidentAlertRow.ends_at).where(IncidentAlertRow.incident_id == incident_id)
+    return max(ends_at for ends_at in session.scalars(query) if ends_at is not None)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _tell(session: Session, incident_id: str, event: IncidentEvent) -> None:
+    last = select(func.max(IncidentEventRow.sequence)).where(IncidentEventRow.incident_id == incident_id)
+    session.add(
+        IncidentEventRow(
+            incident_id=incident_id,
+            sequence=1 + (session.scalar(last) or 0),
+            at=event.at,
+            kind=event.kind,
+            actor=event.actor,
+            text=event.text,
+        )
+    )
+    session.flush()
+
+
+def _row(session: Session, incident_id: str) -> IncidentRow:
+    row = session.get(IncidentRow, incident_id)
+    if row is None:
+        raise NotFoundError(f"There is no incident {incident_id!r}.", cure="See GET /api/incidents.")
+    return row
+
+
+def _to_incident(session: Session, row: IncidentRow) -> Incident:
+    mine = select(func.count()).where(IncidentAlertRow.incident_id == row.incident_id)
+    return Incident(
+        incident_id=row.incident_id,
+        alertname=row.alertname,
+        severity=Severity(row.severity),
+        summary=row.summary,
+        opened_at=row.opened_at,
+        resolved_at=row.resolved_at,
+        alerts=session.scalar(mine) or 0,
+        firing=session.scalar(mine.where(IncidentAlertRow.ends_at.is_(None))) or 0,
+    )
+
+
+def _to_logged(row: IncidentAlertRow) -> LoggedAlert:
+    alert = Alert(
+        alertname=row.alertname,
+        severity=Severity(row.severity),
+        fingerprint=row.fingerprint,
+        starts_at=row.starts_at,
+        ends_at=row.ends_at,
+        labels=row.labels,
+        annotations=row.annotations,
+        generator_url=row.generator_url,
+    )
+    return LoggedAlert(row.incident_id, row.received_at, alert)
