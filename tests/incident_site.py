@@ -49,7 +49,15 @@ class LateFleet(FakeFleet):
 class Site:
     """A control API over a real store, ledger and training loop, with the tokens of an operator and an emergency."""
 
-    def __init__(self, home: Path, fleet: LateFleet | None = None, *, system_id: str = "first", **access: Any) -> None:
+    def __init__(
+        self,
+        home: Path,
+        fleet: LateFleet | None = None,
+        *,
+        system_id: str = "first",
+        more: JsonObject | None = None,
+        **access: Any,
+    ) -> None:
         self.fleet = fleet or LateFleet()
         self.settings = load_settings(
             environ={},
@@ -59,6 +67,7 @@ class Site:
                 "privacy": {"noise_multiplier": 4.0},
                 "release": {"every_rounds": 1, "max_accuracy_drop": 1.0},
                 "access": access,
+                **(more or {}),
             },
         )
         self.store = Store.open(home)

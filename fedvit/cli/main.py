@@ -12,6 +12,7 @@ from fedvit.cli import (
     config,
     data,
     emergency,
+    incident,
     model,
     monitoring,
     operation,
@@ -56,6 +57,7 @@ app.add_typer(model.app, name="model")
 app.add_typer(privacy.app, name="privacy")
 app.add_typer(backup_channel.app, name="backup-channel")
 app.add_typer(emergency.app, name="emergency")
+app.add_typer(incident.app, name="incident")
 app.add_typer(operation.app, name="operation")
 app.add_typer(monitoring.app, name="monitoring")
 app.add_typer(token.app, name="token")

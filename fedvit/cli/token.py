@@ -20,7 +20,7 @@ app = typer.Typer(help="Bearer tokens of the control API.", no_args_is_help=True
 def create(
     name: Annotated[str, typer.Argument(help="Whose token it is; shown in the audit trail.")],
     scopes: Annotated[
-        list[str], typer.Option("--scope", help="viewer, operator, admin, emergency or device (repeatable).")
+        list[str], typer.Option("--scope", help="viewer, operator, admin, emergency, device or alerts (repeatable).")
     ],
     days: Annotated[float, typer.Option("--days", help="Days until it expires; 0: never.", min=0)] = 90,
     client: Annotated[str | None, typer.Option("--client", help="Bind a device token to this one client.")] = None,

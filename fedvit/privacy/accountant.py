@@ -216,6 +216,18 @@ class PrivacyAccountant:
         self._spends.read(self._store)
 
 
+def epsilon_spent_at(store: Store, settings: Settings, at: datetime) -> float:
+    """What the most exposed unit had spent at a moment, by PLD, of the budget period that was in force then.
+
+    Raises:
+        StateError: the ledger has a charge that cannot be interpreted.
+    """
+    started = [period.ledger_sequence for period in store.budget_periods() if period.at <= at]
+    spends = _Spends(settings.privacy.privacy_unit, after=started[-1] if started else 0)
+    spends.read(store, until=at)
+    return _most_exposed(spends.all(), settings.privacy.target_delta, epsilon_pld)
+
+
 class _Spends:
     """What was charged behind one line of the ledger: to each unit of its own, and to the whole population.
 
@@ -231,9 +243,11 @@ class _Spends:
         self._privacy_unit = privacy_unit
         self._last_sequence = after
 
-    def read(self, store: Store) -> None:
-        """Take in the lines that came since the last time."""
+    def read(self, store: Store, until: datetime | None = None) -> None:
+        """Take in the lines that came since the last time, those behind ``until`` left out."""
         for entry in store.ledger(after=self._last_sequence):
+            if until is not None and entry.at > until:
+                return
             self._take(entry.charge)
             self._last_sequence = entry.sequence
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Row
@@ -30,6 +31,12 @@ def append_audit(session: Session, facts: AuditFacts) -> int:
 def audit(session: Session, after: int, limit: int | None) -> list[AuditEntry]:
     """Lines behind sequence ``after``, oldest first."""
     query = CHAIN.lines.where(AuditRow.sequence > after).order_by(AuditRow.sequence).limit(limit)
+    return [AuditEntry(row.sequence, row.at, _to_facts(_columns(row))) for row in session.execute(query)]
+
+
+def audit_between(session: Session, since: datetime, until: datetime, limit: int) -> list[AuditEntry]:
+    """Lines from ``since`` to ``until``, both included, oldest first."""
+    query = CHAIN.lines.where(AuditRow.at.between(since, until)).order_by(AuditRow.sequence).limit(limit)
     return [AuditEntry(row.sequence, row.at, _to_facts(_columns(row))) for row in session.execute(query)]
 
 

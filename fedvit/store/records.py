@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 
-from fedvit.types import Client, ClientOutcome, Severity
+from fedvit.types import Client, ClientOutcome, RemediationAction, Severity
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,3 +234,66 @@ class IncidentEvent:
     kind: str
     actor: str
     text: str
+
+
+class RemediationOutcome(StrEnum):
+    """What became of a remediation; one that stays ``begun`` was cut off in the middle, and nobody knows."""
+
+    WITHHELD = "withheld"
+    BEGUN = "begun"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Remediation:
+    """An action that was taken, or withheld, for one firing. ``target`` is the client that it is about, if any."""
+
+    incident_id: str
+    fingerprint: str
+    starts_at: datetime
+    action: RemediationAction
+    target: str | None
+    at: datetime
+    outcome: RemediationOutcome = RemediationOutcome.BEGUN
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What decides whether a remediation may be taken on, as of one moment.
+
+    ``attempted`` are those that were taken on before, whatever came of them; ``removed`` clients were taken out by them
+    and have not come back, or are about to be, out of a ``fleet`` of so many. ``active`` clients include those
+    ``unvalidated``.
+    """
+
+    attempted: tuple[Remediation, ...]
+    active: int
+    unvalidated: int
+    target_active: bool
+    removed: int
+    fleet: int
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """One thing that the state records, in words."""
+
+    at: datetime
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTally:
+    """What became of the rounds of some span of time; those ``lost`` began and will never be committed.
+
+    A round ``under_way`` goes on, also after a crash or a stop. ``answers`` are what clients answered to the committed
+    ones, ``refused`` those that do not count. No answer counts twice: the table has one row for a client and round.
+    """
+
+    committed: int
+    under_way: int
+    lost: int
+    answers: int
+    refused: int

@@ -19,7 +19,7 @@ from fedvit.types import ClientOutcome, Cohort, ModelVersion, Participation, Rou
 
 # Older SQLite builds admit 999 bound parameters a statement.
 _CHUNK = 500
-_RESUMABLE = [status.value for status in RunStatus if status.resumable]
+RESUMABLE = [status.value for status in RunStatus if status.resumable]
 
 
 def create_run(
@@ -231,7 +231,7 @@ def answer_of(session: Session, client_id: str, run_id: str, started: int) -> tu
 
 
 def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
-    others = session.scalars(select(RunRow.run_id).where(RunRow.status.in_(_RESUMABLE)))
+    others = session.scalars(select(RunRow.run_id).where(RunRow.status.in_(RESUMABLE)))
     for run_id in others:
         if run_id != except_for:
             raise ConflictError(f"{run_id} is not finished.", cure="Continue it, or end it before another run goes on.")

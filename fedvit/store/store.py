@@ -13,10 +13,12 @@ from fedvit.ports import Charge, LedgerEntry
 from fedvit.store import audit as _audit
 from fedvit.store import budget as _budget
 from fedvit.store import fleet as _fleet
+from fedvit.store import happenings as _happenings
 from fedvit.store import idempotency as _idempotency
 from fedvit.store import incidents as _incidents
 from fedvit.store import ledger as _ledger
 from fedvit.store import operations as _operations
+from fedvit.store import remediations as _remediations
 from fedvit.store import runs as _runs
 from fedvit.store import tokens as _tokens
 from fedvit.store import versions as _versions
@@ -31,12 +33,17 @@ from fedvit.store.records import (
     ClientPage,
     Derivation,
     FleetInfo,
+    Happening,
     Incident,
     IncidentEvent,
     LoggedAlert,
     Release,
+    Remediation,
+    RemediationOutcome,
     RequestKey,
     RoundCommit,
+    RoundTally,
+    Standing,
     StoredAnswer,
     Token,
     Validation,
@@ -78,14 +85,19 @@ __all__ = [
     "ClientPage",
     "Derivation",
     "FleetInfo",
+    "Happening",
     "Incident",
     "IncidentEvent",
     "LedgerFreeze",
     "LoggedAlert",
     "Release",
+    "Remediation",
+    "RemediationOutcome",
     "RequestKey",
     "RoundCommit",
+    "RoundTally",
     "Sign",
+    "Standing",
     "Store",
     "StoredAnswer",
     "Token",
@@ -706,6 +718,11 @@ class Store:
         with self._database.read() as session:
             return _audit.latest_audit(session, limit)
 
+    def audit_between(self, since: datetime, until: datetime, limit: int) -> list[AuditEntry]:
+        """Lines of the audit trail from ``since`` to ``until``, both included, oldest first, at most ``limit``."""
+        with self._database.read() as session:
+            return _audit.audit_between(session, since, until, limit)
+
     def audit_lines(self) -> Iterator[dict[str, Any]]:
         """The audit trail as it is stored, hashes included, oldest line first; read to the end, or closed."""
         with self._database.read() as session:
@@ -848,6 +865,39 @@ class Store:
         """The history of an incident, as it was told."""
         with self._database.read() as session:
             return _incidents.incident_events(session, incident_id)
+
+    def claim_remediation(self, wish: Remediation, check: Callable[[Standing], str | None]) -> Remediation | None:
+        """Take a remediation on, or withhold it for the reason that ``check`` names; None where it was taken on before.
+
+        ``check`` is asked inside the transaction and may not use this store.
+        """
+        with self._database.write() as session:
+            return _remediations.claim(session, wish, check)
+
+    def finish_remediation(self, claimed: Remediation, outcome: RemediationOutcome, detail: str) -> Remediation:
+        """Say what came of a remediation that was taken on."""
+        with self._database.write() as session:
+            return _remediations.finish(session, claimed, outcome, detail)
+
+    def remediations(self, incident_id: str) -> list[Remediation]:
+        """What the system did about an incident by itself, and what it withheld, in order."""
+        with self._database.read() as session:
+            return _remediations.remediations(session, incident_id)
+
+    def happenings(self, since: datetime, until: datetime) -> list[Happening]:
+        """What the state records from ``since`` to ``until``: runs, releases, operations, quarantines; in order."""
+        with self._database.read() as session:
+            return _happenings.happenings(session, since, until)
+
+    def round_tally(self, since: datetime, until: datetime) -> RoundTally:
+        """What became of the rounds from ``since`` to ``until``."""
+        with self._database.read() as session:
+            return _happenings.round_tally(session, since, until)
+
+    def quarantined_between(self, since: datetime, until: datetime) -> list[str]:
+        """The clients that came into quarantine then and are still in it, sorted."""
+        with self._database.read() as session:
+            return _happenings.quarantined_between(session, since, until)
 
     def change_counter(self) -> int:
         """A number that differs from an earlier one if anything was committed in between, by whatever process.

@@ -6,20 +6,37 @@ lose the alert, for Alertmanager repeats nothing that was answered with 4xx.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from fedvit.store.store import Alert
 from fedvit.types import Severity
 
-# As many as fit into a body.
-MAX_ALERTS = 10_000
+# What Alertmanager sends at once is bounded by max_alerts on its side; more would not fit into a body.
+MAX_ALERTS = 1000
 MAX_LABELS = 64
 MAX_TEXT = 2000
 UNNAMED = "unnamed"
+WATCHDOG = "Watchdog"
+"""Fires for ever, so that somebody notices when it does not: a sign of life, and no incident."""
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]")
+
+
+def _written(given: Any) -> Any:
+    """A number would be taken for seconds since 1970."""
+    if not isinstance(given, str) or _DAY.match(given) is None:
+        raise ValueError("is no moment in the form 2026-03-01T03:15:00Z")
+    return given
+
+
+def _counted(given: Any) -> Any:
+    if isinstance(given, bool | str):
+        raise ValueError("is no number")
+    return given
 
 
 def _in_utc(moment: datetime) -> datetime:
@@ -31,7 +48,7 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("lies outside the calendar") from None
 
 
-Moment = Annotated[datetime, AfterValidator(_in_utc)]
+Moment = Annotated[datetime, BeforeValidator(_written), AfterValidator(_in_utc)]
 # Go says "0001-01-01T00:00:00Z" where there is no moment.
 _NEVER = datetime(1, 1, 2, tzinfo=UTC)
 
@@ -68,20 +85,22 @@ class AlertmanagerAlert(BaseModel):
 
 
 class AlertmanagerMessage(BaseModel):
-    """A group of alerts, as Alertmanager posts it to a webhook (version 4)."""
+    """A group of alerts, as Alertmanager posts it to a webhook (version 4).
+
+    What else it says (receiver, group and common labels) is said of each alert, or is about Alertmanager itself.
+    ``truncatedAlerts`` were left out of it.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
     version: Literal["4"]
-    groupKey: str = Field(default="", examples=['{}:{alertname="EdgeDeviceOffline"}'])
-    truncatedAlerts: int = Field(default=0, ge=0)
-    status: Literal["firing", "resolved"] = Field(examples=["firing"])
-    receiver: str = Field(default="", examples=["fedvit"])
-    groupLabels: dict[str, str] = Field(default_factory=dict, examples=[{"alertname": "EdgeDeviceOffline"}])
-    commonLabels: dict[str, str] = Field(default_factory=dict, examples=[{"severity": "P2"}])
-    commonAnnotations: dict[str, str] = Field(default_factory=dict, examples=[{}])
-    externalURL: str = Field(default="", examples=["http://localhost:9093"])
+    truncatedAlerts: Annotated[int, BeforeValidator(_counted)] = Field(default=0, ge=0)
     alerts: list[AlertmanagerAlert] = Field(max_length=MAX_ALERTS)
+
+    def to_alerts(self, now: datetime) -> list[Alert]:
+        """The alerts as the log keeps them, the watchdog's sign of life left out."""
+        found = (alert.to_alert(now) for alert in self.alerts)
+        return [alert for alert in found if alert.alertname != WATCHDOG]
 
 
 def severity_of(labels: Mapping[str, str]) -> Severity:

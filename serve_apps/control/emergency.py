@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Response
@@ -12,6 +13,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from fedvit.errors import FedvitError
 from fedvit.operations.breach import POLICY, Breach, BreachReport, BreachResponse, ImmediateAction
+from fedvit.operations.incidents import log_breach, log_stand_down
 from fedvit.store.store import LedgerFreeze, Store
 from fedvit.types import utc_now
 from serve_apps.control.access import EMERGENCY, OPERATOR, VIEWER, CallKey, CurrentIdentity, Note
@@ -20,6 +22,7 @@ from serve_apps.control.schemas import RequestBody
 from serve_apps.control.services import Services
 from serve_apps.problems import documented
 
+LOG = logging.getLogger("fedvit.control")
 # The answer has to leave the house within the time limit, too.
 _TIME_SHARE = 0.8
 _IncidentId = Annotated[str, Field(min_length=1, max_length=200, examples=["PB-20260301-031500"])]
@@ -161,6 +164,7 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
         )
         report = response.run()
         note.after = _told(report)
+        _log_incident(services, breach)
         return BreachView.of(request.incident_id, report)
 
     @api.post("/api/emergency/stand-down", tags=["emergency"], dependencies=EMERGENCY)
@@ -168,6 +172,7 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
         """Lift an incident's freeze of the ledger. Nobody's quarantine ends by it, and no training begins."""
         note.before = _standing(store)
         left = store.thaw_ledger(request.incident_id)
+        log_stand_down(store, request.incident_id, utc_now())
         note.after = _standing(store)
         return StandDownView(
             incident_id=request.incident_id,
@@ -186,6 +191,22 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
         aggregator = services.aggregator()
         note.before = standing_of(aggregator.progress())
         return accepted(aggregator.submit("shutdown", request.model_dump(), call_key), response, note)
+
+
+def _log_incident(services: Services, breach: Breach) -> None:
+    """The breach is contained by now, logged or not: nothing that fails here may make it look otherwise."""
+    try:
+        log_breach(
+            services.store,
+            breach.incident_id,
+            reported_by=breach.reported_by,
+            breach_type=breach.breach_type,
+            clients=len(breach.affected_clients),
+            at=breach.at,
+            reopen_within=timedelta(seconds=services.settings.incidents.reopen_within_s),
+        )
+    except Exception:
+        LOG.exception("breach %s is not in the incident log", breach.incident_id)
 
 
 def _standing(store: Store) -> dict[str, Any]:

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import logging
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI
-from pydantic import BaseModel
+from fastapi import FastAPI, Query, Response
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
 
 from fedvit.access.identity import Scope
 from fedvit.errors import StateError
-from fedvit.types import utc_now
-from serve_apps.control.access import requires
+from fedvit.operations.incident_report import Section, collect, report
+from fedvit.operations.incidents import timeline
+from fedvit.operations.playbook import RUNBOOK, play_of
+from fedvit.operations.remediation import Order, Proposal, orders, proposals
+from fedvit.store.store import Alert, Incident, IncidentEvent, RemediationOutcome, Store
+from fedvit.types import Severity, utc_now
+from serve_apps.control.access import VIEWER, CurrentIdentity, Note, requires
 from serve_apps.control.alerts import AlertmanagerMessage
+from serve_apps.control.inside import REMEDIATION, call_as
+from serve_apps.control.schemas import Offset, RequestBody
 from serve_apps.control.services import Services
 from serve_apps.problems import ProblemError, documented
 
+LOG = logging.getLogger("fedvit.control")
 # Telemetry: Alertmanager repeats it every few minutes. What is done about it is on the audit trail.
 _ALERTS = [requires(Scope.ALERTS, Scope.OPERATOR, audited=False)]
+# A timeline shows what others asked for, and their words.
+_ON_CALL = [requires(Scope.OPERATOR, Scope.EMERGENCY)]
+_MARKDOWN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/markdown": {"schema": {"type": "string"}}}}}
 
 
 class ReceivedView(BaseModel):
@@ -25,17 +40,175 @@ class ReceivedView(BaseModel):
     incidents: list[str]
 
 
+class IncidentSummary(BaseModel):
+    """An incident in a list; ``firing`` of its ``alerts`` have not cleared."""
+
+    incident_id: str
+    alertname: str
+    severity: Severity
+    status: Literal["open", "resolved"]
+    summary: str
+    opened_at: datetime
+    resolved_at: datetime | None
+    alerts: int
+    firing: int
+
+    @classmethod
+    def of(cls, incident: Incident) -> IncidentSummary:
+        """The view of an incident."""
+        return cls(**asdict(incident), status="open" if incident.resolved_at is None else "resolved")
+
+
+class TimelineEntry(BaseModel):
+    """A line of a timeline; ``actor`` is null where nobody did it."""
+
+    at: datetime
+    kind: str
+    actor: str | None
+    text: str
+
+
+class ProposalView(BaseModel):
+    """A step of the runbook. ``automatic``: may the system take it by itself (``allowed`` by ``remediation.allow``)?
+
+    ``outcome`` and ``detail`` say what became of that; both are null while nothing was tried.
+    """
+
+    name: str
+    command: str
+    method: str | None
+    path: str | None
+    body: dict[str, Any] | None
+    target: str | None
+    automatic: Literal["allowed", "not_allowed", "never"]
+    outcome: RemediationOutcome | None
+    detail: str | None
+
+    @classmethod
+    def of(cls, found: Proposal) -> ProposalView:
+        """The view of a proposal."""
+        call, taken = found.step.call, found.taken
+        return cls(
+            name=found.step.name,
+            command=found.command,
+            method=call.method if call else None,
+            path=call.path if call else None,
+            body=dict(call.body) if call and call.body is not None else None,
+            target=found.target,
+            automatic=found.automatic,
+            outcome=taken.outcome if taken else None,
+            detail=taken.detail if taken else None,
+        )
+
+
+class IncidentDetail(IncidentSummary):
+    """An incident with its timeline, and what the runbook says; ``runbook`` is the section."""
+
+    runbook: str
+    proposals: list[ProposalView]
+    timeline: list[TimelineEntry]
+
+
+class NoteRequest(RequestBody):
+    """What somebody knows: for a section of the report, or as a ``remark`` for the timeline."""
+
+    section: Section = Field(default=Section.REMARK, examples=["root_cause"])
+    text: str = Field(min_length=1, max_length=4000, examples=["A cable was cut."])
+
+
 def add_incident_routes(api: FastAPI, services: Services) -> None:
     """Take alerts in, and show what came of them."""
     store, settings = services.store, services.settings
+    window = timedelta(seconds=settings.incidents.reopen_within_s)
 
-    @api.post("/api/incidents/alerts", tags=["incidents"], dependencies=_ALERTS, responses=documented(503))
-    def receive(message: AlertmanagerMessage) -> ReceivedView:
-        """Alertmanager's webhook. A firing is known by fingerprint and start; to tell it again changes nothing."""
-        now, window = utc_now(), timedelta(seconds=settings.incidents.reopen_within_s)
-        alerts = [alert.to_alert(now) for alert in message.alerts]
+    def taken_in(message: AlertmanagerMessage) -> tuple[list[str], list[Order]]:
+        now = utc_now()
         try:
-            return ReceivedView(incidents=store.record_alerts(alerts, reopen_within=window, at=now))
+            found = store.record_alerts(message.to_alerts(now), reopen_within=window, at=now)
+            return found, [order for name in found for order in orders(store, settings, name, now)]
         except StateError as error:
             # Alertmanager tries again what was answered with 5xx, and nothing else.
             raise ProblemError(503, error.code, "State unavailable", str(error)) from error
+
+    @api.post("/api/incidents/alerts", tags=["incidents"], dependencies=_ALERTS, responses=documented(503))
+    async def receive(message: AlertmanagerMessage) -> ReceivedView:
+        """Alertmanager's webhook. A firing is known by fingerprint and start; to tell it again changes nothing.
+
+        Where ``remediation.allow`` says so, the runbook's action follows, once a firing.
+        """
+        if message.truncatedAlerts:
+            LOG.warning("Alertmanager left alerts out", extra={"truncated": message.truncatedAlerts})
+        found, due = await run_in_threadpool(taken_in, message)
+        for order in due:
+            await _carry_out(api, store, order)
+        return ReceivedView(incidents=found)
+
+    @api.get("/api/incidents", tags=["incidents"], dependencies=VIEWER)
+    def incidents(
+        status: Literal["open", "resolved"] | None = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        offset: Offset = 0,
+    ) -> list[IncidentSummary]:
+        """Incidents, newest first."""
+        is_open = None if status is None else status == "open"
+        return [IncidentSummary.of(found) for found in store.incidents(is_open=is_open, offset=offset, limit=limit)]
+
+    @api.get("/api/incidents/{incident_id}", tags=["incidents"], dependencies=_ON_CALL, responses=documented(404))
+    def incident(incident_id: str) -> IncidentDetail:
+        """One incident: alerts, commands and changes of state in order, and what the runbook says to do."""
+        return _detail(services, store.incident(incident_id))
+
+    @api.post(
+        "/api/incidents/{incident_id}/notes", tags=["incidents"], dependencies=_ON_CALL, responses=documented(404)
+    )
+    def add_note(incident_id: str, request: NoteRequest, who: CurrentIdentity, note: Note) -> IncidentDetail:
+        """Write down what only people know; notes are added, never changed."""
+        store.note_incident(incident_id, IncidentEvent(utc_now(), request.section.value, who.actor, request.text))
+        note.after = {"section": request.section.value}
+        return _detail(services, store.incident(incident_id))
+
+    @api.get(
+        "/api/incidents/{incident_id}/report",
+        tags=["incidents"],
+        response_class=Response,
+        dependencies=_ON_CALL,
+        responses=documented(404) | _MARKDOWN,
+    )
+    def write_report(incident_id: str) -> Response:
+        """The runbook's template in Markdown, filled with what is known and blank where only people know."""
+        return Response(report(collect(store, settings, incident_id, utc_now())), media_type="text/markdown")
+
+
+def _detail(services: Services, incident: Incident) -> IncidentDetail:
+    store, name = services.store, incident.incident_id
+    alerts = [logged.alert for logged in store.incident_alerts(name)]
+    found = proposals(services.settings.remediation, incident.alertname, alerts, store.remediations(name))
+    return IncidentDetail(
+        **IncidentSummary.of(incident).model_dump(),
+        runbook=_runbook_of(incident.alertname, alerts),
+        proposals=[ProposalView.of(one) for one in found],
+        timeline=[TimelineEntry(**asdict(entry)) for entry in timeline(store, incident, utc_now())],
+    )
+
+
+def _runbook_of(alertname: str, alerts: list[Alert]) -> str:
+    """The section that the rule names, which may be one that this table does not know."""
+    told = next((url for alert in alerts if (url := alert.annotations.get("runbook_url"))), None)
+    return told or f"{RUNBOOK}#{play_of(alertname).section}"
+
+
+async def _carry_out(api: FastAPI, store: Store, order: Order) -> None:
+    """Do what was taken on, as an operator would; whatever comes of it is written down, and tried no second time."""
+    try:
+        answer = await call_as(api, REMEDIATION, order.call.method, order.path, order.call.body, key=order.key)
+        outcome = RemediationOutcome.DONE if answer.is_success else RemediationOutcome.FAILED
+        detail = f"{answer.status_code}" if answer.is_success else f"{answer.status_code}: {_problem(answer.json())}"
+    except Exception as error:
+        LOG.exception("remediation %s", order.claimed.action)
+        outcome, detail = RemediationOutcome.FAILED, f"{type(error).__name__}: {error}"
+    LOG.warning("remediation", extra={"action": order.claimed.action.value, "outcome": outcome.value})
+    await run_in_threadpool(store.finish_remediation, order.claimed, outcome, detail[:500])
+
+
+def _problem(document: Any) -> str:
+    return str(document.get("detail", "")) if isinstance(document, dict) else str(document)

@@ -31,6 +31,7 @@ from fedvit.types import utc_now
 from serve_apps.control.access import AuditNote, Caller, Guard, call_key, requirement_of
 from serve_apps.control.audit import facts_of
 from serve_apps.control.bodies import check_no_fields, example_of, parse_json, read_body, with_body
+from serve_apps.control.inside import ACTING
 from serve_apps.logs import request_id
 from serve_apps.problems import ProblemError, documented, problem_of
 
@@ -163,10 +164,7 @@ class _Call:
 
     async def answer(self) -> Response:
         request, requirement = self._request, self._route.requirement
-        if self._guard.identifies_at_once(requirement, self._caller):
-            identity = self._guard.identify(requirement, self._caller)
-        else:
-            identity = await run_in_threadpool(self._guard.identify, requirement, self._caller)
+        identity = await self._identify()
         request.state.identity, request.state.audit_note, request.state.source = (
             identity,
             self._note,
@@ -188,6 +186,14 @@ class _Call:
         if not requirement.audited:
             return await self._in_time(self._inner(with_body(request, content)))
         return await self._mutate(identity, content, body)
+
+    async def _identify(self) -> Identity:
+        requirement, acting = self._route.requirement, self._request.scope.get(ACTING)
+        if isinstance(acting, Identity):
+            return acting
+        if self._guard.identifies_at_once(requirement, self._caller):
+            return self._guard.identify(requirement, self._caller)
+        return await run_in_threadpool(self._guard.identify, requirement, self._caller)
 
     async def _read(self) -> tuple[bytes, Any]:
         limit_s = self._access.request_timeout_s

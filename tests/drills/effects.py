@@ -229,6 +229,14 @@ def _token_made(drill: Drill, outcome: Outcome) -> None:
     drill.tokens[scope] = text
 
 
+def _noted(drill: Drill, outcome: Outcome) -> None:
+    asked = re.search(r'note (\S+) "([^"]+)"', outcome.command)
+    assert asked is not None
+    report = drill.ask(f"/api/incidents/{asked[1]}/report").text
+    assert f"- **Root Cause**: {asked[2]}\n" in report
+    assert drill.get(f"/api/incidents/{asked[1]}")["timeline"]
+
+
 # --- the tables ------------------------------------------------------------------------------------------------------
 
 HTTP: dict[tuple[str, str], Check] = {
@@ -261,6 +269,7 @@ SHELL: dict[str, Check] = {
     r"fedvit restore \S+": _restored,
     r"fedvit token create .+": _token_made,
     r"fedvit model export .+": _exported,
+    r"fedvit incident note .+": _noted,
     r"for n in 3 4 5; do\n.*": _more_edges,
     r"kill .*": _fewer_edges,
 }
@@ -268,6 +277,7 @@ SHELL: dict[str, Check] = {
 LOOKS = (
     r"curl .*|for device in .*|python -c .*|export PATH=.*|free -h|df -h|ps .*|tail .*|ping .*|traceroute .*"
     r"|make (health-check|diagnostics|logs)|fedvit (status|config show|privacy show|audit-log (show|verify))\b.*"
+    r"|fedvit incident (list|show|report)\b.*"
 )
 
 

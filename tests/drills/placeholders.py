@@ -60,4 +60,5 @@ PLACEHOLDERS = (
     Placeholder("<client-id>", doubted),
     Placeholder("<incident-id>", lambda drill: str(drill.memory["incident_id"])),
     Placeholder("<backup-file>", archive),
+    Placeholder("<incident>", lambda drill: str(drill.get("/api/incidents")[0]["incident_id"]), (SHELL,)),
 )

@@ -61,6 +61,10 @@ HARMLESS = {
     "drift": "GET /api/monitoring/data-drift",
     "metrics": "GET /metrics",
     "emergency status": "GET /api/emergency",
+    "incident list": "GET /api/incidents",
+    "incident show INC-2026-1124-001": "GET /api/incidents/{incident_id}",
+    "incident note INC-2026-1124-001 cable": "POST /api/incidents/{incident_id}/notes",
+    "incident report INC-2026-1124-001": "GET /api/incidents/{incident_id}/report",
     "operation list": "GET /api/operations",
     "operation show op-1": "GET /api/operations/{operation_id}",
     "operation cancel op-1": "DELETE /api/operations/{operation_id}",
@@ -262,7 +266,7 @@ def test_every_reading_is_one_json_document_or_text(make: Callable[..., tuple[Sy
     readings = [verb for verb, route in HARMLESS.items() if route.startswith("GET ")]
     for verb in readings:
         named = verb.replace("truck-7", "vehicle-0001")
-        if "op-1" not in verb:
+        if "op-1" not in verb and "INC-" not in verb:
             told(fedvit(*named.split(), "--json"))
             assert fedvit(*named.split()).exit_code == 0, verb
 
