@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
-	bench-rounds bench-peers bench-async bench-robust health-check emergency-backup diagnostics logs monitoring
+	bench-rounds bench-peers bench-async bench-robust health-check emergency-backup diagnostics logs monitoring monitoring-day
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -75,6 +75,9 @@ bench: bench-edge bench-control bench-dp  ## Run every benchmark; figures go to 
 
 bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real images
 	$(BIN)/python -m tests.benchmarks.edge_latency
+
+monitoring-day: setup  ## 24 h of operation in fast-forward: what the exporters hold while 10,000 clients come and go
+	MONITORING_DAY=full $(BIN)/python -m pytest tests/unit/test_monitoring_day.py -s $(ARGS)
 
 drill: setup  ## Run every command of docs/runbook.md against a real system on the real ports
 	$(BIN)/python -m pytest tests/drills $(ARGS)

@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from actors.handles import AccountantHandle, RayFleet
+from actors.mirror import RayMirror
 from fedvit.monitoring.latest import Latest
+from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE
 from fedvit.monitoring.training import TrainingMetrics
 from fedvit.operations.local import LocalAggregator
+from fedvit.operations.watch import Watch
 from fedvit.ports import ProxyReport
 from fedvit.rounds.fleets import MixedFleet
 from fedvit.settings import settings_from_json
@@ -21,6 +25,7 @@ from fedvit.store.store import Store
 from fedvit.types import Operation, TrainingProgress, Variant
 
 METRICS_EVERY_S = 0.5
+MIRROR_EVERY_S = 5.0
 
 
 class Aggregator:
@@ -117,4 +122,6 @@ class Aggregator:
         )
         publish(local.progress())
         local.resume()
+        if self._settings.ray.dashboard and (folder := os.environ.get(MULTIPROCESS_VARIABLE)):
+            Watch(MIRROR_EVERY_S, RayMirror(Path(folder)).repeat).start()
         return local

@@ -7,7 +7,7 @@ sum. That variable must be in the environment before ``prometheus_client`` is im
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from fedvit.monitoring.catalogue import BY_NAME, Kind, Metric
+from fedvit.monitoring.catalogue import BY_NAME, CATALOGUE, Kind, Metric
 from fedvit.monitoring.node import NodeCollector
 
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -96,6 +96,15 @@ def predictions_by_class(
         for sample in family.samples
         if sample.name == name and sample.labels["model_version"] == model_version
     }
+
+
+def lasting_figures(multiprocess_dir: Path) -> Iterator[tuple[Metric, dict[str, str], float]]:
+    """Every counter and gauge of a node, with labels and value, but for those that end with a release."""
+    lasting = {metric.full_name: metric for metric in CATALOGUE if metric.kind != "histogram" and not metric.of_release}
+    for family in _source(multiprocess_dir, REGISTRY).collect():
+        for sample in family.samples:
+            if sample.name in lasting:
+                yield lasting[sample.name], dict(sample.labels), sample.value
 
 
 def _source(multiprocess_dir: Path | None, registry: CollectorRegistry) -> CollectorRegistry:

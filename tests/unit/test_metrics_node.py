@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from actors.mirror import RayMirror
 from fedvit.monitoring import node
 from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE, predictions_by_class, render
 
@@ -168,6 +169,31 @@ def test_while_no_replica_lives_nothing_is_forgotten(tmp_path: Path) -> None:
     with working(tmp_path) as (worker,):
         worker.do('release.serve("v1", 1)', "observe(1, 0.01)")
         assert samples(tmp_path)[f"{DURATION}_count", "v1"] == 6
+
+
+def test_ray_is_told_the_same_figures_but_those_that_end(tmp_path: Path) -> None:
+    told: dict[tuple[str, str], float] = {}
+
+    class Recorder:
+        def __init__(self, name: str, _: str, labels: tuple[str, ...]) -> None:
+            self._name, self._labels = name, labels
+
+        def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+            assert set(self._labels) == set(tags or {})
+            told[self._name, ",".join(v for _, v in sorted((tags or {}).items()))] = value
+
+    with working(tmp_path) as (worker,):
+        worker.do('gauge("training_loss").set(0.5)', 'counter("heartbeats_total").labels("ok").inc(3)')
+        worker.do('release.serve("v1", 1)', "observe(1, 0.01)")
+        mirror = RayMirror(tmp_path, Recorder)
+        for loss in (0.5, 0.25):
+            worker.do(f'gauge("training_loss").set({loss})')
+            mirror.repeat()
+            assert told["fed_vit_autorl_training_loss", ""] == loss
+    exported = samples(tmp_path)
+    assert told["fed_vit_autorl_heartbeats_total", "ok"] == 3
+    assert told.items() <= exported.items()
+    assert not any("v1" in labels for _, labels in told)
 
 
 def test_a_release_has_all_its_buckets_before_its_first_image(tmp_path: Path) -> None:
