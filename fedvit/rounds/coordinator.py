@@ -43,6 +43,7 @@ from fedvit.rounds.machine import LoopState, Phase, Plan
 from fedvit.rounds.protection import POPULATION_SIZE, Folded, protection_for
 from fedvit.rounds.remote import FROZEN_DIGEST
 from fedvit.rounds.roll import StoreRoll
+from fedvit.rounds.sketching import Sketching
 from fedvit.rounds.steering import (
     RunOrder,
     aggregation_settings,
@@ -111,6 +112,7 @@ class Coordinator:
         self._clock = clock
         self._collector = Collector(settings, store, fleet, self._protection, clock)
         self._model = model
+        self._sketching = Sketching(settings, store, accountant, fleet, model)
         self.publisher = Publisher(store, settings)
         self._cohort_secret = derive_secret(load_or_create_root_secret(store.home), "cohort")
         self._on_progress = on_progress
@@ -302,9 +304,12 @@ class Coordinator:
     def _train(self, order: machine.TrainRound) -> machine.Event:
         started_s, timeout_s = self._clock(), round_settings(self._store, self._settings).wait_timeout_s
         task = self._task(order.cohort.round_index)
+        self._sketching.gather()
+        self._sketching.ask(self._current, task.round_index, order.cohort.client_ids)
         buffer = self._collector.collect(order, task, self._weights, self._handed, timeout_s=timeout_s)
         quarantine_after = self._settings.training.door.quarantine_after
         count_refusals(self._store, task.run_id, task.round_index, buffer.outcomes, quarantine_after)
+        self._sketching.gather()
         errors = [o.error for o in buffer.outcomes if o.error is not None]
         if self._protection.sampled and errors and not buffer.accepted:
             return machine.Failed(f"All {len(errors)} clients that were drawn failed, the first with: {errors[0]}")

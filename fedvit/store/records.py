@@ -21,11 +21,12 @@ class FleetInfo:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What an operator decided on a client's data."""
+    """What was decided on a client's data: by an operator, or, ``automatic``, from what was seen of it."""
 
     validated: bool
     reason: str | None
     at: datetime
+    automatic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
