@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.handles import AccountantHandle, RayFleet
 from fedvit.monitoring.latest import Latest
-from fedvit.monitoring.training import TrainingMetrics
+from fedvit.monitoring.training import DataMetrics, TrainingMetrics
 from fedvit.operations.local import LocalAggregator
 from fedvit.ports import ProxyReport
 from fedvit.rounds.fleets import MixedFleet
@@ -114,6 +114,7 @@ class Aggregator:
             on_progress=tell,
             system_id=self._system_id,
             on_connected=self._metrics.publish_connected,
+            on_health=DataMetrics().publish,
         )
         publish(local.progress())
         local.resume()

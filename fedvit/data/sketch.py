@@ -116,7 +116,8 @@ def sketched(order: SketchOrder, client_id: str, counts: Counts, num_examples: i
     stream = SecretStream(secret, "sketch", {"release": order.release_id(client_id, num_examples)})
     noised = np.rint(bounded + order.deviation * stream.normal(len(counts))).astype(np.int64)
     told = tuple(int(count) for count in np.clip(noised, -CELL_LIMIT, CELL_LIMIT))
-    place = (order.run_id, order.round_index, num_examples, order.spec.digest, order.deviation)
+    size = num_examples if order.privacy_unit == "record" else min(num_examples, CLIENT_VOTES)
+    place = (order.run_id, order.round_index, size, order.spec.digest, order.deviation)
     return Sketch(client_id, *place, told)
 
 

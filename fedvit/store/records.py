@@ -21,7 +21,7 @@ class FleetInfo:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What was decided on a client's data: by an operator, or, ``automatic``, from what was seen of it."""
+    """What an operator decided on a client's data, or, ``automatic``, what follows from what was seen of it."""
 
     validated: bool
     reason: str | None

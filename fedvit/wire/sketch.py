@@ -128,7 +128,10 @@ class SketchOrder:
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """One client's counts, noised: ``counts`` in the order of the spec's histograms."""
+    """One client's counts, noised: ``counts`` in the order of the spec's histograms.
+
+    ``num_examples`` is what each histogram counts in all: its records, or its votes.
+    """
 
     client_id: str
     run_id: str
