@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 
@@ -39,8 +40,9 @@ def sketches(store: Store) -> Sketches:
     newest, release = store.latest_sketches(), store.current_release()
     if not newest:
         return Sketches({}, None, None)
-    last = max(newest.values(), key=lambda sketch: (sketch.run_id, sketch.round_index))
-    spec = store.sketch_spec(last.spec_digest)
+    # Another data set or model has other edges; what most have told last is what is looked at.
+    digest, _ = Counter(sketch.spec_digest for sketch in newest.values()).most_common(1)[0]
+    spec = store.sketch_spec(digest)
     if release is None or spec is None:
         return Sketches(newest, spec, None)
     reference = store.latest_sketches(until=_trained(store, release.version).created_at)

@@ -41,7 +41,8 @@ class Sketching:
             self._accountant.charge(self._charges(order, asked, Gaussian(noise_multiplier)))
         except (BudgetExhaustedError, LedgerFrozenError):
             return ()
-        self._fleet.ask_sketches(order, sorted(asked))
+        if asked:
+            self._fleet.ask_sketches(order, sorted(asked))
         return tuple(sorted(asked))
 
     def gather(self) -> int:

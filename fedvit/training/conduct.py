@@ -42,7 +42,8 @@ class ConductWatch:
 
     def seen(self, task: TrainTask, base: Weights, answer: PartialUpdate) -> PartialUpdate:
         """One client's answer with what shows of it in its outcome; as it is, where nothing may be looked at."""
-        if task.privacy_unit != "record" or not answer.total_weight > 0 or len(answer.outcomes) != 1:
+        single = len(answer.outcomes) == 1 and answer.total_weight > 0 and answer.weighted_sum
+        if task.privacy_unit != "record" or not single:
             return answer
         (outcome,) = answer.outcomes
         deviation = step_deviation(task, outcome.num_examples)

@@ -108,8 +108,8 @@ class VirtualClientHost:
         base = {name: array for name, array in weights.items() if not name.startswith(HANDED)}
         handed = {name: array for name, array in weights.items() if name.startswith(HANDED)}
         door = Door.of(self._settings, self._rule, base)
-        sent = (self._answer(task, base, handed, door, client_id) for client_id in sorted(client_ids))
-        answers = (self._conduct.seen(task, base, answer) for answer in sent) if self._noised else sent
+        made = ((client_id, self._answer(task, base, handed, door, client_id)) for client_id in sorted(client_ids))
+        answers = (self._seen(task, base, self._sent(client_id, answer)) for client_id, answer in made)
         if self._rule.needs == "single_updates":
             smaller = self._settings.training.compression.encodings[:1]
             # Who has nothing to send says why as it is: bytes do not tell a refusal from a failure.
@@ -133,6 +133,14 @@ class VirtualClientHost:
         handed = {name: array for name, array in weights.items() if name.startswith(HANDED)}
         door = Door.of(self._settings, self._rule, base)
         return self._sender.sealed(task, self._answer(task, base, handed, door, client_id), encoding, door)
+
+    def _sent(self, client_id: str, answer: PartialUpdate) -> PartialUpdate:
+        """What arrives of a client's own answer: all of it, unless somebody who hosts faulty clients says otherwise."""
+        return answer
+
+    def _seen(self, task: TrainTask, base: Weights, answer: PartialUpdate) -> PartialUpdate:
+        """A single answer as it arrived, with what shows of the client in it."""
+        return self._conduct.seen(task, base, answer) if self._noised else answer
 
     def sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> list[Sketch]:
         """See :class:`fedvit.ports.ClientHostPort`."""
