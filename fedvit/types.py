@@ -113,10 +113,13 @@ class Participation:
 
 @dataclass(frozen=True, slots=True)
 class Conduct:
-    """How a client's noised updates looked in its latest rounds, oldest first; see :class:`ClientOutcome`."""
+    """How a client's noised updates looked in its latest rounds; see :class:`ClientOutcome`.
+
+    ``norms`` oldest first; ``alignments`` by round, whatever the rounds are called.
+    """
 
     norms: tuple[float, ...] = ()
-    alignments: tuple[float, ...] = ()
+    alignments: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,12 @@ THRESHOLD = 0.7
 FEW_RECORDS = 8
 NEVER_HEARD = 0.5
 
-CONDUCT_ROUNDS = 20
+CONDUCT_ROUNDS = 40
 """How many of the latest rounds are looked at."""
 _LEAST_ROUNDS, _LEAST_FLEET = 3, 3
 # Standard deviations of the noise: where labels contradict the model, and where nobody can doubt it any more.
 _DOUBTED, _CONTRADICTED = 2.0, 5.0
+_UNSOUND = -0.5
 _RECENT_NORMS = 2
 _NORM_OVER_MEDIAN = 4.0
 # An update that is no longer than this part of what is possible is nobody's trouble, however short the others are.
@@ -134,21 +135,26 @@ def _contradictions(conduct: Mapping[str, Conduct]) -> dict[str, Doubt]:
 
     Their summed alignments over the square root of the rounds are a standard normal where nothing but noise is in them.
     """
-    sums = {
-        client_id: sum(found.alignments) / math.sqrt(len(found.alignments))
-        for client_id, found in conduct.items()
-        if len(found.alignments) >= _LEAST_ROUNDS
-    }
-    # A model that contradicts most of its clients has not learned from them: then it is no measure of anybody.
-    if len(sums) < _LEAST_FLEET or statistics.median(sums.values()) <= -_DOUBTED / 2:
-        return {}
+    sound = _sound_rounds(conduct)
     found = {}
-    for client_id, total in sums.items():
-        if total < -_DOUBTED:
+    for client_id, own in conduct.items():
+        told = [alignment for name, alignment in own.alignments.items() if name in sound]
+        total = sum(told) / math.sqrt(max(len(told), 1))
+        if len(told) >= _LEAST_ROUNDS and total < -_DOUBTED:
             factor = max(0.0, (total + _CONTRADICTED) / (_CONTRADICTED - _DOUBTED))
             words = f"Its labels contradict what the fleet has learned, by {-total:.1f} deviations of the noise."
             found[client_id] = (words, factor)
     return found
+
+
+def _sound_rounds(conduct: Mapping[str, Conduct]) -> set[str]:
+    """The rounds whose model did not contradict most clients: one that did has not learned from them, and is no measure
+    of anybody."""
+    rounds: dict[str, list[float]] = {}
+    for own in conduct.values():
+        for name, alignment in own.alignments.items():
+            rounds.setdefault(name, []).append(alignment)
+    return {n for n, told in rounds.items() if len(told) >= _LEAST_FLEET and statistics.median(told) > _UNSOUND}
 
 
 def _oversized(conduct: Mapping[str, Conduct]) -> dict[str, Doubt]:

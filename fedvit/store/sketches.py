@@ -54,15 +54,16 @@ def conduct(session: Session, rounds: int) -> dict[str, Conduct]:
         committed.where(RoundRow.committed_at.is_not(None)).order_by(RoundRow.committed_at.desc()).limit(rounds)
     ).subquery()
     same = (ClientRoundRow.run_id == recent.c.run_id) & (ClientRoundRow.round_index == recent.c.round_index)
-    columns = select(ClientRoundRow.client_id, ClientRoundRow.update_norm, ClientRoundRow.alignment).join(recent, same)
+    seen = (ClientRoundRow.client_id, ClientRoundRow.update_norm, ClientRoundRow.alignment)
+    query = select(recent.c.run_id, recent.c.round_index, *seen).join(ClientRoundRow, same)
+    query = query.where(ClientRoundRow.update_norm.is_not(None)).order_by(recent.c.committed_at)
     norms: dict[str, list[float]] = {}
-    alignments: dict[str, list[float]] = {}
-    query = columns.where(ClientRoundRow.update_norm.is_not(None)).order_by(recent.c.committed_at)
-    for client_id, norm, alignment in session.execute(query):
+    alignments: dict[str, dict[str, float]] = {}
+    for run_id, round_index, client_id, norm, alignment in session.execute(query):
         norms.setdefault(client_id, []).append(norm or 0.0)
         if alignment is not None:
-            alignments.setdefault(client_id, []).append(alignment)
-    return {c: Conduct(tuple(found), tuple(alignments.get(c, ()))) for c, found in norms.items()}
+            alignments.setdefault(client_id, {})[f"{run_id}/{round_index}"] = alignment
+    return {c: Conduct(tuple(found), alignments.get(c, {})) for c, found in norms.items()}
 
 
 def _row(sketch: Sketch, at: datetime) -> SketchRow:

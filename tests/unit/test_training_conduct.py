@@ -81,7 +81,7 @@ def trained(settings: Settings, fault: FaultConfig | None, rounds: int) -> Itera
     yield {
         client_id: Conduct(
             tuple(o.update_norm for o in told if o.update_norm is not None),
-            tuple(o.alignment for o in told if o.alignment is not None),
+            {str(i): o.alignment for i, o in enumerate(told) if o.alignment is not None},
         )
         for client_id, told in outcomes.items()
     }
