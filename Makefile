@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
-	bench-rounds bench-peers bench-async bench-robust health-check emergency-backup diagnostics logs monitoring monitoring-day
+	bench-rounds bench-peers bench-async bench-robust bench-drift health-check emergency-backup diagnostics logs monitoring monitoring-day
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -113,6 +113,9 @@ bench-async: setup  ## Asynchronous against synchronous rounds in virtual time, 
 
 bench-robust: setup  ## Rules of aggregation while a fifth of the clients lies, on GTSRB_ZIP=path/to/GTSRB.zip
 	$(BIN)/python -m tests.benchmarks.robust_gtsrb
+
+bench-drift: setup  ## Power and false alarms of private drift sketches, on GTSRB_ZIP=path/to/GTSRB.zip
+	$(BIN)/python -m tests.benchmarks.drift
 
 health-check: setup  ## Runbook: ask every part how it is
 	@$(BIN)/fedvit health-check $(ARGS)

@@ -15,7 +15,7 @@ from actors.handles import AccountantHandle, RayFleet
 from actors.mirror import RayMirror
 from fedvit.monitoring.latest import Latest
 from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE
-from fedvit.monitoring.training import TrainingMetrics
+from fedvit.monitoring.training import DataMetrics, TrainingMetrics
 from fedvit.operations.local import LocalAggregator
 from fedvit.operations.watch import Watch
 from fedvit.ports import ProxyReport
@@ -119,6 +119,7 @@ class Aggregator:
             on_progress=tell,
             system_id=self._system_id,
             on_connected=self._metrics.publish_connected,
+            on_health=DataMetrics().publish,
         )
         publish(local.progress())
         local.resume()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fedvit.ports import ClientHostPort
 from fedvit.settings import settings_from_json
 from fedvit.types import PartialUpdate, TrainTask, Weights
+from fedvit.wire.sketch import Sketch, SketchOrder
 
 
 class ClientProxy:
@@ -35,6 +36,10 @@ class ClientProxy:
     def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
         """Train these clients; one message back. Repeating the call repeats the very same update."""
         return self._warm_host().train(task, weights, client_ids)
+
+    def sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> list[Sketch]:
+        """Sketch these clients' data; repeating the call repeats the very same sketches."""
+        return self._warm_host().sketches(order, client_ids)
 
     def _warm_host(self) -> ClientHostPort:
         # Asked at each call: a restarted actor has not been prepared again.

@@ -27,6 +27,7 @@ from fedvit.types import (
     Variant,
     Weights,
 )
+from fedvit.wire.sketch import Sketch, SketchOrder
 
 CALL_TIMEOUT_S = 60.0
 LOOK_S = 1.0
@@ -212,6 +213,7 @@ class RayFleet:
         self._timeout_s = timeout_s
         self._homes = Homes(len(self._proxies))
         self._handed: dict[Any, _Handed] = {}
+        self._sketching: list[Any] = []
 
     @classmethod
     def connect(cls, namespace: str, proxies: int, *, timeout_s: float) -> RayFleet:
@@ -259,6 +261,18 @@ class RayFleet:
         stranded = self._homes.at([index for index, good in enumerate(alive) if not good])
         return ProxyReport({proxy_name(index): good for index, good in enumerate(alive)}, stranded)
 
+    def ask_sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> None:
+        """One call a proxy; it is done before what the proxy is asked after it."""
+        for index, own in self._homes.assign(client_ids, Counter()).items():
+            self._sketching.append(self._proxies[index].sketches.remote(order, own))
+
+    def sketches(self) -> list[Sketch]:
+        """What has arrived; a proxy that died takes its sketches with it."""
+        if not self._sketching:
+            return []
+        done, self._sketching = ray.wait(self._sketching, num_returns=len(self._sketching), timeout=0)
+        return [sketch for reference in done if _went_well(reference) for sketch in fetch(reference)]
+
     def _hand_out(self, task: TrainTask, weights: Weights, cohort: Cohort) -> None:
         weights_ref = ray.put(dict(weights))
         load = Counter[int]()
@@ -279,6 +293,6 @@ class RayFleet:
 def _went_well(reference: Any) -> bool:
     try:
         fetch(reference)
-    except RayError:
+    except (RayError, FedvitError):
         return False
     return True

@@ -236,6 +236,18 @@ class PrivacyConfig(_Section):
         return self
 
 
+class SketchConfig(_Section):
+    """What clients tell of their data as a whole, so that drift and bad data are seen without it; see docs/drift.md.
+
+    In the first round of a run and every ``every_rounds`` from there on, each client of the cohort counts its records
+    in histograms and adds Gaussian noise of ``noise_multiplier`` times the sensitivity, which is charged before; null
+    asks nobody. A client whose budget would not bear the rest of the run beside it is not asked.
+    """
+
+    every_rounds: PositiveInt | None = 10
+    noise_multiplier: Annotated[float, Field(ge=1)] = 8.0
+
+
 class ReleaseConfig(_Section):
     """When a committed version is exported, signed and offered to replicas and vehicles.
 
@@ -473,6 +485,7 @@ class Settings(_Section):
     workload: WorkloadConfig = WorkloadConfig()
     training: TrainingConfig = TrainingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    sketches: SketchConfig = SketchConfig()
     release: ReleaseConfig = ReleaseConfig()
     serving: ServingConfig = ServingConfig()
     access: AccessConfig = AccessConfig()

@@ -21,6 +21,7 @@ from fedvit.types import (
     Variant,
     Weights,
 )
+from fedvit.wire.sketch import Sketch, SketchOrder, SketchSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,14 @@ class FleetPort(Protocol):
         """Which client proxies answer now, also in the middle of training; takes seconds at most."""
         ...
 
+    def ask_sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> None:
+        """Ask these clients for a sketch of their data, and do not wait for it."""
+        ...
+
+    def sketches(self) -> list[Sketch]:
+        """The sketches that have arrived since the last time; who has none to give stays silent."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ExportedModel:
@@ -182,6 +191,10 @@ class ClientHostPort(Protocol):
         """
         ...
 
+    def sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> list[Sketch]:
+        """Sketches of these clients' data, noised as ordered; of those that can give one. Repeating repeats them."""
+        ...
+
 
 class ServerModelPort(Protocol):
     """The global model, on the server's side: where it starts, how good it is, how it is exported."""
@@ -199,6 +212,10 @@ class ServerModelPort(Protocol):
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
         """The model with these weights on held-out data; None where there are none."""
+        ...
+
+    def sketch_spec(self) -> SketchSpec | None:
+        """What clients are asked to count of their data; None where there are no images that could say so."""
         ...
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:

@@ -139,6 +139,17 @@ class Participation:
 
 
 @dataclass(frozen=True, slots=True)
+class Conduct:
+    """How a client's noised updates looked in its latest rounds; see :class:`ClientOutcome`.
+
+    ``norms`` oldest first; ``alignments`` by round, whatever the rounds are called.
+    """
+
+    norms: tuple[float, ...] = ()
+    alignments: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Client:
     """A vehicle, or a depot, that may take part in rounds.
 
@@ -218,7 +229,9 @@ class ClientOutcome:
 
     ``staleness`` counts the versions committed between the one it started from and the round that took its answer.
     ``refused`` marks an error for which the client has to answer: the one door for updates did not let its own in.
-    ``sent_bytes`` is the length of an update that came as bytes, and ``encoding`` the form it had.
+    ``sent_bytes`` is the length of an update that came as bytes, and ``encoding`` the form it had. ``update_norm`` and
+    ``alignment`` are what a host saw of the noised update, see :mod:`fedvit.training.conduct`; None where it may not
+    look, or had nothing to hold it against.
     """
 
     client_id: str
@@ -228,6 +241,8 @@ class ClientOutcome:
     refused: bool = False
     sent_bytes: int | None = None
     encoding: str | None = None
+    update_norm: float | None = None
+    alignment: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from typing import Any
 from edge_runtime.mailbox import MailboxSender
 from edge_runtime.training.records import OwnRecords, count_images
 from fedvit.client import FedvitClient
-from fedvit.client.fleet_views import TaskView
-from fedvit.config import Settings
+from fedvit.client.fleet_views import SketchOrderView, TaskView
+from fedvit.config import LEAST_NOISE_MULTIPLIER, Settings
 from fedvit.errors import (
     ConflictError,
     ControlApiError,
@@ -30,12 +30,14 @@ from fedvit.errors import (
     UpdateRejectedError,
 )
 from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.privacy.events import Gaussian
 from fedvit.privacy.round_cost import charge_of, round_event
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.training.host import VirtualClientHost
 from fedvit.training.release import release_id
 from fedvit.types import ClientOutcome, Encoding, PartialUpdate, TrainTask
+from fedvit.wire.sketch import SketchOrder
 from fedvit.wire.tensors import decode_weights
 from fedvit.wire.updates import encode_update
 
@@ -93,6 +95,7 @@ class Vehicle:
         self._store = Store.open(home)
         self._trainer: _Trainer | None = None
         self._made: tuple[str, bytes] | None = None
+        self._kept_to_itself: set[str] = set()
 
     def close(self) -> None:
         """Give the ledger back."""
@@ -129,11 +132,13 @@ class Vehicle:
         """
         found = self._client.clients.task(self._client_id)
         if found.task is None:
+            self._tell(found.sketch)
             return Step(found.poll_after_s)
         # The same task again: what was made of it got lost on the way.
         if self._made is None or self._made[0] != found.task.release_id:
             self._made = found.task.release_id, self._content(found.task)
         status, reason = self._send(found.task, self._made[1])
+        self._tell(found.sketch)
         return Step(found.poll_after_s, found.task.round_index, status, reason)
 
     def _patiently(self) -> Step:
@@ -153,6 +158,20 @@ class Vehicle:
             _LOG.error("round %d of %s: %s", told.round_index, told.run_id, error)
             outcome = ClientOutcome(self._client_id, 0, error.message)
             return encode_update(PartialUpdate(told.round_index, (outcome,), {}, 0.0))
+
+    def _tell(self, wanted: SketchOrderView | None) -> None:
+        """Send the sketch that is asked for, once a task has said what model it is of; a refusal is final."""
+        if wanted is None or self._trainer is None or wanted.release_id in self._kept_to_itself:
+            return
+        try:
+            order = SketchOrder.from_json(wanted.order)
+            counts = self._trainer.sketch(order, wanted, self._store)
+            self._client.clients.sketch(self._client_id, order.run_id, order.round_index, counts)
+        except _LATER as error:
+            _LOG.warning("%s", error)
+        except FedvitError as error:
+            _LOG.error("no sketch is sent: %s", error)
+            self._kept_to_itself.add(wanted.release_id)
 
     def _trained(self, told: TaskView) -> bytes:
         task = TrainTask(**{name: getattr(told, name) for name in _TASK_FIELDS})
@@ -245,3 +264,33 @@ class _Trainer:
             unit=task.privacy_unit,
         )
         PrivacyAccountant(store, self.settings).charge([charge])
+
+    def sketch(self, order: SketchOrder, wanted: SketchOrderView, store: Store) -> tuple[int, ...]:
+        """The counts that were ordered, noised, after they were charged to the vehicle's own ledger.
+
+        Raises:
+            ForbiddenError: they would leave with less noise than a charge of this kind is for.
+            IntegrityError: the order is not the one that was charged.
+            DataError: there are more or fewer images than were charged, or they cannot be counted.
+            BudgetExhaustedError: the owner's budget does not admit it.
+        """
+        if order.privacy_unit != "record" or not order.noise_multiplier >= LEAST_NOISE_MULTIPLIER:
+            raise ForbiddenError("This vehicle sketches records, and not without noise of its own.")
+        count = len(self.records.records(self.client_id))
+        if count != wanted.num_examples:
+            raise DataError(f"This vehicle holds {count} images, and was asked to sketch {wanted.num_examples}.")
+        if order.release_id(self.client_id, count) != wanted.release_id:
+            raise IntegrityError("The sketch is not the one that was charged.")
+        charge = charge_of(
+            Gaussian(order.noise_multiplier),
+            run_id=order.run_id,
+            round_index=order.round_index,
+            unit_id=self.client_id,
+            release_id=wanted.release_id,
+            unit=order.privacy_unit,
+        )
+        PrivacyAccountant(store, self.settings).charge([charge])
+        found = self.host.sketches(order, [self.client_id])
+        if not found:
+            raise DataError("The images of this vehicle cannot be counted.")
+        return found[0].counts

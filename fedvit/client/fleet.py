@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from fedvit.client.caller import given, segment
@@ -16,6 +16,7 @@ from fedvit.client.fleet_views import (
     HeartbeatView,
     ReceiptView,
     RemoteTaskView,
+    SketchReceipt,
 )
 from fedvit.client.group import PAGE, Group, pages
 
@@ -89,6 +90,11 @@ class Clients(Group):
         """Bring what a client learned in a round; repeating it does nothing."""
         path = f"/api/clients/{segment(client_id)}/updates/{segment(run_id)}/{round_index}"
         return self._caller.parsed(ReceiptView, self._caller.put(path, update))
+
+    def sketch(self, client_id: str, run_id: str, round_index: int, counts: Sequence[int]) -> SketchReceipt:
+        """Bring a client's noised counts; repeating it does nothing."""
+        path = f"/api/clients/{segment(client_id)}/sketches/{segment(run_id)}/{round_index}"
+        return self._caller.change(SketchReceipt, "PUT", path, {"counts": list(counts)})
 
     def receipt(self, client_id: str, run_id: str, round_index: int) -> ReceiptView:
         """What became of a client's update to a round."""

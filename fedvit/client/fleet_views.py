@@ -72,12 +72,30 @@ class TaskView(View):
     settings: Mapping[str, Any]
 
 
+class SketchOrderView(View):
+    """What a remote client shall count of its ``num_examples`` records; ``order`` is a :class:`SketchOrder`."""
+
+    num_examples: int
+    release_id: str
+    order: Mapping[str, Any]
+
+
 class RemoteTaskView(View):
-    """A remote client's task, if there is one, and after how many seconds to ask again."""
+    """What a remote client shall do, if anything, and after how many seconds to ask again."""
 
     client_id: str
     poll_after_s: float
     task: TaskView | None
+    sketch: SketchOrderView | None = None
+
+
+class SketchReceipt(View):
+    """Whether a sketch was waited for, and is kept."""
+
+    client_id: str
+    run_id: str
+    round_index: int
+    kept: bool
 
 
 class ReceiptView(View):
@@ -123,14 +141,39 @@ class DriftSignal(View):
     reason: str
 
 
+class FeatureShift(View):
+    """One histogram of clients' sketches against its reference: by how much it moved, and by how much noise would."""
+
+    feature: str
+    psi: float
+    js: float
+    ks: float
+    wasserstein: float
+    statistic: float
+    threshold: float
+    drifts: bool
+
+
+class ClusterShift(View):
+    """Clients with alike label mixes that have moved together."""
+
+    feature: str
+    client_ids: tuple[str, ...]
+    psi: float
+
+
 class DriftView(View):
-    """Whether what vehicles see has moved away from what the model learned."""
+    """Whether what vehicles see has moved away from what the model learned, and at whom."""
 
     drifting: bool
     score: float | None
     threshold: float
     reference_version: str | None
     signals: tuple[DriftSignal, ...]
+    compared: int = 0
+    features: tuple[FeatureShift, ...] = ()
+    drifting_clients: Mapping[str, tuple[str, ...]] = {}
+    drifting_clusters: tuple[ClusterShift, ...] = ()
 
 
 class KindConnectivity(View):

@@ -24,17 +24,22 @@ class Condition:
 
 
 def client_conditions(
-    client: Client, connection: Connection, verdict: str | None, decided_at: datetime | None
+    client: Client,
+    connection: Connection,
+    verdict: str | None,
+    decided_at: datetime | None,
+    automatic: bool = False,
 ) -> tuple[Condition, ...]:
     """Connected, Validated, Active and Quarantined.
 
     Args:
         verdict: why an operator validated the client, or did not, in his words.
         decided_at: when he did; None if nobody ever did.
+        automatic: nobody did: it follows from what was seen of its data.
     """
     return (
         Condition("Connected", _status(connection.connected), connection.reason, connection.message, connection.since),
-        _validated(client, verdict, decided_at),
+        _validated(client, verdict, decided_at, automatic),
         _active(client),
         _quarantined(client),
     )
@@ -53,8 +58,10 @@ def progress_conditions(
     return (_running(progress), _budget(budget, frozen), _released(release))
 
 
-def _validated(client: Client, verdict: str | None, decided_at: datetime | None) -> Condition:
-    if decided_at is None:
+def _validated(client: Client, verdict: str | None, decided_at: datetime | None, automatic: bool) -> Condition:
+    if automatic:
+        reason, message = "ByQuality", verdict or "It follows from what was seen of its data."
+    elif decided_at is None:
         reason, message = "ByDefault", "Nobody decided on it."
     else:
         reason, message = "ByOperator", verdict or "An operator decided so, without a word."

@@ -1,4 +1,4 @@
-"""Whether the world has moved away from what the model learnt, judged from the server's own things alone.
+"""Whether the world has moved away from what the model learnt, judged by the server's own things and by sketches.
 
 Each signal has a score from 0 to 1; from :data:`THRESHOLD` on it says that there is drift. None: it cannot tell yet.
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from fedvit.monitoring.sketches import LEAST_INDEX, Comparison, Shift
 
 THRESHOLD = 0.5
 # The latest loss this much (relatively) above the best of its run scores 1, half of it the threshold.
@@ -78,6 +80,41 @@ def mix_signal(answers: Mapping[int, int], expected: Sequence[float] | None) -> 
     index = stability_index(expected, [answers.get(position, 0) for position in range(len(expected))])
     words = f"The classes answered to {total} requests have a stability index of {index:.3f} to the held-out images."
     return Signal(name, index, INDEX_OF_THRESHOLD, _capped(index / INDEX_OF_THRESHOLD * THRESHOLD), words)
+
+
+def sketch_signals(comparison: Comparison | None, told: int) -> tuple[Signal, ...]:
+    """Every feature of clients' sketches against the reference window: its stability index, and where it moved most.
+
+    Args:
+        told: how many clients have ever sent a sketch.
+    """
+    if comparison is None:
+        words = "No client has sent a sketch before the release and another after it."
+        return (Signal("sketches", None, None, None, f"{words} {told} have sent one."),)
+    return tuple(_sketch_signal(comparison, feature) for feature in comparison.fleet)
+
+
+def _sketch_signal(comparison: Comparison, feature: str) -> Signal:
+    worst = comparison.worst(feature)
+    return Signal(
+        f"sketch_{feature}", comparison.fleet[feature].distance.psi, LEAST_INDEX, worst.score, _told(comparison, worst)
+    )
+
+
+def _told(comparison: Comparison, worst: Shift) -> str:
+    clients = [shift.client_ids[0] for shift in comparison.by_client[worst.feature] if shift.drifts]
+    if not worst.drifts:
+        return f"It has not moved by more than noise and sampling explain, at {len(comparison.client_ids)} clients."
+    if clients:
+        few = ", ".join(clients[:5]) + (f" and {len(clients) - 5} more" if len(clients) > 5 else "")
+        return f"It has moved at {len(clients)} of {len(comparison.client_ids)} clients: {few}."
+    whole = len(worst.client_ids) == len(comparison.client_ids)
+    where = (
+        "the fleet as a whole"
+        if whole
+        else f"a cluster of {len(worst.client_ids)} clients, {worst.client_ids[0]} among them"
+    )
+    return f"It has moved in {where}; at no single client is that certain."
 
 
 def stability_index(expected: Sequence[float], observed: Sequence[float]) -> float:

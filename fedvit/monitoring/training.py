@@ -70,6 +70,29 @@ class RoundMetrics:
             self._updates.labels(kind).inc(count)
 
 
+class DataMetrics:
+    """Quality and drift of the fleet's data, for whoever has just judged them."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._registry = registry
+
+    # Made at their first value: an unset gauge would export 0, a fleet that cannot be relied on.
+    @cached_property
+    def _quality(self) -> Gauge:
+        return gauge("data_quality_score", self._registry)
+
+    @cached_property
+    def _drift(self) -> Gauge:
+        return gauge("data_drift_score", self._registry)
+
+    def publish(self, quality: float | None, drift: float | None) -> None:
+        """Set what is known."""
+        if quality is not None:
+            self._quality.set(quality)
+        if drift is not None:
+            self._drift.set(drift)
+
+
 class TrainingMetrics:
     """How the training loop stands."""
 

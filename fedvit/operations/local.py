@@ -38,6 +38,7 @@ class LocalAggregator:
         on_progress: told after every event of the loop, from its thread.
         system_id: names the running system, over restarts of this process; a system that is started anew has another.
         on_connected: told every few seconds how many clients are connected.
+        on_health: see :class:`fedvit.rounds.coordinator.Coordinator`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class LocalAggregator:
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
         system_id: str = "local",
         on_connected: Callable[[int], None] = lambda _: None,
+        on_health: Callable[[float | None, float | None], None] = lambda quality, drift: None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -58,7 +60,13 @@ class LocalAggregator:
         self._fleet = fleet
         self._model = model
         self._coordinator = Coordinator(
-            settings=settings, store=store, accountant=accountant, fleet=fleet, model=model, on_progress=on_progress
+            settings=settings,
+            store=store,
+            accountant=accountant,
+            fleet=fleet,
+            model=model,
+            on_progress=on_progress,
+            on_health=on_health,
         )
         self._publisher = self._coordinator.publisher
         self._lock = threading.Lock()

@@ -155,9 +155,16 @@ def _finite(epsilon: float, composition: frozenset[tuple[Simple, int]], delta: f
 
 
 def calibrate_noise_multiplier(
-    *, target_epsilon: float, target_delta: float, sampling_prob: float, steps: int
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    sampling_prob: float,
+    steps: int,
+    besides: Composition | None = None,
 ) -> float:
     """The smallest noise multiplier, to three decimals, with which ``steps`` steps stay within the target.
+
+    ``besides`` is done to the same data and within the same target.
 
     Never below :data:`LEAST_NOISE_MULTIPLIER`, however large the target.
 
@@ -169,13 +176,16 @@ def calibrate_noise_multiplier(
 
     check_epsilon(target_epsilon)
 
+    def whole(noise_multiplier: float) -> Counter[Event]:
+        together: Counter[Event] = Counter(dict(besides or {}))
+        together[PoissonGaussian(noise_multiplier, sampling_prob)] += steps
+        return together
+
     def excess(noise_multiplier: float) -> float:
-        return (
-            _epsilon_roughly({PoissonGaussian(noise_multiplier, sampling_prob): steps}, target_delta) - target_epsilon
-        )
+        return _epsilon_roughly(whole(noise_multiplier), target_delta) - target_epsilon
 
     def enough(noise_multiplier: float) -> bool:
-        return epsilon_pld({PoissonGaussian(noise_multiplier, sampling_prob): steps}, target_delta) <= target_epsilon
+        return epsilon_pld(whole(noise_multiplier), target_delta) <= target_epsilon
 
     if excess(MOST_NOISE_MULTIPLIER) > 0:
         raise ConfigError(

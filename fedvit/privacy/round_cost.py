@@ -70,7 +70,26 @@ def round_noise_multiplier(settings: Settings) -> float:
         target_delta=privacy.target_delta,
         sampling_prob=sampling_prob,
         steps=_rounds_of_one(settings) * steps,
+        besides=sketch_spend(settings),
     )
+
+
+def sketch_spend(settings: Settings) -> dict[Event, int]:
+    """What the sketches of a whole run do at most to the data of one unit; see :mod:`fedvit.wire.sketch`."""
+    every = settings.sketches.every_rounds
+    if every is None or settings.workload.clients is not None or settings.training.cohort.selection == "poisson":
+        return {}
+    return {
+        Gaussian(settings.sketches.noise_multiplier): min(
+            -(-settings.training.rounds // every), _rounds_of_one(settings)
+        )
+    }
+
+
+def is_sketched(settings: Settings, round_index: int) -> bool:
+    """Whether a round asks for sketches. It does not of a secret sample: who answers would tell who was drawn."""
+    every = settings.sketches.every_rounds
+    return every is not None and bool(sketch_spend(settings)) and (round_index - 1) % every == 0
 
 
 def run_spend(settings: Settings) -> dict[Event, int]:
@@ -79,7 +98,8 @@ def run_spend(settings: Settings) -> dict[Event, int]:
     Raises:
         ConfigError: see :func:`round_noise_multiplier` and :func:`round_event`.
     """
-    return {round_event(settings, round_noise_multiplier(settings)): _rounds_of_one(settings)}
+    rounds = {round_event(settings, round_noise_multiplier(settings)): _rounds_of_one(settings)}
+    return rounds | sketch_spend(settings)
 
 
 def _rounds_of_one(settings: Settings) -> int:

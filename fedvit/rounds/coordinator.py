@@ -39,10 +39,12 @@ from fedvit.rounds import machine
 from fedvit.rounds.buffer import RoundBuffer
 from fedvit.rounds.collect import Collector
 from fedvit.rounds.doorkeeper import count_refusals
+from fedvit.rounds.health import DataWatch
 from fedvit.rounds.machine import LoopState, Phase, Plan
 from fedvit.rounds.protection import POPULATION_SIZE, Folded, protection_for
 from fedvit.rounds.remote import FROZEN_DIGEST
 from fedvit.rounds.roll import StoreRoll
+from fedvit.rounds.sketching import Sketching
 from fedvit.rounds.steering import (
     RunOrder,
     aggregation_settings,
@@ -87,6 +89,7 @@ class Coordinator:
     Args:
         on_progress: told after every event, from the thread that runs the loop.
         clock: seconds since whenever, for deadlines and how long a round took; a simulation's is virtual.
+        on_health: told the scores of the data's quality and drift, after rounds in which something of it was seen.
 
     Attributes:
         publisher: what it releases with.
@@ -102,6 +105,7 @@ class Coordinator:
         model: ServerModelPort,
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
+        on_health: Callable[[float | None, float | None], None] = lambda quality, drift: None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -111,6 +115,8 @@ class Coordinator:
         self._clock = clock
         self._collector = Collector(settings, store, fleet, self._protection, clock)
         self._model = model
+        self._sketching = Sketching(settings, store, accountant, fleet, model)
+        self._data_watch = DataWatch(store, on_health)
         self.publisher = Publisher(store, settings)
         self._cohort_secret = derive_secret(load_or_create_root_secret(store.home), "cohort")
         self._on_progress = on_progress
@@ -303,10 +309,13 @@ class Coordinator:
         started_s, timeout_s = self._clock(), round_settings(self._store, self._settings).wait_timeout_s
         task = self._task(order.cohort.round_index)
         _METRICS.in_flight(len(self._collector.in_flight().union(order.cohort.client_ids)))
+        self._gather_sketches()
+        self._sketching.ask(self._current, task.round_index, order.cohort.client_ids)
         buffer = self._collector.collect(order, task, self._weights, self._handed, timeout_s=timeout_s)
         _METRICS.in_flight(len(self._collector.in_flight()))
         quarantine_after = self._settings.training.door.quarantine_after
         count_refusals(self._store, task.run_id, task.round_index, buffer.outcomes, quarantine_after)
+        self._gather_sketches()
         errors = [o.error for o in buffer.outcomes if o.error is not None]
         if self._protection.sampled and errors and not buffer.accepted:
             return machine.Failed(f"All {len(errors)} clients that were drawn failed, the first with: {errors[0]}")
@@ -316,6 +325,10 @@ class Coordinator:
             )
             self._work = _RoundWork(folded, buffer, started_s)
         return machine.Trained(buffer.accepted, len(errors), errors[0] if errors else None)
+
+    def _gather_sketches(self) -> None:
+        if self._sketching.gather():
+            self._data_watch.new_window()
 
     def _facts(self, round_index: int) -> RoundFacts:
         run = self._current
@@ -369,6 +382,7 @@ class Coordinator:
             ),
         )
         _METRICS.committed(work.buffer.outcomes, len(left_out), len(work.buffer.turned_away))
+        self._data_watch.after_round(work.buffer.outcomes)
         self._work = None
         self._continue_from(weights, digest, work.folded.state)
         self._progress = replace(
@@ -414,6 +428,7 @@ class Coordinator:
         except (ReleaseRefusedError, LedgerFrozenError):
             # One that an incident holds back has no refusal on record: the first start after it releases it.
             return machine.ReleaseRefused()
+        self._data_watch.new_window()
         return machine.Released()
 
     # --- beginning and continuing ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -25,11 +26,13 @@ from fedvit.ports import POPULATION
 from fedvit.store.store import Store
 from fedvit.training.release import release_id
 from fedvit.types import Client, ClientOutcome, Encoding, PartialUpdate, RunStatus, TrainTask
+from fedvit.wire.sketch import Sketch, SketchOrder, checked_counts
 from fedvit.wire.tensors import decode_weights
 
 FROZEN_DIGEST = "frozen_digest"
 """Where the store has the SHA-256 of the weights that never travel, as the aggregator built them."""
 _TASK_KEY = "remote_task/"
+_SKETCH_KEY = "remote_sketch/"
 _MAX_WEIGHTS_BYTES = 8 * 2**30
 
 
@@ -129,6 +132,11 @@ class RemoteWork:
                 path.unlink(missing_ok=True)
         return offer
 
+    def leave_sketch(self, order: SketchOrder, client: Client) -> None:
+        """Ask a client for a sketch that is charged; an order that it has not followed is forgotten."""
+        told = {"order": order.to_json(), "num_examples": client.num_examples}
+        self._store.set_meta(_SKETCH_KEY + client.client_id, told)
+
     def close(self, offer: Offer, reason: str) -> None:
         """Wait for this answer no more."""
 
@@ -157,6 +165,34 @@ class RemoteWork:
         under_way = run.run_id == offer.task.run_id and run.status is RunStatus.RUNNING
         answered = self._place(client_id, offer.task.run_id, offer.task.round_index).exists()
         return offer if under_way and not answered else None
+
+    def sketch_order(self, client_id: str) -> tuple[SketchOrder, int] | None:
+        """What sketch the client shall make, and of how many records it is charged; None once it has.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        client, found = self._store.client(client_id), self._store.get_meta(_SKETCH_KEY + client_id)
+        if found is None or client.quarantined or not client.active:
+            return None
+        return SketchOrder.from_json(found["order"]), int(found["num_examples"])
+
+    def receive_sketch(self, client_id: str, run_id: str, round_index: int, counts: Sequence[int]) -> bool:
+        """Keep what a client tells of its data; whether it was waited for: repeating it does nothing.
+
+        Raises:
+            NotFoundError: no such client.
+            UpdateRejectedError: it is not what was asked for.
+        """
+        found = self.sketch_order(client_id)
+        if found is None or (found[0].run_id, found[0].round_index) != (run_id, round_index):
+            return False
+        order, size = found
+        told = checked_counts(order.spec, counts)
+        sketch = Sketch(client_id, run_id, round_index, size, order.spec.digest, order.deviation, told)
+        self._store.add_sketches([sketch], order.spec)
+        self._store.set_meta(_SKETCH_KEY + client_id, None)
+        return True
 
     def receive(self, client_id: str, run_id: str, round_index: int, content: bytes) -> Receipt:
         """Take an answer, or say what became of the one before; repeating it does nothing.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedvit.ports import ProxyReport
 from fedvit.simulation.delays import Delays
 from fedvit.types import ClientOutcome, Cohort, PartialUpdate, TrainTask, Weights
+from fedvit.wire.sketch import Sketch, SketchOrder
 
 SILENT = "it fell silent"
 
@@ -119,6 +120,13 @@ class SimulatedFleet:
     def proxies_alive(self) -> ProxyReport:
         """There is but this process."""
         return ProxyReport({"simulation": True})
+
+    def ask_sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> None:
+        """Nobody is asked: a simulation looks at rounds."""
+
+    def sketches(self) -> list[Sketch]:
+        """None ever arrive."""
+        return []
 
     def _hand_out(self, task: TrainTask, weights: Weights, client_id: str) -> None:
         trip = self._delays.trip(client_id, task.round_index)

@@ -31,7 +31,7 @@ class SimulatedClients(VirtualClientHost):
         """One client's own answer, as it arrives."""
         message = self.train(task, weights, [client_id])
         own = message.parts[0] if message.parts else message
-        return self._faults.sent(client_id, own)
+        return self._seen(task, weights, self._faults.sent(client_id, own))
 
     def load(self, client_id: str) -> None:
         """Read what a client holds, if nobody has yet."""

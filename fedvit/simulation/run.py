@@ -100,7 +100,9 @@ def _own_settings(settings: Settings, home: Path) -> Settings:
     if not settings.simulation.private:
         # Nobody draws any noise; what a run has to be recorded with need not be calibrated.
         privacy = privacy.model_copy(update={"noise_multiplier": LEAST_NOISE_MULTIPLIER})
-    return settings.model_copy(update={"home": home, "privacy": privacy})
+    # Nothing is sketched, so nothing of the budget is kept back for it.
+    sketches = settings.sketches.model_copy(update={"every_rounds": None})
+    return settings.model_copy(update={"home": home, "privacy": privacy, "sketches": sketches})
 
 
 def _simulated(

@@ -11,6 +11,7 @@ from fedvit.config import Settings
 from fedvit.errors import ConflictError
 from fedvit.ports import Charge, ExportedModel, LedgerEntry, Trial
 from fedvit.types import BudgetReport, Evaluation, Variant, Weights
+from fedvit.wire.sketch import SketchSpec
 
 
 class Evaluated(Protocol):
@@ -55,6 +56,10 @@ class SimulatedServer:
             return None
         self._next_s = now_s + self._every_s
         return self._model.evaluate(weights)
+
+    def sketch_spec(self) -> SketchSpec | None:
+        """None: simulated clients are not asked for sketches."""
+        return None
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:
         """Never asked for, since nothing is released.

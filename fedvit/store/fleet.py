@@ -220,14 +220,19 @@ def count_hosted(session: Session) -> int:
 
 
 def validate_client(session: Session, client_id: str, verdict: Validation) -> Client:
-    """Record whether a client is validated, and why.
+    """Record whether a client is validated, and why; an automatic verdict changes nothing an operator decided.
 
     Raises:
         NotFoundError: no such client.
     """
     row = _client_row(session, client_id)
-    row.validated = verdict.validated
     value = {"validated": verdict.validated, "reason": verdict.reason, "at": verdict.at.isoformat()}
+    if verdict.automatic:
+        if (found := get_meta(session, _VALIDATION_KEY + client_id)) and not found.get("automatic"):
+            # In this transaction: an operator may have decided while somebody judged.
+            return _to_client(_client_row(session, client_id))
+        value["automatic"] = True
+    row.validated = verdict.validated
     set_meta(session, _VALIDATION_KEY + client_id, value)
     return _to_client(row)
 
@@ -319,7 +324,8 @@ def _to_client(row: ClientRow) -> Client:
 
 
 def _to_validation(value: Mapping[str, Any]) -> Validation:
-    return Validation(value["validated"], value["reason"], datetime.fromisoformat(value["at"]))
+    at = datetime.fromisoformat(value["at"])
+    return Validation(value["validated"], value["reason"], at, value.get("automatic", False))
 
 
 def _refreshable(client: Client) -> dict[str, Any]:

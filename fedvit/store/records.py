@@ -22,11 +22,12 @@ class FleetInfo:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What an operator decided on a client's data."""
+    """What an operator decided on a client's data, or, ``automatic``, what follows from what was seen of it."""
 
     validated: bool
     reason: str | None
     at: datetime
+    automatic: bool = False
 
 
 @dataclass(frozen=True, slots=True)

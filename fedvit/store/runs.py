@@ -277,7 +277,14 @@ def _check_quarantine(session: Session, row: RoundRow, outcomes: Sequence[Client
 def _insert_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:
     key = {"run_id": row.run_id, "round_index": row.round_index}
     facts = [
-        key | {"client_id": outcome.client_id, "num_examples": outcome.num_examples, "error": outcome.error}
+        key
+        | {
+            "client_id": outcome.client_id,
+            "num_examples": outcome.num_examples,
+            "error": outcome.error,
+            "update_norm": _finite(outcome.update_norm),
+            "alignment": _finite(outcome.alignment),
+        }
         for outcome in outcomes
     ]
     if facts:

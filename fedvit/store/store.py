@@ -20,6 +20,7 @@ from fedvit.store import ledger as _ledger
 from fedvit.store import operations as _operations
 from fedvit.store import remediations as _remediations
 from fedvit.store import runs as _runs
+from fedvit.store import sketches as _sketches
 from fedvit.store import tokens as _tokens
 from fedvit.store import versions as _versions
 from fedvit.store.blobs import FileBlobStore
@@ -52,6 +53,7 @@ from fedvit.store.versions import Sign
 from fedvit.types import (
     Client,
     Cohort,
+    Conduct,
     LedgerFreeze,
     ModelVersion,
     Operation,
@@ -62,7 +64,9 @@ from fedvit.types import (
     RunStatus,
     Severity,
     Sighting,
+    utc_now,
 )
+from fedvit.wire.sketch import Sketch, SketchSpec
 
 _OWN_KEYS = frozenset(
     {
@@ -430,6 +434,26 @@ class Store:
         """How the rounds of every client went that took part in one, over all runs."""
         with self._database.read() as session:
             return _runs.participation(session)
+
+    def conduct(self, rounds: int) -> dict[str, Conduct]:
+        """How clients' noised updates looked in the latest so many committed rounds, of all runs together."""
+        with self._database.read() as session:
+            return _sketches.conduct(session, rounds)
+
+    def add_sketches(self, sketches: Sequence[Sketch], spec: SketchSpec) -> int:
+        """Keep what clients told of their data under one spec; one that is here already stays. How many are new."""
+        with self._database.write() as session:
+            return _sketches.add(session, sketches, spec, utc_now())
+
+    def latest_sketches(self, until: datetime | None = None) -> dict[str, Sketch]:
+        """Each client's newest sketch, or its newest that is no younger than ``until``."""
+        with self._database.read() as session:
+            return _sketches.latest(session, until)
+
+    def sketch_spec(self, digest: str) -> SketchSpec | None:
+        """What the counts of a sketch mean, by its ``spec_digest``; None where no such sketch was kept."""
+        with self._database.read() as session:
+            return _sketches.spec(session, digest)
 
     # --- versions and releases ---------------------------------------------------------------------------------------
 

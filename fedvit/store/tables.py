@@ -16,6 +16,7 @@ from sqlalchemy import (
     ForeignKey,
     ForeignKeyConstraint,
     Index,
+    LargeBinary,
     String,
     Text,
     UniqueConstraint,
@@ -146,6 +147,24 @@ class ClientRoundRow(Base):
     client_id: Mapped[str] = mapped_column(String(200), primary_key=True)
     num_examples: Mapped[int]
     error: Mapped[str | None] = mapped_column(Text())
+    update_norm: Mapped[float | None]
+    alignment: Mapped[float | None]
+
+
+class SketchRow(Base):
+    """What one client told of its data in one round: noised counts, little-endian int32. Append-only."""
+
+    __tablename__ = "sketches"
+    __table_args__ = (Index("ix_sketches_client", "client_id", "at"),)
+
+    run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    round_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    client_id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    at: Mapped[datetime]
+    num_examples: Mapped[int]
+    spec_digest: Mapped[str] = mapped_column(String(64))
+    deviation: Mapped[float]
+    counts: Mapped[bytes] = mapped_column(LargeBinary())
 
 
 class VersionRow(Base):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime, timedelta
 
 import numpy as np
@@ -26,6 +26,7 @@ from fedvit.types import (
     Weights,
     utc_now,
 )
+from fedvit.wire.sketch import Sketch, SketchOrder, SketchSpec
 from fedvit.wire.tensors import encode_weights
 
 
@@ -51,6 +52,7 @@ class PointModel:
         latency_ms: the p95 of a variant in a trial; 1 ms where nothing is said.
         relative_accuracy: what an export keeps of the accuracy; all of it where nothing is said.
         canary_disagrees: variants whose answers differ from everybody else's.
+        spec: what clients are to be asked to count; nothing where nothing is said.
     """
 
     exports = True
@@ -60,6 +62,7 @@ class PointModel:
         self.latency_ms: dict[Variant, float] = {}
         self.relative_accuracy: dict[Variant, float] = {}
         self.canary_disagrees: set[Variant] = set()
+        self.spec: SketchSpec | None = None
 
     def initial_weights(self) -> Weights:
         """The origin."""
@@ -73,6 +76,10 @@ class PointModel:
         """Loss is the squared distance; accuracy falls from 1 with it."""
         loss = float(np.sum((weights["point"] - self._target) ** 2))
         return Evaluation(loss, 1 / (1 + loss), {"near": 1 / (1 + loss)}, ((1,),), 1)
+
+    def sketch_spec(self) -> SketchSpec | None:
+        """A point has no images: None, unless a test sets ``spec``."""
+        return self.spec
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:
         """The point's bytes."""
@@ -103,6 +110,8 @@ class FakeFleet:
     Attributes:
         tamper: what becomes of a client's own update on its way, by client; its group's sum has it in it.
         held: clients that do not answer, and with each of them its group; a test adds and takes away.
+        orders: the sketches that were asked for, and of whom.
+        counts_of: what a client's sketch holds.
     """
 
     def __init__(
@@ -126,6 +135,9 @@ class FakeFleet:
         self._pending: list[PartialUpdate] = []
         self.tasks: list[tuple[TrainTask, Cohort]] = []
         self.timeouts_s: list[float | None] = []
+        self.orders: list[tuple[SketchOrder, tuple[str, ...]]] = []
+        self.counts_of: Callable[[SketchOrder, str], Sequence[int]] = lambda order, _: (0,) * order.spec.cells
+        self._sketches: list[Sketch] = []
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
@@ -165,6 +177,17 @@ class FakeFleet:
     def _next(self) -> PartialUpdate | None:
         free = (a for a in self._pending if self.held.isdisjoint(o.client_id for o in a.outcomes))
         return next(free, None)
+
+    def ask_sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> None:
+        """They arrive with ``counts_of``, which a test sets."""
+        self.orders.append((order, tuple(client_ids)))
+        place = (order.run_id, order.round_index, 10, order.spec.digest, order.deviation)
+        self._sketches += [Sketch(c, *place, tuple(self.counts_of(order, c))) for c in client_ids]
+
+    def sketches(self) -> list[Sketch]:
+        """All that were asked for, once."""
+        found, self._sketches = self._sketches, []
+        return found
 
     def proxies_alive(self) -> ProxyReport:
         """Both answer."""

@@ -21,13 +21,16 @@ from fedvit.data.sources import ImageSource, Record
 from fedvit.errors import UpdateRejectedError
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.training.conduct import ConductWatch
 from fedvit.training.drift import LedLocalTrainer, LedPlainTrainer
 from fedvit.training.kept import KeptArrays
 from fedvit.training.sending import Sender
+from fedvit.training.sketcher import Sketcher
 from fedvit.training.summing import Summing, check_base, failed
 from fedvit.types import ClientOutcome, Encoding, FloatArray, PartialUpdate, TrainTask, Weights
 from fedvit.vit.models import build_model
-from fedvit.vit.trainable import frozen_weights
+from fedvit.vit.trainable import frozen_weights, trainable_weights
+from fedvit.wire.sketch import Sketch, SketchOrder
 from fedvit.wire.tensors import encode_weights
 
 FEATURE_BATCH = 128
@@ -76,6 +79,8 @@ class VirtualClientHost:
         self._kept = KeptArrays(settings.home, self._rule.name)
         self._sender = Sender(settings.home, self._root_secret, settings.training.compression.top_k_fraction)
         self._shards: dict[str, Shard] = {}
+        # The model is never changed, and says where training starts.
+        self._noised = settings.simulation.private and settings.privacy.privacy_unit == "record"
 
     def _trainer_of(self, settings: Settings) -> LedLocalTrainer | LedPlainTrainer:
         """Who takes a client's steps: where records are protected, the client itself adds the noise."""
@@ -103,7 +108,8 @@ class VirtualClientHost:
         base = {name: array for name, array in weights.items() if not name.startswith(HANDED)}
         handed = {name: array for name, array in weights.items() if name.startswith(HANDED)}
         door = Door.of(self._settings, self._rule, base)
-        answers = (self._answer(task, base, handed, door, client_id) for client_id in sorted(client_ids))
+        made = ((client_id, self._answer(task, base, handed, door, client_id)) for client_id in sorted(client_ids))
+        answers = (self._seen(task, base, self._sent(client_id, answer)) for client_id, answer in made)
         if self._rule.needs == "single_updates":
             smaller = self._settings.training.compression.encodings[:1]
             # Who has nothing to send says why as it is: bytes do not tell a refusal from a failure.
@@ -127,6 +133,29 @@ class VirtualClientHost:
         handed = {name: array for name, array in weights.items() if name.startswith(HANDED)}
         door = Door.of(self._settings, self._rule, base)
         return self._sender.sealed(task, self._answer(task, base, handed, door, client_id), encoding, door)
+
+    def _sent(self, client_id: str, answer: PartialUpdate) -> PartialUpdate:
+        """What arrives of a client's own answer: all of it, unless somebody who hosts faulty clients says otherwise."""
+        return answer
+
+    def _seen(self, task: TrainTask, base: Weights, answer: PartialUpdate) -> PartialUpdate:
+        """A single answer as it arrived, with what shows of the client in it."""
+        return self._conduct.seen(task, base, answer) if self._noised else answer
+
+    def sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> list[Sketch]:
+        """See :class:`fedvit.ports.ClientHostPort`."""
+        return self._sketcher.sketches(order, client_ids)
+
+    @cached_property
+    def _conduct(self) -> ConductWatch:
+        classifier = self._model.body.classifier()
+        names = [f"{name}.weight" for name, module in self._model.named_modules() if module is classifier]
+        initial = trainable_weights(self._model).get(names[0]) if names else None
+        return ConductWatch(names[0], initial) if initial is not None else ConductWatch(None, None)
+
+    @cached_property
+    def _sketcher(self) -> Sketcher:
+        return Sketcher(self._model, self._fleet.source, self._image_size, self._fleet.records, self._root_secret)
 
     @cached_property
     def frozen_digest(self) -> str:

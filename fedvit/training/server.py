@@ -10,15 +10,20 @@ import torch
 
 from fedvit.config import Settings
 from fedvit.data.images import load_images
+from fedvit.data.sketch import spec_of
 from fedvit.data.sources import open_source
 from fedvit.ports import ExportedModel, Trial
 from fedvit.training.evaluate import evaluate
 from fedvit.training.host import FEATURE_BATCH
+from fedvit.training.sketcher import embedded
 from fedvit.types import Evaluation, ImageArray, LabelArray, Variant, Weights
 from fedvit.vit.complexity import complexity
 from fedvit.vit.export import export_variant, make_variant, run_onnx, time_onnx
 from fedvit.vit.models import build_model
 from fedvit.vit.trainable import frozen_weights, load_trainable_weights, trainable_weights
+from fedvit.wire.sketch import SketchSpec
+
+_MEASURED_IMAGES = 1000
 
 
 class ServerModel:
@@ -80,6 +85,13 @@ class ServerModel:
         logits, elapsed_ms = time_onnx(content, self._images[chosen])
         p50_ms, p95_ms = np.percentile(elapsed_ms, [50, 95])
         return Trial(tuple(logits.argmax(axis=1).tolist()), float(p50_ms), float(p95_ms))
+
+    def sketch_spec(self) -> SketchSpec:
+        """Edges by the held-out images, spread evenly over the data set where they are many."""
+        with self._lock:
+            chosen = np.linspace(0, len(self._images) - 1, min(len(self._images), _MEASURED_IMAGES)).astype(np.int64)
+            images = self._images[chosen]
+            return spec_of(images, embedded(self._model, images), len(self._source.classes))
 
     @cached_property
     def _images(self) -> ImageArray:

@@ -34,6 +34,7 @@ from fedvit.types import (
     Variant,
     Weights,
 )
+from fedvit.wire.sketch import Sketch, SketchOrder, SketchSpec
 
 _SEED_BYTES = 8
 _Answer: TypeAlias = tuple[PartialUpdate, float, float]
@@ -172,6 +173,10 @@ class OwnHost:
             return summing.message()
         return PartialUpdate(task.round_index, tuple(o for p in parts for o in p.outcomes), {}, 0.0, parts=tuple(parts))
 
+    def sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> list[Sketch]:
+        """None: what a workload's examples are, only it knows."""
+        return []
+
     def _answer(self, task: TrainTask, base: Weights, door: Door, client_id: str) -> _Answer:
         try:
             return self._train_one(task, base, door, client_id)
@@ -237,6 +242,10 @@ class OwnModel:
     def evaluate(self, weights: Weights) -> Evaluation | None:
         """What the workload says of them."""
         return self._clients.evaluate(weights)
+
+    def sketch_spec(self) -> SketchSpec | None:
+        """None; see :meth:`OwnHost.sketches`."""
+        return None
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:
         """Raises ModelError."""

@@ -1,17 +1,28 @@
-"""What is known of the data: how far clients can be relied on, and whether the world drifts away from the model."""
+"""What is known of the data: how far clients can be relied on, and whether the world drifts away from the model.
+
+Nothing of it was computed on an image here: clients' noised sketches and updates are looked at, see docs/drift.md.
+"""
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from fedvit.monitoring import drift, quality
 from fedvit.monitoring.metrics import predictions_by_class
-from fedvit.store.store import Release, Store
+from fedvit.monitoring.sketches import Shift
+from fedvit.monitoring.training import DataMetrics
+from fedvit.rounds import health
+from fedvit.store.store import Release
 from serve_apps.control.access import VIEWER
 from serve_apps.control.clients import Limit, Offset
 from serve_apps.control.presence import Presence
 from serve_apps.control.services import Services
+
+# One a process, however many applications it makes.
+_GAUGES = DataMetrics()
 
 
 class ClientQualityView(BaseModel):
@@ -45,14 +56,44 @@ class SignalView(BaseModel):
     reason: str
 
 
+class FeatureView(BaseModel):
+    """One histogram of the whole fleet against its reference: distances with the noise in them, js in bits, wasserstein
+    in bins. ``statistic`` is chi-squared while nothing moves, and above ``threshold`` once in very many windows."""
+
+    feature: str
+    psi: float
+    js: float
+    ks: float
+    wasserstein: float
+    statistic: float
+    threshold: float
+    drifts: bool
+
+
+class ClusterView(BaseModel):
+    """Clients with alike label mixes that have moved together."""
+
+    feature: str
+    client_ids: list[str]
+    psi: float
+
+
 class DriftView(BaseModel):
-    """The highest score of all signals counts."""
+    """The highest score of all signals counts.
+
+    ``compared`` clients have sent a sketch before the release and another since; those of ``drifting_clients`` have
+    moved, feature by feature, and so have clusters of clients as a whole.
+    """
 
     drifting: bool
     score: float | None
     threshold: float
     reference_version: str | None
     signals: list[SignalView]
+    compared: int
+    features: list[FeatureView]
+    drifting_clients: dict[str, list[str]]
+    drifting_clusters: list[ClusterView]
 
 
 def add_data_health_routes(api: FastAPI, services: Services, presence: Presence) -> None:
@@ -61,8 +102,10 @@ def add_data_health_routes(api: FastAPI, services: Services, presence: Presence)
 
     @api.get("/api/clients/data-quality", tags=["clients"], dependencies=VIEWER)
     def data_quality(limit: Limit = 100, offset: Offset = 0) -> QualityView:
-        """How far clients can be relied on: their rounds, records, verdicts and silence; never their images."""
-        found = quality.fleet_quality(presence.active_clients(), store.participation())
+        """How far clients can be relied on: rounds, records, silence, and what noised sketches and updates show."""
+        against = health.doubts(store, health.sketches(store))
+        found = quality.fleet_quality(presence.active_clients(), store.participation(), against)
+        _GAUGES.publish(found.score, None)
         return QualityView(
             score=found.score,
             threshold=quality.THRESHOLD,
@@ -73,9 +116,10 @@ def add_data_health_routes(api: FastAPI, services: Services, presence: Presence)
 
     @api.get("/api/monitoring/data-drift", tags=["monitoring"], dependencies=VIEWER)
     def data_drift() -> DriftView:
-        """Whether held-out loss or the mix of answers of the inference replicas has moved."""
-        release = store.current_release()
-        found = drift.Drift((drift.loss_signal(_losses(store)), _mix(services, release)))
+        """Whether held-out loss, the mix of answers of the inference replicas, or clients' sketches have moved."""
+        release, told = store.current_release(), health.sketches(store)
+        found, compared = health.drift(store, told, _mix(services, release)), told.comparison
+        _GAUGES.publish(None, found.score)
         return DriftView(
             drifting=found.drifting,
             score=found.score,
@@ -85,6 +129,10 @@ def add_data_health_routes(api: FastAPI, services: Services, presence: Presence)
                 SignalView(name=s.name, value=s.value, reference=s.reference, score=s.score, reason=s.reason)
                 for s in found.signals
             ],
+            compared=len(compared.client_ids) if compared else 0,
+            features=[_feature(shift) for shift in compared.fleet.values()] if compared else [],
+            drifting_clients={c: list(f) for c, f in compared.drifting_clients.items()} if compared else {},
+            drifting_clusters=[_cluster(shift) for shift in compared.drifting_clusters] if compared else [],
         )
 
 
@@ -99,10 +147,18 @@ def _shown(client: quality.ClientQuality) -> ClientQualityView:
     )
 
 
-def _losses(store: Store) -> list[float]:
-    run = store.latest_run()
-    rounds = store.rounds(run.run_id) if run else []
-    return [found.loss for found in rounds if found.committed and found.loss is not None]
+def _feature(shift: Shift) -> FeatureView:
+    return FeatureView(
+        feature=shift.feature,
+        **asdict(shift.distance),
+        statistic=shift.statistic,
+        threshold=shift.threshold,
+        drifts=shift.drifts,
+    )
+
+
+def _cluster(shift: Shift) -> ClusterView:
+    return ClusterView(feature=shift.feature, client_ids=list(shift.client_ids), psi=shift.distance.psi)
 
 
 def _mix(services: Services, release: Release | None) -> drift.Signal:

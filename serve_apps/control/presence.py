@@ -58,6 +58,7 @@ class Presence:
             self._connection(client.sighting),
             verdict=verdict.reason if verdict else None,
             decided_at=verdict.at if verdict else None,
+            automatic=verdict.automatic if verdict else False,
         )
         return ClientView.of(client, [ConditionView(**asdict(condition)) for condition in conditions])
 

@@ -6,22 +6,24 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from fedvit.access.identity import Scope
 from fedvit.errors import ConflictError, NotFoundError, UpdateRejectedError
 from fedvit.rounds.remote import FROZEN_DIGEST, Offer, Receipt, ReceiptStatus, RemoteWork
+from fedvit.wire.sketch import CELL_LIMIT, MAX_CELLS, SketchOrder
 from serve_apps.control.access import CurrentIdentity, requires
 from serve_apps.control.heartbeats import Heartbeats
 from serve_apps.control.route import takes_bytes
-from serve_apps.control.schemas import MAX_INTEGER
+from serve_apps.control.schemas import MAX_INTEGER, RequestBody
 from serve_apps.control.services import Services
 from serve_apps.problems import documented
 
 _DEVICE = [requires(Scope.DEVICE, Scope.OPERATOR)]
 # What becomes of an update stands in the round's outcomes and in the version's lineage, not in the audit trail.
 _UPLOADER = [requires(Scope.DEVICE, Scope.OPERATOR, audited=False)]
+Count = Annotated[int, Field(strict=True, ge=-CELL_LIMIT, le=CELL_LIMIT)]
 RoundIndex = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
 
 
@@ -52,12 +54,36 @@ class TaskView(BaseModel):
     settings: dict[str, Any]
 
 
+class SketchOrderView(BaseModel):
+    """What the client shall count of its records, see docs/drift.md; the ledger holds the charge of ``release_id``."""
+
+    num_examples: int
+    release_id: str
+    order: dict[str, Any]
+
+
 class RemoteTaskView(BaseModel):
-    """The client's task, if there is one; the client asks again after ``poll_after_s``."""
+    """The client's task and sketch, if there are any; the client asks again after ``poll_after_s``."""
 
     client_id: str
     poll_after_s: float
     task: TaskView | None
+    sketch: SketchOrderView | None
+
+
+class SketchBody(RequestBody):
+    """Noised counts, as many as were asked for, in the order of the histograms."""
+
+    counts: Annotated[list[Count], Field(max_length=MAX_CELLS)]
+
+
+class SketchReceipt(BaseModel):
+    """Whether the sketch was waited for, and is kept."""
+
+    client_id: str
+    run_id: str
+    round_index: int
+    kept: bool
 
 
 class ReceiptView(BaseModel):
@@ -77,6 +103,7 @@ def add_remote_client_routes(api: FastAPI, services: Services, heartbeats: Heart
     work = RemoteWork(services.settings, services.store)
     _add_tasks(api, services, heartbeats, work)
     _add_uploads(api, services, work)
+    _add_sketches(api, work)
 
 
 def _add_tasks(api: FastAPI, services: Services, heartbeats: Heartbeats, work: RemoteWork) -> None:
@@ -90,7 +117,13 @@ def _add_tasks(api: FastAPI, services: Services, heartbeats: Heartbeats, work: R
         heartbeats.beat(client_id)
         offer = work.task(client_id)
         told = None if offer is None else _task_view(services, offer)
-        return RemoteTaskView(client_id=client_id, poll_after_s=fleet.task_interval_s, task=told)
+        wanted = work.sketch_order(client_id)
+        return RemoteTaskView(
+            client_id=client_id,
+            poll_after_s=fleet.task_interval_s,
+            task=told,
+            sketch=None if wanted is None else _sketch_view(client_id, *wanted),
+        )
 
     @api.get(
         "/api/clients/{client_id}/task/weights",
@@ -142,6 +175,27 @@ def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
         """What became of a client's update to a round."""
         who.check_speaks_for(client_id)
         return _receipt_view(work.receipt(client_id, run_id, round_index))
+
+
+def _add_sketches(api: FastAPI, work: RemoteWork) -> None:
+    @api.put(
+        "/api/clients/{client_id}/sketches/{run_id}/{round_index}",
+        tags=["clients"],
+        dependencies=_UPLOADER,
+        responses=documented(404),
+    )
+    def sketch(
+        client_id: str, run_id: str, round_index: RoundIndex, body: SketchBody, who: CurrentIdentity
+    ) -> SketchReceipt:
+        """Bring what a client tells of its data: counts that it has noised. One that nobody waits for is not kept."""
+        who.check_speaks_for(client_id)
+        kept = work.receive_sketch(client_id, run_id, round_index, body.counts)
+        return SketchReceipt(client_id=client_id, run_id=run_id, round_index=round_index, kept=kept)
+
+
+def _sketch_view(client_id: str, order: SketchOrder, num_examples: int) -> SketchOrderView:
+    release = order.release_id(client_id, num_examples)
+    return SketchOrderView(num_examples=num_examples, release_id=release, order=order.to_json())
 
 
 def _check(receipt: Receipt) -> None:

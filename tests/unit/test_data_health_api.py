@@ -51,6 +51,10 @@ def http(tmp_path: Path) -> Iterator[TestClient]:
             "threshold": 0.5,
             "reference_version": None,
             "signals": [],
+            "compared": 0,
+            "features": [],
+            "drifting_clients": {},
+            "drifting_clusters": [],
         }
         http.post("/api/training/start")
         local.wait(WAIT_S)
@@ -84,10 +88,11 @@ def test_quality_follows_the_rounds_and_the_verdicts(http: TestClient) -> None:
 def test_drift_holds_the_answers_against_the_held_out_images(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     found = get(http, "/api/monitoring/data-drift")
     assert (found["reference_version"], found["drifting"], found["score"]) == ("v1.1.2", False, 0.0)
-    loss, mix = found["signals"]
+    loss, mix, sketches = found["signals"]
     assert (loss["name"], loss["value"]) == ("held_out_loss", loss["reference"])
     assert (mix["name"], mix["score"]) == ("prediction_mix", None)
     assert "not enough answers yet: 0" in mix["reason"]
+    assert (sketches["name"], sketches["score"]) == ("sketches", None)
     answers = {"v1.1.2": {0: 75, 1: 25}, "v1.1.1": {0: 0, 1: 1000}}
     monkeypatch.setattr(data_health, "predictions_by_class", lambda version, _: answers[version])
     assert get(http, "/api/monitoring/data-drift")["drifting"] is False

@@ -21,6 +21,7 @@ from edge_runtime.training.records import OwnRecords, count_images
 from edge_runtime.training.vehicle import Policy, Step, Vehicle
 from fedvit.aggregation.door import Door
 from fedvit.client import FedvitClient
+from fedvit.client.fleet_views import SketchOrderView
 from fedvit.errors import ControlUnreachableError, DataError
 from fedvit.operations.mailbox import Mailbox
 from fedvit.rounds.coordinator import Coordinator
@@ -133,8 +134,65 @@ def test_a_vehicle_trains_on_its_own_disk_and_both_ledgers_know(made: Callable[.
     with Store.open(road.home) as own:
         charges = [[entry.charge for entry in store.ledger()] for store in (own, road.store)]
     assert charges[0] == charges[1]
+    kinds = [(charge.round_index, "gaussian" in str(charge.event)) for charge in charges[0]]
+    assert kinds == [(1, False), (1, True), (2, False)]
     keys = [(home / "keys" / "root.key").read_bytes() for home in (road.home, road.settings.home)]
     assert keys[0] != keys[1]
+
+
+def test_a_vehicle_sends_its_sketch_once_and_only_what_both_ledgers_hold(made: Callable[..., Road]) -> None:
+    road = made(rounds=2)
+    asked: list[SketchOrderView | None] = []
+
+    def act() -> None:
+        asked.append(road.client.clients.task(TRUCK).sketch)
+        road.drive()
+
+    road.act = act
+    assert road.run().status is RunStatus.COMPLETED
+    assert [order is not None for order in asked] == [True, False]
+    assert asked[0] is not None
+    (sketch,) = road.store.latest_sketches().values()
+    assert (sketch.client_id, sketch.round_index, sketch.num_examples) == (TRUCK, 1, 8)
+    spec = road.store.sketch_spec(sketch.spec_digest)
+    assert spec is not None
+    assert len(sketch.counts) == spec.cells
+    assert sketch.deviation == 8.0 * spec.sensitivity("record")
+    with Store.open(road.home) as own:
+        assert own.is_charged("run-0001", 1, TRUCK, asked[0].release_id)
+    # Repeated, or brought for a round that asked for none, it changes nothing.
+    for counts in (sketch.counts, (0,) * spec.cells):
+        assert not road.client.clients.sketch(TRUCK, "run-0001", 1, counts).kept
+    assert road.store.latest_sketches() == {TRUCK: sketch}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"noise_multiplier": 0.1}, "not without noise"),
+        ({"privacy_unit": "client"}, "sketches records"),
+        ({"round_index": 2}, "not the one that was charged"),
+    ],
+)
+def test_a_sketch_that_was_not_charged_as_told_is_not_sent(
+    made: Callable[..., Road], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str, caplog: Any
+) -> None:
+    road = made()
+    honest = road.client.clients.task
+
+    def task(client_id: str) -> Any:
+        found = honest(client_id)
+        if found.sketch is None:
+            return found
+        order = {**found.sketch.order, **change}
+        return found.model_copy(update={"sketch": found.sketch.model_copy(update={"order": order})})
+
+    monkeypatch.setattr(road.client.clients, "task", task)
+    assert road.run().status is RunStatus.COMPLETED
+    assert words in caplog.text
+    assert road.store.latest_sketches() == {}
+    with Store.open(road.home) as own:
+        assert len(own.ledger()) == 1
 
 
 def test_a_vehicle_that_begins_again_makes_the_same_bytes_of_a_task(made: Callable[..., Road]) -> None:
@@ -151,9 +209,10 @@ def test_a_vehicle_that_begins_again_makes_the_same_bytes_of_a_task(made: Callab
 
     road.act = act
     assert road.run().status is RunStatus.COMPLETED
-    assert len(road.store.ledger()) == 1
+    # The update, and the sketch that the first round of a run asks for.
+    assert len(road.store.ledger()) == 2
     with Store.open(road.home) as own:
-        assert len(own.ledger()) == 1
+        assert len(own.ledger()) == 2
 
 
 def refused(road: Road) -> str:

@@ -1,0 +1,156 @@
+"""What a client tells of its data as a whole: counts in histograms whose edges the server gave out, and nothing else.
+
+A sketch is a fixed number of bounded integers, one a bin, noised before it leaves its client. What the noise protects,
+and what it costs, is in docs/drift.md; how the counts come about in :mod:`fedvit.data.sketch`; what the server makes of
+them in :mod:`fedvit.monitoring.sketches`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fedvit.errors import UpdateRejectedError
+
+MAX_CELLS = 1024
+"""The most bins of all histograms together: four kilobytes, a third of a picture of 64 pixels."""
+CELL_LIMIT = 2**24
+"""No count is larger in magnitude."""
+MAX_LABEL_BINS = 256
+CLIENT_VOTES = 64
+"""What a client counts in each histogram where clients are the privacy unit, however many records it has."""
+LABEL, RECORDS = "label", "records"
+RECORD_KINDS = ("sound", "duplicate", "undecodable")
+"""What a record is counted as in the histogram :data:`RECORDS`."""
+
+
+@dataclass(frozen=True)
+class SketchSpec:
+    """The histograms of a sketch, the same for every client.
+
+    Args:
+        edges: by feature, the inner edges, ascending: one bin more than there are edges, the outer two open.
+        classes: how many labels there are; the histogram :data:`LABEL` has a bin for each, up to 256.
+    """
+
+    edges: Mapping[str, tuple[float, ...]]
+    classes: int
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """How many bins each histogram has, in the order in which they are sent."""
+        measured = {name: len(edges) + 1 for name, edges in sorted(self.edges.items())}
+        return {**measured, LABEL: min(self.classes, MAX_LABEL_BINS), RECORDS: len(RECORD_KINDS)}
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each histogram lies."""
+        found, start = {}, 0
+        for name, size in self.sizes.items():
+            found[name] = slice(start, start + size)
+            start += size
+        return found
+
+    @property
+    def cells(self) -> int:
+        """How many counts a sketch has."""
+        return sum(self.sizes.values())
+
+    def sensitivity(self, privacy_unit: str) -> float:
+        """By how much a unit moves the counts at most, L2, when it comes or goes.
+
+        A record is counted once in each of H histograms: sqrt(H). A client brings :data:`CLIENT_VOTES` at most to each.
+        """
+        return math.sqrt(len(self.sizes)) * (1 if privacy_unit == "record" else CLIENT_VOTES)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, hex."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only."""
+        return {"edges": {name: list(edges) for name, edges in self.edges.items()}, "classes": self.classes}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> SketchSpec:
+        """The inverse.
+
+        Raises:
+            UpdateRejectedError: it is none, or has too many bins.
+        """
+        try:
+            edges = {str(name): tuple(float(edge) for edge in given) for name, given in found["edges"].items()}
+            spec = cls(edges, int(found["classes"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UpdateRejectedError("This is no description of a sketch.") from None
+        ascending = all(list(given) == sorted(given) and all(map(math.isfinite, given)) for given in edges.values())
+        if not ascending or spec.classes < 1 or not spec.cells <= MAX_CELLS:
+            raise UpdateRejectedError(f"A sketch of {spec.cells} counts, or with edges out of order.")
+        return spec
+
+
+@dataclass(frozen=True, slots=True)
+class SketchOrder:
+    """What clients are asked for: a sketch in a round of a run, with so much noise over the sensitivity."""
+
+    run_id: str
+    round_index: int
+    noise_multiplier: float
+    privacy_unit: str
+    spec: SketchSpec
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the noise in each count."""
+        return self.noise_multiplier * self.spec.sensitivity(self.privacy_unit)
+
+    def release_id(self, client_id: str, num_examples: int) -> str:
+        """SHA-256, hex, of all that determines what is released; see :func:`fedvit.training.release.release_id`."""
+        facts = [self.run_id, self.round_index, self.noise_multiplier, self.privacy_unit, self.spec.digest]
+        return hashlib.sha256(json.dumps(["sketch", client_id, num_examples, *facts]).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only."""
+        plain = {name: getattr(self, name) for name in ("run_id", "round_index", "noise_multiplier", "privacy_unit")}
+        return {**plain, "spec": self.spec.to_json()}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> SketchOrder:
+        """The inverse."""
+        return cls(**{**found, "spec": SketchSpec.from_json(found["spec"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """One client's counts, noised: ``counts`` in the order of the spec's histograms.
+
+    ``num_examples`` is what each histogram counts in all: its records, or its votes.
+    """
+
+    client_id: str
+    run_id: str
+    round_index: int
+    num_examples: int
+    spec_digest: str
+    deviation: float
+    counts: tuple[int, ...]
+
+
+def checked_counts(spec: SketchSpec, counts: Sequence[object]) -> tuple[int, ...]:
+    """``counts`` if they can be those of a sketch.
+
+    Raises:
+        UpdateRejectedError: too many or too few, or one is no integer or out of bounds.
+    """
+    if len(counts) != spec.cells:
+        raise UpdateRejectedError(f"The sketch has {len(counts)} counts; {spec.cells} were asked for.")
+    whole = tuple(count for count in counts if isinstance(count, int) and not isinstance(count, bool))
+    if len(whole) != len(counts) or any(abs(count) > CELL_LIMIT for count in whole):
+        raise UpdateRejectedError(f"A sketch holds integers between -{CELL_LIMIT} and {CELL_LIMIT}.")
+    return whole

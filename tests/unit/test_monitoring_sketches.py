@@ -1,0 +1,155 @@
+"""Windows of sketches against their reference: exact sums, known false alarms, and drift that comes to some first."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fedvit.monitoring.sketches import (
+    Comparison,
+    clusters_of,
+    compare,
+    distance,
+    merged,
+    share_at_least,
+)
+from fedvit.wire.sketch import LABEL, Sketch, SketchSpec
+
+SPEC = SketchSpec({"blur": tuple(range(7)), "brightness": tuple(range(7))}, 5)
+CLIENTS = 24
+Shares = Mapping[str, npt.NDArray[np.float64]]
+
+
+class World:
+    """Clients that are unlike each other, each with its own share of every bin; windows are drawn from them."""
+
+    def __init__(self, seed: int, *, records: int = 400, deviation: float = 25.0) -> None:
+        self.draw = np.random.default_rng(seed)
+        self.deviation = deviation
+        self.sizes = self.draw.integers(records // 2, 2 * records, CLIENTS)
+        self.shares: list[Shares] = [
+            {name: self.draw.dirichlet(np.full(bins, 0.7)) for name, bins in SPEC.sizes.items()} for _ in self.sizes
+        ]
+
+    def window(self, round_index: int, moved: Mapping[int, float] | None = None) -> dict[str, Sketch]:
+        """``moved``: by how much of its share each client's brightness has become that of its brightest bin."""
+        return {f"vehicle-{i:02d}": self._sketch(i, round_index, (moved or {}).get(i, 0.0)) for i in range(CLIENTS)}
+
+    def compare(self, moved: Mapping[int, float] | None = None) -> Comparison:
+        found = compare(self.window(1), self.window(11, moved), SPEC)
+        assert found is not None
+        return found
+
+    def _sketch(self, i: int, round_index: int, moved: float) -> Sketch:
+        parts = []
+        for name, shares in self.shares[i].items():
+            bright = np.eye(len(shares))[-1]
+            mix = (1 - moved) * shares + moved * bright if name == "brightness" else shares
+            parts.append(self.draw.multinomial(self.sizes[i], mix))
+        noised = np.rint(np.concatenate(parts) + self.draw.normal(0, self.deviation, SPEC.cells))
+        counts = tuple(int(count) for count in noised)
+        place = (f"vehicle-{i:02d}", "run-0001", round_index, int(self.sizes[i]))
+        return Sketch(*place, SPEC.digest, self.deviation, counts)
+
+
+@pytest.mark.parametrize(("records", "deviation"), [(400, 25.0), (60, 25.0), (400, 1.0)])
+def test_a_fleet_that_stays_as_it_is_hardly_ever_raises_an_alarm(records: int, deviation: float) -> None:
+    """DRIFT_WINDOWS of them; `make bench-drift` asks a thousand on real images."""
+    windows = int(os.environ.get("DRIFT_WINDOWS", "150"))
+    alarms = 0
+    for seed in range(windows):
+        alarms += World(seed, records=records, deviation=deviation).compare().drifting
+    # At a true rate of 1%, more than this many is a matter of one in a thousand.
+    allowed = windows * 0.01 + 3.1 * (windows * 0.01 * 0.99) ** 0.5 + 1
+    assert alarms <= allowed
+
+
+def test_the_statistic_has_the_spread_that_the_threshold_is_made_for() -> None:
+    found = [World(seed).compare().fleet["brightness"].statistic for seed in range(150)]
+    # Chi-squared with 8 degrees of freedom: mean 8, variance 16.
+    assert np.mean(found) == pytest.approx(8, abs=4 * (16 / 150) ** 0.5)
+    assert np.var(found) == pytest.approx(16, rel=0.6)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_drift_is_seen_where_it_is_and_named(share: float) -> None:
+    moved = dict.fromkeys(range(int(share * CLIENTS)), 0.7)
+    seen, named, others = 0, 0, 0
+    for seed in range(20):
+        found = World(seed).compare(moved)
+        seen += found.worst("brightness").drifts
+        named += len(found.drifting_clients.keys() & {f"vehicle-{i:02d}" for i in moved})
+        others += len([c for c in found.drifting_clients if int(c[-2:]) not in moved])
+        assert not found.fleet["blur"].drifts
+    assert seen == 20
+    assert named > 0.8 * 20 * len(moved)
+    assert others == 0
+
+
+def test_a_shift_too_small_for_any_client_is_seen_in_the_fleet() -> None:
+    world = World(3, records=150, deviation=30.0)
+    found = world.compare(dict.fromkeys(range(CLIENTS), 0.45))
+    assert found.drifting_clients == {}
+    assert found.fleet["brightness"].drifts
+    assert not found.fleet[LABEL].drifts
+
+
+def test_the_order_in_which_sketches_are_merged_changes_no_bit() -> None:
+    world = World(5)
+    old, new = world.window(1), world.window(11, {0: 0.8, 7: 0.8})
+    first = compare(old, new, SPEC)
+    for seed in range(5):
+        names = list(old)
+        random.Random(seed).shuffle(names)
+        assert compare({n: old[n] for n in names}, {n: new[n] for n in reversed(names)}, SPEC) == first
+        assert merged([new[n] for n in names]).tolist() == merged(list(new.values())).tolist()
+        half = [merged([new[n] for n in names[:9]]), merged([new[n] for n in names[9:]])]
+        assert (half[0] + half[1]).tolist() == merged(list(new.values())).tolist()
+
+
+def test_only_sketches_that_can_be_compared_are() -> None:
+    old, new = World(1).window(1), World(1).window(11)
+    assert compare(old, old, SPEC) is None
+    assert compare(old, {}, SPEC) is None
+    other = {name: replace(sketch, spec_digest="0" * 64) for name, sketch in new.items()}
+    assert compare(old, other, SPEC) is None
+    few = compare(old, {"vehicle-03": new["vehicle-03"], "newcomer": new["vehicle-04"]}, SPEC)
+    assert few is not None
+    assert (few.client_ids, few.clusters) == (("vehicle-03",), ())
+
+
+def test_distances_are_those_of_the_books() -> None:
+    same = distance([1e6, 3e6], [2e6, 6e6])
+    assert (same.psi, same.js, same.ks, same.wasserstein) == pytest.approx((0, 0, 0, 0), abs=1e-6)
+    found = distance([5e8, 5e8], [6e8, 4e8])
+    assert found.psi == pytest.approx(0.1 * np.log(1.2) - 0.1 * np.log(0.8), rel=1e-5)
+    assert found.ks == pytest.approx(0.1, rel=1e-5)
+    # All mass moved three bins on, and to where none was: a whole bit, and three bins.
+    far = distance([1e9, 0, 0, 0], [0, 0, 0, 1e9])
+    assert (far.js, far.ks, far.wasserstein) == pytest.approx((1.0, 1.0, 3.0), rel=1e-5)
+    # What noise makes negative counts as none.
+    assert distance([-40.0, 1000.0], [-3.0, 1000.0]).psi == pytest.approx(0.0, abs=1e-9)
+
+
+def test_clusters_are_of_clients_that_are_alike_and_the_same_every_time() -> None:
+    draw = np.random.default_rng(0)
+    kinds = np.eye(3)[np.arange(12) % 3]
+    rows = np.clip(kinds + draw.normal(0, 0.05, kinds.shape), 0, None)
+    clusters = clusters_of(rows)
+    assert clusters == clusters_of(rows)
+    assert sorted(i for group in clusters for i in group) == list(range(12))
+    assert all(len({i % 3 for i in group}) == 1 for group in clusters)
+    assert clusters_of(rows[:5]) == ()
+
+
+def test_broken_records_count_once_noise_does_not_explain_them() -> None:
+    counts = [0] * (SPEC.cells - 3) + [500, 20, 480]
+    sketch = Sketch("vehicle", "run-0001", 1, 1000, SPEC.digest, 20.0, tuple(counts))
+    assert share_at_least(sketch, SPEC, 1) == 0.0
+    assert share_at_least(sketch, SPEC, 2) == pytest.approx(0.42)
