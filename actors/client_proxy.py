@@ -44,7 +44,10 @@ class ClientProxy:
     def _warm_host(self) -> ClientHostPort:
         # Asked at each call: a restarted actor has not been prepared again.
         if self._host is None:
-            from fedvit.training.workload import client_host
+            if self._settings.rehearsal.faults:
+                from fedvit.simulation.rehearsal import rehearsed_host as client_host
+            else:
+                from fedvit.training.workload import client_host
 
             self._host = client_host(self._settings)
         return self._host
