@@ -1,4 +1,7 @@
-"""The runbook as data: every command of its ``bash`` fences, and the table of what replaces Docker."""
+"""The runbook as data: every command of its ``bash`` fences, and the table of what replaces Docker.
+
+Places are as seen from the checkout's folder.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-RUNBOOK = Path(__file__).parents[2] / "docs" / "runbook.md"
+RUNBOOK = Path("docs") / "runbook.md"
 TABLE_HEAD = "| docker command | equivalent here |"
 ANYTHING = "…"
 DOCKER_ONLY = re.compile(r"(docker|docker-compose|kubectl|ssh)\b")
@@ -77,9 +81,11 @@ def parts(markdown: str) -> Iterator[Command | Line]:
             raise ValueError(f"the fence at line {first} ends inside the command {open_lines[0]!r}")
 
 
-def commands(markdown: str) -> list[Command]:
+@lru_cache(maxsize=2)
+def commands(markdown: str) -> tuple[Command, ...]:
     """Every command, in order."""
-    return [part for part in parts(markdown) if isinstance(part, Command)]
+    # bash is asked of each line, which takes a while.
+    return tuple(part for part in parts(markdown) if isinstance(part, Command))
 
 
 def _no_command(line: str) -> str | None:
