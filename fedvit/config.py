@@ -511,6 +511,12 @@ class SimulationConfig(_Section):
         return self
 
 
+class RehearsalConfig(_Section):
+    """What a drill breaks on purpose: virtual clients of the running system that lie. Refused anywhere else."""
+
+    faults: tuple[FaultConfig, ...] = ()
+
+
 class Settings(_Section):
     """Everything that can be set, with a working default each: no file at all is the traffic-light demo."""
 
@@ -531,6 +537,7 @@ class Settings(_Section):
     ray: RayConfig = RayConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     simulation: SimulationConfig = SimulationConfig()
+    rehearsal: RehearsalConfig = RehearsalConfig()
 
     @model_validator(mode="after")
     def _without_privacy_nothing_is_asked_of_it(self) -> Settings:

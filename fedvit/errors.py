@@ -23,6 +23,7 @@
     +-- IntegrityError          content does not match its hash or its signature (HTTP 502)
     +-- ControlApiError         the control API answered with something that has no class here
     +-- ControlUnreachableError the control API does not answer
+    +-- DrillError              a drill did not show what it has to show
     +-- StillRunningError       a long operation has not ended within the time that was given
     +-- InterruptedRunError     the user or a signal ended the work early (exit status 130)
 
@@ -223,6 +224,12 @@ class ControlUnreachableError(FedvitError):
 
     code = "control-unreachable"
     http_status = 503
+
+
+class DrillError(FedvitError):
+    """A drill did not show what it has to show: an alert, an effect, or an end."""
+
+    code = "drill-failed"
 
 
 class StillRunningError(FedvitError):

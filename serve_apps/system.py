@@ -27,6 +27,7 @@ from fedvit.monitoring.targets import EDGES, RAY, SERVER, Target, link_targets, 
 from fedvit.operations.children import check_port_free, end_child, end_with_parent, why_taken
 from fedvit.operations.watching import server_target
 from fedvit.ports import AggregatorPort, FinetuneReport, SystemUrls
+from fedvit.simulation.rehearsal import check_rehearsal
 from fedvit.store.locks import system_lock
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
@@ -68,6 +69,7 @@ class RaySystem:
         with ExitStack() as stack:
             on_step("Checking the data, the model and the state")
             check_exposure(self._settings)
+            check_rehearsal(self._settings)
             if (self._home / ANNOUNCEMENT).exists():
                 # The last one was killed: what Ray started for it ends by itself, a few seconds later.
                 _await_free_ports(self._settings)

@@ -11,6 +11,7 @@ from fedvit.cli import (
     clients,
     config,
     data,
+    drill,
     emergency,
     finetune,
     incident,
@@ -48,6 +49,7 @@ app.command("logs")(operations.logs)
 app.command("finetune")(finetune.finetune)
 app.command("simulate")(simulate.simulate)
 app.command("audit")(privacy_audit.audit)
+app.command("drill")(drill.drill)
 app.command("drift")(monitoring.drift)
 app.command("metrics")(monitoring.metrics)
 app.add_typer(config.app, name="config")

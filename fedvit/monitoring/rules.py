@@ -19,8 +19,9 @@ from fedvit.errors import ConfigError
 
 RULES = Path("cluster_configs") / "monitoring" / "rules"
 SCRAPE_INTERVAL_S = 5.0
-# Shorter, and scrapes would take a share of the machine that they are to watch.
-LEAST_SCRAPE_INTERVAL_S = 2.0
+# Shorter, and scrapes would take a share of the machine that they are to watch, and end before the control API, which
+# gives its parts two seconds to say how they are, has answered.
+LEAST_SCRAPE_INTERVAL_S = 3.0
 # rate() needs two samples, and one scrape may fail.
 SAMPLES_A_RANGE = 4
 _UNITS_S = {"h": 3600, "m": 60, "s": 1}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TypeAlias
@@ -228,6 +228,18 @@ def epsilon_spent_at(store: Store, settings: Settings, at: datetime) -> float:
     return _most_exposed(spends.all(), settings.privacy.target_delta, epsilon_pld)
 
 
+def epsilon_of(charges: Iterable[Charge], settings: Settings) -> float:
+    """What the most exposed unit would have spent by these charges alone, by PLD.
+
+    Raises:
+        StateError: one of them cannot be interpreted.
+    """
+    spends = _Spends(settings.privacy.privacy_unit, after=0)
+    for charge in charges:
+        spends.take(charge)
+    return _most_exposed(spends.all(), settings.privacy.target_delta, epsilon_pld)
+
+
 class _Spends:
     """What was charged behind one line of the ledger: to each unit of its own, and to the whole population.
 
@@ -248,7 +260,7 @@ class _Spends:
         for entry in store.ledger(after=self._last_sequence):
             if until is not None and entry.at > until:
                 return
-            self._take(entry.charge)
+            self.take(entry.charge)
             self._last_sequence = entry.sequence
 
     def all(self) -> set[Spent]:
@@ -267,7 +279,8 @@ class _Spends:
             return found
         return {everybody, *found, *(_together(everybody, own) for own in self._holders)}
 
-    def _take(self, charge: Charge) -> None:
+    def take(self, charge: Charge) -> None:
+        """Take in one line more."""
         self.rounds.add((charge.run_id, charge.round_index))
         spend = self._told(charge)
         if charge.unit_id == POPULATION:

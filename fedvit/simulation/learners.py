@@ -49,3 +49,10 @@ class SimulatedClients(VirtualClientHost):
             return shard
         # Other records, so other noise.
         return replace(shard, labels=labels, digest=f"{shard.digest}/flipped")
+
+
+class LyingClients(SimulatedClients):
+    """The host of a real system's virtual clients in a drill: what arrives of theirs is what they make of it."""
+
+    def _sent(self, client_id: str, answer: PartialUpdate) -> PartialUpdate:
+        return self._faults.sent(client_id, answer)

@@ -230,6 +230,13 @@ def answer_of(session: Session, client_id: str, run_id: str, started: int) -> tu
     return found.round_index, found.error
 
 
+def answers(session: Session, run_id: str) -> list[tuple[int, str, bool]]:
+    """What the committed rounds of a run took: the round, whose answer, and whether it counts; in the rounds' order."""
+    columns = select(ClientRoundRow.round_index, ClientRoundRow.client_id, ClientRoundRow.error)
+    rows = session.execute(columns.where(ClientRoundRow.run_id == run_id).order_by(ClientRoundRow.round_index))
+    return [(round_index, client_id, error is None) for round_index, client_id, error in rows]
+
+
 def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
     others = session.scalars(select(RunRow.run_id).where(RunRow.status.in_(RESUMABLE)))
     for run_id in others:

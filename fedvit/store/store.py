@@ -430,6 +430,11 @@ class Store:
         with self._database.read() as session:
             return _runs.answer_of(session, client_id, run_id, started)
 
+    def answers(self, run_id: str) -> list[tuple[int, str, bool]]:
+        """What the committed rounds of a run took: the round, whose answer, and whether it counts."""
+        with self._database.read() as session:
+            return _runs.answers(session, run_id)
+
     def participation(self) -> dict[str, Participation]:
         """How the rounds of every client went that took part in one, over all runs."""
         with self._database.read() as session:

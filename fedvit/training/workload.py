@@ -94,7 +94,7 @@ def client_host(settings: Settings) -> ClientHostPort:
         from fedvit.training.host import VirtualClientHost
 
         host = VirtualClientHost(settings)
-    _limit_threads(settings)
+    limit_threads(settings)
     return host
 
 
@@ -111,7 +111,7 @@ def server_model(settings: Settings) -> ServerModelPort:
         from fedvit.training.server import ServerModel
 
         model = ServerModel(settings)
-    _limit_threads(settings)
+    limit_threads(settings)
     return model
 
 
@@ -265,7 +265,8 @@ def _no_export() -> ModelError:
     return ModelError("A workload's model has no export.", cure="Serve it yourself from its weights: `fedvit model`.")
 
 
-def _limit_threads(settings: Settings) -> None:
+def limit_threads(settings: Settings) -> None:
+    """Use as many threads as the settings give a proxy."""
     # More threads than free cores make torch wait for itself.
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(settings.ray.threads_per_proxy)

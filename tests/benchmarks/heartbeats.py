@@ -13,12 +13,12 @@ from typing import Any
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
+from fedvit.drills.processes import TITLES, below, memory_mb
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from tests.benchmarks.control_fleet import CLIENTS, HOST, client_names, serving
 from tests.benchmarks.http_load import Plan, run_load
 from tests.benchmarks.results import write_result
-from tests.processes import TITLES, below, memory_mb
 
 DEVICES = int(os.environ.get("BENCH_DEVICES", CLIENTS))
 SECONDS = float(os.environ.get("BENCH_SECONDS", "60"))

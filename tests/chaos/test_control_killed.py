@@ -11,8 +11,8 @@ import httpx
 import pytest
 from command import Fedvit
 from load import await_true
-from processes import TITLES, kill, supervisor
 
+from fedvit.drills.processes import TITLES, kill, supervisor
 from fedvit.store.store import Store
 from fedvit.types import Operation, OperationStatus
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from drill import Drill, Outcome
+from drill import RUNBOOK, Drill, Outcome
 from effects import check_effect, remember, values_of
 from placeholders import PLACEHOLDERS, SHELL, Placeholder
-from runbook_text import RUNBOOK, Command, commands, equivalents
+
+from fedvit.drills.runbook import Command, commands, equivalents
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill]
 

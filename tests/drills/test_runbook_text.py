@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from runbook_text import RUNBOOK, Command, commands, equivalents, fences, parts
+from drill import RUNBOOK
+
+from fedvit.drills.runbook import Command, commands, equivalents, fences, parts
 
 ORIGINAL = Path(os.environ.get("RUNBOOK_ORIGINAL") or RUNBOOK.parents[2] / "shared" / "runbook.md")
 

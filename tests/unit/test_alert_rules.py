@@ -115,7 +115,7 @@ def test_no_factor_shortens_more_than_scrapes_allow() -> None:
         ranges = re.findall(r"\[(\d+)s\]", rule["expr"])
         assert len(ranges) == len(re.findall(r"\[", rule["expr"])), name
         assert all(int(seconds) == rules.SAMPLES_A_RANGE * interval_s for seconds in ranges)
-        assert rule.get("for", "2s") == "2s"
+        assert rule.get("for", f"{interval_s:g}s") == f"{interval_s:g}s"
 
 
 def test_one_changes_nothing_and_less_is_refused() -> None:

@@ -32,6 +32,17 @@ def below(ancestor: int, title: str) -> list[int]:
     return [pid for pid in _processes() if _title(pid).startswith(title) and ancestor in _above(pid)]
 
 
+def named(ancestor: int, program: str) -> list[int]:
+    """The descendants of a process that run the program of that file name."""
+    return [pid for pid in _processes() if Path(_words(pid)[0]).name == program and ancestor in _above(pid)]
+
+
+def with_words(ancestor: int, *words: str) -> list[int]:
+    """The descendants of a process whose command line has these words one after another."""
+    wanted = "\0".join(("", *words, ""))
+    return [pid for pid in _processes() if wanted in f"\0{_title(pid)}" and ancestor in _above(pid)]
+
+
 def memory_mb(pid: int) -> float:
     """What a process holds in memory now."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
@@ -40,6 +51,10 @@ def memory_mb(pid: int) -> float:
 
 def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+
+
+def _words(pid: int) -> list[str]:
+    return _title(pid).split("\0")
 
 
 def _title(pid: int) -> str:

@@ -1,4 +1,7 @@
-"""The runbook as data: every command of its ``bash`` fences, and the table of what replaces Docker."""
+"""The runbook as data: every command of its ``bash`` fences, and the table of what replaces Docker.
+
+Places are as seen from the checkout's folder.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-RUNBOOK = Path(__file__).parents[2] / "docs" / "runbook.md"
+RUNBOOK = Path("docs") / "runbook.md"
 TABLE_HEAD = "| docker command | equivalent here |"
 ANYTHING = "…"
 DOCKER_ONLY = re.compile(r"(docker|docker-compose|kubectl|ssh)\b")

@@ -1,0 +1,1 @@
+"""Rehearsals of incidents: the fault is real, and so are the system, Prometheus and the runbook's commands."""

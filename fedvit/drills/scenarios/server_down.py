@@ -1,0 +1,82 @@
+"""kill -9: of the control replica and the aggregator, which Ray starts again, and of Ray itself, which nobody does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+
+from fedvit.drills.alerts import Alert
+from fedvit.drills.course import Course
+from fedvit.drills.drill import Drill, Stage
+from fedvit.drills.processes import kill, named, supervisor
+from fedvit.drills.site import EDGES, succeeds
+from fedvit.errors import DrillError
+
+SECTION = "1. Federated Server Down"
+HEAD = ("gcs_server", "raylet")
+
+
+def play_control(course: Course) -> None:
+    """Kill the replica that answers; edges serve on meanwhile, and another one takes its place."""
+    course.inject("kill -9 of the control replica")
+    kill(course.site.home, "control")
+    course.detect()
+    course.check("the edges serve on", partial(succeeds, f"{EDGES[0]}/health"))
+    course.look(SECTION, r"^docker ps")
+    course.look(SECTION, r"^docker stats")
+    _recovered(course)
+
+
+def play_aggregator(course: Course) -> None:
+    """Kill the actor that trains; it continues its round from the state."""
+    done = course.site.get("/api/training/status")["rounds_done"]
+    course.inject("kill -9 of the aggregator")
+    kill(course.site.home, "aggregator")
+    course.detect()
+    course.look(SECTION, r"^docker ps")
+    course.look(SECTION, r"/api/system/health")
+    _recovered(course)
+    course.site.training(lambda now: now["rounds_done"] > done + 1, "training goes on")
+
+
+def play_head(course: Course) -> None:
+    """Kill Ray's own processes: Serve does not outlive its cluster, so somebody must start the system again."""
+    site = course.site
+    # Whatever a former drill left running in the place of an edge ends with its machine.
+    site.end_strays()
+    done = site.get("/api/training/status")["rounds_done"]
+    above = supervisor(site.home)
+    victims = [pid for name in HEAD for pid in named(above, name)]
+    if len(victims) != len(HEAD):
+        raise DrillError(f"{len(victims)} processes are Ray's head; there should be {len(HEAD)}.")
+    course.inject(f"kill -9 of {' and '.join(HEAD)}")
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    course.detect()
+    course.look(SECTION, r"^docker ps")
+    course.look(SECTION, r"^docker logs")
+    course.follow(SECTION, r"^free")
+    course.follow(SECTION, r"^docker-compose restart")
+    course.check("another system runs", lambda: supervisor(site.home) != above)
+    _recovered(course)
+    site.training(lambda now: now["rounds_done"] > done + 1, "training continues where it was")
+
+
+def _recovered(course: Course) -> None:
+    course.clear()
+    course.check("every part is well", lambda: course.site.fedvit("status")["system"] == "ok")
+    course.follow(SECTION, r"^make health-check")
+    course.follow(SECTION, r"config.yaml")
+    course.follow(SECTION, r"test_connection")
+
+
+DRILL = Drill(
+    "server-down",
+    "kill -9 of the control replica, the aggregator, and Ray's head",
+    (
+        Stage("control", Alert("ServiceDown"), play_control),
+        Stage("aggregator", Alert("ComponentUnhealthy", {"component": "aggregator"}), play_aggregator),
+        Stage("head", Alert("ServiceDown"), play_head),
+    ),
+)
