@@ -20,7 +20,10 @@ def drill(
 
     It runs in the folder of a checkout, on the real ports and in a state folder that is thrown away.
     """
-    with explained(as_json):
+    from fedvit.cli.supervisor import interruptible
+
+    # A signal must not leave a system behind.
+    with explained(as_json), interruptible():
         from fedvit.drills.engine import run_drills
         from fedvit.drills.registry import drills_named
         from fedvit.drills.report import as_dicts, show_drills, show_result, show_table, write_docs

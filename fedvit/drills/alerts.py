@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +26,18 @@ class Alert:
         answer = httpx.get(f"{PROMETHEUS}/api/v1/alerts", timeout=10, trust_env=False).raise_for_status()
         return [str(found["state"]) for found in answer.json()["data"]["alerts"] if self._is(found["labels"])]
 
-    def await_firing(self, within_s: float = DETECT_S) -> None:
-        """Return once it fires.
+    def await_firing(self, within_s: float = DETECT_S, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Return once it fires; ``meanwhile`` is called again and again.
 
         Raises:
             DrillError: it does not in time.
         """
-        await_that(f"the alert {self} fires", lambda: "firing" in self.states(), within_s)
+
+        def fires() -> bool:
+            meanwhile()
+            return "firing" in self.states()
+
+        await_that(f"the alert {self} fires", fires, within_s)
 
     def await_silence(self, within_s: float = CLEAR_S) -> None:
         """Return once it neither fires nor is about to.

@@ -53,9 +53,9 @@ class Course:
         self.say(f"fault: {what}")
         self.injected_at, self._injected_s = utc_now(), time.monotonic()
 
-    def detect(self, within_s: float = DETECT_S) -> None:
-        """Return once Prometheus has the alert firing."""
-        self.alert.await_firing(within_s)
+    def detect(self, within_s: float = DETECT_S, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Return once Prometheus has the alert firing; ``meanwhile`` keeps the fault up."""
+        self.alert.await_firing(within_s, meanwhile)
         self._detected_s = time.monotonic()
         self.say(f"{self.alert} fires after {self.detected_after_s:.1f} s")
 

@@ -5,10 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedvit.drills.drill import Drill
-from fedvit.drills.scenarios import budget_exhausted, device_offline, server_down
+from fedvit.drills.scenarios import (
+    budget_exhausted,
+    device_offline,
+    high_latency,
+    high_loss,
+    partition,
+    privacy_breach,
+    server_down,
+    shutdown_restore,
+)
 from fedvit.errors import NotFoundError
 
-ALL: tuple[Drill, ...] = tuple(module.DRILL for module in (device_offline, server_down, budget_exhausted))
+# What is another system stands first, and what ends one last.
+ALL: tuple[Drill, ...] = (
+    high_loss.DRILL,
+    device_offline.DRILL,
+    server_down.DRILL,
+    high_latency.DRILL,
+    partition.DRILL,
+    privacy_breach.DRILL,
+    budget_exhausted.DRILL,
+    shutdown_restore.DRILL,
+)
 SHORT = ("budget-exhausted", "device-offline", "privacy-breach", "server-down")
 """What CI runs: as many incidents as a few minutes hold, on one system."""
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 RUNBOOK = Path("docs") / "runbook.md"
@@ -80,9 +81,11 @@ def parts(markdown: str) -> Iterator[Command | Line]:
             raise ValueError(f"the fence at line {first} ends inside the command {open_lines[0]!r}")
 
 
-def commands(markdown: str) -> list[Command]:
+@lru_cache(maxsize=2)
+def commands(markdown: str) -> tuple[Command, ...]:
     """Every command, in order."""
-    return [part for part in parts(markdown) if isinstance(part, Command)]
+    # bash is asked of each line, which takes a while.
+    return tuple(part for part in parts(markdown) if isinstance(part, Command))
 
 
 def _no_command(line: str) -> str | None:

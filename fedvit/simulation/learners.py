@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -52,7 +53,18 @@ class SimulatedClients(VirtualClientHost):
 
 
 class LyingClients(SimulatedClients):
-    """The host of a real system's virtual clients in a drill: what arrives of theirs is what they make of it."""
+    """The host of a real system's virtual clients in a drill.
+
+    Args:
+        lies: whether they lie now.
+    """
+
+    def __init__(self, settings: Settings, faults: Faults, lies: Callable[[], bool]) -> None:
+        super().__init__(settings, faults, {})
+        self._lies = lies
+
+    def _shard(self, client_id: str) -> Shard:
+        return super()._shard(client_id) if self._lies() else VirtualClientHost._shard(self, client_id)
 
     def _sent(self, client_id: str, answer: PartialUpdate) -> PartialUpdate:
-        return self._faults.sent(client_id, answer)
+        return self._faults.sent(client_id, answer) if self._lies() else answer

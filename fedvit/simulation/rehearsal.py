@@ -13,6 +13,8 @@ from fedvit.simulation.faults import Faults
 
 MARK = "rehearsal"
 """A file of this name says that nothing in its state folder is worth keeping."""
+BEGUN = "rehearsal-begun"
+"""While there is a file of this name, faulty clients lie; before, they are as honest as the others."""
 
 
 def allow_rehearsal(home: Path) -> None:
@@ -40,6 +42,11 @@ def check_rehearsal(settings: Settings) -> None:
         )
 
 
+def begin_lying(home: Path) -> None:
+    """Let faulty clients lie from their next task on."""
+    (home / BEGUN).touch()
+
+
 def faulty_clients(settings: Settings) -> Collection[str]:
     """Those that lie, sorted."""
     return sorted(_faults(settings).of)
@@ -56,7 +63,7 @@ def rehearsed_host(settings: Settings) -> ClientHostPort:
     from fedvit.simulation.learners import LyingClients
     from fedvit.training.workload import limit_threads
 
-    host = LyingClients(settings, _faults(settings), {})
+    host = LyingClients(settings, _faults(settings), (settings.home / BEGUN).exists)
     limit_threads(settings)
     return host
 
