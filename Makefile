@@ -80,8 +80,10 @@ bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real i
 monitoring-day: setup  ## 24 h of operation in fast-forward: what the exporters hold while 10,000 clients come and go
 	MONITORING_DAY=full $(BIN)/python -m pytest tests/unit/test_monitoring_day.py -s $(ARGS)
 
-drill: setup  ## Run every command of docs/runbook.md against a real system on the real ports
+# DRILLS=short runs those that CI does; DRILLS="partition high-loss" runs these. All of them write docs/drills.md anew.
+drill: setup  ## Every command of docs/runbook.md, then the eight incidents: injected, detected, resolved, counted
 	$(BIN)/python -m pytest tests/drills $(ARGS)
+	$(BIN)/fedvit drill $(or $(DRILLS),all --docs docs)
 
 bench-control: setup  ## The control API with 10,000 clients: a page of the fleet beside bare FastAPI, and heartbeats
 	$(BIN)/python -m tests.benchmarks.control_status

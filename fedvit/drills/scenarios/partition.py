@@ -35,6 +35,9 @@ def play(course: Course) -> None:
         with ExitStack() as stack, laid((1, 2), site.environment) as cables:
             _fleet(course, stack, cables, names)
             _cut_and_mended(course, cables)
+            # Whoever leaves in the middle of a round is waited for.
+            site.post("/api/training/stop")
+            site.training(lambda now: now["phase"] in ("resting", "idle"), "training rests")
     finally:
         for name in (TRAINS, *names[0], *names[1]):
             site.ask(f"/api/clients/{name}", "DELETE")

@@ -1,0 +1,96 @@
+"""Clients that lie: nowhere but in a drill's own folder, and not before the drill says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedvit.config import Settings
+from fedvit.errors import ConfigError, StateError
+from fedvit.settings import load_settings
+from fedvit.simulation.rehearsal import (
+    allow_rehearsal,
+    begin_lying,
+    check_rehearsal,
+    faulty_clients,
+    rehearsed_host,
+)
+from fedvit.store.store import Store
+from fedvit.training.host import VirtualClientHost
+from fedvit.types import PartialUpdate, TrainTask
+from fedvit.vit.models import build_model
+from fedvit.vit.trainable import trainable_weights
+from fedvit.wire.tensors import weights_digest
+
+torch.set_num_threads(1)
+FACTOR = 10.0
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Four clients with ten images each; one of them turns its updates round."""
+    folder, draw = tmp_path_factory.mktemp("rehearsal"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 1)):
+        for name in ("green", "red"):
+            place = folder / "images" / split / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(draw.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(place / f"{i}.png")
+    return load_settings(
+        environ={},
+        overrides={
+            "home": folder / "var",
+            "data": {
+                "source": "folder",
+                "path": folder / "images",
+                "image_size": 16,
+                "partition": {"scheme": "iid", "clients": 4, "min_examples": 2},
+            },
+            "model": {
+                "pretrained": False,
+                "trainable": "head",
+                "hybrid": {"depth": 1, "width": 16, "heads": 2, "bands": 2},
+            },
+            "rehearsal": {"faults": [{"share": 0.25, "kinds": ["sign_flip", "scale"], "factor": FACTOR}]},
+        },
+    )
+
+
+def update_of(host: VirtualClientHost, settings: Settings, client_id: str) -> np.ndarray:
+    base = trainable_weights(build_model(settings.model, 2, 16))
+    task = TrainTask("run-0001", 1, weights_digest(base), "d" * 64, 1.0, 0.5, 1.0, 1, 1.0)
+    answer: PartialUpdate = host.train(task, base, [client_id])
+    assert answer.outcomes[0].error is None
+    return np.concatenate([np.ravel(answer.weighted_sum[name]) for name in sorted(answer.weighted_sum)])
+
+
+def test_outside_a_drill_it_is_refused_in_words(settings: Settings, tmp_path: Path) -> None:
+    elsewhere = settings.model_copy(update={"home": tmp_path})
+    for refuse in (check_rehearsal, rehearsed_host):
+        with pytest.raises(ConfigError, match=r"rehearsal\.faults makes clients poison.*`fedvit drill high-loss`"):
+            refuse(elsewhere)
+    honest = load_settings(environ={}, overrides={"home": tmp_path})
+    check_rehearsal(honest)
+
+
+def test_a_folder_with_a_state_is_never_a_rehearsals(tmp_path: Path) -> None:
+    Store.open(tmp_path).close()
+    with pytest.raises(StateError, match="holds a state"):
+        allow_rehearsal(tmp_path)
+
+
+def test_faulty_clients_lie_from_the_moment_that_the_drill_says_so(settings: Settings) -> None:
+    allow_rehearsal(settings.home)
+    (liar,) = faulty_clients(settings)
+    honest_one = next(f"vehicle-{i:02d}" for i in range(9) if f"vehicle-{i:02d}" != liar)
+    host, plain = rehearsed_host(settings), VirtualClientHost(settings)
+    truth = {client_id: update_of(plain, settings, client_id) for client_id in (liar, honest_one)}
+    for client_id in truth:
+        np.testing.assert_array_equal(update_of(host, settings, client_id), truth[client_id])
+    begin_lying(settings.home)
+    np.testing.assert_allclose(update_of(host, settings, liar), -FACTOR * truth[liar], rtol=1e-9)
+    np.testing.assert_array_equal(update_of(host, settings, honest_one), truth[honest_one])

@@ -1,0 +1,133 @@
+"""What an incident cost, counted from the state: by hand, over a real loop, and over a state that lost something."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from house import System, TinyModel
+
+from fedvit.drills.alerts import Alert
+from fedvit.drills.course import Course
+from fedvit.drills.drill import Stage, fault_in
+from fedvit.drills.tally import Mark, Tally, mark, match, tally
+from fedvit.privacy.accountant import epsilon_of
+from fedvit.testing.doubles import FakeFleet
+
+TARGET = np.array([1.0, -2.0], dtype=np.float32)
+NOTHING = Tally(
+    rounds_committed=4,
+    rounds_lost=0,
+    updates=20,
+    updates_lost=0,
+    updates_doubled=0,
+    uncharged=0,
+    epsilon_difference=0.0,
+)
+
+
+def _play(_: Course) -> None:
+    """Nothing: only what a stage allows is asked."""
+
+
+STRICT = Stage("", Alert("ServiceDown"), _play)
+LENIENT = Stage("", Alert("ServiceDown"), _play, may_lose_updates=True)
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[System]:
+    made = System(tmp_path / "var", TinyModel(TARGET), FakeFleet(TARGET), {"min_agreement": 0.5}, epsilon=50.0)
+    yield made
+    made.close()
+
+
+def alter(system: System, statement: str) -> None:
+    with sqlite3.connect(system.settings.home / "state.db") as database:
+        assert database.execute(statement).rowcount > 0
+
+
+@pytest.mark.parametrize(
+    ("drawn", "answered", "found"),
+    [
+        ([1, 2, 3], [(1, True), (2, True), (3, True)], {1: 1, 2: 1, 3: 1}),
+        # Late: round 3 took the answer to round 1.
+        ([1, 5], [(3, True), (5, True)], {1: 1, 5: 1}),
+        ([1, 2], [(1, False), (2, True)], {2: 1}),
+        ([1, 4], [(2, True), (3, True)], {1: 2}),
+        ([], [(1, True)], {}),
+        ([2], [(1, True)], {}),
+    ],
+)
+def test_answers_belong_to_the_draw_before_them(
+    drawn: list[int], answered: list[tuple[int, bool]], found: dict[int, int]
+) -> None:
+    assert match(drawn, answered) == found
+
+
+def test_a_run_that_went_well_costs_what_it_released(system: System) -> None:
+    before = mark(system.store)
+    assert before == Mark(0, frozenset())
+    system.trained()
+    assert tally(system.store, system.settings, before) == NOTHING
+    after = mark(system.store)
+    assert after.ledger_sequence == 20
+    assert tally(system.store, system.settings, after) == replace(NOTHING, rounds_committed=0, updates=0)
+
+
+def test_an_update_that_is_gone_is_lost_and_was_paid_for(system: System) -> None:
+    before = mark(system.store)
+    system.trained()
+    client_id = system.store.clients()[0].client_id
+    alter(system, f"DELETE FROM client_rounds WHERE round_index = 2 AND client_id = '{client_id}'")
+    found = tally(system.store, system.settings, before)
+    assert (found.updates, found.updates_lost) == (19, 1)
+    # Everybody else has released as much, so the most exposed client has lost nothing.
+    assert found.epsilon_difference == 0.0
+    alter(system, "DELETE FROM client_rounds WHERE round_index = 2")
+    found = tally(system.store, system.settings, before)
+    charges = [entry.charge for entry in system.store.ledger()]
+    released = [charge for charge in charges if charge.round_index != 2]
+    assert found.updates_lost == 5
+    assert found.epsilon_difference == epsilon_of(charges, system.settings) - epsilon_of(released, system.settings) > 0
+
+
+def test_a_round_that_is_gone_is_lost(system: System) -> None:
+    system.trained()
+    before = mark(system.store)
+    alter(system, "UPDATE rounds SET committed_at = NULL WHERE round_index = 3")
+    assert tally(system.store, system.settings, before).rounds_lost == 1
+
+
+def test_a_round_that_was_charged_and_will_never_be_is_lost_and_one_under_way_is_not(system: System) -> None:
+    before = mark(system.store)
+    system.trained()
+    alter(system, "UPDATE rounds SET committed_at = NULL WHERE round_index = 4")
+    alter(system, "DELETE FROM client_rounds WHERE round_index = 4")
+    found = tally(system.store, system.settings, before)
+    assert (found.rounds_committed, found.rounds_lost, found.updates_lost) == (3, 1, 5)
+    alter(system, "UPDATE runs SET status = 'running'")
+    found = tally(system.store, system.settings, before)
+    assert found == replace(NOTHING, rounds_committed=3, updates=15)
+
+
+@pytest.mark.parametrize(
+    ("stage", "found", "told"),
+    [
+        (STRICT, NOTHING, None),
+        (STRICT, replace(NOTHING, rounds_lost=2), "2 rounds are lost"),
+        (LENIENT, replace(NOTHING, rounds_lost=2), "2 rounds are lost"),
+        (LENIENT, replace(NOTHING, updates_doubled=1), "1 updates count twice"),
+        (LENIENT, replace(NOTHING, uncharged=3), "3 are not on the ledger"),
+        (STRICT, replace(NOTHING, updates_lost=4, epsilon_difference=0.1), "4 updates are lost"),
+        (LENIENT, replace(NOTHING, updates_lost=4, epsilon_difference=0.1), None),
+        (LENIENT, replace(NOTHING, epsilon_difference=0.1), "+0.100000 epsilon more"),
+        (LENIENT, replace(NOTHING, updates_lost=4, epsilon_difference=-0.1), "-0.100000 epsilon more"),
+    ],
+)
+def test_what_an_incident_may_cost(stage: Stage, found: Tally, told: str | None) -> None:
+    fault = fault_in(found, stage)
+    assert fault is None if told is None else told in (fault or "")
