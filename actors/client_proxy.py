@@ -50,6 +50,10 @@ class ClientProxy:
 
 
 def _host_of(settings: Settings) -> ClientHostPort:
+    if settings.rehearsal.faults:
+        from fedvit.simulation.rehearsal import rehearsed_host
+
+        return rehearsed_host(settings)
     if settings.training.ranks > 1:
         from actors.silo import SiloHost
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -165,7 +166,13 @@ class Sites:
         return self._site
 
     def close(self) -> None:
-        """Stop what runs."""
-        if self._site is not None:
+        """Stop what runs; a second Ctrl-C must not leave half of it behind."""
+        if self._site is None:
+            return
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
             self._site.stop()
+        finally:
             self._site = self._key = None
+            for number, handler in previous.items():
+                signal.signal(number, handler)

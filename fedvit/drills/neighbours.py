@@ -56,9 +56,9 @@ class Neighbours:
             os.sched_setaffinity(child.pid, {self.core})
             self._children.append(child)
 
-    def end(self) -> None:
-        """End them all."""
-        while self._children:
+    def end(self, count: int | None = None) -> None:
+        """End so many of them, or all."""
+        for _ in range(len(self._children) if count is None else min(count, len(self._children))):
             end_child(self._children.pop())
 
 
