@@ -42,6 +42,8 @@ DAY = timedelta(hours=24)
 STAY = 0.2
 RELEASE_EVERY = timedelta(minutes=10)
 PROCESS_ENDS_EVERY = timedelta(hours=2)
+# To look at the whole fleet, or at all of memory, takes a while.
+READ_EVERY = timedelta(hours=2)
 CLASSES = 43
 # What another process of the node leaves when it ends.
 SHORT_LIFE = """
@@ -99,7 +101,7 @@ class Day:
             self._come_and_go((passed + self._step) / DAY)
             self._beat()
             self._serve(passed + self._step)
-            self._train()
+            self._train(passed + self._step)
             self._ask()
             readings.append(self._read(passed + self._step))
         return readings
@@ -137,7 +139,7 @@ class Day:
             words = [f"v1.{sequence // 100}.{sequence}", str(sequence)]
             subprocess.run([sys.executable, "-c", SHORT_LIFE, *words], check=True)
 
-    def _train(self) -> None:
+    def _train(self, passed: timedelta) -> None:
         asked = self._random.sample(self._there, min(30, len(self._there)))
         errors = (None, None, None, "no answer in 30 s", "a text of the client's own: {}")
         outcomes = [
@@ -149,8 +151,9 @@ class Day:
         self._rounds.committed(outcomes, quarantined=1, turned_away=1)
         for encoding in Encoding:
             counter("update_bytes_total").labels(str(encoding)).inc(1000)
-        fleet = connectivity(self._store.sightings(), None, self._clock.now(), FleetConfig().heartbeat_timeout_s)
-        self._training.publish_connected(fleet.connected)
+        if passed % READ_EVERY < self._step:
+            fleet = connectivity(self._store.sightings(), None, self._clock.now(), FleetConfig().heartbeat_timeout_s)
+            self._training.publish_connected(fleet.connected)
         progress = TrainingProgress("run-0001", RunStatus.RUNNING, "training", 9999, 1, 0.5, 0.9, 1.0, "v1.1.1")
         self._training.publish(progress, self._budget, active=len(self._there), total=self._registered)
 
@@ -173,7 +176,7 @@ class Day:
             exposition_bytes=len(text),
             files=len(files),
             files_bytes=sum(path.stat().st_blocks * 512 for path in files),
-            held_bytes=_held_bytes() if passed % timedelta(hours=2) < self._step else None,
+            held_bytes=_held_bytes() if passed % READ_EVERY < self._step else None,
         )
 
     @staticmethod

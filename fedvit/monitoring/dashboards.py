@@ -147,6 +147,7 @@ DASHBOARDS = (
             Panel("What waits", "none", {"{{queue}}": "sum by (queue) (@queue_depth)"}),
             Panel("State database", "bytes", {"size": "@store_bytes"}),
             Panel("Alerts that fire", "none", {"{{severity}}": 'count by (severity) (ALERTS{alertstate="firing"})'}),
+            Panel("Incidents that are open", "none", {"{{severity}}": "sum by (severity) (@incidents_open)"}),
             Panel("Reading the metrics takes", "s", {"{{job}} {{instance}}": "scrape_duration_seconds"}),
         ),
     ),

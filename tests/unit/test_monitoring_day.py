@@ -39,6 +39,8 @@ def readings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
+# The first of them waits for the day.
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", LIMITS)
 def test_it_does_not_grow_over_the_day(readings: list[dict[str, Any]], kind: str) -> None:
     values = [(reading["hour"], reading[kind]) for reading in readings if reading[kind] is not None]
