@@ -17,6 +17,7 @@ from actors.aggregator import Aggregator
 from actors.client_proxy import ClientProxy
 from actors.handles import ACCOUNTANT, AGGREGATOR, PING, AggregatorHandle, fetch, proxy_name
 from actors.privacy_accountant import PrivacyAccountantActor
+from actors.sweep import WAITING_CPUS, TrialWorker
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
 from fedvit.settings import settings_to_json
@@ -136,6 +137,24 @@ def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
 
 # A proxy trains one call at a time, and answers a ping meanwhile; the other two answer questions while they work.
 _CONCURRENCY: dict[type, int] = {ClientProxy: 1, PrivacyAccountantActor: 8, Aggregator: 16}
+
+
+def spawn_trial_workers(settings: Settings, count: int) -> list[Any]:
+    """Actors that run a sweep's trials one after another and stay warm in between.
+
+    A trial's own function only waits: of the CPUs that a trial states, its worker has all but :data:`WAITING_CPUS`.
+
+    Raises:
+        PlacementError: Ray has no room for so many.
+    """
+    each, free = settings.sweep.cpus_per_trial, ray.available_resources().get("CPU", 0)
+    if count * each > free + 1e-9:
+        raise PlacementError(
+            f"Ray has no room for {count} trials at a time: each asks for {each:g} CPU, and {free:g} are free.",
+            cure=f"Lower sweep.concurrent_trials to {int(free / each)}, or sweep.cpus_per_trial, or add nodes.",
+        )
+    kind = ray.remote(num_cpus=each * (1 - WAITING_CPUS), max_restarts=-1, max_concurrency=4)(TrialWorker)
+    return [kind.options(name=f"fedvit-trial-worker-{i}").remote(settings.ray.threads_per_proxy) for i in range(count)]
 
 
 def _check_room(settings: Settings) -> None:

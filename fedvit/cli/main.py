@@ -22,6 +22,7 @@ from fedvit.cli import (
     privacy_audit,
     shutdown,
     simulate,
+    sweep,
     system,
     token,
     training,
@@ -47,6 +48,7 @@ app.command("diagnostics")(operations.diagnostics)
 app.command("logs")(operations.logs)
 app.command("finetune")(finetune.finetune)
 app.command("simulate")(simulate.simulate)
+app.command("sweep")(sweep.sweep)
 app.command("audit")(privacy_audit.audit)
 app.command("drift")(monitoring.drift)
 app.command("metrics")(monitoring.metrics)

@@ -73,7 +73,11 @@ class Simulated:
 
 
 def simulate(
-    settings: Settings, world: World, name: str = "run", on_version: Callable[[Point], None] = lambda _: None
+    settings: Settings,
+    world: World,
+    name: str = "run",
+    on_version: Callable[[Point], None] = lambda _: None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Simulated:
     """Run what ``settings`` describe, in a state folder of its own that is gone afterwards.
 
@@ -84,6 +88,7 @@ def simulate(
         world: who learns what.
         name: what the report calls it.
         on_version: told every version.
+        enough: asked afterwards; the run ends when it says so.
 
     Raises:
         FedvitError: the run could not begin; see :meth:`fedvit.rounds.coordinator.Coordinator.run`.
@@ -92,7 +97,7 @@ def simulate(
         own = _own_settings(settings, Path(folder))
         load_or_create_root_secret(own.home, lambda size: generator(own.simulation.seed, "root").bytes(size))
         with Store.open(own.home) as store:
-            return _simulated(own, store, world, name, on_version)
+            return _simulated(own, store, world, name, on_version, enough)
 
 
 def _own_settings(settings: Settings, home: Path) -> Settings:
@@ -106,7 +111,12 @@ def _own_settings(settings: Settings, home: Path) -> Settings:
 
 
 def _simulated(
-    settings: Settings, store: Store, world: World, name: str, on_version: Callable[[Point], None]
+    settings: Settings,
+    store: Store,
+    world: World,
+    name: str,
+    on_version: Callable[[Point], None],
+    enough: Callable[[], bool],
 ) -> Simulated:
     simulation, clock = settings.simulation, VirtualClock()
     _prepare(store, settings, world)
@@ -121,7 +131,7 @@ def _simulated(
         accountant=accountant,
         fleet=fleet,
         model=SimulatedServer(world.server, clock, simulation.evaluate_every_s),
-        on_progress=(watch := _Watch(settings, store, clock, on_version)),
+        on_progress=(watch := _Watch(settings, store, clock, on_version, enough)),
         clock=clock,
     )
     watch.stop = loop.request_stop
@@ -155,6 +165,7 @@ class _Watch:
     store: Store
     clock: VirtualClock
     on_version: Callable[[Point], None]
+    enough: Callable[[], bool]
     stop: Callable[[], None] = lambda: None
     points: list[Point] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -178,7 +189,7 @@ class _Watch:
         self.on_version(point)
         wanted = self.settings.simulation
         good = point.accuracy is not None and point.accuracy >= (wanted.target_accuracy or math.inf)
-        if good or hours >= (wanted.max_hours or math.inf):
+        if good or hours >= (wanted.max_hours or math.inf) or self.enough():
             self.stop()
 
 
