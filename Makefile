@@ -122,7 +122,7 @@ bench-drift: setup  ## Power and false alarms of private drift sketches, on GTSR
 	$(BIN)/python -m tests.benchmarks.drift
 
 bench-sweep: setup  ## 24 trials over noise and staleness, killed in the middle; on GTSRB_ZIP=path/to/GTSRB.zip where given
-	PYTHONPATH=tests $(BIN)/python -m tests.benchmarks.sweep
+	$(BIN)/python -m tests.benchmarks.sweep
 
 health-check: setup  ## Runbook: ask every part how it is
 	@$(BIN)/fedvit health-check $(ARGS)

@@ -17,10 +17,10 @@ from actors.aggregator import Aggregator
 from actors.client_proxy import ClientProxy
 from actors.handles import ACCOUNTANT, AGGREGATOR, PING, AggregatorHandle, fetch, proxy_name
 from actors.privacy_accountant import PrivacyAccountantActor
-from actors.sweep import WAITING_CPUS, TrialWorker
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
 from fedvit.settings import settings_to_json
+from fedvit.sweep.space import check_room
 
 
 def namespace_of(home: Path) -> str:
@@ -139,22 +139,24 @@ def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
 _CONCURRENCY: dict[type, int] = {ClientProxy: 1, PrivacyAccountantActor: 8, Aggregator: 16}
 
 
-def spawn_trial_workers(settings: Settings, count: int) -> list[Any]:
+def spawn_trial_workers(settings: Settings) -> list[Any]:
     """Actors that run a sweep's trials one after another and stay warm in between.
 
-    A trial's own function only waits: of the CPUs that a trial states, its worker has all but :data:`WAITING_CPUS`.
+    A trial's own function only waits: of the CPUs that a trial states, its worker has nearly all.
 
     Raises:
         PlacementError: Ray has no room for so many.
     """
-    each, free = settings.sweep.cpus_per_trial, ray.available_resources().get("CPU", 0)
-    if count * each > free + 1e-9:
-        raise PlacementError(
-            f"Ray has no room for {count} trials at a time: each asks for {each:g} CPU, and {free:g} are free.",
-            cure=f"Lower sweep.concurrent_trials to {int(free / each)}, or sweep.cpus_per_trial, or add nodes.",
-        )
+    # Imported here: it brings torch, which who only asks for an actor need not load.
+    from actors.sweep import WAITING_CPUS, TrialWorker
+
+    check_room(settings, ray.available_resources().get("CPU", 0))
+    each = settings.sweep.cpus_per_trial
     kind = ray.remote(num_cpus=each * (1 - WAITING_CPUS), max_restarts=-1, max_concurrency=4)(TrialWorker)
-    return [kind.options(name=f"fedvit-trial-worker-{i}").remote(settings.ray.threads_per_proxy) for i in range(count)]
+    return [
+        kind.options(name=f"fedvit-trial-worker-{i}").remote(settings.ray.threads_per_proxy)
+        for i in range(settings.sweep.concurrent_trials)
+    ]
 
 
 def _check_room(settings: Settings) -> None:

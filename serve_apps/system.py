@@ -112,11 +112,15 @@ class RaySystem:
         from actors.spawn import connect, spawn_trial_workers
         from actors.sweep import run_trials
         from fedvit.sweep.journal import Journal
+        from fedvit.sweep.space import check_room
 
+        if not self._joins:
+            # Known before anything is started.
+            check_room(self._settings, os.cpu_count() or 1)
         with ExitStack() as stack:
             connect(self._settings, {"RAY_USAGE_STATS_ENABLED": "0", **QUIET_TUNE})
             stack.callback(ray.shutdown)
-            workers = spawn_trial_workers(self._settings, self._settings.sweep.concurrent_trials)
+            workers = spawn_trial_workers(self._settings)
             for worker in workers:
                 stack.callback(ray.kill, worker)
             run_trials(self._settings, Journal(folder), workers, on_trial)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedvit.config import LEAST_NOISE_MULTIPLIER, RangeConfig, Settings, SweepConfig
-from fedvit.errors import ConfigError
+from fedvit.errors import ConfigError, PlacementError
 from fedvit.privacy.accountants import epsilon_pld
 from fedvit.privacy.round_cost import run_spend
 from fedvit.settings import changed_settings
@@ -96,6 +96,20 @@ def rungs_of(settings: Settings) -> tuple[int, ...]:
             cure=f"Choose one below {rounds}, or leave it out to run every trial to its end.",
         )
     return tuple(itertools.takewhile(lambda rung: rung < rounds, _powers(sweep.first_rung, sweep.reduction_factor)))
+
+
+def check_room(settings: Settings, cpus: float) -> None:
+    """Whether so many trials can run at a time.
+
+    Raises:
+        PlacementError: they cannot.
+    """
+    count, each = settings.sweep.concurrent_trials, settings.sweep.cpus_per_trial
+    if count * each > cpus + 1e-9:
+        raise PlacementError(
+            f"There is no room for {count} trials at a time: each asks for {each:g} CPU, and {cpus:g} are free.",
+            cure=f"Lower sweep.concurrent_trials to {max(1, int(cpus / each))}, or sweep.cpus_per_trial, or add nodes.",
+        )
 
 
 def _powers(first: int, factor: int) -> Iterator[int]:

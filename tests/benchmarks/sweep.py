@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from command import environment
-
 from fedvit.report.simulation_charts import standalone
 from fedvit.report.summary import write_atomically
 from fedvit.report.sweep_charts import heat_chart, pareto_chart
@@ -26,6 +24,7 @@ from fedvit.settings import load_settings
 from fedvit.sweep.outcome import TrialOutcome, candidates, choose, pareto_front
 from tests.benchmarks.results import write_result
 from tests.benchmarks.simulations import PICTURES, ROOT
+from tests.command import environment
 
 KILLED_AFTER = 8
 LIMIT_S = 1800.0
@@ -118,9 +117,9 @@ def _what(name: str, summary: dict[str, Any]) -> str:
         )
     return (
         f"![Accuracy over epsilon](pictures/{name}_pareto.svg) ![Noise and staleness](pictures/{name}_heat.svg)\n\n"
-        f"`fedvit sweep --config examples/sweep.yaml`: private trials on real images in virtual time, two at a time; the "
-        f"driver gets kill -9 after {KILLED_AFTER} trials and the same command goes on. wall_s is both together, with "
-        "Ray's two starts. Start-up is from the end of the trial before on a worker (or the worker's own beginning) to "
+        f"`fedvit sweep --config examples/sweep.yaml`: private trials on real images in virtual time, two at a time; "
+        f"the driver gets kill -9 after {KILLED_AFTER} trials and the same command goes on. wall_s is both together, "
+        "with Ray's two starts. Start-up is from the end of the trial before on a worker (or the worker's own beginning) to "
         "the first client's work: cold ones read data and model, warm ones find them. The median is over all trials. "
         f"{told}"
     )
