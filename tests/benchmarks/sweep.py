@@ -119,8 +119,9 @@ def _what(name: str, summary: dict[str, Any]) -> str:
         f"![Accuracy over epsilon](pictures/{name}_pareto.svg) ![Noise and staleness](pictures/{name}_heat.svg)\n\n"
         f"`fedvit sweep --config examples/sweep.yaml`: private trials on real images in virtual time, two at a time; "
         f"the driver gets kill -9 after {KILLED_AFTER} trials and the same command goes on. wall_s is both together, "
-        "with Ray's two starts. Start-up is from the end of the trial before on a worker (or the worker's own beginning) to "
-        "the first client's work: cold ones read data and model, warm ones find them. The median is over all trials. "
+        "with Ray's two starts. Start-up is from the end of the trial before on a worker, or the worker's own "
+        "beginning, to the first client's work: cold ones read data and model, warm ones find them. The median is over "
+        "all trials. "
         f"{told}"
     )
 
