@@ -139,10 +139,13 @@ def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
 _CONCURRENCY: dict[type, int] = {ClientProxy: 1, PrivacyAccountantActor: 8, Aggregator: 16}
 
 
-def spawn_trial_workers(settings: Settings) -> list[Any]:
+def spawn_trial_workers(settings: Settings, secret: bytes) -> list[Any]:
     """Actors that run a sweep's trials one after another and stay warm in between.
 
     A trial's own function only waits: of the CPUs that a trial states, its worker has nearly all.
+
+    Args:
+        secret: of the sweep; see :meth:`fedvit.sweep.journal.Journal.secret`.
 
     Raises:
         PlacementError: Ray has no room for so many.
@@ -154,7 +157,7 @@ def spawn_trial_workers(settings: Settings) -> list[Any]:
     each = settings.sweep.cpus_per_trial
     kind = ray.remote(num_cpus=each * (1 - WAITING_CPUS), max_restarts=-1, max_concurrency=4)(TrialWorker)
     return [
-        kind.options(name=f"fedvit-trial-worker-{i}").remote(settings.ray.threads_per_proxy)
+        kind.options(name=f"fedvit-trial-worker-{i}").remote(settings.ray.threads_per_proxy, secret)
         for i in range(settings.sweep.concurrent_trials)
     ]
 

@@ -40,13 +40,14 @@ class TrialWorker:
 
     Args:
         threads: that torch may use.
+        secret: of the sweep.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, secret: bytes) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._trials = WarmTrials(_open_world)
+        self._trials = WarmTrials(_open_world, secret)
 
     def begin(self, trial: Mapping[str, Any], rungs: Sequence[int]) -> bool:
         """See :meth:`fedvit.sweep.trial.WarmTrials.begin`."""
@@ -75,8 +76,7 @@ def run_trials(
 ) -> None:
     """Run what the journal does not have yet; everything that ends is in it before ``on_trial`` hears of it.
 
-    Trials are deterministic but for private noise, and that follows from their seed: one that was cut off begins again
-    and releases the same once more.
+    One that was cut off begins again and, drawing from the same secret, releases the same once more.
 
     Raises:
         FedvitError: a trial could not be run for a reason that is not its own; what is in the journal stays.

@@ -114,16 +114,17 @@ class RaySystem:
         from fedvit.sweep.journal import Journal
         from fedvit.sweep.space import check_room
 
+        journal = Journal(folder)
         if not self._joins:
             # Known before anything is started.
             check_room(self._settings, os.cpu_count() or 1)
         with ExitStack() as stack:
             connect(self._settings, {"RAY_USAGE_STATS_ENABLED": "0", **QUIET_TUNE})
             stack.callback(ray.shutdown)
-            workers = spawn_trial_workers(self._settings)
+            workers = spawn_trial_workers(self._settings, journal.secret())
             for worker in workers:
                 stack.callback(ray.kill, worker)
-            run_trials(self._settings, Journal(folder), workers, on_trial)
+            run_trials(self._settings, journal, workers, on_trial)
 
     def _checked(self) -> Callable[[], None]:
         """Read and check everything that can be wrong; the answer writes what the checks found into the state."""

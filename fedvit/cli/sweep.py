@@ -21,6 +21,7 @@ from fedvit.cli.common import (
     print_json,
     settings_from,
 )
+from fedvit.cli.supervisor import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,7 @@ def sweep(
     Repeated after an interruption, it goes on: finished trials are not run again. The folder has trials.parquet,
     index.html, summary.json, and best.yaml, which `fedvit run --config` takes.
     """
-    with explained(as_json):
+    with explained(as_json), interruptible():
         from fedvit.sweep.journal import Journal
         from fedvit.sweep.space import plan_sweep, rungs_of
 

@@ -41,6 +41,7 @@ def write_report(
     Raises:
         UsageError: matplotlib or pyarrow is not installed.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     found = candidates(outcomes)
     chosen = choose(found, settings.privacy.target_epsilon, settings.sweep.margin)
     front = pareto_front(found)
@@ -65,7 +66,7 @@ def _summary(
     front: Sequence[Candidate],
     plan: TrialPlan | None,
 ) -> JsonObject:
-    cost = sweep_cost(plans, plan.settings if plan else settings)
+    cost = sweep_cost(plans, plan.settings if plan else None)
     return {
         "planned": len(plans),
         "private": settings.simulation.private,

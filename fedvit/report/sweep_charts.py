@@ -19,7 +19,10 @@ _COLOURS = "viridis"
 
 
 def pareto_chart(found: Sequence[Candidate], front: Sequence[Candidate], chosen: Candidate | None) -> str:
-    """Score over epsilon with its standard error; colour is virtual hours, and a line joins the front."""
+    """Score over epsilon with its standard error; colour is virtual hours.
+
+    What nothing betters in all three has a rim; a line joins those that it takes no time to speak for.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -28,8 +31,14 @@ def pareto_chart(found: Sequence[Candidate], front: Sequence[Candidate], chosen:
         bars = [c.score.error for c in shown]
         axes.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=GREY, elinewidth=0.8, alpha=0.6, zorder=1)
         dots = axes.scatter(xs, ys, c=[c.hours for c in shown], cmap=_COLOURS, s=34, zorder=3, gid="series-trials")
+        for one in front:
+            if math.isfinite(one.epsilon):
+                place = ([one.epsilon], [one.score.value])
+                axes.scatter(*place, s=34, facecolors="none", edgecolors=ORANGE, linewidths=1.4, zorder=4)
         steps = _upper(front)
-        axes.plot(*steps, color=ORANGE, linewidth=1.5, zorder=2, gid="series-front", label="Pareto front")
+        axes.plot(
+            *steps, color=ORANGE, linewidth=1.5, zorder=2, gid="series-front", label="Pareto front (rims: with time)"
+        )
         if chosen is not None and math.isfinite(chosen.epsilon):
             place = ([chosen.epsilon], [chosen.score.value])
             axes.scatter(
@@ -72,13 +81,13 @@ def parallel_chart(outcomes: Sequence[TrialOutcome], chosen: Sequence[str]) -> s
         norm = Normalize(min(scores), max(scores) if max(scores) > min(scores) else min(scores) + 1e-9)
         for index, one in enumerate(shown):
             heights = [places[index] for _, places, _ in columns]
-            wide = 3.0 if one.trial_id in chosen else 1.2
+            wide = 2.4 if one.trial_id in chosen else 0.8
             style = ":" if one.status == "stopped_early" else "-"
             colour = colormaps[_COLOURS](norm(one.score or 0.0))
             axes.plot(heights, color=colour, linewidth=wide, linestyle=style, alpha=0.9, gid=f"series-{one.trial_id}")
         _axes_of(axes, columns)
 
-    return svg_of("parallel", "Every trial across its parameters, epsilon, virtual hours and accuracy", 3.6, draw)
+    return svg_of("parallel", "Every trial across its parameters, epsilon, virtual hours and accuracy", 2.9, draw)
 
 
 _Column = tuple[str, list[float], list[tuple[float, str]]]
@@ -87,21 +96,26 @@ _Column = tuple[str, list[float], list[tuple[float, str]]]
 def _columns(shown: Sequence[TrialOutcome]) -> list[_Column]:
     """Name, place of each trial between 0 and 1, and the labels with theirs."""
     names = list(dict.fromkeys(name for one in shown for name in one.parameters))
-    values: dict[str, list[Any]] = {name: [one.parameters.get(name) for one in shown] for name in names}
-    if all(one.epsilon is not None for one in shown):
-        values["epsilon"] = [one.epsilon for one in shown]
-    values["virtual hours"] = [one.hours for one in shown]
-    values["accuracy"] = [one.score for one in shown]
-    return [(name, *_placed(column)) for name, column in values.items()]
+    found: list[_Column] = [(name, *_placed([one.parameters.get(name) for one in shown])) for name in names]
+    # Of a trial that was stopped early nobody knows what it would have spent but by its plan.
+    spent = [one.planned_epsilon for one in shown if one.planned_epsilon is not None]
+    if len(spent) == len(shown):
+        found.append(("planned epsilon", *_on_a_scale(spent)))
+    found.append(("virtual hours", *_on_a_scale([one.hours for one in shown])))
+    return [*found, ("accuracy", *_on_a_scale([one.score or 0.0 for one in shown]))]
+
+
+def _on_a_scale(values: Sequence[float]) -> tuple[list[float], list[tuple[float, str]]]:
+    low, span = min(values), max(values) - min(values)
+    labels = [(i / 4, f"{low + span * i / 4:.3g}") for i in range(5)] if span else [(0.5, f"{low:.3g}")]
+    return [(value - low) / span if span else 0.5 for value in values], labels
 
 
 def _placed(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     distinct: list[Any] = sorted(set(values)) if numbers else sorted({str(v) for v in values})
     if numbers and len(distinct) > 8:
-        low, high = distinct[0], distinct[-1]
-        labels = [(i / 4, f"{low + (high - low) * i / 4:.3g}") for i in range(5)]
-        return [(v - low) / (high - low) for v in values], labels
+        return _on_a_scale(values)
     # Few values, or words: one place each, so that none hides another.
     place = {value: i / max(1, len(distinct) - 1) for i, value in enumerate(distinct)}
     labels = [(place[value], f"{value:.4g}" if numbers else value) for value in distinct]
@@ -112,8 +126,8 @@ def _axes_of(axes: Axes, columns: Sequence[_Column]) -> None:
     for x, (_, _, labels) in enumerate(columns):
         axes.axvline(x, color=GREY, linewidth=0.8, zorder=0)
         for y, text in labels:
-            axes.annotate(text, (x, y), (4, 0), textcoords="offset points", fontsize=7, va="center", parse_math=False)
-    axes.set_xticks(range(len(columns)), [name.replace("_", " ") for name, _, _ in columns], fontsize=8)
+            axes.annotate(text, (x, y), (4, 0), textcoords="offset points", fontsize=5.5, va="center", parse_math=False)
+    axes.set_xticks(range(len(columns)), [name.replace("_", " ") for name, _, _ in columns], fontsize=6.5)
     axes.set_xlim(-0.15, len(columns) - 1 + 0.35)
     axes.set_yticks([])
     axes.grid(visible=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from fedvit.config import LEAST_NOISE_MULTIPLIER, Settings
 from fedvit.ports import AccountantPort
 from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.privacy.randomness import SECRET_BYTES
 from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import change_aggregation_settings
@@ -77,7 +78,7 @@ def simulate(
     world: World,
     name: str = "run",
     on_version: Callable[[Point], None] = lambda _: None,
-    enough: Callable[[], bool] = lambda: False,
+    root_secret: bytes | None = None,
 ) -> Simulated:
     """Run what ``settings`` describe, in a state folder of its own that is gone afterwards.
 
@@ -87,17 +88,19 @@ def simulate(
         settings: of a run; ``simulation`` says what is not real about it, ``home`` is not touched.
         world: who learns what.
         name: what the report calls it.
-        on_version: told every version.
-        enough: asked afterwards; the run ends when it says so.
+        on_version: told every version; what it raises ends the run.
+        root_secret: the key of noise, samples and cohorts, where what is released shall be private; by default it
+            follows from the seed, which is no secret.
 
     Raises:
         FedvitError: the run could not begin; see :meth:`fedvit.rounds.coordinator.Coordinator.run`.
     """
     with tempfile.TemporaryDirectory(prefix="fedvit-simulation-") as folder:
         own = _own_settings(settings, Path(folder))
-        load_or_create_root_secret(own.home, lambda size: generator(own.simulation.seed, "root").bytes(size))
+        drawn = root_secret or generator(own.simulation.seed, "root").bytes(SECRET_BYTES)
+        load_or_create_root_secret(own.home, lambda _: drawn)
         with Store.open(own.home) as store:
-            return _simulated(own, store, world, name, on_version, enough)
+            return _simulated(own, store, world, name, on_version)
 
 
 def _own_settings(settings: Settings, home: Path) -> Settings:
@@ -116,7 +119,6 @@ def _simulated(
     world: World,
     name: str,
     on_version: Callable[[Point], None],
-    enough: Callable[[], bool],
 ) -> Simulated:
     simulation, clock = settings.simulation, VirtualClock()
     _prepare(store, settings, world)
@@ -131,7 +133,7 @@ def _simulated(
         accountant=accountant,
         fleet=fleet,
         model=SimulatedServer(world.server, clock, simulation.evaluate_every_s),
-        on_progress=(watch := _Watch(settings, store, clock, on_version, enough)),
+        on_progress=(watch := _Watch(settings, store, clock, on_version)),
         clock=clock,
     )
     watch.stop = loop.request_stop
@@ -165,7 +167,6 @@ class _Watch:
     store: Store
     clock: VirtualClock
     on_version: Callable[[Point], None]
-    enough: Callable[[], bool]
     stop: Callable[[], None] = lambda: None
     points: list[Point] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -189,7 +190,7 @@ class _Watch:
         self.on_version(point)
         wanted = self.settings.simulation
         good = point.accuracy is not None and point.accuracy >= (wanted.target_accuracy or math.inf)
-        if good or hours >= (wanted.max_hours or math.inf) or self.enough():
+        if good or hours >= (wanted.max_hours or math.inf):
             self.stop()
 
 

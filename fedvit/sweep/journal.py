@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, StateError
+from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.store.blobs import write_atomically
 from fedvit.store.locks import system_lock
 from fedvit.sweep.outcome import TrialOutcome
@@ -64,6 +65,14 @@ class Journal:
             yield
         finally:
             lock.__exit__(None, None, None)
+
+    def secret(self) -> bytes:
+        """The sweep's key, behind the noise of all its trials; made once, so that an interrupted trial repeats itself.
+
+        Raises:
+            StateError: somebody changed it.
+        """
+        return load_or_create_root_secret(self.folder)
 
     def write(self, outcome: TrialOutcome) -> None:
         """Remember a trial that will not be run again."""

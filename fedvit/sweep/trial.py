@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 from fedvit.errors import FedvitError
+from fedvit.privacy.secrets import derive_secret
 from fedvit.simulation.faults import Faults
 from fedvit.simulation.fleet import Learners
 from fedvit.simulation.run import Point, Simulated, simulate
@@ -23,6 +24,10 @@ from fedvit.types import Client, Evaluation, PartialUpdate, TrainTask, Weights
 
 RUNNING = "running"
 PATIENCE_S = 300.0
+
+
+class _AbandonedError(Exception):
+    """Nobody wants more of this trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ class SteppedTrial:
         since_s: ``time.monotonic()`` of when its worker was free.
         warm: whether the world was there already.
         patience_s: a trial that is left at a rung for so long ends.
+        root_secret: see :func:`fedvit.simulation.run.simulate`.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class SteppedTrial:
         since_s: float,
         warm: bool = True,
         patience_s: float = PATIENCE_S,
+        root_secret: bytes | None = None,
     ) -> None:
         self._plan = plan
         self._world = _Watched(world)
@@ -59,6 +66,7 @@ class SteppedTrial:
         self._since_s = since_s
         self._patience_s = patience_s
         self._warm = warm
+        self._root_secret = root_secret
         self._points: list[Point] = []
         self._scores: dict[str, tuple[float, float]] = {}
         self._told: SimpleQueue[_Told] = SimpleQueue()
@@ -93,11 +101,12 @@ class SteppedTrial:
     def _run(self) -> None:
         try:
             self._wait()
-            if not self._abandoned:
-                found = simulate(
-                    self._plan.settings, self._world, self._plan.trial_id, self._seen, lambda: self._abandoned
-                )
-                self._told.put(_Told(self._outcome(found.status.value, found.reason, found)))
+            found = simulate(
+                self._plan.settings, self._world, self._plan.trial_id, self._seen, root_secret=self._root_secret
+            )
+            self._told.put(_Told(self._outcome(found.status.value, found.reason, found)))
+        except _AbandonedError:
+            pass
         except FedvitError as error:
             self._told.put(_Told(self._outcome("failed", str(error))))
         except BaseException as error:
@@ -113,8 +122,8 @@ class SteppedTrial:
                 self._wait()
 
     def _wait(self) -> None:
-        if not self._go.acquire(timeout=self._patience_s):
-            self._abandoned = True
+        if not self._go.acquire(timeout=self._patience_s) or self._abandoned:
+            raise _AbandonedError
 
     def _score(self) -> Score | None:
         known = [p.accuracy for p in self._points if p.accuracy is not None]
@@ -204,10 +213,12 @@ class WarmTrials:
 
     Args:
         open_world: makes a world for settings that no kept one fits.
+        secret: of the sweep; every trial has a key of its own from it, and repeats itself.
         most_worlds: so many are kept; the one that was used least lately goes first.
     """
 
-    def __init__(self, open_world: WorldOf, most_worlds: int = 4) -> None:
+    def __init__(self, open_world: WorldOf, secret: bytes, most_worlds: int = 4) -> None:
+        self._secret = secret
         self._open_world = open_world
         self._most = most_worlds
         self._worlds: dict[str, World] = {}
@@ -224,7 +235,8 @@ class WarmTrials:
             if self._trial is not None and not self._trial.over:
                 return False
             world, warm = self._world(plan)
-            self._trial = SteppedTrial(plan, world, rungs, since_s=self._free_since_s, warm=warm)
+            secret = derive_secret(self._secret, plan.trial_id)
+            self._trial = SteppedTrial(plan, world, rungs, since_s=self._free_since_s, warm=warm, root_secret=secret)
             self._trial_id = plan.trial_id
             return True
 

@@ -19,6 +19,7 @@ from fedvit.sweep.space import TrialPlan, plan_sweep
 from fedvit.sweep.trial import RUNNING, SteppedTrial, WarmTrials, stopped_early
 
 ROUNDS = 6
+SECRET = bytes(range(32))
 
 
 def settings_of(home: Path, **overrides: Any) -> Settings:
@@ -61,6 +62,20 @@ def test_repeated_it_comes_to_the_same(plans: list[TrialPlan]) -> None:
     assert (runs[0].curve, runs[0].epsilon, runs[0].hours) == (runs[1].curve, runs[1].epsilon, runs[1].hours)
 
 
+def test_who_is_drawn_follows_from_the_secret_and_not_from_the_seed(tmp_path: Path) -> None:
+    cohort = {"cohort": {"selection": "uniform", "size": 6}}
+    training = {"rounds": 3, "learning_rate": 0.5, "aggregation": "fedbuff", **cohort}
+    plan = plan_sweep(settings_of(tmp_path, training=training))[0]
+
+    def trained(secret: bytes) -> list[tuple[int, str]]:
+        world = ToyWorld()
+        SteppedTrial(plan, world, [], since_s=0.0, root_secret=secret).advance()
+        return world.trained
+
+    assert trained(SECRET) == trained(SECRET)
+    assert trained(SECRET) != trained(SECRET[::-1])
+
+
 def test_an_abandoned_trial_does_no_further_round_and_its_worker_takes_the_next(plans: list[TrialPlan]) -> None:
     world, opened = ToyWorld(), []
 
@@ -68,7 +83,7 @@ def test_an_abandoned_trial_does_no_further_round_and_its_worker_takes_the_next(
         opened.append(plan.trial_id)
         return world
 
-    worker = WarmTrials(open_world)
+    worker = WarmTrials(open_world, SECRET)
     assert worker.begin(plans[0], [2])
     assert not worker.begin(plans[1], [2])
     early = stopped_early(worker.advance(plans[0].trial_id))
@@ -87,14 +102,16 @@ def test_an_abandoned_trial_does_no_further_round_and_its_worker_takes_the_next(
 
 
 def test_worlds_are_kept_by_data_and_model(tmp_path: Path) -> None:
-    plans = plan_sweep(settings_of(tmp_path, sweep={"parameters": {"trainable": ["head", "biases", "all"]}}))
+    changes = {"training": {"rounds": 1}, "simulation": {"private": False}}
+    sweep = {"parameters": {"trainable": ["head", "biases", "all"]}}
+    plans = plan_sweep(settings_of(tmp_path, sweep=sweep, **changes))
     opened: list[str] = []
 
     def open_world(plan: TrialPlan) -> ToyWorld:
         opened.append(plan.settings.model.trainable)
         return ToyWorld()
 
-    worker = WarmTrials(open_world, most_worlds=2)
+    worker = WarmTrials(open_world, SECRET, most_worlds=2)
     for index in (0, 1, 0, 2, 0, 1):
         while not worker.begin(plans[index], []):
             threading.Event().wait(0.005)
@@ -120,13 +137,13 @@ def test_a_fault_of_a_trial_is_its_outcome(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_ends_a_trial_ends_it_with_a_score(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, privacy={"target_epsilon": 10.0, "noise_multiplier": 0.8})
+    settings = settings_of(tmp_path, privacy={"target_epsilon": 6.0, "noise_multiplier": 0.8})
     plan = TrialPlan("t", {}, settings)
     found = SteppedTrial(plan, ToyWorld(), [], since_s=0.0).advance()
     assert found.status == "budget_exhausted"
     assert 0 < found.rounds < ROUNDS
     assert found.epsilon is not None
-    assert found.epsilon <= 10
+    assert found.epsilon <= 6
 
 
 def test_the_journal_remembers_whole_trials_of_one_sweep(tmp_path: Path, plans: list[TrialPlan]) -> None:
@@ -137,7 +154,9 @@ def test_the_journal_remembers_whole_trials_of_one_sweep(tmp_path: Path, plans: 
         journal.write(done)
         with pytest.raises(StateError, match="Another process works on the sweep"), journal.working(settings):
             pass
+        secret = journal.secret()
     again = Journal(tmp_path / "sweep")
+    assert again.secret() == secret
     with again.working(settings):
         assert again.finished(plans) == [done]
     other = settings_of(tmp_path, privacy={"target_epsilon": 50.0})
