@@ -55,7 +55,8 @@ class TrialOutcome:
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only."""
-        return asdict(self)
+        rungs = {name: list(score) for name, score in self.rungs.items()}
+        return asdict(self) | {"curve": [list(point) for point in self.curve], "rungs": rungs}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> TrialOutcome:
