@@ -158,7 +158,7 @@ def test_the_journal_remembers_whole_trials_of_one_sweep(tmp_path: Path, plans: 
     again = Journal(tmp_path / "sweep")
     assert again.secret() == secret
     with again.working(settings):
-        assert again.finished(plans) == [done]
+        assert [one.to_json() for one in again.finished(plans)] == [done.to_json()]
     other = settings_of(tmp_path, privacy={"target_epsilon": 50.0})
     with pytest.raises(ConflictError, match="holds a sweep with other settings"):
         again.check(other)
