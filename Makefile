@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
-	bench-train bench-rounds bench-peers bench-async bench-robust bench-drift health-check emergency-backup diagnostics \
+	bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep health-check emergency-backup diagnostics \
 	logs monitoring monitoring-day
 
 help:  ## List the targets
@@ -122,6 +122,9 @@ bench-robust: setup  ## Rules of aggregation while a fifth of the clients lies, 
 
 bench-drift: setup  ## Power and false alarms of private drift sketches, on GTSRB_ZIP=path/to/GTSRB.zip
 	$(BIN)/python -m tests.benchmarks.drift
+
+bench-sweep: setup  ## 24 trials over noise and staleness, killed in the middle; on GTSRB_ZIP=path/to/GTSRB.zip where given
+	$(BIN)/python -m tests.benchmarks.sweep
 
 health-check: setup  ## Runbook: ask every part how it is
 	@$(BIN)/fedvit health-check $(ARGS)

@@ -20,6 +20,7 @@ from actors.privacy_accountant import PrivacyAccountantActor
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
 from fedvit.settings import settings_to_json
+from fedvit.sweep.space import check_room
 
 
 def namespace_of(home: Path) -> str:
@@ -136,6 +137,29 @@ def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
 
 # A proxy trains one call at a time, and answers a ping meanwhile; the other two answer questions while they work.
 _CONCURRENCY: dict[type, int] = {ClientProxy: 1, PrivacyAccountantActor: 8, Aggregator: 16}
+
+
+def spawn_trial_workers(settings: Settings, secret: bytes) -> list[Any]:
+    """Actors that run a sweep's trials one after another and stay warm in between.
+
+    A trial's own function only waits: of the CPUs that a trial states, its worker has nearly all.
+
+    Args:
+        secret: of the sweep; see :meth:`fedvit.sweep.journal.Journal.secret`.
+
+    Raises:
+        PlacementError: Ray has no room for so many.
+    """
+    # Imported here: it brings torch, which who only asks for an actor need not load.
+    from actors.sweep import WAITING_CPUS, TrialWorker
+
+    check_room(settings, ray.available_resources().get("CPU", 0))
+    each = settings.sweep.cpus_per_trial
+    kind = ray.remote(num_cpus=each * (1 - WAITING_CPUS), max_restarts=-1, max_concurrency=4)(TrialWorker)
+    return [
+        kind.options(name=f"fedvit-trial-worker-{i}").remote(settings.ray.threads_per_proxy, secret)
+        for i in range(settings.sweep.concurrent_trials)
+    ]
 
 
 def _check_room(settings: Settings) -> None:

@@ -157,6 +157,14 @@ class CompressionConfig(_Section):
     top_k_fraction: Probability = 0.05
 
 
+class FirstModeConfig(_Section):
+    """Whom rounds wait for: see :class:`fedvit.rounds.steering.AggregationSettings`."""
+
+    mode: Literal["synchronous", "asynchronous"] = "synchronous"
+    buffer_size: PositiveInt | None = None
+    staleness_tolerance: Annotated[int, Field(ge=0)] = 5
+
+
 class TrainingConfig(_Section):
     """Rounds and the local step.
 
@@ -181,6 +189,7 @@ class TrainingConfig(_Section):
     ranks: PositiveInt = 1
     round_timeout_s: PositiveFloat = 600.0
     round_deadline_s: PositiveFloat | None = None
+    first_mode: FirstModeConfig = FirstModeConfig()
     cohort: CohortConfig = CohortConfig()
 
 
@@ -517,6 +526,45 @@ class RehearsalConfig(_Section):
     faults: tuple[FaultConfig, ...] = ()
 
 
+class RangeConfig(_Section):
+    """Numbers to draw from: uniform between ``low`` and ``high``, or their logarithms; whole ones where both are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> RangeConfig:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low ({self.low}) must be above 0 where log is true")
+        return self
+
+
+class SweepConfig(_Section):
+    """What ``fedvit sweep`` tries out; see docs/sweeps.md.
+
+    ``parameters`` names settings, by a short name or as ``section.key``, with a list of values or a range each.
+    ``trials`` so many configurations are drawn with ``seed``; left out, every combination of the lists is tried, each
+    with ``seeds`` seeds of the simulation. With ``first_rung`` trials are compared after so many rounds, and again
+    after ``reduction_factor`` times as many: one goes on while it is among the best 1/``reduction_factor`` of those
+    that are at least as private, or by less than ``margin`` standard errors outside. Its score is the mean accuracy of
+    its last ``window`` versions.
+    """
+
+    parameters: dict[str, tuple[Any, ...] | RangeConfig] = Field(default_factory=dict)
+    trials: PositiveInt | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    seeds: PositiveInt = 1
+    first_rung: PositiveInt | None = None
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    margin: Annotated[float, Field(ge=0)] = 1.0
+    window: PositiveInt = 3
+    concurrent_trials: PositiveInt = 2
+    cpus_per_trial: PositiveFloat = 1.0
+
+
 class Settings(_Section):
     """Everything that can be set, with a working default each: no file at all is the traffic-light demo."""
 
@@ -538,6 +586,7 @@ class Settings(_Section):
     finetune: FinetuneConfig = FinetuneConfig()
     simulation: SimulationConfig = SimulationConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
+    sweep: SweepConfig = SweepConfig()
 
     @model_validator(mode="after")
     def _without_privacy_nothing_is_asked_of_it(self) -> Settings:
@@ -590,7 +639,11 @@ class Settings(_Section):
             # Who has to approve what, and when somebody is kept out, change nothing in a run.
             exclude={
                 "privacy": {"second_approver"},
-                "training": {"door": {"quarantine_after", "max_update_bytes"}, "evaluate_every_rounds": True},
+                "training": {
+                    "door": {"quarantine_after", "max_update_bytes"},
+                    "evaluate_every_rounds": True,
+                    "first_mode": True,
+                },
             },
         )
         _drop_defaults(found["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")

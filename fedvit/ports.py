@@ -369,6 +369,17 @@ class SystemPort(Protocol):
         """
         ...
 
+    def sweep(self, folder: Path, on_trial: Callable[[Any], None]) -> None:
+        """Run the trials that the settings plan and that the journal in ``folder`` does not have yet.
+
+        Args:
+            on_trial: told every :class:`fedvit.sweep.outcome.TrialOutcome` after it is in the journal.
+
+        Raises:
+            PlacementError: there is no room for so many trials at a time.
+        """
+        ...
+
 
 class ClockPort(Protocol):
     """Time, so that tests can hold it."""

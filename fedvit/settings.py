@@ -47,6 +47,27 @@ def load_settings(
     return settings
 
 
+def changed_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """``settings`` with some of them changed, by ``section.key``.
+
+    Raises:
+        ConfigError: a key is unknown, or a value out of range.
+    """
+    tree = settings.model_dump()
+    for path, value in changes.items():
+        node: dict[str, Any] = {}
+        leaf = node
+        *sections, key = path.split(".")
+        for section in sections:
+            leaf[section] = leaf = {}
+        leaf[key] = value
+        _merge(tree, node)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, f"the settings with {', '.join(f'{k}={v}' for k, v in changes.items())}") from None
+
+
 def environment_settings() -> Settings:
     """The settings of this process's environment: the file that ``FEDVIT_CONFIG`` names, and the other variables.
 

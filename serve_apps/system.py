@@ -33,6 +33,7 @@ from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
 if TYPE_CHECKING:
     from actors.spawn import Actors
+    from fedvit.sweep.outcome import TrialOutcome
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ PORT_FREE_S = 20.0
 SHUTDOWN_LOOK_S = 30.0
 SHUTDOWN_RETRY_S = 1.0
 ANNOUNCEMENT = Path("run") / "system.json"
+# The sweep keeps its own journal; Tune's files a trial and its tables on the terminal are nobody's.
+QUIET_TUNE = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
 
 
 class RaySystem:
@@ -104,11 +107,33 @@ class RaySystem:
 
         return finetune(self._settings, on_step)
 
+    def sweep(self, folder: Path, on_trial: Callable[[TrialOutcome], None]) -> None:
+        """See :meth:`fedvit.ports.SystemPort.sweep`."""
+        import ray
+
+        from actors.spawn import connect, spawn_trial_workers
+        from actors.sweep import run_trials
+        from fedvit.sweep.journal import Journal
+        from fedvit.sweep.space import check_room
+
+        journal = Journal(folder)
+        if not self._joins:
+            # Known before anything is started.
+            check_room(self._settings, os.cpu_count() or 1)
+        with ExitStack() as stack:
+            connect(self._settings, {"RAY_USAGE_STATS_ENABLED": "0", **QUIET_TUNE})
+            stack.callback(ray.shutdown)
+            workers = spawn_trial_workers(self._settings, journal.secret())
+            for worker in workers:
+                stack.callback(ray.kill, worker)
+            run_trials(self._settings, journal, workers, on_trial)
+
     def _checked(self) -> Callable[[], None]:
         """Read and check everything that can be wrong; the answer writes what the checks found into the state."""
         from fedvit.data.fleet import VirtualFleet
         from fedvit.data.images import load_images
         from fedvit.data.manifest import build_manifest
+        from fedvit.rounds.steering import begin_in_first_mode
         from fedvit.store.store import Store
 
         settings = self._settings
@@ -135,6 +160,7 @@ class RaySystem:
                     classes=manifest.classes,
                 )
                 store.register_clients(fleet.clients())
+                begin_in_first_mode(store, settings)
 
         return write
 
@@ -314,6 +340,7 @@ def follower_token(settings: Settings) -> Iterator[Path | None]:
 
 def _checked_workload(settings: Settings) -> Callable[[], None]:
     """Make the workload once, so that a fault of it is named now; the answer registers its clients."""
+    from fedvit.rounds.steering import begin_in_first_mode
     from fedvit.store.store import Store
     from fedvit.training.workload import client_host, own_clients
 
@@ -324,6 +351,7 @@ def _checked_workload(settings: Settings) -> Callable[[], None]:
         with Store.open(settings.home) as store:
             store.bind_fleet(data_digest=hashlib.sha256(named.encode()).hexdigest(), partition={}, classes=())
             store.register_clients(own_clients(settings).registered())
+            begin_in_first_mode(store, settings)
 
     return write
 

@@ -23,6 +23,7 @@ from fedvit.cli import (
     privacy_audit,
     shutdown,
     simulate,
+    sweep,
     system,
     token,
     training,
@@ -48,6 +49,7 @@ app.command("diagnostics")(operations.diagnostics)
 app.command("logs")(operations.logs)
 app.command("finetune")(finetune.finetune)
 app.command("simulate")(simulate.simulate)
+app.command("sweep")(sweep.sweep)
 app.command("audit")(privacy_audit.audit)
 app.command("drill")(drill.drill)
 app.command("drift")(monitoring.drift)

@@ -10,8 +10,9 @@ import torch
 from fedvit.config import Settings
 from fedvit.simulation.faults import Faults
 from fedvit.training.drift import LedPlainTrainer
-from fedvit.training.host import Shard, Trainer, VirtualClientHost
+from fedvit.training.host import Holdings, Shard, Trainer, VirtualClientHost
 from fedvit.types import PartialUpdate, TrainTask, Weights
+from fedvit.vit.vision import VisionModel
 
 
 class SimulatedClients(VirtualClientHost):
@@ -21,10 +22,18 @@ class SimulatedClients(VirtualClientHost):
         settings: of the run; its ``home`` is the simulation's own.
         faults: who errs, and how.
         shards: what the clients hold, by id, as an earlier simulation of the same data and model has read it.
+        holdings: see :class:`fedvit.training.host.VirtualClientHost`, as ``model``.
     """
 
-    def __init__(self, settings: Settings, faults: Faults, shards: dict[str, Shard]) -> None:
-        super().__init__(settings)
+    def __init__(
+        self,
+        settings: Settings,
+        faults: Faults,
+        shards: dict[str, Shard],
+        holdings: Holdings | None = None,
+        model: VisionModel | None = None,
+    ) -> None:
+        super().__init__(settings, holdings, model)
         self._faults = faults
         self._shards = shards
 

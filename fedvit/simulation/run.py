@@ -12,6 +12,7 @@ from pathlib import Path
 from fedvit.config import LEAST_NOISE_MULTIPLIER, Settings
 from fedvit.ports import AccountantPort
 from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.privacy.randomness import SECRET_BYTES
 from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import change_aggregation_settings
@@ -73,7 +74,11 @@ class Simulated:
 
 
 def simulate(
-    settings: Settings, world: World, name: str = "run", on_version: Callable[[Point], None] = lambda _: None
+    settings: Settings,
+    world: World,
+    name: str = "run",
+    on_version: Callable[[Point], None] = lambda _: None,
+    root_secret: bytes | None = None,
 ) -> Simulated:
     """Run what ``settings`` describe, in a state folder of its own that is gone afterwards.
 
@@ -83,14 +88,17 @@ def simulate(
         settings: of a run; ``simulation`` says what is not real about it, ``home`` is not touched.
         world: who learns what.
         name: what the report calls it.
-        on_version: told every version.
+        on_version: told every version; what it raises ends the run.
+        root_secret: the key of noise, samples and cohorts, where what is released shall be private; by default it
+            follows from the seed, which is no secret.
 
     Raises:
         FedvitError: the run could not begin; see :meth:`fedvit.rounds.coordinator.Coordinator.run`.
     """
     with tempfile.TemporaryDirectory(prefix="fedvit-simulation-") as folder:
         own = _own_settings(settings, Path(folder))
-        load_or_create_root_secret(own.home, lambda size: generator(own.simulation.seed, "root").bytes(size))
+        drawn = root_secret or generator(own.simulation.seed, "root").bytes(SECRET_BYTES)
+        load_or_create_root_secret(own.home, lambda _: drawn)
         with Store.open(own.home) as store:
             return _simulated(own, store, world, name, on_version)
 
@@ -106,7 +114,11 @@ def _own_settings(settings: Settings, home: Path) -> Settings:
 
 
 def _simulated(
-    settings: Settings, store: Store, world: World, name: str, on_version: Callable[[Point], None]
+    settings: Settings,
+    store: Store,
+    world: World,
+    name: str,
+    on_version: Callable[[Point], None],
 ) -> Simulated:
     simulation, clock = settings.simulation, VirtualClock()
     _prepare(store, settings, world)

@@ -16,6 +16,8 @@ from fedvit.simulation.server import Evaluated
 from fedvit.training.host import Shard
 from fedvit.training.server import ServerModel
 from fedvit.types import Client
+from fedvit.vit.models import build_model
+from fedvit.vit.vision import VisionModel
 
 
 class World(Protocol):
@@ -51,7 +53,7 @@ class ImageWorld:
         """Read everything now, so that processes forked afterwards share it."""
         with tempfile.TemporaryDirectory(prefix="fedvit-simulation-") as folder:
             own = self._settings.model_copy(update={"home": Path(folder)})
-            host = SimulatedClients(own, Faults((), (), 0), self._shards)
+            host = SimulatedClients(own, Faults((), (), 0), self._shards, self._fleet, self._model)
             for client in self.clients:
                 host.load(client.client_id)
         self.server.evaluate(self.server.initial_weights())
@@ -59,7 +61,7 @@ class ImageWorld:
     @cached_property
     def clients(self) -> list[Client]:
         """The virtual fleet."""
-        return VirtualFleet.open(self._settings.data).clients()
+        return self._fleet.clients()
 
     @cached_property
     def server(self) -> Evaluated:
@@ -68,4 +70,14 @@ class ImageWorld:
 
     def learners(self, settings: Settings, faults: Faults) -> Learners:
         """Clients that train for real."""
-        return SimulatedClients(settings, faults, self._shards)
+        return SimulatedClients(settings, faults, self._shards, self._fleet, self._model)
+
+    @cached_property
+    def _fleet(self) -> VirtualFleet:
+        return VirtualFleet.open(self._settings.data)
+
+    @cached_property
+    def _model(self) -> VisionModel:
+        """Every run's clients train copies of it."""
+        data = self._settings.data
+        return build_model(self._settings.model, len(self._fleet.source.classes), data.image_size)

@@ -34,7 +34,7 @@ class FileBlobStore:
         target = self._locate(digest)
         if not _holds(target, content):
             _make_folder(target.parent, self._root)
-            _write_atomically(target, content)
+            write_atomically(target, content)
         return digest
 
     def put_pieces(self, pieces: Sequence[bytes | memoryview]) -> str:
@@ -123,7 +123,8 @@ def _hash(pieces: Sequence[bytes | memoryview]) -> str:
     return found.hexdigest()
 
 
-def _write_atomically(target: Path, content: bytes) -> None:
+def write_atomically(target: Path, content: bytes) -> None:
+    """Write a file so that whoever looks finds the old one or all of the new one, also after a power cut."""
     draft = _write_draft(target.parent, [content])
     try:
         os.replace(draft, target)

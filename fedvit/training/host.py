@@ -30,6 +30,7 @@ from fedvit.training.summing import Summing, check_base, failed
 from fedvit.types import ClientOutcome, Encoding, FloatArray, PartialUpdate, TrainTask, Weights
 from fedvit.vit.models import build_model
 from fedvit.vit.trainable import frozen_weights, trainable_weights
+from fedvit.vit.vision import VisionModel
 from fedvit.wire.sketch import Sketch, SketchOrder
 from fedvit.wire.tensors import encode_weights
 
@@ -86,12 +87,14 @@ class VirtualClientHost:
 
     Args:
         holdings: whose records they are; by default those of the virtual fleet that the settings describe.
+        model: as the settings describe it, where it is built already; it is not changed.
     """
 
-    def __init__(self, settings: Settings, holdings: Holdings | None = None) -> None:
+    def __init__(self, settings: Settings, holdings: Holdings | None = None, model: VisionModel | None = None) -> None:
         self._fleet: Holdings = VirtualFleet.open(settings.data) if holdings is None else holdings
         self._image_size = settings.data.image_size
-        self._model = build_model(settings.model, len(self._fleet.source.classes), self._image_size)
+        classes = len(self._fleet.source.classes)
+        self._model = build_model(settings.model, classes, self._image_size) if model is None else model
         self._settings = settings
         self._rule = rule_for(settings)
         self._trainer = self._trainer_of(settings)
