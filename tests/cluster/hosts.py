@@ -95,9 +95,8 @@ class Host:
 
     def line(self, *command: str) -> list[str]:
         """The command line that runs ``command`` on the host."""
-        return ["nsenter", f"--target={self.init}", "--mount", "--pid", "--net", "--uts", "--ipc", "--wdns=/srv/home"] + [
-            *command
-        ]
+        entered = ("--mount", "--pid", "--net", "--uts", "--ipc", f"--wdns={HOME}")
+        return ["nsenter", f"--target={self.init}", *entered, *command]
 
     def processes(self) -> dict[int, str]:
         """What runs on the host besides its sshd, by process id as seen from outside."""
@@ -140,6 +139,17 @@ def hosts(folder: Path, names: tuple[str, ...]) -> Iterator[dict[str, Host]]:
         yield found
 
 
+def leftovers(ended: Mapping[str, Host]) -> list[str]:
+    """What is still there of hosts that were ended: processes, namespaces, mounts."""
+    spaces = _run("ip", "netns", "list").stdout.decode().split()
+    named = [space for space in spaces if space.startswith("fv") and space.endswith(str(os.getpid()))]
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
+    folders = {str(host.files.parent) for host in ended.values()}
+    mounted = [line for line in mounts if any(folder in line for folder in folders)]
+    alive = [host.name for host in ended.values() if host.holder.poll() is None]
+    return [*named, *mounted, *alive]
+
+
 def _host(stack: contextlib.ExitStack, folder: Path, name: str, address: str, switch: str) -> Host:
     own = f"fv{name}{os.getpid()}"
     _namespace(stack, own)
@@ -149,7 +159,17 @@ def _host(stack: contextlib.ExitStack, folder: Path, name: str, address: str, sw
     command = ["ip", "netns", "exec", own, "unshare", "--pid", "--mount", "--uts", "--ipc", "--fork", "--kill-child"]
     log = stack.enter_context((folder / f"{name}.sshd.log").open("wb"))
     holder = subprocess.Popen(
-        [*command, "bash", "-c", _INIT, "init", str(files), name, str(folder / "shared"), str(Path(sys.prefix).resolve())],
+        [
+            *command,
+            "bash",
+            "-c",
+            _INIT,
+            "init",
+            str(files),
+            name,
+            str(folder / "shared"),
+            str(Path(sys.prefix).resolve()),
+        ],
         stdout=log,
         stderr=log,
         env=_environment(),

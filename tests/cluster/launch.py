@@ -1,4 +1,4 @@
-"""``ray up`` on hosts of :mod:`tests.cluster.hosts`, with this repository's own local.yaml and a wheel built from it."""
+"""``ray up`` on hosts of :mod:`tests.cluster.hosts`, with this repository's own local.yaml and a wheel of it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ class Cluster:
     def __init__(self, operator: Host, nodes: list[Host]) -> None:
         self.operator, self.head, self.workers = operator, nodes[0], nodes[1:]
 
+    @property
+    def shared(self) -> Path:
+        """The shared folder, as this process sees it."""
+        return self.operator.files.parent / "shared"
+
     def prepare(self) -> None:
         """Give the operator what docs/cluster.md asks for: a wheel, a token, a configuration that names the hosts."""
         files = self.operator.files
@@ -34,7 +39,7 @@ class Cluster:
         self.checked(f"{RAY} get-auth-token --generate")
 
     def configuration(self) -> dict[str, Any]:
-        """local.yaml, for these hosts; the packages besides ours are those of this environment, for none can be fetched."""
+        """local.yaml, for these hosts. Nothing can be fetched there: other packages are those of this environment."""
         config: dict[str, Any] = yaml.safe_load(LOCAL.read_text())
         config["provider"] |= {"head_ip": self.head.address, "worker_ips": [host.address for host in self.workers]}
         config["auth"] = {"ssh_user": "root", "ssh_private_key": "~/.ssh/key"}
