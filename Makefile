@@ -10,7 +10,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
 	bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep health-check emergency-backup diagnostics \
-	logs monitoring monitoring-day
+	logs monitoring monitoring-day wheel cluster-configs test-cluster
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -79,6 +79,16 @@ bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real i
 
 monitoring-day: setup  ## 24 h of operation in fast-forward: what the exporters hold while 10,000 clients come and go
 	MONITORING_DAY=full $(BIN)/python -m pytest tests/unit/test_monitoring_day.py -s $(ARGS)
+
+wheel: setup  ## The package as a wheel in dist/, which `ray up` and the images install
+	rm -f dist/fedvit-*.whl
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+cluster-configs: setup  ## Write cluster_configs/ray/*.yaml anew from their template
+	$(BIN)/python cluster_configs/ray/render.py
+
+test-cluster: setup  ## ray up on hosts that are network namespaces, the main job, a cable pulled; needs root (8 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -s -rs $(ARGS)
 
 # DRILLS=short runs those that CI does; DRILLS="partition high-loss" runs these. All of them write docs/drills.md anew.
 drill: setup  ## Every command of docs/runbook.md, then the eight incidents: injected, detected, resolved, counted

@@ -6,9 +6,12 @@ What it hosts, and torch, is loaded by the actor itself, not by whoever starts i
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedvit.config import Settings
+from fedvit.errors import PlacementError
 from fedvit.ports import ClientHostPort
 from fedvit.settings import settings_from_json
 from fedvit.types import PartialUpdate, TrainTask, Weights
@@ -26,6 +29,7 @@ class ClientProxy:
         """Build the model and open the data; return the process id.
 
         Raises:
+            PlacementError: this node does not see the state folder.
             DataError, ModelError: the settings name something that cannot be used.
         """
         self._warm_host()
@@ -45,6 +49,7 @@ class ClientProxy:
     def _warm_host(self) -> ClientHostPort:
         # Asked at each call: a restarted actor has not been prepared again.
         if self._host is None:
+            _check_key(self._settings.home)
             self._host = _host_of(self._settings)
         return self._host
 
@@ -65,3 +70,12 @@ def _host_of(settings: Settings) -> ClientHostPort:
     from fedvit.training.workload import client_host
 
     return client_host(settings)
+
+
+def _check_key(home: Path) -> None:
+    """Of a node that came later, or lost the folder: with a key of its own, no repetition would find its noise."""
+    if not (home / "keys" / "root.key").exists():
+        raise PlacementError(
+            f"The node {socket.gethostname()} does not see the state folder {home}.",
+            cure="Mount it there under the same path (docs/cluster.md), or take the node out.",
+        )

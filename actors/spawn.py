@@ -8,19 +8,25 @@ import secrets
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.aggregator import Aggregator
 from actors.client_proxy import ClientProxy
 from actors.handles import ACCOUNTANT, AGGREGATOR, PING, AggregatorHandle, fetch, proxy_name
+from actors.placement import Node, check_sights, leave_sign, look, store_selector
 from actors.privacy_accountant import PrivacyAccountantActor
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
+from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import settings_to_json
 from fedvit.sweep.space import check_room
+
+NODE_LOOK_S = 60.0
 
 
 def namespace_of(home: Path) -> str:
@@ -98,15 +104,20 @@ def spawn_actors(settings: Settings) -> Actors:
         PlacementError: Ray has no room for one of them; it is named.
     """
     _check_room(settings)
+    selector = selector_of_store()
+    # Here, where the store is: a proxy that made a key of its own would draw another noise than the next one.
+    load_or_create_root_secret(settings.home)
+    check_nodes(settings)
     text = settings_to_json(settings)
-    accountant = _spawn(PrivacyAccountantActor, ACCOUNTANT, settings, text)
+    accountant = _spawn(PrivacyAccountantActor, ACCOUNTANT, settings, text, label_selector=selector)
     proxies = {
-        proxy_name(index): _spawn(ClientProxy, proxy_name(index), settings, text)
+        proxy_name(index): _spawn(ClientProxy, proxy_name(index), settings, text, scheduling_strategy="SPREAD")
         for index in range(settings.ray.proxies)
     }
     # It finds the others by name, so they have to be there. Restarted, it is given the same id again.
     system_id = secrets.token_hex(8)
-    aggregator = _spawn(Aggregator, AGGREGATOR, settings, text, namespace_of(settings.home), system_id)
+    handed = (text, namespace_of(settings.home), system_id)
+    aggregator = _spawn(Aggregator, AGGREGATOR, settings, *handed, label_selector=selector)
     return Actors({ACCOUNTANT: accountant, **proxies, AGGREGATOR: aggregator})
 
 
@@ -119,12 +130,52 @@ def spawn_accountant(settings: Settings) -> Any:
     """
     # It waits for the ranks. When a node is lost, Ray Train counts on all CPUs of those that are left.
     placed = settings.model_copy(update={"ray": settings.ray.model_copy(update={"actor_cpus": 0.0})})
-    actor = _spawn(PrivacyAccountantActor, ACCOUNTANT, placed, settings_to_json(settings))
+    actor = _spawn(
+        PrivacyAccountantActor, ACCOUNTANT, placed, settings_to_json(settings), label_selector=selector_of_store()
+    )
     Actors({ACCOUNTANT: actor}).await_prepared(settings.ray.start_timeout_s)
     return actor
 
 
-def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
+def selector_of_store() -> dict[str, str]:
+    """The labels of the node where the store may be opened; see :func:`actors.placement.store_selector`.
+
+    Raises:
+        PlacementError: there is no such node, or this process runs on another one.
+    """
+    return store_selector(_nodes(), ray.get_runtime_context().get_node_id())
+
+
+def check_nodes(settings: Settings) -> None:
+    """Make sure, on every node of a larger cluster, that a client proxy finds there what it reads.
+
+    Raises:
+        PlacementError: a node lacks something; it is named.
+    """
+    nodes = _nodes()
+    if len(nodes) == 1:
+        return
+    sign = leave_sign(settings.home)
+    named = [path for path in (settings.data.path, settings.model.checkpoint) if path is not None]
+    asked = {node.name: _on_node(node).remote(settings.home, [str(path) for path in named]) for node in nodes}
+    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=NODE_LOOK_S)
+    sights = {name: fetch(reference) if reference in ready else None for name, reference in asked.items()}
+    check_sights(sights, sign, settings.home, version("fedvit"))
+
+
+def _nodes() -> list[Node]:
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [Node(node["NodeID"], node["NodeManagerAddress"], node.get("Labels") or {}) for node in alive]
+
+
+def _on_node(node: Node) -> Any:
+    place = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0)(look).options(
+        name=f"fedvit-look-{node.name}", scheduling_strategy=place
+    )
+
+
+def _spawn(kind: type, name: str, settings: Settings, *arguments: Any, **placement: Any) -> Any:
     options = ray.remote(
         num_cpus=settings.ray.actor_cpus,
         max_restarts=-1,
@@ -132,7 +183,7 @@ def _spawn(kind: type, name: str, settings: Settings, *arguments: Any) -> Any:
         max_concurrency=_CONCURRENCY[kind],
         concurrency_groups={PING: 1} if kind is ClientProxy else None,
     )
-    return options(kind).options(name=name).remote(*arguments)
+    return options(kind).options(name=name, **placement).remote(*arguments)
 
 
 # A proxy trains one call at a time, and answers a ping meanwhile; the other two answer questions while they work.

@@ -234,6 +234,7 @@ class RaySystem:
     def _start_serve(self, stack: ExitStack) -> str:
         from ray import serve
 
+        from actors.spawn import selector_of_store
         from serve_apps.control.app import build_control_app
         from serve_apps.inference.app import build_inference_app
 
@@ -242,11 +243,16 @@ class RaySystem:
         control_url = f"{'https' if 'ssl_certfile' in options else 'http'}://{serving.host}:{serving.port}"
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options=options)
+        labels = selector_of_store()
         inference = build_inference_app(
-            self._settings, control_url=control_url, trusted_key=self._trusted_key(), token_file=self._token_file
+            self._settings,
+            control_url=control_url,
+            trusted_key=self._trusted_key(),
+            token_file=self._token_file,
+            node_labels=labels,
         )
         applications = [
-            serve.RunTarget(build_control_app(self._settings), name="control", route_prefix="/"),
+            serve.RunTarget(build_control_app(self._settings, node_labels=labels), name="control", route_prefix="/"),
             serve.RunTarget(inference, name="inference", route_prefix="/inference"),
         ]
         stack.callback(_within, CLUSTER_STOP_S, _delete, [application.name for application in applications])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from serve_apps.deploying import OPTIONS
 from serve_apps.logs import log_to_file
 
 
-def build_control_app(settings: Settings) -> serve.Application:
-    """The application; each replica opens the store and finds the actors by name."""
+def build_control_app(settings: Settings, *, node_labels: Mapping[str, str] | None = None) -> serve.Application:
+    """The application; each replica opens the store, on a node with ``node_labels``, and finds the actors by name."""
     settings_json = settings_to_json(settings)
 
     def build() -> FastAPI:
@@ -32,7 +33,7 @@ def build_control_app(settings: Settings) -> serve.Application:
         serve.ingress(build)(),
         name="control",
         num_replicas=settings.serving.control_replicas,
-        ray_actor_options={"num_cpus": settings.ray.actor_cpus},
+        ray_actor_options={"num_cpus": settings.ray.actor_cpus, "label_selector": dict(node_labels or {})},
         max_ongoing_requests=64,
         **OPTIONS,
     )

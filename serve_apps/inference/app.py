@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -31,11 +32,17 @@ _LOCK_FILE = ".lock"
 
 
 def build_inference_app(
-    settings: Settings, *, control_url: str, trusted_key: str, token_file: Path | None = None
+    settings: Settings,
+    *,
+    control_url: str,
+    trusted_key: str,
+    token_file: Path | None = None,
+    node_labels: Mapping[str, str] | None = None,
 ) -> serve.Application:
     """The application; each replica follows the releases of ``control_url`` that ``trusted_key`` signed.
 
-    ``token_file`` holds the token to fetch them with, where one is demanded.
+    ``token_file`` holds the token to fetch them with, where one is demanded. A replica looks tokens up in the store, so
+    it runs on a node with ``node_labels``.
 
     ``settings.home`` must be absolute, and ``PROMETHEUS_MULTIPROC_DIR`` in the environment of the replicas if their
     metrics are to be merged.
@@ -54,7 +61,7 @@ def build_inference_app(
     deployment = serve.deployment(
         serve.ingress(build)(),
         name="inference",
-        ray_actor_options={"num_cpus": settings.ray.actor_cpus},
+        ray_actor_options={"num_cpus": settings.ray.actor_cpus, "label_selector": dict(node_labels or {})},
         autoscaling_config={
             "min_replicas": serving.inference_min_replicas,
             "initial_replicas": serving.inference_min_replicas,
