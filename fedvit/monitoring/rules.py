@@ -20,7 +20,7 @@ from fedvit.errors import ConfigError
 RULES = Path("cluster_configs") / "monitoring" / "rules"
 SCRAPE_INTERVAL_S = 5.0
 # Shorter, and scrapes would take a share of the machine that they are to watch, and end before the control API, which
-# gives its parts two seconds to say how they are, has answered.
+# gives its parts a second to say how they are, has answered.
 LEAST_SCRAPE_INTERVAL_S = 3.0
 # rate() needs two samples, and one scrape may fail.
 SAMPLES_A_RANGE = 4

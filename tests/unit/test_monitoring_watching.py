@@ -19,6 +19,7 @@ from fedvit.access.tokens import verify_token
 from fedvit.cli.main import app
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, PortInUseError, UnauthorizedError
+from fedvit.monitoring.rules import LEAST_SCRAPE_INTERVAL_S
 from fedvit.monitoring.targets import EDGES, SERVER, Target, link_targets, targets_file, write_targets
 from fedvit.operations.watching import Watchers, watcher_tokens, watching, write_configs
 from fedvit.settings import load_settings
@@ -79,7 +80,7 @@ def test_a_drill_is_scraped_more_often(tmp_path: Path) -> None:
     usual, _ = written(settings_of(tmp_path), WATCHERS)
     drill, quick = written(settings_of(tmp_path), Watchers(factor=12, configs=WATCHERS.configs))
     assert usual["global"]["scrape_interval"] == "5000ms"
-    assert set(drill["global"].values()) == {"2000ms"}
+    assert set(drill["global"].values()) == {f"{LEAST_SCRAPE_INTERVAL_S * 1000:.0f}ms"}
     assert quick["route"]["group_wait"] == "1s"
     rules = yaml.safe_load((tmp_path / "monitoring" / "rules.yml").read_text())
     assert rules["groups"][0]["rules"][0]["for"] == "5s"
