@@ -55,7 +55,10 @@ def show_rows(rows: Sequence[Mapping[str, Any]], *columns: str, to: Console = co
         to.print("[dim]There are none.[/]")
         return
     names = columns or tuple(rows[0])
-    table = Table(*map(_title, names), box=None)
+    table = Table(box=None)
+    for index, name in enumerate(names):
+        # What a row is called is to be copied, and so stays on one line.
+        table.add_column(_title(name), no_wrap=index == 0)
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
     to.print(table)

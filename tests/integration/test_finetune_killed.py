@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from command import environment
-from processes import below
 
+from fedvit.drills.processes import below
 from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
 from fedvit.settings import load_settings
 from fedvit.store.store import Store

@@ -29,7 +29,10 @@ def test_a_mutant_whose_text_is_gone_is_an_error() -> None:
 
 
 def test_a_mutant_that_makes_no_sense_is_an_error_and_not_killed() -> None:
-    mutant = replace(BY_NAME["a ledger lost on restart"], edits=(("after=0)", "after=nobody)"),))
+    mutant = replace(
+        BY_NAME["a ledger lost on restart"],
+        edits=(("self._lifetime = _Spends(self._settings.privacy.privacy_unit, after=0)", "self._lifetime = nobody"),),
+    )
     with pytest.raises(ValueError, match="NameError"):
         try_mutant(mutant)
 
