@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 
 from fedvit.access.identity import Scope
@@ -23,7 +23,16 @@ from serve_apps.problems import documented
 _DEVICE = [requires(Scope.DEVICE, Scope.OPERATOR)]
 # What becomes of an update stands in the round's outcomes and in the version's lineage, not in the audit trail.
 _UPLOADER = [requires(Scope.DEVICE, Scope.OPERATOR, audited=False)]
-Count = Annotated[int, Field(strict=True, ge=-CELL_LIMIT, le=CELL_LIMIT)]
+
+
+def _whole(given: object) -> object:
+    # 3.0 is an integer in JSON, and "3" is none.
+    if isinstance(given, bool | str):
+        raise ValueError("is no whole number")
+    return given
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=-CELL_LIMIT, le=CELL_LIMIT)]
 RoundIndex = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
 
 
