@@ -63,10 +63,6 @@ def _host_of(settings: Settings) -> ClientHostPort:
         from actors.silo import SiloHost
 
         return SiloHost(settings)
-    if settings.rehearsal.faults:
-        from fedvit.simulation.rehearsal import rehearsed_host
-
-        return rehearsed_host(settings)
     from fedvit.training.workload import client_host
 
     return client_host(settings)

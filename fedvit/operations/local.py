@@ -108,11 +108,14 @@ class LocalAggregator:
         """Begin or continue the run that the settings describe; harmless when it is under way.
 
         Raises:
-            ConflictError: the system is shutting down.
+            ConflictError: the system is shutting down, or the fleet has outgrown what the settings promise it.
         """
         if self._shutting_down.is_set():
             raise ConflictError("The system is shutting down.", cure="Start it again: `fedvit up`.")
         with self._lock:
+            if self._rests():
+                # Said to whoever asks for it, and not by a loop that ends with it to everybody who looks later.
+                self._coordinator.check_fleet()
             self._start()
         return self._coordinator.progress()
 

@@ -146,6 +146,18 @@ class Coordinator:
         self._progress = replace(self._progress, phase=Phase.IDLE.value, status=RunStatus.RUNNING, message=None)
         return self._progress
 
+    def check_fleet(self) -> None:
+        """Whether the settings still promise something to a fleet of this size: vehicles may have joined.
+
+        Raises:
+            ConflictError: ``target_delta`` is larger than 1/n.
+        """
+        try:
+            check_units(self._settings, *self._store.count_units())
+        except ConfigError as error:
+            # Whoever asks for a run did not write the settings: it is the fleet, as it is now, that they do not fit.
+            raise ConflictError(error.message, cure=error.cure) from error
+
     def check_new_run(self, order: RunOrder) -> None:
         """Whether a run as ordered could train at least one round.
 
@@ -165,11 +177,10 @@ class Coordinator:
             )
         self._start_weights(order)
         check_mode(self._protection.rule, aggregation_settings(self._store).mode)
+        self.check_fleet()
         try:
-            check_units(self._settings, *self._store.count_units())
             self._protection.run_facts(count)
         except ConfigError as error:
-            # Whoever asks for a run did not write the settings: it is the fleet, as it is now, that they do not fit.
             raise ConflictError(error.message, cure=error.cure) from error
         self._accountant.check(self._protection.charges(self._probe(), self._some(config, needed)))
 

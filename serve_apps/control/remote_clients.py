@@ -32,7 +32,7 @@ def _whole(given: object) -> object:
     return given
 
 
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=-CELL_LIMIT, le=CELL_LIMIT)]
+Count = Annotated[int, Field(ge=-CELL_LIMIT, le=CELL_LIMIT), BeforeValidator(_whole)]
 RoundIndex = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
 
 

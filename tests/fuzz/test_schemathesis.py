@@ -89,8 +89,15 @@ class Findings:
                 label = recorder.cases[case_id].value.operation.label
                 failure = check.failure_info.failure
                 self.faults.setdefault(
-                    (check.name, label), f"{failure.title}: {failure.message}\n{check.failure_info.code_sample}"
+                    (check.name, label),
+                    f"{failure.title}: {failure.message}\n{check.failure_info.code_sample}\n"
+                    f"answered: {_answered(recorder, case_id)}",
                 )
+
+
+def _answered(recorder: Any, case_id: str) -> str:
+    found = recorder.find_response(case_id=case_id)
+    return f"{found.status_code} {found.text[:1000]}" if found else "nothing"
 
 
 def test_every_route_keeps_to_its_document(system: System) -> None:

@@ -15,6 +15,7 @@ from actors.client_proxy import ClientProxy
 from actors.handles import fetch
 from actors.spawn import _spawn, connect
 from fedvit.config import Settings
+from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import load_settings, settings_to_json
 from fedvit.training.host import Trainer, VirtualClientHost
 from fedvit.training.ranks import RankedTrainer, Ranks
@@ -50,6 +51,8 @@ def settings(tmp_path: Path) -> Iterator[Settings]:
         "ray": {"dashboard": False},
     }
     found = load_settings(environ={}, overrides=overrides)
+    # As a system's start leaves it: a proxy refuses a node that does not see the key.
+    load_or_create_root_secret(found.home)
     connect(found, {})
     yield found
     ray.shutdown()

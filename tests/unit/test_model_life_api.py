@@ -405,6 +405,9 @@ def test_a_fleet_that_outgrew_delta_is_a_conflict_and_no_fault_of_the_request(ma
     assert answer.status_code == 201
     answer = system.http.post("/api/training/restart", json={})
     assert (answer.status_code, "target_delta" in answer.text) == (409, True)
+    answer = system.http.post("/api/training/start")
+    assert (answer.status_code, "target_delta" in answer.text) == (409, True)
+    assert system.get("/api/training/status")["status"] is None
     assert system.store.runs() == []
 
 
