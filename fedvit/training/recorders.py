@@ -16,6 +16,8 @@ from fedvit.training.tape import Layer, Tape, sum_of_tokens
 
 # One token in so many is few.
 _FEW = 4
+# Below this, no product of these numbers, nor a sum of such products, leaves float32.
+_ORDINARY = 1e6
 
 
 class RecordedLinear(Function):
@@ -44,7 +46,7 @@ class RecordedLinear(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The inputs' gradient; the parameters' goes to the tape."""
         inputs, weight = ctx.saved_tensors
-        tokens = _few_tokens(gradient)
+        tokens = _few_tokens(gradient, inputs, weight)
         reached = gradient if tokens is None else gradient[:, tokens]
         passed = reached @ weight.flatten(1).to(gradient.dtype) if ctx.needs_input_grad[1] else None
         if passed is not None and tokens is not None:
@@ -117,14 +119,23 @@ class RecordedValue(Function):
         return None, None, None, None, None
 
 
-def _few_tokens(gradient: Tensor) -> Tensor | None:
+def _few_tokens(gradient: Tensor, inputs: Tensor | None, weight: Tensor) -> Tensor | None:
     """Which tokens [n] of a gradient [B, T, p] are not zero in some example; None where they are many.
 
     Behind a class token the last block's gradient is zero at every other token, and zeros need no products. The first
     example's last token tells whether it is worth looking; on a GPU the question would cost more than the products.
+
+    Numbers out of the ordinary need them all: zero times what is not finite is not zero, and an example whose norm is
+    finite in one company and not in another would let its companions move the sum by more than their own part.
     """
     if gradient.dim() != 3 or gradient.device.type != "cpu" or bool(gradient[0, -1].any()):
         return None
-    few = gradient.shape[1] // _FEW
     found = gradient.any(dim=2).any(dim=0).nonzero()[:, 0]
-    return found if 0 < len(found) <= few else None
+    if not 0 < len(found) <= gradient.shape[1] // _FEW:
+        return None
+    return found if all(map(_ordinary, (gradient[:, found], inputs, weight))) else None
+
+
+def _ordinary(values: Tensor | None) -> bool:
+    """Whether all are finite and far from the end of what float32 holds."""
+    return values is None or all(bool(abs(end) < _ORDINARY) for end in values.aminmax())

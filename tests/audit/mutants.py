@@ -209,6 +209,12 @@ MUTANTS = (
         RECORDS,
         (("with torch.autocast(features.device.type, enabled=False):", "if True:"),),
     ),
+    Mutant(
+        "tokens without a gradient left out of products that are no numbers",
+        "training/recorders.py",
+        RECORDS,
+        (("return found if all(map(_ordinary, (gradient[:, found], inputs, weight))) else None", "return found"),),
+    ),
     Mutant("equal seeds on ranks", "training/ranks.py", RANKS, ((', "block": block}', "}"),)),
     Mutant(
         "every rank on all records",

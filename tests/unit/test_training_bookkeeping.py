@@ -337,6 +337,17 @@ def test_tokens_that_no_loss_sees_are_left_out_of_products_and_of_nothing_else()
     assert error(engine.norms(features, labels), norms) < 1e-5
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 3e38])
+def test_what_an_example_counts_for_does_not_depend_on_its_company(number: float) -> None:
+    engine, (features, labels) = BookKeeping(_SomeTokens(), ""), records()
+    # A token that no loss sees; yet zero times what is not finite is not zero.
+    features[1].view(8, 96)[5, 0] = number
+    in_company = engine.norms(features, labels)
+    alone = torch.cat([engine.norms(features[i : i + 1], labels[i : i + 1]) for i in range(3)])
+    assert not in_company[1].isfinite()
+    torch.testing.assert_close(in_company, alone, equal_nan=True)
+
+
 class _OnlyOpacus(_Odd):
     def build(self) -> None:
         self.conv = nn.Conv1d(8, 8, 1)
