@@ -96,11 +96,27 @@ def test_serve_accepts_its_files_and_finds_what_they_import() -> None:
             assert kind.model_validate(application.args).control_url.startswith("http")
 
 
-def containers() -> list[dict[str, Any]]:
-    """Every container of every pod that the Ray resources describe."""
+def pods() -> list[dict[str, Any]]:
+    """The template of every pod that the Ray resources describe."""
     specs = [read("kuberay/raycluster.yaml")["spec"], read("kuberay/rayservice.yaml")["spec"]["rayClusterConfig"]]
     groups = [group for spec in specs for group in (spec["headGroupSpec"], *spec.get("workerGroupSpecs", ()))]
-    return [container for group in groups for container in group["template"]["spec"]["containers"]]
+    return [group["template"] for group in groups]
+
+
+def containers() -> list[dict[str, Any]]:
+    """Every container of those pods."""
+    return [container for pod in pods() for container in pod["spec"]["containers"]]
+
+
+def test_kubernetes_accepts_every_pod_and_refuses_a_word_that_it_does_not_know() -> None:
+    import kubernetes_validate as kubernetes
+
+    for pod in pods():
+        whole = {"apiVersion": "v1", "kind": "Pod", **pod}
+        kubernetes.validate(whole, kubernetes.latest_version(), strict=True)
+        whole["spec"]["containers"][0]["volumeMount"] = []
+        with pytest.raises(kubernetes.ValidationError, match="volumeMount"):
+            kubernetes.validate(whole, kubernetes.latest_version(), strict=True)
 
 
 def test_every_pod_speaks_with_the_token_phones_nobody_and_mounts_what_it_has() -> None:
