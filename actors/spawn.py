@@ -202,11 +202,11 @@ def spawn_trial_workers(settings: Settings, secret: bytes) -> list[Any]:
         PlacementError: Ray has no room for so many.
     """
     # Imported here: it brings torch, which who only asks for an actor need not load.
-    from actors.sweep import WAITING_CPUS, TrialWorker
+    from actors.sweep import SPARE, WAITING_CPUS, TrialWorker
 
     check_room(settings, ray.available_resources().get("CPU", 0))
-    each = settings.sweep.cpus_per_trial
-    kind = ray.remote(num_cpus=each * (1 - WAITING_CPUS), max_restarts=-1, max_concurrency=4)(TrialWorker)
+    cpus = settings.sweep.cpus_per_trial * (1 - (1 + SPARE) * WAITING_CPUS)
+    kind = ray.remote(num_cpus=cpus, max_restarts=-1, max_concurrency=4)(TrialWorker)
     return [
         kind.options(name=f"fedvit-trial-worker-{i}").remote(settings.ray.threads_per_proxy, secret)
         for i in range(settings.sweep.concurrent_trials)

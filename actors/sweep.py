@@ -29,7 +29,9 @@ from fedvit.sweep.space import TrialPlan, plan_sweep, rungs_of
 from fedvit.sweep.trial import RUNNING, WarmTrials, stopped_early
 
 WAITING_CPUS = 0.05
-"""The share of a trial's CPUs that the waiting function books."""
+"""The share of a trial's CPUs that a waiting function books."""
+SPARE = 1
+"""Functions beyond the workers: one waits already when a worker is free, and Tune's own second is no worker's."""
 _LOOK_S = 0.02
 # As text: Tune flattens what is nested.
 _OUTCOME = "outcome"
@@ -123,7 +125,7 @@ def _tuner(
         param_space={"trial": tune.grid_search([_as_config(plan) for plan in plans])},
         tune_config=tune.TuneConfig(
             scheduler=scheduler,
-            max_concurrent_trials=len(workers),
+            max_concurrent_trials=len(workers) + SPARE,
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -164,7 +166,7 @@ def _trial_function(workers: Sequence[Any], rungs: Sequence[int]) -> Callable[[d
 
 
 def _free(workers: Sequence[Any], trial: Mapping[str, Any], rungs: Sequence[int]) -> Any:
-    """The first worker that takes the trial; there are as many as trials at a time."""
+    """The first worker that takes the trial; all others are at work on one."""
     for worker in itertools.cycle(workers):
         if fetch(worker.begin.remote(trial, rungs), timeout_s=None):
             return worker

@@ -116,6 +116,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     def die(*_: object) -> None:
         raise RuntimeError("killed")
 
+    database._empty.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr("alembic.op.create_index", die)
         with pytest.raises(RuntimeError, match="killed"):
