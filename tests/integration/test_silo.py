@@ -41,12 +41,17 @@ class OneRank(VirtualClientHost):
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Iterator[Settings]:
+def settings(tmp_path: Path, images: Path) -> Iterator[Settings]:
     """Of a run with two silos, on a Ray of its own."""
     overrides: dict[str, Any] = {
         "home": tmp_path / "var",
-        "data": {"partition": {"clients": 2, "scheme": "iid"}},
-        "model": {"hybrid": {"width": 32}},
+        "data": {
+            "source": "folder",
+            "path": str(images),
+            "image_size": 32,
+            "partition": {"clients": 2, "scheme": "iid"},
+        },
+        "model": {"pretrained": False, "hybrid": {"width": 32}},
         "training": {"ranks": 2, "local_steps": 2},
         "ray": {"dashboard": False},
     }
@@ -64,7 +69,7 @@ def flat(sums: Mapping[str, Any]) -> FloatArray:
 
 def test_two_ranks_behind_a_proxy_give_the_answer_of_one(settings: Settings) -> None:
     base = ServerModel(settings).initial_weights()
-    task = TrainTask("run-0001", 1, weights_digest(base), "data", 1.0, 0.1, 1.0, 2, 0.1)
+    task = TrainTask("run-0001", 1, weights_digest(base), "data", 1.0, 0.5, 1.0, 2, 0.1)
     proxy = _spawn(ClientProxy, "silo-proxy", settings, settings_to_json(settings))
     answer: PartialUpdate = fetch(proxy.train.remote(task, base, [CLIENT]), TIMEOUT_S)
     assert [outcome.error for outcome in answer.outcomes] == [None]

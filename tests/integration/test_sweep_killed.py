@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from command import environment
-from PIL import Image
 from pyarrow import parquet
 
 from fedvit.settings import load_settings
@@ -26,21 +24,12 @@ NOISE, TOLERANCE = [0.8, 1.6], [0, 3]
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("test", 12)):
-        for channel, name in enumerate(("red", "green")):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8)
-                pixels[..., channel] += 120
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+def config(tmp_path: Path, images: Path) -> Path:
     tree: dict[str, Any] = {
         "home": str(tmp_path / "var"),
         "data": {
             "source": "folder",
-            "path": str(tmp_path / "images"),
+            "path": str(images),
             "image_size": 32,
             "partition": {"scheme": "iid", "clients": 6, "min_examples": 2},
         },
