@@ -99,7 +99,7 @@ def test_no_round_was_lost_no_client_missing_and_none_counted_twice(cluster: Clu
         tally = store.round_tally(datetime(2000, 1, 1, tzinfo=UTC), datetime.now(UTC))
         run = store.latest_run()
         assert run is not None
-        cohorts = [len(record.cohort.client_ids) for record in store.rounds(run.run_id)]
+        cohorts = [len(record.cohort) for record in store.rounds(run.run_id)]
     print(f"\n{tally}")
     assert (tally.committed, tally.lost, tally.under_way, tally.refused) == (ROUNDS, 0, 0, 0)
     assert tally.answers == sum(cohorts)
