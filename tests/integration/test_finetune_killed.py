@@ -26,7 +26,7 @@ from fedvit.training.ranks import Ranks
 from fedvit.types import FloatArray, Weights
 from fedvit.wire.tensors import decode_weights
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.campaign]
 
 RANK = "ray::RayTrainWorker"
 STEPS, RANGE, DELTA = 24, 4, 1e-3

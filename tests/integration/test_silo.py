@@ -23,7 +23,7 @@ from fedvit.training.server import ServerModel
 from fedvit.types import FloatArray, PartialUpdate, TrainTask
 from fedvit.wire.tensors import weights_digest
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.campaign]
 
 CLIENT, TIMEOUT_S = "vehicle-00", 240.0
 

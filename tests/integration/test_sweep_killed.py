@@ -18,7 +18,7 @@ from pyarrow import parquet
 from fedvit.settings import load_settings
 from fedvit.sweep.space import plan_sweep
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.campaign]
 
 NOISE, TOLERANCE = [0.8, 1.6], [0, 3]
 
