@@ -33,6 +33,7 @@ COLUMNS = (
     "verdict",
 )
 _PACKAGES = ("fedvit", "ray", "torch")
+_LOG_WIDTH = 160
 
 
 def show_drills(console: Console, as_json: bool) -> None:
@@ -55,10 +56,13 @@ def show_result(result: Result) -> str:
 
 def show_table(console: Console, results: Sequence[Result]) -> None:
     """All of them."""
-    table = Table(*COLUMNS, box=None)
+    table = Table(box=None)
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")
     for result in results:
         table.add_row(*_cells(result))
-    console.print(table)
+    # A log has no width of its own, and eighty columns break every word.
+    console.print(table, width=console.width if console.is_terminal else _LOG_WIDTH)
     for result in results:
         for line in (result.why, *result.notes):
             if line:
