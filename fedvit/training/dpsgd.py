@@ -67,6 +67,8 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         )
         self._noise_for_step = noise_for_step
         self._step_index = first_step
+        # The gradients of the latest step, one after another; each ``grad`` is a part of it.
+        self._noised = torch.empty(0)
 
     def accumulate(self) -> None:
         """Add every ``grad`` to its sum, without the copy that Opacus makes of the first."""
@@ -84,11 +86,11 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         deviation = self.noise_multiplier * self.max_grad_norm
         sizes = [parameter.numel() for parameter in self.params]
         # Drawn together, which is quicker and gives the same numbers.
-        noise = torch.from_numpy(stream.normal(sum(sizes), np.float32)).split(sizes)
-        for parameter, own in zip(self.params, noise, strict=True):
-            own = own.to(parameter.device, parameter.dtype).view_as(parameter)
+        noise = torch.from_numpy(stream.normal(sum(sizes), np.float32))
+        self._noised = noise.to(self.params[0].device, self.params[0].dtype)
+        for parameter, own in zip(self.params, self._noised.split(sizes), strict=True):
             # Into the noise, which lies in order where a sum may not.
-            parameter.grad = own.mul_(deviation).add_(parameter.summed_grad)
+            parameter.grad = own.view_as(parameter).mul_(deviation).add_(parameter.summed_grad)
             parameter.summed_grad = None
 
 

@@ -116,13 +116,9 @@ class RankedDPOptimizer(SecretDPOptimizer):
         self._ranks = ranks
 
     def add_noise(self) -> None:
-        """Put the sum and the noise of all ranks into every gradient: one all-reduce of all numbers."""
+        """Put the sum and the noise of all ranks into every gradient: one all-reduce of all numbers, where they lie."""
         super().add_noise()
-        gradients = [parameter.grad for parameter in self.params]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        self._ranks.sum(flat)
-        for gradient, whole in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(whole.view_as(gradient))
+        self._ranks.sum(self._noised)
 
 
 class RankedTrainer(LocalTrainer):
