@@ -44,7 +44,7 @@ test: setup  ## Run every test (ARGS='tests/unit -k rounds' for some)
 ifeq ($(strip $(ARGS)),)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not install' --numprocesses auto --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/chaos -m '(ray or install) and not campaign' \
-		--numprocesses 2 --dist loadgroup
+		--numprocesses 2 --dist loadfile
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

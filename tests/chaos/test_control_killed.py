@@ -27,7 +27,7 @@ TRAINING = ("optimize", "retrain", "restart")
 CASES = [(kind, part) for kind in TRAINING for part in TITLES] if FULL else [("retrain", "control")]
 RESTARTED_S = 180.0
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("running"), *([pytest.mark.timeout(3600)] if FULL else [])]
+pytestmark = [pytest.mark.ray, *([pytest.mark.timeout(3600)] if FULL else [])]
 
 
 class Caller:

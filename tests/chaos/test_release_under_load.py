@@ -25,7 +25,7 @@ STEPS = (
 ).split()
 OTHER = {"standard": "edge_optimized", "edge_optimized": "standard"}
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("running"), *([pytest.mark.timeout(3600)] if FULL else [])]
+pytestmark = [pytest.mark.ray, *([pytest.mark.timeout(3600)] if FULL else [])]
 
 
 class Operator:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ray
 
 START_TIMEOUT_S = 180.0
 CLIENTS = 6
-ROUNDS = 8
+ROUNDS = 6
 
 
 def start_run(fedvit: Fedvit) -> subprocess.Popen[str]:

@@ -22,7 +22,7 @@ PACKAGES = ("fedvit", "actors", "serve_apps", "edge_runtime")
 MAX_INSTALLED_BYTES = 350 * 10**6
 NOT_FOR_VEHICLES = ("torch", "ray", "timm", "opacus", "sqlalchemy", "fastapi", "onnx", "scipy", "matplotlib")
 
-pytestmark = [pytest.mark.install, pytest.mark.xdist_group("vehicle")]
+pytestmark = pytest.mark.install
 
 
 @pytest.fixture(scope="module")

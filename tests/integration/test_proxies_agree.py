@@ -21,7 +21,7 @@ from fedvit.store.store import Store
 from fedvit.training.workload import own_clients, server_model
 from fedvit.types import RunStatus
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("proxies")]
+pytestmark = pytest.mark.ray
 
 SEED = bytes(range(32))
 CLIENTS, ROUNDS = 9, 4
