@@ -153,9 +153,11 @@ def _create(path: Path) -> None:
     draft = path.with_name("state.db.new")
     for leftover in (draft, *(_beside(base, end) for base in (draft, path) for end in ("-wal", "-shm", "-journal"))):
         leftover.unlink(missing_ok=True)
+    with _explained(path):
+        content = _empty()
     try:
         with draft.open("xb") as file:
-            file.write(_empty())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -93,6 +93,11 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
             parameter.grad = own.view_as(parameter).mul_(deviation).add_(parameter.summed_grad)
             parameter.summed_grad = None
 
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Let go of a step's gradients."""
+        self._noised = torch.empty(0)
+        super().zero_grad(set_to_none)
+
 
 def per_example_gradients(body: Body, prefix: str, features: Tensor) -> PerExampleGradients:
     """The cheapest engine that is right for this body: book-keeping, or else Opacus.
