@@ -52,8 +52,8 @@ endif
 fuzz: setup  ## Every route against its own document, FUZZ_EXAMPLES (200) an operation, and hostile requests
 	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),200) $(BIN)/python -m pytest tests/fuzz -s $(ARGS)
 
-test-campaigns: setup  ## Jobs, sweeps and systems whose processes are killed; what `make test` has in a shorter form (5 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration -m campaign $(ARGS)
+test-campaigns: setup  ## Jobs and sweeps whose processes are killed, modes switched live: in unit tests elsewhere (5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/chaos/test_mode_switched.py -m campaign $(ARGS)
 
 chaos: setup test-campaigns  ## Campaigns against a running system: releases under load, processes killed (many minutes)
 	CHAOS=full $(BIN)/python -m pytest tests/chaos -s $(ARGS)

@@ -36,7 +36,7 @@ SWITCHES = 100 if FULL else 4
 ROUNDS = SWITCHES + 4
 TRUCK, IMAGES = "truck-7", 24
 
-pytestmark = [pytest.mark.ray, *([pytest.mark.timeout(3600)] if FULL else [])]
+pytestmark = [pytest.mark.ray, pytest.mark.campaign, *([pytest.mark.timeout(3600)] if FULL else [])]
 
 
 @pytest.fixture
