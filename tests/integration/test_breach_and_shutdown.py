@@ -53,8 +53,8 @@ def check_bundle(told: dict[str, Any], client_id: str) -> None:
     assert set(files) == {
         f"{name}.jsonl"
         for name in (
-            *("audit", "clients", "contributions", "incident", "ledger", "releases", "runs", "settings", "tokens"),
-            *("verification", "versions"),
+            *("audit", "budget_periods", "clients", "contributions", "incident", "ledger", "releases", "runs"),
+            *("settings", "tokens", "verification", "versions"),
         )
     }
     assert manifest["unreadable"] == {}
