@@ -8,8 +8,8 @@ HOME_DIR := $(or $(FEDVIT_HOME),var)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down reset test test-campaigns fuzz chaos chaos-ledger audit-mutants drill lint fmt bench bench-edge bench-control bench-dp \
-	bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep health-check emergency-backup diagnostics \
+.PHONY: help setup run up down reset test test-campaigns fuzz chaos chaos-ledger audit-mutants drill lint fmt \
+	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep health-check emergency-backup diagnostics \
 	logs monitoring monitoring-day wheel cluster-configs test-cluster
 
 help:  ## List the targets
@@ -55,8 +55,9 @@ fuzz: setup  ## Every route against its own document, FUZZ_EXAMPLES (200) an ope
 test-campaigns: setup  ## Jobs and sweeps whose processes are killed, modes switched live: in unit tests elsewhere (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/chaos/test_mode_switched.py -m campaign $(ARGS)
 
-chaos: setup test-campaigns  ## Campaigns against a running system: releases under load, processes killed (many minutes)
+chaos: setup  ## Campaigns against a running system: releases under load, processes killed (many minutes)
 	CHAOS=full $(BIN)/python -m pytest tests/chaos -s $(ARGS)
+	$(BIN)/python -m pytest tests/integration -m campaign -s $(ARGS)
 
 chaos-ledger: setup  ## kill -9 an accountant and an aggregator CHAOS_KILLS (200) times; the ledger is checked each time
 	CHAOS_KILLS=$(or $(CHAOS_KILLS),200) $(BIN)/python -m pytest tests/unit/test_ledger_killed.py -s $(ARGS)

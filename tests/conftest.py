@@ -1,9 +1,13 @@
-"""Puts this folder on the import path, so that every kind of test can use the helpers in it."""
+"""What every kind of test can use; being here puts this folder's helpers on the import path."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+from PIL import Image
 from xdist.scheduler import LoadFileScheduling
 
 
@@ -15,6 +19,22 @@ class _ByFolder(LoadFileScheduling):
         return "tests/chaos" if file.startswith("tests/chaos/") else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: Any, log: Any) -> LoadFileScheduling | None:
     """Ours for ``--dist loadfile``. xdist's groups by mark do not read the node ids of pytest 9.2."""
     return _ByFolder(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of small pictures, red and green, 48 to train on, for tests of what goes round the learning."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 12)):
+        for channel, name in enumerate(("red", "green")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "images"

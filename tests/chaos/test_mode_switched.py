@@ -31,7 +31,7 @@ from fedvit.store.store import Store
 from fedvit.types import RunStatus
 
 FULL = os.environ.get("CHAOS") == "full"
-SWITCHES = 100 if FULL else 4
+SWITCHES = 100 if FULL else 6
 # After the last switch the run goes on; its last round waits for all who are at it still.
 ROUNDS = SWITCHES + 4
 TRUCK, IMAGES = "truck-7", 24

@@ -78,7 +78,7 @@ def check_everything_counted_once(fedvit: Fedvit) -> None:
 
 
 def test_ctrl_c_and_kill_9_in_a_round_cost_nothing(fedvit: Fedvit) -> None:
-    fedvit.settings |= {"training.rounds": str(ROUNDS), "release.every_rounds": str(ROUNDS), "edge.ports": "[]"}
+    fedvit.settings |= {"training.rounds": str(ROUNDS), "release.every_rounds": str(ROUNDS)}
     process = start_run(fedvit)
     await_round(fedvit, process, 1)
     os.kill(process.pid, signal.SIGINT)

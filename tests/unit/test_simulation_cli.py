@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fedvit.cli.main import app
@@ -21,22 +19,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path, images: Path) -> Path:
     """Six clients with red and green images, an untrained stem, a head to train."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("test", 12)):
-        for channel, name in enumerate(("red", "green")):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 100, (16, 16, 3), dtype=np.uint8)
-                pixels[..., channel] += 120
-                Image.fromarray(pixels).save(folder / f"{i}.png")
     tree: dict[str, Any] = {
         "home": str(tmp_path / "var"),
         "data": {
             "source": "folder",
-            "path": "images",
+            "path": images.name,
             "image_size": 32,
             "partition": {"scheme": "iid", "clients": 6, "min_examples": 2},
         },
