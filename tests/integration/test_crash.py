@@ -77,8 +77,8 @@ def check_everything_counted_once(fedvit: Fedvit) -> None:
         assert set(charges.values()) == {1}
 
 
-def test_ctrl_c_and_kill_9_in_a_round_cost_nothing(fedvit: Fedvit) -> None:
-    fedvit.settings |= {"training.rounds": str(ROUNDS), "release.every_rounds": str(ROUNDS)}
+def interrupt(fedvit: Fedvit) -> int:
+    """Ctrl-C in the second round of a new run; how many rounds are done."""
     process = start_run(fedvit)
     await_round(fedvit, process, 1)
     os.kill(process.pid, signal.SIGINT)
@@ -86,14 +86,18 @@ def test_ctrl_c_and_kill_9_in_a_round_cost_nothing(fedvit: Fedvit) -> None:
     stopped = stored_run(fedvit)
     assert stopped.status is RunStatus.STOPPED
     assert 1 <= stopped.rounds_done < ROUNDS
+    return stopped.rounds_done
 
+
+def kill_and_finish(fedvit: Fedvit, rounds_done: int) -> None:
+    """kill -9 after a further round, in the middle of the next; the same command ends what was begun."""
     process = start_run(fedvit)
-    await_round(fedvit, process, stopped.rounds_done + 1)
+    await_round(fedvit, process, rounds_done + 1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     killed = stored_run(fedvit)
     assert killed.status is RunStatus.RUNNING
-    assert stopped.rounds_done < killed.rounds_done < ROUNDS
+    assert rounds_done < killed.rounds_done < ROUNDS
 
     summary = fedvit.json("run")
     assert summary["rounds"] == ROUNDS
@@ -101,3 +105,19 @@ def test_ctrl_c_and_kill_9_in_a_round_cost_nothing(fedvit: Fedvit) -> None:
     shown = fedvit.json("privacy", "show", configured=False)
     assert shown["epsilon_spent"] == pytest.approx(summary["epsilon"], abs=1e-9)
     assert shown["ledger_entries"] == ROUNDS * CLIENTS + CLIENTS
+
+
+@pytest.fixture
+def fedvit(fedvit: Fedvit) -> Fedvit:
+    """The small system, for so many rounds."""
+    fedvit.settings |= {"training.rounds": str(ROUNDS), "release.every_rounds": str(ROUNDS)}
+    return fedvit
+
+
+def test_kill_9_in_a_round_costs_nothing(fedvit: Fedvit) -> None:
+    kill_and_finish(fedvit, 0)
+
+
+@pytest.mark.campaign
+def test_ctrl_c_in_a_round_and_kill_9_after_it_cost_nothing(fedvit: Fedvit) -> None:
+    kill_and_finish(fedvit, interrupt(fedvit))
