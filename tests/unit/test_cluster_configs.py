@@ -15,8 +15,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from actors.placement import STORE_HERE, STORE_LABEL
+from tests.operator_fields import RESOURCE
 
 CONFIGS = Path(__file__).parents[2] / "cluster_configs"
 RAY_FILES = ("local", "aws", "gcp")
@@ -96,27 +98,49 @@ def test_serve_accepts_its_files_and_finds_what_they_import() -> None:
             assert kind.model_validate(application.args).control_url.startswith("http")
 
 
-def pods() -> list[dict[str, Any]]:
-    """The template of every pod that the Ray resources describe."""
+def containers() -> list[dict[str, Any]]:
+    """Every container of every pod that the Ray resources describe."""
     specs = [read("kuberay/raycluster.yaml")["spec"], read("kuberay/rayservice.yaml")["spec"]["rayClusterConfig"]]
     groups = [group for spec in specs for group in (spec["headGroupSpec"], *spec.get("workerGroupSpecs", ()))]
-    return [group["template"] for group in groups]
+    return [container for group in groups for container in group["template"]["spec"]["containers"]]
 
 
-def containers() -> list[dict[str, Any]]:
-    """Every container of those pods."""
-    return [container for pod in pods() for container in pod["spec"]["containers"]]
+OPERATED = ("raycluster", "rayservice", "podmonitor")
 
 
-def test_kubernetes_accepts_every_pod_and_refuses_a_word_that_it_does_not_know() -> None:
-    import kubernetes_validate as kubernetes
+@pytest.mark.parametrize("name", OPERATED)
+def test_the_operators_accept_their_resources(name: str) -> None:
+    found = RESOURCE.validate_python(read(f"kuberay/{name}.yaml"))
+    assert found.kind.lower() == name
 
-    for pod in pods():
-        whole = {"apiVersion": "v1", "kind": "Pod", **pod}
-        kubernetes.validate(whole, kubernetes.latest_version(), strict=True)
-        whole["spec"]["containers"][0]["volumeMount"] = []
-        with pytest.raises(kubernetes.ValidationError, match="volumeMount"):
-            kubernetes.validate(whole, kubernetes.latest_version(), strict=True)
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("raycluster", "spec/workerGroupSpecs/0/maxReplica", 4),
+        ("raycluster", "spec/workerGroupSpecs/0/maxReplicas", "8"),
+        ("raycluster", "spec/workerGroupSpecs/1/minReplicas", -1),
+        ("raycluster", "spec/headGroupSpec/rayStartParams/dashboard-port", 8265),
+        ("raycluster", "spec/headGroupSpec/template/spec/containers/0/volumeMount", []),
+        ("raycluster", "spec/headGroupSpec/template/spec/containers/0/image", 1),
+        ("raycluster", "apiVersion", "ray.io/v1beta2"),
+        ("rayservice", "spec/rayClusterConfig/headGroupSpec/replicas", 1),
+        ("rayservice", "spec/serveConfigV2", {"applications": []}),
+        ("podmonitor", "spec/podMetricsEndpoints/0/interval", "15 s"),
+        ("podmonitor", "spec/podMetricsEndpoints/1/authorization/credentials/name", None),
+    ],
+)
+def test_the_operators_refuse_a_word_that_they_do_not_know_and_a_value_of_another_type(
+    name: str, path: str, value: Any
+) -> None:
+    resource = read(f"kuberay/{name}.yaml")
+    *way, last = path.split("/")
+    place: Any = resource
+    for step in way:
+        place = place[int(step) if isinstance(place, list) else step]
+    place[last] = value
+    with pytest.raises(ValidationError, match=f"{last}|template"):
+        RESOURCE.validate_python(resource)
 
 
 def test_every_pod_speaks_with_the_token_phones_nobody_and_mounts_what_it_has() -> None:
