@@ -256,7 +256,7 @@ class SketchConfig(_Section):
     """
 
     every_rounds: PositiveInt | None = 10
-    noise_multiplier: Annotated[float, Field(ge=1)] = 8.0
+    noise_multiplier: Annotated[float, Field(ge=1)] = 5.25
 
 
 class ReleaseConfig(_Section):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedvit.errors import DataError
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import ImageArray, LabelArray
-from fedvit.wire.sketch import CELL_LIMIT, CLIENT_VOTES, LABEL, RECORDS, Sketch, SketchOrder, SketchSpec
+from fedvit.wire.sketch import CELL_LIMIT, CLIENT_VOTES, LABEL, RECORDS, RISK, Sketch, SketchOrder, SketchSpec
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -54,7 +54,13 @@ class Holding:
         distinct = len({hashlib.sha256(image.tobytes()).digest() for image in self.images})
         total, sound = len(self.labels), len(self.images)
         parts[RECORDS] = np.array([distinct, sound - distinct, total - sound])
+        parts[RISK] = np.array([risk_of(self.labels, spec)])
         return np.concatenate([parts[name] for name in spec.sizes]).astype(np.int64)
+
+
+def risk_of(labels: LabelArray, spec: SketchSpec) -> int:
+    """What records of these classes [N] come to in the risk; see :class:`SketchSpec`."""
+    return spec.risk({int(c): int(n) for c, n in zip(*np.unique(labels, return_counts=True), strict=True)})
 
 
 def spec_of(images: ImageArray, embeddings: Floats, classes: int) -> SketchSpec:
@@ -122,10 +128,10 @@ def sketched(order: SketchOrder, client_id: str, counts: Counts, num_examples: i
 
 
 def votes(counts: Counts, spec: SketchSpec) -> Counts:
-    """Each histogram scaled to :data:`CLIENT_VOTES` at most, rounded down: no client moves one by more."""
+    """Each histogram scaled to :data:`CLIENT_VOTES` records at most, rounded down: no client moves one by more."""
     scaled = np.zeros_like(counts)
-    for part in spec.slices.values():
-        total = int(counts[part].sum())
+    for name, part in spec.slices.items():
+        total = int(counts[spec.slices[LABEL] if name == RISK else part].sum())
         scaled[part] = counts[part] * CLIENT_VOTES // max(total, CLIENT_VOTES)
     return scaled
 

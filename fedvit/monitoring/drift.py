@@ -13,7 +13,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedvit.monitoring.sketches import LEAST_INDEX, Comparison, Shift
+from fedvit.monitoring.sketches import Comparison, Shift
+from fedvit.wire.sketch import RISK
 
 THRESHOLD = 0.5
 # The latest loss this much (relatively) above the best of its run scores 1, half of it the threshold.
@@ -96,12 +97,16 @@ def sketch_signals(comparison: Comparison | None, told: int) -> tuple[Signal, ..
 
 def _sketch_signal(comparison: Comparison, feature: str) -> Signal:
     worst = comparison.worst(feature)
-    return Signal(
-        f"sketch_{feature}", comparison.fleet[feature].distance.psi, LEAST_INDEX, worst.score, _told(comparison, worst)
-    )
+    size, least = comparison.fleet[feature].size
+    return Signal(f"sketch_{feature}", size, least, worst.score, _told(comparison, worst))
 
 
 def _told(comparison: Comparison, worst: Shift) -> str:
+    if worst.feature == RISK and worst.drifts:
+        return (
+            "Records have moved to classes that the model is bad at: of the fleet's, it is expected to get "
+            f"{comparison.fleet[RISK].distance.ks:.1%} more wrong than at the release."
+        )
     clients = [shift.client_ids[0] for shift in comparison.by_client[worst.feature] if shift.drifts]
     if not worst.drifts:
         return f"It has not moved by more than noise and sampling explain, at {len(comparison.client_ids)} clients."

@@ -12,6 +12,12 @@ be wrong: :data:`FALSE_ALARMS` a window, shared out evenly (Bonferroni) over the
 single clients, and features. A shift of no practical size is no drift however sure it is: the stability index of what
 moved must reach :data:`LEAST_INDEX`.
 
+Half of those false alarms are for the risk: how many of its records the model is expected to get wrong, by their
+classes. It is one number a client, so that little noise is in it, and only its rise is of interest: with ``z`` a
+client's rise in standard deviations, the sum of ``max(z, 0)^2`` over the fleet sees what comes to a part of it. Of N
+clients that stay as they are it is a chi-bar-squared: a mixture of chi-squareds of k degrees of freedom by the chance
+that k of N signs are positive (Kudo 1963, Biometrika 50(3/4)).
+
 PSI: Siddiqi 2006, see :mod:`fedvit.monitoring.drift`. JS: Lin 1991, IEEE Trans. Inf. Theory 37(1). KS: Massey 1951.
 Embeddings: sliced Wasserstein, Rabin et al. 2011. Drift that comes to some clients before others, and clusters of them:
 Jothimurugesan et al. 2023 (arXiv:2206.00799).
@@ -19,19 +25,23 @@ Jothimurugesan et al. 2023 (arXiv:2206.00799).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from fedvit.wire.sketch import LABEL, RECORDS, Sketch, SketchSpec
+from fedvit.wire.sketch import LABEL, RECORDS, RISK, RISK_VOTES, Sketch, SketchSpec
 
 Floats = npt.NDArray[np.float64]
 
 FALSE_ALARMS = 0.008
 """How often a window without drift may be called drifting: a little less than one in a hundred."""
+RISK_ALARMS = 0.75
+"""The share of them that is for the risk."""
+LEAST_RISE = 0.005
+"""A rise below it of the share of records that the model is expected to get wrong is no shift."""
 LEAST_INDEX = 0.1
 """A stability index below it is no shift, by the convention of where it comes from."""
 SCOPES = 3
@@ -39,6 +49,8 @@ SCOPES = 3
 CLUSTER_OF, MOST_CLUSTERS = 4, 8
 """A cluster for every so many clients, and no more than that."""
 _LLOYD_STEPS = 10
+_NAMED = 0.1
+"""The share of the risk's false alarms that is for naming single clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +68,10 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """What some clients' histogram of one feature did. ``score`` is 0.5 at the threshold and 1 at twice that."""
+    """What some clients' histogram of one feature did. ``score`` is 0.5 at the threshold and 1 at twice that.
+
+    The histogram of the risk is that of the records which the model is expected to get right, and wrong.
+    """
 
     feature: str
     client_ids: tuple[str, ...]
@@ -65,10 +80,16 @@ class Shift:
     distance: Distance
 
     @property
+    def size(self) -> tuple[float, float]:
+        """How large it is, and how large it has to be."""
+        return (self.distance.ks, LEAST_RISE) if self.feature == RISK else (self.distance.psi, LEAST_INDEX)
+
+    @property
     def score(self) -> float:
         """From 0 to 1; below 0.5 where the shift is of no practical size."""
         score = min(1.0, 0.5 * self.statistic / self.threshold)
-        return score if self.distance.psi >= LEAST_INDEX else min(score, 0.49)
+        size, least = self.size
+        return score if size >= least else min(score, 0.49)
 
     @property
     def drifts(self) -> bool:
@@ -116,25 +137,43 @@ class Comparison:
 
 
 def compare(
-    reference: Mapping[str, Sketch], current: Mapping[str, Sketch], spec: SketchSpec, false_alarms: float = FALSE_ALARMS
+    reference: Mapping[str, Sketch],
+    current: Mapping[str, Sketch],
+    spec: SketchSpec,
+    same_basis: Collection[str] = (),
+    false_alarms: float = FALSE_ALARMS,
 ) -> Comparison | None:
     """The clients that have a sketch in both windows; None where there are none.
 
     The order in which sketches came has no say: counts are whole numbers, and clients are taken by name.
+
+    Args:
+        spec: of the current ones; another's are left out.
+        same_basis: digests of specs that differ in the risk's votes alone, which is not compared then.
     """
-    ids = tuple(sorted(c for c in reference.keys() & current.keys() if _comparable(reference[c], current[c], spec)))
+    known = {spec.digest, *same_basis}
+    ids = tuple(sorted(c for c in reference.keys() & current.keys() if _comparable(reference[c], current[c], known)))
     if not ids:
         return None
     old, new = (_Window.of([window[c] for c in ids]) for window in (reference, current))
     groups = clusters_of(old.shares(spec.slices[LABEL]))
-    tests = _Tests(false_alarms / SCOPES / len(spec.sizes), ids, groups)
-    pairs = {name: _Pair.of(old, new, part) for name, part in spec.slices.items()}
+    histograms = {name: part for name, part in spec.slices.items() if name != RISK}
+    tests = _Tests((1 - RISK_ALARMS) * false_alarms / SCOPES / len(histograms), ids, groups)
+    pairs = {name: _Pair.of(old, new, part) for name, part in histograms.items()}
+    fleet = {name: tests.group(name, pair, tuple(range(len(ids))), 1) for name, pair in pairs.items()}
+    by_client = {name: tests.clients(name, pair) for name, pair in pairs.items()}
+    same_votes = [i for i, c in enumerate(ids) if reference[c].spec_digest == current[c].spec_digest == spec.digest]
+    if same_votes and any(spec.risk_votes):
+        risk = _Risk.of(old, new, same_votes, spec)
+        names = tuple(ids[i] for i in same_votes)
+        fleet[RISK] = risk.fleet(names, RISK_ALARMS * false_alarms * (1 - _NAMED))
+        by_client[RISK] = risk.clients(names, RISK_ALARMS * false_alarms * _NAMED)
     return Comparison(
         client_ids=ids,
         clusters=tuple(tuple(ids[i] for i in group) for group in groups),
-        fleet={name: tests.group(name, pair, tuple(range(len(ids))), 1) for name, pair in pairs.items()},
-        by_cluster={name: tests.clusters(name, pair) for name, pair in pairs.items()},
-        by_client={name: tests.clients(name, pair) for name, pair in pairs.items()},
+        fleet=fleet,
+        by_cluster={name: tests.clusters(name, pairs[name]) if name in pairs else () for name in fleet},
+        by_client=by_client,
     )
 
 
@@ -273,6 +312,75 @@ class _Tests:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Risk:
+    """The share of N clients' records that the model is expected to get wrong, by their classes, and how it rose.
+
+    ``before`` and ``rises`` [N]; ``deviations`` [N] of the rises; ``weights`` [N], records in the reference.
+    """
+
+    before: Floats
+    rises: Floats
+    deviations: Floats
+    weights: Floats
+
+    @classmethod
+    def of(cls, old: _Window, new: _Window, at: Sequence[int], spec: SketchSpec) -> _Risk:
+        part, scale = spec.slices[RISK], 2.0 * RISK_VOTES
+        shares = [0.5 + window.shares(part)[at, 0] / scale for window in (old, new)]
+        variance = cls._variance(old, new, spec) / scale**2
+        n, m = new.records[at], old.records[at]
+        noise = (new.deviations[at] / n) ** 2 + (old.deviations[at] / m) ** 2
+        deviations = np.sqrt(variance * (1 / n + 1 / m) + noise / scale**2)
+        return cls(shares[0], shares[1] - shares[0], deviations, m)
+
+    @staticmethod
+    def _variance(old: _Window, new: _Window, spec: SketchSpec) -> float:
+        """Of the votes of one record, by the fleet's label mix; more, up to the most there can be, the noisier that
+        is."""
+        part = spec.slices[LABEL]
+        counts = np.clip(old.counts[:, part].sum(axis=0) + new.counts[:, part].sum(axis=0), 0.0, None)
+        # Classes that share a bin have the mean of their votes; what they differ by is in the margin for noise.
+        bins = np.arange(spec.classes) * len(counts) // spec.classes
+        votes = np.bincount(bins, spec.risk_votes) / np.bincount(bins)
+        total = float(counts.sum())
+        noise = float(np.sqrt(len(counts) * (np.sum(old.deviations**2) + np.sum(new.deviations**2))))
+        shares = counts / max(total, 1.0)
+        spread = float(shares @ votes**2 - (shares @ votes) ** 2)
+        return (total * spread + noise * RISK_VOTES**2) / max(total + noise, 1.0)
+
+    def fleet(self, names: tuple[str, ...], level: float) -> Shift:
+        positive = np.clip(self.rises / self.deviations, 0.0, None)
+        threshold = _one_sided_threshold(level, len(names))
+        return self._shift(names, float(positive @ positive), threshold, np.arange(len(names)))
+
+    def clients(self, names: tuple[str, ...], level: float) -> tuple[Shift, ...]:
+        threshold = _one_sided_threshold(level / len(names), 1)
+        z = self.rises / self.deviations
+        found = np.flatnonzero(np.clip(z, 0.0, None) ** 2 >= threshold)
+        return tuple(self._shift((names[i],), float(z[i] ** 2), threshold, np.array([i])) for i in found)
+
+    def _shift(self, names: tuple[str, ...], statistic: float, threshold: float, at: npt.NDArray[np.int64]) -> Shift:
+        w = self.weights[at]
+        whole, before = float(w.sum()), float(w @ self.before[at])
+        after = before + float(w @ self.rises[at])
+        return Shift(RISK, names, statistic, threshold, distance([whole - before, before], [whole - after, after]))
+
+
+@lru_cache(maxsize=1024)
+def _one_sided_threshold(level: float, count: int) -> float:
+    """What the sum of ``max(z, 0)^2`` of so many standard normals exceeds with this probability."""
+    from scipy.optimize import brentq
+    from scipy.stats import binom, chi2
+
+    signs = np.arange(1, count + 1)
+    chances = binom.pmf(signs, count, 0.5)
+    if chances.sum() <= level:
+        return 0.0
+    found: float = brentq(lambda x: float(chances @ chi2.sf(x, signs)) - level, 0.0, 4.0 * count + 200.0)
+    return found
+
+
 @lru_cache(maxsize=1024)
 def _threshold(level: float, bins: int) -> float:
     # Imported here: half a second that no other answer of the control API need wait for.
@@ -281,8 +389,8 @@ def _threshold(level: float, bins: int) -> float:
     return float(chi2.isf(level, bins))
 
 
-def _comparable(old: Sketch, new: Sketch, spec: SketchSpec) -> bool:
-    same = old.spec_digest == new.spec_digest == spec.digest
+def _comparable(old: Sketch, new: Sketch, known: Collection[str]) -> bool:
+    same = {old.spec_digest, new.spec_digest} <= set(known)
     return same and (old.run_id, old.round_index) != (new.run_id, new.round_index)
 
 

@@ -321,7 +321,7 @@ class Coordinator:
         task = self._task(order.cohort.round_index)
         _METRICS.in_flight(len(self._collector.in_flight().union(order.cohort.client_ids)))
         self._gather_sketches()
-        self._sketching.ask(self._current, task.round_index, order.cohort.client_ids)
+        self._sketching.ask(self._current, task.round_index, order.cohort.client_ids, self._weights)
         buffer = self._collector.collect(order, task, self._weights, self._handed, timeout_s=timeout_s)
         _METRICS.in_flight(len(self._collector.in_flight()))
         quarantine_after = self._settings.training.door.quarantine_after

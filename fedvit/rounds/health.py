@@ -46,7 +46,15 @@ def sketches(store: Store) -> Sketches:
     if release is None or spec is None:
         return Sketches(newest, spec, None)
     reference = store.latest_sketches(until=_trained(store, release.version).created_at)
-    return Sketches(newest, spec, compare(reference, newest, spec))
+    meant = {digest: store.sketch_spec(digest) for digest in {sketch.spec_digest for sketch in reference.values()}}
+    same_basis = {digest for digest, told in meant.items() if told is not None and told.basis == spec.basis}
+    return Sketches(newest, spec, compare(reference, newest, spec, same_basis))
+
+
+def reference_spec(store: Store) -> SketchSpec | None:
+    """What the latest sketches of the reference mean; None where there are none."""
+    release = store.current_release()
+    return None if release is None else store.latest_sketch_spec(_trained(store, release.version).created_at)
 
 
 def doubts(store: Store, told: Sketches) -> dict[str, list[Doubt]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -10,9 +11,13 @@ from fedvit.errors import BudgetExhaustedError, LedgerFrozenError
 from fedvit.ports import AccountantPort, Charge, FleetPort, ServerModelPort
 from fedvit.privacy.events import Composed, Event, Gaussian, Repeated
 from fedvit.privacy.round_cost import charge_of, is_sketched, round_event
+from fedvit.rounds.health import reference_spec
 from fedvit.store.store import Store
-from fedvit.types import Run
+from fedvit.types import Run, Weights
 from fedvit.wire.sketch import Sketch, SketchOrder, SketchSpec, checked_counts
+
+_ALIKE = 0.8
+"""How well votes have to correlate: where they do less, a reference says too little of the model's errors."""
 
 
 class Sketching:
@@ -23,13 +28,17 @@ class Sketching:
     ) -> None:
         self._settings, self._store, self._accountant = settings, store, accountant
         self._fleet, self._model = fleet, model
+        self._ordered: dict[str, SketchSpec] = {}
 
-    def ask(self, run: Run, round_index: int, client_ids: Sequence[str]) -> tuple[str, ...]:
+    def ask(self, run: Run, round_index: int, client_ids: Sequence[str], weights: Weights) -> tuple[str, ...]:
         """Charge and ask those of the clients whose budget bears it beside the rest of the run; who they are.
 
         A round that is tried again asks again: what is charged already costs nothing, and clients repeat themselves.
+
+        Args:
+            weights: that the round starts from.
         """
-        spec = self._spec if is_sketched(self._settings, round_index) and client_ids else None
+        spec = self._wanted(weights) if is_sketched(self._settings, round_index) and client_ids else None
         if spec is None:
             return ()
         noise_multiplier, unit = self._settings.sketches.noise_multiplier, self._settings.privacy.privacy_unit
@@ -47,10 +56,26 @@ class Sketching:
 
     def gather(self) -> int:
         """Keep what has arrived; how many sketches are new."""
-        spec, arrived = self._spec, self._fleet.sketches()
-        if spec is None or not arrived:
-            return 0
-        return self._store.add_sketches([sketch for sketch in arrived if _fits(sketch, spec)], spec)
+        by_spec: dict[str, list[Sketch]] = {}
+        for sketch in self._fleet.sketches():
+            by_spec.setdefault(sketch.spec_digest, []).append(sketch)
+        return sum(
+            self._store.add_sketches([sketch for sketch in by_spec[digest] if _fits(sketch, spec)], spec)
+            for digest, spec in self._ordered.items()
+            if digest in by_spec
+        )
+
+    def _wanted(self, weights: Weights) -> SketchSpec | None:
+        """What to count now. Votes are those of the reference, which can be compared then, while the model still errs
+        in the same classes."""
+        if self._spec is None:
+            return None
+        shown, told = self._model.evaluate(weights), reference_spec(self._store)
+        spec = self._spec if shown is None else self._spec.with_risks(shown.confusion)
+        if told is not None and told.basis == spec.basis and _alike(told.risk_votes, spec.risk_votes):
+            spec = told
+        self._ordered[spec.digest] = spec
+        return spec
 
     @cached_property
     def _spec(self) -> SketchSpec | None:
@@ -75,6 +100,12 @@ class Sketching:
             )
             for client_id, size in sizes.items()
         ]
+
+
+def _alike(some: Sequence[int], others: Sequence[int]) -> bool:
+    if len(some) != len(others) or len(set(some)) < 2 or len(set(others)) < 2:
+        return some == others
+    return statistics.correlation(some, others) >= _ALIKE
 
 
 def _fits(sketch: Sketch, spec: SketchSpec) -> bool:

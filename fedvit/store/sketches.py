@@ -33,7 +33,15 @@ def add(session: Session, sketches: Sequence[Sketch], spec: SketchSpec, at: date
 def spec(session: Session, digest: str) -> SketchSpec | None:
     """What the counts of a sketch mean, by its ``spec_digest``."""
     found = get_meta(session, _SPEC_KEY + digest)
-    return None if found is None else SketchSpec.from_json(found)
+    # Before there were risks a sketch had one count less: such a window can be compared with none.
+    return SketchSpec.from_json(found) if found is not None and "risk_votes" in found else None
+
+
+def latest_spec(session: Session, until: datetime) -> SketchSpec | None:
+    """What the newest sketch means that is no younger than ``until``."""
+    query = select(SketchRow.spec_digest).where(SketchRow.at <= until).order_by(SketchRow.at.desc()).limit(1)
+    digest = session.scalar(query)
+    return None if digest is None else spec(session, digest)
 
 
 def latest(session: Session, until: datetime | None) -> dict[str, Sketch]:

@@ -455,6 +455,11 @@ class Store:
         with self._database.read() as session:
             return _sketches.latest(session, until)
 
+    def latest_sketch_spec(self, until: datetime) -> SketchSpec | None:
+        """What the newest sketch means that is no younger than ``until``; None where there is none."""
+        with self._database.read() as session:
+            return _sketches.latest_spec(session, until)
+
     def sketch_spec(self, digest: str) -> SketchSpec | None:
         """What the counts of a sketch mean, by its ``spec_digest``; None where no such sketch was kept."""
         with self._database.read() as session:

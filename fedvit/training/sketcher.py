@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from fedvit.data.images import load_images
-from fedvit.data.sketch import Counts, Floats, Holding, embeddings_of, filtered, sketched
+from fedvit.data.sketch import Counts, Floats, Holding, embeddings_of, filtered, risk_of, sketched
 from fedvit.data.sources import ImageSource, Record
 from fedvit.errors import DataError
 from fedvit.privacy.secrets import derive_secret
-from fedvit.types import ImageArray
+from fedvit.types import ImageArray, LabelArray
 from fedvit.vit.vision import VisionModel
-from fedvit.wire.sketch import Sketch, SketchOrder
+from fedvit.wire.sketch import RISK, Sketch, SketchOrder
 
 _LOG = logging.getLogger(__name__)
 _FEATURE_BATCH = 128
@@ -26,7 +26,7 @@ _FEATURE_BATCH = 128
 @dataclass(frozen=True, slots=True)
 class _Counted:
     counts: Counts
-    num_examples: int
+    labels: LabelArray
     digest: str
 
 
@@ -72,17 +72,19 @@ class Sketcher:
         counted = self._count(order, client_id)
         # Bound to the very records, as the noise of an update is.
         secret = derive_secret(self._root_secret, f"{client_id}/sketch/{counted.digest}")
-        return sketched(order, client_id, counted.counts, counted.num_examples, secret)
+        counts = counted.counts.copy()
+        counts[order.spec.slices[RISK]] = risk_of(counted.labels, order.spec)
+        return sketched(order, client_id, counts, len(counted.labels), secret)
 
     def _count(self, order: SketchOrder, client_id: str) -> _Counted:
-        key = client_id, order.spec.digest
+        key = client_id, order.spec.basis
         if key not in self._counted:
             records = self._records(client_id)
             if not records:
                 raise DataError(f"Client {client_id} has no records to sketch.")
             held = self._held(records)
             digest = hashlib.sha256(held.images.tobytes() + held.labels.tobytes()).hexdigest()
-            self._counted[key] = _Counted(held.counts(order.spec), len(records), digest)
+            self._counted[key] = _Counted(held.counts(order.spec), held.labels, digest)
         return self._counted[key]
 
     def _held(self, records: Sequence[Record]) -> Holding:

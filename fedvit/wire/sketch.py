@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,10 @@ MAX_LABEL_BINS = 256
 CLIENT_VOTES = 64
 """What a client counts in each histogram where clients are the privacy unit, however many records it has."""
 LABEL, RECORDS = "label", "records"
+RISK = "risk"
+"""The sum over the records of :attr:`SketchSpec.risk_votes`: no histogram, but one number."""
+RISK_VOTES = 4
+"""What a record moves it by, at most: as the whole of the other histograms together, and a third more."""
 RECORD_KINDS = ("sound", "duplicate", "undecodable")
 """What a record is counted as in the histogram :data:`RECORDS`."""
 
@@ -36,16 +40,19 @@ class SketchSpec:
     Args:
         edges: by feature, the inner edges, ascending: one bin more than there are edges, the outer two open.
         classes: how many labels there are; the histogram :data:`LABEL` has a bin for each, up to 256.
+        risk_votes: by class, what a record of it adds to :data:`RISK`: from ``-RISK_VOTES`` where the model is always
+            right to ``RISK_VOTES`` where it is always wrong; nothing where that is not known.
     """
 
     edges: Mapping[str, tuple[float, ...]]
     classes: int
+    risk_votes: tuple[int, ...] = ()
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """How many bins each histogram has, in the order in which they are sent."""
         measured = {name: len(edges) + 1 for name, edges in sorted(self.edges.items())}
-        return {**measured, LABEL: min(self.classes, MAX_LABEL_BINS), RECORDS: len(RECORD_KINDS)}
+        return {**measured, LABEL: min(self.classes, MAX_LABEL_BINS), RECORDS: len(RECORD_KINDS), RISK: 1}
 
     @cached_property
     def slices(self) -> dict[str, slice]:
@@ -64,9 +71,30 @@ class SketchSpec:
     def sensitivity(self, privacy_unit: str) -> float:
         """By how much a unit moves the counts at most, L2, when it comes or goes.
 
-        A record is counted once in each of H histograms: sqrt(H). A client brings :data:`CLIENT_VOTES` at most to each.
+        A record is counted once in each of H histograms, and with :data:`RISK_VOTES` in the risk: sqrt(H + 16). A
+        client brings :data:`CLIENT_VOTES` records at most to each.
         """
-        return math.sqrt(len(self.sizes)) * (1 if privacy_unit == "record" else CLIENT_VOTES)
+        histograms = len(self.sizes) - 1
+        return math.sqrt(histograms + RISK_VOTES**2) * (1 if privacy_unit == "record" else CLIENT_VOTES)
+
+    def risk(self, counts_by_class: Mapping[int, int]) -> int:
+        """What so many records of each class come to in :data:`RISK`."""
+        return sum(n * self.risk_votes[c] for c, n in counts_by_class.items()) if self.risk_votes else 0
+
+    def with_risks(self, confusion: Sequence[Sequence[int]]) -> SketchSpec:
+        """The same, with votes by how a model did on held-out images: ``confusion[i][j]`` of class i were called j.
+
+        A class without images has no vote, and nor has any where there are other classes than the spec's.
+        """
+        if len(confusion) != self.classes:
+            return replace(self, risk_votes=())
+        wrong = [1 - row[i] / sum(row) if sum(row) else 0.5 for i, row in enumerate(confusion)]
+        return replace(self, risk_votes=tuple(round(RISK_VOTES * (2 * share - 1)) for share in wrong))
+
+    @cached_property
+    def basis(self) -> str:
+        """SHA-256, hex, of all but the votes: sketches of one basis can be compared in everything but the risk."""
+        return replace(self, risk_votes=()).digest
 
     @cached_property
     def digest(self) -> str:
@@ -75,7 +103,8 @@ class SketchSpec:
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only."""
-        return {"edges": {name: list(edges) for name, edges in self.edges.items()}, "classes": self.classes}
+        edges = {name: list(edges) for name, edges in self.edges.items()}
+        return {"edges": edges, "classes": self.classes, "risk_votes": list(self.risk_votes)}
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> SketchSpec:
@@ -86,12 +115,14 @@ class SketchSpec:
         """
         try:
             edges = {str(name): tuple(float(edge) for edge in given) for name, given in found["edges"].items()}
-            spec = cls(edges, int(found["classes"]))
+            spec = cls(edges, int(found["classes"]), tuple(int(vote) for vote in found["risk_votes"]))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UpdateRejectedError("This is no description of a sketch.") from None
         ascending = all(list(given) == sorted(given) and all(map(math.isfinite, given)) for given in edges.values())
         if not ascending or spec.classes < 1 or not spec.cells <= MAX_CELLS:
             raise UpdateRejectedError(f"A sketch of {spec.cells} counts, or with edges out of order.")
+        if len(spec.risk_votes) not in (0, spec.classes) or any(abs(vote) > RISK_VOTES for vote in spec.risk_votes):
+            raise UpdateRejectedError(f"A risk needs a vote of -{RISK_VOTES} to {RISK_VOTES} for each class.")
         return spec
 
 

@@ -13,15 +13,16 @@ import pytest
 
 from fedvit.monitoring.sketches import (
     Comparison,
+    _one_sided_threshold,
     clusters_of,
     compare,
     distance,
     merged,
     share_at_least,
 )
-from fedvit.wire.sketch import LABEL, Sketch, SketchSpec
+from fedvit.wire.sketch import LABEL, RISK, Sketch, SketchSpec
 
-SPEC = SketchSpec({"blur": tuple(range(7)), "brightness": tuple(range(7))}, 5)
+SPEC = SketchSpec({"blur": tuple(range(7)), "brightness": tuple(range(7))}, 5, (-4, -4, -1, 2, 4))
 CLIENTS = 24
 Shares = Mapping[str, npt.NDArray[np.float64]]
 
@@ -34,24 +35,33 @@ class World:
         self.deviation = deviation
         self.sizes = self.draw.integers(records // 2, 2 * records, CLIENTS)
         self.shares: list[Shares] = [
-            {name: self.draw.dirichlet(np.full(bins, 0.7)) for name, bins in SPEC.sizes.items()} for _ in self.sizes
+            {name: self.draw.dirichlet(np.full(bins, 0.7)) for name, bins in SPEC.sizes.items() if name != RISK}
+            for _ in self.sizes
         ]
 
-    def window(self, round_index: int, moved: Mapping[int, float] | None = None) -> dict[str, Sketch]:
-        """``moved``: by how much of its share each client's brightness has become that of its brightest bin."""
-        return {f"vehicle-{i:02d}": self._sketch(i, round_index, (moved or {}).get(i, 0.0)) for i in range(CLIENTS)}
+    def window(
+        self, round_index: int, moved: Mapping[int, float] | None = None, feature: str = "brightness", to: int = -1
+    ) -> dict[str, Sketch]:
+        """``moved``: by how much of its share each client's feature has become that of one bin."""
+        moves = moved or {}
+        return {
+            f"vehicle-{i:02d}": self._sketch(i, round_index, moves.get(i, 0.0), feature, to) for i in range(CLIENTS)
+        }
 
-    def compare(self, moved: Mapping[int, float] | None = None) -> Comparison:
-        found = compare(self.window(1), self.window(11, moved), SPEC)
+    def compare(
+        self, moved: Mapping[int, float] | None = None, feature: str = "brightness", to: int = -1
+    ) -> Comparison:
+        found = compare(self.window(1), self.window(11, moved, feature, to), SPEC)
         assert found is not None
         return found
 
-    def _sketch(self, i: int, round_index: int, moved: float) -> Sketch:
+    def _sketch(self, i: int, round_index: int, moved: float, feature: str, to: int) -> Sketch:
         parts = []
         for name, shares in self.shares[i].items():
-            bright = np.eye(len(shares))[-1]
-            mix = (1 - moved) * shares + moved * bright if name == "brightness" else shares
+            mix = (1 - moved) * shares + moved * np.eye(len(shares))[to] if name == feature else shares
             parts.append(self.draw.multinomial(self.sizes[i], mix))
+        labels = parts[list(self.shares[i]).index(LABEL)]
+        parts.append(np.array([SPEC.risk(dict(enumerate(labels.tolist())))]))
         noised = np.rint(np.concatenate(parts) + self.draw.normal(0, self.deviation, SPEC.cells))
         counts = tuple(int(count) for count in noised)
         place = (f"vehicle-{i:02d}", "run-0001", round_index, int(self.sizes[i]))
@@ -98,6 +108,63 @@ def test_a_shift_too_small_for_any_client_is_seen_in_the_fleet() -> None:
     assert found.drifting_clients == {}
     assert found.fleet["brightness"].drifts
     assert not found.fleet[LABEL].drifts
+
+
+def test_the_risk_has_the_spread_that_its_threshold_is_made_for() -> None:
+    found = [World(seed).compare().fleet[RISK].statistic for seed in range(150)]
+    # Half a squared normal each: mean 1/2, variance 5/4. The margin for what is not known of the labels makes it less.
+    assert 0.75 * CLIENTS / 2 < np.mean(found) < CLIENTS / 2 + 4 * (1.25 * CLIENTS / 150) ** 0.5
+    # One in a hundred of these, and of a single client's, by simulation.
+    draw = np.random.default_rng(0)
+    for count in (1, 24, 300):
+        drawn = (np.clip(draw.standard_normal((20_000, count)), 0, None) ** 2).sum(axis=1)
+        assert float(np.mean(drawn > _one_sided_threshold(0.01, count))) == pytest.approx(0.01, abs=0.003)
+
+
+def test_a_class_mix_that_costs_a_few_points_in_part_of_the_fleet_is_seen_by_the_risk_alone() -> None:
+    third = dict.fromkeys(range(CLIENTS // 3), 0.12)
+    found = [World(seed).compare(third, LABEL, to=4) for seed in range(20)]
+    assert sum(each.fleet[RISK].drifts for each in found) >= 18
+    assert not any(each.worst(LABEL).drifts for each in found)
+    seen = next(each.fleet[RISK] for each in found if each.fleet[RISK].drifts)
+    assert 0.005 <= seen.distance.ks < 0.08
+    # Better news is none.
+    assert not any(World(seed).compare(third, LABEL, to=0).worst(RISK).drifts for seed in range(20))
+
+
+def test_a_single_client_whose_records_are_all_hard_now_is_named() -> None:
+    found = World(2).compare({5: 0.9}, LABEL, to=4)
+    assert RISK in found.drifting_clients["vehicle-05"]
+    assert set(found.drifting_clients) == {"vehicle-05"}
+
+
+def test_a_rise_without_size_is_no_drift_however_sure_it_is() -> None:
+    found = World(0, records=4_000_000, deviation=1.0).compare(dict.fromkeys(range(CLIENTS), 0.003), LABEL, to=4)
+    assert found.fleet[RISK].statistic > 10 * found.fleet[RISK].threshold
+    assert not found.fleet[RISK].drifts
+
+
+def test_the_risk_is_compared_under_the_same_votes_and_everything_else_under_the_same_edges() -> None:
+    other = replace(SPEC, risk_votes=(4, 4, 4, -4, -4))
+    assert (other.basis, other.digest == SPEC.digest) == (SPEC.basis, False)
+    world = World(1)
+    old, new = world.window(1), world.window(11, dict.fromkeys(range(CLIENTS), 0.7))
+    earlier = {name: replace(sketch, spec_digest=other.digest) for name, sketch in old.items()}
+    assert compare(earlier, new, SPEC) is None
+    found = compare(earlier, new, SPEC, {other.digest})
+    assert found is not None
+    assert RISK not in found.fleet
+    assert found.fleet["brightness"].drifts
+    mixed = earlier | {f"vehicle-{i:02d}": old[f"vehicle-{i:02d}"] for i in range(4)}
+    some = compare(mixed, new, SPEC, {other.digest})
+    assert some is not None
+    assert (len(some.client_ids), some.fleet[RISK].client_ids) == (CLIENTS, tuple(sorted(old))[:4])
+    # A model of which nothing is known has no votes.
+    blank = replace(SPEC, risk_votes=())
+    nothing = [{n: replace(s, spec_digest=blank.digest) for n, s in window.items()} for window in (old, new)]
+    unknown = compare(*nothing, blank)
+    assert unknown is not None
+    assert RISK not in unknown.fleet
 
 
 def test_the_order_in_which_sketches_are_merged_changes_no_bit() -> None:
@@ -149,7 +216,7 @@ def test_clusters_are_of_clients_that_are_alike_and_the_same_every_time() -> Non
 
 
 def test_broken_records_count_once_noise_does_not_explain_them() -> None:
-    counts = [0] * (SPEC.cells - 3) + [500, 20, 480]
+    counts = [0] * (SPEC.cells - 4) + [500, 20, 480, 0]
     sketch = Sketch("vehicle", "run-0001", 1, 1000, SPEC.digest, 20.0, tuple(counts))
     assert share_at_least(sketch, SPEC, 1) == 0.0
     assert share_at_least(sketch, SPEC, 2) == pytest.approx(0.42)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from fedvit.data.sketch import (
     PROJECTIONS,
@@ -20,15 +23,20 @@ from fedvit.data.sketch import (
     spec_of,
     votes,
 )
+from fedvit.data.sources import open_source
 from fedvit.errors import DataError, UpdateRejectedError
 from fedvit.privacy.accountants import epsilon_pld
 from fedvit.privacy.events import Gaussian
+from fedvit.settings import load_settings
+from fedvit.training.sketcher import Sketcher
 from fedvit.types import ImageArray
 from fedvit.wire.sketch import (
     CELL_LIMIT,
     CLIENT_VOTES,
     MAX_CELLS,
     RECORDS,
+    RISK,
+    RISK_VOTES,
     SketchOrder,
     SketchSpec,
     checked_counts,
@@ -49,7 +57,8 @@ def holding(images: ImageArray, labels: list[int] | None = None, undecodable: in
     return Holding(images, filtered(images), np.array(told, dtype=np.int64))
 
 
-SPEC = spec_of(pictures(400, 99), filtered(pictures(400, 99)), CLASSES)
+HELD_OUT = pictures(400, 99)
+SPEC = replace(spec_of(HELD_OUT, filtered(HELD_OUT), CLASSES), risk_votes=(-RISK_VOTES, 1, RISK_VOTES))
 
 
 def order(noise_multiplier: float = 4.0, unit: str = "record", round_index: int = 1) -> SketchOrder:
@@ -58,10 +67,22 @@ def order(noise_multiplier: float = 4.0, unit: str = "record", round_index: int 
 
 def test_every_record_is_counted_once_in_each_histogram() -> None:
     counts = holding(pictures(30)).counts(SPEC)
-    parts = by_histogram(counts, SPEC)
+    parts = dict(by_histogram(counts, SPEC))
+    # Ten of each class.
+    assert int(parts.pop(RISK)[0]) == 10 * sum(SPEC.risk_votes)
     assert len(parts) == 4 + PROJECTIONS + 2
     assert {int(part.sum()) for part in parts.values()} == {30}
-    assert (counts >= 0).all()
+    assert all((part >= 0).all() for part in parts.values())
+
+
+def test_a_class_votes_for_the_risk_as_the_model_does_on_it() -> None:
+    confusion = [[10, 0, 0, 0], [0, 3, 1, 0], [0, 4, 0, 4], [0, 0, 0, 0]]
+    votes_of = SketchSpec({}, 4).with_risks(confusion).risk_votes
+    assert votes_of == (-RISK_VOTES, -2, RISK_VOTES, 0)
+    assert SketchSpec({}, 4, votes_of).risk({0: 5, 1: 1, 2: 2}) == -5 * RISK_VOTES - 2 + 2 * RISK_VOTES
+    # Another model's classes say nothing of these.
+    assert SketchSpec({}, 3, (1, 1, 1)).with_risks(confusion).risk_votes == ()
+    assert SketchSpec({}, 3).risk({0: 100}) == 0
 
 
 def test_duplicates_and_broken_records_are_told_apart_and_counted_once() -> None:
@@ -91,9 +112,12 @@ def test_one_record_more_moves_the_counts_by_the_sensitivity_at_most(kind: str, 
 
 def test_one_client_moves_the_counts_by_its_votes_however_much_it_holds() -> None:
     for count in (3, 64, 1000):
-        scaled = votes(holding(pictures(count)).counts(SPEC), SPEC)
-        assert max(int(part.sum()) for part in by_histogram(scaled, SPEC).values()) <= CLIENT_VOTES
-        assert float(np.linalg.norm(scaled)) <= SPEC.sensitivity("client") + 1e-12
+        for label in range(CLASSES):
+            scaled = votes(holding(pictures(count), [label] * count).counts(SPEC), SPEC)
+            parts = dict(by_histogram(scaled, SPEC))
+            assert abs(int(parts.pop(RISK)[0])) <= CLIENT_VOTES * RISK_VOTES
+            assert max(int(part.sum()) for part in parts.values()) <= CLIENT_VOTES
+            assert float(np.linalg.norm(scaled)) <= SPEC.sensitivity("client") + 1e-12
     assert SPEC.sensitivity("client") == CLIENT_VOTES * SPEC.sensitivity("record")
 
 
@@ -103,12 +127,24 @@ def test_the_noise_is_as_large_as_it_is_charged() -> None:
         np.array(sketched(order(round_index=i), "vehicle", counts, 50, SECRET).counts) - counts for i in range(1, 201)
     ]
     deviation = float(np.std(drawn))
-    assert order().deviation == 4.0 * math.sqrt(12)
+    assert order().deviation == 4.0 * math.sqrt(12 + RISK_VOTES**2)
     assert deviation == pytest.approx(order().deviation, rel=0.03)
     # Independent from count to count: nothing of it averages out within one sketch.
     correlated = np.corrcoef(np.array(drawn).T) - np.eye(len(counts))
     assert float(np.abs(correlated).max()) < 0.35
     assert epsilon_pld({Gaussian(8.0): 1}, 1e-5) < 0.55
+
+
+def test_a_record_is_measured_once_and_votes_by_what_the_model_errs_in_now(images: Path) -> None:
+    data = load_settings(environ={}, overrides={"data": {"source": "folder", "path": images, "image_size": 16}}).data
+    source, blind = open_source(data), SimpleNamespace(prefix=torch.nn.Identity())
+    few = Sketcher(blind, source, 16, lambda _: source.train[:30], SECRET)  # type: ignore[arg-type]
+    by_class = [sum(record.label == c for record in source.train[:30]) for c in (0, 1)]
+    for votes_of in ((4, -4), (-4, 4)):
+        spec = replace(SPEC, classes=2, risk_votes=votes_of)
+        counts = few.sketch(SketchOrder("run-0001", 1, 1e-9, "record", spec), "vehicle").counts
+        assert counts[-1] == by_class[0] * votes_of[0] + by_class[1] * votes_of[1] != 0
+        assert sum(counts[spec.slices[RECORDS]]) == 30
 
 
 def test_a_retry_repeats_the_sketch_and_nothing_else_does() -> None:
@@ -137,7 +173,7 @@ def test_nothing_of_an_image_or_an_embedding_can_be_read_from_a_payload() -> Non
     assert 4 * SPEC.cells <= largest < 64 * 64 * 3
     # A grid of numbers, or an embedding, among the counts would be a number that counts do not reach by records.
     clean = holding(images).counts(SPEC)
-    assert int(clean.max()) <= len(images)
+    assert int(np.abs(clean).max()) <= RISK_VOTES * len(images)
     # What the counts are made of is thrown away: other pictures of the same bins give the very same counts.
     turned = holding(images[:, ::-1])
     same_statistics = by_histogram(turned.counts(SPEC), SPEC)
@@ -166,10 +202,21 @@ def test_a_spec_survives_json_and_has_no_more_bins_than_may_be_sent() -> None:
     assert SketchSpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC
     assert SketchOrder.from_json(json.loads(json.dumps(order().to_json()))) == order()
     assert SketchSpec({}, 10_000).cells < MAX_CELLS
-    bad = [{}, {"edges": {"a": [2.0, 1.0]}, "classes": 3}, {"edges": {"a": [math.nan]}, "classes": 3}]
-    for found in [*bad, {"edges": {"a": list(range(MAX_CELLS))}, "classes": 3}, {"edges": {}, "classes": 0}]:
+    bad: list[dict[str, object]] = [{}, {"edges": {"a": [2.0, 1.0]}, "classes": 3}]
+    bad += [
+        {"edges": {"a": [math.nan]}, "classes": 3},
+        {"edges": {"a": list(range(MAX_CELLS))}, "classes": 3},
+        {"edges": {}, "classes": 0},
+    ]
+    for found in [{"risk_votes": [], **each} for each in bad]:
         with pytest.raises(UpdateRejectedError):
             SketchSpec.from_json(found)
+    for votes_of in ([], [RISK_VOTES, 0, -RISK_VOTES]):
+        SketchSpec.from_json({"edges": {}, "classes": 3, "risk_votes": votes_of})
+    # Whoever gave a class more weight than the noise is for would read more of it than is charged.
+    for votes_of in ([0, 0], [0, 0, RISK_VOTES + 1], [0, 0, -RISK_VOTES - 1], [0, 0, "x"]):
+        with pytest.raises(UpdateRejectedError):
+            SketchSpec.from_json({"edges": {}, "classes": 3, "risk_votes": votes_of})
     with pytest.raises(DataError):
         sketched(order(), "vehicle", np.zeros(3, dtype=np.int64), 1, SECRET)
 

@@ -157,7 +157,7 @@ def test_a_vehicle_sends_its_sketch_once_and_only_what_both_ledgers_hold(made: C
     spec = road.store.sketch_spec(sketch.spec_digest)
     assert spec is not None
     assert len(sketch.counts) == spec.cells
-    assert sketch.deviation == 8.0 * spec.sensitivity("record")
+    assert sketch.deviation == 5.25 * spec.sensitivity("record")
     with Store.open(road.home) as own:
         assert own.is_charged("run-0001", 1, TRUCK, asked[0].release_id)
     # Repeated, or brought for a round that asked for none, it changes nothing.
