@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedvit.aggregation.krum import Krum, scores, squared_distances
-from fedvit.aggregation.robust import Matrix, Vector
+from fedvit.aggregation.krum import Krum, scores
+from fedvit.aggregation.robust import Matrix, Vector, squared_distances
 
 
 class Bulyan(Krum):

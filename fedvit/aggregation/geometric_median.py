@@ -7,20 +7,22 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from fedvit.aggregation.robust import Matrix, RobustRule, Vector
-from fedvit.aggregation.rule import Options
+from fedvit.aggregation.robust import Matrix, MixingOptions, MixingRule, Vector
 from fedvit.config import TrainingConfig
 
 
-class WeiszfeldOptions(Options):
-    """``smoothing`` is nu; iterations end when a step is shorter than ``tolerance`` of the way made so far."""
+class WeiszfeldOptions(MixingOptions):
+    """``smoothing`` is nu; iterations end when a step is shorter than ``tolerance`` of the way made so far.
+
+    See :class:`MixingOptions` for ``mixing``.
+    """
 
     smoothing: Annotated[float, Field(gt=0, le=1)] = 1e-6
     max_iterations: Annotated[int, Field(ge=1, le=10_000)] = 100
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-6
 
 
-class GeometricMedian(RobustRule):
+class GeometricMedian(MixingRule):
     """``w <- w + eta v``, v being where the sum of distances to all updates is least::
 
         v <- sum_k b_k delta_k / sum_k b_k,   b_k = 1 / max(nu, ||v - delta_k||)

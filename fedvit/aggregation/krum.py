@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from fedvit.aggregation.robust import ByzantineOptions, Matrix, RobustRule, Vector
+from fedvit.aggregation.robust import ByzantineOptions, Matrix, RobustRule, Vector, squared_distances
 from fedvit.config import TrainingConfig
 from fedvit.errors import UpdateRejectedError
 
@@ -68,17 +68,6 @@ class MultiKrum(Krum):
             )
         order = np.argsort(scores(squared_distances(deltas), self._byzantine), kind="stable")
         return np.asarray(deltas[np.sort(order[:selected])].mean(axis=0), dtype=np.float64)
-
-
-def squared_distances(deltas: Matrix) -> Matrix:
-    """[n, n]: of each two rows; infinite on the diagonal, because nobody is his own neighbour."""
-    n = len(deltas)
-    found = np.full((n, n), np.inf)
-    for i in range(n):
-        # Row by row: all differences at once would take n times the memory of the updates.
-        for j in range(i + 1, n):
-            found[i, j] = found[j, i] = float(np.square(deltas[i] - deltas[j]).sum())
-    return found
 
 
 def scores(distances: Matrix, byzantine: int) -> Vector:

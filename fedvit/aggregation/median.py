@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedvit.aggregation.robust import Matrix, RobustRule, Vector
+from fedvit.aggregation.robust import Matrix, MixingRule, Vector
 
 
-class Median(RobustRule):
+class Median(MixingRule):
     """``w <- w + eta * median_k(delta_k)``, coordinate by coordinate; of an even number, the mean of the middle two."""
 
     name = "median"

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from fedvit.aggregation.rule import NO_FACTS, Array, Fold, Options, RoundFacts, Rule, State, moved, singles, too_few
+from fedvit.config import TrainingConfig
 from fedvit.types import PartialUpdate, Weights
 
 Vector: TypeAlias = npt.NDArray[np.float64]
@@ -21,6 +22,17 @@ class ByzantineOptions(Options):
     """``num_byzantine`` is f, how many clients of a round may send anything at all."""
 
     num_byzantine: Annotated[int, Field(ge=0)] = 1
+
+
+class MixingOptions(Options):
+    """``mixing`` is f: each update becomes the mean of the n - f nearest to it before the rule looks at them; left out,
+    the rule sees updates as they are.
+
+    Nearest-neighbour mixing, Allouah et al. 2023, arXiv:2302.01772. It keeps a rule that looks at every coordinate by
+    itself from paying for how unlike honest clients are. n >= 2f + 1.
+    """
+
+    mixing: Annotated[int, Field(ge=0)] | None = None
 
 
 class RobustRule(Rule):
@@ -37,12 +49,62 @@ class RobustRule(Rule):
         deltas = singles(updates)
         if len(deltas) < self.least_updates:
             raise too_few(self.what(), len(deltas), self.least_updates)
-        centre = self.centre(stacked(deltas))
+        centre = self.centre(self.prepared(stacked(deltas)))
         return Fold(moved(base, unstacked(centre, base), self.server_learning_rate), {})
+
+    def prepared(self, deltas: Matrix) -> Matrix:
+        """What the centre is taken of: the updates [n, d] themselves, unless a rule says otherwise."""
+        return deltas
 
     @abstractmethod
     def centre(self, deltas: Matrix) -> Vector:
         """What stands for the updates [n, d], float64, one a row: [d]."""
+
+
+class MixingRule(RobustRule):
+    """A robust rule that may mix updates with their neighbours first; see :class:`MixingOptions`."""
+
+    options_type = MixingOptions
+
+    def __init__(self, options: MixingOptions, training: TrainingConfig) -> None:
+        super().__init__(options, training)
+        self._mixing = options.mixing
+
+    @property
+    def least_updates(self) -> int:
+        """2f + 1 where updates are mixed."""
+        return 1 if self._mixing is None else 2 * self._mixing + 1
+
+    def what(self) -> str:
+        """With f where updates are mixed."""
+        return self.name if self._mixing is None else f"{self.name} with mixing {self._mixing}"
+
+    def prepared(self, deltas: Matrix) -> Matrix:
+        """Mixed, where the options say so."""
+        return deltas if self._mixing is None else mixed(deltas, self._mixing)
+
+
+def squared_distances(deltas: Matrix) -> Matrix:
+    """[n, n]: of each two rows; infinite on the diagonal, because nobody is his own neighbour."""
+    n = len(deltas)
+    found = np.full((n, n), np.inf)
+    for i in range(n):
+        # Row by row: all differences at once would take n times the memory of the updates.
+        for j in range(i + 1, n):
+            found[i, j] = found[j, i] = float(np.square(deltas[i] - deltas[j]).sum())
+    return found
+
+
+def mixed(deltas: Matrix, byzantine: int) -> Matrix:
+    """Each update [n, d] as the mean of the n - f nearest to it, itself among them (Allouah et al. 2023).
+
+    Equal distances go to the first in the order of the clients.
+    """
+    distances = squared_distances(deltas)
+    np.fill_diagonal(distances, -1.0)
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, : len(deltas) - byzantine]
+    # In the order of the clients, so that a set of neighbours has one mean.
+    return np.stack([deltas[np.sort(near)].mean(axis=0) for near in nearest])
 
 
 def stacked(deltas: Sequence[Mapping[str, Array]]) -> Matrix:

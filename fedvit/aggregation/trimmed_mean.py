@@ -8,18 +8,17 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from fedvit.aggregation.robust import Matrix, RobustRule, Vector
-from fedvit.aggregation.rule import Options
+from fedvit.aggregation.robust import Matrix, MixingOptions, MixingRule, Vector
 from fedvit.config import TrainingConfig
 
 
-class TrimOptions(Options):
-    """``trim_fraction`` of the clients is left out at either end of every coordinate."""
+class TrimOptions(MixingOptions):
+    """``trim_fraction`` of the clients is left out at either end of every coordinate; see :class:`MixingOptions`."""
 
     trim_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
 
 
-class TrimmedMean(RobustRule):
+class TrimmedMean(MixingRule):
     """``w <- w + eta * mean of the values between``: of n in a coordinate, floor(trim_fraction n) at either end go."""
 
     name = "trimmed_mean"

@@ -32,6 +32,8 @@ RULES: dict[str, dict[str, Any]] = {
     "multi_krum": {"num_byzantine": LIARS},
     "trimmed_mean": {"trim_fraction": LIARS / CLIENTS},
     "geometric_median": {},
+    "trimmed_mean, mixed": {"trim_fraction": LIARS / CLIENTS, "mixing": LIARS},
+    "geometric_median, mixed": {"mixing": LIARS},
 }
 PICTURE = "![Test accuracy of rules by attack](pictures/robust_gtsrb.svg)\n\n"
 BY_TRACK_TOLD = (
@@ -73,7 +75,7 @@ def _plans(scheme: str, attacks: tuple[str, ...]) -> Iterator[Plan]:
     for rule, options in RULES.items():
         for attack in attacks:
             kinds = ATTACKS[attack]
-            training = {"rounds": ROUNDS, "aggregation": rule, "aggregation_options": options}
+            training = {"rounds": ROUNDS, "aggregation": rule.split(",")[0], "aggregation_options": options}
             faults = [{"share": LIARS / CLIENTS, "kinds": kinds, "factor": 10}] if kinds else []
             data = {"partition": {"scheme": scheme}}
             yield f"{rule}, {attack}", example("faulty", data=data, training=training, simulation={"faults": faults})
@@ -95,8 +97,8 @@ def _what() -> str:
         f"Test accuracy on GTSRB (reduced, 32 pixels) after {ROUNDS} rounds of {CLIENTS} vehicles, {LIARS} of which "
         "flip the sign of their update, scale it by 10, or both. A small ViT on frozen EfficientNet-Lite0 features, 10 "
         "local steps of plain SGD a round, one learning rate for all rules, one seed; not private; the coordinator, "
-        "rules and door of a real run. A run whose weights are no numbers any more ends, and is shown as it was last "
-        "seen."
+        "rules and door of a real run. Mixed: every update is first averaged with those nearest to it. A run whose "
+        "weights are no numbers any more ends, and is shown as it was last seen."
     )
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from fedvit.aggregation.registry import SHIPPED, create_rule
+from fedvit.aggregation.robust import mixed
 from fedvit.aggregation.rule import Fold, RoundFacts, Rule
 from fedvit.aggregation.staleness import discounted, staleness_weight
 from fedvit.config import StalenessConfig, TrainingConfig
@@ -244,6 +245,31 @@ def test_the_geometric_median_is_where_distances_are_least() -> None:
     towards = CLOUD - found
     pull = (towards / np.linalg.norm(towards, axis=1)[:, None]).sum(0)
     assert np.linalg.norm(pull) < 1e-3
+
+
+def test_mixing_replaces_every_update_by_the_mean_of_its_neighbours_by_hand() -> None:
+    deltas = [[0.0], [1.0], [2.0], [10.0], [100.0]]
+    # With f = 2, each becomes the mean of the three nearest: 1, 1, 1, (1 + 2 + 10) / 3 and (2 + 10 + 100) / 3.
+    assert mixed(np.array(deltas), 2).ravel().tolist() == pytest.approx([1, 1, 1, 13 / 3, 112 / 3])
+    assert centre("median", {"mixing": 2}, deltas).tolist() == [1.0]
+    trimmed = centre("trimmed_mean", {"trim_fraction": 0.2, "mixing": 2}, deltas)
+    assert trimmed.tolist() == pytest.approx([(1 + 1 + 13 / 3) / 3])
+    # Of two that are as near, the first counts; nobody is left out where f is 0.
+    assert mixed(np.array([[0.0], [1.0], [2.0]]), 1).ravel().tolist() == [0.5, 0.5, 1.5]
+    assert mixed(CLOUD, 0) == pytest.approx(np.tile(CLOUD.mean(axis=0), (15, 1)))
+    with pytest.raises(UpdateRejectedError, match="median with mixing 3 needs 7 updates, and has 5"):
+        centre("median", {"mixing": 3}, deltas)
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean", "geometric_median"])
+def test_mixing_costs_less_than_looking_at_unlike_clients_one_by_one(name: str) -> None:
+    """Honest clients that differ in a few coordinates each, and a fifth that sends ten times the opposite."""
+    draw = np.random.default_rng(3)
+    honest = np.where(draw.random((24, 200)) < 0.2, draw.normal(2.0, 1.0, (24, 200)), 0.0)
+    lies = -10 * np.where(draw.random((6, 200)) < 0.2, draw.normal(2.0, 1.0, (6, 200)), 0.0)
+    deltas, truth = np.concatenate([honest, lies]), honest.mean(axis=0)
+    plain, mixing = (float(np.linalg.norm(centre(name, o, deltas) - truth)) for o in ({}, {"mixing": 6}))
+    assert mixing < 0.5 * plain
 
 
 def test_norm_bounding_clips_and_its_bound_follows_the_quantile_by_hand() -> None:
