@@ -12,8 +12,8 @@ be wrong: :data:`FALSE_ALARMS` a window, shared out evenly (Bonferroni) over the
 single clients, and features. A shift of no practical size is no drift however sure it is: the stability index of what
 moved must reach :data:`LEAST_INDEX`.
 
-Half of those false alarms are for the risk: how many of its records the model is expected to get wrong, by their
-classes. It is one number a client, so that little noise is in it, and only its rise is of interest: with ``z`` a
+Three quarters of those false alarms are for the risk: how many of its records the model is expected to get wrong, by
+their classes. It is one number a client, so that little noise is in it, and only its rise is of interest: with ``z`` a
 client's rise in standard deviations, the sum of ``max(z, 0)^2`` over the fleet sees what comes to a part of it. Of N
 clients that stay as they are it is a chi-bar-squared: a mixture of chi-squareds of k degrees of freedom by the chance
 that k of N signs are positive (Kudo 1963, Biometrika 50(3/4)).
