@@ -106,7 +106,9 @@ def bars_chart(accuracies: Mapping[str, Mapping[str, float]], *, reference: floa
                 )
         if reference is not None:
             axes.axhline(reference, color=GREY, linestyle="--", linewidth=1.2, gid="series-reference")
-        axes.set_xticks(range(len(accuracies)), list(accuracies))
+        # Names of many rows side by side need lines of their own.
+        names = [name.replace(", ", ",\n").replace("_", "_\n") for name in accuracies]
+        axes.set_xticks(range(len(accuracies)), names, fontsize=9)
         axes.set_ylim(0, 1)
         axes.set_ylabel("Test accuracy")
         axes.grid(visible=False, axis="x")
