@@ -21,21 +21,20 @@ from fedvit.vit.layers import Normalise
 from fedvit.vit.vision import VisionModel
 from tests.benchmarks.dp_variants import CLASSES, CLIP, LEARNING_RATE, SIGMA, Size
 
-SIZE = Size()
 _SECRET, _RELEASE = bytes(32), "benchmark"
 Step = Callable[[], None]
 
 
-def ordinary(ranks: Ranks) -> Step:
+def ordinary(ranks: Ranks, size: Size) -> Step:
     """The non-private twin as one would write it: DistributedDataParallel, which sums while it differentiates."""
-    model, (images, labels) = SIZE.model("all"), SIZE.data()
+    model, (images, labels) = size.model("all"), size.data()
     body = DistributedDataParallel(model.body) if ranks.count > 1 else model.body
     optimizer = torch.optim.SGD(body.parameters(), lr=LEARNING_RATE)
-    own = ranks.own(torch.arange(SIZE.batch))
+    own = ranks.own(torch.arange(size.batch))
 
     def step() -> None:
         # In the same physical batches, with one all-reduce a step.
-        parts = own.split(SIZE.physical_batch)
+        parts = own.split(size.physical_batch)
         for position, part in enumerate(parts, start=1):
             if ranks.count > 1:
                 body.require_backward_grad_sync = position == len(parts)  # type: ignore[assignment]
@@ -47,24 +46,24 @@ def ordinary(ranks: Ranks) -> Step:
     return step
 
 
-def private(ranks: Ranks) -> Step:
+def private(ranks: Ranks, size: Size) -> Step:
     """A step of ``fedvit finetune``."""
-    body, (images, labels) = SIZE.model("all").body, SIZE.data()
-    model = VisionModel(Normalise([0.5] * 3, [0.5] * 3), body, SIZE.image, CLASSES)
-    trainer = RankedTrainer(model, ranks, physical_batch_size=SIZE.physical_batch)
+    body, (images, labels) = size.model("all").body, size.data()
+    model = VisionModel(Normalise([0.5] * 3, [0.5] * 3), body, size.image, CLASSES)
+    trainer = RankedTrainer(model, ranks, physical_batch_size=size.physical_batch)
     task = TrainTask("benchmark", 0, "", "", SIGMA, 1.0, CLIP, 1, LEARNING_RATE)
-    optimizer = trainer.optimizer(task, SIZE.batch, _SECRET, _RELEASE)
-    drawn = torch.arange(SIZE.batch)
+    optimizer = trainer.optimizer(task, size.batch, _SECRET, _RELEASE)
+    drawn = torch.arange(size.batch)
     return lambda: trainer.step(optimizer, images, labels, drawn)
 
 
-def main(index: int, count: int, port: int, turns: int) -> None:
+def main(index: int, count: int, port: int, turns: int, batch: int) -> None:
     """Print the seconds of each step, by kind; on rank 0."""
     torch.set_num_threads(1)
     if count > 1:
         distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=index, world_size=count)
-    ranks = Ranks.here()
-    steps = {"ordinary": ordinary(ranks), "private": private(ranks)}
+    ranks, size = Ranks.here(), Size(batch=batch)
+    steps = {"ordinary": ordinary(ranks, size), "private": private(ranks, size)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + 1):
         # There and back, so that neither always follows the other.
