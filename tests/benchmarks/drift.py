@@ -175,9 +175,11 @@ class Fleet:
         self._sizes = {f"vehicle-{i:02d}": len(pool.labels) for i, pool in enumerate(self.pools)}
         self.order = SketchOrder("run-0001", 1, settings.sketches.noise_multiplier, "record", signs.spec)
 
-    def compared(self, moved: Sequence[Pool] = (), weights: Floats | None = None) -> Comparison:
+    def compared(
+        self, moved: Sequence[Pool] = (), weights: Floats | None = None, reference_windows: int = REFERENCE
+    ) -> Comparison:
         """A window against its reference; the first clients draw from ``moved``, or by class ``weights``."""
-        reference = self._window(1, self.pools, None, REFERENCE)
+        reference = self._window(1, self.pools, None, reference_windows)
         found = compare(reference, self._window(11, [*moved, *self.pools[len(moved) :]], weights), self.spec)
         assert found is not None
         return found
@@ -211,6 +213,7 @@ class Curve:
     powers: list[float]
     severity: float
     power: float
+    with_short_reference: float
     named: float
     others: float
 
@@ -240,9 +243,9 @@ def _image_curve(signs: Signs, fleet: Fleet, clean: Floats, change: Callable[[Im
     accuracies = [accuracy(signs, recalls(signs, change(signs.test, severity))) for severity in SEVERITIES]
     severity = _severity_at(before, accuracies)
 
-    def windows(at: float) -> list[Comparison]:
+    def windows(at: float, reference_windows: int = REFERENCE) -> list[Comparison]:
         moved = [signs.pool(client, lambda images: change(images, at)) for client in range(DRIFTING)]
-        return [fleet.compared(moved) for _ in range(WINDOWS)]
+        return [fleet.compared(moved, None, reference_windows) for _ in range(WINDOWS)]
 
     return _curve(accuracies, severity, windows)
 
@@ -257,21 +260,22 @@ def _mix_curve(signs: Signs, fleet: Fleet, clean: Floats) -> Curve:
     # Nothing need be measured for it, so it is exact: between 0 and the lowest severity the curve is far from straight.
     severity = float(brentq(lambda severity: at(severity) - at(0.0) + DROP, 0.0, 1.0))
 
-    def windows(at: float) -> list[Comparison]:
+    def windows(at: float, reference_windows: int = REFERENCE) -> list[Comparison]:
         weights = tilted(clean, strongest * at)
-        return [fleet.compared(weights=weights) for _ in range(WINDOWS)]
+        return [fleet.compared((), weights, reference_windows) for _ in range(WINDOWS)]
 
     return _curve(accuracies, severity, windows)
 
 
-def _curve(accuracies: list[float], severity: float, windows: Callable[[float], list[Comparison]]) -> Curve:
+def _curve(accuracies: list[float], severity: float, windows: Callable[..., list[Comparison]]) -> Curve:
     powers = [float(np.mean([found.drifting for found in windows(at)])) for at in SEVERITIES]
     there = [found for _ in range(5) for found in windows(severity)]
     moved = {f"vehicle-{i:02d}" for i in range(DRIFTING)}
     named = [len(found.drifting_clients.keys() & moved) / DRIFTING for found in there]
     others = [len(found.drifting_clients.keys() - moved) for found in there]
     power = float(np.mean([found.drifting for found in there]))
-    return Curve(accuracies, powers, severity, power, float(np.mean(named)), float(np.mean(others)))
+    short = float(np.mean([found.drifting for _ in range(2) for found in windows(severity, 1)]))
+    return Curve(accuracies, powers, severity, power, short, float(np.mean(named)), float(np.mean(others)))
 
 
 def _severity_at(before: float, accuracies: Sequence[float]) -> float:
@@ -314,6 +318,7 @@ def _write(curves: Mapping[str, Curve], before: float, alarms: Sequence[Comparis
         kind: {
             "severity at -5 points": round(curve.severity, 3),
             "power there": round(curve.power, 3),
+            "with a reference of one window": round(curve.with_short_reference, 3),
             "shifted clients named": round(curve.named, 2),
             "others named, of 21": round(curve.others, 3),
         }

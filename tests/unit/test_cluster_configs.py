@@ -139,7 +139,8 @@ def test_the_operators_refuse_a_word_that_they_do_not_know_and_a_value_of_anothe
     for step in way:
         place = place[int(step) if isinstance(place, list) else step]
     place[last] = value
-    with pytest.raises(ValidationError, match=f"{last}|template"):
+    # Kubernetes judges a template as a whole.
+    with pytest.raises(ValidationError, match="template" if "template" in way else last):
         RESOURCE.validate_python(resource)
 
 
