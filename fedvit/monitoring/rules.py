@@ -1,7 +1,8 @@
 """The alert rules as data: with every time divided by one factor for drills, and as a table for the documents.
 
-What is waited for (``for``) and what is looked back on (ranges and offsets) shrink together, so that a drill shows the
-same rules in less time. Thresholds stay, counts among them: so many in a shorter time is more often.
+What is waited for (``for``, ``keep_firing_for``) and what is looked back on (ranges and offsets) shrink together, so
+that a drill shows the same rules in less time. Thresholds stay, counts among them: so many in a shorter time is more
+often.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ SCRAPE_INTERVAL_S = 5.0
 LEAST_SCRAPE_INTERVAL_S = 3.0
 # rate() needs two samples, and one scrape may fail.
 SAMPLES_A_RANGE = 4
+LEAST_KEPT_S = 15
+"""More than Alertmanager's ``group_interval``: a webhook that is back is tried again before the alert ends."""
 _UNITS_S = {"h": 3600, "m": 60, "s": 1}
 _RANGE = re.compile(r"(?<=\[)\d+[smh](?=\])")
 _OFFSET = re.compile(r"(?<=\boffset )\d+[smh]\b")
@@ -110,7 +113,8 @@ def _shortened(rule: dict[str, Any], factor: float) -> dict[str, Any]:
 
     expr = _RANGE.sub(lambda found: shorter(found[0], SAMPLES_A_RANGE * interval_s), rule["expr"])
     expr = _OFFSET.sub(lambda found: shorter(found[0], interval_s), expr)
-    waits = {"for": shorter(rule["for"], interval_s)} if "for" in rule else {}
+    least_s = {"for": interval_s, "keep_firing_for": LEAST_KEPT_S}
+    waits = {name: shorter(rule[name], least) for name, least in least_s.items() if name in rule}
     return {**rule, "expr": expr, **waits}
 
 

@@ -98,11 +98,12 @@ def test_a_factor_divides_what_is_waited_for_and_looked_back_on_and_nothing_else
     long, short = flat(GROUPS), flat(rules.shortened(GROUPS, 12))
     assert short["HighTrainingLoss"]["for"] == "75s"
     assert short["ServiceDown"]["for"] == "5s"
+    assert short["ServiceDown"]["keep_firing_for"] == "15s"
     assert "[25s]" in short["EdgeHighInferenceLatency"]["expr"]
     assert "[150s] offset 150s" in short["ModelConvergenceStalled"]["expr"]
     assert "[30m]" in short["InferenceAvailabilitySlowBurn"]["expr"]
     for name, rule in long.items():
-        same = {key: value for key, value in rule.items() if key not in ("for", "expr")}
+        same = {key: value for key, value in rule.items() if key not in ("for", "keep_firing_for", "expr")}
         assert same.items() <= short[name].items()
         time = r"(\[|offset )\d+\w+"
         assert re.sub(time, "", rule["expr"]) == re.sub(time, "", short[name]["expr"])
@@ -116,6 +117,12 @@ def test_no_factor_shortens_more_than_scrapes_allow() -> None:
         assert len(ranges) == len(re.findall(r"\[", rule["expr"])), name
         assert all(int(seconds) == rules.SAMPLES_A_RANGE * interval_s for seconds in ranges)
         assert rule.get("for", f"{interval_s:g}s") == f"{interval_s:g}s"
+
+
+def test_what_the_incident_logs_own_server_tells_outlasts_a_try_of_its_webhook() -> None:
+    route = yaml.safe_load((ROOT / "cluster_configs/monitoring/alertmanager.yml").read_text())["route"]
+    short = flat(rules.shortened(GROUPS, 1_000_000))["ServiceDown"]["keep_firing_for"]
+    assert int(short.removesuffix("s")) > int(route["group_interval"].removesuffix("s"))
 
 
 def test_one_changes_nothing_and_less_is_refused() -> None:
