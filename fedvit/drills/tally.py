@@ -66,9 +66,10 @@ def tally(store: Store, settings: Settings, since: Mark) -> Tally:
     store.verify_ledger()
     charges = [entry.charge for entry in store.ledger(after=since.ledger_sequence)]
     asked = [charge for charge in charges if not _is_sketch(charge)]
+    # Before the committed ones: a round that is committed in between must be one or the other.
+    going_on = _going_on(store)
     committed = _committed(store)
     known = {(run_id, index) for run_id, index, _ in committed}
-    going_on = _going_on(store)
     settled = [charge for charge in asked if _place(charge) not in going_on]
     taken = _taken(store, {charge.run_id for charge in asked})
     counted = [charge for charge in settled if taken.get((*_place(charge), charge.unit_id))]

@@ -17,6 +17,7 @@ from fedvit.drills.drill import Stage, fault_in
 from fedvit.drills.tally import Mark, Tally, mark, match, tally
 from fedvit.privacy.accountant import epsilon_of
 from fedvit.testing.doubles import FakeFleet
+from fedvit.types import RoundRecord
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
 NOTHING = Tally(
@@ -112,6 +113,24 @@ def test_a_round_that_was_charged_and_will_never_be_is_lost_and_one_under_way_is
     alter(system, "UPDATE runs SET status = 'running'")
     found = tally(system.store, system.settings, before)
     assert found == replace(NOTHING, rounds_committed=3, updates=15)
+
+
+def test_a_round_that_is_committed_while_it_is_counted_is_not_lost(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = mark(system.store)
+    system.trained()
+    alter(system, "UPDATE rounds SET committed_at = NULL WHERE round_index = 4")
+    alter(system, "UPDATE runs SET status = 'running'")
+    read = system.store.rounds
+
+    def committed_meanwhile(run_id: str) -> list[RoundRecord]:
+        found = read(run_id)
+        alter(system, "UPDATE rounds SET committed_at = '2026-01-01 00:00:00' WHERE round_index = 4")
+        return found
+
+    monkeypatch.setattr(system.store, "rounds", committed_meanwhile)
+    assert tally(system.store, system.settings, before).rounds_lost == 0
 
 
 @pytest.mark.parametrize(
