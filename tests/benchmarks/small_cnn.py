@@ -70,4 +70,4 @@ class SmallCnn:
             with torch.no_grad():
                 for parameter in self.model.parameters():
                     if parameter.grad is not None:
-                        parameter.sub_(LEARNING_RATE * parameter.grad)
+                        parameter.add_(parameter.grad, alpha=-LEARNING_RATE)

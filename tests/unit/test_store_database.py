@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
@@ -12,6 +14,7 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect
 
 from fedvit.errors import ConflictError, StateError
@@ -44,6 +47,24 @@ def refused(home: Path) -> StateError:
     assert (home / "state.db").read_bytes() == before
     assert caught.value.cure is not None
     return caught.value
+
+
+def test_a_migration_is_in_a_file_that_begins_with_its_revision_and_the_last_name_is_the_newest() -> None:
+    """A state of the newest schema is opened without Alembic, by these names."""
+    scripts = ScriptDirectory.from_config(database.migration_config())
+    named = {script.revision: Path(script.path).name.partition("_")[0] for script in scripts.walk_revisions()}
+    assert named == {revision: revision for revision in named}
+    assert scripts.get_current_head() == max(named)
+
+
+def test_a_state_of_the_newest_schema_is_opened_without_alembic(tmp_path: Path) -> None:
+    home = filled(tmp_path).parent
+    script = (
+        "import sys; from pathlib import Path; from fedvit.store.store import Store\n"
+        "with Store.open(Path(sys.argv[1])) as store: print(store.population(), 'alembic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(home)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["500", "False"]
 
 
 def test_a_new_folder_is_created_with_its_parents_and_is_empty(tmp_path: Path) -> None:
