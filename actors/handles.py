@@ -31,6 +31,8 @@ from fedvit.wire.sketch import Sketch, SketchOrder
 
 CALL_TIMEOUT_S = 60.0
 LOOK_S = 1.0
+INLINE_BYTES = 50_000
+"""Weights up to this size travel with the call: Ray copies arguments below 100 kB, and spares the object store."""
 
 # A proxy answers in this concurrency group whatever its other thread does.
 PING = "ping"
@@ -231,6 +233,8 @@ class RayFleet:
         """Hand the task out and yield the answers as they arrive, those to earlier tasks among them."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         self._hand_out(task, weights, cohort)
+        # What the caller has to prepare, it can do while clients train.
+        yield None
         heard_s = time.monotonic()
         while self._handed:
             patience_s = heard_s + timeout_s - time.monotonic()
@@ -274,12 +278,14 @@ class RayFleet:
         return [sketch for reference in done if _went_well(reference) for sketch in fetch(reference)]
 
     def _hand_out(self, task: TrainTask, weights: Weights, cohort: Cohort) -> None:
-        weights_ref = ray.put(dict(weights))
+        handed_weights: Any = dict(weights)
+        if sum(array.nbytes for array in weights.values()) > INLINE_BYTES:
+            handed_weights = ray.put(handed_weights)
         load = Counter[int]()
         for handed in self._handed.values():
             load[handed.proxy] += len(handed.client_ids)
         for index, client_ids in self._homes.assign(cohort.client_ids, load).items():
-            reference = self._proxies[index].train.remote(task, weights_ref, client_ids)
+            reference = self._proxies[index].train.remote(task, handed_weights, client_ids)
             self._handed[reference] = _Handed(index, task, tuple(client_ids))
 
     def _answer(self, reference: Any) -> PartialUpdate:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from fedvit.aggregation.door import Door
 from fedvit.config import Settings
@@ -68,11 +69,13 @@ class Collector:
         # After a failed attempt at this very round some of the cohort may be at it still.
         fresh = replace(order.cohort, client_ids=tuple(c for c in order.cohort.client_ids if c not in in_flight))
         taking_part = len(fresh.client_ids) + len(in_flight)
-        answering = [*fresh.client_ids, *in_flight]
-        keeper, answers = self._keeper(task, base, answering), list(self._waiting)
-        keeper.expect(answers)
         deadline_s, ended = self._deadline_s(), f"no answer in {timeout_s:g} s"
-        for message in self._fleet.train(task, handed, fresh, timeout_s=timeout_s):
+        messages = self._fleet.train(task, handed, fresh, timeout_s=timeout_s)
+        # The task is handed out by the first step, so that clients train while the door is made ready.
+        first = next(messages, None)
+        keeper, answers = self._keeper(task, base, [*fresh.client_ids, *in_flight]), list(self._waiting)
+        keeper.expect(answers)
+        for message in chain((first,), messages):
             answers += keeper.admit(message) if message else []
             if self._suffice(answers, order, task, taking_part):
                 ended = "the round has as many updates as it wants"

@@ -36,7 +36,8 @@ class Doorkeeper:
     _asked: dict[int, tuple[set[str], set[str]]] = field(default_factory=dict)
 
     def expect(self, admitted: Iterable[PartialUpdate]) -> None:
-        """These have passed in an earlier round and are in this one's buffer."""
+        """Read who was asked; and these have passed in an earlier round and are in this one's buffer."""
+        self._awaited(self.round_index)
         self._seen.update(outcome.client_id for answer in admitted for outcome in answer.outcomes)
 
     def admit(self, message: PartialUpdate) -> list[PartialUpdate]:
@@ -74,12 +75,15 @@ class Doorkeeper:
     def _stranger(self, client_id: str, started: int) -> str | None:
         if started > self.round_index:
             return f"it answers round {started}, which has not begun"
-        if started not in self._asked:
-            self._asked[started] = self.store.awaited(self.run_id, started, self.round_index)
-        awaited, answered = self._asked[started]
+        awaited, answered = self._awaited(started)
         if client_id in self._seen or client_id in answered:
             return f"it has answered already; its answer to round {started} changes nothing"
         return None if client_id in awaited else f"it was not asked in round {started}"
+
+    def _awaited(self, started: int) -> tuple[set[str], set[str]]:
+        if started not in self._asked:
+            self._asked[started] = self.store.awaited(self.run_id, started, self.round_index)
+        return self._asked[started]
 
 
 def _refused(answer: PartialUpdate, reason: str, guilty: bool) -> PartialUpdate:
