@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from typing import Any, TypeVar
@@ -13,17 +13,14 @@ from sqlalchemy.orm import Session
 
 from fedvit.errors import NotFoundError, StateError
 from fedvit.store.records import ClientPage, FleetInfo, Validation
-from fedvit.store.tables import ClientRow, MetaRow
+from fedvit.store.tables import ClientRow, MetaRow, among
 from fedvit.types import Client, ClientKind, Sighting
 
 FLEET_KEY = "fleet"
 # Behind it the client's id: a fleet of ten thousand must not rewrite one long value for each verdict.
 _VALIDATION_KEY = "validation/"
-# Older SQLite builds admit 999 bound parameters a statement.
-_CHUNK = 500
 # Rows of a registration that are in memory at once.
 _BULK = 10_000
-_Item = TypeVar("_Item")
 _Query = TypeVar("_Query", bound=Select[Any])
 
 
@@ -96,13 +93,8 @@ def eligible_at(
     session: Session, positions: Sequence[int], validated_only: bool, heard_since: datetime | None
 ) -> dict[int, str]:
     """Those of the clients at these positions that may be drawn, by position."""
-    columns = select(ClientRow.position, ClientRow.client_id)
-    found: dict[int, str] = {}
-    for chunk in _chunks(positions):
-        query = columns.where(ClientRow.position.in_(chunk), *_eligibility(validated_only, heard_since))
-        # Not dict(rows): SQLAlchemy's rows are slow to be told apart from mappings.
-        found.update((position, client_id) for position, client_id in session.execute(query))
-    return found
+    query = select(ClientRow.position, ClientRow.client_id).where(among(ClientRow.position, positions))
+    return dict(session.execute(query.where(*_eligibility(validated_only, heard_since))).tuples().all())
 
 
 def count_eligible(session: Session, validated_only: bool, heard_since: datetime | None, at_most: int | None) -> int:
@@ -120,12 +112,8 @@ def count_units(session: Session) -> tuple[int, int]:
 
 def num_examples(session: Session, client_ids: Sequence[str]) -> dict[str, int]:
     """How many examples these clients are registered with; unknown ones are left out."""
-    columns = select(ClientRow.client_id, ClientRow.num_examples)
-    return {
-        client_id: count
-        for chunk in _chunks(client_ids)
-        for client_id, count in session.execute(columns.where(ClientRow.client_id.in_(chunk)))
-    }
+    query = select(ClientRow.client_id, ClientRow.num_examples).where(among(ClientRow.client_id, client_ids))
+    return dict(session.execute(query).tuples().all())
 
 
 def _eligibility(validated_only: bool, heard_since: datetime | None) -> list[ColumnElement[bool]]:
@@ -158,8 +146,8 @@ def clients(
 def remote_clients(session: Session, client_ids: Sequence[str]) -> list[Client]:
     """Those of these clients that are active and not virtual, ordered by id."""
     remote = select(ClientRow).where(ClientRow.active, ClientRow.kind != ClientKind.VIRTUAL.value)
-    rows = (row for ids in _chunks(client_ids) for row in session.scalars(remote.where(ClientRow.client_id.in_(ids))))
-    return sorted((_to_client(row) for row in rows), key=lambda client: client.client_id)
+    rows = session.scalars(remote.where(among(ClientRow.client_id, client_ids)).order_by(ClientRow.client_id))
+    return [_to_client(row) for row in rows]
 
 
 def count_clients(
@@ -240,7 +228,7 @@ def validate_client(session: Session, client_id: str, verdict: Validation) -> Cl
 def validations(session: Session, client_ids: Sequence[str]) -> dict[str, Validation]:
     """What operators last decided on these clients."""
     keys = [_VALIDATION_KEY + client_id for client_id in client_ids]
-    rows = [row for chunk in _chunks(keys) for row in session.scalars(select(MetaRow).where(MetaRow.key.in_(chunk)))]
+    rows = session.scalars(select(MetaRow).where(among(MetaRow.key, keys)))
     return {row.key.removeprefix(_VALIDATION_KEY): _to_validation(row.value) for row in rows}
 
 
@@ -282,15 +270,7 @@ def touch_clients(session: Session, seen: Mapping[str, datetime]) -> None:
 
 
 def _known_ids(session: Session, client_ids: Sequence[str]) -> set[str]:
-    return {
-        client_id
-        for chunk in _chunks(client_ids)
-        for client_id in session.scalars(select(ClientRow.client_id).where(ClientRow.client_id.in_(chunk)))
-    }
-
-
-def _chunks(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-    return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
+    return set(session.scalars(select(ClientRow.client_id).where(among(ClientRow.client_id, client_ids))))
 
 
 def _matching(query: _Query, active: bool | None, validated: bool | None) -> _Query:

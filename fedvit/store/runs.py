@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-from typing import cast as typed
 
-from sqlalchemy import ColumnElement, Table, func, insert, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, NotFoundError
 from fedvit.store.fleet import quarantined_clients
 from fedvit.store.records import RoundCommit
-from fedvit.store.tables import ChargeRow, ClientRoundRow, RoundRow, RunRow, VersionRow
+from fedvit.store.tables import ChargeRow, ClientRoundRow, RoundRow, RunRow, VersionRow, among
 from fedvit.store.versions import insert_version
 from fedvit.types import ClientOutcome, Cohort, ModelVersion, Participation, RoundRecord, Run, RunStatus, utc_now
 
-# Older SQLite builds admit 999 bound parameters a statement.
-_CHUNK = 500
+_OUTCOME = (
+    "INSERT INTO client_rounds (run_id, round_index, client_id, num_examples, error, update_norm, alignment) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
 RESUMABLE = [status.value for status in RunStatus if status.resumable]
 
 
@@ -182,14 +183,11 @@ def engagements(
     Rounds from ``before`` on do not count. One that was charged does, whatever became of it; a late update counts in
     the round that took it.
     """
-    if client_ids is not None and len(client_ids) > _CHUNK:
-        chunks = (client_ids[start : start + _CHUNK] for start in range(0, len(client_ids), _CHUNK))
-        return {c: found for chunk in chunks for c, found in engagements(session, run_id, before, chunk).items()}
     charged = select(ChargeRow.unit_id, func.count(ChargeRow.round_index.distinct()), func.max(ChargeRow.round_index))
     folded = select(ClientRoundRow.client_id, func.max(ClientRoundRow.round_index))
     if client_ids is not None:
-        charged = charged.where(ChargeRow.unit_id.in_(client_ids))
-        folded = folded.where(ClientRoundRow.client_id.in_(client_ids))
+        charged = charged.where(among(ChargeRow.unit_id, client_ids))
+        folded = folded.where(among(ClientRoundRow.client_id, client_ids))
     earlier = (ChargeRow.run_id == run_id, ChargeRow.round_index < before)
     engaged = {
         c: (count, last) for c, count, last in session.execute(charged.where(*earlier).group_by(ChargeRow.unit_id))
@@ -282,21 +280,21 @@ def _check_quarantine(session: Session, row: RoundRow, outcomes: Sequence[Client
 
 
 def _insert_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:
-    key = {"run_id": row.run_id, "round_index": row.round_index}
     facts = [
-        key
-        | {
-            "client_id": outcome.client_id,
-            "num_examples": outcome.num_examples,
-            "error": outcome.error,
-            "update_norm": _finite(outcome.update_norm),
-            "alignment": _finite(outcome.alignment),
-        }
-        for outcome in outcomes
+        (
+            row.run_id,
+            row.round_index,
+            o.client_id,
+            o.num_examples,
+            o.error,
+            _finite(o.update_norm),
+            _finite(o.alignment),
+        )
+        for o in outcomes
     ]
     if facts:
-        # The table, not the mapped class: objects for so many rows would take longer than the rows.
-        session.connection().execute(insert(typed(Table, ClientRoundRow.__table__)), facts)
+        # By the driver: to bind so many values by name would take longer than to write the rows.
+        session.connection().exec_driver_sql(_OUTCOME, facts)
 
 
 def _select_rounds(session: Session, *conditions: ColumnElement[bool]) -> list[RoundRecord]:

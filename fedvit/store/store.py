@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +125,7 @@ class Store:
         self.home = home
         self.blobs = FileBlobStore(home / "blobs")
         self._database = database
+        self._meta: tuple[int, dict[str, Any]] = (-1, {})
 
     @classmethod
     def open(cls, home: Path) -> Store:
@@ -943,9 +945,16 @@ class Store:
     # --- meta --------------------------------------------------------------------------------------------------------
 
     def get_meta(self, key: str) -> Any | None:
-        """The JSON value under ``key``, or None."""
-        with self._database.read() as session:
-            return _fleet.get_meta(session, key)
+        """The JSON value under ``key``, or None. Polled: what nobody can have changed since is not read again."""
+        counter = self._database.change_counter()
+        kept_at, kept = self._meta
+        if kept_at != counter:
+            kept = {}
+            self._meta = counter, kept
+        if key not in kept:
+            with self._database.read() as session:
+                kept[key] = _fleet.get_meta(session, key)
+        return deepcopy(kept[key])
 
     def set_meta(self, key: str, value: Any) -> None:
         """Store a JSON value under ``key``.

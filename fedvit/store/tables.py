@@ -5,11 +5,14 @@ A change here comes with a new revision in ``migrations/versions``; a test compa
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
     JSON,
+    ColumnElement,
     DateTime,
     Dialect,
     Double,
@@ -20,9 +23,11 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    func,
+    select,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 
@@ -390,3 +395,9 @@ class RemediationRow(Base):
     at: Mapped[datetime]
     outcome: Mapped[str] = mapped_column(String(16), index=True)
     detail: Mapped[str] = mapped_column(Text())
+
+
+def among(column: InstrumentedAttribute[Any], values: Iterable[str] | Iterable[int]) -> ColumnElement[bool]:
+    """Whether a column's value is one of these: one bound parameter, however many they are."""
+    listed = func.json_each(json.dumps(list(values))).table_valued("value")
+    return column.in_(select(listed.c.value))
