@@ -6,6 +6,8 @@ The tests go on from one another, in their order, on one cluster: `make test-clu
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -28,6 +30,17 @@ ROUNDS = 12
 CUT_S = 60.0
 # Ray gives a head that is gone a minute before a worker's node ends itself.
 ENDED_LIMIT_S = 150.0
+JOB: dict[str, Any] = {
+    "finetune.ranks": 2,
+    "finetune.min_ranks": 1,
+    "finetune.steps": 40,
+    "finetune.checkpoint_every_steps": 4,
+    # More than half of a host's.
+    "finetune.cpus_per_rank": (os.cpu_count() or 1) / 2 + 0.5,
+    "privacy.noise_multiplier": 2.0,
+    "privacy.sampling_prob": 0.25,
+    "privacy.target_epsilon": 50,
+}
 SETTINGS = f"--home {SHARED} --set training.rounds={ROUNDS} --set edge.ports=[]"
 
 
@@ -105,6 +118,34 @@ def test_no_round_was_lost_no_client_missing_and_none_counted_twice(cluster: Clu
     assert tally.answers == sum(cohorts)
 
 
+def test_a_job_whose_host_is_lost_goes_on_with_the_rank_that_is_left_and_pays_once(cluster: Cluster) -> None:
+    home, (worker,) = "job", cluster.workers
+    options = " ".join(f"--set {name}={value}" for name, value in JOB.items())
+    line = f". ~/fedvit/env; fedvit finetune --json --home {SHARED}/{home} {options}"
+    job = subprocess.Popen(
+        cluster.head.line("bash", "-c", line), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        until(lambda: len(charged(cluster, home)) >= 3 or job.poll() is not None, 180.0)
+        # One on each host: neither has room for two.
+        assert ranks(cluster) == {cluster.head.address, worker.address}
+        worker.cut()
+        told, complained = job.communicate(timeout=300.0)
+    finally:
+        job.kill()
+        job.wait()
+        worker.rejoin()
+    assert job.returncode == 0, complained[-3000:]
+    report = json.loads(told)
+    print(f"\n{report['steps']} steps, the last ones on {report['ranks']} rank, epsilon {report['epsilon_spent']:.4f}")
+    steps, every = JOB["finetune.steps"], JOB["finetune.checkpoint_every_steps"]
+    assert (report["steps"], report["ranks"], report["stopped"]) == (steps, 1, None)
+    # Each range once, whoever took it: what the ledger says is what was released.
+    assert charged(cluster, home) == [(first, every) for first in range(0, steps, every)]
+    assert report["epsilon_spent"] == report["epsilon"]
+    until(lambda: len(nodes(cluster)) == 2, 180.0)
+
+
 def test_ray_down_leaves_nothing_behind(cluster: Cluster) -> None:
     cluster.down()
     ours = [cluster.head, *cluster.workers, cluster.operator]
@@ -114,6 +155,21 @@ def test_ray_down_leaves_nothing_behind(cluster: Cluster) -> None:
     for host in ours:
         assert host.run("ls", "-A", "/dev/shm").stdout == ""
         assert host.run("ss", "-Hltn", "sport != 22").stdout == ""
+
+
+def ranks(cluster: Cluster) -> set[str]:
+    """The addresses of the hosts that have a rank."""
+    where = {node["node_id"]: node["node_ip"] for node in nodes(cluster)}
+    return {where[actor["node_id"]] for actor in actors(cluster) if actor["class_name"] == "RayTrainWorker"}
+
+
+def charged(cluster: Cluster, home: str) -> list[tuple[int, int]]:
+    """The first step and the number of steps of each charge of a job's ledger."""
+    if not (cluster.shared / home / "state.db").exists():
+        return []
+    with Store.open(cluster.shared / home) as store:
+        assert store.verify_ledger() == len(store.ledger())
+        return [(entry.charge.round_index, entry.charge.steps) for entry in store.ledger()]
 
 
 def until(holds: Callable[[], bool], limit_s: float, told: Callable[[], object] = lambda: "") -> None:
