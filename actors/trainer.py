@@ -14,10 +14,11 @@ from typing import Any
 
 import ray
 from ray import train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
 from actors.handles import AccountantHandle
+from actors.rendezvous import RankConfig
 from actors.spawn import namespace_of
 from fedvit.config import FinetuneConfig, Settings
 from fedvit.errors import FedvitError, InterruptedRunError, PlacementError
@@ -73,9 +74,7 @@ def fit_ranks(
     trainer = TorchTrainer(
         loop,
         train_loop_config=dict(arguments),
-        torch_config=TorchConfig(
-            backend="nccl" if config.device == "cuda" else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
-        ),
+        torch_config=RankConfig(backend="nccl" if config.device == "cuda" else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=_scaling(config, ranks),
         run_config=train.RunConfig(
             name=job,

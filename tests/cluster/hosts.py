@@ -93,6 +93,12 @@ class Host:
             check=False,
         )
 
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """Begin a command on the host; whoever asked for it ends it."""
+        return subprocess.Popen(
+            self.line(*command), env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
     def line(self, *command: str) -> list[str]:
         """The command line that runs ``command`` on the host."""
         entered = ("--mount", "--pid", "--net", "--uts", "--ipc", f"--wdns={HOME}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -33,7 +32,7 @@ ENDED_LIMIT_S = 150.0
 JOB: dict[str, Any] = {
     "finetune.ranks": 2,
     "finetune.min_ranks": 1,
-    "finetune.steps": 40,
+    "finetune.steps": 80,
     "finetune.checkpoint_every_steps": 4,
     # More than half of a host's.
     "finetune.cpus_per_rank": (os.cpu_count() or 1) / 2 + 0.5,
@@ -122,9 +121,7 @@ def test_a_job_whose_host_is_lost_goes_on_with_the_rank_that_is_left_and_pays_on
     home, (worker,) = "job", cluster.workers
     options = " ".join(f"--set {name}={value}" for name, value in JOB.items())
     line = f". ~/fedvit/env; fedvit finetune --json --home {SHARED}/{home} {options}"
-    job = subprocess.Popen(
-        cluster.head.line("bash", "-c", line), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    job = cluster.head.start("bash", "-c", line)
     try:
         until(lambda: len(charged(cluster, home)) >= 3 or job.poll() is not None, 180.0)
         # One on each host: neither has room for two.
