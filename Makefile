@@ -90,7 +90,7 @@ wheel: setup  ## The package as a wheel in dist/, which `ray up` and the images 
 cluster-configs: setup  ## Write cluster_configs/ray/*.yaml anew from their template
 	$(BIN)/python cluster_configs/ray/render.py
 
-test-cluster: setup  ## ray up on hosts that are network namespaces, the main job, a cable pulled; needs root (8 minutes)
+test-cluster: setup  ## ray up on hosts that are network namespaces, the main job, a cable pulled, a host lost; needs root (9 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -s -rs $(ARGS)
 
 # DRILLS=short runs those that CI does; DRILLS="partition high-loss" runs these. All of them write docs/drills.md anew.
