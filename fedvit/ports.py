@@ -129,8 +129,9 @@ class FleetPort(Protocol):
         """Hand the task to the cohort and yield one partial update a proxy and task, as they arrive, late ones as well.
 
         Ends when nobody is in flight any more, or after ``timeout_s`` of silence; until then None comes now and then,
-        so that the caller can think again, and may come as soon as the task is handed out. Whoever has not answered when the caller leaves, or when it ends, stays in
-        flight. A client that failed is an outcome with an error, not an exception.
+        so that the caller can think again, and may come as soon as the task is handed out. Whoever has not answered
+        when the caller leaves, or when it ends, stays in flight. A client that failed is an outcome with an error, not
+        an exception.
         """
         ...
 
