@@ -91,6 +91,20 @@ def test_reopening_continues(tmp_path: Path) -> None:
         assert store.get_meta("question") is None
 
 
+def test_a_fact_that_is_polled_is_seen_as_soon_as_another_process_has_changed_it(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store, Store.open(tmp_path) as other:
+        assert store.get_meta("answer") is None
+        other.set_meta("answer", {"is": [42]})
+        found = store.get_meta("answer")
+        assert found == {"is": [42]}
+        # What a caller does to it is his own.
+        found["is"].append(43)
+        assert store.get_meta("answer") == {"is": [42]}
+        other.set_meta("answer", 44)
+        assert store.get_meta("answer") == 44
+
+
+
 def test_keys_of_the_store_itself_cannot_be_overwritten(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         for key in ("fleet", "ledger_head", "audit_head"):
