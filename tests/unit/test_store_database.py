@@ -104,7 +104,6 @@ def test_a_fact_that_is_polled_is_seen_as_soon_as_another_process_has_changed_it
         assert store.get_meta("answer") == 44
 
 
-
 def test_keys_of_the_store_itself_cannot_be_overwritten(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         for key in ("fleet", "ledger_head", "audit_head"):
