@@ -99,7 +99,7 @@ def _epsilon_pld(composition: frozenset[tuple[Simple, int]], delta: float, inter
 
 
 def _epsilon_gaussian(noise_multiplier: float, delta: float) -> float:
-    """Exactly, and a thousandth of PLD's work: every round of a client-level run makes it another Gaussian."""
+    """Exactly, in a tenth of PLD's time: every round of a client-level run makes it another Gaussian."""
     from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
     # Its search may stop so far below the root.
