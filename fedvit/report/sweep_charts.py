@@ -48,7 +48,7 @@ def pareto_chart(found: Sequence[Candidate], front: Sequence[Candidate], chosen:
         figure.colorbar(dots, ax=axes, label="Virtual hours")
         axes.set_xlabel("Epsilon spent by the most exposed unit")
         axes.set_ylabel("Test accuracy")
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside upper center", ncols=2)
 
     return svg_of("pareto", "Test accuracy over epsilon, virtual hours by colour, with the Pareto front", 4.4, draw)
 
