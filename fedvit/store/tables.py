@@ -398,6 +398,6 @@ class RemediationRow(Base):
 
 
 def among(column: InstrumentedAttribute[Any], values: Iterable[str] | Iterable[int]) -> ColumnElement[bool]:
-    """Whether a column's value is one of these: one bound parameter, however many they are."""
+    """Whether a column's value is one of these: one bound parameter of SQLite's, however many they are."""
     listed = func.json_each(json.dumps(list(values))).table_valued("value")
     return column.in_(select(listed.c.value))

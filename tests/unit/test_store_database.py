@@ -91,7 +91,7 @@ def test_reopening_continues(tmp_path: Path) -> None:
         assert store.get_meta("question") is None
 
 
-def test_a_fact_that_is_polled_is_seen_as_soon_as_another_process_has_changed_it(tmp_path: Path) -> None:
+def test_a_fact_that_is_polled_is_seen_as_soon_as_somebody_else_has_changed_it(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store, Store.open(tmp_path) as other:
         assert store.get_meta("answer") is None
         other.set_meta("answer", {"is": [42]})
