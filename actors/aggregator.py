@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from actors.handles import AccountantHandle, RayFleet
-from actors.mirror import RayMirror
-from fedvit.monitoring.latest import Latest
-from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE
-from fedvit.monitoring.training import DataMetrics, TrainingMetrics
-from fedvit.operations.local import LocalAggregator
-from fedvit.operations.watch import Watch
+from actors.ray_metrics import RayMirror
+from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE
+from fedvit.metrics.throttled_publisher import ThrottledPublisher
+from fedvit.metrics.training import DataMetrics, TrainingMetrics
+from fedvit.operations.local_aggregator import LocalAggregator
+from fedvit.operations.periodic_tasks import PeriodicTasks
 from fedvit.ports import ProxyReport
 from fedvit.rounds.fleets import MixedFleet
 from fedvit.settings import settings_from_json
@@ -29,7 +29,7 @@ MIRROR_EVERY_S = 5.0
 
 
 class Aggregator:
-    """A shell round :class:`fedvit.operations.local.LocalAggregator`.
+    """A shell round :class:`fedvit.operations.local_aggregator.LocalAggregator`.
 
     An aggregator that died in the middle of a run, or of a long operation, takes it up when Ray restarts it.
     """
@@ -96,7 +96,7 @@ class Aggregator:
         return self._local.result().switch_variant(variant)
 
     def _build(self) -> LocalAggregator:
-        from fedvit.training.workload import server_model
+        from fedvit.clients.workload import server_model
 
         store = Store.open(self._settings.home)
 
@@ -109,7 +109,7 @@ class Aggregator:
             )
 
         # Rounds may take a tenth of a second; nobody looks at metrics that often.
-        tell = Latest(publish, METRICS_EVERY_S)
+        tell = ThrottledPublisher(publish, METRICS_EVERY_S)
         local = LocalAggregator(
             settings=self._settings,
             store=store,
@@ -124,5 +124,5 @@ class Aggregator:
         publish(local.progress())
         local.resume()
         if self._settings.ray.dashboard and (folder := os.environ.get(MULTIPROCESS_VARIABLE)):
-            Watch(MIRROR_EVERY_S, RayMirror(Path(folder)).repeat).start()
+            PeriodicTasks(MIRROR_EVERY_S, RayMirror(Path(folder)).repeat).start()
         return local

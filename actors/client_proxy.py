@@ -15,7 +15,7 @@ from fedvit.errors import PlacementError
 from fedvit.ports import ClientHostPort
 from fedvit.settings import settings_from_json
 from fedvit.types import PartialUpdate, TrainTask, Weights
-from fedvit.wire.sketch import Sketch, SketchOrder
+from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 
 
 class ClientProxy:
@@ -42,9 +42,9 @@ class ClientProxy:
         """Train these clients; one message back. Repeating the call repeats the very same update."""
         return self._warm_host().train(task, weights, client_ids)
 
-    def sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> list[Sketch]:
-        """Sketch these clients' data; repeating the call repeats the very same sketches."""
-        return self._warm_host().sketches(order, client_ids)
+    def histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
+        """ClientHistogram these clients' data; repeating the call repeats the very same histograms."""
+        return self._warm_host().histograms(order, client_ids)
 
     def _warm_host(self) -> ClientHostPort:
         # Asked at each call: a restarted actor has not been prepared again.
@@ -56,14 +56,14 @@ class ClientProxy:
 
 def _host_of(settings: Settings) -> ClientHostPort:
     if settings.rehearsal.faults:
-        from fedvit.simulation.rehearsal import rehearsed_host
+        from fedvit.tools.simulation.rehearsal import rehearsed_host
 
         return rehearsed_host(settings)
     if settings.training.ranks > 1:
         from actors.silo import SiloHost
 
         return SiloHost(settings)
-    from fedvit.training.workload import client_host
+    from fedvit.clients.workload import client_host
 
     return client_host(settings)
 

@@ -16,14 +16,14 @@ from actors.trainer import absolute_paths, run_ranks
 from fedvit.config import Settings
 from fedvit.data.sources import ImageSource, open_source
 from fedvit.errors import StateError
+from fedvit.finetune.checkpoint import unpack
+from fedvit.finetune.job import Outcome, Plan, plan_of, with_noise
+from fedvit.models.models import build_model
+from fedvit.models.trainable import trainable_weights
 from fedvit.ports import FinetuneReport
 from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
 from fedvit.store.locks import system_lock
 from fedvit.store.store import Store
-from fedvit.training.finetune import Outcome, Plan, plan_of, with_noise
-from fedvit.training.positions import unpack
-from fedvit.vit.models import build_model
-from fedvit.vit.trainable import trainable_weights
 from fedvit.wire.tensors import encode_weights
 
 WEIGHTS = "weights.safetensors"
@@ -34,7 +34,7 @@ def finetune(settings: Settings, on_step: Callable[[str], None]) -> FinetuneRepo
 
     Raises:
         StateError: a system runs on the state folder, or the folder belongs to other data.
-        ConfigError, DataError, ModelError, PlacementError: see :func:`fedvit.training.finetune.plan_of` and
+        ConfigError, DataError, ModelError, PlacementError: see :func:`fedvit.finetune.job.plan_of` and
             :func:`actors.trainer.run_ranks`.
     """
     started_s = time.monotonic()

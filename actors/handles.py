@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from actors.homes import Homes
+from actors.client_affinity import ClientAffinity
 from fedvit.errors import FedvitError, PlacementError
 from fedvit.ports import Charge, LedgerEntry, ProxyReport
 from fedvit.types import (
@@ -27,7 +27,7 @@ from fedvit.types import (
     Variant,
     Weights,
 )
-from fedvit.wire.sketch import Sketch, SketchOrder
+from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 
 CALL_TIMEOUT_S = 60.0
 LOOK_S = 1.0
@@ -213,7 +213,7 @@ class RayFleet:
     def __init__(self, proxies: Sequence[Any], *, timeout_s: float) -> None:
         self._proxies = list(proxies)
         self._timeout_s = timeout_s
-        self._homes = Homes(len(self._proxies))
+        self._homes = ClientAffinity(len(self._proxies))
         self._handed: dict[Any, _Handed] = {}
         self._sketching: list[Any] = []
 
@@ -265,17 +265,17 @@ class RayFleet:
         stranded = self._homes.at([index for index, good in enumerate(alive) if not good])
         return ProxyReport({proxy_name(index): good for index, good in enumerate(alive)}, stranded)
 
-    def ask_sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> None:
+    def request_histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> None:
         """One call a proxy; it is done before what the proxy is asked after it."""
         for index, own in self._homes.assign(client_ids, Counter()).items():
-            self._sketching.append(self._proxies[index].sketches.remote(order, own))
+            self._sketching.append(self._proxies[index].histograms.remote(order, own))
 
-    def sketches(self) -> list[Sketch]:
-        """What has arrived; a proxy that died takes its sketches with it."""
+    def histograms(self) -> list[ClientHistogram]:
+        """What has arrived; a proxy that died takes its histograms with it."""
         if not self._sketching:
             return []
         done, self._sketching = ray.wait(self._sketching, num_returns=len(self._sketching), timeout=0)
-        return [sketch for reference in done if _went_well(reference) for sketch in fetch(reference)]
+        return [histogram for reference in done if _went_well(reference) for histogram in fetch(reference)]
 
     def _hand_out(self, task: TrainTask, weights: Weights, cohort: Cohort) -> None:
         handed_weights: Any = dict(weights)

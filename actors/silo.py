@@ -15,15 +15,15 @@ from torch import Tensor
 
 from actors.trainer import absolute_paths, fit_ranks, rank_device
 from fedvit.aggregation.rule import Drift
+from fedvit.clients.host import ClientHost
+from fedvit.clients.local import check_records
 from fedvit.config import Settings
 from fedvit.errors import ConfigError
 from fedvit.settings import settings_from_json, settings_to_json
-from fedvit.training.host import VirtualClientHost
-from fedvit.training.local import check_records
 from fedvit.types import FloatArray, TrainTask, Weights
 
 
-class SiloHost(VirtualClientHost):
+class SiloHost(ClientHost):
     """Implements :class:`fedvit.ports.ClientHostPort`: each client's local steps are taken by ``training.ranks``."""
 
     def _trainer_of(self, settings: Settings) -> SiloTrainer:
@@ -31,7 +31,7 @@ class SiloHost(VirtualClientHost):
 
 
 class SiloTrainer:
-    """Takes the place of :class:`fedvit.training.local.LocalTrainer`.
+    """Takes the place of :class:`fedvit.clients.local.LocalTrainer`.
 
     Args:
         settings: ``finetune`` says where ranks run and what each is given.
@@ -55,7 +55,7 @@ class SiloTrainer:
     def train(
         self, task: TrainTask, base: Weights, features: Tensor, labels: Tensor, secret: bytes, client_id: str
     ) -> Mapping[str, FloatArray]:
-        """See :meth:`fedvit.training.local.LocalTrainer.train`.
+        """See :meth:`fedvit.clients.local.LocalTrainer.train`.
 
         Raises:
             DataError: there are no records, or labels and features disagree in number.
@@ -73,8 +73,8 @@ class SiloTrainer:
 def run_silo_rank(config: Mapping[str, Any]) -> Mapping[str, FloatArray]:
     """What each rank of a round does: all give the same answer, and rank 0's is taken."""
     from fedvit.data.sources import open_source
-    from fedvit.training.ranks import RankedTrainer, Ranks
-    from fedvit.vit.models import build_model
+    from fedvit.finetune.ranks import RankedTrainer, Ranks
+    from fedvit.models.models import build_model
 
     settings = settings_from_json(config["settings"])
     torch.set_num_threads(settings.finetune.threads_per_rank)

@@ -24,7 +24,7 @@ from fedvit.config import Settings
 from fedvit.errors import PlacementError
 from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import settings_to_json
-from fedvit.sweep.space import check_room
+from fedvit.tools.sweep.space import check_room
 
 NODE_LOOK_S = 60.0
 
@@ -196,7 +196,7 @@ def spawn_trial_workers(settings: Settings, secret: bytes) -> list[Any]:
     A trial's own function only waits: of the CPUs that a trial states, its worker has nearly all.
 
     Args:
-        secret: of the sweep; see :meth:`fedvit.sweep.journal.Journal.secret`.
+        secret: of the sweep; see :meth:`fedvit.tools.sweep.journal.Journal.secret`.
 
     Raises:
         PlacementError: Ray has no room for so many.

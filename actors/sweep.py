@@ -22,11 +22,11 @@ from actors.handles import fetch
 from fedvit.config import Settings
 from fedvit.errors import FedvitError
 from fedvit.settings import settings_from_json, settings_to_json
-from fedvit.sweep.halving import Halving, Score
-from fedvit.sweep.journal import Journal
-from fedvit.sweep.outcome import TrialOutcome
-from fedvit.sweep.space import TrialPlan, plan_sweep, rungs_of
-from fedvit.sweep.trial import RUNNING, WarmTrials, stopped_early
+from fedvit.tools.sweep.halving import Halving, Score
+from fedvit.tools.sweep.journal import Journal
+from fedvit.tools.sweep.outcome import TrialOutcome
+from fedvit.tools.sweep.space import TrialPlan, plan_sweep, rungs_of
+from fedvit.tools.sweep.trial import RUNNING, WarmTrials, stopped_early
 
 WAITING_CPUS = 0.05
 """The share of a trial's CPUs that a waiting function books."""
@@ -52,21 +52,21 @@ class TrialWorker:
         self._trials = WarmTrials(_open_world, secret)
 
     def begin(self, trial: Mapping[str, Any], rungs: Sequence[int]) -> bool:
-        """See :meth:`fedvit.sweep.trial.WarmTrials.begin`."""
+        """See :meth:`fedvit.tools.sweep.trial.WarmTrials.begin`."""
         settings = settings_from_json(trial["settings"])
         return self._trials.begin(TrialPlan(trial["trial_id"], trial["parameters"], settings), rungs)
 
     def advance(self, trial_id: str) -> TrialOutcome:
-        """See :meth:`fedvit.sweep.trial.WarmTrials.advance`."""
+        """See :meth:`fedvit.tools.sweep.trial.WarmTrials.advance`."""
         return self._trials.advance(trial_id)
 
     def abandon(self, trial_id: str) -> None:
-        """See :meth:`fedvit.sweep.trial.WarmTrials.abandon`."""
+        """See :meth:`fedvit.tools.sweep.trial.WarmTrials.abandon`."""
         self._trials.abandon(trial_id)
 
 
 def _open_world(plan: TrialPlan) -> Any:
-    from fedvit.simulation.world import ImageWorld
+    from fedvit.tools.simulation.world import ImageWorld
 
     world = ImageWorld(plan.settings)
     world.load()
@@ -179,7 +179,7 @@ def _outcome(result: Mapping[str, Any]) -> TrialOutcome:
 
 
 class _Rungs(FIFOScheduler):  # type: ignore[misc]
-    """:class:`fedvit.sweep.halving.Halving` as Tune wants it."""
+    """:class:`fedvit.tools.sweep.halving.Halving` as Tune wants it."""
 
     def __init__(self, halving: Halving, planned: Mapping[str, float]) -> None:
         super().__init__()

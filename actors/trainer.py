@@ -41,7 +41,7 @@ def run_ranks(settings: Settings, job: str) -> tuple[Any, dict[str, bytes]]:
         job: names the folder of the job's checkpoints, in ``finetune`` of the state folder.
 
     Returns:
-        What rank 0 found (:class:`fedvit.training.finetune.Outcome`), and the last checkpoint's files.
+        What rank 0 found (:class:`fedvit.finetune.job.Outcome`), and the last checkpoint's files.
 
     Raises:
         PlacementError: there is no room for a rank; it is named.
@@ -96,8 +96,8 @@ def run_rank(config: Mapping[str, Any]) -> Any:
     """What each rank does, from its start to its end."""
     import torch
 
-    from fedvit.training.finetune import Finetuning
-    from fedvit.training.ranks import Ranks
+    from fedvit.finetune.job import Finetuning
+    from fedvit.finetune.ranks import Ranks
 
     settings = settings_from_json(config["settings"])
     torch.set_num_threads(settings.finetune.threads_per_rank)

@@ -93,7 +93,7 @@ class InferenceEngine:
             raise InferenceError(
                 f"Model {self.manifest.version} answered with {list(logits.shape)} logits that are not all finite or "
                 f"not {len(self.manifest.classes)}.",
-                cure="Roll back to the previous version.",
+                cure="EligiblePool back to the previous version.",
             )
         return np.asarray(logits[0], dtype=np.float64)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from fedvit.monitoring.metrics import counter, gauge
-from fedvit.monitoring.releases import ReleaseMetrics
+from fedvit.metrics.metrics import counter, gauge
+from fedvit.metrics.releases import ReleaseMetrics
 from fedvit.wire.manifest import ReleaseManifest
 
 WINDOW = 1000

@@ -133,8 +133,8 @@ class StalenessConfig(_Section):
     hinge_slope: PositiveFloat = 10.0
 
 
-class DoorConfig(_Section):
-    """What the one door for updates lets in.
+class ValidationConfig(_Section):
+    """What update validation lets in.
 
     ``max_update_norm`` bounds the L2 norm of one client's update, privacy noise included; left out, any finite one
     passes. A client comes into quarantine when ``quarantine_after`` of its updates were refused; null leaves that to
@@ -183,7 +183,7 @@ class TrainingConfig(_Section):
     aggregation: str = "fedavg"
     aggregation_options: dict[str, Any] = Field(default_factory=dict)
     staleness: StalenessConfig = StalenessConfig()
-    door: DoorConfig = DoorConfig()
+    validation: ValidationConfig = ValidationConfig()
     compression: CompressionConfig = CompressionConfig()
     physical_batch_size: PositiveInt = 32
     ranks: PositiveInt = 1
@@ -196,7 +196,7 @@ class TrainingConfig(_Section):
 class WorkloadConfig(_Section):
     """A model and clients of your own in the place of a Vision Transformer on images.
 
-    ``clients`` names a :class:`fedvit.training.workload.VirtualClients` as ``package.module:Class``, which every proxy
+    ``clients`` names a :class:`fedvit.clients.workload.VirtualClients` as ``package.module:Class``, which every proxy
     imports: name only what you would run. ``options`` are for that class.
     """
 
@@ -247,7 +247,7 @@ class PrivacyConfig(_Section):
         return self
 
 
-class SketchConfig(_Section):
+class HistogramConfig(_Section):
     """What clients tell of their data as a whole, so that drift and bad data are seen without it; see docs/drift.md.
 
     In the first round of a run and every ``every_rounds`` from there on, each client of the cohort counts its records
@@ -574,7 +574,7 @@ class Settings(_Section):
     workload: WorkloadConfig = WorkloadConfig()
     training: TrainingConfig = TrainingConfig()
     privacy: PrivacyConfig = PrivacyConfig()
-    sketches: SketchConfig = SketchConfig()
+    histograms: HistogramConfig = HistogramConfig()
     release: ReleaseConfig = ReleaseConfig()
     serving: ServingConfig = ServingConfig()
     access: AccessConfig = AccessConfig()
@@ -606,9 +606,9 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _cohort_fits_the_privacy_unit(self) -> Settings:
         cohort, privacy = self.training.cohort, self.privacy
-        if privacy.privacy_unit == "client" and self.training.door.max_update_norm is not None:
+        if privacy.privacy_unit == "client" and self.training.validation.max_update_norm is not None:
             raise ValueError(
-                "training.door.max_update_norm would tell of a client's update before it is protected: with "
+                "training.validation.max_update_norm would tell of a client's update before it is protected: with "
                 "privacy.privacy_unit 'client', privacy.l2_clip_norm bounds it"
             )
         if privacy.privacy_unit == "client" and self.training.compression.encodings:
@@ -640,7 +640,7 @@ class Settings(_Section):
             exclude={
                 "privacy": {"second_approver"},
                 "training": {
-                    "door": {"quarantine_after", "max_update_bytes"},
+                    "validation": {"quarantine_after", "max_update_bytes"},
                     "evaluate_every_rounds": True,
                     "first_mode": True,
                 },
@@ -649,9 +649,9 @@ class Settings(_Section):
         _drop_defaults(found["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
         omitted = ("aggregation_options", "staleness", "compression", "round_deadline_s", "ranks")
         _drop_defaults(found["training"], TrainingConfig, *omitted)
-        _drop_defaults(found["training"]["door"], DoorConfig, "max_update_norm")
-        if not found["training"]["door"]:
-            del found["training"]["door"]
+        _drop_defaults(found["training"]["validation"], ValidationConfig, "max_update_norm")
+        if not found["training"]["validation"]:
+            del found["training"]["validation"]
         newer = ("sampling_prob", "max_participations", "min_separation", "over_selection")
         _drop_defaults(found["training"]["cohort"], CohortConfig, *newer)
         return found

@@ -19,7 +19,7 @@
     |   +-- ForbiddenError      who asks may not do this (HTTP 403)
     |   +-- RateLimitedError    who asks does so too often (HTTP 429)
     +-- BudgetExhaustedError    the privacy budget does not admit the release (HTTP 409)
-    +-- UpdateRejectedError     an update failed a check at the one door for updates (HTTP 422)
+    +-- UpdateRejectedError     an update failed update validation (HTTP 422)
     +-- IntegrityError          content does not match its hash or its signature (HTTP 502)
     +-- ControlApiError         the control API answered with something that has no class here
     +-- ControlUnreachableError the control API does not answer
@@ -178,7 +178,7 @@ class BudgetExhaustedError(FedvitError):
 
 
 class UpdateRejectedError(FedvitError):
-    """An update failed a check at the one door for updates."""
+    """An update failed update validation."""
 
     code = "update-rejected"
     http_status = 422

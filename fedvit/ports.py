@@ -21,14 +21,14 @@ from fedvit.types import (
     Variant,
     Weights,
 )
-from fedvit.wire.sketch import Sketch, SketchOrder, SketchSpec
+from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Charge:
     """One privacy spend of one unit's data, identified so that a retry is harmless.
 
-    ``release_id`` is the SHA-256 of everything that determines the released value (task, client, data). The spend is
+    ``output_id`` is the SHA-256 of everything that determines the released value (task, client, data). The spend is
     ``steps`` Poisson-sampled Gaussian steps, unless ``event`` says otherwise: the canonical JSON of a
     :mod:`fedvit.privacy.events`, of which the three numbers are then a summary. The unit :data:`POPULATION` is
     everybody: such a charge counts for every unit.
@@ -37,7 +37,7 @@ class Charge:
     run_id: str
     round_index: int
     unit_id: str
-    release_id: str
+    output_id: str
     noise_multiplier: float
     sampling_prob: float
     steps: int
@@ -147,12 +147,12 @@ class FleetPort(Protocol):
         """Which client proxies answer now, also in the middle of training; takes seconds at most."""
         ...
 
-    def ask_sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> None:
-        """Ask these clients for a sketch of their data, and do not wait for it."""
+    def request_histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> None:
+        """Ask these clients for a histogram of their data, and do not wait for it."""
         ...
 
-    def sketches(self) -> list[Sketch]:
-        """The sketches that have arrived since the last time; who has none to give stays silent."""
+    def histograms(self) -> list[ClientHistogram]:
+        """The histograms that have arrived since the last time; who has none to give stays silent."""
         ...
 
 
@@ -192,8 +192,8 @@ class ClientHostPort(Protocol):
         """
         ...
 
-    def sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> list[Sketch]:
-        """Sketches of these clients' data, noised as ordered; of those that can give one. Repeating repeats them."""
+    def histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
+        """Noised histograms of these clients' data, of those that can give one. Repeating the call repeats them."""
         ...
 
 
@@ -215,7 +215,7 @@ class ServerModelPort(Protocol):
         """The model with these weights on held-out data; None where there are none."""
         ...
 
-    def sketch_spec(self) -> SketchSpec | None:
+    def histogram_spec(self) -> HistogramSpec | None:
         """What clients are asked to count of their data; None where there are no images that could say so."""
         ...
 
@@ -374,7 +374,7 @@ class SystemPort(Protocol):
         """Run the trials that the settings plan and that the journal in ``folder`` does not have yet.
 
         Args:
-            on_trial: told every :class:`fedvit.sweep.outcome.TrialOutcome` after it is in the journal.
+            on_trial: told every :class:`fedvit.tools.sweep.outcome.TrialOutcome` after it is in the journal.
 
         Raises:
             PlacementError: there is no room for so many trials at a time.

@@ -122,7 +122,7 @@ class OperationStatus(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
+class LastContact:
     """A client as far as its whereabouts go."""
 
     client_id: str
@@ -139,7 +139,7 @@ class Participation:
 
 
 @dataclass(frozen=True, slots=True)
-class Conduct:
+class UpdateStatistics:
     """How a client's noised updates looked in its latest rounds; see :class:`ClientOutcome`.
 
     ``norms`` oldest first; ``alignments`` by round, whatever the rounds are called.
@@ -185,9 +185,9 @@ class Client:
         return frozenset(str(name) for name in known) if isinstance(known, Sequence) else frozenset()
 
     @property
-    def sighting(self) -> Sighting:
+    def sighting(self) -> LastContact:
         """The client as far as its whereabouts go."""
-        return Sighting(self.client_id, self.kind, self.last_seen_at)
+        return LastContact(self.client_id, self.kind, self.last_seen_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +228,10 @@ class ClientOutcome:
     """How one client fared in one round. Carries nothing computed on private data without noise.
 
     ``staleness`` counts the versions committed between the one it started from and the round that took its answer.
-    ``refused`` marks an error for which the client has to answer: the one door for updates did not let its own in.
+    ``refused`` marks an error for which the client has to answer: validation rejected its own update.
     ``sent_bytes`` is the length of an update that came as bytes, and ``encoding`` the form it had. ``update_norm`` and
-    ``alignment`` are what a host saw of the noised update, see :mod:`fedvit.training.conduct`; None where it may not
-    look, or had nothing to hold it against.
+    ``alignment`` are what a host saw of the noised update, see :mod:`fedvit.clients.update_statistics`; None where it
+    may not look, or had nothing to hold it against.
     """
 
     client_id: str
@@ -254,7 +254,7 @@ class PartialUpdate:
     within the bound as they came. ``l2_clip_norm`` is what the receiver knows that they were clipped to. Where the rule
     gives every client the same voice, each has a weight of 1; where it looks at single updates, the message has one of
     them a client in ``parts``, no sum of its own, and all outcomes. ``content`` is one client's update as it travels,
-    see :mod:`fedvit.wire.updates`; until the one door has opened it, the sum is empty.
+    see :mod:`fedvit.wire.updates`; until it is decoded, the sum is empty.
     """
 
     round_index: int

@@ -22,18 +22,18 @@ from fedvit.access.exposure import check_exposure
 from fedvit.access.identity import Scope
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
-from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE
-from fedvit.monitoring.targets import EDGES, RAY, SERVER, Target, link_targets, write_targets
-from fedvit.operations.children import check_port_free, end_child, end_with_parent, why_taken
-from fedvit.operations.watching import server_target
+from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE
+from fedvit.metrics.targets import EDGES, RAY, SERVER, Target, link_targets, write_targets
 from fedvit.ports import AggregatorPort, FinetuneReport, SystemUrls
-from fedvit.simulation.rehearsal import check_rehearsal
+from fedvit.processes import check_port_free, end_child, end_with_parent, why_taken
 from fedvit.store.locks import system_lock
+from fedvit.tools.monitoring_stack import server_target
+from fedvit.tools.simulation.rehearsal import check_rehearsal
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
 if TYPE_CHECKING:
     from actors.spawn import Actors
-    from fedvit.sweep.outcome import TrialOutcome
+    from fedvit.tools.sweep.outcome import TrialOutcome
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +113,8 @@ class RaySystem:
 
         from actors.spawn import connect, spawn_trial_workers
         from actors.sweep import run_trials
-        from fedvit.sweep.journal import Journal
-        from fedvit.sweep.space import check_room
+        from fedvit.tools.sweep.journal import Journal
+        from fedvit.tools.sweep.space import check_room
 
         journal = Journal(folder)
         if not self._joins:
@@ -346,9 +346,9 @@ def follower_token(settings: Settings) -> Iterator[Path | None]:
 
 def _checked_workload(settings: Settings) -> Callable[[], None]:
     """Make the workload once, so that a fault of it is named now; the answer registers its clients."""
+    from fedvit.clients.workload import client_host, own_clients
     from fedvit.rounds.steering import begin_in_first_mode
     from fedvit.store.store import Store
-    from fedvit.training.workload import client_host, own_clients
 
     client_host(settings)
     named = json.dumps(settings.workload.model_dump(mode="json"), sort_keys=True)
@@ -369,8 +369,8 @@ def _check_model(settings: Settings, num_classes: int) -> None:
         ModelError: the model cannot be built or exported.
     """
     # torch and timm are imported here, after everything that can be said without them.
-    from fedvit.vit.export import export_onnx
-    from fedvit.vit.models import build_model
+    from fedvit.models.export import export_onnx
+    from fedvit.models.models import build_model
 
     image_size = settings.data.image_size
     export_onnx(build_model(settings.model, num_classes, image_size), image_size)

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from tiny_release import CLASSES, IMAGE_SIZE, tiny_model
 
 from fedvit.config import Settings
-from fedvit.operations.local import LocalAggregator
+from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.ports import ExportedModel, PartialUpdate
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.registry.client import ReleaseClient

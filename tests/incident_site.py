@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
 from fedvit.errors import PlacementError
-from fedvit.operations.local import LocalAggregator
+from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.ports import AggregatorPort, PartialUpdate
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.settings import load_settings

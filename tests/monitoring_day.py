@@ -23,11 +23,11 @@ from fastapi.testclient import TestClient
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from fedvit.cohort.connectivity import connectivity
 from fedvit.config import FleetConfig
-from fedvit.monitoring.connectivity import connectivity
-from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE, counter, render
-from fedvit.monitoring.releases import ReleaseMetrics
-from fedvit.monitoring.training import RoundMetrics, TrainingMetrics
+from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE, counter, render
+from fedvit.metrics.releases import ReleaseMetrics
+from fedvit.metrics.training import RoundMetrics, TrainingMetrics
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
@@ -48,8 +48,8 @@ CLASSES = 43
 # What another process of the node leaves when it ends.
 SHORT_LIFE = """
 from prometheus_client import CollectorRegistry
-from fedvit.monitoring.metrics import counter, gauge
-from fedvit.monitoring.releases import ReleaseMetrics
+from fedvit.metrics.metrics import counter, gauge
+from fedvit.metrics.releases import ReleaseMetrics
 import sys
 counter("heartbeats_total").labels("ok").inc()
 gauge("training_loss").set(0.5)
@@ -148,11 +148,13 @@ class Day:
             )
             for name in asked
         ]
-        self._rounds.committed(outcomes, quarantined=1, turned_away=1)
+        self._rounds.committed(outcomes, quarantined=1, rejected_answers=1)
         for encoding in Encoding:
             counter("update_bytes_total").labels(str(encoding)).inc(1000)
         if passed % READ_EVERY < self._step:
-            fleet = connectivity(self._store.sightings(), None, self._clock.now(), FleetConfig().heartbeat_timeout_s)
+            fleet = connectivity(
+                self._store.last_contacts(), None, self._clock.now(), FleetConfig().heartbeat_timeout_s
+            )
             self._training.publish_connected(fleet.connected)
         progress = TrainingProgress("run-0001", RunStatus.RUNNING, "training", 9999, 1, 0.5, 0.9, 1.0, "v1.1.1")
         self._training.publish(progress, self._budget, active=len(self._there), total=self._registered)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fedvit.training.workload import VirtualClients
+from fedvit.clients.workload import VirtualClients
 from fedvit.types import Evaluation, TrainTask, Weights
 
 SHAPES: dict[str, tuple[int, ...]] = {"body": (40, 50), "head": (3,), "scale": ()}

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from fedvit.aggregation.registry import rule_for
 from fedvit.config import Settings
-from fedvit.simulation.faults import Faults
+from fedvit.tools.simulation.faults import Faults
 from fedvit.types import Client, ClientKind, ClientOutcome, Evaluation, PartialUpdate, TrainTask, Weights
 
 CLASSES = 4
@@ -20,7 +20,7 @@ Labels = npt.NDArray[np.int64]
 
 
 class ToyWorld:
-    """Implements :class:`fedvit.simulation.world.World`: four clouds, of which every client sees some more than others.
+    """Implements :class:`fedvit.tools.simulation.world.World`: four clouds, some seen more by one client.
 
     Attributes:
         trained: every piece of work that was done, as (round, client).

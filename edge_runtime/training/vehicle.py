@@ -16,7 +16,8 @@ from typing import Any
 from edge_runtime.mailbox import MailboxSender
 from edge_runtime.training.records import OwnRecords, count_images
 from fedvit.client import FedvitClient
-from fedvit.client.fleet_views import SketchOrderView, TaskView
+from fedvit.client.fleet_views import HistogramRequestView, TaskView
+from fedvit.clients.host import ClientHost
 from fedvit.config import LEAST_NOISE_MULTIPLIER, Settings
 from fedvit.errors import (
     ConflictError,
@@ -31,13 +32,12 @@ from fedvit.errors import (
 )
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.events import Gaussian
+from fedvit.privacy.outputs import output_id
 from fedvit.privacy.round_cost import charge_of, round_event
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.training.host import VirtualClientHost
-from fedvit.training.release import release_id
 from fedvit.types import ClientOutcome, Encoding, PartialUpdate, TrainTask
-from fedvit.wire.sketch import SketchOrder
+from fedvit.wire.histograms import HistogramRequest
 from fedvit.wire.tensors import decode_weights
 from fedvit.wire.updates import encode_update
 
@@ -132,13 +132,13 @@ class Vehicle:
         """
         found = self._client.clients.task(self._client_id)
         if found.task is None:
-            self._tell(found.sketch)
+            self._tell(found.histogram)
             return Step(found.poll_after_s)
         # The same task again: what was made of it got lost on the way.
-        if self._made is None or self._made[0] != found.task.release_id:
-            self._made = found.task.release_id, self._content(found.task)
+        if self._made is None or self._made[0] != found.task.output_id:
+            self._made = found.task.output_id, self._content(found.task)
         status, reason = self._send(found.task, self._made[1])
-        self._tell(found.sketch)
+        self._tell(found.histogram)
         return Step(found.poll_after_s, found.task.round_index, status, reason)
 
     def _patiently(self) -> Step:
@@ -159,19 +159,19 @@ class Vehicle:
             outcome = ClientOutcome(self._client_id, 0, error.message)
             return encode_update(PartialUpdate(told.round_index, (outcome,), {}, 0.0))
 
-    def _tell(self, wanted: SketchOrderView | None) -> None:
-        """Send the sketch that is asked for, once a task has said what model it is of; a refusal is final."""
-        if wanted is None or self._trainer is None or wanted.release_id in self._kept_to_itself:
+    def _tell(self, wanted: HistogramRequestView | None) -> None:
+        """Send the histogram that is asked for, once a task has said what model it is of; a refusal is final."""
+        if wanted is None or self._trainer is None or wanted.output_id in self._kept_to_itself:
             return
         try:
-            order = SketchOrder.from_json(wanted.order)
-            counts = self._trainer.sketch(order, wanted, self._store)
-            self._client.clients.sketch(self._client_id, order.run_id, order.round_index, counts)
+            order = HistogramRequest.from_json(wanted.order)
+            counts = self._trainer.histogram(order, wanted, self._store)
+            self._client.clients.histogram(self._client_id, order.run_id, order.round_index, counts)
         except _LATER as error:
             _LOG.warning("%s", error)
         except FedvitError as error:
-            _LOG.error("no sketch is sent: %s", error)
-            self._kept_to_itself.add(wanted.release_id)
+            _LOG.error("no histogram is sent: %s", error)
+            self._kept_to_itself.add(wanted.output_id)
 
     def _trained(self, told: TaskView) -> bytes:
         task = TrainTask(**{name: getattr(told, name) for name in _TASK_FIELDS})
@@ -189,7 +189,7 @@ class Vehicle:
         if self._trainer is None or self._trainer.made_for != wanted:
             settings = self._settings(told)
             records = OwnRecords.open(self._data, told.classes)
-            self._trainer = _Trainer(wanted, settings, self._client_id, records, VirtualClientHost(settings, records))
+            self._trainer = _Trainer(wanted, settings, self._client_id, records, ClientHost(settings, records))
         return self._trainer
 
     def _settings(self, told: TaskView) -> Settings:
@@ -224,7 +224,7 @@ class _Trainer:
     settings: Settings
     client_id: str
     records: OwnRecords
-    host: VirtualClientHost
+    host: ClientHost
 
     def check(self, task: TrainTask, told: TaskView) -> None:
         """Make sure that what would be released is what was charged, and is protected here.
@@ -243,7 +243,7 @@ class _Trainer:
         said = (task.local_steps, task.learning_rate, task.sampling_prob, task.privacy_unit)
         if said != (training.local_steps, training.learning_rate, privacy.sampling_prob, privacy.privacy_unit):
             raise IntegrityError("The task is not of the run whose settings came with it.")
-        if release_id(task, self.client_id, count) != told.release_id:
+        if output_id(task, self.client_id, count) != told.output_id:
             raise IntegrityError("The task is not the one that was charged.")
         if self.host.frozen_digest != told.frozen_digest:
             raise IntegrityError("The weights that never travel are others here than on the server.")
@@ -260,12 +260,12 @@ class _Trainer:
             run_id=task.run_id,
             round_index=task.round_index,
             unit_id=self.client_id,
-            release_id=release_id(task, self.client_id, len(self.records.records(self.client_id))),
+            output_id=output_id(task, self.client_id, len(self.records.records(self.client_id))),
             unit=task.privacy_unit,
         )
         PrivacyAccountant(store, self.settings).charge([charge])
 
-    def sketch(self, order: SketchOrder, wanted: SketchOrderView, store: Store) -> tuple[int, ...]:
+    def histogram(self, order: HistogramRequest, wanted: HistogramRequestView, store: Store) -> tuple[int, ...]:
         """The counts that were ordered, noised, after they were charged to the vehicle's own ledger.
 
         Raises:
@@ -275,22 +275,22 @@ class _Trainer:
             BudgetExhaustedError: the owner's budget does not admit it.
         """
         if order.privacy_unit != "record" or not order.noise_multiplier >= LEAST_NOISE_MULTIPLIER:
-            raise ForbiddenError("This vehicle sketches records, and not without noise of its own.")
+            raise ForbiddenError("This vehicle histograms records, and not without noise of its own.")
         count = len(self.records.records(self.client_id))
         if count != wanted.num_examples:
-            raise DataError(f"This vehicle holds {count} images, and was asked to sketch {wanted.num_examples}.")
-        if order.release_id(self.client_id, count) != wanted.release_id:
-            raise IntegrityError("The sketch is not the one that was charged.")
+            raise DataError(f"This vehicle holds {count} images, and was asked to histogram {wanted.num_examples}.")
+        if order.output_id(self.client_id, count) != wanted.output_id:
+            raise IntegrityError("The histogram is not the one that was charged.")
         charge = charge_of(
             Gaussian(order.noise_multiplier),
             run_id=order.run_id,
             round_index=order.round_index,
             unit_id=self.client_id,
-            release_id=wanted.release_id,
+            output_id=wanted.output_id,
             unit=order.privacy_unit,
         )
         PrivacyAccountant(store, self.settings).charge([charge])
-        found = self.host.sketches(order, [self.client_id])
+        found = self.host.histograms(order, [self.client_id])
         if not found:
             raise DataError("The images of this vehicle cannot be counted.")
         return found[0].counts

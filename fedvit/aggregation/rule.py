@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict
 
 from fedvit.config import TrainingConfig
 from fedvit.errors import UpdateRejectedError
-from fedvit.exact import ExactSums
+from fedvit.exact_sums import ExactSums
 from fedvit.types import FloatArray, PartialUpdate, Weights
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Needs = Literal["partial_sums", "single_updates"]
 State: TypeAlias = Mapping[str, Array]
 """What a rule remembers: float64 arrays by name. Empty at the beginning of a run."""
-HANDED = "@"
+BROADCAST = "@"
 """What the names of arrays begin with that a rule hands to clients beside the weights."""
 
 
@@ -134,7 +134,7 @@ class Rule(ABC):
         return self.name
 
     def handed(self, base: Weights, state: State) -> dict[str, FloatArray]:
-        """What clients are handed beside the weights, float32; the names begin with :data:`HANDED`."""
+        """What clients are handed beside the weights, float32; the names begin with :data:`BROADCAST`."""
         return {}
 
     @abstractmethod

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fedvit.aggregation.rule import (
-    HANDED,
+    BROADCAST,
     NO_FACTS,
     Array,
     ClientHalf,
@@ -23,7 +23,7 @@ from fedvit.aggregation.rule import (
 from fedvit.config import TrainingConfig
 from fedvit.types import FloatArray, PartialUpdate, Weights
 
-_C = f"{HANDED}c/"
+_C = f"{BROADCAST}c/"
 
 
 class _Controlled(ClientHalf):

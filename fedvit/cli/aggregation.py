@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedvit.cli.asking import asking
+from fedvit.cli.api_session import asking
 from fedvit.cli.common import ConfigOption, DryRunOption, HomeOption, IfMatchOption, JsonOption, UrlOption
 from fedvit.cli.output import plain
 from fedvit.errors import UsageError

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedvit.cli.asking import asking, url_given
+from fedvit.cli.api_session import asking, url_given
 from fedvit.cli.common import (
     ConfigOption,
     HomeOption,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fedvit.cli.asking import asking
+from fedvit.cli.api_session import asking
 from fedvit.cli.common import ConfigOption, DryRunOption, HomeOption, JsonOption, UrlOption
 from fedvit.cli.output import plain
 

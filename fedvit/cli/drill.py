@@ -24,10 +24,10 @@ def drill(
 
     # A signal must not leave a system behind.
     with explained(as_json), interruptible():
-        from fedvit.drills.engine import run_drills
-        from fedvit.drills.registry import drills_named
-        from fedvit.drills.report import as_dicts, show_drills, show_result, show_table, write_docs
         from fedvit.errors import UsageError
+        from fedvit.incidents.drills.engine import run_drills
+        from fedvit.incidents.drills.registry import drills_named
+        from fedvit.incidents.drills.report import as_dicts, show_drills, show_result, show_table, write_docs
 
         if list_:
             show_drills(console, as_json)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedvit.cli.asking import asking
+from fedvit.cli.api_session import asking
 from fedvit.cli.common import ConfigOption, DryRunOption, HomeOption, JsonOption, UrlOption, YesOption
 from fedvit.cli.output import plain
 from fedvit.errors import NotFoundError

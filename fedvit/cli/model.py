@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedvit.cli.asking import asking
+from fedvit.cli.api_session import asking
 from fedvit.cli.common import (
     ConfigOption,
     DryRunOption,
@@ -147,7 +147,7 @@ def rollback(
         release = ask.change(
             lambda: model.rollback(version, force=force, reason=reason),
             present=lambda: {"current": _brief(model, None), "target": _brief(model, version)},
-            question=f"Roll the whole fleet back to {version}?",
+            question=f"EligiblePool the whole fleet back to {version}?",
         )
         ask.show(release)
 

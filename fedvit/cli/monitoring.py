@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedvit.cli.asking import asking
+from fedvit.cli.api_session import asking
 from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, UrlOption, explained, settings_from
 
 app = typer.Typer(help="Prometheus and Alertmanager beside the system.", no_args_is_help=True)
@@ -16,7 +16,7 @@ app = typer.Typer(help="Prometheus and Alertmanager beside the system.", no_args
 @app.command()
 def catalogue() -> None:
     """Print docs/metrics.md: every metric, its labels and what it means."""
-    from fedvit.monitoring.catalogue import markdown
+    from fedvit.metrics.catalogue import markdown
 
     typer.echo(markdown(), nl=False)
 
@@ -29,7 +29,7 @@ def rules(
     """Print the alert rules of the checkout, for Prometheus."""
     import yaml
 
-    from fedvit.monitoring.rules import RULES, markdown, read_groups, shortened
+    from fedvit.metrics.alert_rules import RULES, markdown, read_groups, shortened
 
     with explained():
         groups = shortened(read_groups(RULES), factor)
@@ -39,7 +39,7 @@ def rules(
 @app.command()
 def dashboards(folder: Annotated[Path, typer.Argument(help="Where Grafana looks for them.")]) -> None:
     """Write the Grafana dashboards: training, privacy, fleet, edge, serving."""
-    from fedvit.monitoring.dashboards import write_dashboards
+    from fedvit.metrics.dashboards import write_dashboards
 
     for path in write_dashboards(folder):
         typer.echo(path)
@@ -57,7 +57,7 @@ def run(
 ) -> None:
     """Run Prometheus and Alertmanager with the alerts of the checkout, until Ctrl-C."""
     from fedvit.cli.supervisor import sigterm_unwinds
-    from fedvit.operations.watching import Watchers, watching
+    from fedvit.tools.monitoring_stack import Watchers, watching
 
     watchers = Watchers(factor, prometheus_port, alertmanager_port)
     try:

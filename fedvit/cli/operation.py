@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedvit.cli.asking import asking
+from fedvit.cli.api_session import asking
 from fedvit.cli.common import (
     ConfigOption,
     DryRunOption,

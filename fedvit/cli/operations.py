@@ -68,7 +68,7 @@ def _ask_control(url: str, settings: Settings) -> str:
 def _ask(url: str, certificate: Path | None) -> str:
     import httpx
 
-    from fedvit.report.probe import Target
+    from fedvit.tools.report.probe import Target
 
     try:
         with Target(url, ca_file=certificate).client(timeout=10) as http:

@@ -12,7 +12,7 @@ from fedvit.cli.common import ConfigOption, JsonOption, SetOption, console, expl
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fedvit.audit.suite import Timed
+    from fedvit.tools.audit.suite import Timed
 
 
 def audit(
@@ -34,8 +34,8 @@ def audit(
     with explained(as_json):
         import torch
 
-        from fedvit.audit.findings import Scope
-        from fedvit.audit.suite import audit as findings_of
+        from fedvit.tools.audit.findings import Scope
+        from fedvit.tools.audit.suite import audit as findings_of
 
         # Small models: threads would wait for each other.
         torch.set_num_threads(1)

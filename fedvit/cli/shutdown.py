@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedvit.cli.asking import Asking, asking, url_given
+from fedvit.cli.api_session import ApiSession, asking, url_given
 from fedvit.cli.common import (
     ConfigOption,
     DryRunOption,
@@ -60,7 +60,7 @@ def shutdown(
         ask.show({"stopped": True, "operation_id": operation.operation_id})
 
 
-def _standing(ask: Asking) -> dict[str, Any]:
+def _standing(ask: ApiSession) -> dict[str, Any]:
     health = ask.client.system.health()
     under_way = [each for each in ask.client.operations.iterate() if not each.status.ended]
     return {
@@ -70,7 +70,7 @@ def _standing(ask: Asking) -> dict[str, Any]:
     }
 
 
-def _followed(ask: Asking, operation: OperationView) -> OperationView | None:
+def _followed(ask: ApiSession, operation: OperationView) -> OperationView | None:
     """The operation at its end, or None when the system was faster to go than to tell."""
     try:
         return ask.client.operations.wait(operation)
@@ -78,7 +78,7 @@ def _followed(ask: Asking, operation: OperationView) -> OperationView | None:
         return None
 
 
-def _answers(ask: Asking) -> bool:
+def _answers(ask: ApiSession) -> bool:
     try:
         ask.client.system.healthz()
     except (ControlUnreachableError, ControlApiError):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from fedvit.config import Settings
-    from fedvit.simulation.run import Simulated
+    from fedvit.tools.simulation.run import Simulated
 
 ConfigsOption = Annotated[
     list[Path] | None, typer.Option("--config", "-c", help="YAML file of settings; one curve each (repeatable).")
@@ -39,11 +39,11 @@ def simulate(
 ) -> None:
     """Train a simulated fleet in virtual time: delays, drop-outs and faults are drawn, data and learning are real.
 
-    The loop, the rules, the door and the buffer are those of a real run. No Ray, no state: the report goes to
+    The loop, the rules, update validation and the buffer are those of a real run. No Ray, no state: the report goes to
     index.html and summary.json. See the section `simulation` of `fedvit config show`.
     """
     with explained(as_json):
-        from fedvit.report.simulation import summary_of, write_report
+        from fedvit.tools.report.simulation import summary_of, write_report
 
         planned = list(_planned(configs, data, assignments, vary, seeds))
         runs = _run_all(planned)
@@ -91,8 +91,8 @@ def _values(text: str) -> list[tuple[str, str]]:
 def _run_all(planned: Sequence[tuple[str, Settings]]) -> list[Simulated]:
     import torch
 
-    from fedvit.simulation.run import simulate as simulated
-    from fedvit.simulation.world import ImageWorld
+    from fedvit.tools.simulation.run import simulate as simulated
+    from fedvit.tools.simulation.world import ImageWorld
 
     # One client after another on a small model: threads would wait for each other.
     torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from fedvit.report.simulation import COLUMNS, NOT_PRIVATE, run_rows
+    from fedvit.tools.report.simulation import COLUMNS, NOT_PRIVATE, run_rows
 
     table = Table(*COLUMNS, box=None)
     for row in run_rows(summary):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fedvit.config import Settings
-    from fedvit.sweep.outcome import TrialOutcome
+    from fedvit.tools.sweep.outcome import TrialOutcome
 
 ToOption = Annotated[Path | None, typer.Option("--to", help="Folder of the sweep (default: sweep in the home).")]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Say which trials it would be, and run none.")]
@@ -47,8 +47,8 @@ def sweep(
     index.html, summary.json, and best.yaml, which `fedvit run --config` takes.
     """
     with explained(as_json), interruptible():
-        from fedvit.sweep.journal import Journal
-        from fedvit.sweep.space import plan_sweep, rungs_of
+        from fedvit.tools.sweep.journal import Journal
+        from fedvit.tools.sweep.space import plan_sweep, rungs_of
 
         settings = settings_from(config, None, data, assignments)
         plans = plan_sweep(settings)
@@ -62,7 +62,7 @@ def sweep(
         journal.check(settings)
         with journal.working(settings):
             _run(settings, folder, len(plans), len(journal.finished(plans)), as_json)
-            from fedvit.report.sweep import write_report
+            from fedvit.tools.report.sweep import write_report
 
             summary = write_report(folder, settings, plans, journal.finished(plans))
         if as_json:
@@ -133,7 +133,7 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from fedvit.report.sweep import COLUMNS, trial_rows
+    from fedvit.tools.report.sweep import COLUMNS, trial_rows
 
     table = Table(*COLUMNS, box=None)
     for row in trial_rows(summary):

@@ -59,7 +59,7 @@ def run(
                 progress = follow_training(urls.control, settings, quiet=as_json)
             if progress.status == "failed":
                 raise FedvitError(f"Training failed: {progress.message}", cure="Mend the cause, then run again.")
-            from fedvit.report.measure import measure
+            from fedvit.tools.report.measure import measure
 
             summary = measure(settings, urls, seconds, quiet=as_json, headers=bearer())
         if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedvit.cli.asking import Asking, asking
+from fedvit.cli.api_session import ApiSession, asking
 from fedvit.cli.common import (
     ConfigOption,
     DryRunOption,
@@ -126,7 +126,7 @@ def configure(
         ask.show(changed)
 
 
-def _rested(ask: Asking, progress: ProgressView) -> ProgressView:
+def _rested(ask: ApiSession, progress: ProgressView) -> ProgressView:
     while progress.phase != "resting":
         time.sleep(POLL_S)
         progress = ask.client.training.status()

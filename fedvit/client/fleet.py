@@ -14,9 +14,9 @@ from fedvit.client.fleet_views import (
     DataQualityView,
     DriftView,
     HeartbeatView,
+    HistogramReceipt,
     ReceiptView,
     RemoteTaskView,
-    SketchReceipt,
 )
 from fedvit.client.group import PAGE, Group, pages
 
@@ -91,10 +91,10 @@ class Clients(Group):
         path = f"/api/clients/{segment(client_id)}/updates/{segment(run_id)}/{round_index}"
         return self._caller.parsed(ReceiptView, self._caller.put(path, update))
 
-    def sketch(self, client_id: str, run_id: str, round_index: int, counts: Sequence[int]) -> SketchReceipt:
+    def histogram(self, client_id: str, run_id: str, round_index: int, counts: Sequence[int]) -> HistogramReceipt:
         """Bring a client's noised counts; repeating it does nothing."""
-        path = f"/api/clients/{segment(client_id)}/sketches/{segment(run_id)}/{round_index}"
-        return self._caller.change(SketchReceipt, "PUT", path, {"counts": list(counts)})
+        path = f"/api/clients/{segment(client_id)}/histograms/{segment(run_id)}/{round_index}"
+        return self._caller.change(HistogramReceipt, "PUT", path, {"counts": list(counts)})
 
     def receipt(self, client_id: str, run_id: str, round_index: int) -> ReceiptView:
         """What became of a client's update to a round."""

@@ -64,7 +64,7 @@ class TaskView(View):
     learning_rate: float
     privacy_unit: str
     num_examples: int
-    release_id: str
+    output_id: str
     encoding: str
     frozen_digest: str
     image_size: int
@@ -72,11 +72,11 @@ class TaskView(View):
     settings: Mapping[str, Any]
 
 
-class SketchOrderView(View):
-    """What a remote client shall count of its ``num_examples`` records; ``order`` is a :class:`SketchOrder`."""
+class HistogramRequestView(View):
+    """What a remote client shall count of its ``num_examples`` records; ``order`` is a :class:`HistogramRequest`."""
 
     num_examples: int
-    release_id: str
+    output_id: str
     order: Mapping[str, Any]
 
 
@@ -86,11 +86,11 @@ class RemoteTaskView(View):
     client_id: str
     poll_after_s: float
     task: TaskView | None
-    sketch: SketchOrderView | None = None
+    histogram: HistogramRequestView | None = None
 
 
-class SketchReceipt(View):
-    """Whether a sketch was waited for, and is kept."""
+class HistogramReceipt(View):
+    """Whether a histogram was waited for, and is kept."""
 
     client_id: str
     run_id: str
@@ -99,7 +99,7 @@ class SketchReceipt(View):
 
 
 class ReceiptView(View):
-    """What became of an update: received, accepted, refused, duplicate or turned_away, and why."""
+    """What became of an update: received, accepted, refused, duplicate or rejected_answers, and why."""
 
     client_id: str
     run_id: str
@@ -142,7 +142,7 @@ class DriftSignal(View):
 
 
 class FeatureShift(View):
-    """One histogram of clients' sketches against its reference: by how much it moved, and by how much noise would."""
+    """One histogram of clients' histograms against its reference: by how much it moved, and by how much noise would."""
 
     feature: str
     psi: float

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedvit.config import DataConfig
-from fedvit.data.dotted import open_dotted
 from fedvit.data.folder import open_folder
 from fedvit.data.gtsrb import open_gtsrb
+from fedvit.data.import_path import open_import_path
 from fedvit.data.records import ImageSource, Record
 from fedvit.data.traffic_lights import open_traffic_lights
 from fedvit.errors import DataError
@@ -30,7 +30,7 @@ def open_source(config: DataConfig) -> ImageSource:
     if opener := _OPENERS.get(config.source):
         return opener(config)
     if "." in config.source:
-        return open_dotted(config)
+        return open_import_path(config)
     allowed = ", ".join(_OPENERS)
     raise DataError(
         f"There is no data source '{config.source}'.",

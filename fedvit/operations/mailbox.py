@@ -89,7 +89,7 @@ class Mailbox:
         self._store, self._now = store, now
         self._home = settings.home
         self._work = RemoteWork(settings, store)
-        self._max_update_bytes = settings.training.door.max_update_bytes
+        self._max_update_bytes = settings.training.validation.max_update_bytes
         self._opened: Folder | None = None
 
     def key_of(self, client_id: str) -> bytes:

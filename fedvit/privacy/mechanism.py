@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedvit.errors import UpdateRejectedError
-from fedvit.exact import Arrays, ExactSums, Sums, squared_norm
+from fedvit.exact_sums import Arrays, ExactSums, Sums, squared_norm
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import PartialUpdate, Weights
 

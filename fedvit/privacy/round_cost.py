@@ -70,26 +70,26 @@ def round_noise_multiplier(settings: Settings) -> float:
         target_delta=privacy.target_delta,
         sampling_prob=sampling_prob,
         steps=_rounds_of_one(settings) * steps,
-        besides=sketch_spend(settings),
+        besides=histogram_spend(settings),
     )
 
 
-def sketch_spend(settings: Settings) -> dict[Event, int]:
-    """What the sketches of a whole run do at most to the data of one unit; see :mod:`fedvit.wire.sketch`."""
-    every = settings.sketches.every_rounds
+def histogram_spend(settings: Settings) -> dict[Event, int]:
+    """What the histograms of a whole run do at most to the data of one unit; see :mod:`fedvit.wire.histograms`."""
+    every = settings.histograms.every_rounds
     if every is None or settings.workload.clients is not None or settings.training.cohort.selection == "poisson":
         return {}
     return {
-        Gaussian(settings.sketches.noise_multiplier): min(
+        Gaussian(settings.histograms.noise_multiplier): min(
             -(-settings.training.rounds // every), _rounds_of_one(settings)
         )
     }
 
 
-def is_sketched(settings: Settings, round_index: int) -> bool:
-    """Whether a round asks for sketches. It does not of a secret sample: who answers would tell who was drawn."""
-    every = settings.sketches.every_rounds
-    return every is not None and bool(sketch_spend(settings)) and (round_index - 1) % every == 0
+def histogram_is_due(settings: Settings, round_index: int) -> bool:
+    """Whether a round asks for histograms. It does not of a secret sample: who answers would tell who was drawn."""
+    every = settings.histograms.every_rounds
+    return every is not None and bool(histogram_spend(settings)) and (round_index - 1) % every == 0
 
 
 def run_spend(settings: Settings) -> dict[Event, int]:
@@ -99,7 +99,7 @@ def run_spend(settings: Settings) -> dict[Event, int]:
         ConfigError: see :func:`round_noise_multiplier` and :func:`round_event`.
     """
     rounds = {round_event(settings, round_noise_multiplier(settings)): _rounds_of_one(settings)}
-    return rounds | sketch_spend(settings)
+    return rounds | histogram_spend(settings)
 
 
 def _rounds_of_one(settings: Settings) -> int:
@@ -119,7 +119,7 @@ def check_units(settings: Settings, clients: int, num_examples: int) -> None:
         check_delta(settings.privacy.target_delta, units)
 
 
-def charge_of(event: Event, *, run_id: str, round_index: int, unit_id: str, release_id: str, unit: str) -> Charge:
+def charge_of(event: Event, *, run_id: str, round_index: int, unit_id: str, output_id: str, unit: str) -> Charge:
     """A line of the ledger that says ``event`` of a unit, with what history shows of it."""
     step = event.event if isinstance(event, Repeated) else event
     steps = event.count if isinstance(event, Repeated) else 1
@@ -128,7 +128,7 @@ def charge_of(event: Event, *, run_id: str, round_index: int, unit_id: str, rele
         run_id=run_id,
         round_index=round_index,
         unit_id=unit_id,
-        release_id=release_id,
+        output_id=output_id,
         noise_multiplier=_noise_multiplier(step),
         sampling_prob=step.sampling_prob if isinstance(step, PoissonGaussian | SampledTogether) else 1.0,
         steps=steps,

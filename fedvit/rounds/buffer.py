@@ -57,13 +57,13 @@ class Admission:
 class RoundBuffer:
     """The answers of one round, judged. ``refused`` says by client why its update does not count.
 
-    ``turned_away`` says it of those who have no outcome in this round: strangers, and who has answered already.
+    ``rejected_answers`` says it of those who have no outcome in this round: strangers, and who has answered already.
     """
 
     admission: Admission
     answers: tuple[PartialUpdate, ...]
     refused: Mapping[str, str]
-    turned_away: Mapping[str, str] = field(default_factory=dict)
+    rejected_answers: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def outcomes(self) -> tuple[ClientOutcome, ...]:
@@ -81,12 +81,12 @@ class RoundBuffer:
         made_of: dict[str, object] = {"clients": list(staleness)}
         refused = {o.client_id: str(o.error) for o in self.outcomes if o.refused}
         late = any(o.staleness for o in self.outcomes)
-        if self.admission.mode == "asynchronous" or late or refused or self.turned_away:
+        if self.admission.mode == "asynchronous" or late or refused or self.rejected_answers:
             made_of["aggregation"] = {
                 "mode": self.admission.mode,
                 "staleness": staleness,
                 "refused": {**self.refused, **refused},
-                **({"turned_away": dict(self.turned_away)} if self.turned_away else {}),
+                **({"rejected_answers": dict(self.rejected_answers)} if self.rejected_answers else {}),
             }
         sent = {o.client_id: {"bytes": o.sent_bytes, "encoding": o.encoding} for o in self.outcomes if o.sent_bytes}
         return made_of | ({"sent": sent} if sent else {})
@@ -99,7 +99,7 @@ class RoundBuffer:
 
 
 def judged(
-    answers: Iterable[PartialUpdate], admission: Admission, turned_away: Mapping[str, str] = MappingProxyType({})
+    answers: Iterable[PartialUpdate], admission: Admission, rejected_answers: Mapping[str, str] = MappingProxyType({})
 ) -> RoundBuffer:
     """The buffer that these answers make; an answer that is refused keeps its outcomes and loses its sum."""
     kept, refused = [], dict[str, str]()
@@ -108,7 +108,7 @@ def judged(
         refused |= refusals
         answer, _ = admission.judge(answer)
         kept.append(_with_staleness(_without(answer, refusals), admission.round_index - answer.round_index))
-    return RoundBuffer(admission, tuple(kept), refused, turned_away)
+    return RoundBuffer(admission, tuple(kept), refused, rejected_answers)
 
 
 def _without(answer: PartialUpdate, refusals: Mapping[str, str]) -> PartialUpdate:

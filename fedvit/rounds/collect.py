@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from fedvit.aggregation.door import Door
+from fedvit.aggregation.validation import UpdateValidator
 from fedvit.config import Settings
 from fedvit.ports import FleetPort
 from fedvit.rounds.buffer import Admission, RoundBuffer, judged
-from fedvit.rounds.doorkeeper import Doorkeeper
 from fedvit.rounds.machine import TrainRound
 from fedvit.rounds.protection import Protection
 from fedvit.rounds.steering import aggregation_settings
+from fedvit.rounds.update_admission import UpdateAdmission
 from fedvit.store.store import Store
 from fedvit.types import PartialUpdate, TrainTask, Weights
 
@@ -87,12 +87,12 @@ class Collector:
             for given_up in self._fleet.give_up(ended):
                 answers += keeper.admit(given_up)
         answers, self._waiting = self._split(answers, order, task, taking_part)
-        return replace(self._judged(answers, order, task), turned_away=keeper.turned_away)
+        return replace(self._judged(answers, order, task), rejected_answers=keeper.rejected_answers)
 
-    def _keeper(self, task: TrainTask, base: Weights, client_ids: Sequence[str]) -> Doorkeeper:
+    def _keeper(self, task: TrainTask, base: Weights, client_ids: Sequence[str]) -> UpdateAdmission:
         sizes = self._store.num_examples(client_ids)
-        door = Door.of(self._settings, self._protection.rule, base, sizes)
-        return Doorkeeper(door, self._store, task.run_id, task.round_index)
+        validator = UpdateValidator.of(self._settings, self._protection.rule, base, sizes)
+        return UpdateAdmission(validator, self._store, task.run_id, task.round_index)
 
     def _deadline_s(self) -> float:
         """When the round that begins now is over; never where nobody may be late."""

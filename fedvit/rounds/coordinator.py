@@ -29,7 +29,7 @@ from fedvit.errors import (
     LedgerFrozenError,
     ReleaseRefusedError,
 )
-from fedvit.monitoring.training import RoundMetrics
+from fedvit.metrics.training import RoundMetrics
 from fedvit.ports import AccountantPort, FleetPort, ServerModelPort
 from fedvit.privacy.round_cost import check_units, round_noise_multiplier
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
@@ -38,21 +38,21 @@ from fedvit.registry.weights import stored_weights
 from fedvit.rounds import machine
 from fedvit.rounds.buffer import RoundBuffer
 from fedvit.rounds.collect import Collector
-from fedvit.rounds.doorkeeper import count_refusals
-from fedvit.rounds.health import DataWatch
+from fedvit.rounds.data_health import DataWatch
+from fedvit.rounds.eligible_clients import EligibleClients
+from fedvit.rounds.histogram_collection import HistogramCollection
 from fedvit.rounds.machine import LoopState, Phase, Plan
 from fedvit.rounds.protection import POPULATION_SIZE, Folded, protection_for
 from fedvit.rounds.remote import FROZEN_DIGEST
-from fedvit.rounds.roll import StoreRoll
-from fedvit.rounds.sketching import Sketching
 from fedvit.rounds.steering import (
-    RunOrder,
+    RunRequest,
     aggregation_settings,
-    place_order,
+    place_run_request,
     round_settings,
     run_identity,
-    run_order,
+    run_request,
 )
+from fedvit.rounds.update_admission import count_refusals
 from fedvit.store.store import RoundCommit, Store
 from fedvit.store.versions import RULE_STATE
 from fedvit.types import (
@@ -115,7 +115,7 @@ class Coordinator:
         self._clock = clock
         self._collector = Collector(settings, store, fleet, self._protection, clock)
         self._model = model
-        self._sketching = Sketching(settings, store, accountant, fleet, model)
+        self._sketching = HistogramCollection(settings, store, accountant, fleet, model)
         self._data_watch = DataWatch(store, on_health)
         self.publisher = Publisher(store, settings)
         self._cohort_secret = derive_secret(load_or_create_root_secret(store.home), "cohort")
@@ -158,7 +158,7 @@ class Coordinator:
             # Whoever asks for a run did not write the settings: it is the fleet, as it is now, that they do not fit.
             raise ConflictError(error.message, cure=error.cure) from error
 
-    def check_new_run(self, order: RunOrder) -> None:
+    def check_new_run(self, order: RunRequest) -> None:
         """Whether a run as ordered could train at least one round.
 
         Raises:
@@ -202,17 +202,17 @@ class Coordinator:
         """Remote clients that were silent for longer are not there."""
         return utc_now() - timedelta(seconds=self._settings.fleet.heartbeat_timeout_s)
 
-    def _roll(self, task: TrainTask, config: CohortConfig) -> StoreRoll:
-        return StoreRoll(self._store, self._protection, self._accountant, task, config, self._heard_since())
+    def _roll(self, task: TrainTask, config: CohortConfig) -> EligibleClients:
+        return EligibleClients(self._store, self._protection, self._accountant, task, config, self._heard_since())
 
     def _probe(self) -> TrainTask:
         """A round of a run that does not exist yet; its charges are never written."""
         return self._task_of("next-run", 1, "", self._noise_multiplier, self._settings.privacy.l2_clip_norm)
 
-    def begin(self, order: RunOrder) -> Run:
+    def begin(self, order: RunRequest) -> Run:
         """Put an order in force and open its run, while the loop rests; :meth:`run` then drives it. Repeatable."""
         self._start_weights(order)
-        place_order(self._store, order)
+        place_run_request(self._store, order)
         run = self._open_run()
         self._progress = self._resting_progress()
         return run
@@ -302,7 +302,7 @@ class Coordinator:
         return machine.CohortDrawn(cohort, min_clients, len(in_flight.difference(cohort.client_ids)))
 
     def _selection(self) -> str | None:
-        order = run_order(self._store)
+        order = run_request(self._store)
         return order.client_selection if order else None
 
     def _cohort_config(self, selection: str | None) -> CohortConfig:
@@ -324,7 +324,7 @@ class Coordinator:
         self._sketching.ask(self._current, task.round_index, order.cohort.client_ids, self._weights)
         buffer = self._collector.collect(order, task, self._weights, self._handed, timeout_s=timeout_s)
         _METRICS.in_flight(len(self._collector.in_flight()))
-        quarantine_after = self._settings.training.door.quarantine_after
+        quarantine_after = self._settings.training.validation.quarantine_after
         count_refusals(self._store, task.run_id, task.round_index, buffer.outcomes, quarantine_after)
         self._gather_sketches()
         errors = [o.error for o in buffer.outcomes if o.error is not None]
@@ -353,7 +353,7 @@ class Coordinator:
     def _started_from(self, round_index: int) -> Weights:
         """The weights that an earlier round of this run handed out."""
         if round_index == 1:
-            return self._start_weights(run_order(self._store))
+            return self._start_weights(run_request(self._store))
         version = self._store.round(self._current.run_id, round_index - 1).version
         return stored_weights(self._store, self._store.version(str(version)).weights_digest)
 
@@ -392,7 +392,7 @@ class Coordinator:
                 duration_s=self._clock() - work.started_s,
             ),
         )
-        _METRICS.committed(work.buffer.outcomes, len(left_out), len(work.buffer.turned_away))
+        _METRICS.committed(work.buffer.outcomes, len(left_out), len(work.buffer.rejected_answers))
         self._data_watch.after_round(work.buffer.outcomes)
         self._work = None
         self._continue_from(weights, digest, work.folded.state)
@@ -424,7 +424,7 @@ class Coordinator:
             "data_digest": self._current.data_digest,
             "config_digest": self._current.config_digest,
             **buffer.lineage(),
-            # What the mix of answers in service is held against later; see fedvit.monitoring.drift.
+            # What the mix of answers in service is held against later; see fedvit.drift.signals.
             **({"held_out_answers": evaluation.answers()} if evaluation else {}),
         }
 
@@ -452,7 +452,7 @@ class Coordinator:
                 rounds.
             ConflictError: nobody may take part, or rounds are asynchronous and the rule does not go with that.
         """
-        order = run_order(self._store)
+        order = run_request(self._store)
         identity, digest = run_identity(self._settings, order)
         latest = self._store.latest_run()
         check_units(self._settings, *self._store.count_units())
@@ -492,7 +492,7 @@ class Coordinator:
         self._store.set_meta(FROZEN_DIGEST, self._frozen_digest)
         version = self._store.latest_version(run.run_id)
         if version is None:
-            weights = self._start_weights(run_order(self._store))
+            weights = self._start_weights(run_request(self._store))
             self._continue_from(weights, self._store.blobs.put(encode_weights(weights)), {})
             return
         remembered = version.lineage.get(RULE_STATE)
@@ -506,7 +506,7 @@ class Coordinator:
         self._handed = {**weights, **beside}
         self._handed_digest = weights_digest(self._handed) if beside else digest
 
-    def _start_weights(self, order: RunOrder | None) -> Weights:
+    def _start_weights(self, order: RunRequest | None) -> Weights:
         """Raises UpdateRejectedError when the version to start from was trained as another model."""
         initial = self._model.initial_weights()
         if order is None or order.base_version is None:

@@ -11,7 +11,7 @@ from fedvit.ports import FleetPort, ProxyReport
 from fedvit.rounds.remote import Offer, RemoteWork
 from fedvit.store.store import Store
 from fedvit.types import Client, ClientOutcome, Cohort, PartialUpdate, TrainTask, Weights
-from fedvit.wire.sketch import Sketch, SketchOrder
+from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 from fedvit.wire.tensors import encode_weights
 
 LOOK_S = 0.25
@@ -84,16 +84,16 @@ class MixedFleet:
         """Of the virtual clients; a remote one shows by itself that it is there."""
         return self._virtual.proxies_alive()
 
-    def ask_sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> None:
+    def request_histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> None:
         """Virtual clients by their fleet; for a remote one the order is left, and what it tells is kept as it comes."""
         remote = {client.client_id: client for client in self._store.remote_clients(client_ids)}
         for client in remote.values():
             self._work.leave_sketch(order, client)
-        self._virtual.ask_sketches(order, [client_id for client_id in client_ids if client_id not in remote])
+        self._virtual.request_histograms(order, [client_id for client_id in client_ids if client_id not in remote])
 
-    def sketches(self) -> list[Sketch]:
+    def histograms(self) -> list[ClientHistogram]:
         """Of virtual clients."""
-        return self._virtual.sketches()
+        return self._virtual.histograms()
 
     def _remote(self, cohort: Cohort) -> dict[str, Client]:
         return {client.client_id: client for client in self._store.remote_clients(cohort.client_ids)}

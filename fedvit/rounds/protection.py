@@ -20,12 +20,12 @@ from fedvit.ports import POPULATION, Charge
 from fedvit.privacy import mechanism
 from fedvit.privacy.correlated import BandedNoise, Vector
 from fedvit.privacy.events import Event
+from fedvit.privacy.outputs import output_id
 from fedvit.privacy.randomness import SecretStream
 from fedvit.privacy.round_cost import adaptive_clip, charge_of, round_event
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.rounds.buffer import RoundBuffer
 from fedvit.store.store import Store
-from fedvit.training.release import release_id
 from fedvit.types import FloatArray, PartialUpdate, Run, TrainTask, Weights
 
 FACTS = "client_level"
@@ -139,7 +139,7 @@ class RecordLevel:
         """One a client."""
         sizes = self._store.num_examples(client_ids)
         event = round_event(self._settings, task.noise_multiplier)
-        return [_charge(event, task, c, release_id(task, c, sizes[c])) for c in client_ids]
+        return [_charge(event, task, c, output_id(task, c, sizes[c])) for c in client_ids]
 
     def judge(self, update: PartialUpdate, run_id: str) -> tuple[PartialUpdate, str | None]:
         """Noised already: nothing bounds it."""
@@ -210,7 +210,7 @@ class ClientLevel:
         """One for everybody where a secret sample is drawn: whoever was not drawn might have been. Else one each."""
         event = round_event(self._settings, task.noise_multiplier)
         units = [POPULATION] if self.sampled else list(client_ids)
-        return [_charge(event, task, unit, release_id(task, unit, 1)) for unit in units]
+        return [_charge(event, task, unit, output_id(task, unit, 1)) for unit in units]
 
     def judge(self, update: PartialUpdate, run_id: str) -> tuple[PartialUpdate, str | None]:
         """Whether its norm is what its number of clipped updates allows."""
@@ -260,7 +260,7 @@ class ClientLevel:
         return SecretStream(self._secret, purpose, {"run_id": run_id, "round_index": round_index, "key": key})
 
     def _key(self, task: TrainTask, protected: list[Any]) -> str:
-        text = json.dumps([release_id(task, POPULATION, 1), *protected])
+        text = json.dumps([output_id(task, POPULATION, 1), *protected])
         return hmac.new(self._secret, text.encode(), "sha256").hexdigest()
 
     def _facts(self, run_id: str) -> list[Mapping[str, Any]]:
@@ -279,7 +279,7 @@ def _charge(event: Event, task: TrainTask, unit_id: str, release: str) -> Charge
         run_id=task.run_id,
         round_index=task.round_index,
         unit_id=unit_id,
-        release_id=release,
+        output_id=release,
         unit=task.privacy_unit,
     )
 

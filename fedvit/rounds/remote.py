@@ -17,16 +17,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedvit.aggregation.door import Door
 from fedvit.aggregation.registry import rule_for
-from fedvit.aggregation.rule import HANDED
+from fedvit.aggregation.rule import BROADCAST
+from fedvit.aggregation.validation import UpdateValidator
 from fedvit.config import Settings
 from fedvit.errors import NotFoundError, UpdateRejectedError
 from fedvit.ports import POPULATION
+from fedvit.privacy.outputs import output_id
 from fedvit.store.store import Store
-from fedvit.training.release import release_id
 from fedvit.types import Client, ClientOutcome, Encoding, PartialUpdate, RunStatus, TrainTask
-from fedvit.wire.sketch import Sketch, SketchOrder, checked_counts
+from fedvit.wire.histograms import ClientHistogram, HistogramRequest, checked_counts
 from fedvit.wire.tensors import decode_weights
 
 FROZEN_DIGEST = "frozen_digest"
@@ -45,7 +45,7 @@ class ReceiptStatus(StrEnum):
     REFUSED = "refused"
     DUPLICATE = "duplicate"
     """Another answer of this client to this round was here before; this one changes nothing."""
-    TURNED_AWAY = "turned_away"
+    TURNED_AWAY = "rejected_answers"
     """Nobody waits for it: the client was not asked, or the round went on without it."""
 
 
@@ -64,7 +64,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A task for one client: ``num_examples`` and so ``release_id`` are what was charged.
+    """A task for one client: ``num_examples`` and so ``output_id`` are what was charged.
 
     ``closed`` says why nobody waits for the answer any more.
     """
@@ -76,9 +76,9 @@ class Offer:
     closed: str | None = None
 
     @property
-    def release_id(self) -> str:
+    def output_id(self) -> str:
         """The identity of what the client shall release."""
-        return release_id(self.task, self.client_id, self.num_examples)
+        return output_id(self.task, self.client_id, self.num_examples)
 
     def is_for(self, run_id: str, round_index: int) -> bool:
         """Whether it asks for an answer to this round."""
@@ -132,8 +132,8 @@ class RemoteWork:
                 path.unlink(missing_ok=True)
         return offer
 
-    def leave_sketch(self, order: SketchOrder, client: Client) -> None:
-        """Ask a client for a sketch that is charged; an order that it has not followed is forgotten."""
+    def leave_sketch(self, order: HistogramRequest, client: Client) -> None:
+        """Ask a client for a histogram that is charged; an order that it has not followed is forgotten."""
         told = {"order": order.to_json(), "num_examples": client.num_examples}
         self._store.set_meta(_SKETCH_KEY + client.client_id, told)
 
@@ -166,8 +166,8 @@ class RemoteWork:
         answered = self._place(client_id, offer.task.run_id, offer.task.round_index).exists()
         return offer if under_way and not answered else None
 
-    def sketch_order(self, client_id: str) -> tuple[SketchOrder, int] | None:
-        """What sketch the client shall make, and of how many records it is charged; None once it has.
+    def sketch_order(self, client_id: str) -> tuple[HistogramRequest, int] | None:
+        """What histogram the client shall make, and of how many records it is charged; None once it has.
 
         Raises:
             NotFoundError: no such client.
@@ -175,7 +175,7 @@ class RemoteWork:
         client, found = self._store.client(client_id), self._store.get_meta(_SKETCH_KEY + client_id)
         if found is None or client.quarantined or not client.active:
             return None
-        return SketchOrder.from_json(found["order"]), int(found["num_examples"])
+        return HistogramRequest.from_json(found["order"]), int(found["num_examples"])
 
     def receive_sketch(self, client_id: str, run_id: str, round_index: int, counts: Sequence[int]) -> bool:
         """Keep what a client tells of its data; whether it was waited for: repeating it does nothing.
@@ -189,15 +189,15 @@ class RemoteWork:
             return False
         order, size = found
         told = checked_counts(order.spec, counts)
-        sketch = Sketch(client_id, run_id, round_index, size, order.spec.digest, order.deviation, told)
-        self._store.add_sketches([sketch], order.spec)
+        histogram = ClientHistogram(client_id, run_id, round_index, size, order.spec.digest, order.deviation, told)
+        self._store.add_sketches([histogram], order.spec)
         self._store.set_meta(_SKETCH_KEY + client_id, None)
         return True
 
     def receive(self, client_id: str, run_id: str, round_index: int, content: bytes) -> Receipt:
         """Take an answer, or say what became of the one before; repeating it does nothing.
 
-        One that the door will not let in is kept all the same: the round has to know that this client is done.
+        One that validation rejects is kept all the same: the round has to know that this client is done.
 
         Raises:
             NotFoundError: no such client.
@@ -241,7 +241,7 @@ class RemoteWork:
         units = {offer.client_id: offer.num_examples}
         if task.privacy_unit == "client":
             units = {offer.client_id: 1, POPULATION: 1}
-        releases = ((unit, release_id(task, unit, size)) for unit, size in units.items())
+        releases = ((unit, output_id(task, unit, size)) for unit, size in units.items())
         return any(self._store.is_charged(task.run_id, task.round_index, *release) for release in releases)
 
     def _compared(self, known: Receipt, content: bytes) -> Receipt:
@@ -259,18 +259,20 @@ class RemoteWork:
         return f"round {round_index} of {run_id} {'went on without it' if asked else 'did not ask it'}"
 
     def _fault(self, offer: Offer, content: bytes) -> str | None:
-        """What the one door will say."""
+        """Whby update validation will say."""
         rule = rule_for(self._settings)
         sizes = {offer.client_id: offer.num_examples}
-        door = Door.of(self._settings, rule, {}, sizes).with_shapes(self._shapes(offer.task.base_digest))
+        validator = UpdateValidator.of(self._settings, rule, {}, sizes).with_shapes(
+            self._shapes(offer.task.base_digest)
+        )
         try:
-            return door.fault_of(door.opened(offer.answer(content)))
+            return validator.fault_of(validator.opened(offer.answer(content)))
         except UpdateRejectedError as error:
             return error.message
 
     def _read_shapes(self, base_digest: str) -> dict[str, tuple[int, ...]]:
         weights = decode_weights(self._store.blobs.get(base_digest), max_bytes=_MAX_WEIGHTS_BYTES)
-        return {name: array.shape for name, array in weights.items() if not name.startswith(HANDED)}
+        return {name: array.shape for name, array in weights.items() if not name.startswith(BROADCAST)}
 
     def _offer(self, client_id: str) -> Offer | None:
         found = self._store.get_meta(_TASK_KEY + client_id)

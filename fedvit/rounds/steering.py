@@ -15,14 +15,14 @@ from fedvit.config import Settings
 from fedvit.errors import StaleRequestError
 from fedvit.store.store import Store
 
-_ORDER_KEY = "run_order"
+_ORDER_KEY = "run_request"
 _ROUND_KEY = "round_settings"
 _AGGREGATION_KEY = "aggregation_settings"
 STALENESS_TOLERANCE = 5
 
 
 @dataclass(frozen=True, slots=True)
-class RunOrder:
+class RunRequest:
     """An operator's wish for a new run. ``base_version`` None starts from the base weights.
 
     ``client_selection`` stays in force for later orders that say nothing of it; None leaves it to the settings.
@@ -35,26 +35,26 @@ class RunOrder:
     client_selection: str | None = None
 
 
-def run_order(store: Store) -> RunOrder | None:
+def run_request(store: Store) -> RunRequest | None:
     """The order in force, if there ever was one."""
     found = store.get_meta(_ORDER_KEY)
-    return None if found is None else RunOrder(**found)
+    return None if found is None else RunRequest(**found)
 
 
-def place_order(store: Store, wish: RunOrder) -> RunOrder:
+def place_run_request(store: Store, wish: RunRequest) -> RunRequest:
     """Put ``wish`` in force under the next number; the same operation places one order, however often it tries."""
 
     def change(found: Any | None) -> dict[str, Any]:
-        before = RunOrder(**found) if found else None
+        before = RunRequest(**found) if found else None
         if before is not None and before.operation_id == wish.operation_id:
             return asdict(before)
         selection = wish.client_selection or (before.client_selection if before else None)
         return asdict(replace(wish, number=before.number + 1 if before else 1, client_selection=selection))
 
-    return RunOrder(**store.change_meta(_ORDER_KEY, change))
+    return RunRequest(**store.change_meta(_ORDER_KEY, change))
 
 
-def run_identity(settings: Settings, order: RunOrder | None) -> tuple[dict[str, Any], str]:
+def run_identity(settings: Settings, order: RunRequest | None) -> tuple[dict[str, Any], str]:
     """What a run is recorded with, and its SHA-256, hex; without an order, those of the settings alone."""
     if order is None:
         return settings.training_identity(), settings.training_digest()

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from fedvit.errors import NotFoundError, StateError
 from fedvit.store.records import ClientPage, FleetInfo, Validation
 from fedvit.store.tables import ClientRow, MetaRow, among
-from fedvit.types import Client, ClientKind, Sighting
+from fedvit.types import Client, ClientKind, LastContact
 
 FLEET_KEY = "fleet"
 # Behind it the client's id: a fleet of ten thousand must not rewrite one long value for each verdict.
@@ -192,12 +192,12 @@ def client_page(session: Session, offset: int, limit: int) -> ClientPage:
     )
 
 
-def sightings(session: Session, hosted: bool) -> list[Sighting]:
+def last_contacts(session: Session, hosted: bool) -> list[LastContact]:
     """The whereabouts of all active clients, ordered by id; of virtual ones only where ``hosted`` are asked for."""
     columns = select(ClientRow.client_id, ClientRow.kind, ClientRow.last_seen_at).where(ClientRow.active)
     columns = columns if hosted else columns.where(ClientRow.kind != ClientKind.VIRTUAL.value)
     rows = session.execute(columns.order_by(ClientRow.client_id))
-    return [Sighting(client_id, ClientKind(kind), at) for client_id, kind, at in rows]
+    return [LastContact(client_id, ClientKind(kind), at) for client_id, kind, at in rows]
 
 
 def count_hosted(session: Session) -> int:

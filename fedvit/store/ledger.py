@@ -46,10 +46,10 @@ def append_charges(session: Session, charges: Sequence[Charge], check: Callable[
     return len(new)
 
 
-def is_charged(session: Session, run_id: str, round_index: int, unit_id: str, release_id: str) -> bool:
+def is_charged(session: Session, run_id: str, round_index: int, unit_id: str, output_id: str) -> bool:
     """Whether the ledger has the charge of this very release."""
-    key = (run_id, round_index, unit_id, release_id)
-    columns = (ChargeRow.run_id, ChargeRow.round_index, ChargeRow.unit_id, ChargeRow.release_id)
+    key = (run_id, round_index, unit_id, output_id)
+    columns = (ChargeRow.run_id, ChargeRow.round_index, ChargeRow.unit_id, ChargeRow.output_id)
     query = select(ChargeRow.sequence).where(*(column == value for column, value in zip(columns, key, strict=True)))
     return session.scalar(query.limit(1)) is not None
 
@@ -165,15 +165,15 @@ def _not_yet_written(session: Session, charges: Sequence[Charge]) -> list[Charge
             new.append(charge)
         elif known[_key(charge)] != charge:
             raise ConflictError(
-                f"Release {charge.release_id} of unit {charge.unit_id!r} in round {charge.round_index} of "
+                f"Release {charge.output_id} of unit {charge.unit_id!r} in round {charge.round_index} of "
                 f"{charge.run_id} is on the ledger with another cost.",
-                cure="A release that costs something else is another release and needs its own release_id.",
+                cure="A release that costs something else is another release and needs its own output_id.",
             )
     return new
 
 
 def _key(charge: Charge) -> _ChargeKey:
-    return charge.run_id, charge.round_index, charge.unit_id, charge.release_id
+    return charge.run_id, charge.round_index, charge.unit_id, charge.output_id
 
 
 def _normal(charge: Charge) -> Charge:
@@ -182,7 +182,7 @@ def _normal(charge: Charge) -> Charge:
         run_id=charge.run_id,
         round_index=int(charge.round_index),
         unit_id=charge.unit_id,
-        release_id=charge.release_id,
+        output_id=charge.output_id,
         noise_multiplier=float(charge.noise_multiplier),
         sampling_prob=float(charge.sampling_prob),
         steps=int(charge.steps),

@@ -278,7 +278,7 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Happening:
+class TimelineEvent:
     """One thing that the state records, in words."""
 
     at: datetime

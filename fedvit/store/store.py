@@ -14,14 +14,14 @@ from fedvit.ports import Charge, LedgerEntry
 from fedvit.store import audit as _audit
 from fedvit.store import budget as _budget
 from fedvit.store import fleet as _fleet
-from fedvit.store import happenings as _happenings
+from fedvit.store import histograms as _sketches
 from fedvit.store import idempotency as _idempotency
 from fedvit.store import incidents as _incidents
 from fedvit.store import ledger as _ledger
 from fedvit.store import operations as _operations
 from fedvit.store import remediations as _remediations
 from fedvit.store import runs as _runs
-from fedvit.store import sketches as _sketches
+from fedvit.store import timeline as _timeline
 from fedvit.store import tokens as _tokens
 from fedvit.store import versions as _versions
 from fedvit.store.blobs import FileBlobStore
@@ -35,7 +35,6 @@ from fedvit.store.records import (
     ClientPage,
     Derivation,
     FleetInfo,
-    Happening,
     Incident,
     IncidentEvent,
     LoggedAlert,
@@ -47,6 +46,7 @@ from fedvit.store.records import (
     RoundTally,
     Standing,
     StoredAnswer,
+    TimelineEvent,
     Token,
     Validation,
 )
@@ -54,7 +54,7 @@ from fedvit.store.versions import Sign
 from fedvit.types import (
     Client,
     Cohort,
-    Conduct,
+    LastContact,
     LedgerFreeze,
     ModelVersion,
     Operation,
@@ -64,10 +64,10 @@ from fedvit.types import (
     Run,
     RunStatus,
     Severity,
-    Sighting,
+    UpdateStatistics,
     utc_now,
 )
-from fedvit.wire.sketch import Sketch, SketchSpec
+from fedvit.wire.histograms import ClientHistogram, HistogramSpec
 
 _OWN_KEYS = frozenset(
     {
@@ -90,7 +90,6 @@ __all__ = [
     "ClientPage",
     "Derivation",
     "FleetInfo",
-    "Happening",
     "Incident",
     "IncidentEvent",
     "LedgerFreeze",
@@ -105,6 +104,7 @@ __all__ = [
     "Standing",
     "Store",
     "StoredAnswer",
+    "TimelineEvent",
     "Token",
     "Validation",
 ]
@@ -263,10 +263,10 @@ class Store:
         with self._database.read() as session:
             return _fleet.client_page(session, offset, limit)
 
-    def sightings(self, *, hosted: bool = True) -> list[Sighting]:
+    def last_contacts(self, *, hosted: bool = True) -> list[LastContact]:
         """The whereabouts of all active clients, ordered by id; of virtual ones only where ``hosted`` are asked for."""
         with self._database.read() as session:
-            return _fleet.sightings(session, hosted)
+            return _fleet.last_contacts(session, hosted)
 
     def count_hosted(self) -> int:
         """How many active clients are virtual."""
@@ -442,28 +442,28 @@ class Store:
         with self._database.read() as session:
             return _runs.participation(session)
 
-    def conduct(self, rounds: int) -> dict[str, Conduct]:
+    def conduct(self, rounds: int) -> dict[str, UpdateStatistics]:
         """How clients' noised updates looked in the latest so many committed rounds, of all runs together."""
         with self._database.read() as session:
             return _sketches.conduct(session, rounds)
 
-    def add_sketches(self, sketches: Sequence[Sketch], spec: SketchSpec) -> int:
+    def add_sketches(self, histograms: Sequence[ClientHistogram], spec: HistogramSpec) -> int:
         """Keep what clients told of their data under one spec; one that is here already stays. How many are new."""
         with self._database.write() as session:
-            return _sketches.add(session, sketches, spec, utc_now())
+            return _sketches.add(session, histograms, spec, utc_now())
 
-    def latest_sketches(self, until: datetime | None = None) -> dict[str, Sketch]:
-        """Each client's newest sketch, or its newest that is no younger than ``until``."""
+    def latest_sketches(self, until: datetime | None = None) -> dict[str, ClientHistogram]:
+        """Each client's newest histogram, or its newest that is no younger than ``until``."""
         with self._database.read() as session:
             return _sketches.latest(session, until)
 
-    def latest_sketch_spec(self, until: datetime) -> SketchSpec | None:
-        """What the newest sketch means that is no younger than ``until``; None where there is none."""
+    def latest_sketch_spec(self, until: datetime) -> HistogramSpec | None:
+        """What the newest histogram means that is no younger than ``until``; None where there is none."""
         with self._database.read() as session:
             return _sketches.latest_spec(session, until)
 
-    def sketch_spec(self, digest: str) -> SketchSpec | None:
-        """What the counts of a sketch mean, by its ``spec_digest``; None where no such sketch was kept."""
+    def histogram_spec(self, digest: str) -> HistogramSpec | None:
+        """What the counts of a histogram mean, by its ``spec_digest``; None where no such histogram was kept."""
         with self._database.read() as session:
             return _sketches.spec(session, digest)
 
@@ -590,10 +590,10 @@ class Store:
         with self._database.write() as session:
             return _ledger.append_charges(session, charges, check)
 
-    def is_charged(self, run_id: str, round_index: int, unit_id: str, release_id: str) -> bool:
+    def is_charged(self, run_id: str, round_index: int, unit_id: str, output_id: str) -> bool:
         """Whether the ledger has the charge of this very release."""
         with self._database.read() as session:
-            return _ledger.is_charged(session, run_id, round_index, unit_id, release_id)
+            return _ledger.is_charged(session, run_id, round_index, unit_id, output_id)
 
     def check_not_frozen(self) -> None:
         """Make sure that charges may be written.
@@ -920,20 +920,20 @@ class Store:
         with self._database.read() as session:
             return _remediations.remediations(session, incident_id)
 
-    def happenings(self, since: datetime, until: datetime) -> list[Happening]:
+    def timeline_events(self, since: datetime, until: datetime) -> list[TimelineEvent]:
         """What the state records from ``since`` to ``until``: runs, releases, operations, quarantines; in order."""
         with self._database.read() as session:
-            return _happenings.happenings(session, since, until)
+            return _timeline.timeline_events(session, since, until)
 
     def round_tally(self, since: datetime, until: datetime) -> RoundTally:
         """What became of the rounds from ``since`` to ``until``."""
         with self._database.read() as session:
-            return _happenings.round_tally(session, since, until)
+            return _timeline.round_tally(session, since, until)
 
     def quarantined_between(self, since: datetime, until: datetime) -> list[str]:
         """The clients that came into quarantine then and are still in it, sorted."""
         with self._database.read() as session:
-            return _happenings.quarantined_between(session, since, until)
+            return _timeline.quarantined_between(session, since, until)
 
     def change_counter(self) -> int:
         """A number that differs from an earlier one if anything was committed in between, by whatever process.

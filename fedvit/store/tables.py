@@ -156,10 +156,10 @@ class ClientRoundRow(Base):
     alignment: Mapped[float | None]
 
 
-class SketchRow(Base):
+class HistogramRow(Base):
     """What one client told of its data in one round: noised counts, little-endian int32. Append-only."""
 
-    __tablename__ = "sketches"
+    __tablename__ = "histograms"
     __table_args__ = (Index("ix_sketches_client", "client_id", "at"),)
 
     run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -247,7 +247,7 @@ class ChargeRow(Base):
 
     __tablename__ = "privacy_ledger"
     __table_args__ = (
-        UniqueConstraint("run_id", "round_index", "unit_id", "release_id"),
+        UniqueConstraint("run_id", "round_index", "unit_id", "output_id"),
         Index("ix_privacy_ledger_unit", "unit_id", "run_id", "round_index"),
     )
 
@@ -256,7 +256,7 @@ class ChargeRow(Base):
     run_id: Mapped[str] = mapped_column(String(64))
     round_index: Mapped[int]
     unit_id: Mapped[str] = mapped_column(String(200))
-    release_id: Mapped[str] = mapped_column(String(64))
+    output_id: Mapped[str] = mapped_column(String(64))
     noise_multiplier: Mapped[float]
     sampling_prob: Mapped[float]
     steps: Mapped[int]

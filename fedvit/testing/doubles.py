@@ -26,7 +26,7 @@ from fedvit.types import (
     Weights,
     utc_now,
 )
-from fedvit.wire.sketch import Sketch, SketchOrder, SketchSpec
+from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 from fedvit.wire.tensors import encode_weights
 
 
@@ -62,7 +62,7 @@ class PointModel:
         self.latency_ms: dict[Variant, float] = {}
         self.relative_accuracy: dict[Variant, float] = {}
         self.canary_disagrees: set[Variant] = set()
-        self.spec: SketchSpec | None = None
+        self.spec: HistogramSpec | None = None
 
     def initial_weights(self) -> Weights:
         """The origin."""
@@ -77,7 +77,7 @@ class PointModel:
         loss = float(np.sum((weights["point"] - self._target) ** 2))
         return Evaluation(loss, 1 / (1 + loss), {"near": 1 / (1 + loss)}, ((1,),), 1)
 
-    def sketch_spec(self) -> SketchSpec | None:
+    def histogram_spec(self) -> HistogramSpec | None:
         """A point has no images: None, unless a test sets ``spec``."""
         return self.spec
 
@@ -110,8 +110,8 @@ class FakeFleet:
     Attributes:
         tamper: what becomes of a client's own update on its way, by client; its group's sum has it in it.
         held: clients that do not answer, and with each of them its group; a test adds and takes away.
-        orders: the sketches that were asked for, and of whom.
-        counts_of: what a client's sketch holds.
+        orders: the histograms that were asked for, and of whom.
+        counts_of: what a client's histogram holds.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class FakeFleet:
         self._pending: list[PartialUpdate] = []
         self.tasks: list[tuple[TrainTask, Cohort]] = []
         self.timeouts_s: list[float | None] = []
-        self.orders: list[tuple[SketchOrder, tuple[str, ...]]] = []
-        self.counts_of: Callable[[SketchOrder, str], Sequence[int]] = lambda order, _: (0,) * order.spec.cells
-        self._sketches: list[Sketch] = []
+        self.orders: list[tuple[HistogramRequest, tuple[str, ...]]] = []
+        self.counts_of: Callable[[HistogramRequest, str], Sequence[int]] = lambda order, _: (0,) * order.spec.cells
+        self._sketches: list[ClientHistogram] = []
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
@@ -178,13 +178,13 @@ class FakeFleet:
         free = (a for a in self._pending if self.held.isdisjoint(o.client_id for o in a.outcomes))
         return next(free, None)
 
-    def ask_sketches(self, order: SketchOrder, client_ids: Sequence[str]) -> None:
+    def request_histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> None:
         """They arrive with ``counts_of``, which a test sets."""
         self.orders.append((order, tuple(client_ids)))
         place = (order.run_id, order.round_index, 10, order.spec.digest, order.deviation)
-        self._sketches += [Sketch(c, *place, tuple(self.counts_of(order, c))) for c in client_ids]
+        self._sketches += [ClientHistogram(c, *place, tuple(self.counts_of(order, c))) for c in client_ids]
 
-    def sketches(self) -> list[Sketch]:
+    def histograms(self) -> list[ClientHistogram]:
         """All that were asked for, once."""
         found, self._sketches = self._sketches, []
         return found

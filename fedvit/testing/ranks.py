@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from fedvit.errors import StateError
-from fedvit.training.ranks import Ranks
+from fedvit.finetune.ranks import Ranks
 
 _Found = TypeVar("_Found")
 

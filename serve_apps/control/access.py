@@ -20,7 +20,7 @@ from fedvit.access.limits import FailureWindow, TokenBuckets, whole_seconds
 from fedvit.access.tokens import PREFIX, verify_token
 from fedvit.config import AccessConfig, Settings
 from fedvit.errors import FedvitError, ForbiddenError, RateLimitedError, UnauthorizedError
-from fedvit.monitoring.metrics import counter
+from fedvit.metrics.metrics import counter
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.control.write_behind import WriteBehind

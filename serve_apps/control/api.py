@@ -12,9 +12,9 @@ from typing import Annotated
 from fastapi import FastAPI, Query, Response
 from safetensors import safe_open
 
+from fedvit.cohort.conditions import progress_conditions
 from fedvit.errors import NotFoundError
-from fedvit.monitoring.conditions import progress_conditions
-from fedvit.monitoring.metrics import render
+from fedvit.metrics.metrics import render
 from fedvit.operations.mailbox import Mailbox
 from fedvit.registry.publisher import artifacts_of, served_variant
 from fedvit.store.store import Release, Store
@@ -25,12 +25,13 @@ from serve_apps.control.clients import add_client_routes
 from serve_apps.control.communication import add_communication_routes
 from serve_apps.control.data_health import add_data_health_routes
 from serve_apps.control.emergency import add_emergency_routes
+from serve_apps.control.health_metrics import HealthMetrics
 from serve_apps.control.heartbeats import Heartbeats, add_heartbeat_routes
 from serve_apps.control.incidents import add_incident_routes
 from serve_apps.control.links import link_answers
+from serve_apps.control.liveness import Liveness
 from serve_apps.control.model_life import add_model_life_routes
 from serve_apps.control.operations import add_operation_routes, standing_of
-from serve_apps.control.presence import Presence
 from serve_apps.control.privacy import add_privacy_routes
 from serve_apps.control.remote_clients import add_remote_client_routes
 from serve_apps.control.route import Control, install_control
@@ -46,7 +47,6 @@ from serve_apps.control.schemas import (
 )
 from serve_apps.control.services import Services
 from serve_apps.control.training_life import add_training_life_routes
-from serve_apps.control.vitals import Vitals
 from serve_apps.control.write_behind import flushing
 from serve_apps.problems import documented, install_problem_handlers
 
@@ -61,7 +61,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     """
     guard = guard or Guard(services.settings, services.store)
     heartbeats = Heartbeats(services.store, services.settings.fleet)
-    presence = Presence(services, heartbeats)
+    presence = Liveness(services, heartbeats)
     mailbox = Mailbox(services.settings, services.store)
     api = FastAPI(
         title="fedvit control",
@@ -73,7 +73,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     )
     install_problem_handlers(api)
     install_control(api, Control(guard, services.store))
-    _add_system_routes(api, services, Vitals(services, (guard.tokens_used, heartbeats.seen)))
+    _add_system_routes(api, services, HealthMetrics(services, (guard.tokens_used, heartbeats.seen)))
     # Before the clients: its paths would be taken for one of them.
     add_data_health_routes(api, services, presence)
     add_client_routes(api, services, heartbeats, presence, mailbox)
@@ -94,7 +94,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     return api
 
 
-def _add_system_routes(api: FastAPI, services: Services, vitals: Vitals) -> None:
+def _add_system_routes(api: FastAPI, services: Services, vitals: HealthMetrics) -> None:
     @api.get("/healthz", tags=["system"], dependencies=[public()])
     def healthz() -> dict[str, str]:
         """Whether this replica answers."""

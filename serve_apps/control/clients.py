@@ -16,8 +16,8 @@ from fedvit.store.store import Store, Validation
 from fedvit.types import Client, ClientKind, utc_now
 from serve_apps.control.access import OPERATOR, VIEWER, CurrentIdentity, Note, requires
 from serve_apps.control.heartbeats import Heartbeats
+from serve_apps.control.liveness import Liveness
 from serve_apps.control.pages import Page, Pages
-from serve_apps.control.presence import Presence
 from serve_apps.control.schemas import ClientsStatus, ClientView, RegisterClient, RequestBody
 from serve_apps.control.services import Services
 from serve_apps.problems import documented
@@ -79,7 +79,7 @@ class ConnectivityView(BaseModel):
 
 
 def add_client_routes(
-    api: FastAPI, services: Services, heartbeats: Heartbeats, presence: Presence, mailbox: Mailbox
+    api: FastAPI, services: Services, heartbeats: Heartbeats, presence: Liveness, mailbox: Mailbox
 ) -> None:
     """See and steer the fleet."""
     _add_status(api, services.store, presence, heartbeats)
@@ -88,7 +88,7 @@ def add_client_routes(
     _add_verdicts(api, services.store, presence)
 
 
-def _add_status(api: FastAPI, store: Store, presence: Presence, heartbeats: Heartbeats) -> None:
+def _add_status(api: FastAPI, store: Store, presence: Liveness, heartbeats: Heartbeats) -> None:
     pages = Pages(lambda: (store.change_counter(), heartbeats.arrivals), utc_now)
 
     def page_of(offset: int, limit: int) -> Page:
@@ -111,7 +111,7 @@ def _add_status(api: FastAPI, store: Store, presence: Presence, heartbeats: Hear
         return Response(body, media_type="application/json")
 
 
-def _add_connectivity(api: FastAPI, services: Services, presence: Presence, mailbox: Mailbox) -> None:
+def _add_connectivity(api: FastAPI, services: Services, presence: Liveness, mailbox: Mailbox) -> None:
     @api.get("/api/clients/connectivity", tags=["clients"], dependencies=VIEWER)
     def connectivity(limit: Limit = 100, offset: Offset = 0) -> ConnectivityView:
         """Which active clients are connected: virtual ones while their proxy answers, others while they are heard."""
@@ -137,7 +137,7 @@ def _add_connectivity(api: FastAPI, services: Services, presence: Presence, mail
         )
 
 
-def _add_membership(api: FastAPI, store: Store, presence: Presence) -> None:
+def _add_membership(api: FastAPI, store: Store, presence: Liveness) -> None:
     @api.post(
         "/api/clients/register",
         tags=["clients"],
@@ -182,7 +182,7 @@ def _add_membership(api: FastAPI, store: Store, presence: Presence) -> None:
         return presence.view(store.client(client_id))
 
 
-def _add_verdicts(api: FastAPI, store: Store, presence: Presence) -> None:
+def _add_verdicts(api: FastAPI, store: Store, presence: Liveness) -> None:
     @api.post("/api/clients/{client_id}/reinstate", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
     def reinstate(client_id: str, request: ReinstateRequest, note: Note) -> ClientView:
         """Lift a client's quarantine; harmless where there is none. The justification stands in the audit trail."""

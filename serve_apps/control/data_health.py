@@ -1,6 +1,6 @@
 """What is known of the data: how far clients can be relied on, and whether the world drifts away from the model.
 
-Nothing of it was computed on an image here: clients' noised sketches and updates are looked at, see docs/drift.md.
+Nothing of it was computed on an image here: clients' noised histograms and updates are looked at, see docs/signals.md.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import asdict
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from fedvit.monitoring import drift, quality
-from fedvit.monitoring.metrics import predictions_by_class
-from fedvit.monitoring.sketches import Shift
-from fedvit.monitoring.training import DataMetrics
-from fedvit.rounds import health
+from fedvit.drift import quality, signals
+from fedvit.drift.comparison import Shift
+from fedvit.metrics.metrics import predictions_by_class
+from fedvit.metrics.training import DataMetrics
+from fedvit.rounds import data_health
 from fedvit.store.store import Release
 from serve_apps.control.access import VIEWER
 from serve_apps.control.clients import Limit, Offset
-from serve_apps.control.presence import Presence
+from serve_apps.control.liveness import Liveness
 from serve_apps.control.services import Services
 
 # One a process, however many applications it makes.
@@ -81,7 +81,7 @@ class ClusterView(BaseModel):
 class DriftView(BaseModel):
     """The highest score of all signals counts.
 
-    ``compared`` clients have sent a sketch before the release and another since; those of ``drifting_clients`` have
+    ``compared`` clients have sent a histogram before the release and another since; those of ``drifting_clients`` have
     moved, feature by feature, and so have clusters of clients as a whole.
     """
 
@@ -96,14 +96,14 @@ class DriftView(BaseModel):
     drifting_clusters: list[ClusterView]
 
 
-def add_data_health_routes(api: FastAPI, services: Services, presence: Presence) -> None:
+def add_data_health_routes(api: FastAPI, services: Services, presence: Liveness) -> None:
     """Look at the data without looking at anybody's images."""
     store = services.store
 
     @api.get("/api/clients/data-quality", tags=["clients"], dependencies=VIEWER)
     def data_quality(limit: Limit = 100, offset: Offset = 0) -> QualityView:
-        """How far clients can be relied on: rounds, records, silence, and what noised sketches and updates show."""
-        against = health.doubts(store, health.sketches(store))
+        """How far clients can be relied on: rounds, records, silence, and what noised histograms and updates show."""
+        against = data_health.doubts(store, data_health.histograms(store))
         found = quality.fleet_quality(presence.active_clients(), store.participation(), against)
         _GAUGES.publish(found.score, None)
         return QualityView(
@@ -116,14 +116,14 @@ def add_data_health_routes(api: FastAPI, services: Services, presence: Presence)
 
     @api.get("/api/monitoring/data-drift", tags=["monitoring"], dependencies=VIEWER)
     def data_drift() -> DriftView:
-        """Whether held-out loss, the mix of answers of the inference replicas, or clients' sketches have moved."""
-        release, told = store.current_release(), health.sketches(store)
-        found, compared = health.drift(store, told, _mix(services, release)), told.comparison
+        """Whether held-out loss, the mix of answers of the inference replicas, or clients' histograms have moved."""
+        release, told = store.current_release(), data_health.histograms(store)
+        found, compared = data_health.drift(store, told, _mix(services, release)), told.comparison
         _GAUGES.publish(None, found.score)
         return DriftView(
             drifting=found.drifting,
             score=found.score,
-            threshold=drift.THRESHOLD,
+            threshold=signals.THRESHOLD,
             reference_version=release.version if release else None,
             signals=[
                 SignalView(name=s.name, value=s.value, reference=s.reference, score=s.score, reason=s.reason)
@@ -161,8 +161,8 @@ def _cluster(shift: Shift) -> ClusterView:
     return ClusterView(feature=shift.feature, client_ids=list(shift.client_ids), psi=shift.distance.psi)
 
 
-def _mix(services: Services, release: Release | None) -> drift.Signal:
+def _mix(services: Services, release: Release | None) -> signals.Signal:
     if release is None:
-        return drift.mix_signal({}, None)
+        return signals.mix_signal({}, None)
     expected = services.store.version(release.version).lineage.get("held_out_answers")
-    return drift.mix_signal(predictions_by_class(release.version, services.metrics_dir), expected)
+    return signals.mix_signal(predictions_by_class(release.version, services.metrics_dir), expected)

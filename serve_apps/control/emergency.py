@@ -12,8 +12,8 @@ from fastapi import FastAPI, Response
 from pydantic import BaseModel, Field, field_validator
 
 from fedvit.errors import FedvitError
-from fedvit.operations.breach import POLICY, Breach, BreachReport, BreachResponse, ImmediateAction
-from fedvit.operations.incidents import log_breach, log_stand_down
+from fedvit.incidents.breach import POLICY, Breach, BreachReport, BreachResponse, ImmediateAction
+from fedvit.incidents.log import log_breach, log_stand_down
 from fedvit.store.store import LedgerFreeze, Store
 from fedvit.types import utc_now
 from serve_apps.control.access import EMERGENCY, OPERATOR, VIEWER, CallKey, CurrentIdentity, Note

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from fedvit.access.identity import Identity, Scope
 from fedvit.config import FleetConfig
-from fedvit.monitoring.metrics import counter
+from fedvit.metrics.metrics import counter
 from fedvit.operations.mailbox import Mailbox
 from fedvit.store.store import Store
 from fedvit.types import utc_now

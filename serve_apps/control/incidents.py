@@ -13,15 +13,15 @@ from starlette.concurrency import run_in_threadpool
 
 from fedvit.access.identity import Scope
 from fedvit.errors import StateError
-from fedvit.operations.incident_report import Section, collect, report
-from fedvit.operations.incidents import timeline
-from fedvit.operations.playbook import RUNBOOK, play_of
-from fedvit.operations.remediation import Order, Proposal, orders, proposals
+from fedvit.incidents.log import timeline
+from fedvit.incidents.playbook import RUNBOOK, play_of
+from fedvit.incidents.remediation import Order, Proposal, orders, proposals
+from fedvit.incidents.report import Section, collect, report
 from fedvit.store.store import Alert, Incident, IncidentEvent, RemediationOutcome, Store
 from fedvit.types import Severity, utc_now
 from serve_apps.control.access import VIEWER, CurrentIdentity, Note, requires
 from serve_apps.control.alerts import AlertmanagerMessage
-from serve_apps.control.inside import REMEDIATION, call_as
+from serve_apps.control.in_process_client import REMEDIATION, call_as
 from serve_apps.control.schemas import Offset, RequestBody
 from serve_apps.control.services import Services
 from serve_apps.problems import ProblemError, documented

@@ -55,7 +55,7 @@ def _facts(operation: Operation) -> dict[str, Any]:
 
 
 def add_operation_routes(api: FastAPI, services: Services) -> None:
-    """Watch and end long operations."""
+    """PeriodicTasks and end long operations."""
     store = services.store
 
     @api.get("/api/operations", tags=["operations"], dependencies=VIEWER)

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from fedvit.access.identity import Scope
 from fedvit.errors import ConflictError, NotFoundError, UpdateRejectedError
 from fedvit.rounds.remote import FROZEN_DIGEST, Offer, Receipt, ReceiptStatus, RemoteWork
-from fedvit.wire.sketch import CELL_LIMIT, MAX_CELLS, SketchOrder
+from fedvit.wire.histograms import CELL_LIMIT, MAX_CELLS, HistogramRequest
 from serve_apps.control.access import CurrentIdentity, requires
 from serve_apps.control.heartbeats import Heartbeats
 from serve_apps.control.route import takes_bytes
@@ -39,7 +39,7 @@ RoundIndex = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
 class TaskView(BaseModel):
     """What the client shall do, and all that identifies what it will release.
 
-    The ledger holds the charge of ``release_id``, which is for ``num_examples`` records: a client that holds another
+    The ledger holds the charge of ``output_id``, which is for ``num_examples`` records: a client that holds another
     number of them must not release anything, and registers again. ``encoding`` is the form to send, ``frozen_digest``
     the SHA-256 of the weights that never travel. ``settings`` has model, training and privacy of the run.
     """
@@ -55,7 +55,7 @@ class TaskView(BaseModel):
     learning_rate: float
     privacy_unit: str
     num_examples: int
-    release_id: str
+    output_id: str
     encoding: str
     frozen_digest: str
     image_size: int
@@ -63,31 +63,31 @@ class TaskView(BaseModel):
     settings: dict[str, Any]
 
 
-class SketchOrderView(BaseModel):
-    """What the client shall count of its records, see docs/drift.md; the ledger holds the charge of ``release_id``."""
+class HistogramRequestView(BaseModel):
+    """What the client shall count of its records, see docs/drift.md; the ledger holds the charge of ``output_id``."""
 
     num_examples: int
-    release_id: str
+    output_id: str
     order: dict[str, Any]
 
 
 class RemoteTaskView(BaseModel):
-    """The client's task and sketch, if there are any; the client asks again after ``poll_after_s``."""
+    """The client's task and histogram, if there are any; the client asks again after ``poll_after_s``."""
 
     client_id: str
     poll_after_s: float
     task: TaskView | None
-    sketch: SketchOrderView | None
+    histogram: HistogramRequestView | None
 
 
-class SketchBody(RequestBody):
+class HistogramBody(RequestBody):
     """Noised counts, as many as were asked for, in the order of the histograms."""
 
     counts: Annotated[list[Count], Field(max_length=MAX_CELLS)]
 
 
-class SketchReceipt(BaseModel):
-    """Whether the sketch was waited for, and is kept."""
+class HistogramReceipt(BaseModel):
+    """Whether the histogram was waited for, and is kept."""
 
     client_id: str
     run_id: str
@@ -131,7 +131,7 @@ def _add_tasks(api: FastAPI, services: Services, heartbeats: Heartbeats, work: R
             client_id=client_id,
             poll_after_s=fleet.task_interval_s,
             task=told,
-            sketch=None if wanted is None else _sketch_view(client_id, *wanted),
+            histogram=None if wanted is None else _sketch_view(client_id, *wanted),
         )
 
     @api.get(
@@ -160,7 +160,7 @@ def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
         status_code=202,
         dependencies=_UPLOADER,
         responses=documented(404) | {200: {"model": ReceiptView}},
-        openapi_extra=takes_bytes(services.settings.training.door.max_update_bytes),
+        openapi_extra=takes_bytes(services.settings.training.validation.max_update_bytes),
     )
     async def upload(
         client_id: str, run_id: str, round_index: RoundIndex, request: Request, response: Response, who: CurrentIdentity
@@ -168,7 +168,7 @@ def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
         """Bring what a client learned in a round, as its trainer writes it.
 
         A client has one answer to a round. It is repeated without harm: 202 while it waits for the round, 200 once the
-        round has taken it. One that the door does not let in is refused with its reason (422) and counts towards the
+        round has taken it. One that validation rejects is refused with its reason (422) and counts towards the
         client's quarantine; for one that nobody waits for, or that differs from the first, 409 says what happened.
         """
         who.check_speaks_for(client_id)
@@ -188,23 +188,23 @@ def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
 
 def _add_sketches(api: FastAPI, work: RemoteWork) -> None:
     @api.put(
-        "/api/clients/{client_id}/sketches/{run_id}/{round_index}",
+        "/api/clients/{client_id}/histograms/{run_id}/{round_index}",
         tags=["clients"],
         dependencies=_UPLOADER,
         responses=documented(404),
     )
-    def sketch(
-        client_id: str, run_id: str, round_index: RoundIndex, body: SketchBody, who: CurrentIdentity
-    ) -> SketchReceipt:
+    def histogram(
+        client_id: str, run_id: str, round_index: RoundIndex, body: HistogramBody, who: CurrentIdentity
+    ) -> HistogramReceipt:
         """Bring what a client tells of its data: counts that it has noised. One that nobody waits for is not kept."""
         who.check_speaks_for(client_id)
         kept = work.receive_sketch(client_id, run_id, round_index, body.counts)
-        return SketchReceipt(client_id=client_id, run_id=run_id, round_index=round_index, kept=kept)
+        return HistogramReceipt(client_id=client_id, run_id=run_id, round_index=round_index, kept=kept)
 
 
-def _sketch_view(client_id: str, order: SketchOrder, num_examples: int) -> SketchOrderView:
-    release = order.release_id(client_id, num_examples)
-    return SketchOrderView(num_examples=num_examples, release_id=release, order=order.to_json())
+def _sketch_view(client_id: str, order: HistogramRequest, num_examples: int) -> HistogramRequestView:
+    release = order.output_id(client_id, num_examples)
+    return HistogramRequestView(num_examples=num_examples, output_id=release, order=order.to_json())
 
 
 def _check(receipt: Receipt) -> None:
@@ -220,7 +220,7 @@ def _task_view(services: Services, offer: Offer) -> TaskView:
     return TaskView(
         **asdict(offer.task),
         num_examples=offer.num_examples,
-        release_id=offer.release_id,
+        output_id=offer.output_id,
         encoding=offer.encoding.value,
         frozen_digest=str(services.store.get_meta(FROZEN_DIGEST)),
         image_size=settings.data.image_size,

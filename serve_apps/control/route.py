@@ -24,14 +24,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedvit.access.identity import Identity
 from fedvit.errors import FedvitError
-from fedvit.monitoring.catalogue import BY_NAME, OTHER
-from fedvit.monitoring.metrics import gauge, histogram
+from fedvit.metrics.catalogue import BY_NAME, OTHER
+from fedvit.metrics.metrics import gauge, histogram
 from fedvit.store.store import RequestKey, Store, StoredAnswer
 from fedvit.types import utc_now
 from serve_apps.control.access import AuditNote, Caller, Guard, call_key, requirement_of
 from serve_apps.control.audit import facts_of
 from serve_apps.control.bodies import check_no_fields, example_of, parse_json, read_body, with_body
-from serve_apps.control.inside import ACTING
+from serve_apps.control.in_process_client import ACTING
 from serve_apps.logs import request_id
 from serve_apps.problems import ProblemError, documented, problem_of
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "torchvision", "ray", "timm", "opacus", "sqlalchemy", "matplotlib", "scipy", "onnx", "fastapi")
-SERVER_PARTS = ("actors", "serve_apps", "fedvit.store", "fedvit.vit", "fedvit.training", "fedvit.config")
+SERVER_PARTS = ("actors", "serve_apps", "fedvit.store", "fedvit.models", "fedvit.training", "fedvit.config")
 
 
 @pytest.mark.parametrize(

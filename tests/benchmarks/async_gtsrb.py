@@ -13,9 +13,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fedvit.report.simulation_charts import accuracy_chart, standalone
-from fedvit.report.summary import write_atomically
-from fedvit.simulation.run import Simulated
+from fedvit.tools.report.simulation_charts import accuracy_chart, standalone
+from fedvit.tools.report.summary import write_atomically
+from fedvit.tools.simulation.run import Simulated
 from tests.benchmarks.results import write_result
 from tests.benchmarks.simulations import PICTURES, Plan, example, run_all
 
@@ -102,8 +102,8 @@ def _what() -> str:
         f"whole tracks of GTSRB (reduced, 32 pixels), {COHORT} at work at a time, 8 local steps. A task takes "
         "log-normal time (median 300 s, sigma 1.2, half of the variance the vehicle's own); one in ten is never "
         "answered, which is noticed 150 s later. A small ViT on frozen EfficientNet-Lite0 features; not private; the "
-        "coordinator, rules, door and buffer of a real run in simulated time. The synchronous side was tuned on seed 0 "
-        "(local learning rate 5, 10, 20; server 1, 2; momentum; 8 or 16 local steps) and may wait for all, commit with "
+        "coordinator, rules, validation and buffer of a real run in simulated time. The synchronous side was tuned on "
+        "seed 0 (local learning rate 5, 10, 20; server 1, 2; momentum; 8 or 16 local steps) and may wait for all, commit with "
         "the first of more than it wants, or end at a deadline. A vehicle that is given up works on, since nobody can "
         "tell it before it answers; the rows that say so assume that it stops at once, as if it could be told. The "
         "last column is what was handed out and came to nothing: a tuned deadline comes near asynchronous rounds, or "

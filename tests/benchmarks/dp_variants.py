@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedvit.config import TrainingConfig
+from fedvit.dp.bookkeeping import BookKeeping
+from fedvit.dp.dpsgd import SecretDPOptimizer
+from fedvit.models.layers import Body, HeadBody
+from fedvit.models.timm_vit import TimmBody
+from fedvit.models.trainable import TrainableMode, apply_trainable
+from fedvit.models.vision import VisionModel
 from fedvit.privacy.randomness import SecretStream
-from fedvit.training.bookkeeping import BookKeeping
-from fedvit.training.dpsgd import SecretDPOptimizer
-from fedvit.vit.layers import Body, HeadBody
-from fedvit.vit.timm_vit import TimmBody
-from fedvit.vit.trainable import TrainableMode, apply_trainable
-from fedvit.vit.vision import VisionModel
 
 CLIP, SIGMA, LEARNING_RATE = 1.0, 1.0, 0.1
 CLASSES = 10

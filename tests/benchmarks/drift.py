@@ -1,4 +1,4 @@
-"""Drift that comes to part of a fleet, seen through private sketches of real traffic signs.
+"""Drift that comes to part of a fleet, seen through private histograms of real traffic signs.
 
 Run by ``make bench-drift`` on the GTSRB zip that GTSRB_ZIP (or the first argument) names; writes
 docs/benchmarks/drift.json, docs/benchmarks/drift_alarms.json and docs/pictures/drift.svg. BENCH_WINDOWS shortens it.
@@ -24,20 +24,19 @@ from torch.nn import functional
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.data.images import load_images
-from fedvit.data.sketch import measures, risk_of, spec_of
-from fedvit.monitoring.sketches import Comparison, compare
+from fedvit.drift.client import embedded
+from fedvit.drift.comparison import Comparison, compare
+from fedvit.drift.measures import measures, risk_of, spec_of
+from fedvit.models.models import build_model
+from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.accountants import epsilon_pld
-from fedvit.privacy.round_cost import round_noise_multiplier, run_spend, sketch_spend
-from fedvit.report.charts import BLUE, GREEN, ORANGE, PURPLE, svg_of
-from fedvit.report.simulation_charts import standalone
-from fedvit.report.summary import write_atomically
+from fedvit.privacy.round_cost import histogram_spend, round_noise_multiplier, run_spend
 from fedvit.settings import load_settings
-from fedvit.training.host import FEATURE_BATCH
-from fedvit.training.sketcher import embedded
+from fedvit.tools.report.charts import BLUE, GREEN, ORANGE, PURPLE, svg_of
+from fedvit.tools.report.simulation_charts import standalone
+from fedvit.tools.report.summary import write_atomically
 from fedvit.types import ImageArray, LabelArray
-from fedvit.vit.models import build_model
-from fedvit.vit.vision import VisionModel
-from fedvit.wire.sketch import LABEL, RECORDS, RISK, Sketch, SketchOrder, SketchSpec
+from fedvit.wire.histograms import LABEL, RECORDS, RISK, ClientHistogram, HistogramRequest, HistogramSpec
 from tests.benchmarks.results import write_result
 from tests.benchmarks.simulations import PICTURES, example
 
@@ -105,7 +104,7 @@ class Signs:
         self.parts = [np.array(part) for part in fleet.parts.values()]
 
     @cached_property
-    def spec(self) -> SketchSpec:
+    def spec(self) -> HistogramSpec:
         """Edges, and what the model errs in, by the held-out images, as the server makes them."""
         edges = spec_of(self.test[:1000], embedded(self.model, self.test[:1000]), self.classes)
         confusion = np.zeros((self.classes, self.classes), dtype=np.int64)
@@ -167,13 +166,13 @@ def tilted(by_class: Floats, tilt: float) -> Floats:
 
 
 class Fleet:
-    """Draws windows of sketches: each client's records anew from its own, with the noise that they are charged for."""
+    """Draws windows of histograms: each client's records anew from its own, with the noise that is charged."""
 
     def __init__(self, signs: Signs, settings: Settings) -> None:
         self.spec, self._draw = signs.spec, np.random.default_rng(0)
         self.pools = [signs.pool(client) for client in range(CLIENTS)]
         self._sizes = {f"vehicle-{i:02d}": len(pool.labels) for i, pool in enumerate(self.pools)}
-        self.order = SketchOrder("run-0001", 1, settings.sketches.noise_multiplier, "record", signs.spec)
+        self.order = HistogramRequest("run-0001", 1, settings.histograms.noise_multiplier, "record", signs.spec)
 
     def compared(
         self, moved: Sequence[Pool] = (), weights: Floats | None = None, reference_windows: int = REFERENCE
@@ -186,7 +185,7 @@ class Fleet:
 
     def _window(
         self, round_index: int, pools: Sequence[Pool], weights: Floats | None, times: int = 1
-    ) -> dict[str, Sketch]:
+    ) -> dict[str, ClientHistogram]:
         names = [f"vehicle-{i:02d}" for i in range(len(pools))]
         found = {}
         for i, (name, pool) in enumerate(zip(names, pools, strict=True)):
@@ -194,15 +193,15 @@ class Fleet:
             found[name] = self._sketch(name, round_index, pool, size, weights if i < DRIFTING else None)
         return found
 
-    def _sketch(self, name: str, round_index: int, pool: Pool, size: int, weights: Floats | None) -> Sketch:
+    def _sketch(self, name: str, round_index: int, pool: Pool, size: int, weights: Floats | None) -> ClientHistogram:
         chances = None if weights is None else weights[pool.labels] / weights[pool.labels].sum()
         rows = self._draw.choice(len(pool.labels), size, p=chances)
         counts = np.bincount(pool.bins[rows].ravel(), minlength=self.spec.cells)
         counts[self.spec.slices[RISK]] = risk_of(pool.labels[rows], self.spec)
-        # The mechanism of fedvit.data.sketch with a generator that can be seeded: a benchmark protects nobody.
+        # The mechanism of fedvit.drift.measures with a generator that can be seeded: a benchmark protects nobody.
         noised = np.rint(counts + self._draw.normal(0, self.order.deviation, self.spec.cells))
         told = tuple(int(count) for count in noised)
-        return Sketch(name, "run-0001", round_index, size, self.spec.digest, self.order.deviation, told)
+        return ClientHistogram(name, "run-0001", round_index, size, self.spec.digest, self.order.deviation, told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +326,7 @@ def _write(curves: Mapping[str, Curve], before: float, alarms: Sequence[Comparis
     power = {"power, the weakest / 0.95 demanded": round(min(c.power for c in curves.values()) / 0.95, 3)}
     write_result(
         "drift",
-        title=f"Drift in {DRIFTING} of {CLIENTS} vehicles, seen through private sketches",
+        title=f"Drift in {DRIFTING} of {CLIENTS} vehicles, seen through private histograms",
         what=_what(before, settings),
         command="make bench-drift",
         figures=figures,
@@ -343,7 +342,7 @@ def _write(curves: Mapping[str, Curve], before: float, alarms: Sequence[Comparis
     allowed = {"false alarms / 1 in 100 windows": round(100 * counted["false alarms"] / counted["windows"], 3)}
     write_result(
         "drift_alarms",
-        title="False alarms of private sketches in stationary windows of vehicles that are unlike each other",
+        title="False alarms of private histograms in stationary windows of vehicles that are unlike each other",
         what="Window and reference are drawn from each vehicle's own images (whole tracks to it), with new noise.",
         command="make bench-drift",
         figures={"stationary": counted},
@@ -355,19 +354,19 @@ def _write(curves: Mapping[str, Curve], before: float, alarms: Sequence[Comparis
 def _what(before: float, settings: Settings) -> str:
     demo = load_settings(environ={}, overrides={})
     delta = demo.privacy.target_delta
-    off = demo.model_copy(update={"sketches": demo.sketches.model_copy(update={"every_rounds": None})})
+    off = demo.model_copy(update={"histograms": demo.histograms.model_copy(update={"every_rounds": None})})
     noise, without = round_noise_multiplier(demo), round_noise_multiplier(off)
-    added = epsilon_pld({**run_spend(off), **sketch_spend(demo)}, delta) - epsilon_pld(run_spend(off), delta)
-    alone = epsilon_pld(sketch_spend(demo), delta)
-    count = sum(sketch_spend(demo).values())
+    added = epsilon_pld({**run_spend(off), **histogram_spend(demo)}, delta) - epsilon_pld(run_spend(off), delta)
+    alone = epsilon_pld(histogram_spend(demo), delta)
+    count = sum(histogram_spend(demo).values())
     return (
         "![Accuracy and power by severity](pictures/drift.svg)\n\n"
         f"GTSRB (reduced, 32 pixels) by track. A small ViT, {before:.3f} accurate on held-out images, is asked again "
         "about shifted ones: darkened, under a bright veil, blurred, or with the classes that it is bad at more "
         "frequent. The severity at which it is 5 points worse is where power is measured: the share of windows called "
         "drifting, each with records drawn anew from every vehicle's own images, and new noise of multiplier "
-        f"{settings.sketches.noise_multiplier:g}; the reference holds the records of {REFERENCE} windows. Ledger: the "
-        f"{count} sketches of the demo's 30 rounds add {added:.3f} to its epsilon of "
+        f"{settings.histograms.noise_multiplier:g}; the reference holds the records of {REFERENCE} windows. Ledger: "
+        f"the {count} histograms of the demo's 30 rounds add {added:.3f} to its epsilon of "
         f"{demo.privacy.target_epsilon:g} if nothing else is changed (alone they are {alone:.3f}); kept within it, "
         f"they raise the rounds' noise multiplier from {without:g} to {noise:g}."
     )

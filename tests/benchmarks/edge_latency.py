@@ -15,9 +15,9 @@ import torch
 from edge_runtime.engine import InferenceEngine
 from fedvit.cli.state import open_existing_store
 from fedvit.data.sources import open_source
+from fedvit.models.models import build_model
+from fedvit.models.trainable import load_trainable_weights
 from fedvit.settings import load_settings
-from fedvit.vit.models import build_model
-from fedvit.vit.trainable import load_trainable_weights
 from fedvit.wire.images import decode_image
 from fedvit.wire.manifest import load_or_create_signing_key, verify_manifest
 from fedvit.wire.tensors import decode_weights

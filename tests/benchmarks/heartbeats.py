@@ -13,7 +13,7 @@ from typing import Any
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
-from fedvit.drills.processes import TITLES, below, memory_mb
+from fedvit.incidents.drills.processes import TITLES, below, memory_mb
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from tests.benchmarks.control_fleet import CLIENTS, HOST, client_names, serving

@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from fedvit.report.simulation_charts import bars_chart, standalone
-from fedvit.report.summary import write_atomically
-from fedvit.simulation.run import Simulated
+from fedvit.tools.report.simulation_charts import bars_chart, standalone
+from fedvit.tools.report.summary import write_atomically
+from fedvit.tools.simulation.run import Simulated
 from fedvit.types import RunStatus
 from tests.benchmarks.results import write_result
 from tests.benchmarks.simulations import PICTURES, Plan, example, run_all

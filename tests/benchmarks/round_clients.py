@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fedvit.clients.workload import VirtualClients
 from fedvit.config import Settings
-from fedvit.training.workload import VirtualClients
 from fedvit.types import Evaluation, TrainTask, Weights
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import ray
 
 from actors.spawn import Actors, connect, spawn_actors
+from fedvit.clients.workload import own_clients
 from fedvit.config import Settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.training.workload import own_clients
 from fedvit.types import RunStatus
 from tests.benchmarks.process_tree import TreeWatch
 

@@ -13,8 +13,8 @@ import torch
 
 from fedvit.config import Settings
 from fedvit.settings import load_settings
-from fedvit.simulation.run import Simulated, simulate
-from fedvit.simulation.world import ImageWorld
+from fedvit.tools.simulation.run import Simulated, simulate
+from fedvit.tools.simulation.world import ImageWorld
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "simulation"

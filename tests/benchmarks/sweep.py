@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedvit.report.simulation_charts import standalone
-from fedvit.report.summary import write_atomically
-from fedvit.report.sweep_charts import heat_chart, pareto_chart
 from fedvit.settings import load_settings
-from fedvit.sweep.outcome import TrialOutcome, candidates, choose, pareto_front
+from fedvit.tools.report.simulation_charts import standalone
+from fedvit.tools.report.summary import write_atomically
+from fedvit.tools.report.sweep_charts import heat_chart, pareto_chart
+from fedvit.tools.sweep.outcome import TrialOutcome, candidates, choose, pareto_front
 from tests.benchmarks.results import write_result
 from tests.benchmarks.simulations import PICTURES, ROOT
 from tests.command import environment

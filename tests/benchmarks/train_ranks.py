@@ -15,10 +15,10 @@ from torch import distributed
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from fedvit.training.ranks import RankedTrainer, Ranks
+from fedvit.finetune.ranks import RankedTrainer, Ranks
+from fedvit.models.layers import Normalise
+from fedvit.models.vision import VisionModel
 from fedvit.types import TrainTask
-from fedvit.vit.layers import Normalise
-from fedvit.vit.vision import VisionModel
 from tests.benchmarks.dp_variants import CLASSES, CLIP, LEARNING_RATE, SIGMA, Size
 
 _SECRET, _RELEASE = bytes(32), "benchmark"

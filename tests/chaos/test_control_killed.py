@@ -12,7 +12,7 @@ import pytest
 from command import Fedvit
 from load import await_true
 
-from fedvit.drills.processes import TITLES, kill, supervisor
+from fedvit.incidents.drills.processes import TITLES, kill, supervisor
 from fedvit.store.store import Store
 from fedvit.types import Operation, OperationStatus
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedvit.drills.runbook import RUNBOOK as PLACE
-from fedvit.drills.site import CONTROL, EDGES, Call, Outcome, Site, answers, await_that, succeeds
+from fedvit.incidents.drills.runbook import RUNBOOK as PLACE
+from fedvit.incidents.drills.site import CONTROL, EDGES, Call, Outcome, Site, answers, await_that, succeeds
 
 __all__ = ["CONTROL", "EDGES", "RUNBOOK", "Call", "Drill", "Outcome", "answers", "await_that", "succeeds"]
 

@@ -9,7 +9,7 @@ from drill import RUNBOOK, Drill, Outcome
 from effects import check_effect, remember, values_of
 from placeholders import PLACEHOLDERS, SHELL, Placeholder
 
-from fedvit.drills.runbook import Command, commands, equivalents
+from fedvit.incidents.drills.runbook import Command, commands, equivalents
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from drill import RUNBOOK
 
-from fedvit.drills.runbook import Command, commands, equivalents, fences, parts
+from fedvit.incidents.drills.runbook import Command, commands, equivalents, fences, parts
 
 ORIGINAL = Path(os.environ.get("RUNBOOK_ORIGINAL") or RUNBOOK.parents[2] / "shared" / "runbook.md")
 

@@ -71,7 +71,7 @@ def check_everything_counted_once(fedvit: Fedvit) -> None:
         store.verify_ledger()
         updates = [e.charge for e in store.ledger() if e.charge.event is None]
         charges = collections.Counter((charge.round_index, charge.unit_id) for charge in updates)
-        # And one sketch of each client, of the first round.
+        # And one histogram of each client, of the first round.
         assert len(store.ledger()) == len(updates) + CLIENTS
         assert len(charges) == ROUNDS * CLIENTS
         assert set(charges.values()) == {1}

@@ -16,13 +16,13 @@ import pytest
 import torch
 from command import environment
 
-from fedvit.drills.processes import below
+from fedvit.finetune.checkpoint import unpack
+from fedvit.finetune.job import Finetuning, with_noise
+from fedvit.finetune.ranks import Ranks
+from fedvit.incidents.drills.processes import below
 from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.training.finetune import Finetuning, with_noise
-from fedvit.training.positions import unpack
-from fedvit.training.ranks import Ranks
 from fedvit.types import FloatArray, Weights
 from fedvit.wire.tensors import decode_weights
 

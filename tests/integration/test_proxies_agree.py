@@ -14,11 +14,11 @@ from generous_accountant import GenerousAccountant
 from actors.client_proxy import ClientProxy
 from actors.handles import RayFleet, proxy_name
 from actors.spawn import _spawn, connect
+from fedvit.clients.workload import own_clients, server_model
 from fedvit.config import Settings
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.settings import load_settings, settings_to_json
 from fedvit.store.store import Store
-from fedvit.training.workload import own_clients, server_model
 from fedvit.types import RunStatus
 
 pytestmark = pytest.mark.ray

@@ -14,12 +14,12 @@ import torch
 from actors.client_proxy import ClientProxy
 from actors.handles import fetch
 from actors.spawn import _spawn, connect
+from fedvit.clients.host import ClientHost, Trainer
 from fedvit.config import Settings
+from fedvit.evaluation.server_model import ServerModel
+from fedvit.finetune.ranks import RankedTrainer, Ranks
 from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import load_settings, settings_to_json
-from fedvit.training.host import Trainer, VirtualClientHost
-from fedvit.training.ranks import RankedTrainer, Ranks
-from fedvit.training.server import ServerModel
 from fedvit.types import FloatArray, PartialUpdate, TrainTask
 from fedvit.wire.tensors import weights_digest
 
@@ -33,7 +33,7 @@ class _Unled(RankedTrainer):
         assert drift is None
 
 
-class OneRank(VirtualClientHost):
+class OneRank(ClientHost):
     """The silo's host on a single rank, without Ray."""
 
     def _trainer_of(self, settings: Settings) -> Trainer:

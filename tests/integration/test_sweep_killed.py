@@ -16,7 +16,7 @@ from command import environment
 from pyarrow import parquet
 
 from fedvit.settings import load_settings
-from fedvit.sweep.space import plan_sweep
+from fedvit.tools.sweep.space import plan_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.campaign]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from fedvit.operations.local import LocalAggregator
+from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.settings import load_settings
 from fedvit.store.store import Store

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from fedvit.cli.main import app
 from fedvit.errors import ConfigError
-from fedvit.monitoring import rules
-from fedvit.monitoring.catalogue import CATALOGUE
+from fedvit.metrics import alert_rules
+from fedvit.metrics.catalogue import CATALOGUE
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "cluster_configs" / "monitoring"
-GROUPS = rules.read_groups(MONITORING / "rules")
-ALERTS = list(rules.alerts(GROUPS))
+GROUPS = alert_rules.read_groups(MONITORING / "rules")
+ALERTS = list(alert_rules.alerts(GROUPS))
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is missing: install prometheus")
 
@@ -63,7 +63,7 @@ def test_the_issues_alerts_are_there_with_their_thresholds_and_times() -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
-def test_what_an_alert_tells_is_in_the_runbook(alert: rules.Alert) -> None:
+def test_what_an_alert_tells_is_in_the_runbook(alert: alert_rules.Alert) -> None:
     within = re.search(rf"- \*\*{alert.severity}\*\*: .*?(\d+ \w+)\)?$", RUNBOOK, re.MULTILINE)
     assert within is not None, alert.severity
     assert within[1] == alert.respond_within
@@ -95,7 +95,7 @@ def flat(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def test_a_factor_divides_what_is_waited_for_and_looked_back_on_and_nothing_else() -> None:
-    long, short = flat(GROUPS), flat(rules.shortened(GROUPS, 12))
+    long, short = flat(GROUPS), flat(alert_rules.shortened(GROUPS, 12))
     assert short["HighTrainingLoss"]["for"] == "75s"
     assert short["ServiceDown"]["for"] == "5s"
     assert short["ServiceDown"]["keep_firing_for"] == "15s"
@@ -110,26 +110,26 @@ def test_a_factor_divides_what_is_waited_for_and_looked_back_on_and_nothing_else
 
 
 def test_no_factor_shortens_more_than_scrapes_allow() -> None:
-    interval_s = rules.scrape_interval_s(1_000_000)
-    assert interval_s == rules.LEAST_SCRAPE_INTERVAL_S
-    for name, rule in flat(rules.shortened(GROUPS, 1_000_000)).items():
+    interval_s = alert_rules.scrape_interval_s(1_000_000)
+    assert interval_s == alert_rules.LEAST_SCRAPE_INTERVAL_S
+    for name, rule in flat(alert_rules.shortened(GROUPS, 1_000_000)).items():
         ranges = re.findall(r"\[(\d+)s\]", rule["expr"])
         assert len(ranges) == len(re.findall(r"\[", rule["expr"])), name
-        assert all(int(seconds) == rules.SAMPLES_A_RANGE * interval_s for seconds in ranges)
+        assert all(int(seconds) == alert_rules.SAMPLES_A_RANGE * interval_s for seconds in ranges)
         assert rule.get("for", f"{interval_s:g}s") == f"{interval_s:g}s"
 
 
 def test_what_the_incident_logs_own_server_tells_outlasts_a_try_of_its_webhook() -> None:
     route = yaml.safe_load((ROOT / "cluster_configs/monitoring/alertmanager.yml").read_text())["route"]
-    short = flat(rules.shortened(GROUPS, 1_000_000))["ServiceDown"]["keep_firing_for"]
+    short = flat(alert_rules.shortened(GROUPS, 1_000_000))["ServiceDown"]["keep_firing_for"]
     assert int(short.removesuffix("s")) > int(route["group_interval"].removesuffix("s"))
 
 
 def test_one_changes_nothing_and_less_is_refused() -> None:
-    assert flat(rules.shortened(GROUPS, 1)) == flat(GROUPS)
+    assert flat(alert_rules.shortened(GROUPS, 1)) == flat(GROUPS)
     for factor in (0.5, 0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="makes no rule faster"):
-            rules.shortened(GROUPS, factor)
+            alert_rules.shortened(GROUPS, factor)
 
 
 @needs_promtool
@@ -139,7 +139,7 @@ def test_the_drill_profile_is_printed_and_promtool_takes_it(tmp_path: Path, monk
     assert printed.exit_code == 0, printed.output
     (tmp_path / "rules.yml").write_text(printed.stdout)
     promtool("check", "rules", tmp_path / "rules.yml")
-    assert flat(yaml.safe_load(printed.stdout)["groups"]) == flat(rules.shortened(GROUPS, 12))
+    assert flat(yaml.safe_load(printed.stdout)["groups"]) == flat(alert_rules.shortened(GROUPS, 12))
 
 
 def test_outside_a_checkout_there_are_no_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

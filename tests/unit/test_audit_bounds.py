@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from fedvit.audit.bounds import (
+from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.events import Event, Gaussian
+from fedvit.tools.audit.bounds import (
     Errors,
     best_threshold,
     clopper_pearson_upper,
@@ -19,9 +21,7 @@ from fedvit.audit.bounds import (
     one_run_epsilon,
     one_run_p_value,
 )
-from fedvit.audit.released import TIGHTNESS, draws_for
-from fedvit.privacy.accountants import epsilon_pld
-from fedvit.privacy.events import Event, Gaussian
+from fedvit.tools.audit.released import TIGHTNESS, draws_for
 
 
 def test_no_hits_in_n_trials_leave_the_root_of_alpha() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedvit.audit.suite import CHECKS
+from fedvit.tools.audit.suite import CHECKS
 from tests.audit.gate import PACKAGE, PAGE, mutated, try_mutant
 from tests.audit.mutants import MUTANTS, NOT_YET, QUICK, Mutant
 

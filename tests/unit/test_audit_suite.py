@@ -11,18 +11,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedvit.audit import subjects
-from fedvit.audit.findings import Finding, Scope
-from fedvit.audit.one_run import CHECK as ONE_RUN
-from fedvit.audit.randomness import sampling_faults
-from fedvit.audit.records import CASES
-from fedvit.audit.released import CLIENT_CHECK, RECORD_CHECK, TIGHTNESS, check_step
-from fedvit.audit.suite import CHECKS, audit
 from fedvit.cli.main import app
+from fedvit.clients.local import LocalTrainer
+from fedvit.dp.dpsgd import SecretDPOptimizer
 from fedvit.errors import UsageError
 from fedvit.settings import load_settings
-from fedvit.training.dpsgd import SecretDPOptimizer
-from fedvit.training.local import LocalTrainer
+from fedvit.tools.audit import subjects
+from fedvit.tools.audit.findings import Finding, Scope
+from fedvit.tools.audit.one_run import CHECK as ONE_RUN
+from fedvit.tools.audit.randomness import sampling_faults
+from fedvit.tools.audit.records import CASES
+from fedvit.tools.audit.released import CLIENT_CHECK, RECORD_CHECK, TIGHTNESS, check_step
+from fedvit.tools.audit.suite import CHECKS, audit
 from fedvit.types import TrainTask
 
 torch.set_num_threads(1)
@@ -38,7 +38,7 @@ def test_the_installed_code_passes(name: str) -> None:
 
 
 def test_every_family_and_both_engines_are_looked_at() -> None:
-    from fedvit.audit.records import _subjects
+    from fedvit.tools.audit.records import _subjects
 
     everything = list(_subjects(quick=False))
     assert {name for name, _, _ in everything} == {*subjects.FAMILIES, "hybrid", "patches alone"}
@@ -62,7 +62,7 @@ def test_released_values_show_most_of_epsilon_and_not_more(name: str, noise_mult
 def test_whole_trainings_and_batches_of_releases_are_of_one_distribution() -> None:
     from scipy.stats import ks_2samp
 
-    from fedvit.audit.released import _StepReleases
+    from fedvit.tools.audit.released import _StepReleases
 
     releases = _StepReleases(Scope(l2_clip_norm=0.5))
     for present in (False, True):

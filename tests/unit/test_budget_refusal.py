@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedvit.config import Settings
-from fedvit.operations.local import LocalAggregator
+from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.accountants import epsilon_pld

@@ -15,7 +15,7 @@ from test_client_routes import CALLS
 from test_model_life_api import TARGET, WAIT_S, HeldFleet, System
 from typer.testing import CliRunner, Result
 
-from fedvit.cli import asking, control
+from fedvit.cli import api_session, control
 from fedvit.cli.main import app
 from fedvit.client.views import OperationView
 from fedvit.testing.doubles import FakeFleet, PointModel
@@ -27,7 +27,7 @@ FOR_MACHINES = {
     "GET /api/model/blobs/{digest}",
     "GET /api/clients/{client_id}/task",
     "GET /api/clients/{client_id}/task/weights",
-    "PUT /api/clients/{client_id}/sketches/{run_id}/{round_index}",
+    "PUT /api/clients/{client_id}/histograms/{run_id}/{round_index}",
     "PUT /api/clients/{client_id}/updates/{run_id}/{round_index}",
     "GET /healthz",
     "POST /api/incidents/alerts",
@@ -105,7 +105,7 @@ def way(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody is there to be asked."""
-    monkeypatch.setattr(asking, "is_terminal", lambda: True)
+    monkeypatch.setattr(api_session, "is_terminal", lambda: True)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_a_rollback_is_rehearsed_asked_for_and_done(
     assert present["target"]["accuracy"] < present["current"]["accuracy"]
     declined = fedvit("model", "rollback", "v1.1.2", answer="n\n")
     assert declined.exit_code == 1
-    assert "Roll the whole fleet back to v1.1.2?" in declined.stderr
+    assert "EligiblePool the whole fleet back to v1.1.2?" in declined.stderr
     assert "Nothing was sent." in declined.stderr
     assert through.changes == []
     assert fedvit("model", "rollback", "v1.1.2", answer="y\n").exit_code == 0

@@ -17,7 +17,7 @@ from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, ManualClock, seeded_fleet
 from fedvit.types import Client, ClientKind, TrainingProgress, utc_now
-from serve_apps.control import clients, heartbeats, presence
+from serve_apps.control import clients, heartbeats, liveness
 from serve_apps.control.api import Services, create_api
 from serve_apps.control.pages import MAX_PAGES, Page, Pages
 
@@ -83,7 +83,7 @@ class House:
 def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
     clock = ManualClock()
     monkeypatch.setattr(heartbeats.Heartbeats.__init__, "__defaults__", (clock.now,))
-    monkeypatch.setattr(presence.Presence.__init__, "__defaults__", (clock.now,))
+    monkeypatch.setattr(liveness.Liveness.__init__, "__defaults__", (clock.now,))
     monkeypatch.setattr(clients, "utc_now", clock.now)
     made = House(tmp_path, clock)
     yield made

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedvit.cohort.select import ListedRoll, draw_cohort
+from fedvit.cohort.selection import ListedPool, draw_cohort
 from fedvit.config import CohortConfig
 from fedvit.store.store import Store
 from fedvit.types import Client, ClientKind, Cohort, utc_now
@@ -35,7 +35,7 @@ def test_validated_only_leaves_the_others_out(tmp_path: Path) -> None:
         assert (store.count_eligible(validated_only=True), store.count_units()) == (1, (2, 20))
 
 
-class CountingRoll(ListedRoll):
+class CountingRoll(ListedPool):
     """Remembers how many clients were looked up."""
 
     asked = 0

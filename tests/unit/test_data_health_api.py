@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from fedvit.operations.local import LocalAggregator
+from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
@@ -88,11 +88,11 @@ def test_quality_follows_the_rounds_and_the_verdicts(http: TestClient) -> None:
 def test_drift_holds_the_answers_against_the_held_out_images(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     found = get(http, "/api/monitoring/data-drift")
     assert (found["reference_version"], found["drifting"], found["score"]) == ("v1.1.2", False, 0.0)
-    loss, mix, sketches = found["signals"]
+    loss, mix, histograms = found["signals"]
     assert (loss["name"], loss["value"]) == ("held_out_loss", loss["reference"])
     assert (mix["name"], mix["score"]) == ("prediction_mix", None)
     assert "not enough answers yet: 0" in mix["reason"]
-    assert (sketches["name"], sketches["score"]) == ("sketches", None)
+    assert (histograms["name"], histograms["score"]) == ("histograms", None)
     answers = {"v1.1.2": {0: 75, 1: 25}, "v1.1.1": {0: 0, 1: 1000}}
     monkeypatch.setattr(data_health, "predictions_by_class", lambda version, _: answers[version])
     assert get(http, "/api/monitoring/data-drift")["drifting"] is False

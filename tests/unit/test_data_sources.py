@@ -392,7 +392,9 @@ class TestDottedNames:
 
 
 def test_no_torch_at_import() -> None:
-    modules = "fedvit.data.sources, fedvit.data.inspect, fedvit.data.partition, fedvit.data.images, fedvit.report.page"
+    modules = (
+        "fedvit.data.sources, fedvit.data.inspect, fedvit.data.partition, fedvit.data.images, fedvit.tools.report.page"
+    )
     code = f"import sys, {modules}; print({{'torch', 'torchvision', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -9,21 +9,21 @@ import pytest
 import torch
 from PIL import Image
 
+from fedvit.clients.host import ClientHost
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, StateError
+from fedvit.models.models import build_model
+from fedvit.models.trainable import trainable_weights
 from fedvit.settings import load_settings
-from fedvit.simulation.rehearsal import (
+from fedvit.store.store import Store
+from fedvit.tools.simulation.rehearsal import (
     allow_rehearsal,
     begin_lying,
     check_rehearsal,
     faulty_clients,
     rehearsed_host,
 )
-from fedvit.store.store import Store
-from fedvit.training.host import VirtualClientHost
 from fedvit.types import PartialUpdate, TrainTask
-from fedvit.vit.models import build_model
-from fedvit.vit.trainable import trainable_weights
 from fedvit.wire.tensors import weights_digest
 
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     )
 
 
-def update_of(host: VirtualClientHost, settings: Settings, client_id: str) -> np.ndarray:
+def update_of(host: ClientHost, settings: Settings, client_id: str) -> np.ndarray:
     base = trainable_weights(build_model(settings.model, 2, 16))
     task = TrainTask("run-0001", 1, weights_digest(base), "d" * 64, 1.0, 0.5, 1.0, 1, 1.0)
     answer: PartialUpdate = host.train(task, base, [client_id])
@@ -87,7 +87,7 @@ def test_faulty_clients_lie_from_the_moment_that_the_drill_says_so(settings: Set
     allow_rehearsal(settings.home)
     (liar,) = faulty_clients(settings)
     honest_one = next(f"vehicle-{i:02d}" for i in range(9) if f"vehicle-{i:02d}" != liar)
-    host, plain = rehearsed_host(settings), VirtualClientHost(settings)
+    host, plain = rehearsed_host(settings), ClientHost(settings)
     truth = {client_id: update_of(plain, settings, client_id) for client_id in (liar, honest_one)}
     for client_id in truth:
         np.testing.assert_array_equal(update_of(host, settings, client_id), truth[client_id])

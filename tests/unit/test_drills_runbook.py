@@ -10,14 +10,14 @@ from types import ModuleType
 
 import pytest
 
-from fedvit.drills.course import as_typed
-from fedvit.drills.drill import PROGRAMS
-from fedvit.drills.engine import check_checkout, what_is_missing
-from fedvit.drills.registry import ALL, SHORT, drills_named
-from fedvit.drills.runbook import RUNBOOK
-from fedvit.drills.site import Site
 from fedvit.errors import ConfigError, DrillError, NotFoundError
-from fedvit.monitoring.rules import RULES, alerts, read_groups
+from fedvit.incidents.drills.course import as_typed
+from fedvit.incidents.drills.drill import PROGRAMS
+from fedvit.incidents.drills.engine import check_checkout, what_is_missing
+from fedvit.incidents.drills.registry import ALL, SHORT, drills_named
+from fedvit.incidents.drills.runbook import RUNBOOK
+from fedvit.incidents.drills.site import Site
+from fedvit.metrics.alert_rules import RULES, alerts, read_groups
 
 ROOT = Path(__file__).parents[2]
 MODULES = [importlib.import_module(drill.stages[0].play.__module__) for drill in ALL]

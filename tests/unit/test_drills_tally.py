@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from house import System, TinyModel
 
-from fedvit.drills.alerts import Alert
-from fedvit.drills.course import Course
-from fedvit.drills.drill import Stage, fault_in
-from fedvit.drills.tally import Mark, Tally, mark, match, tally
+from fedvit.incidents.drills.alerts import Alert
+from fedvit.incidents.drills.course import Course
+from fedvit.incidents.drills.drill import Stage, fault_in
+from fedvit.incidents.drills.tally import Mark, Tally, mark, match, tally
 from fedvit.privacy.accountant import epsilon_of
 from fedvit.testing.doubles import FakeFleet
 from fedvit.types import RoundRecord

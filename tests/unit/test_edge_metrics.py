@@ -10,15 +10,15 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_runtime.stats import ProcessMeter, RequestStats
-from fedvit.monitoring import metrics
-from fedvit.monitoring.catalogue import INFERENCE_BUCKETS_S
+from fedvit.metrics import metrics
+from fedvit.metrics.catalogue import INFERENCE_BUCKETS_S
 from fedvit.wire.manifest import ReleaseManifest
 
 DURATION = "fed_vit_autorl_inference_duration_seconds"
 WRITER = """
 import sys
 from prometheus_client import CollectorRegistry
-from fedvit.monitoring.metrics import counter, gauge
+from fedvit.metrics.metrics import counter, gauge
 registry = CollectorRegistry()
 gauge("training_loss", registry).set(float(sys.argv[1]))
 counter("training_rounds_total", registry).inc()

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedvit.aggregation.rule import mean
-from fedvit.exact import QUANTUM, ROOM, ExactSums, peak_of, squared_norm
-from fedvit.training.summing import Summing
+from fedvit.clients.partial_aggregator import PartialAggregator
+from fedvit.exact_sums import QUANTUM, ROOM, ExactSums, peak_of, squared_norm
 from fedvit.types import ClientOutcome, PartialUpdate, TrainTask
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (3,), "b": ()}
@@ -35,7 +35,7 @@ def through(groups: list[list[PartialUpdate]]) -> dict[str, npt.NDArray[np.float
     """What a round makes of clients that were summed in these groups."""
     updates: list[PartialUpdate] = []
     for group in groups:
-        summing = Summing(TASK, SHAPES)
+        summing = PartialAggregator(TASK, SHAPES)
         for update in group:
             summing.add(update, scale=update.total_weight)
         message = summing.message()
@@ -80,11 +80,11 @@ def test_ordinary_addition_would_depend_on_the_grouping() -> None:
 
 def test_a_message_is_one_sum_as_long_as_there_is_room() -> None:
     small, large, huge = (own(index, [size] * 4, 1) for index, size in enumerate((1.0, ROOM / 2, 4 * ROOM)))
-    summing = Summing(TASK, SHAPES)
+    summing = PartialAggregator(TASK, SHAPES)
     summing.add(small)
     summing.add(large)
     assert summing.message().parts == ()
-    summing = Summing(TASK, SHAPES)
+    summing = PartialAggregator(TASK, SHAPES)
     for update in (huge, large, large, small):
         summing.add(update)
     message = summing.message()
@@ -94,7 +94,7 @@ def test_a_message_is_one_sum_as_long_as_there_is_room() -> None:
 
 
 def test_a_round_of_failures_is_one_empty_sum() -> None:
-    summing = Summing(TASK, SHAPES)
+    summing = PartialAggregator(TASK, SHAPES)
     summing.add(PartialUpdate(1, (ClientOutcome("c00", 0, "it failed"),), {}, 0.0))
     message = summing.message()
     assert (message.total_weight, message.weighted_sum.keys()) == (0.0, SHAPES.keys())

@@ -223,6 +223,6 @@ def test_the_document_says_that_telemetry_and_uploads_are_not_audited(garage: Ga
     paths = garage.api.openapi()["paths"]
     unaudited = [path for path, verbs in paths.items() for facts in verbs.values() if facts.get("x-audited") is False]
     upload = "/api/clients/{client_id}/updates/{run_id}/{round_index}"
-    sketches = "/api/clients/{client_id}/sketches/{run_id}/{round_index}"
-    assert set(unaudited) == {"/api/clients/{client_id}/heartbeat", upload, sketches, "/api/incidents/alerts"}
+    histograms = "/api/clients/{client_id}/histograms/{run_id}/{round_index}"
+    assert set(unaudited) == {"/api/clients/{client_id}/heartbeat", upload, histograms, "/api/incidents/alerts"}
     assert paths["/api/clients/{client_id}/heartbeat"]["post"]["x-scope"] == [Scope.DEVICE, Scope.OPERATOR]

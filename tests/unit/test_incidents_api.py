@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from fedvit.cli import control
 from fedvit.cli.main import app
-from fedvit.operations.incident_report import TEMPLATE
+from fedvit.incidents.report import TEMPLATE
 from fedvit.types import utc_now
 
 RUNBOOK = Path(__file__).parents[2] / "docs" / "runbook.md"

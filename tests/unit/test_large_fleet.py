@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedvit.cohort.connectivity import connectivity
 from fedvit.errors import NotFoundError
-from fedvit.monitoring.connectivity import connectivity
-from fedvit.monitoring.latest import Latest
+from fedvit.metrics.throttled_publisher import ThrottledPublisher
 from fedvit.ports import ProxyReport
 from fedvit.store import fleet
 from fedvit.store.blobs import FileBlobStore
@@ -53,16 +53,18 @@ def test_virtual_clients_are_counted_and_the_others_looked_at(store: Store) -> N
     store.set_client("v00001", active=False)
     store.touch_clients({"truck": utc_now() - timedelta(seconds=1)})
     assert store.count_hosted() == 4
-    assert [s.client_id for s in store.sightings(hosted=False)] == ["depot", "truck"]
-    assert len(store.sightings()) == 6
+    assert [s.client_id for s in store.last_contacts(hosted=False)] == ["depot", "truck"]
+    assert len(store.last_contacts()) == 6
 
 
 def test_a_fleet_is_counted_as_it_is_when_looked_at(store: Store) -> None:
     store.register_clients([*vehicles(0, 5), Client("truck", ClientKind.REMOTE, 3)])
     store.touch_clients({"truck": utc_now()})
     proxies = ProxyReport({"a": True, "b": True})
-    looked_at = connectivity(store.sightings(), proxies, utc_now(), 60.0)
-    counted = connectivity(store.sightings(hosted=False), proxies, utc_now(), 60.0).with_hosted(store.count_hosted())
+    looked_at = connectivity(store.last_contacts(), proxies, utc_now(), 60.0)
+    counted = connectivity(store.last_contacts(hosted=False), proxies, utc_now(), 60.0).with_hosted(
+        store.count_hosted()
+    )
     assert counted == looked_at
     assert (proxies.reaches_all, replace(proxies, stranded=frozenset({"v00001"})).reaches_all) == (True, False)
     assert not ProxyReport({"a": False}).reaches_all
@@ -117,7 +119,7 @@ def test_the_newest_value_is_told_and_older_ones_may_be_left_out() -> None:
         assert go_on.wait(WAIT_S)
         told.append(value)
 
-    latest = Latest(tell, every_s=0.0)
+    latest = ThrottledPublisher(tell, every_s=0.0)
     latest(1)
     assert begun.wait(WAIT_S)
     for value in range(2, 10):
@@ -135,7 +137,7 @@ def test_a_fault_in_telling_ends_nothing(caplog: pytest.LogCaptureFixture) -> No
         if value == 1:
             raise RuntimeError("nobody there")
 
-    latest = Latest(tell, every_s=0.0)
+    latest = ThrottledPublisher(tell, every_s=0.0)
     latest(1)
     while not told:
         pass

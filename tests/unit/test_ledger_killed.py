@@ -106,7 +106,7 @@ def charge_for_ever(home: Path, unit: str, seed: int, told: Connection) -> None:
             units = [f"vehicle-{i}" for i in range(CLIENTS)]
             charges = [
                 charge_of(
-                    Gaussian(200.0), run_id="run-0001", round_index=wanted, unit_id=name, release_id="r", unit=unit
+                    Gaussian(200.0), run_id="run-0001", round_index=wanted, unit_id=name, output_id="r", unit=unit
                 )
                 for name in units
             ]

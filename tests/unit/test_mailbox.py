@@ -22,7 +22,7 @@ from fedvit.access.tokens import create_token
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, DataError, NotFoundError, PlacementError, UsageError
 from fedvit.operations.mailbox import PER_CLIENT, Mailbox, MailboxError
-from fedvit.operations.watch import Watch
+from fedvit.operations.periodic_tasks import PeriodicTasks
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import ManualClock
@@ -152,7 +152,7 @@ def note(content: bytes, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (note(b"weights"), "turned_away: round 1 of run-0001 did not ask it"),
+        (note(b"weights"), "rejected_answers: round 1 of run-0001 did not ask it"),
         (note(b"others"), "not the one that the message was sealed for"),
         (note(b"weights", round_index="1"), "does not say which round"),
         ({}, "does not say which round"),
@@ -250,7 +250,7 @@ def test_the_watch_goes_on_after_a_fault() -> None:
             raise faults.pop()
         looked.set()
 
-    watch = Watch(0.01, look)
+    watch = PeriodicTasks(0.01, look)
     watch.start()
     assert looked.wait(WAIT_S)
     watch.close()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fedvit.monitoring import catalogue, metrics
-from fedvit.monitoring.catalogue import CATALOGUE, OTHER, Label
+from fedvit.metrics import catalogue, metrics
+from fedvit.metrics.catalogue import CATALOGUE, OTHER, Label
 from fedvit.rounds.machine import Phase
 
 ROOT = Path(__file__).parents[2]

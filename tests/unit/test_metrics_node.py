@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.mirror import RayMirror
-from fedvit.monitoring import node
-from fedvit.monitoring.metrics import MULTIPROCESS_VARIABLE, predictions_by_class, render
+from actors.ray_metrics import RayMirror
+from fedvit.metrics import node
+from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE, predictions_by_class, render
 
 DURATION = "fed_vit_autorl_inference_duration_seconds"
 
@@ -23,8 +23,8 @@ DURATION = "fed_vit_autorl_inference_duration_seconds"
 WORKER = """
 import os, sys
 from prometheus_client import REGISTRY, CollectorRegistry
-from fedvit.monitoring.metrics import counter, gauge
-from fedvit.monitoring.releases import ReleaseMetrics
+from fedvit.metrics.metrics import counter, gauge
+from fedvit.metrics.releases import ReleaseMetrics
 release = ReleaseMetrics(CollectorRegistry(), count_answers=True)
 def observe(sequence, seconds, times=1):
     for _ in range(times):

@@ -7,10 +7,10 @@ from datetime import timedelta
 
 import pytest
 
-from fedvit.monitoring.conditions import progress_conditions
-from fedvit.monitoring.connectivity import connection_of, connectivity
+from fedvit.cohort.conditions import progress_conditions
+from fedvit.cohort.connectivity import connection_of, connectivity
 from fedvit.ports import ProxyReport
-from fedvit.types import BudgetReport, ClientKind, RunStatus, Sighting, TrainingProgress, utc_now
+from fedvit.types import BudgetReport, ClientKind, LastContact, RunStatus, TrainingProgress, utc_now
 
 NOW = utc_now()
 PROGRESS = TrainingProgress("run-0001", RunStatus.RUNNING, "training", 4, 1, None, None, 0.5, None)
@@ -46,20 +46,20 @@ def test_a_budget_is_not_available_when_it_is_spent_or_frozen() -> None:
 
 
 def test_a_vehicle_is_connected_for_as_long_as_it_is_heard() -> None:
-    truck = Sighting("truck", ClientKind.REMOTE, NOW)
+    truck = LastContact("truck", ClientKind.REMOTE, NOW)
     assert connection_of(truck, None, NOW + timedelta(seconds=90), 90).connected is True
     gone = connection_of(truck, None, NOW + timedelta(seconds=91), 90)
     assert (gone.connected, gone.since) == (False, NOW + timedelta(seconds=90))
     # A proxy says nothing of a vehicle, nor a heartbeat of a virtual client.
-    virtual = Sighting("v", ClientKind.VIRTUAL, None)
+    virtual = LastContact("v", ClientKind.VIRTUAL, None)
     assert connection_of(virtual, ProxyReport({"p": True}), NOW, 90).connected is True
     assert connection_of(replace(virtual, last_seen_at=NOW), ProxyReport({"p": False}), NOW, 90).connected is False
 
 
 def test_a_partition_is_suspected_below_half() -> None:
     def fleet(there: int, gone: int) -> bool:
-        sightings = [Sighting(f"a{i}", ClientKind.SILO, NOW) for i in range(there)]
-        sightings += [Sighting(f"b{i}", ClientKind.REMOTE, None) for i in range(gone)]
-        return connectivity(sightings, None, NOW, 90).partition_suspected
+        last_contacts = [LastContact(f"a{i}", ClientKind.SILO, NOW) for i in range(there)]
+        last_contacts += [LastContact(f"b{i}", ClientKind.REMOTE, None) for i in range(gone)]
+        return connectivity(last_contacts, None, NOW, 90).partition_suspected
 
     assert (fleet(0, 0), fleet(1, 1), fleet(49, 51), fleet(51, 49)) == (False, False, True, False)

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_server import PrometheusServer, exporter, prometheus
 
 from edge_runtime.stats import RequestStats
-from fedvit.monitoring import catalogue, metrics
-from fedvit.monitoring.catalogue import CATALOGUE
-from fedvit.monitoring.dashboards import DASHBOARDS, Panel, as_json
+from fedvit.metrics import catalogue, metrics
+from fedvit.metrics.catalogue import CATALOGUE
+from fedvit.metrics.dashboards import DASHBOARDS, Panel, as_json
 from fedvit.wire.manifest import ReleaseManifest
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 
-from fedvit.monitoring.catalogue import UPDATE_OUTCOMES
-from fedvit.monitoring.training import RoundMetrics, TrainingMetrics
+from fedvit.metrics.catalogue import UPDATE_OUTCOMES
+from fedvit.metrics.training import RoundMetrics, TrainingMetrics
 from fedvit.types import BudgetReport, ClientOutcome, RunStatus, TrainingProgress
 
 REMAINING = "fed_vit_autorl_privacy_epsilon_remaining"
@@ -36,12 +36,12 @@ def test_what_became_of_the_clients_of_a_round_is_counted() -> None:
         ClientOutcome("c", 0, "no answer"),
         ClientOutcome("d", 4, "not finite", refused=True),
     ]
-    metrics.committed(outcomes, quarantined=1, turned_away=2)
+    metrics.committed(outcomes, quarantined=1, rejected_answers=2)
     counted = {
         outcome: registry.get_sample_value("fed_vit_autorl_client_updates_total", {"outcome": outcome})
         for outcome in UPDATE_OUTCOMES
     }
-    assert counted == {"accepted": 2, "failed": 1, "refused": 1, "quarantined": 1, "turned_away": 2}
+    assert counted == {"accepted": 2, "failed": 1, "refused": 1, "quarantined": 1, "rejected_answers": 2}
     assert registry.get_sample_value("fed_vit_autorl_training_rounds_total") == 1
     assert registry.get_sample_value("fed_vit_autorl_update_staleness_sum") == 2
     assert registry.get_sample_value("fed_vit_autorl_update_staleness_bucket", {"le": "0.0"}) == 1

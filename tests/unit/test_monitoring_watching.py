@@ -19,11 +19,11 @@ from fedvit.access.tokens import verify_token
 from fedvit.cli.main import app
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, PortInUseError, UnauthorizedError
-from fedvit.monitoring.rules import LEAST_SCRAPE_INTERVAL_S
-from fedvit.monitoring.targets import EDGES, SERVER, Target, link_targets, targets_file, write_targets
-from fedvit.operations.watching import Watchers, watcher_tokens, watching, write_configs
+from fedvit.metrics.alert_rules import LEAST_SCRAPE_INTERVAL_S
+from fedvit.metrics.targets import EDGES, SERVER, Target, link_targets, targets_file, write_targets
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
+from fedvit.tools.monitoring_stack import Watchers, watcher_tokens, watching, write_configs
 from fedvit.types import Client, ClientKind, utc_now
 
 ROOT = Path(__file__).parents[2]

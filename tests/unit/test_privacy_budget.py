@@ -25,7 +25,7 @@ from fedvit.errors import (
     LedgerFrozenError,
     NotFoundError,
 )
-from fedvit.operations.local import LocalAggregator
+from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant, epsilon_spent_at
 from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld

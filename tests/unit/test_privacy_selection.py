@@ -77,7 +77,7 @@ def test_the_command_line_says_it_for_a_sweep_of_these_settings() -> None:
     done = CliRunner().invoke(app, ["privacy", "selection-cost", "--trials", "20", "--json", *sets])
     assert done.exit_code == 0, done.output
     told = json.loads(done.output)
-    # The ten rounds, and the sketch that is asked for in the first of them.
+    # The ten rounds, and the histogram that is asked for in the first of them.
     assert told["one_trial"] == epsilon_pld({PoissonGaussian(8.0, 0.5): 10, Gaussian(5.25): 1}, 1e-5)
     assert told["one_trial"] < told["select_best"] < told["all_trials"]
     refused = CliRunner().invoke(app, ["privacy", "selection-cost", "--trials", "1"])

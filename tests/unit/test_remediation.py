@@ -18,8 +18,8 @@ from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
 from fedvit.config import RemediationConfig, Settings
 from fedvit.errors import ConfigError
-from fedvit.operations.playbook import PLAYBOOK, Step
-from fedvit.operations.remediation import orders, why_withheld
+from fedvit.incidents.playbook import PLAYBOOK, Step
+from fedvit.incidents.remediation import orders, why_withheld
 from fedvit.settings import load_settings
 from fedvit.store.store import Alert, Remediation, RemediationOutcome, Standing, Store
 from fedvit.testing.doubles import seeded_fleet

@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY
 
 from edge_runtime.mailbox import MailboxSender
 from fedvit.access.tokens import create_token
-from fedvit.monitoring.catalogue import BY_NAME
+from fedvit.metrics.catalogue import BY_NAME
 from fedvit.operations.mailbox import Mailbox
 from fedvit.privacy.randomness import SecretStream
 from fedvit.registry.weights import stored_weights
@@ -140,7 +140,7 @@ def test_a_truck_and_virtual_clients_make_one_round(yard: Yard) -> None:
     def act() -> None:
         task = yard.task("truck-0")
         # Before anybody can release anything, it is paid for.
-        key = (task["run_id"], task["round_index"], "truck-0", task["release_id"])
+        key = (task["run_id"], task["round_index"], "truck-0", task["output_id"])
         seen.append((yard.store.is_charged(*key), yard.store.is_charged(*key[:3], "0" * 64)))
         answer = yard.put("truck-0", yard.update("truck-0", task, step=1.0))
         seen.append((answer.status_code, answer.json()["status"], yard.task("truck-0")))
@@ -200,7 +200,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_the_door_does_not_let_in_is_refused_at_once_recorded_and_counted(
     tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    yard = Yard(tmp_path, trucks=2, rounds=2, door={"max_update_norm": 100.0, "quarantine_after": 2})
+    yard = Yard(tmp_path, trucks=2, rounds=2, validation={"max_update_norm": 100.0, "quarantine_after": 2})
     changes, reason = FAULTS.get(fault, ({}, "The update is not safetensors"))
     monkeypatch.setattr(f"{__name__}.encode_smaller", encode_as_it_is)
     answers: list[Response] = []
@@ -270,7 +270,7 @@ def test_a_silent_truck_is_given_up_and_told_so_when_it_comes(yard: Yard) -> Non
     late = yard.put("truck-0", kept[0])
     assert late.status_code == 409
     assert "round 1 of run-0001 went on without it: no answer in 600 s" in late.json()["detail"]
-    assert yard.receipt("truck-0")["status"] == "turned_away"
+    assert yard.receipt("truck-0")["status"] == "rejected_answers"
 
 
 def test_a_late_answer_goes_into_the_next_buffer_of_an_asynchronous_run(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_nobody_else_gets_a_task_or_brings_an_answer(yard: Yard) -> None:
 
 
 def test_bytes_beyond_the_bound_are_not_read(tmp_path: Path) -> None:
-    yard = Yard(tmp_path, door={"max_update_bytes": 1000})
+    yard = Yard(tmp_path, validation={"max_update_bytes": 1000})
     assert yard.put("truck-0", bytes(1001)).status_code == 413
     assert yard.put("truck-0", bytes(1000)).status_code == 409
 
@@ -393,7 +393,7 @@ def test_an_update_left_in_the_mailbox_takes_the_same_way(yard: Yard) -> None:
     box = Path(mailbox.url)
     assert [path.name for path in box.rglob("*.safetensors")] == []
     (reason,) = box.rglob("*.reason")
-    assert "turned_away: round 9 of run-0001 did not ask it" in reason.read_text()
+    assert "rejected_answers: round 9 of run-0001 did not ask it" in reason.read_text()
 
 
 def test_a_task_that_was_answered_is_never_handed_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from fedvit.data.manifest import DataManifest
-from fedvit.report.page import write_page
-from fedvit.report.probe import TargetSummary
-from fedvit.report.summary import build_summary, summary_tables, write_summary
+from fedvit.tools.report.page import write_page
+from fedvit.tools.report.probe import TargetSummary
+from fedvit.tools.report.summary import build_summary, summary_tables, write_summary
 from fedvit.types import BudgetReport, Evaluation, RoundRecord, Run, RunStatus, utc_now
 
 CONFUSION = ((173, 3, 5), (0, 8, 1), (3, 4, 100))

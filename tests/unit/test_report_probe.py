@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from fedvit.errors import DataError, FedvitError
-from fedvit.report.probe import ProbeResult, Target, probe, summarise
+from fedvit.tools.report.probe import ProbeResult, Target, probe, summarise
 
 Answer = tuple[int, bytes]
 

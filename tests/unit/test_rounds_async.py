@@ -15,7 +15,7 @@ from generous_accountant import GenerousAccountant
 
 from fedvit.aggregation.registry import create_rule
 from fedvit.aggregation.staleness import staleness_weight
-from fedvit.cohort.select import draw_cohort
+from fedvit.cohort.selection import draw_cohort
 from fedvit.config import CohortConfig, Settings, TrainingConfig
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds import machine as m
@@ -23,7 +23,7 @@ from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import (
     AggregationSettings,
-    RunOrder,
+    RunRequest,
     aggregation_settings,
     change_aggregation_settings,
     change_round_settings,
@@ -346,7 +346,7 @@ def test_what_is_in_flight_when_another_run_begins_is_not_folded_into_it(tmp_pat
     training.after(0, training.loop.request_stop)
     assert training.run() is RunStatus.STOPPED
     assert training.fleet.in_flight() == {V0, V1}
-    training.loop.begin(RunOrder(0, "op-1", "again"))
+    training.loop.begin(RunRequest(0, "op-1", "again"))
     assert training.run() is RunStatus.COMPLETED
     assert training.store.version("v1.2.1").lineage["clients"] == [V2, V3]
     assert training.fleet.tasks[1][1].client_ids == (V0, V1, V2, V3)

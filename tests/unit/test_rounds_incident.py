@@ -13,7 +13,7 @@ from fedvit.errors import LedgerFrozenError
 from fedvit.ports import ExportedModel
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.rounds.coordinator import Coordinator
-from fedvit.rounds.steering import RunOrder
+from fedvit.rounds.steering import RunRequest
 from fedvit.settings import load_settings
 from fedvit.store.store import LedgerFreeze, Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
@@ -131,7 +131,7 @@ def test_under_a_frozen_ledger_no_round_begins_not_even_one_that_was_charged(sto
     assert "incident PB-1: images leaked" in (run.reason or "")
     assert len(fleet.tasks) == trained
     with pytest.raises(LedgerFrozenError, match="PB-1"):
-        loop.check_new_run(RunOrder(0, "op-1", "another"))
+        loop.check_new_run(RunRequest(0, "op-1", "another"))
     store.thaw_ledger("PB-1")
     assert loop.run().status is RunStatus.COMPLETED
 

@@ -19,7 +19,7 @@ from fedvit.errors import ConfigError, ConflictError
 from fedvit.privacy import mechanism
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
-from fedvit.rounds.steering import RunOrder, change_aggregation_settings
+from fedvit.rounds.steering import RunRequest, change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
@@ -214,7 +214,7 @@ FAULTS: dict[str, tuple[Callable[[PartialUpdate], PartialUpdate], str]] = {
 
 
 def test_bad_updates_are_outcomes_with_their_reasons_and_the_round_goes_on(tmp_path: Path) -> None:
-    training = Training(tmp_path, "fedbuff", clients=12, rounds=1, door={"max_update_norm": 5.0})
+    training = Training(tmp_path, "fedbuff", clients=12, rounds=1, validation={"max_update_norm": 5.0})
     wrong = dict(zip(V, FAULTS.values(), strict=False))
     training.fleet.tamper = {client_id: tamper for client_id, (tamper, _) in wrong.items()}
     assert training.run().status is RunStatus.COMPLETED
@@ -229,7 +229,7 @@ def test_bad_updates_are_outcomes_with_their_reasons_and_the_round_goes_on(tmp_p
 
 
 def test_a_partial_sum_with_a_fault_in_it_is_refused_and_held_against_nobody(tmp_path: Path) -> None:
-    training = Training(tmp_path, rounds=4, door={"quarantine_after": 1})
+    training = Training(tmp_path, rounds=4, validation={"quarantine_after": 1})
     training.fleet.tamper[BAD] = with_point(np.array([np.nan, 0.0]))
     assert training.run().status is RunStatus.COMPLETED
     assert training.version(4).lineage["clients"] == [V[0], V[2], V[4]]
@@ -280,12 +280,12 @@ def test_duplicates_strangers_and_wrong_versions_are_turned_away_by_name(tmp_pat
     training.process()
     assert training.run().status is RunStatus.COMPLETED
     for index, started in ((1, 1), (2, 2)):
-        away = training.told(index)["turned_away"]
+        away = training.told(index)["rejected_answers"]
         assert away[BAD] == f"it has answered already; its answer to round {started} changes nothing"
         assert away["nobody"] == f"it was not asked in round {started}"
         np.testing.assert_allclose(training.point(index), (1 - 0.5**index) * TARGET)
         assert training.version(index).lineage["clients"] == V[:6]
-    assert training.told(2)["turned_away"][V[3]] == "it answers round 7, which has not begun"
+    assert training.told(2)["rejected_answers"][V[3]] == "it answers round 7, which has not begun"
 
 
 def test_an_answer_repeated_after_its_round_counts_no_second_time(tmp_path: Path) -> None:
@@ -307,7 +307,9 @@ def test_an_answer_repeated_after_its_round_counts_no_second_time(tmp_path: Path
 
     fleet.train = train  # type: ignore[method-assign]
     training.run()
-    assert training.told(2)["turned_away"] == {BAD: "it has answered already; its answer to round 1 changes nothing"}
+    assert training.told(2)["rejected_answers"] == {
+        BAD: "it has answered already; its answer to round 1 changes nothing"
+    }
     # Its answer to this round counts all the same.
     assert training.version(2).lineage["clients"] == V[:6]
     np.testing.assert_allclose(training.point(2), 0.75 * TARGET)
@@ -316,7 +318,7 @@ def test_an_answer_repeated_after_its_round_counts_no_second_time(tmp_path: Path
 def test_after_so_many_refusals_a_client_comes_into_quarantine_and_reinstated_it_has_as_many_again(
     tmp_path: Path,
 ) -> None:
-    training = Training(tmp_path, "median", rounds=7, door={"quarantine_after": 2})
+    training = Training(tmp_path, "median", rounds=7, validation={"quarantine_after": 2})
     training.fleet.tamper[BAD] = with_point(np.array([np.nan, 0.0]))
 
     def reinstate(progress: Any) -> None:
@@ -334,7 +336,7 @@ def test_after_so_many_refusals_a_client_comes_into_quarantine_and_reinstated_it
 
 
 def test_a_round_tried_twice_counts_a_refusal_once_and_without_the_setting_nobody_is_kept_out(tmp_path: Path) -> None:
-    training = Training(tmp_path, "median", rounds=1, door={"quarantine_after": 2})
+    training = Training(tmp_path, "median", rounds=1, validation={"quarantine_after": 2})
     training.fleet.tamper[BAD] = with_point(np.array([np.nan, 0.0]))
     committed = training.store.commit_round
 
@@ -348,7 +350,7 @@ def test_a_round_tried_twice_counts_a_refusal_once_and_without_the_setting_nobod
     assert training.run().status is RunStatus.COMPLETED
     assert training.store.participation()[BAD].failures == 1
     assert training.store.quarantined_clients() == []
-    lenient = Training(tmp_path / "lenient", "median", rounds=4, door={"quarantine_after": None})
+    lenient = Training(tmp_path / "lenient", "median", rounds=4, validation={"quarantine_after": None})
     lenient.fleet.tamper = dict(training.fleet.tamper)
     lenient.run()
     assert lenient.store.quarantined_clients() == []
@@ -394,7 +396,7 @@ def test_secure_aggregation_will_not_go_with_single_updates() -> None:
 def test_a_rule_that_needs_one_base_refuses_asynchronous_rounds_before_a_run_begins(tmp_path: Path) -> None:
     training = Training(tmp_path, "krum", aggregation_options={"num_byzantine": 1})
     change_aggregation_settings(training.store, lambda now: replace(now, mode="asynchronous"))
-    for begin in (training.run, lambda: training.loop.check_new_run(RunOrder(0, "op", "again"))):
+    for begin in (training.run, lambda: training.loop.check_new_run(RunRequest(0, "op", "again"))):
         with pytest.raises(ConflictError, match=r"'krum' does not go with asynchronous rounds.*fedbuff"):
             begin()
     assert training.store.runs() == []

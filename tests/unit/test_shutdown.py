@@ -14,7 +14,7 @@ from incident_site import WAIT_S, JsonObject, LateFleet, Site
 
 from fedvit.cli.supervisor import end_this_process, interruptible
 from fedvit.errors import InterruptedRunError, PlacementError, UsageError
-from fedvit.operations import local
+from fedvit.operations import local_aggregator
 from fedvit.operations.runner import OperationKind
 from fedvit.settings import load_settings
 from fedvit.types import OperationStatus, RunStatus
@@ -152,7 +152,7 @@ def test_what_cannot_be_saved_does_not_go_down(make: Make, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise UsageError("The backup cannot be written.")
 
-    monkeypatch.setattr(local, "write_backup", fail)
+    monkeypatch.setattr(local_aggregator, "write_backup", fail)
     site = make().trained()
     operation = ended(site, asked(site, "graceful"))
     assert (operation["status"], operation["error"]["message"]) == ("failed", "The backup cannot be written.")

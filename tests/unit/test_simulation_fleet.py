@@ -8,9 +8,9 @@ import pytest
 from fedvit.config import DelayConfig, FaultConfig
 from fedvit.errors import ConfigError
 from fedvit.settings import load_settings
-from fedvit.simulation.delays import Delays
-from fedvit.simulation.faults import Faults
-from fedvit.simulation.fleet import SILENT, SimulatedFleet, VirtualClock
+from fedvit.tools.simulation.delays import Delays
+from fedvit.tools.simulation.faults import Faults
+from fedvit.tools.simulation.fleet import SILENT, SimulatedFleet, VirtualClock
 from fedvit.types import ClientOutcome, Cohort, PartialUpdate, TrainTask, Weights
 
 V = [f"v{i:03d}" for i in range(40)]

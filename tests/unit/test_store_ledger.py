@@ -143,7 +143,7 @@ def test_history_is_paged_and_dated(store: Store) -> None:
         (
             [
                 "CREATE TEMP TABLE forged AS SELECT * FROM privacy_ledger WHERE sequence = 6",
-                "UPDATE forged SET sequence = 7, release_id = 'forged', prev_hash = hash",
+                "UPDATE forged SET sequence = 7, output_id = 'forged', prev_hash = hash",
                 "INSERT INTO privacy_ledger SELECT * FROM forged",
             ],
             7,
@@ -240,7 +240,7 @@ def test_a_line_from_before_there_were_events_has_the_hash_that_it_always_had(st
     store.append_charges([Charge("run-0001", 1, "a", "r", 1.5, 0.5, 1)], admit)
     (line,) = store.ledger_lines()
     content = (
-        f'{{"at":"{line["at"]}","noise_multiplier":1.5,"release_id":"r","round_index":1,"run_id":"run-0001",'
+        f'{{"at":"{line["at"]}","noise_multiplier":1.5,"output_id":"r","round_index":1,"run_id":"run-0001",'
         '"sampling_prob":0.5,"sequence":1,"steps":1,"unit_id":"a"}'
     )
     assert line["hash"] == hashlib.sha256(("0" * 64 + content).encode()).hexdigest()
@@ -249,7 +249,7 @@ def test_a_line_from_before_there_were_events_has_the_hash_that_it_always_had(st
 def test_engagements_count_charged_rounds_once_and_only_earlier_ones(store: Store) -> None:
     for round_index in (1, 2, 4):
         store.append_charges(charges(round_index, units=2), admit)
-    store.append_charges([replace(charges(4)[0], release_id="another attempt")], admit)
+    store.append_charges([replace(charges(4)[0], output_id="another attempt")], admit)
     assert store.engagements("run-0001", before=4) == {"u0": (2, 2), "u1": (2, 2)}
     assert store.engagements("run-0001", before=9) == {"u0": (3, 4), "u1": (3, 4)}
     assert store.engagements("run-0002", before=9) == {}

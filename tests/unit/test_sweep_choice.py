@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fedvit.settings import load_settings
-from fedvit.sweep.cost import cost_sentences, sweep_cost
-from fedvit.sweep.halving import Halving, Score, score_of
-from fedvit.sweep.outcome import Candidate, TrialOutcome, candidates, choose, pareto_front
-from fedvit.sweep.space import plan_sweep
+from fedvit.tools.sweep.cost import cost_sentences, sweep_cost
+from fedvit.tools.sweep.halving import Halving, Score, score_of
+from fedvit.tools.sweep.outcome import Candidate, TrialOutcome, candidates, choose, pareto_front
+from fedvit.tools.sweep.space import plan_sweep
 
 
 def test_a_score_knows_the_noise_of_its_images_and_of_its_rounds() -> None:

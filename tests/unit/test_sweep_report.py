@@ -14,12 +14,12 @@ from typer.testing import CliRunner, Result
 
 from fedvit.cli.main import app
 from fedvit.config import Settings
-from fedvit.report.sweep import write_report
 from fedvit.rounds.steering import aggregation_settings, begin_in_first_mode, change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.sweep.outcome import TrialOutcome
-from fedvit.sweep.space import TrialPlan, plan_sweep
+from fedvit.tools.report.sweep import write_report
+from fedvit.tools.sweep.outcome import TrialOutcome
+from fedvit.tools.sweep.space import TrialPlan, plan_sweep
 
 TREE: dict[str, Any] = {
     "training": {"rounds": 6, "aggregation": "fedbuff"},
@@ -180,7 +180,7 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing_half_written(
 
 
 def test_a_folder_of_another_sweep_is_left_alone(tmp_path: Path, settings: Settings) -> None:
-    from fedvit.sweep.journal import Journal
+    from fedvit.tools.sweep.journal import Journal
 
     with Journal(tmp_path / "to").working(settings):
         pass

@@ -9,7 +9,7 @@ import pytest
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, PlacementError
 from fedvit.settings import load_settings
-from fedvit.sweep.space import check_room, plan_sweep, rungs_of, sweep_digest
+from fedvit.tools.sweep.space import check_room, plan_sweep, rungs_of, sweep_digest
 
 
 def settings_of(parameters: Any, simulation: dict[str, Any] | None = None, **sweep: Any) -> Settings:

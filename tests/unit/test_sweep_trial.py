@@ -13,10 +13,10 @@ from toy_world import ToyWorld
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, ConflictError, StateError
 from fedvit.settings import load_settings
-from fedvit.sweep.journal import Journal
-from fedvit.sweep.outcome import TrialOutcome
-from fedvit.sweep.space import TrialPlan, plan_sweep
-from fedvit.sweep.trial import RUNNING, SteppedTrial, WarmTrials, stopped_early
+from fedvit.tools.sweep.journal import Journal
+from fedvit.tools.sweep.outcome import TrialOutcome
+from fedvit.tools.sweep.space import TrialPlan, plan_sweep
+from fedvit.tools.sweep.trial import RUNNING, SteppedTrial, WarmTrials, stopped_early
 
 ROUNDS = 6
 SECRET = bytes(range(32))

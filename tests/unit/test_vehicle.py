@@ -19,10 +19,12 @@ from PIL import Image
 from edge_runtime.mailbox import MailboxSender
 from edge_runtime.training.records import OwnRecords, count_images
 from edge_runtime.training.vehicle import Policy, Step, Vehicle
-from fedvit.aggregation.door import Door
+from fedvit.aggregation.validation import UpdateValidator
 from fedvit.client import FedvitClient
-from fedvit.client.fleet_views import SketchOrderView
+from fedvit.client.fleet_views import HistogramRequestView
+from fedvit.clients.update_encoder import UpdateEncoder
 from fedvit.errors import ControlUnreachableError, DataError
+from fedvit.evaluation.server_model import ServerModel
 from fedvit.operations.mailbox import Mailbox
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.fleets import MixedFleet
@@ -30,8 +32,6 @@ from fedvit.rounds.remote import FROZEN_DIGEST
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet
-from fedvit.training.sending import Sender
-from fedvit.training.server import ServerModel
 from fedvit.types import ClientOutcome, Encoding, PartialUpdate, Run, RunStatus, TrainTask, utc_now
 from fedvit.wire.folders import open_folder
 from serve_apps.control.api import Services, create_api
@@ -142,35 +142,35 @@ def test_a_vehicle_trains_on_its_own_disk_and_both_ledgers_know(made: Callable[.
 
 def test_a_vehicle_sends_its_sketch_once_and_only_what_both_ledgers_hold(made: Callable[..., Road]) -> None:
     road = made(rounds=2)
-    asked: list[SketchOrderView | None] = []
+    asked: list[HistogramRequestView | None] = []
 
     def act() -> None:
-        asked.append(road.client.clients.task(TRUCK).sketch)
+        asked.append(road.client.clients.task(TRUCK).histogram)
         road.drive()
 
     road.act = act
     assert road.run().status is RunStatus.COMPLETED
     assert [order is not None for order in asked] == [True, False]
     assert asked[0] is not None
-    (sketch,) = road.store.latest_sketches().values()
-    assert (sketch.client_id, sketch.round_index, sketch.num_examples) == (TRUCK, 1, 8)
-    spec = road.store.sketch_spec(sketch.spec_digest)
+    (histogram,) = road.store.latest_sketches().values()
+    assert (histogram.client_id, histogram.round_index, histogram.num_examples) == (TRUCK, 1, 8)
+    spec = road.store.histogram_spec(histogram.spec_digest)
     assert spec is not None
-    assert len(sketch.counts) == spec.cells
-    assert sketch.deviation == 5.25 * spec.sensitivity("record")
+    assert len(histogram.counts) == spec.cells
+    assert histogram.deviation == 5.25 * spec.sensitivity("record")
     with Store.open(road.home) as own:
-        assert own.is_charged("run-0001", 1, TRUCK, asked[0].release_id)
+        assert own.is_charged("run-0001", 1, TRUCK, asked[0].output_id)
     # Repeated, or brought for a round that asked for none, it changes nothing.
-    for counts in (sketch.counts, (0,) * spec.cells):
-        assert not road.client.clients.sketch(TRUCK, "run-0001", 1, counts).kept
-    assert road.store.latest_sketches() == {TRUCK: sketch}
+    for counts in (histogram.counts, (0,) * spec.cells):
+        assert not road.client.clients.histogram(TRUCK, "run-0001", 1, counts).kept
+    assert road.store.latest_sketches() == {TRUCK: histogram}
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"noise_multiplier": 0.1}, "not without noise"),
-        ({"privacy_unit": "client"}, "sketches records"),
+        ({"privacy_unit": "client"}, "histograms records"),
         ({"round_index": 2}, "not the one that was charged"),
     ],
 )
@@ -182,10 +182,10 @@ def test_a_sketch_that_was_not_charged_as_told_is_not_sent(
 
     def task(client_id: str) -> Any:
         found = honest(client_id)
-        if found.sketch is None:
+        if found.histogram is None:
             return found
-        order = {**found.sketch.order, **change}
-        return found.model_copy(update={"sketch": found.sketch.model_copy(update={"order": order})})
+        order = {**found.histogram.order, **change}
+        return found.model_copy(update={"histogram": found.histogram.model_copy(update={"order": order})})
 
     monkeypatch.setattr(road.client.clients, "task", task)
     assert road.run().status is RunStatus.COMPLETED
@@ -209,7 +209,7 @@ def test_a_vehicle_that_begins_again_makes_the_same_bytes_of_a_task(made: Callab
 
     road.act = act
     assert road.run().status is RunStatus.COMPLETED
-    # The update, and the sketch that the first round of a run asks for.
+    # The update, and the histogram that the first round of a run asks for.
     assert len(road.store.ledger()) == 2
     with Store.open(road.home) as own:
         assert len(own.ledger()) == 2
@@ -341,17 +341,19 @@ def own(step: np.ndarray[Any, Any], round_index: int) -> PartialUpdate:
 
 
 def test_what_top_k_drops_is_sent_later_and_a_repetition_repeats_it(tmp_path: Path) -> None:
-    door = Door({"w": (SIZE,)}, by_examples=True, single=True)
-    sender = Sender(tmp_path, bytes(32), 0.1)
+    validator = UpdateValidator({"w": (SIZE,)}, by_examples=True, single=True)
+    sender = UpdateEncoder(tmp_path, bytes(32), 0.1)
     draw, sent, made = np.random.default_rng(0), np.zeros(SIZE), np.zeros(SIZE)
     for index in range(1, 40):
         step = draw.normal(size=SIZE)
         made += step
         task = replace(TASK, round_index=index)
-        content = sender.sealed(task, own(step, index), Encoding.TOP_K, door)
+        content = sender.sealed(task, own(step, index), Encoding.TOP_K, validator)
         # The process died and begins the round again.
-        assert Sender(tmp_path, bytes(32), 0.1).sealed(task, own(step, index), Encoding.TOP_K, door) == content
-        sent += door.opened(content).weighted_sum["w"] / 3.0
+        assert (
+            UpdateEncoder(tmp_path, bytes(32), 0.1).sealed(task, own(step, index), Encoding.TOP_K, validator) == content
+        )
+        sent += validator.opened(content).weighted_sum["w"] / 3.0
         left = made - sent
     # Stich et al.: what is left is bounded, however long it goes on; without feedback it would grow as the root of 39.
     assert np.linalg.norm(left) < 0.5 * np.linalg.norm(made) * np.sqrt(39)
@@ -362,9 +364,9 @@ def test_what_top_k_drops_is_sent_later_and_a_repetition_repeats_it(tmp_path: Pa
 def test_what_the_door_would_refuse_in_a_smaller_form_goes_as_it_is(tmp_path: Path) -> None:
     step = np.full(SIZE, 0.1)
     norm = float(np.linalg.norm(step))
-    door = Door({"w": (SIZE,)}, by_examples=True, single=True, max_update_norm=norm)
-    sender = Sender(tmp_path, bytes(32), 0.5)
-    sealed = sender.sealed(TASK, own(step, 1), Encoding.INT8, door)
-    assert door.fault_of(door.opened(sealed)) is None
-    overflow = sender.sealed(TASK, own(step * 1e7, 1), Encoding.FLOAT16, replace(door, max_update_norm=None))
-    assert door.opened(overflow).outcomes[0].encoding == "float32"
+    validator = UpdateValidator({"w": (SIZE,)}, by_examples=True, single=True, max_update_norm=norm)
+    sender = UpdateEncoder(tmp_path, bytes(32), 0.5)
+    sealed = sender.sealed(TASK, own(step, 1), Encoding.INT8, validator)
+    assert validator.fault_of(validator.opened(sealed)) is None
+    overflow = sender.sealed(TASK, own(step * 1e7, 1), Encoding.FLOAT16, replace(validator, max_update_norm=None))
+    assert validator.opened(overflow).outcomes[0].encoding == "float32"

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
+from fedvit.models.complexity import complexity
+from fedvit.models.export import check_export, export_onnx, export_variant, make_variant, run_onnx
+from fedvit.models.layers import Body, HeadBody, LoraLinear, Normalise
+from fedvit.models.models import build_model
+from fedvit.models.timm_vit import TimmBody
+from fedvit.models.trainable import trainable_weights, weights_digest
+from fedvit.models.vision import VisionModel
 from fedvit.types import ImageArray, Variant
-from fedvit.vit.complexity import complexity
-from fedvit.vit.export import check_export, export_onnx, export_variant, make_variant, run_onnx
-from fedvit.vit.layers import Body, HeadBody, LoraLinear, Normalise
-from fedvit.vit.models import build_model
-from fedvit.vit.timm_vit import TimmBody
-from fedvit.vit.trainable import trainable_weights, weights_digest
-from fedvit.vit.vision import VisionModel
 
 # Torch threads that wait for each other on shared cores take ten times as long.
 torch.set_num_threads(1)

@@ -13,10 +13,10 @@ import torch
 
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
-from fedvit.vit.hybrid import STEM_WHEEL, LiteStem
-from fedvit.vit.models import build_model
-from fedvit.vit.trainable import frozen_weights, trainable_weights, weights_digest
-from fedvit.vit.vision import VisionModel
+from fedvit.models.hybrid import STEM_WHEEL, LiteStem
+from fedvit.models.models import build_model
+from fedvit.models.trainable import frozen_weights, trainable_weights, weights_digest
+from fedvit.models.vision import VisionModel
 
 # Torch threads that wait for each other on shared cores take ten times as long.
 torch.set_num_threads(1)

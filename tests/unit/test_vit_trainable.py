@@ -12,10 +12,10 @@ from torch import nn
 
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
-from fedvit.vit.layers import HeadBody
-from fedvit.vit.models import build_model
-from fedvit.vit.timm_vit import TimmBody
-from fedvit.vit.trainable import (
+from fedvit.models.layers import HeadBody
+from fedvit.models.models import build_model
+from fedvit.models.timm_vit import TimmBody
+from fedvit.models.trainable import (
     TrainableMode,
     apply_trainable,
     frozen_weights,
@@ -23,7 +23,7 @@ from fedvit.vit.trainable import (
     trainable_weights,
     weights_digest,
 )
-from fedvit.vit.vision import VisionModel
+from fedvit.models.vision import VisionModel
 
 # Torch threads that wait for each other on shared cores take ten times as long.
 torch.set_num_threads(1)

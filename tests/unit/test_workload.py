@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from generous_accountant import GenerousAccountant
 
+from fedvit.clients.workload import OwnHost, OwnModel, VirtualClients, client_host, own_clients, server_model
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, IntegrityError, ModelError
 from fedvit.privacy.mechanism import fault_of
@@ -20,7 +21,6 @@ from fedvit.rounds.coordinator import Coordinator
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet
-from fedvit.training.workload import OwnHost, OwnModel, VirtualClients, client_host, own_clients, server_model
 from fedvit.types import PartialUpdate, RunStatus, TrainTask, Variant, Weights
 from fedvit.wire.tensors import encode_weights
 
@@ -196,7 +196,7 @@ def test_a_class_without_an_evaluation_says_nothing(tmp_path: Path) -> None:
 
 
 def test_a_workload_that_needs_no_torch_loads_none() -> None:
-    code = "import sys; import fedvit.training.workload, actors.client_proxy; assert 'torch' not in sys.modules"
+    code = "import sys; import fedvit.clients.workload, actors.client_proxy; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,0 +1,144 @@
+"""The one door: what every update is held against before it may count, wherever it arrives.
+
+A client's host asks before it adds an update to a sum, so that one client's fault is its own; the aggregator asks again
+of whatever reaches it, because a sum cannot be taken apart. Both ask :meth:`UpdateValidator.fault_of`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedvit.aggregation.rule import Rule
+from fedvit.config import Settings
+from fedvit.errors import UpdateRejectedError
+from fedvit.exact_sums import peak_of
+from fedvit.privacy.mechanism import ROUNDING, l2_norm
+from fedvit.types import PartialUpdate, Weights
+from fedvit.wire.updates import decode_update, encoding_of
+
+_NO_OVERFLOW = 1e100
+"""Numbers below it have a finite norm, however many they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateValidator:
+    """What an update must be.
+
+    Args:
+        shapes: of the trainable parameters, by name.
+        by_examples: whether a client weighs as many examples as it has, or 1.
+        single: whether an update must be one client's alone.
+        max_update_norm: of one client's update; None: any finite one.
+        num_examples: how many each client is registered with, where that is known.
+        max_update_bytes: of one that comes as bytes.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    by_examples: bool
+    single: bool
+    max_update_norm: float | None = None
+    num_examples: Mapping[str, int] | None = None
+    max_update_bytes: int = 2**40
+
+    @classmethod
+    def of(
+        cls, settings: Settings, rule: Rule, weights: Weights, num_examples: Mapping[str, int] | None = None
+    ) -> UpdateValidator:
+        """The door of a run: its settings, its rule, and the weights that it trains."""
+        record = settings.privacy.privacy_unit == "record"
+        return cls(
+            shapes={name: array.shape for name, array in weights.items()},
+            by_examples=record and rule.weighting == "examples",
+            single=rule.needs == "single_updates",
+            max_update_norm=settings.training.validation.max_update_norm,
+            num_examples=num_examples,
+            max_update_bytes=settings.training.validation.max_update_bytes,
+        )
+
+    def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> UpdateValidator:
+        """The same door for a model of which the shapes are known and the weights are not at hand."""
+        return replace(self, shapes=shapes)
+
+    def opened(self, update: PartialUpdate) -> PartialUpdate:
+        """An update as arrays, with how it travelled; one that did not come as bytes is as it was.
+
+        Raises:
+            UpdateRejectedError: its bytes are not what :mod:`fedvit.wire.updates` writes, or speak for somebody else.
+        """
+        if update.content is None:
+            return update
+        (asked,) = update.outcomes
+        told = decode_update(update.content, max_bytes=self.max_update_bytes, shapes=self.shapes)
+        failed = len(told.outcomes) == 1 and told.outcomes[0].error is not None
+        named = [(o.client_id, o.num_examples) for o in told.outcomes]
+        if told.round_index != update.round_index or named != [(asked.client_id, 0 if failed else asked.num_examples)]:
+            raise UpdateRejectedError(
+                f"It speaks for {named} in round {told.round_index}; {asked.client_id} was asked in round "
+                f"{update.round_index} to train {asked.num_examples} examples."
+            )
+        outcome = replace(told.outcomes[0], sent_bytes=len(update.content), encoding=encoding_of(update.content))
+        return replace(told, outcomes=(outcome,))
+
+    def fault_of(self, update: PartialUpdate, scale: float = 1.0, *, peak: float | None = None) -> str | None:
+        """The first fault of an update that somebody contributed to, as the end of a sentence about it; or None.
+
+        Args:
+            scale: what its arrays are still to be multiplied with.
+            peak: the largest magnitude in them, where that is known.
+        """
+        contributors = [outcome for outcome in update.outcomes if outcome.error is None]
+        if not contributors:
+            return None
+        if self.single and len(contributors) > 1:
+            return f"it sums {len(contributors)} clients, and the rule takes single updates"
+        return (
+            self._fault_of_names(update)
+            or self._fault_of_arrays(update, peak)
+            or self._fault_of_weight(update)
+            or self._fault_of_norm(update, scale, peak)
+        )
+
+    def _fault_of_names(self, update: PartialUpdate) -> str | None:
+        if missing := sorted(self.shapes.keys() - update.weighted_sum.keys()):
+            return f"it lacks the parameter {missing[0]!r}"
+        if strange := sorted(update.weighted_sum.keys() - self.shapes.keys()):
+            return f"it holds {strange[0]!r}, which is no parameter of this model"
+        return None
+
+    def _fault_of_arrays(self, update: PartialUpdate, peak: float | None) -> str | None:
+        finite = peak is not None and math.isfinite(peak)
+        for name, array in sorted(update.weighted_sum.items()):
+            if array.dtype not in (np.float32, np.float64):
+                return f"its parameter {name!r} is {array.dtype}"
+            if array.shape != self.shapes[name]:
+                return f"its parameter {name!r} has the shape {list(array.shape)}, not {list(self.shapes[name])}"
+            if not finite and not math.isfinite(peak_of({name: array})):
+                return f"its parameter {name!r} holds a value that is not finite"
+        return None
+
+    def _fault_of_weight(self, update: PartialUpdate) -> str | None:
+        contributors = [outcome for outcome in update.outcomes if outcome.error is None]
+        weight = float(sum(o.num_examples for o in contributors) if self.by_examples else len(contributors))
+        if update.total_weight != weight or not weight > 0:
+            return f"its weight is {update.total_weight:g}, and that of its {len(contributors)} clients is {weight:g}"
+        for outcome in contributors:
+            known = (self.num_examples or {}).get(outcome.client_id)
+            if known is not None and outcome.num_examples > known:
+                return f"{outcome.client_id} claims {outcome.num_examples} examples, and is registered with {known}"
+        return None
+
+    def _fault_of_norm(self, update: PartialUpdate, scale: float, peak: float | None) -> str | None:
+        weight = update.total_weight
+        if self.max_update_norm is None and peak is not None and scale * peak < _NO_OVERFLOW:
+            return None
+        with np.errstate(over="ignore"):
+            norm = scale * l2_norm(update.weighted_sum)
+        allowed = math.inf if self.max_update_norm is None else self.max_update_norm * weight
+        # The norm of a finite update may overflow: not even no bound admits that.
+        if math.isfinite(norm) and norm <= allowed * (1 + ROUNDING):
+            return None
+        return f"its norm is {norm / weight:.6g}; at most {allowed / weight:g} is allowed"

@@ -1,0 +1,85 @@
+"""What a proxy makes of its clients' updates: partial sums whose bits do not depend on which proxy had which client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from fedvit.errors import FedvitError, IntegrityError, UpdateRejectedError
+from fedvit.exact_sums import QUANTUM, ROOM, ExactSums, peak_of
+from fedvit.types import ClientOutcome, PartialUpdate, TrainTask, Weights
+from fedvit.wire.tensors import weights_digest
+
+
+class PartialAggregator:
+    """Adds up the clients of one call; nothing of a client is kept once it is added.
+
+    Each sum is exact (:mod:`fedvit.exact_sums`), so the aggregator may add those of all proxies in any order. Where
+    updates are too large together to be summed without an error, the message has several sums, in ``parts``.
+
+    Args:
+        shapes: of the trainable parameters, by name.
+    """
+
+    def __init__(self, task: TrainTask, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._task, self._shapes = task, shapes
+        self._closed: list[PartialUpdate] = []
+        self._begin()
+
+    def add(self, own: PartialUpdate, scale: float = 1.0, *, peak: float | None = None) -> None:
+        """Add one client's answer, ``scale`` times its arrays; one without any is an outcome and no more.
+
+        Args:
+            peak: the largest magnitude in its arrays, where that is known.
+        """
+        peak = scale * (peak_of(own.weighted_sum) if peak is None else peak)
+        if peak + QUANTUM > ROOM:
+            sums = {n: np.multiply(array, scale, dtype=np.float64) for n, array in own.weighted_sum.items()}
+            self._closed.append(replace(own, weighted_sum=sums))
+            return
+        if not self._sums.has_room(peak):
+            self._closed.append(self._end())
+            self._begin()
+        self._sums.add(own.weighted_sum, scale, peak=peak)
+        self._outcomes += own.outcomes
+        self._total_weight += own.total_weight
+        self._within_clip += own.within_clip
+
+    def message(self) -> PartialUpdate:
+        """All of it, in one message."""
+        parts = tuple([*self._closed, self._end()] if self._outcomes or not self._closed else self._closed)
+        if len(parts) == 1:
+            return parts[0]
+        outcomes = tuple(sorted((o for part in parts for o in part.outcomes), key=lambda o: o.client_id))
+        return PartialUpdate(self._task.round_index, outcomes, {}, 0.0, parts=parts)
+
+    def _begin(self) -> None:
+        self._sums, self._outcomes = ExactSums(self._shapes), list[ClientOutcome]()
+        self._total_weight, self._within_clip = 0.0, 0
+
+    def _end(self) -> PartialUpdate:
+        outcomes, sums = tuple(self._outcomes), self._sums.totals()
+        return PartialUpdate(self._task.round_index, outcomes, sums, self._total_weight, self._within_clip)
+
+
+def failed(task: TrainTask, client_id: str, error: Exception) -> PartialUpdate:
+    """The answer of a client that has none: whatever ails one, the others' work must not be lost with it."""
+    reason = str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"
+    outcome = ClientOutcome(client_id, 0, reason, refused=isinstance(error, UpdateRejectedError))
+    return PartialUpdate(task.round_index, (outcome,), {}, 0.0)
+
+
+def check_base(task: TrainTask, weights: Weights) -> None:
+    """One release id, one base: two bases under the same noise would lay their gradients' difference bare.
+
+    Raises:
+        IntegrityError: these are not the weights that the task was made for.
+    """
+    found = weights_digest(weights)
+    if found != task.base_digest:
+        raise IntegrityError(
+            f"Round {task.round_index} starts from weights {task.base_digest[:12]}, but {found[:12]} arrived.",
+            cure="Nothing was trained; the round is repeated.",
+        )

@@ -1,0 +1,110 @@
+"""Conditions in the manner of Kubernetes: what holds of a client or of training, one by one, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from fedvit.cohort.connectivity import Connection
+from fedvit.types import BudgetReport, Client, RunStatus, TrainingProgress
+
+Status = Literal["True", "False", "Unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One thing that holds, or does not. ``last_transition_at`` is None where nobody wrote down when that began."""
+
+    type: str
+    status: Status
+    reason: str
+    message: str
+    last_transition_at: datetime | None = None
+
+
+def client_conditions(
+    client: Client,
+    connection: Connection,
+    verdict: str | None,
+    decided_at: datetime | None,
+    automatic: bool = False,
+) -> tuple[Condition, ...]:
+    """Connected, Validated, Active and Quarantined.
+
+    Args:
+        verdict: why an operator validated the client, or did not, in his words.
+        decided_at: when he did; None if nobody ever did.
+        automatic: nobody did: it follows from what was seen of its data.
+    """
+    return (
+        Condition("Connected", _status(connection.connected), connection.reason, connection.message, connection.since),
+        _validated(client, verdict, decided_at, automatic),
+        _active(client),
+        _quarantined(client),
+    )
+
+
+def progress_conditions(
+    progress: TrainingProgress, budget: BudgetReport | None, frozen: str | None, release: tuple[str, datetime] | None
+) -> tuple[Condition, ...]:
+    """Running, BudgetAvailable and Released.
+
+    Args:
+        budget: None where the accountant does not answer.
+        frozen: the incident that froze the ledger, if one did.
+        release: the version that is offered now, and since when.
+    """
+    return (_running(progress), _budget(budget, frozen), _released(release))
+
+
+def _validated(client: Client, verdict: str | None, decided_at: datetime | None, automatic: bool) -> Condition:
+    if automatic:
+        reason, message = "ByQuality", verdict or "It follows from what was seen of its data."
+    elif decided_at is None:
+        reason, message = "ByDefault", "Nobody decided on it."
+    else:
+        reason, message = "ByOperator", verdict or "An operator decided so, without a word."
+    return Condition("Validated", _status(client.validated), reason, message, decided_at)
+
+
+def _active(client: Client) -> Condition:
+    if client.active:
+        return Condition("Active", "True", "Registered", "It is on the list of active clients.")
+    return Condition("Active", "False", "Removed", "It was removed from the list of active clients.")
+
+
+def _quarantined(client: Client) -> Condition:
+    if client.quarantined:
+        message = client.quarantine_reason or "An incident put it there."
+        return Condition("Quarantined", "True", "Incident", message, client.quarantined_at)
+    return Condition("Quarantined", "False", "NoIncident", "No incident keeps it out of rounds.")
+
+
+def _running(progress: TrainingProgress) -> Condition:
+    if progress.run_id is None:
+        return Condition("Running", "False", "NoRun", "No run was started yet.")
+    status = progress.status or RunStatus.STOPPED
+    reason = "".join(word.capitalize() for word in status.split("_"))
+    message = progress.message or f"{progress.run_id} is {status.replace('_', ' ')}, phase {progress.phase}."
+    return Condition("Running", _status(status is RunStatus.RUNNING), reason, message)
+
+
+def _budget(budget: BudgetReport | None, frozen: str | None) -> Condition:
+    if frozen is not None:
+        return Condition("BudgetAvailable", "False", "LedgerFrozen", f"Incident {frozen} froze the privacy ledger.")
+    if budget is None:
+        return Condition("BudgetAvailable", "Unknown", "AccountantSilent", "The privacy accountant does not answer.")
+    left = f"Epsilon {budget.epsilon_remaining:.4f} of {budget.target_epsilon:g} is left."
+    available = budget.epsilon_remaining > 0
+    return Condition("BudgetAvailable", _status(available), "EpsilonLeft" if available else "Exhausted", left)
+
+
+def _released(release: tuple[str, datetime] | None) -> Condition:
+    if release is None:
+        return Condition("Released", "False", "NoRelease", "No model version is released yet.")
+    return Condition("Released", "True", "Offered", f"{release[0]} is offered to replicas and vehicles.", release[1])
+
+
+def _status(holds: bool | None) -> Status:
+    return "Unknown" if holds is None else "True" if holds else "False"

@@ -1,0 +1,100 @@
+"""Which clients are connected, judged from their last signs of life and from the proxies that answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from fedvit.ports import ProxyReport
+from fedvit.types import ClientKind, LastContact
+
+# Fewer than this share of the fleet connected, and it is the network rather than the vehicles.
+PARTITION_BELOW = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Whether a client is connected; None where nobody can tell.
+
+    ``reason`` is one word for programs, ``message`` a sentence. ``since`` says when it became so, where that is known;
+    ``until`` when it ends unless the client is heard again.
+    """
+
+    connected: bool | None
+    reason: str
+    message: str
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Connectivity:
+    """The whole fleet at one moment. ``by_kind`` has the total and the connected ones."""
+
+    total: int
+    connected: int
+    by_kind: Mapping[ClientKind, tuple[int, int]]
+    lost: tuple[tuple[LastContact, Connection], ...]
+
+    @property
+    def ratio(self) -> float:
+        """The share that is connected; all of an empty fleet is."""
+        return self.connected / self.total if self.total else 1.0
+
+    @property
+    def partition_suspected(self) -> bool:
+        """Whether too many are gone at once for it to be their own fault."""
+        return self.ratio < PARTITION_BELOW
+
+    def with_hosted(self, count: int) -> Connectivity:
+        """The same with so many virtual clients more, each of which a proxy hosts that answers."""
+        total, there = self.by_kind.get(ClientKind.VIRTUAL, (0, 0))
+        counts = {**self.by_kind, ClientKind.VIRTUAL: (total + count, there + count)}
+        by_kind = {kind: counts[kind] for kind in ClientKind if kind in counts and counts[kind][0]}
+        return replace(self, total=self.total + count, connected=self.connected + count, by_kind=by_kind)
+
+
+def connectivity(
+    last_contacts: Iterable[LastContact], proxies: ProxyReport | None, now: datetime, timeout_s: float
+) -> Connectivity:
+    """Judge every client; see :func:`connection_of`."""
+    judged = [(sighting, connection_of(sighting, proxies, now, timeout_s)) for sighting in last_contacts]
+    total = Counter(sighting.kind for sighting, _ in judged)
+    there = Counter(sighting.kind for sighting, connection in judged if connection.connected)
+    return Connectivity(
+        total=len(judged),
+        connected=there.total(),
+        by_kind={kind: (total[kind], there[kind]) for kind in ClientKind if total[kind]},
+        lost=tuple((sighting, connection) for sighting, connection in judged if not connection.connected),
+    )
+
+
+def connection_of(sighting: LastContact, proxies: ProxyReport | None, now: datetime, timeout_s: float) -> Connection:
+    """A virtual client is connected while the proxy that hosts it answers, any other while it is heard.
+
+    Args:
+        proxies: which proxies answer; None where the aggregator, who asks them, does not answer itself.
+        timeout_s: how old the last sign of life may be.
+    """
+    if sighting.kind is ClientKind.VIRTUAL:
+        return _hosted(sighting.client_id, proxies)
+    return _heard(sighting.last_seen_at, now, timeout_s)
+
+
+def _hosted(client_id: str, proxies: ProxyReport | None) -> Connection:
+    if proxies is None:
+        return Connection(None, "AggregatorSilent", "The aggregator does not say which client proxies answer.")
+    if proxies.reaches(client_id):
+        return Connection(True, "ProxyAnswers", "A client proxy that can host it answers.")
+    return Connection(False, "ProxySilent", "The client proxy that hosts it does not answer.")
+
+
+def _heard(last_seen_at: datetime | None, now: datetime, timeout_s: float) -> Connection:
+    if last_seen_at is None:
+        return Connection(False, "NeverSeen", "It was never heard.")
+    until = last_seen_at + timedelta(seconds=timeout_s)
+    if now <= until:
+        return Connection(True, "HeartbeatFresh", f"It was heard within {timeout_s:g} s.", until=until)
+    return Connection(False, "HeartbeatMissing", f"It was not heard for more than {timeout_s:g} s.", since=until)

@@ -1,0 +1,1 @@
+"""Per-example gradients and DP-SGD: call interceptor, gradient recorder, engines, private optimiser."""

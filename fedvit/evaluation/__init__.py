@@ -1,0 +1,1 @@
+"""The global model on the server: evaluation on held-out images, export."""

@@ -1,0 +1,107 @@
+"""The global model on the server's side: start, evaluation on held-out images, export."""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from fedvit.config import Settings
+from fedvit.data.images import load_images
+from fedvit.data.sources import open_source
+from fedvit.drift.client import embedded
+from fedvit.drift.measures import spec_of
+from fedvit.evaluation.evaluate import evaluate
+from fedvit.models.complexity import complexity
+from fedvit.models.export import export_variant, make_variant, run_onnx, time_onnx
+from fedvit.models.models import build_model
+from fedvit.models.trainable import frozen_weights, load_trainable_weights, trainable_weights
+from fedvit.models.vision import FEATURE_BATCH
+from fedvit.ports import ExportedModel, Trial
+from fedvit.types import Evaluation, ImageArray, LabelArray, Variant, Weights
+from fedvit.wire.histograms import HistogramSpec
+
+_MEASURED_IMAGES = 1000
+
+
+class ServerModel:
+    """Implements :class:`fedvit.ports.ServerModelPort` with a real model and the data set's test images.
+
+    The held-out images are the server's own: nothing here is computed on a client's data. Safe for threads: each call
+    that puts weights into the one model has it to itself.
+    """
+
+    exports = True
+
+    def __init__(self, settings: Settings) -> None:
+        self._lock = threading.RLock()
+        self._image_size = settings.data.image_size
+        self._source = open_source(settings.data)
+        self._model = build_model(settings.model, len(self._source.classes), self._image_size)
+        self._initial = trainable_weights(self._model)
+
+    def initial_weights(self) -> Weights:
+        """The trainable weights that a run starts from."""
+        return self._initial
+
+    def frozen_weights(self) -> Weights:
+        """The weights that never travel."""
+        return frozen_weights(self._model)
+
+    def evaluate(self, weights: Weights) -> Evaluation:
+        """The model with these weights on the held-out images."""
+        with self._lock:
+            load_trainable_weights(self._model, weights)
+            labels = torch.from_numpy(self._labels)
+            return evaluate(self._model, self._features, labels, self._source.classes)
+
+    def predict(self, weights: Weights) -> LabelArray:
+        """The class index that torch predicts for each held-out image, in the order of the data set."""
+        with self._lock, torch.inference_mode():
+            load_trainable_weights(self._model, weights)
+            batches = self._features.split(FEATURE_BATCH)
+            return np.concatenate([self._model.body(b).argmax(dim=1).numpy() for b in batches])
+
+    def export(self, weights: Weights, variant: Variant) -> ExportedModel:
+        """ONNX bytes of one variant; agreement is measured against this model in fp32 torch, on held-out images."""
+        with self._lock:
+            reference = self.predict(weights)
+            content = export_variant(self._model, variant, self._image_size)
+            size = complexity(make_variant(self._model, variant))
+        predicted = run_onnx(content, self._images).argmax(axis=1)
+        return ExportedModel(
+            content,
+            agreement=float(np.mean(predicted == reference)),
+            accuracy=float(np.mean(predicted == self._labels)),
+            complexity=size,
+        )
+
+    def try_out(self, content: bytes, limit: int | None = None) -> Trial:
+        """Run an exported model on held-out images, spread evenly over the data set."""
+        count = len(self._images) if limit is None else min(limit, len(self._images))
+        chosen = np.linspace(0, len(self._images) - 1, count).round().astype(np.int64)
+        logits, elapsed_ms = time_onnx(content, self._images[chosen])
+        p50_ms, p95_ms = np.percentile(elapsed_ms, [50, 95])
+        return Trial(tuple(logits.argmax(axis=1).tolist()), float(p50_ms), float(p95_ms))
+
+    def histogram_spec(self) -> HistogramSpec:
+        """Edges by the held-out images, spread evenly over the data set where they are many."""
+        with self._lock:
+            chosen = np.linspace(0, len(self._images) - 1, min(len(self._images), _MEASURED_IMAGES)).astype(np.int64)
+            images = self._images[chosen]
+            return spec_of(images, embedded(self._model, images), len(self._source.classes))
+
+    @cached_property
+    def _images(self) -> ImageArray:
+        return load_images(self._source, self._source.test, self._image_size)
+
+    @cached_property
+    def _labels(self) -> LabelArray:
+        return np.array([record.label for record in self._source.test], dtype=np.int64)
+
+    @cached_property
+    def _features(self) -> torch.Tensor:
+        images = torch.from_numpy(self._images)
+        return torch.cat([self._model.features(batch) for batch in images.split(FEATURE_BATCH)])

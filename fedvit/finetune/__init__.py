@@ -1,0 +1,1 @@
+"""Multi-rank fine-tuning: ranks that take a DP-SGD step together, checkpoints, the job."""

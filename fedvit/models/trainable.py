@@ -1,0 +1,124 @@
+"""Which weights are trained, how they leave a model and enter it again."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedvit.errors import ModelError
+from fedvit.models.layers import LoraLinear, replace_modules
+from fedvit.models.vision import VisionModel
+from fedvit.types import FloatArray, Weights
+
+TrainableMode = Literal["all", "head", "biases", "adapters"]
+# The attention projections of timm's ViT families, fused and not.
+_ADAPTED = ("attn.qkv", "attn.proj", "attn.q_proj", "attn.k_proj", "attn.v_proj")
+
+
+def apply_trainable(model: VisionModel, mode: TrainableMode, rank: int, *, seed: int = 0) -> None:
+    """Say what of the body is trained: ``all`` of it, its ``head``, or the head and ``biases`` or ``adapters``.
+
+    Biases are all that add a constant vector (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199; privately, Bu et al.
+    2022, arXiv:2210.00036). Adapters are LoRA (Hu et al. 2021, arXiv:2106.09685) of ``rank`` on the attention
+    projections of the blocks.
+
+    Raises:
+        ModelError: a part to be trained holds a BatchNorm, or there is nothing to adapt.
+    """
+    model.body.requires_grad_(mode == "all")
+    model.body.classifier().requires_grad_(True)
+    if mode == "biases":
+        for name, parameter in model.body.named_parameters():
+            # Position biases are tables [distances, heads], no vectors.
+            parameter.requires_grad_(parameter.requires_grad or (name.endswith("bias") and parameter.ndim == 1))
+    if mode == "adapters":
+        _add_adapters(model, rank, seed)
+    _refuse_batch_norm(model)
+
+
+def _add_adapters(model: VisionModel, rank: int, seed: int) -> None:
+    linears = [
+        (name, module)
+        for name, module in model.body.named_modules()
+        if "blocks" in name.split(".") and name.endswith(_ADAPTED) and isinstance(module, nn.Linear)
+    ]
+    if not linears:
+        raise ModelError(
+            "The model has no attention projection that an adapter could be put on.",
+            cure="Choose trainable 'all' or 'head'.",
+        )
+    for name, _ in linears:
+        attention: Any = model.body.get_submodule(name.rpartition(".")[0])
+        if hasattr(attention, "qkv_bias_separate"):
+            # Or BEiT and EVA read the projection's weight past the adapter, to multiply and add in one call.
+            attention.qkv_bias_separate = True
+    generator = torch.Generator().manual_seed(seed)
+    replace_modules(model.body, linears, (LoraLinear(linear, rank, generator) for _, linear in linears))
+
+
+def _refuse_batch_norm(model: VisionModel) -> None:
+    for name, module in model.named_modules():
+        trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if trained and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ModelError(
+                f"The trainable layer {name} is a BatchNorm: it mixes examples, so none has a gradient of its own.",
+                cure="Choose a model without BatchNorm, or train less of it.",
+            )
+
+
+def trainable_weights(model: VisionModel) -> dict[str, FloatArray]:
+    """Copies of the trainable parameters by name, float32."""
+    return {name: _to_numpy(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def frozen_weights(model: VisionModel) -> dict[str, FloatArray]:
+    """Copies of everything else that computes: frozen parameters and float buffers, float32.
+
+    BatchNorm's integer step counters are left out: in eval mode nothing reads them.
+    """
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    state = model.state_dict()
+    return {n: _to_numpy(t) for n, t in state.items() if n not in trained and t.is_floating_point()}
+
+
+def load_trainable_weights(model: VisionModel, weights: Weights) -> None:
+    """Overwrite the trainable parameters.
+
+    Raises:
+        ModelError: a name is missing or unknown, or a shape differs; the model is then unchanged.
+    """
+    load_weights({name: p for name, p in model.named_parameters() if p.requires_grad}, weights)
+
+
+def load_weights(parameters: dict[str, nn.Parameter], weights: Weights) -> None:
+    """Overwrite ``parameters`` with the ``weights`` of the same names; see :func:`load_trainable_weights`."""
+    for name in sorted(parameters.keys() ^ weights.keys()):
+        fault = "is missing from the weights" if name in parameters else "is no trainable parameter of this model"
+        raise ModelError(f"{name} {fault}.", cure="Use weights of the same model configuration.")
+    for name, parameter in parameters.items():
+        if tuple(weights[name].shape) != tuple(parameter.shape):
+            raise ModelError(
+                f"{name} has shape {list(weights[name].shape)} in the weights.",
+                cure=f"This model needs {list(parameter.shape)}.",
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
+
+
+def weights_digest(weights: Weights) -> str:
+    """SHA-256, hex, over names in order, shapes, and raw little-endian float32 values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        values = np.ascontiguousarray(weights[name], dtype="<f4")
+        digest.update(f"{name}\n{list(np.shape(weights[name]))}\n".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _to_numpy(tensor: torch.Tensor) -> FloatArray:
+    return tensor.detach().to("cpu", torch.float32).numpy().copy()

@@ -1,0 +1,112 @@
+"""Asks a round's clients for histograms of their data, once they are charged, and keeps what they tell."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from fedvit.config import Settings
+from fedvit.errors import BudgetExhaustedError, LedgerFrozenError
+from fedvit.ports import AccountantPort, Charge, FleetPort, ServerModelPort
+from fedvit.privacy.events import Composed, Event, Gaussian, Repeated
+from fedvit.privacy.round_cost import charge_of, histogram_is_due, round_event
+from fedvit.rounds.data_health import reference_spec
+from fedvit.store.store import Store
+from fedvit.types import Run, Weights
+from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec, checked_counts
+
+_ALIKE = 0.8
+"""How well votes have to correlate: where they do less, a reference says too little of the model's errors."""
+
+
+class HistogramCollection:
+    """The histograms of a run, beside its rounds: a round never waits for one, and none holds a round up."""
+
+    def __init__(
+        self, settings: Settings, store: Store, accountant: AccountantPort, fleet: FleetPort, model: ServerModelPort
+    ) -> None:
+        self._settings, self._store, self._accountant = settings, store, accountant
+        self._fleet, self._model = fleet, model
+        self._ordered: dict[str, HistogramSpec] = {}
+
+    def ask(self, run: Run, round_index: int, client_ids: Sequence[str], weights: Weights) -> tuple[str, ...]:
+        """Charge and ask those of the clients whose budget bears it beside the rest of the run; who they are.
+
+        A round that is tried again asks again: what is charged already costs nothing, and clients repeat themselves.
+
+        Args:
+            weights: that the round starts from.
+        """
+        spec = self._wanted(weights) if histogram_is_due(self._settings, round_index) and client_ids else None
+        if spec is None:
+            return ()
+        noise_multiplier, unit = self._settings.histograms.noise_multiplier, self._settings.privacy.privacy_unit
+        order = HistogramRequest(run.run_id, round_index, noise_multiplier, unit, spec)
+        sizes = self._store.num_examples(client_ids)
+        try:
+            able = self._accountant.within_budget(self._charges(order, sizes, self._with_the_rest(run, round_index)))
+            asked = {client_id: size for client_id, size in sizes.items() if client_id in able}
+            self._accountant.charge(self._charges(order, asked, Gaussian(noise_multiplier)))
+        except (BudgetExhaustedError, LedgerFrozenError):
+            return ()
+        if asked:
+            self._fleet.request_histograms(order, sorted(asked))
+        return tuple(sorted(asked))
+
+    def gather(self) -> int:
+        """Keep what has arrived; how many histograms are new."""
+        by_spec: dict[str, list[ClientHistogram]] = {}
+        for histogram in self._fleet.histograms():
+            by_spec.setdefault(histogram.spec_digest, []).append(histogram)
+        return sum(
+            self._store.add_sketches([histogram for histogram in by_spec[digest] if _fits(histogram, spec)], spec)
+            for digest, spec in self._ordered.items()
+            if digest in by_spec
+        )
+
+    def _wanted(self, weights: Weights) -> HistogramSpec | None:
+        """What to count now. Votes are those of the reference, which can be compared then, while the model still errs
+        in the same classes."""
+        if self._spec is None:
+            return None
+        shown, told = self._model.evaluate(weights), reference_spec(self._store)
+        spec = self._spec if shown is None else self._spec.with_risks(shown.confusion)
+        if told is not None and told.basis == spec.basis and _alike(told.risk_votes, spec.risk_votes):
+            spec = told
+        self._ordered[spec.digest] = spec
+        return spec
+
+    @cached_property
+    def _spec(self) -> HistogramSpec | None:
+        return self._model.histogram_spec()
+
+    def _with_the_rest(self, run: Run, round_index: int) -> Event:
+        """A histogram, and all rounds that are still to come: these are what the budget is for."""
+        histogram, left = Gaussian(self._settings.histograms.noise_multiplier), run.rounds_total - round_index
+        if left < 1:
+            return histogram
+        return Composed((histogram, Repeated(round_event(self._settings, run.noise_multiplier), left)))
+
+    def _charges(self, order: HistogramRequest, sizes: Mapping[str, int], event: Event) -> list[Charge]:
+        return [
+            charge_of(
+                event,
+                run_id=order.run_id,
+                round_index=order.round_index,
+                unit_id=client_id,
+                output_id=order.output_id(client_id, size),
+                unit=order.privacy_unit,
+            )
+            for client_id, size in sizes.items()
+        ]
+
+
+def _alike(some: Sequence[int], others: Sequence[int]) -> bool:
+    if len(some) != len(others) or len(set(some)) < 2 or len(set(others)) < 2:
+        return some == others
+    return statistics.correlation(some, others) >= _ALIKE
+
+
+def _fits(histogram: ClientHistogram, spec: HistogramSpec) -> bool:
+    return histogram.spec_digest == spec.digest and checked_counts(spec, histogram.counts) == histogram.counts

@@ -1,0 +1,1 @@
+"""Programs built on the library: simulation, sweep, report, audit, monitoring stack."""

@@ -1,0 +1,82 @@
+"""Every release is charged before it happens, once, and no restart forgets it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.events import PoissonGaussian
+from fedvit.store.store import Store
+from fedvit.testing.doubles import FakeFleet
+from fedvit.tools.audit.clients import Rounds, Update
+from fedvit.tools.audit.findings import Finding, Scope
+from fedvit.types import Cohort, PartialUpdate, TrainTask, Weights
+
+CHECK = "charging"
+_ROUNDS = 3
+
+
+class _Watchful(FakeFleet):
+    """Looks into the ledger when it is asked to train."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(np.zeros(2, np.float32))
+        self._store = store
+        self.charged: list[set[int]] = []
+
+    def train(
+        self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
+    ) -> Iterator[PartialUpdate | None]:
+        self.charged.append({entry.charge.round_index for entry in self._store.ledger()})
+        return super().train(task, weights, cohort, timeout_s=timeout_s)
+
+    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
+        answer = super()._partial(task, weights, client_ids)
+        return PartialUpdate(
+            answer.round_index,
+            answer.outcomes,
+            {**answer.weighted_sum, "scale": np.zeros(())},
+            answer.total_weight,
+            answer.within_clip,
+        )
+
+
+def check(scope: Scope) -> Iterator[Finding]:
+    """A run of whole clients, and then another process on the same state folder."""
+    zeros: Update = {"point": np.zeros(2, np.float32), "scale": np.zeros((), np.float32)}
+    with tempfile.TemporaryDirectory() as folder:
+        rounds = Rounds(Path(folder), scope, {"vehicle-0000": zeros, "vehicle-0001": zeros}, rounds=_ROUNDS)
+        fleet = _Watchful(rounds.store)
+        rounds.released(fleet)
+        before = rounds.accountant.budget().epsilon_spent
+        rounds.store.close()
+        faults = list(_order_faults(fleet.charged))
+        yield Finding(CHECK, "before release", not faults, faults[0] if faults else f"{_ROUNDS} rounds")
+        faults = list(_restart_faults(Path(folder), rounds, scope, before))
+        detail = faults[0] if faults else f"epsilon {before:.6f} before and after, and the chain is whole"
+        yield Finding(CHECK, "after a restart", not faults, detail)
+
+
+def _order_faults(charged: Sequence[set[int]]) -> Iterator[str]:
+    for round_index, known in enumerate(charged, start=1):
+        if round_index not in known:
+            yield f"round {round_index} is released, and the ledger has no charge for it"
+
+
+def _restart_faults(home: Path, rounds: Rounds, scope: Scope, before: float) -> Iterator[str]:
+    with Store.open(home) as store:
+        after = PrivacyAccountant(store, rounds.settings).budget().epsilon_spent
+        entries = store.verify_ledger()
+    event = PoissonGaussian(scope.noise_multiplier, 1.0)
+    expected = epsilon_pld({event: _ROUNDS}, rounds.settings.privacy.target_delta)
+    if entries != _ROUNDS:
+        yield f"the ledger has {entries} charges for {_ROUNDS} rounds"
+    if abs(after - before) > 1e-9:
+        yield f"epsilon was {before:.6f}, and is {after:.6f} after a restart"
+    if abs(after - expected) > 1e-9:
+        yield f"epsilon is {after:.6f}; what was released costs {expected:.6f}"

@@ -1,0 +1,234 @@
+"""With and without one client, through the real rounds: clip, add up, add noise once, divide by a constant."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedvit.aggregation.registry import rule_for
+from fedvit.aggregation.rule import Drift
+from fedvit.clients.client_state import ClientState
+from fedvit.clients.gradient_correction import CorrectedPlainTrainer
+from fedvit.clients.host import ClientHost, Shard
+from fedvit.config import Settings
+from fedvit.privacy import mechanism
+from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.privacy.randomness import SECRET_BYTES
+from fedvit.rounds.buffer import Admission, judged
+from fedvit.rounds.coordinator import Coordinator
+from fedvit.rounds.protection import ClientLevel
+from fedvit.settings import load_settings
+from fedvit.store.store import Store
+from fedvit.testing.doubles import FakeFleet, PointModel
+from fedvit.tools.audit.findings import Finding, Scope
+from fedvit.tools.audit.observe import Release, flat_arrays, released_rounds
+from fedvit.tools.audit.records import ROUNDING
+from fedvit.types import Client, ClientKind, FloatArray, PartialUpdate, TrainTask, Weights
+from fedvit.wire.tensors import encode_weights
+
+CHECK = "neighbouring clients"
+Update = Mapping[str, FloatArray]
+
+
+class _Model(PointModel):
+    """A point and a number without dimensions."""
+
+    def initial_weights(self) -> Weights:
+        return {**super().initial_weights(), "scale": np.zeros((), np.float32)}
+
+
+class _Told(CorrectedPlainTrainer):
+    """Comes back with the updates that it is told to."""
+
+    def __init__(self, updates: Mapping[str, Update]) -> None:
+        self._updates = updates
+
+    def lead(self, drift: Drift | None, learning_rate: float) -> None:
+        """There are no steps."""
+
+    def train(
+        self, task: TrainTask, base: Weights, features: Tensor, labels: Tensor, secret: bytes, client_id: str
+    ) -> dict[str, FloatArray]:
+        """The client's update."""
+        return dict(self._updates[client_id])
+
+
+class _Host(ClientHost):
+    """The real host, but for its data and what its trainer says."""
+
+    def __init__(self, settings: Settings, updates: Mapping[str, Update]) -> None:
+        self._settings = settings
+        self._rule = rule_for(settings)
+        self._kept = ClientState(settings.home, self._rule.name)
+        self._root_secret = bytes(SECRET_BYTES)
+        # Whole clients are clipped here and noised at the aggregator.
+        self._noised = False
+        self._trainer = _Told(updates)
+        self._shards = {c: Shard(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), "0" * 64) for c in updates}
+
+
+class _Fleet(FakeFleet):
+    """Hosts of such clients, two of them."""
+
+    def __init__(self, settings: Settings, updates: Mapping[str, Update], point: FloatArray) -> None:
+        super().__init__(point)
+        self._host = _Host(settings, updates)
+
+    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
+        return self._host.train(task, weights, client_ids)
+
+
+class Rounds:
+    """A run of whole clients, by the real loop over a real store and ledger."""
+
+    def __init__(self, home: Path, scope: Scope, updates: Mapping[str, Update], *, rounds: int = 1) -> None:
+        self.settings = client_settings(home, scope, rounds)
+        settle_key(home)
+        self.store = Store.open(home)
+        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.register_clients([Client(client_id, ClientKind.VIRTUAL, 10) for client_id in updates])
+        self.accountant = PrivacyAccountant(self.store, self.settings)
+        size = max(np.size(update["point"]) for update in updates.values())
+        self._point, self._updates = np.zeros(size, np.float32), updates
+
+    def released(self, fleet: FakeFleet | None = None) -> list[Release]:
+        """What a run releases, round by round.
+
+        Raises:
+            FedvitError: it could not begin.
+            RuntimeError: it did not end well.
+        """
+        loop = Coordinator(
+            settings=self.settings,
+            store=self.store,
+            accountant=self.accountant,
+            fleet=fleet or _Fleet(self.settings, self._updates, self._point),
+            model=_Model(self._point),
+        )
+        with released_rounds() as seen:
+            run = loop.run()
+        if run.rounds_done != run.rounds_total:
+            raise RuntimeError(f"the run ended as {run.status.value}: {run.reason}")
+        return seen
+
+
+def settle_key(home: Path) -> None:
+    """The same root key in every audit: what one finds, the next one finds as well."""
+    keys = home / "keys"
+    keys.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (keys / "root.key").write_bytes(bytes(range(SECRET_BYTES)))
+
+
+def client_settings(home: Path, scope: Scope, rounds: int) -> Settings:
+    """Everybody takes part for certain, and the budget is no obstacle."""
+    privacy: dict[str, Any] = {
+        "privacy_unit": "client",
+        "noise_multiplier": scope.noise_multiplier,
+        "target_epsilon": 1e6,
+        "l2_clip_norm": scope.l2_clip_norm,
+    }
+    cohort = {"selection": "poisson", "sampling_prob": 1.0}
+    training = {"rounds": rounds, "cohort": cohort}
+    overrides = {"home": home, "training": training, "privacy": privacy, "release": {"every_rounds": 1000}}
+    return load_settings(environ={}, overrides=overrides)
+
+
+def hostile_updates(l2_clip_norm: float) -> dict[str, Update]:
+    """Long and short ones, one all in the number without dimensions, a duplicate, a zero, and what is no update."""
+    points = [[3.0, -4.0], [0.1, 0.2], [0.0, 0.0], [1e30, 0.0], [0.0, 0.0], [3.0, -4.0], [np.nan, 1.0], [np.inf, 0.0]]
+    scales = [0.5, 0.0, 50.0, 0.0, 0.0, 0.5, 0.0, 1.0]
+    return {
+        f"vehicle-{i:04d}": {
+            "point": np.array(point, np.float32) * np.float32(l2_clip_norm),
+            "scale": np.array(scale * l2_clip_norm, np.float32),
+        }
+        for i, (point, scale) in enumerate(zip(points, scales, strict=True))
+    }
+
+
+def check(scope: Scope) -> Iterator[Finding]:
+    """Rounds with and without each client, and late answers."""
+    faults, furthest = _round_faults(scope)
+    detail = faults[0] if faults else f"moves by {furthest:.7f} of the clipping norm at most"
+    yield Finding(CHECK, "a round with and without each client", not faults, detail)
+    faults = list(_late_faults(scope))
+    yield Finding(CHECK, "late answers", not faults, faults[0] if faults else "a weight of 1 when fresh, then less")
+
+
+def _round_faults(scope: Scope) -> tuple[list[str], float]:
+    updates, faults, furthest = hostile_updates(scope.l2_clip_norm), [], 0.0
+    whole = _one_round(scope, updates)
+    for gone in updates:
+        release = _one_round(scope, {c: update for c, update in updates.items() if c != gone})
+        moved = float(np.linalg.norm(whole.total - release.total)) / scope.l2_clip_norm
+        furthest = max(furthest, moved)
+        if not moved <= 1 + ROUNDING:
+            faults.append(f"{gone} moves the sum by {moved:.7f} clipping norms")
+        if release.divisor != len(updates) - 1:
+            faults.append(f"the sum is divided by {release.divisor:g}, not by the expected {len(updates) - 1}")
+    if furthest < 0.999:
+        faults.append(f"no client moves the sum by more than {furthest:.3g} clipping norms; nothing is shown")
+    return faults, furthest
+
+
+def _one_round(scope: Scope, updates: Mapping[str, Update]) -> Release:
+    with tempfile.TemporaryDirectory() as home:
+        rounds = Rounds(Path(home), scope, updates)
+        try:
+            (release,) = rounds.released()
+        finally:
+            rounds.store.close()
+    return release
+
+
+def _late_faults(scope: Scope) -> Iterator[str]:
+    update = {"point": np.array([3.0, -4.0], np.float32), "scale": np.array(5.0, np.float32)}
+    base = {name: np.zeros_like(array) for name, array in update.items()}
+    task = client_task(scope)
+    with tempfile.TemporaryDirectory() as home, Store.open(Path(home)) as store:
+        settings = client_settings(Path(home), scope, 9)
+        protection = ClientLevel(settings, store)
+        answer = _host_answer(settings, task, base, update)
+        weights = []
+        for staleness in range(6):
+            late = replace(answer, round_index=task.round_index - staleness)
+            admission = Admission(
+                task.round_index, "asynchronous", 9, frozenset(), lambda found: protection.judge(found, task.run_id)
+            )
+            sums = mechanism.total(base, judged([late], admission).updates(), scope.l2_clip_norm)
+            weights.append(float(np.linalg.norm(flat_arrays(sums))) / scope.l2_clip_norm)
+    if abs(weights[0] - 1) > ROUNDING:
+        yield f"a fresh answer has a weight of {weights[0]:.7f}"
+    for staleness, (earlier, later) in enumerate(itertools.pairwise(weights), start=1):
+        if not later <= earlier * (1 + ROUNDING):
+            yield f"an answer {staleness} versions late has a weight of {later:.7f}, after {earlier:.7f}"
+
+
+def client_task(scope: Scope, round_index: int = 9) -> TrainTask:
+    """A round of whole clients."""
+    return TrainTask(
+        "run-0001",
+        round_index,
+        "base",
+        "data",
+        scope.noise_multiplier,
+        1.0,
+        scope.l2_clip_norm,
+        1,
+        1.0,
+        privacy_unit="client",
+    )
+
+
+def _host_answer(settings: Settings, task: TrainTask, base: Weights, update: Update) -> PartialUpdate:
+    based = replace(task, base_digest=hashlib.sha256(encode_weights(base)).hexdigest())
+    return _Host(settings, {"vehicle-0000": update}).train(based, base, ["vehicle-0000"])

@@ -1,0 +1,135 @@
+"""Noise that is as large as charged and never used twice; batches and cohorts that are Poisson samples."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedvit.cohort.selection import draw_cohort
+from fedvit.config import CohortConfig
+from fedvit.tools.audit import subjects
+from fedvit.tools.audit.clients import Rounds
+from fedvit.tools.audit.findings import Finding, Scope
+from fedvit.tools.audit.observe import Release, drawn_batches, released_steps
+from fedvit.types import TrainTask
+
+NOISE_CHECK, SAMPLING_CHECK = "fresh noise", "Poisson sampling"
+_SECRET = bytes(range(32))
+# Of a standard normal: one in a million on either side.
+_DEVIATIONS = 5.0
+_UNITS, _ROUNDS = 48, 150
+
+
+def check_noise(scope: Scope) -> Iterator[Finding]:
+    """Noise of steps and rounds, of one client and of others, in one place."""
+    for subject, releases in (
+        ("steps, rounds and clients", _steps(scope)),
+        ("rounds of whole clients", _rounds(scope)),
+    ):
+        faults = list(noise_faults(releases, scope.noise_multiplier * scope.l2_clip_norm))
+        size = len(releases[0].noise)
+        detail = faults[0] if faults else f"{len(releases)} times {size} numbers, of the charged deviation, unrelated"
+        yield Finding(NOISE_CHECK, subject, not faults, detail)
+
+
+def _steps(scope: Scope) -> list[Release]:
+    model = subjects.lamps(768)
+    trainer, base = subjects.trainer_of(model, "Book-keeping"), subjects.weights_of(model)
+    features, labels = subjects.ordinary_records(model, 2)
+    with released_steps() as seen:
+        for round_index, client_id in ((1, "car"), (2, "car"), (2, "bus")):
+            task = _task(scope, round_index, sampling_prob=1e-9, local_steps=2)
+            trainer.train(task, base, features, labels, _SECRET, client_id)
+    return seen
+
+
+def _rounds(scope: Scope) -> list[Release]:
+    zeros = {"point": np.zeros(2300, np.float32), "scale": np.zeros((), np.float32)}
+    with tempfile.TemporaryDirectory() as home:
+        rounds = Rounds(Path(home), scope, {"vehicle-0000": zeros, "vehicle-0001": zeros}, rounds=3)
+        try:
+            return rounds.released()
+        finally:
+            rounds.store.close()
+
+
+def noise_faults(releases: list[Release], deviation: float) -> Iterator[str]:
+    """How noise differs from independent normals of this deviation: in size, in its mean, from one draw to another."""
+    for number, release in enumerate(releases):
+        size = len(release.noise)
+        found = float(release.noise.std()) / deviation
+        if abs(found - 1) > _DEVIATIONS / math.sqrt(2 * size):
+            yield f"the noise of release {number} has {found:.4f} of the charged deviation"
+        if abs(float(release.noise.mean())) > _DEVIATIONS * deviation / math.sqrt(size):
+            yield f"the noise of release {number} is not centred"
+    for (one, first), (other, second) in combinations(enumerate(releases), 2):
+        related = float(np.corrcoef(first.noise, second.noise)[0, 1])
+        if abs(related) > _DEVIATIONS / math.sqrt(len(first.noise)):
+            yield f"the noise of releases {one} and {other} is related: correlation {related:.3f}"
+
+
+def check_sampling(scope: Scope) -> Iterator[Finding]:
+    """Which records and which clients are drawn, over many rounds."""
+    q = min(0.5, scope.sampling_prob)
+    for subject, drawn in (("records of a step", _drawn_records(scope, q)), ("clients of a round", _drawn_clients(q))):
+        faults = list(sampling_faults(drawn, q))
+        detail = faults[0] if faults else f"{len(drawn)} draws of {drawn.shape[1]}, each for itself"
+        yield Finding(SAMPLING_CHECK, subject, not faults, detail)
+
+
+def sampling_faults(drawn: npt.NDArray[np.bool_], probability: float) -> Iterator[str]:
+    """How draws [R, N] differ from independent coins: in size, in who is drawn, from one draw to the next."""
+    rounds, units = drawn.shape
+    variance = probability * (1 - probability)
+    sizes = drawn.sum(axis=1)
+    # Chi-square with R degrees of freedom, as a standard normal (Wilson and Hilferty 1931).
+    ratio = float(np.mean((sizes - probability * units) ** 2)) / (variance * units)
+    score = (ratio ** (1 / 3) - (1 - 2 / (9 * rounds))) / math.sqrt(2 / (9 * rounds))
+    if abs(score) > _DEVIATIONS:
+        yield f"the variance of their number is {ratio:.3f} of that of independent coins"
+    shares = (drawn.mean(axis=0) - probability) / math.sqrt(variance / rounds)
+    if np.abs(shares).max() > _DEVIATIONS:
+        yield f"number {int(np.abs(shares).argmax())} is drawn too often or too rarely"
+    centred = drawn - probability
+    related = float(np.sum(centred[1:] * centred[:-1])) / (variance * math.sqrt((rounds - 1) * units))
+    if abs(related) > _DEVIATIONS:
+        yield f"who is drawn depends on who was drawn before ({related:.1f} standard deviations)"
+
+
+def _drawn_records(scope: Scope, probability: float) -> npt.NDArray[np.bool_]:
+    model = subjects.lamps(1)
+    trainer, base = subjects.trainer_of(model, "Book-keeping"), subjects.weights_of(model)
+    features, labels = torch.arange(_UNITS).float()[:, None], torch.zeros(_UNITS, dtype=torch.int64)
+    drawn = np.zeros((2 * _ROUNDS, _UNITS), np.bool_)
+    for round_index in range(_ROUNDS):
+        task = _task(scope, round_index, sampling_prob=probability, local_steps=2)
+        with drawn_batches() as batches:
+            trainer.train(task, base, features, labels, _SECRET, "car")
+        for step, batch in enumerate(batches):
+            drawn[2 * round_index + step, batch.astype(np.int64)] = True
+    return drawn
+
+
+def _drawn_clients(probability: float) -> npt.NDArray[np.bool_]:
+    config = CohortConfig(selection="poisson", sampling_prob=probability)
+    ids = [f"vehicle-{i:04d}" for i in range(_UNITS)]
+    drawn = np.zeros((2 * _ROUNDS, _UNITS), np.bool_)
+    for round_index in range(2 * _ROUNDS):
+        cohort = draw_cohort(config, ids, run_id="audit", round_index=round_index, secret=_SECRET)
+        drawn[round_index] = np.isin(ids, cohort.client_ids)
+    return drawn
+
+
+def _task(scope: Scope, round_index: int, *, sampling_prob: float, local_steps: int) -> TrainTask:
+    # A learning rate at which weights stay where they are: a step's records do not matter here.
+    norm = scope.l2_clip_norm
+    return TrainTask(
+        "audit", round_index, "base", "data", scope.noise_multiplier, sampling_prob, norm, local_steps, 1e-30
+    )

@@ -1,0 +1,56 @@
+"""The audit suite: each check by name, and what becomes of one that breaks off."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fedvit.errors import UsageError
+from fedvit.tools.audit import charging, clients, one_run, randomness, ranks, records, released
+from fedvit.tools.audit.findings import Finding, Scope
+
+CHECKS: dict[str, Callable[[Scope], Iterator[Finding]]] = {
+    records.CHECK: records.check,
+    ranks.CHECK: ranks.check,
+    clients.CHECK: clients.check,
+    randomness.NOISE_CHECK: randomness.check_noise,
+    randomness.SAMPLING_CHECK: randomness.check_sampling,
+    charging.CHECK: charging.check,
+    released.RECORD_CHECK: released.check_step,
+    released.RANKS_CHECK: released.check_ranks,
+    released.CLIENT_CHECK: released.check_round,
+    one_run.CHECK: one_run.check,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A finding, and how long it took."""
+
+    finding: Finding
+    seconds: float
+
+
+def audit(scope: Scope, only: Sequence[str] = ()) -> Iterator[Timed]:
+    """Findings as they come; a check that breaks off has found that much, and the next one begins.
+
+    Raises:
+        UsageError: there is no check of such a name.
+    """
+    for name in only:
+        if name not in CHECKS:
+            raise UsageError(f"There is no check {name!r}.", cure=f"There are: {', '.join(CHECKS)}.")
+    for name in only or CHECKS:
+        started_s = time.monotonic()
+        for finding in _guarded(name, scope):
+            yield Timed(finding, time.monotonic() - started_s)
+            started_s = time.monotonic()
+
+
+def _guarded(name: str, scope: Scope) -> Iterator[Finding]:
+    try:
+        yield from CHECKS[name](scope)
+    except Exception as error:
+        # Whatever it is, what was to be shown is not shown.
+        yield Finding(name, "broke off", False, f"{type(error).__name__}: {error}")

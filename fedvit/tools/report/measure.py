@@ -1,0 +1,135 @@
+"""After training: every test image through every target, one table, one JSON file, one page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rich.console import Console, Group
+from rich.progress import Progress
+
+from fedvit.config import Settings
+from fedvit.data.fleet import VirtualFleet
+from fedvit.data.manifest import build_manifest
+from fedvit.errors import NotFoundError
+from fedvit.evaluation.server_model import ServerModel
+from fedvit.ports import SystemUrls
+from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.store.store import Store
+from fedvit.tools.report.page import write_page
+from fedvit.tools.report.probe import ProbeResult, Target, probe, summarise
+from fedvit.tools.report.summary import build_summary, summary_tables, write_summary
+from fedvit.types import Evaluation, LabelArray, ModelVersion
+from fedvit.wire.tensors import decode_weights
+
+SWITCH_TIMEOUT_S = 60.0
+MAX_WEIGHTS_BYTES = 8 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What torch says with the released weights."""
+
+    version: ModelVersion
+    evaluation: Evaluation
+    predictions: LabelArray
+
+
+def measure(
+    settings: Settings,
+    urls: SystemUrls,
+    seconds: dict[str, float],
+    *,
+    quiet: bool,
+    headers: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Probe the inference application and the edges with every test image and write the report.
+
+    Writes ``report/summary.json`` and ``report/index.html`` in the state folder and prints the summary as a table.
+
+    Args:
+        seconds: how long each phase took so far; the measuring is added.
+        headers: what the inference application wants to see, a token for instance.
+
+    Raises:
+        NotFoundError: nothing is released, or a target does not serve the current release in time.
+        FedvitError: a target fails to answer.
+    """
+    started_s = time.monotonic()
+    store = Store.open(settings.home)
+    source = VirtualFleet.open(settings.data).source
+    reference = _reference(settings, store)
+    images = [source.read(record) for record in source.test]
+    labels = [record.label for record in source.test]
+    results = _probe_all(_targets(settings, urls, headers or {}), images, reference.version.version, quiet)
+    seconds["measuring"] = time.monotonic() - started_s
+    run = store.run(reference.version.run_id)
+    manifest = build_manifest(source)
+    summary = build_summary(
+        evaluation=reference.evaluation,
+        budget=PrivacyAccountant(store, settings).budget(),
+        run=run,
+        model_version=reference.version.version,
+        manifest=manifest,
+        targets={name: summarise(r, labels, reference.predictions.tolist()) for name, r in results.items()},
+        seconds=seconds,
+    )
+    folder = settings.home / "report"
+    write_summary(folder / "summary.json", summary)
+    write_page(
+        folder / "index.html",
+        summary,
+        curve=store.rounds(run.run_id),
+        confusion=reference.evaluation.confusion,
+        latencies={name: result.latencies_s for name, result in results.items()},
+        manifest=manifest,
+        target_epsilon=settings.privacy.target_epsilon,
+    )
+    if not quiet:
+        Console().print(Group(*summary_tables(summary)), f"Report: {folder / 'index.html'}")
+    return summary
+
+
+def _targets(settings: Settings, urls: SystemUrls, headers: Mapping[str, str]) -> dict[str, Target]:
+    # The token is the control API's, which shares its port with the inference application, and no edge's.
+    inference = Target(urls.inference, headers, settings.access.tls_cert)
+    return {"inference": inference} | {f"edge-{i}": Target(url) for i, url in enumerate(urls.edges, start=1)}
+
+
+def _reference(settings: Settings, store: Store) -> _Reference:
+    release = store.current_release()
+    if release is None:
+        raise NotFoundError("No model version is released yet.", cure="Let training come to its first release.")
+    version = store.version(release.version)
+    weights = decode_weights(store.blobs.get(version.weights_digest), max_bytes=MAX_WEIGHTS_BYTES)
+    model = ServerModel(settings)
+    return _Reference(version, model.evaluate(weights), model.predict(weights))
+
+
+def _probe_all(targets: Mapping[str, Target], images: list[bytes], version: str, quiet: bool) -> dict[str, ProbeResult]:
+    results = {}
+    with Progress(disable=quiet) as bar:
+        for name, target in targets.items():
+            _await_version(name, target, version)
+            task = bar.add_task(f"querying {name}", total=len(images))
+            results[name] = probe(target, images, on_image=partial(bar.advance, task))
+    return results
+
+
+def _await_version(name: str, target: Target, version: str) -> None:
+    """Replicas and vehicles switch when they next look; give them that time."""
+    deadline_s = time.monotonic() + SWITCH_TIMEOUT_S
+    told: Any = None
+    with target.client(timeout=10) as client:
+        while time.monotonic() < deadline_s:
+            told = client.get(f"{target.url}/health/detailed").json()
+            if ((told.get("model") or {}).get("version")) == version:
+                return
+            time.sleep(0.2)
+    raise NotFoundError(
+        f"{name} does not serve {version} after {SWITCH_TIMEOUT_S:g} s; it says {told!r}.",
+        cure="See its log with `make logs`.",
+    )

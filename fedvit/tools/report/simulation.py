@@ -1,0 +1,128 @@
+"""The report of simulations: ``summary.json`` for a program, ``index.html`` for a reader."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fedvit.tools.report.page import write_from_template
+from fedvit.tools.report.simulation_charts import accuracy_chart, outcomes_chart, staleness_chart
+from fedvit.tools.report.summary import write_atomically
+
+if TYPE_CHECKING:
+    from fedvit.tools.simulation.run import Simulated
+
+NOT_PRIVATE = (
+    "Not private: clients trained by plain SGD, and nothing was clipped, noised or charged. "
+    "What such a run comes to says nothing of a private one."
+)
+SIMULATED_KEYS = (
+    "Simulated: the clients' delays, drop-outs and faults, and time itself. Real: data, training, loop, rules."
+)
+COLUMNS = ("Run", "Seed", "Versions", "Updates", "Virtual hours", "Accuracy", "Hours to target", "Epsilon", "End")
+
+
+def summary_of(runs: Sequence[Simulated], target_accuracy: float | None) -> dict[str, Any]:
+    """What ``summary.json`` holds; ``epsilon`` is None where nothing was private."""
+    return {
+        "private": all(run.settings.simulation.private for run in runs),
+        "target_accuracy": target_accuracy,
+        "runs": [_told(run, target_accuracy) for run in runs],
+    }
+
+
+def _told(run: Simulated, target_accuracy: float | None) -> dict[str, Any]:
+    settings = run.settings.model_dump(mode="json", include={"data", "model", "training", "privacy", "simulation"})
+    return {
+        "name": run.name,
+        "seed": run.settings.simulation.seed,
+        "status": run.status.value,
+        "reason": run.reason,
+        "epsilon": run.epsilon if math.isfinite(run.epsilon) else None,
+        "accuracy": run.accuracy,
+        "hours": run.points[-1].hours if run.points else 0.0,
+        "hours_to_target": None if target_accuracy is None else run.hours_to(target_accuracy),
+        "outcomes": dict(run.outcomes),
+        "staleness": {str(late): run.staleness[late] for late in sorted(run.staleness)},
+        "curve": [asdict(point) for point in run.points],
+        "settings": settings,
+    }
+
+
+def write_report(folder: Path, runs: Sequence[Simulated], target_accuracy: float | None = None) -> None:
+    """Write ``summary.json`` and ``index.html`` into ``folder``, each whole or not at all.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    summary = summary_of(runs, target_accuracy)
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    private = summary["private"]
+    parts = {
+        "title": "fedvit: a simulation",
+        "subtitle": escape(SIMULATED_KEYS),
+        "warning": "" if private else f'<p class="card" id="not-private"><b>{escape(NOT_PRIVATE)}</b></p>',
+        "accuracy": accuracy_chart(runs, target=target_accuracy),
+        "outcomes": outcomes_chart(_by_name(runs, "outcomes")),
+        "staleness": staleness_chart(_by_name(runs, "staleness")),
+        "runs": _table(run_rows(summary)),
+        "facts": "".join(_facts(run) for run in _first_of_each(runs)),
+    }
+    write_from_template(folder / "index.html", "simulation.html", parts)
+
+
+def run_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One line a run, in the order of :data:`COLUMNS`."""
+    return [
+        (
+            run["name"],
+            str(run["seed"]),
+            str(len(run["curve"])),
+            f"{run['outcomes']['accepted']:,}",
+            f"{run['hours']:.2f}",
+            _number(run["accuracy"], "{:.4f}"),
+            _number(run["hours_to_target"], "{:.2f}"),
+            _number(run["epsilon"], "{:.3f}") if run["epsilon"] is not None else "not private",
+            run["status"] if run["reason"] is None else f"{run['status']}: {run['reason']}",
+        )
+        for run in summary["runs"]
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _by_name(runs: Sequence[Simulated], what: str) -> dict[str, Counter[Any]]:
+    """Added up over the seeds of each name."""
+    found: dict[str, Counter[Any]] = {}
+    for run in runs:
+        found.setdefault(run.name, Counter()).update(getattr(run, what))
+    return found
+
+
+def _first_of_each(runs: Sequence[Simulated]) -> list[Simulated]:
+    return list({run.name: run for run in reversed(runs)}.values())[::-1]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in COLUMNS)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in rows
+    )
+    return f'<div class="scroll"><table id="runs"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _facts(run: Simulated) -> str:
+    sections = run.settings.model_dump(mode="json", include={"training", "simulation"})
+    text = yaml.safe_dump(sections, sort_keys=False)
+    return f"<details><summary>{escape(run.name)}</summary><pre>{escape(text)}</pre></details>"

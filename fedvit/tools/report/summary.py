@@ -1,0 +1,129 @@
+"""The outcome of a run in one JSON object, for a script to read, and as a table, for a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fedvit.data.manifest import DataManifest
+from fedvit.tools.report.probe import TargetSummary
+from fedvit.types import BudgetReport, Evaluation, Run
+
+JsonObject = dict[str, Any]
+
+
+def build_summary(
+    *,
+    evaluation: Evaluation,
+    budget: BudgetReport,
+    run: Run,
+    model_version: str,
+    manifest: DataManifest,
+    targets: Mapping[str, TargetSummary],
+    seconds: Mapping[str, float],
+) -> JsonObject:
+    """The object that ``summary.json`` holds; ``seconds`` by phase, ``epsilon`` as spent at ``delta``."""
+    return {
+        "test_accuracy": evaluation.accuracy,
+        "recall": dict(evaluation.recall_by_class),
+        "epsilon": budget.epsilon_spent,
+        "delta": budget.target_delta,
+        "privacy_unit": budget.privacy_unit,
+        "noise_multiplier": run.noise_multiplier,
+        "rounds": run.rounds_done,
+        "model_version": model_version,
+        "data": {
+            "name": manifest.name,
+            "digest": manifest.digest,
+            "num_train": manifest.num_train,
+            "num_test": manifest.num_test,
+        },
+        "targets": {name: _target(target) for name, target in targets.items()},
+        "seconds": {phase: round(value_s, 3) for phase, value_s in seconds.items()},
+    }
+
+
+def _target(target: TargetSummary) -> JsonObject:
+    return {
+        "accuracy": target.accuracy,
+        "agreement": target.agreement,
+        "p50_ms": round(target.p50_ms, 3),
+        "p95_ms": round(target.p95_ms, 3),
+    }
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary`` so that a reader finds the old file or the whole new one, never a part.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON cannot hold; nothing was written.
+    """
+    write_atomically(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a temporary file beside ``path``, then rename it; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The summary as (what, value) lines for a reader; recall and data digest included, targets not."""
+    data = summary["data"]
+    recall = ", ".join(f"{name} {value:.3f}" for name, value in summary["recall"].items())
+    return [
+        ("Test accuracy", f"{summary['test_accuracy']:.4f}"),
+        ("Recall by class", recall),
+        ("Privacy", privacy_line(summary)),
+        ("Noise multiplier", f"{summary['noise_multiplier']:.4g}"),
+        ("Rounds", str(summary["rounds"])),
+        ("Model version", str(summary["model_version"])),
+        ("Data", f"{data['name']}: {data['num_train']:,} training and {data['num_test']:,} test images"),
+        ("Data digest", str(data["digest"])),
+        ("Seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in summary["seconds"].items())),
+    ]
+
+
+def privacy_line(summary: Mapping[str, Any]) -> str:
+    """Epsilon, delta and the unit they protect, in one line."""
+    return f"ε = {summary['epsilon']:.3f} at δ = {summary['delta']:g}, for one {summary['privacy_unit']}"
+
+
+TARGET_COLUMNS = ("Target", "Accuracy", "Agreement", "p50 (ms)", "p95 (ms)")
+
+
+def target_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One line a target, in the order of :data:`TARGET_COLUMNS`."""
+    return [
+        (name, f"{t['accuracy']:.4f}", f"{t['agreement']:.4f}", f"{t['p50_ms']:.1f}", f"{t['p95_ms']:.1f}")
+        for name, t in summary["targets"].items()
+    ]
+
+
+def summary_tables(summary: Mapping[str, Any]) -> tuple[Table, Table]:
+    """The run and its targets, as two Rich tables."""
+    run = Table(title="Run", show_header=False, title_justify="left")
+    run.add_column(style="bold", no_wrap=True)
+    run.add_column(overflow="fold")
+    for what, value in summary_rows(summary):
+        run.add_row(what, value)
+    targets = Table(title="Targets", title_justify="left")
+    for i, column in enumerate(TARGET_COLUMNS):
+        targets.add_column(column, justify="right" if i else "left")
+    for row in target_rows(summary):
+        targets.add_row(*row)
+    return run, targets

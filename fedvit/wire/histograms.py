@@ -1,0 +1,187 @@
+"""What a client tells of its data as a whole: counts in histograms whose edges the server gave out, and nothing else.
+
+A histogram is a fixed number of bounded integers, one a bin, noised before it leaves its client. docs/drift.md says what
+the noise protects and what it costs. :mod:`fedvit.drift.measures` computes the counts, :mod:`fedvit.drift.comparison`
+compares them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from fedvit.errors import UpdateRejectedError
+
+MAX_CELLS = 1024
+"""The most bins of all histograms together: four kilobytes, a third of a picture of 64 pixels."""
+CELL_LIMIT = 2**24
+"""No count is larger in magnitude."""
+MAX_LABEL_BINS = 256
+CLIENT_VOTES = 64
+"""What a client counts in each histogram where clients are the privacy unit, however many records it has."""
+LABEL, RECORDS = "label", "records"
+RISK = "risk"
+"""The sum over the records of :attr:`HistogramSpec.risk_votes`: no histogram, but one number."""
+RISK_VOTES = 4
+"""What a record moves it by, at most: as the whole of the other histograms together, and a third more."""
+RECORD_KINDS = ("sound", "duplicate", "undecodable")
+"""What a record is counted as in the histogram :data:`RECORDS`."""
+
+
+@dataclass(frozen=True)
+class HistogramSpec:
+    """The histograms of a histogram, the same for every client.
+
+    Args:
+        edges: by feature, the inner edges, ascending: one bin more than there are edges, the outer two open.
+        classes: how many labels there are; the histogram :data:`LABEL` has a bin for each, up to 256.
+        risk_votes: by class, what a record of it adds to :data:`RISK`: from ``-RISK_VOTES`` where the model is always
+            right to ``RISK_VOTES`` where it is always wrong; nothing where that is not known.
+    """
+
+    edges: Mapping[str, tuple[float, ...]]
+    classes: int
+    risk_votes: tuple[int, ...] = ()
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """How many bins each histogram has, in the order in which they are sent."""
+        measured = {name: len(edges) + 1 for name, edges in sorted(self.edges.items())}
+        return {**measured, LABEL: min(self.classes, MAX_LABEL_BINS), RECORDS: len(RECORD_KINDS), RISK: 1}
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each histogram lies."""
+        found, start = {}, 0
+        for name, size in self.sizes.items():
+            found[name] = slice(start, start + size)
+            start += size
+        return found
+
+    @property
+    def cells(self) -> int:
+        """How many counts a histogram has."""
+        return sum(self.sizes.values())
+
+    def sensitivity(self, privacy_unit: str) -> float:
+        """By how much a unit moves the counts at most, L2, when it comes or goes.
+
+        A record is counted once in each of H histograms, and with :data:`RISK_VOTES` in the risk: sqrt(H + 16). A
+        client brings :data:`CLIENT_VOTES` records at most to each.
+        """
+        histograms = len(self.sizes) - 1
+        return math.sqrt(histograms + RISK_VOTES**2) * (1 if privacy_unit == "record" else CLIENT_VOTES)
+
+    def risk(self, counts_by_class: Mapping[int, int]) -> int:
+        """What so many records of each class come to in :data:`RISK`."""
+        return sum(n * self.risk_votes[c] for c, n in counts_by_class.items()) if self.risk_votes else 0
+
+    def with_risks(self, confusion: Sequence[Sequence[int]]) -> HistogramSpec:
+        """The same, with votes by how a model did on held-out images: ``confusion[i][j]`` of class i were called j.
+
+        A class without images has no vote, and nor has any where there are other classes than the spec's.
+        """
+        if len(confusion) != self.classes:
+            return replace(self, risk_votes=())
+        wrong = [1 - row[i] / sum(row) if sum(row) else 0.5 for i, row in enumerate(confusion)]
+        return replace(self, risk_votes=tuple(round(RISK_VOTES * (2 * share - 1)) for share in wrong))
+
+    @cached_property
+    def basis(self) -> str:
+        """SHA-256, hex, of all but the votes: histograms of one basis can be compared in everything but the risk."""
+        return replace(self, risk_votes=()).digest
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, hex."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only."""
+        edges = {name: list(edges) for name, edges in self.edges.items()}
+        return {"edges": edges, "classes": self.classes, "risk_votes": list(self.risk_votes)}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> HistogramSpec:
+        """The inverse.
+
+        Raises:
+            UpdateRejectedError: it is none, or has too many bins.
+        """
+        try:
+            edges = {str(name): tuple(float(edge) for edge in given) for name, given in found["edges"].items()}
+            spec = cls(edges, int(found["classes"]), tuple(int(vote) for vote in found["risk_votes"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UpdateRejectedError("This is no description of a histogram.") from None
+        ascending = all(list(given) == sorted(given) and all(map(math.isfinite, given)) for given in edges.values())
+        if not ascending or spec.classes < 1 or not spec.cells <= MAX_CELLS:
+            raise UpdateRejectedError(f"A histogram of {spec.cells} counts, or with edges out of order.")
+        if len(spec.risk_votes) not in (0, spec.classes) or any(abs(vote) > RISK_VOTES for vote in spec.risk_votes):
+            raise UpdateRejectedError(f"A risk needs a vote of -{RISK_VOTES} to {RISK_VOTES} for each class.")
+        return spec
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramRequest:
+    """What clients are asked for: a histogram in a round of a run, with so much noise over the sensitivity."""
+
+    run_id: str
+    round_index: int
+    noise_multiplier: float
+    privacy_unit: str
+    spec: HistogramSpec
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the noise in each count."""
+        return self.noise_multiplier * self.spec.sensitivity(self.privacy_unit)
+
+    def output_id(self, client_id: str, num_examples: int) -> str:
+        """SHA-256, hex, of all that determines what is released; see :func:`fedvit.privacy.outputs.output_id`."""
+        facts = [self.run_id, self.round_index, self.noise_multiplier, self.privacy_unit, self.spec.digest]
+        return hashlib.sha256(json.dumps(["histogram", client_id, num_examples, *facts]).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only."""
+        plain = {name: getattr(self, name) for name in ("run_id", "round_index", "noise_multiplier", "privacy_unit")}
+        return {**plain, "spec": self.spec.to_json()}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> HistogramRequest:
+        """The inverse."""
+        return cls(**{**found, "spec": HistogramSpec.from_json(found["spec"])})
+
+
+@dataclass(frozen=True, slots=True)
+class ClientHistogram:
+    """One client's counts, noised: ``counts`` in the order of the spec's histograms.
+
+    ``num_examples`` is what each histogram counts in all: its records, or its votes.
+    """
+
+    client_id: str
+    run_id: str
+    round_index: int
+    num_examples: int
+    spec_digest: str
+    deviation: float
+    counts: tuple[int, ...]
+
+
+def checked_counts(spec: HistogramSpec, counts: Sequence[object]) -> tuple[int, ...]:
+    """``counts`` if they can be those of a histogram.
+
+    Raises:
+        UpdateRejectedError: too many or too few, or one is no integer or out of bounds.
+    """
+    if len(counts) != spec.cells:
+        raise UpdateRejectedError(f"The histogram has {len(counts)} counts; {spec.cells} were asked for.")
+    whole = tuple(count for count in counts if isinstance(count, int) and not isinstance(count, bool))
+    if len(whole) != len(counts) or any(abs(count) > CELL_LIMIT for count in whole):
+        raise UpdateRejectedError(f"A histogram holds integers between -{CELL_LIMIT} and {CELL_LIMIT}.")
+    return whole

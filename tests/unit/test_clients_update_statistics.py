@@ -1,0 +1,148 @@
+"""Poisoned clients show in their noised updates: flipped labels by where they pull, scaled ones by how far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedvit.clients.update_statistics import UpdateStatisticsMonitor, largest_norm, step_deviation
+from fedvit.config import FaultConfig, Settings
+from fedvit.drift.quality import score_of, seen
+from fedvit.models.models import build_model
+from fedvit.models.trainable import trainable_weights
+from fedvit.privacy.secrets import load_or_create_root_secret
+from fedvit.settings import load_settings
+from fedvit.tools.simulation.faults import Faults
+from fedvit.tools.simulation.learners import SimulatedClients
+from fedvit.types import ClientOutcome, PartialUpdate, TrainTask, UpdateStatistics, Weights
+from fedvit.wire.tensors import weights_digest
+
+torch.set_num_threads(1)
+CLIENTS = [f"vehicle-{i:02d}" for i in range(8)]
+COLOURS = {"green": (40, 180, 60), "red": (190, 50, 40)}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Eight clients of 20 images each, of two classes that can be told apart."""
+    folder, draw = tmp_path_factory.mktemp("conduct"), np.random.default_rng(0)
+    for split, count in (("train", 80), ("test", 2)):
+        for name, colour in COLOURS.items():
+            place = folder / "images" / split / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(np.array(colour) + draw.normal(0, 30, (16, 16, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i}.png")
+    # Noise that is always the same: of other noise, one draw in ten leaves a faulty client in doubt a little longer.
+    load_or_create_root_secret(folder / "var", lambda size: bytes(range(size)))
+    return load_settings(
+        environ={},
+        overrides={
+            "home": folder / "var",
+            "data": {
+                "source": "folder",
+                "path": folder / "images",
+                "image_size": 16,
+                "partition": {"scheme": "iid", "clients": len(CLIENTS), "min_examples": 2},
+            },
+            "model": {
+                "pretrained": False,
+                "trainable": "head",
+                "hybrid": {"depth": 1, "width": 16, "heads": 2, "bands": 2},
+            },
+        },
+    )
+
+
+def task_for(base: Weights, round_index: int) -> TrainTask:
+    return TrainTask("run-0001", round_index, weights_digest(base), "d" * 64, 1.0, 0.5, 1.0, 1, 2.0)
+
+
+@contextmanager
+def trained(settings: Settings, fault: FaultConfig | None, rounds: int) -> Iterator[dict[str, UpdateStatistics]]:
+    """How the clients' updates looked while they, and those of a faulty group, trained one model by FedAvg."""
+    faults = Faults([fault] if fault else [], CLIENTS, seed=1)
+    clients = SimulatedClients(settings, faults, {})
+    weights: dict[str, Any] = dict(trainable_weights(build_model(settings.model, 2, settings.data.image_size)))
+    outcomes: dict[str, list[ClientOutcome]] = {client_id: [] for client_id in CLIENTS}
+    for round_index in range(1, rounds + 1):
+        answers = {c: clients.answer(task_for(weights, round_index), weights, c) for c in CLIENTS}
+        total = sum(answer.total_weight for answer in answers.values())
+        for name in weights:
+            step = sum(np.asarray(a.weighted_sum[name]) for a in answers.values()) / total
+            weights[name] = (weights[name] + step).astype(np.float32)
+        for client_id, answer in answers.items():
+            outcomes[client_id] += answer.outcomes
+    yield {
+        client_id: UpdateStatistics(
+            tuple(o.update_norm for o in told if o.update_norm is not None),
+            {str(i): o.alignment for i, o in enumerate(told) if o.alignment is not None},
+        )
+        for client_id, told in outcomes.items()
+    }
+
+
+def faulty(fault: FaultConfig) -> set[str]:
+    return set(Faults([fault], CLIENTS, seed=1).of)
+
+
+def test_honest_clients_are_left_alone(settings: Settings) -> None:
+    with trained(settings, None, 10) as conduct:
+        assert seen(conduct, {}, None, None) == {}
+        assert all(0 < norm < 1 for found in conduct.values() for norm in found.norms)
+        # In the first round there is no head yet that anything could be held against.
+        assert {(len(found.norms), len(found.alignments)) for found in conduct.values()} == {(10, 9)}
+
+
+def test_flipped_labels_pull_against_what_the_fleet_has_learned(settings: Settings) -> None:
+    fault = FaultConfig(share=0.25, kinds=("label_flip",))
+    with trained(settings, fault, 20) as conduct:
+        doubts = seen(conduct, {}, None, None)
+        assert {client_id for client_id, found in doubts.items() if score_of(found) < 0.5} == faulty(fault)
+        assert all("contradict" in words for found in doubts.values() for words, _ in found)
+
+
+def test_scaled_updates_are_longer_than_training_makes_them(settings: Settings) -> None:
+    fault = FaultConfig(share=0.25, kinds=("scale",), factor=10.0)
+    with trained(settings, fault, 2) as conduct:
+        doubts = seen(conduct, {}, None, None)
+        assert {client_id for client_id, found in doubts.items() if score_of(found) == 0.0} == faulty(fault)
+
+
+def test_nothing_is_looked_at_where_the_client_is_the_unit(settings: Settings) -> None:
+    base = {"head": np.zeros((2, 3), np.float32)}
+    own = PartialUpdate(1, (ClientOutcome("a", 5),), {"head": np.ones((2, 3))}, 1.0)
+    watch = UpdateStatisticsMonitor("head", base["head"])
+    assert watch.seen(replace(task_for(base, 1), privacy_unit="client"), base, own) == own
+    several = replace(own, outcomes=(ClientOutcome("a", 5), ClientOutcome("b", 5)))
+    assert watch.seen(task_for(base, 1), base, several) == several
+    failed = PartialUpdate(1, (ClientOutcome("a", 5, "it failed"),), {}, 0.0)
+    assert watch.seen(task_for(base, 1), base, failed) == failed
+
+
+def test_noise_alone_has_an_alignment_of_variance_one_and_a_norm_below_the_largest(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    initial = np.zeros((3, 200), np.float32)
+    base = {"head": draw.normal(size=(3, 200)).astype(np.float32)}
+    task, watch = task_for(base, 1), UpdateStatisticsMonitor("head", initial)
+    seen_of = []
+    for _ in range(400):
+        noise = {"head": 20 * step_deviation(task, 20) * draw.normal(size=(3, 200))}
+        (outcome,) = watch.seen(task, base, PartialUpdate(1, (ClientOutcome("a", 20),), noise, 20.0)).outcomes
+        assert outcome.alignment is not None
+        assert outcome.update_norm is not None
+        assert 0 < outcome.update_norm < 1
+        seen_of.append(outcome.alignment)
+    assert np.std(seen_of) == pytest.approx(1.0, abs=0.15)
+    assert np.mean(seen_of) == pytest.approx(0.0, abs=0.2)
+    # Every record in every step along one direction, and no noise: still no longer than the bound.
+    steps = replace(task, local_steps=4, sampling_prob=0.5)
+    assert 4 * steps.learning_rate * steps.l2_clip_norm / steps.sampling_prob < largest_norm(steps, 20, base)
