@@ -383,10 +383,14 @@ class SystemPort(Protocol):
 
 
 class ClockPort(Protocol):
-    """Time, so that tests can hold it."""
+    """Time as an argument; :data:`fedvit.clock.SYSTEM_CLOCK` is the machine's, tests and simulations pass their own."""
 
     def now(self) -> datetime:
         """The present moment, timezone-aware."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds since an arbitrary moment; never goes back."""
         ...
 
 

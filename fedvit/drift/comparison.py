@@ -197,7 +197,7 @@ def merged(histograms: Sequence[ClientHistogram]) -> npt.NDArray[np.int64]:
 
 
 def share_at_least(histogram: ClientHistogram, spec: HistogramSpec, kind: int, deviations: float = 3.0) -> float:
-    """The share of a client's records of one :data:`fedvit.wire.histograms.RECORD_KINDS` that noise does not explain."""
+    """Share of a client's records of one :data:`fedvit.wire.histograms.RECORD_KINDS` that noise does not explain."""
     count = histogram.counts[spec.slices[RECORDS].start + kind]
     return float(max(0.0, count - deviations * histogram.deviation)) / max(histogram.num_examples, 1)
 

@@ -160,7 +160,7 @@ class HistogramRow(Base):
     """What one client told of its data in one round: noised counts, little-endian int32. Append-only."""
 
     __tablename__ = "histograms"
-    __table_args__ = (Index("ix_sketches_client", "client_id", "at"),)
+    __table_args__ = (Index("ix_histograms_client", "client_id", "at"),)
 
     run_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     round_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)

@@ -147,7 +147,7 @@ def test_the_schema_can_be_undone_and_redone(tmp_path: Path) -> None:
 
 
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise RuntimeError("killed")
 
     database._empty.cache_clear()
