@@ -34,11 +34,15 @@ class ManualClock:
     """A clock that moves when it is told to. Implements :class:`fedvit.ports.ClockPort`."""
 
     def __init__(self, start: datetime | None = None) -> None:
-        self._now = start or utc_now()
+        self._now = self._start = start or utc_now()
 
     def now(self) -> datetime:
         """The present moment."""
         return self._now
+
+    def monotonic(self) -> float:
+        """Seconds since the clock was made."""
+        return (self._now - self._start).total_seconds()
 
     def advance(self, seconds: float) -> None:
         """Let time pass."""

@@ -105,9 +105,9 @@ def _what() -> str:
         "coordinator, rules, validation and buffer of a real run in simulated time. The synchronous side was tuned on "
         "seed 0 (local learning rate 5, 10, 20; server 1, 2; momentum; 8 or 16 local steps) and may wait for all, "
         "commit with the first of more than it wants, or end at a deadline. A vehicle that is given up works on, since "
-        "nobody can tell it before it answers; the rows that say so assume that it stops at once, as if it could be told. The "
-        "last column is what was handed out and came to nothing: a tuned deadline comes near asynchronous rounds, or "
-        "where slow vehicles can be told to stop even before them, by throwing most of the vehicles' work away."
+        "nobody can tell it before it answers; the rows that say so assume that it stops at once. "
+        "The last column is what was handed out and came to nothing: a tuned deadline comes near asynchronous rounds, "
+        "or where slow vehicles can be told to stop even before them, by throwing most of the vehicles' work away."
     )
 
 
