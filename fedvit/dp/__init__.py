@@ -1,1 +1,1 @@
-"""Per-example gradients and DP-SGD: call interceptor, gradient recorder, engines, private optimiser."""
+"""Per-example gradients and DP-SGD: op interceptor, gradient recorder, gradient engines, private optimiser."""

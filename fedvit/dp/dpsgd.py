@@ -1,4 +1,4 @@
-"""Record-level DP-SGD (Abadi et al. 2016, arXiv:1607.00133): the engine for a model, and the step with secret noise."""
+"""Record-level DP-SGD (Abadi et al. 2016, arXiv:1607.00133): choice of the gradient engine, and the noised step."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from fedvit.dp.opacus_gradients import OpacusGradients
 from fedvit.errors import ModelError
 from fedvit.models.layers import Body
 
-# Of a parameter's own gradient, and of the whole one: rounding, for gradients that ought to vanish.
+# Of a parameter's gradient, and of the whole gradient: rounding, for gradients that should be zero.
 _RELATIVE_TOLERANCE, _ABSOLUTE_TOLERANCE = 1e-3, 1e-5
 
 
 class Normals(Protocol):
-    """Where standard normals come from; a secret stream is one."""
+    """A source of standard normal numbers, such as :class:`fedvit.privacy.randomness.SecretStream`."""
 
     def normal(self, count: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
-        """``count`` of them."""
+        """``count`` numbers."""
         ...
 
 
 class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # opacus is untyped
-    """Opacus' optimizer for gradients that are clipped already, with noise from a client's secret stream.
+    """Opacus' optimizer for gradients that are already clipped, with noise from a client's secret stream.
 
-    Before each step every ``grad`` holds the clipped sum of a physical batch, see :class:`PerExampleGradients`.
+    Before each step, every ``grad`` holds the clipped sum of a physical batch, see :class:`PerExampleGradients`.
 
     Args:
         parameters: the trainable ones, always in the same order.
         learning_rate: of plain SGD.
         noise_multiplier: standard deviation of the noise over ``l2_clip_norm``.
         l2_clip_norm: bound on one example's gradient, L2 over all parameters together.
-        expected_batch: constant divisor: sampling probability times number of examples. Never the drawn size, which is
-            private.
-        noise_for_step: the noise stream of the step of this index, or another source of standard normals.
+        expected_batch: constant divisor: sampling probability times number of examples. The size of the drawn batch is
+            private and is never used.
+        noise_for_step: the noise stream of the step of this index.
         inner: makes the optimiser that takes the noised gradient, instead of plain SGD.
-        first_step: index of the next step, for a run that is resumed.
+        first_step: index of the next step, for a resumed run.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
         )
         self._noise_for_step = noise_for_step
         self._step_index = first_step
-        # The gradients of the latest step, one after another; each ``grad`` is a part of it.
+        # The gradients of the latest step in one array; each ``grad`` is a view of a part of it.
         self._noised = torch.empty(0)
 
     def accumulate(self) -> None:
@@ -80,29 +80,29 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
             parameter.grad = None
 
     def add_noise(self) -> None:
-        """Put sum + noise into every gradient; the noise depends on secret, release and step alone."""
+        """Put sum + noise into every gradient. The noise depends on nothing but the secret, the output and the step."""
         stream = self._noise_for_step(self._step_index)
         self._step_index += 1
         deviation = self.noise_multiplier * self.max_grad_norm
         sizes = [parameter.numel() for parameter in self.params]
-        # Drawn together, which is quicker and gives the same numbers.
+        # One draw for all parameters is faster and gives the same numbers.
         noise = torch.from_numpy(stream.normal(sum(sizes), np.float32))
         self._noised = noise.to(self.params[0].device, self.params[0].dtype)
         for parameter, own in zip(self.params, self._noised.split(sizes), strict=True):
-            # Into the noise, which lies in order where a sum may not.
+            # Added to the noise, which is contiguous; a sum may not be.
             parameter.grad = own.view_as(parameter).mul_(deviation).add_(parameter.summed_grad)
             parameter.summed_grad = None
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Let go of a step's gradients."""
+        """Release a step's gradients."""
         self._noised = torch.empty(0)
         super().zero_grad(set_to_none)
 
 
 def per_example_gradients(body: Body, prefix: str, features: Tensor) -> PerExampleGradients:
-    """The cheapest engine that is right for this body: book-keeping, or else Opacus.
+    """The cheapest engine that is correct for this body: book-keeping, or else Opacus.
 
-    Leaves random values in the engine's parameters.
+    The engine's parameters hold random values afterwards.
 
     Args:
         body: in the trainable mode wanted.
@@ -110,33 +110,31 @@ def per_example_gradients(body: Body, prefix: str, features: Tensor) -> PerExamp
         features: of a few public, distinct images, to check the engine with.
 
     Raises:
-        ModelError: neither can do it, naming the parameter or the layer.
+        ModelError: neither engine supports the body; the message names the parameter or the layer.
     """
-    try:
-        return _checked(BookKeeping(body, prefix), features)
-    except ModelError as error:
-        unrecorded = error
-    try:
-        return _checked(OpacusGradients(body, prefix), features)
-    except ModelError as error:
-        raise ModelError(f"{unrecorded.message} {error.message}", cure=error.cure) from unrecorded
-
-
-def _checked(gradients: PerExampleGradients, features: Tensor) -> PerExampleGradients:
-    check_per_example_gradients(gradients, features)
-    return gradients
+    engines: tuple[type[PerExampleGradients], ...] = (BookKeeping, OpacusGradients)
+    refusals: list[ModelError] = []
+    for engine in engines:
+        try:
+            gradients = engine(body, prefix)
+            check_per_example_gradients(gradients, features)
+            return gradients
+        except ModelError as error:
+            refusals.append(error)
+    reasons = " ".join(error.message for error in refusals)
+    raise ModelError(reasons, cure=refusals[-1].cure) from refusals[0]
 
 
 def check_per_example_gradients(gradients: PerExampleGradients, features: Tensor) -> None:
-    """Compare an engine with plain differentiation, one example at a time: wrong gradients would break the guarantee.
+    """Compare an engine with plain differentiation, one example at a time: wrong gradients would void the guarantee.
 
-    Leaves random values in the parameters, because a fresh head of zeros would hide every fault below it.
+    The parameters hold random values afterwards, because a fresh head of zeros would hide every fault below it.
 
     Args:
         features: of a few public, distinct images.
 
     Raises:
-        ModelError: a parameter got no per-example gradient, or a wrong one, or a wrong share in the clipped sum.
+        ModelError: a parameter has no per-example gradient, a wrong one, or a wrong share in the clipped sum.
     """
     buffers = {name: buffer.clone() for name, buffer in gradients.module.named_buffers()}
     _randomise(gradients.parameters)
@@ -146,7 +144,7 @@ def check_per_example_gradients(gradients: PerExampleGradients, features: Tensor
     for index, true in enumerate(truth):
         _compare(gradients.engine, {name: each[index] for name, each in samples.items()}, true)
     norms = torch.stack([torch.stack([g.norm() for g in true.values()]).norm() for true in truth])
-    # So that not all are clipped alike.
+    # The mean, so that some examples are clipped and others are not.
     l2_clip_norm = float(norms.mean())
     factors = gradients.factors(norms, l2_clip_norm)
     gradients.clip(features, labels, l2_clip_norm)
@@ -160,11 +158,11 @@ def check_per_example_gradients(gradients: PerExampleGradients, features: Tensor
             raise no_gradients(gradients.engine, f"the buffer {name} changes, and may carry one example into another")
 
 
-def _compare(engine: str, found: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+def _compare(engine: str, computed: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
     whole = torch.stack([g.norm() for g in truth.values()]).norm()
     for name, gradient in truth.items():
         allowed = _RELATIVE_TOLERANCE * gradient.norm() + _ABSOLUTE_TOLERANCE * whole
-        if not bool((found[name] - gradient).norm() <= allowed):
+        if not bool((computed[name] - gradient).norm() <= allowed):
             raise no_gradients(engine, f"that of {name} is wrong")
 
 

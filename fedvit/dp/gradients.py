@@ -1,4 +1,4 @@
-"""Clipped sums of per-example gradients, as an optimiser asks for them, whatever computes them."""
+"""Interface of the engines that compute clipped sums of per-example gradients."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.nn import functional
 from fedvit.errors import ModelError
 from fedvit.models.layers import Body
 
-# As in Opacus: keeps an example without gradient finite, and every other a hair below the bound.
+# As in Opacus: avoids a division by zero, and leaves every other gradient just below the bound.
 _NORM_MARGIN = 1e-6
 
 
 class PerExampleGradients(ABC):
-    """A private copy of a body that leaves the sum of clipped per-example gradients in ``parameter.grad``.
+    """A copy of a body that leaves the sum of clipped per-example gradients in ``parameter.grad``.
 
-    The copy keeps whatever an engine does to a model away from the one it was made from; frozen parameters are shared.
+    The original body is never changed by an engine; frozen parameters are shared.
 
     Args:
         body: in the trainable mode wanted.
-        prefix: of the names in ``parameters``: the body's own name in its model, with the dot.
+        prefix: the body's own name in its model, with the dot; the names in ``parameters`` begin with it.
     """
 
     engine: str
@@ -35,10 +35,10 @@ class PerExampleGradients(ABC):
         self.num_not_finite = 0
 
     def clip(self, features: Tensor, labels: Tensor, l2_clip_norm: float) -> None:
-        """Put the sum over B examples into every ``grad``: each one's gradient of the cross-entropy, L2-clipped.
+        """Put the sum of B examples' gradients of the cross-entropy, each L2-clipped, into every ``grad``.
 
-        An example whose gradient has no finite norm counts as zero; ``num_not_finite`` says how many did. That number
-        is private: it must not leave the client without noise.
+        An example whose gradient has no finite norm counts as zero. ``num_not_finite`` is the number of such examples;
+        it is private and must not leave the client without noise.
 
         Args:
             features: [B, ...]; B may be 0.
@@ -53,17 +53,17 @@ class PerExampleGradients(ABC):
             self.parameters[name].grad = clipped.to(self.parameters[name].dtype)
 
     def factors(self, norms: Tensor, l2_clip_norm: float) -> Tensor:
-        """What each example of these gradient norms [B] is multiplied with: at most 1, and 0 without a finite norm."""
+        """Clipping factors [B] for gradient norms [B]: at most 1, and 0 for a norm that is not finite."""
         finite = torch.isfinite(norms)
         self.num_not_finite = int((~finite).sum())
         return torch.where(finite, (l2_clip_norm / (norms + _NORM_MARGIN)).clamp(max=1.0), 0.0)
 
     @abstractmethod
     def samples(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """All gradients [B, ...] one by one, by name; for checks, because it costs what the engine saves.
+        """Each example's own gradient [B, ...], by name; only for checks, because it is slow.
 
         Raises:
-            ModelError: the engine cannot do this model.
+            ModelError: the engine does not support this model; the message names the parameter.
         """
 
     @abstractmethod
@@ -72,17 +72,18 @@ class PerExampleGradients(ABC):
     def plain(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Torch's own gradient of the summed loss, by name."""
         loss = self._loss(self.module(features), labels)
-        found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(self.parameters, found, strict=True))
+        values = list(self.parameters.values())
+        gradients = torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+        return dict(zip(self.parameters, gradients, strict=True))
 
     @torch.no_grad()
     def least_likely(self, features: Tensor) -> Tensor:
-        """The class [B] that each example is called least: labels that give gradients well above rounding."""
+        """The least likely class [B] of each example: labels whose gradients are well above rounding errors."""
         logits: Tensor = self.module(features)
         return logits.argmin(dim=1)
 
     def clear(self) -> None:
-        """Forget all gradients, also what a pass that failed half way has left."""
+        """Delete all gradients, including those that a failed pass left behind."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -92,7 +93,7 @@ class PerExampleGradients(ABC):
 
 
 def no_gradients(engine: str, reason: str) -> ModelError:
-    """The error of a model that an engine has no true per-example gradients of."""
+    """The error for a model whose per-example gradients an engine cannot compute correctly."""
     return ModelError(
         f"{engine} cannot compute per-example gradients of this model: {reason}.",
         cure="Choose trainable 'head' or 'adapters', or another model.",

@@ -1,8 +1,9 @@
-"""Where trainable parameters meet data: each such call of torch is replaced by one that records for a tape.
+"""Interception of torch operations that apply trainable parameters to data: per-example gradient dispatch.
 
-A :class:`torch.overrides.TorchFunctionMode` sees every call of the forward pass, whatever module it comes from. Data is
-what descends from the body's input; values that descend from trainable parameters alone are derived; all else is
-neutral. Only a call that is given both can make one example's gradient differ from another's.
+A :class:`torch.overrides.TorchFunctionMode` receives every call of the forward pass, from any module. Tensors computed
+from the body's input are data; tensors computed from trainable parameters alone are derived values; all others are
+neutral. Only calls with both data and trained values give examples different gradients. Each such call is replaced by
+one that also records the parts of these gradients.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ _DATA, _SOURCE = "_fedvit_is_data", "_fedvit_source"
 
 
 class OpInterceptor(TorchFunctionMode):
-    """Active during a forward pass, after which the backward pass fills ``tape``.
+    """Replaces operations during a forward pass, so that the backward pass fills ``recorder``.
 
     Args:
         parameters: the trainable ones, by name.
-        tape: for the batch of this pass.
+        recorder: for the batch of this pass.
 
     Raises:
-        ModelError: (in the forward pass) a parameter meets data in a call that cannot be recorded.
+        ModelError: (in the forward pass) a parameter is applied to data by an operation that cannot be recorded.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], tape: GradientRecorder) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], recorder: GradientRecorder) -> None:
         super().__init__()
-        self.tape = tape
+        self.recorder = recorder
         self._names = {id(parameter): name for name, parameter in parameters.items()}
 
     def begin(self, features: Tensor) -> Tensor:
-        """The body's input [B, ...], as data."""
+        """The body's input [B, ...], marked as data."""
         data = features.view_as(features)
         setattr(data, _DATA, True)
         return data
@@ -51,7 +52,7 @@ class OpInterceptor(TorchFunctionMode):
         tensors = list(_tensors((args, kwargs)))
         is_data = any(map(_is_data, tensors))
         if is_data and any(self.is_trained(tensor) for tensor in tensors):
-            result = self._meet(func, args, kwargs, tensors)
+            result = self._dispatch(func, args, kwargs, tensors)
         else:
             result = func(*args, **kwargs)
             if not is_data:
@@ -62,51 +63,51 @@ class OpInterceptor(TorchFunctionMode):
         return result
 
     def is_trained(self, value: object) -> bool:
-        """Whether this is a trainable parameter, or a value that descends from some and from no data."""
+        """Whether this is a trainable parameter, or a value derived from some without data."""
         return isinstance(value, Tensor) and value.requires_grad and not _is_data(value)
 
     def key(self, value: Tensor | None) -> int | None:
-        """The tape's key of what is trained, None for anything else."""
-        return self.tape.key(value) if value is not None and self.is_trained(value) else None
+        """The recorder's key of a trained value, None for any other."""
+        return self.recorder.key(value) if value is not None and self.is_trained(value) else None
 
-    def spread(self, value: Tensor, like: Tensor) -> Tensor:
-        """A copy of ``value`` for every example, shaped to meet ``like`` [B * k, ...] elementwise."""
+    def expand(self, value: Tensor, like: Tensor) -> Tensor:
+        """``value`` expanded to one copy per example, for an elementwise operation with ``like`` [B * k, ...]."""
         count = like.shape[0] if like.ndim else 0
         source = getattr(value, _SOURCE, value)
-        if count == 0 or count % self.tape.batch or value.ndim > like.ndim:
-            raise _NoRecord
+        if count == 0 or count % self.recorder.batch or value.ndim > like.ndim:
+            raise _NotRecordable
         if value.ndim < like.ndim or (source is value and value.shape[0] == 1):
             shape = (count, *(1,) * (like.ndim - 1 - value.ndim), *value.shape[value.ndim == like.ndim :])
             return self._recorded_value(value, shape, value)
         if source is not value and value.shape[0] == count:
             return self._recorded_value(value, tuple(value.shape), source)
-        raise _NoRecord
+        raise _NotRecordable
 
     def _recorded_value(self, value: Tensor, shape: tuple[int, ...], source: Tensor) -> Tensor:
-        tape = self.tape
-        spread: Tensor = RecordedValue.apply(tape.anchor, value.detach(), shape, tape, tape.key(source))
+        recorder = self.recorder
+        spread: Tensor = RecordedValue.apply(recorder.anchor, value.detach(), shape, recorder, recorder.key(source))
         return spread
 
-    def _meet(
+    def _dispatch(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
         reason: Exception | None = None
         if func in _RECORDED:
             try:
                 return _RECORDED[func](self, func, *args, **kwargs)
-            except (_NoRecord, TypeError) as error:
+            except (_NotRecordable, TypeError) as error:
                 reason = error
-        called = resolve_name(func) or getattr(func, "__name__", str(func))
-        raise no_gradients("Book-keeping", f"{called} of {self._name(tensors)} is not among its calls") from reason
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        raise no_gradients("Book-keeping", f"{name} of {self._name(tensors)} is not a supported operation") from reason
 
     def _name(self, tensors: Iterable[Tensor]) -> str:
         trained = [tensor for tensor in tensors if self.is_trained(tensor)]
         named = [self._names[id(tensor)] for tensor in trained if id(tensor) in self._names]
-        return named[0] if named else f"a value made of parameters, {list(trained[0].shape)}"
+        return named[0] if named else f"a value derived from parameters, {list(trained[0].shape)}"
 
 
-class _NoRecord(Exception):
-    """This call is of a known kind, but not of a shape that can be recorded."""
+class _NotRecordable(Exception):
+    """The operation is supported, but not with these arguments."""
 
 
 def _is_data(value: object) -> bool:
@@ -124,7 +125,7 @@ def _tensors(values: object) -> Iterator[Tensor]:
 
 
 def _note_source(func: Callable[..., Any], args: tuple[Any, ...], result: object) -> None:
-    """A derived value laid out over a batch, and one plus constants, have the gradient of what they were made of."""
+    """Remember the source of a value that was expanded over a batch or had constants added: same gradient."""
     trained = [value for value in args if isinstance(value, Tensor) and value.requires_grad]
     if func in _EXPANDING and isinstance(result, Tensor) and len(trained) == 1 and trained[0] is args[0]:
         source = getattr(args[0], _SOURCE, args[0])
@@ -132,24 +133,18 @@ def _note_source(func: Callable[..., Any], args: tuple[Any, ...], result: object
             setattr(result, _SOURCE, source)
 
 
-def _linear(
-    meetings: OpInterceptor,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-) -> Tensor:
+def _linear(interceptor: OpInterceptor, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _is_data(input) or _is_data(weight) or _is_data(bias) or input.ndim < 2:
-        raise _NoRecord
-    return _recorded_linear(meetings, input, weight, bias)
+        raise _NotRecordable
+    return _recorded_linear(interceptor, input, weight, bias)
 
 
-def _recorded_linear(meetings: OpInterceptor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    tape = meetings.tape
-    if inputs.shape[0] % tape.batch:
-        raise _NoRecord
-    layer = Layer(meetings.key(weight), meetings.key(bias))
-    outputs: Tensor = RecordedLinear.apply(tape.anchor, inputs, weight.detach(), _detached(bias), layer, tape)
+def _recorded_linear(interceptor: OpInterceptor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    recorder = interceptor.recorder
+    if inputs.shape[0] % recorder.batch:
+        raise _NotRecordable
+    layer = Layer(interceptor.key(weight), interceptor.key(bias))
+    outputs: Tensor = RecordedLinear.apply(recorder.anchor, inputs, weight.detach(), _detached(bias), layer, recorder)
     return outputs
 
 
@@ -158,7 +153,7 @@ def _detached(value: Tensor | None) -> Tensor | None:
 
 
 def _conv2d(
-    meetings: OpInterceptor,
+    interceptor: OpInterceptor,
     func: Any,
     input: Tensor,
     weight: Tensor,
@@ -170,7 +165,7 @@ def _conv2d(
 ) -> Tensor:
     """A convolution as a linear layer on patches."""
     if groups != 1 or isinstance(padding, str) or not _is_data(input) or input.ndim != 4:
-        raise _NoRecord
+        raise _NotRecordable
     stride, padding, dilation = map(_pair, (stride, padding, dilation))
     kernel = tuple(weight.shape[2:])
     sizes = [
@@ -181,7 +176,7 @@ def _conv2d(
         patches = _tiles(input, kernel, sizes)
     else:
         patches = functional.unfold(input, kernel, dilation, padding, stride).mT
-    outputs = _recorded_linear(meetings, patches, weight, bias)
+    outputs = _recorded_linear(interceptor, patches, weight, bias)
     images: Tensor = outputs.mT.unflatten(2, sizes)
     return images
 
@@ -200,7 +195,7 @@ def _pair(value: Any) -> tuple[int, ...]:
 
 
 def _layer_norm(
-    meetings: OpInterceptor,
+    interceptor: OpInterceptor,
     func: Any,
     input: Tensor,
     normalized_shape: Any,
@@ -208,18 +203,19 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    tape = meetings.tape
-    if weight is None or not _is_data(input) or input.ndim < 2 or input.shape[0] % tape.batch:
-        raise _NoRecord
+    recorder = interceptor.recorder
+    if weight is None or not _is_data(input) or input.ndim < 2 or input.shape[0] % recorder.batch:
+        raise _NotRecordable
     if tuple(normalized_shape) != tuple(input.shape[-1:]):
-        raise _NoRecord
-    keys = (meetings.key(weight), meetings.key(bias))
-    outputs: Tensor = RecordedLayerNorm.apply(tape.anchor, input, weight.detach(), _detached(bias), eps, tape, *keys)
+        raise _NotRecordable
+    keys = (interceptor.key(weight), interceptor.key(bias))
+    anchor = recorder.anchor
+    outputs: Tensor = RecordedLayerNorm.apply(anchor, input, weight.detach(), _detached(bias), eps, recorder, keys)
     return outputs
 
 
 def _rms_norm(
-    meetings: OpInterceptor,
+    interceptor: OpInterceptor,
     func: Any,
     input: Tensor,
     normalized_shape: Any,
@@ -227,11 +223,11 @@ def _rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     normed = functional.rms_norm(input, normalized_shape, None, eps)
-    return normed * meetings.spread(weight, input)
+    return normed * interceptor.expand(weight, input)
 
 
 def _group_norm(
-    meetings: OpInterceptor,
+    interceptor: OpInterceptor,
     func: Any,
     input: Tensor,
     num_groups: int,
@@ -242,30 +238,30 @@ def _group_norm(
     result = functional.group_norm(input, num_groups, None, None, eps)
     shape = (-1, *(1,) * (input.ndim - 2))
     if weight is not None:
-        result = result * _spread_if_trained(meetings, weight.view(shape), input)
-    return result if bias is None else result + _spread_if_trained(meetings, bias.view(shape), input)
+        result = result * _expand_if_trained(interceptor, weight.view(shape), input)
+    return result if bias is None else result + _expand_if_trained(interceptor, bias.view(shape), input)
 
 
-def _spread_if_trained(meetings: OpInterceptor, value: Any, like: Tensor) -> Any:
-    return meetings.spread(value, like) if meetings.is_trained(value) else value
+def _expand_if_trained(interceptor: OpInterceptor, value: Any, like: Tensor) -> Any:
+    return interceptor.expand(value, like) if interceptor.is_trained(value) else value
 
 
-def _elementwise(meetings: OpInterceptor, func: Any, *args: Any, **kwargs: Any) -> Any:
-    if any(map(meetings.is_trained, kwargs.values())) or not any(map(_is_data, args)):
-        raise _NoRecord
+def _elementwise(interceptor: OpInterceptor, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if any(map(interceptor.is_trained, kwargs.values())) or not any(map(_is_data, args)):
+        raise _NotRecordable
     like = max((value for value in args if _is_data(value)), key=lambda value: value.ndim)
-    return func(*(_spread_if_trained(meetings, value, like) for value in args), **kwargs)
+    return func(*(_expand_if_trained(interceptor, value, like) for value in args), **kwargs)
 
 
-def _concatenate(meetings: OpInterceptor, func: Any, tensors: Any, dim: int = 0) -> Any:
+def _concatenate(interceptor: OpInterceptor, func: Any, tensors: Any, dim: int = 0) -> Any:
     like = next(value for value in tensors if _is_data(value))
     if dim % like.ndim == 0:
-        raise _NoRecord
-    return func([_spread_if_trained(meetings, value, like) for value in tensors], dim)
+        raise _NotRecordable
+    return func([_expand_if_trained(interceptor, value, like) for value in tensors], dim)
 
 
 def _attention(
-    meetings: OpInterceptor,
+    interceptor: OpInterceptor,
     func: Any,
     query: Tensor,
     key: Tensor,
@@ -274,8 +270,8 @@ def _attention(
     **kwargs: Any,
 ) -> Any:
     if not all(map(_is_data, (query, key, value))):
-        raise _NoRecord
-    return func(query, key, value, attn_mask=_spread_if_trained(meetings, attn_mask, query), **kwargs)
+        raise _NotRecordable
+    return func(query, key, value, attn_mask=_expand_if_trained(interceptor, attn_mask, query), **kwargs)
 
 
 _EXPANDING = {Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.add, Tensor.add, Tensor.__add__}

@@ -1,4 +1,4 @@
-"""Opacus as the reference, and as the engine for models that book-keeping does not know."""
+"""Per-example gradients by Opacus: the reference, and the engine for models that book-keeping does not support."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedvit.dp.gradients import PerExampleGradients, no_gradients
 from fedvit.dp.recorder import at_least_single
 from fedvit.models.layers import Body
 
-# Opacus looks samplers up by exact class; timm's subclass would fall onto its slow path.
+# Opacus looks up samplers by exact class; timm's subclass would use the slow path.
 register_grad_sampler(LayerNorm)(compute_layer_norm_grad_sample)
 
 
@@ -30,10 +30,10 @@ def _layer_scale_grad_sample(layer: Any, activations: list[Tensor], backprops: T
 
 
 class OpacusGradients(PerExampleGradients):
-    """Every gradient formed by Opacus' hooks, at more than twice the time of ordinary training.
+    """An engine that materializes every gradient by Opacus' hooks, in more than twice the time of ordinary training.
 
     Raises:
-        ModelError: Opacus cannot do this body, naming the layer.
+        ModelError: Opacus does not support this body; the message names the layer.
     """
 
     engine = "Opacus"
@@ -45,11 +45,7 @@ class OpacusGradients(PerExampleGradients):
         self._wrapped = GradSampleModule(self.module, loss_reduction="sum", strict=True)
 
     def samples(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """All gradients [B, ...] one by one, by name.
-
-        Raises:
-            ModelError: a parameter got none.
-        """
+        """See the base class."""
         try:
             return self._samples(features, labels)
         except RuntimeError as error:
@@ -58,7 +54,7 @@ class OpacusGradients(PerExampleGradients):
             self.clear()
 
     def plain(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Torch's own gradient of the summed loss, by name."""
+        """See the base class."""
         self._wrapped.disable_hooks()
         try:
             with _quiet_hooks():
@@ -67,7 +63,7 @@ class OpacusGradients(PerExampleGradients):
             self._wrapped.enable_hooks()
 
     def clear(self) -> None:
-        """Forget all gradients, also what a pass that failed half way has left in Opacus' hooks."""
+        """Delete all gradients, including what a failed pass left in Opacus' hooks."""
         super().clear()
         for parameter in self.parameters.values():
             parameter.__dict__.pop("_current_grad_sample", None)
@@ -78,14 +74,14 @@ class OpacusGradients(PerExampleGradients):
 
     def _clipped_sums(self, features: Tensor, labels: Tensor, l2_clip_norm: float) -> dict[str, Tensor]:
         samples = self._samples(features, labels)
-        # Autocast would round norms and sums, and take the sum beyond the bound.
+        # Autocast would round norms and sums, and the sum could exceed the bound.
         with torch.autocast(features.device.type, enabled=False):
             samples = {name: at_least_single(sample) for name, sample in samples.items()}
             squares = torch.stack([sample.flatten(1).square().sum(dim=1) for sample in samples.values()])
             factors = self.factors(squares.sum(dim=0).sqrt(), l2_clip_norm)
-            kept = factors != 0
+            counted = factors != 0
             self.clear()
-            return {n: torch.einsum("i,i...", factors[kept], sample[kept]) for n, sample in samples.items()}
+            return {n: torch.einsum("i,i...", factors[counted], sample[counted]) for n, sample in samples.items()}
 
     def _samples(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with _quiet_hooks():
@@ -103,20 +99,20 @@ def _sample(name: str, parameter: nn.Parameter) -> Tensor:
 
 @contextmanager
 def _quiet_hooks() -> Iterator[None]:
-    """The first layers' inputs need no gradient; torch warns of it at their hooks, though it is what is meant."""
+    """Suppress torch's warning that the first layers' inputs need no gradient, which is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         yield
 
 
 def _train_mode_where_trained(module: nn.Module) -> None:
-    """Opacus observes modules in train mode only; everything else (dropout, frozen norms) must stay deterministic."""
+    """Opacus handles modules in train mode only; all others (dropout, frozen norms) must stay deterministic."""
     for part in module.modules():
         part.training = any(p.requires_grad for p in part.parameters(recurse=False))
 
 
 def _refuse_buffers(module: nn.Module, prefix: str) -> None:
-    """Opacus refuses them too, with a printout of the whole layer: a buffer may carry one example into another."""
+    """A buffer may carry one example into another. Opacus refuses it too, but prints the whole layer."""
     for name, part in module.named_modules():
         if part.training and any(True for _ in part.buffers()):
             raise no_gradients(OpacusGradients.engine, f"{prefix}{name} has both trainable parameters and buffers")

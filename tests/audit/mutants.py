@@ -19,9 +19,9 @@ RECORDS, CLIENTS, NOISE = "neighbouring records", "neighbouring clients", "fresh
 RANKS = "ranks"
 SAMPLING, CHARGING, STEP, ROUND = "Poisson sampling", "charging", "released step", "released round"
 _FACTORS = "return torch.where(finite, (l2_clip_norm / (norms + _NORM_MARGIN)).clamp(max=1.0), 0.0)"
-_SUMS = "return tape.weighted_sums(self.factors(tape.norms(), l2_clip_norm), last=True)"
+_SUMS = "return recorder.weighted_sums(self.factors(recorder.norms(), l2_clip_norm), last=True)"
 _OF_THE_WHOLE = """
-            sums = tape.weighted_sums(torch.isfinite(tape.norms()).float())
+            sums = recorder.weighted_sums(torch.isfinite(recorder.norms()).float())
             norm = torch.stack([each.norm() for each in sums.values()]).norm()
             return {name: each * (l2_clip_norm / norm).clamp(max=1.0) for name, each in sums.items()}"""
 _CHARGE = "self._accountant.charge(self._protection.charges(self._task(cohort.round_index), cohort.client_ids))"
@@ -31,7 +31,7 @@ _WORK = """work = self._work
 MUTANTS = (
     Mutant(
         "half the noise on a step",
-        "training/dpsgd.py",
+        "dp/dpsgd.py",
         STEP,
         (("deviation = self.noise_multiplier *", "deviation = 0.5 * self.noise_multiplier *"),),
     ),
@@ -43,13 +43,13 @@ MUTANTS = (
     ),
     Mutant(
         "half the noise, by a trainer that passes half on",
-        "training/local.py",
+        "clients/local.py",
         NOISE,
         (("noise_multiplier=task.noise_multiplier,", "noise_multiplier=task.noise_multiplier / 2,"),),
     ),
     Mutant(
         "no clipping of records",
-        "training/gradients.py",
+        "dp/gradients.py",
         RECORDS,
         ((_FACTORS, "return torch.where(finite, torch.ones_like(norms), 0.0)"),),
     ),
@@ -61,13 +61,13 @@ MUTANTS = (
     ),
     Mutant(
         "every step the same noise",
-        "training/local.py",
+        "clients/local.py",
         NOISE,
         (('_stream(secret, "noise", release, step)', '_stream(secret, "noise", release, 0)'),),
     ),
     Mutant(
         "every release the same noise",
-        "training/local.py",
+        "clients/local.py",
         NOISE,
         (('{"release": release, "step": step}', '{"step": step}'),),
     ),
@@ -79,7 +79,7 @@ MUTANTS = (
     ),
     Mutant(
         "shuffled batches",
-        "training/local.py",
+        "clients/local.py",
         SAMPLING,
         (
             (
@@ -119,7 +119,7 @@ MUTANTS = (
     ),
     Mutant(
         "division by the records that were drawn",
-        "training/local.py",
+        "clients/local.py",
         RECORDS,
         (
             (
@@ -151,13 +151,13 @@ MUTANTS = (
     ),
     Mutant(
         "channels_last left alone, for Opacus",
-        "training/opacus_gradients.py",
+        "dp/opacus_gradients.py",
         RECORDS,
         (("self._wrapped(features.contiguous())", "self._wrapped(features)"),),
     ),
     Mutant(
         "channels_last left alone, for book-keeping",
-        "training/meetings.py",
+        "dp/interceptor.py",
         RECORDS,
         (
             (
@@ -173,28 +173,28 @@ MUTANTS = (
         CLIENTS,
         (("for a in update.values()))", "for a in update.values() if np.ndim(a)))"),),
     ),
-    Mutant("a micro-batch clipped as a whole", "training/bookkeeping.py", RECORDS, ((_SUMS, _OF_THE_WHOLE.strip()),)),
+    Mutant("a micro-batch clipped as a whole", "dp/bookkeeping.py", RECORDS, ((_SUMS, _OF_THE_WHOLE.strip()),)),
     Mutant(
         "noise on every micro-batch",
-        "training/local.py",
+        "clients/local.py",
         RECORDS,
         (("do_skip=position < len(parts)", "do_skip=False"),),
     ),
     Mutant(
         "an example that is no number in the sum",
-        "training/gradients.py",
+        "dp/gradients.py",
         RECORDS,
         ((_FACTORS, "return (l2_clip_norm / (norms + _NORM_MARGIN)).clamp(max=1.0)"),),
     ),
     Mutant(
         "biases left out of the norm",
-        "training/tape.py",
+        "dp/recorder.py",
         RECORDS,
         (("ones = self.inputs, self.outputs, float(self.bias is not None)", "ones = self.inputs, self.outputs, 0.0"),),
     ),
     Mutant(
         "norms without the cross terms of tokens",
-        "training/tape.py",
+        "dp/recorder.py",
         RECORDS,
         (
             (
@@ -205,38 +205,38 @@ MUTANTS = (
     ),
     Mutant(
         "norms and sums rounded by autocast, for Opacus",
-        "training/opacus_gradients.py",
+        "dp/opacus_gradients.py",
         RECORDS,
         (("with torch.autocast(features.device.type, enabled=False):", "if True:"),),
     ),
     Mutant(
         "tokens without a gradient left out of products that are no numbers",
-        "training/recorders.py",
+        "dp/autograd.py",
         RECORDS,
-        (("return found if all(map(_ordinary, (gradient[:, found], inputs, weight))) else None", "return found"),),
+        (("return tokens if all(map(_ordinary, (gradient[:, tokens], inputs, weight))) else None", "return tokens"),),
     ),
-    Mutant("equal seeds on ranks", "training/ranks.py", RANKS, ((', "block": block}', "}"),)),
+    Mutant("equal seeds on ranks", "finetune/ranks.py", RANKS, ((', "block": block}', "}"),)),
     Mutant(
         "every rank on all records",
-        "training/ranks.py",
+        "finetune/ranks.py",
         RANKS,
         (("return drawn[self.index :: self.count]", "return drawn"),),
     ),
     Mutant(
         "ranks without a record stay away",
-        "training/ranks.py",
+        "finetune/ranks.py",
         RANKS,
         (("        super()._step(", "        if len(self._ranks.own(drawn)):\n            super()._step("),),
     ),
     Mutant(
         "ranks that all divide the noise",
-        "training/ranks.py",
+        "finetune/ranks.py",
         RANKS,
         ((".normal(len(own), dtype)", ".normal(len(own), dtype) / self._ranks.count"),),
     ),
     Mutant(
         "blocks of noise that no rank adds",
-        "training/ranks.py",
+        "finetune/ranks.py",
         RANKS,
         (("blocks[self._ranks.index :: self._ranks.count]", "blocks[self._ranks.index :: 2 * self._ranks.count]"),),
     ),

@@ -24,7 +24,7 @@ def test_every_mutant_still_applies_and_is_python(mutant: Mutant) -> None:
 
 def test_a_mutant_whose_text_is_gone_is_an_error() -> None:
     mutant = replace(MUTANTS[0], edits=(("no such text", ""),))
-    with pytest.raises(ValueError, match=r"'no such text' is 0 times in training/dpsgd\.py"):
+    with pytest.raises(ValueError, match=r"'no such text' is 0 times in dp/dpsgd\.py"):
         try_mutant(mutant)
 
 

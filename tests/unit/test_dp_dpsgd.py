@@ -1,4 +1,4 @@
-"""What DP-SGD promises: true per-example gradients, a bound on every record, the right noise, and refusals by name."""
+"""DP-SGD: correct per-example gradients, a bound on every record, the right noise, and refusals by name."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def flat(weights: Mapping[str, FloatArray]) -> FloatArray:
     return np.concatenate([values.ravel() for values in weights.values()])
 
 
-def relative_error(found: FloatArray, truth: FloatArray) -> float:
-    return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
+def relative_error(computed: FloatArray, truth: FloatArray) -> float:
+    return float(np.linalg.norm(computed - truth) / np.linalg.norm(truth))
 
 
 @pytest.mark.parametrize(("name", "trainable"), MODELS)
@@ -157,7 +157,7 @@ def test_a_record_whose_gradient_norm_overflows_counts_as_zero(poison: float) ->
     assert relative_error(clipped_sum(model, features, labels), expected) < 1e-5
 
 
-def test_a_batch_of_poison_alone_is_a_noise_only_step() -> None:
+def test_a_batch_of_non_finite_records_is_a_noise_only_step() -> None:
     model = build(trainable="head")
     features, labels = records(model, 2)
     task = task_for(2, noise_multiplier=1.5, learning_rate=2.0)
@@ -273,12 +273,13 @@ class _Remembers(_Linear):
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        (_MixesExamples, r"that of body\.head\.weight is wrong"),
-        (_Multiplies, r"torch\.functional\.einsum of body\.head\.weight is not among its calls.*weight got none"),
-        (_Unused, r"body\.spare\.weight got none"),
-        (_Remembers, r"the buffer head\.memory changes.*body\.head has both trainable parameters and buffers"),
+        (_MixesExamples, ["that of body.head.weight is wrong"]),
+        (_Multiplies, ["torch.functional.einsum of body.head.weight", "weight got none"]),
+        (_Unused, ["body.spare.weight got none"]),
+        (_Remembers, ["the buffer head.memory changes", "body.head has both trainable parameters and buffers"]),
     ],
 )
-def test_what_has_no_true_per_example_gradient_is_refused_by_name(body: type[Body], named: str) -> None:
-    with pytest.raises(ModelError, match=named):
+def test_what_has_no_true_per_example_gradient_is_refused_by_name(body: type[Body], named: list[str]) -> None:
+    with pytest.raises(ModelError) as refused:
         LocalTrainer(small(body()), physical_batch_size=2)
+    assert [part for part in named if part not in refused.value.message] == []
