@@ -34,7 +34,7 @@ from fedvit.store.store import Store
 from fedvit.testing.doubles import ManualClock
 from fedvit.types import Client, ClientKind, ClientOutcome, Encoding, RunStatus, TrainingProgress
 from serve_apps.control.api import Services, create_api
-from serve_apps.control.heartbeats import Heartbeats
+from serve_apps.control.fleet.heartbeats import Heartbeats
 
 MORNING = datetime(2026, 3, 1, tzinfo=UTC)
 DAY = timedelta(hours=24)

@@ -15,8 +15,8 @@ from typing import Any
 
 from edge_runtime.mailbox import MailboxSender
 from edge_runtime.training.records import OwnRecords, count_images
+from fedvit.api.clients import HistogramRequestView, TaskView
 from fedvit.client import FedvitClient
-from fedvit.client.fleet_views import HistogramRequestView, TaskView
 from fedvit.clients.host import ClientHost
 from fedvit.config import LEAST_NOISE_MULTIPLIER, Settings
 from fedvit.errors import (

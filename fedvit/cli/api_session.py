@@ -21,8 +21,8 @@ from fedvit.errors import FedvitError, InterruptedRunError, StateError, UsageErr
 if TYPE_CHECKING:
     import httpx
 
+    from fedvit.api.operations import OperationView
     from fedvit.client import FedvitClient
-    from fedvit.client.views import OperationView
     from fedvit.config import Settings
 
 T = TypeVar("T")

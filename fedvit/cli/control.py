@@ -14,8 +14,8 @@ from fedvit.errors import UnauthorizedError
 if TYPE_CHECKING:
     import httpx
 
+    from fedvit.api.training import ProgressView
     from fedvit.client import FedvitClient
-    from fedvit.client.views import ProgressView
     from fedvit.config import Settings
 
 POLL_S = 0.25

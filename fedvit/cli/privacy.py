@@ -103,7 +103,7 @@ def unfreeze(
     An incident's freeze is not lifted by it.
     """
     with explained(as_json):
-        from fedvit.access.justification import checked_justification
+        from fedvit.api.justification import checked_justification
         from fedvit.cli.state import audit_local, open_existing_store
         from fedvit.errors import ConflictError, UsageError
 

@@ -24,7 +24,7 @@ from fedvit.cli.output import plain
 from fedvit.errors import ControlApiError, ControlUnreachableError, FedvitError
 
 if TYPE_CHECKING:
-    from fedvit.client.views import OperationView
+    from fedvit.api.operations import OperationView
 
 END_TIMEOUT_S = 120.0
 

@@ -22,7 +22,7 @@ from fedvit.cli.control import POLL_S
 from fedvit.cli.output import plain
 
 if TYPE_CHECKING:
-    from fedvit.client.views import ProgressView
+    from fedvit.api.training import ProgressView
 
 app = typer.Typer(
     help="The training loop of a running system. `fedvit train` starts it and follows it to its end.",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedvit.api.emergency import BreachView, EmergencyView, StandDownView
 from fedvit.client.caller import given
-from fedvit.client.fleet_views import BreachView, EmergencyView, StandDownView
 from fedvit.client.group import Group
 
 

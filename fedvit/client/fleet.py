@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from fedvit.client.caller import given, segment
-from fedvit.client.fleet_views import (
-    BackupChannelView,
+from fedvit.api.clients import (
+    BackupView,
     ClientsStatus,
     ClientView,
     ConnectivityView,
-    DataQualityView,
-    DriftView,
+    HeartbeatStatus,
     HeartbeatView,
     HistogramReceipt,
     ReceiptView,
+    RemoteKind,
     RemoteTaskView,
 )
+from fedvit.api.data_health import DriftView, QualityView
+from fedvit.client.caller import given, segment
 from fedvit.client.group import PAGE, Group, pages
-
-RemoteKind = Literal["remote", "silo"]
-HeartbeatStatus = Literal["ok", "degraded"]
 
 
 class Clients(Group):
@@ -105,9 +103,9 @@ class Clients(Group):
         """Who is heard; the page is one of the clients that are not."""
         return self._caller.read(ConnectivityView, "/api/clients/connectivity", limit=limit, offset=offset)
 
-    def data_quality(self, limit: int = 100, offset: int = 0) -> DataQualityView:
+    def data_quality(self, limit: int = 100, offset: int = 0) -> QualityView:
         """How far the clients' contributions can be trusted."""
-        return self._caller.read(DataQualityView, "/api/clients/data-quality", limit=limit, offset=offset)
+        return self._caller.read(QualityView, "/api/clients/data-quality", limit=limit, offset=offset)
 
 
 class Monitoring(Group):
@@ -121,16 +119,16 @@ class Monitoring(Group):
 class Communication(Group):
     """The backup channel: a mailbox for vehicles that cannot reach the API."""
 
-    def backup(self) -> BackupChannelView:
+    def backup(self) -> BackupView:
         """Whether it is open, and what went through it."""
-        return self._caller.read(BackupChannelView, "/api/communication/backup")
+        return self._caller.read(BackupView, "/api/communication/backup")
 
-    def enable_backup(self, *, idempotency_key: str | None = None) -> BackupChannelView:
+    def enable_backup(self, *, idempotency_key: str | None = None) -> BackupView:
         """Open it; harmless when repeated."""
         path = "/api/communication/enable-backup"
-        return self._caller.change(BackupChannelView, "POST", path, key=idempotency_key)
+        return self._caller.change(BackupView, "POST", path, key=idempotency_key)
 
-    def disable_backup(self, *, idempotency_key: str | None = None) -> BackupChannelView:
+    def disable_backup(self, *, idempotency_key: str | None = None) -> BackupView:
         """Close it; harmless when repeated."""
         path = "/api/communication/disable-backup"
-        return self._caller.change(BackupChannelView, "POST", path, key=idempotency_key)
+        return self._caller.change(BackupView, "POST", path, key=idempotency_key)

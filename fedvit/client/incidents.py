@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedvit.api.incidents import IncidentDetail, IncidentSummary, ReceivedView
 from fedvit.client.caller import given, segment
 from fedvit.client.group import PAGE, Group, pages
-from fedvit.client.incident_views import IncidentDetail, IncidentSummary, ReceivedView
 
 
 class Incidents(Group):

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
-from fedvit.client.caller import given, segment
-from fedvit.client.group import PAGE, Group, pages
-from fedvit.client.views import (
+from fedvit.api.model import ModelInfo, ModelView, OptimizeStrategy, ReleaseView, RetrainStrategy
+from fedvit.api.operations import OperationView
+from fedvit.api.training import (
+    AggregationMode,
     AggregationModeView,
-    ModelInfo,
-    ModelView,
-    OperationView,
+    ClientSelection,
     ProgressView,
-    ReleaseView,
     TrainingConfigView,
 )
+from fedvit.client.caller import given, segment
+from fedvit.client.group import PAGE, Group, pages
 from fedvit.types import Variant
-
-ClientSelection = Literal["validated_only", "any"]
-OptimizeStrategy = Literal["quantization", "lighter_variant"]
-RetrainStrategy = Literal["full_retrain", "fine_tune"]
-AggregationMode = Literal["synchronous", "asynchronous"]
 
 
 class Training(Group):

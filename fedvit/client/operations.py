@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+from fedvit.api.operations import OperationView
 from fedvit.client.caller import segment
 from fedvit.client.group import PAGE, Group, pages
-from fedvit.client.views import OperationView
 from fedvit.errors import StillRunningError
 from fedvit.types import OperationStatus
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import httpx
 
+from fedvit.api.privacy import AwaitingApproval, BudgetView, PeriodView, SpendView
 from fedvit.client.caller import segment
 from fedvit.client.group import Group
-from fedvit.client.views import BudgetView, PendingResetView, PeriodView, SpendView
 
 
 class Privacy(Group):
@@ -26,12 +26,12 @@ class Privacy(Group):
 
     def reset_budget(
         self, new_epsilon: float, justification: str, *, idempotency_key: str | None = None
-    ) -> BudgetView | PendingResetView:
+    ) -> BudgetView | AwaitingApproval:
         """Begin a new period: the budget when it is in force, else the request that somebody else has to approve."""
         body = {"new_epsilon": new_epsilon, "justification": justification}
         response = self._caller.send("POST", "/api/privacy/reset-budget", body, key=idempotency_key)
         if response.status_code == httpx.codes.ACCEPTED:
-            return self._caller.parsed(PendingResetView, response)
+            return self._caller.parsed(AwaitingApproval, response)
         return self._caller.parsed(BudgetView, response)
 
     def approve_reset(self, request_id: str, *, idempotency_key: str | None = None) -> BudgetView:

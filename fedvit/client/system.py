@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
+from fedvit.api.emergency import ShutdownMode
+from fedvit.api.operations import OperationView
+from fedvit.api.system import AuditView, HealthView
 from fedvit.client.group import PAGE, Group
-from fedvit.client.views import AuditView, HealthView, OperationView
-
-ShutdownMode = Literal["graceful", "force"]
 
 
 class System(Group):

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
+from fedvit.api.emergency import ImmediateAction
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, FedvitError, PlacementError
 from fedvit.incidents.forensics import bundle_path, write_bundle
@@ -25,22 +25,7 @@ _Answer = TypeVar("_Answer")
 # Shares of the time there is. What is left is the bundle's.
 _STOP_SHARE, _ROLLBACK_SHARE = 1 / 6, 1 / 3
 
-
-class ImmediateAction(StrEnum):
-    """What a report may ask for. All but the roll-back happen unasked."""
-
-    STOP_TRAINING = "stop_training"
-    ISOLATE_DATA = "isolate_data"
-    ROLLBACK_MODEL = "rollback_model"
-    FREEZE_LEDGER = "freeze_ledger"
-    REVOKE_CREDENTIALS = "revoke_credentials"
-
-
 FORENSIC_BUNDLE = "forensic_bundle"
-POLICY = (
-    "Always: freeze_ledger, stop_training, isolate_data, revoke_credentials, forensic_bundle. "
-    "Only when asked for: rollback_model."
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from fedvit.api.incidents import RemediationOutcome
 from fedvit.incidents.playbook import BREACH_ALERT, client_of
-from fedvit.store.store import Alert, AuditEntry, Incident, LoggedAlert, Remediation, RemediationOutcome, Store
+from fedvit.store.store import Alert, AuditEntry, Incident, LoggedAlert, Remediation, Store
 from fedvit.types import Severity
 
 AFTERMATH = timedelta(minutes=1)

@@ -9,10 +9,11 @@ from functools import partial
 from typing import Literal
 from urllib.parse import quote
 
+from fedvit.api.incidents import RemediationOutcome
 from fedvit.config import RemediationConfig, Settings
 from fedvit.incidents.playbook import DEVICE, Call, Step, client_of, play_of
 from fedvit.rounds.steering import round_settings
-from fedvit.store.store import Alert, LoggedAlert, Remediation, RemediationOutcome, Standing, Store
+from fedvit.store.store import Alert, LoggedAlert, Remediation, Standing, Store
 from fedvit.types import RemediationAction
 
 HOUR = timedelta(hours=1)

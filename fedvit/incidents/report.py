@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from enum import StrEnum
 
+from fedvit.api.incidents import Section
 from fedvit.config import Settings
 from fedvit.errors import FedvitError
 from fedvit.incidents.log import Entry, span, timeline
@@ -54,17 +54,6 @@ TEMPLATE = """\
 - [ ] Add automated recovery
 """
 _NAMED = 20
-
-
-class Section(StrEnum):
-    """What people know of an incident, and note: where in the report it goes. ``remark`` is a line of the timeline."""
-
-    REMARK = "remark"
-    ROOT_CAUSE = "root_cause"
-    BUSINESS_IMPACT = "business_impact"
-    RESOLUTION = "resolution"
-    PREVENTION = "prevention"
-    ACTION_ITEM = "action_item"
 
 
 @dataclass(frozen=True, slots=True)

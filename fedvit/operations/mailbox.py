@@ -18,10 +18,11 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
+from fedvit.api.clients import ReceiptStatus
 from fedvit.config import Settings
 from fedvit.errors import DataError, FedvitError, IntegrityError, NotFoundError, StateError
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
-from fedvit.rounds.remote import Receipt, ReceiptStatus, RemoteWork
+from fedvit.rounds.remote import Receipt, RemoteWork
 from fedvit.store.store import Store
 from fedvit.types import CLIENT_ID, utc_now
 from fedvit.wire.folders import Folder, open_folder

@@ -12,7 +12,6 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import BROADCAST
 from fedvit.aggregation.validation import UpdateValidator
+from fedvit.api.clients import ReceiptStatus
 from fedvit.config import Settings
 from fedvit.errors import NotFoundError, UpdateRejectedError
 from fedvit.ports import POPULATION
@@ -34,19 +34,6 @@ FROZEN_DIGEST = "frozen_digest"
 _TASK_KEY = "remote_task/"
 _SKETCH_KEY = "remote_sketch/"
 _MAX_WEIGHTS_BYTES = 8 * 2**30
-
-
-class ReceiptStatus(StrEnum):
-    """What became of an update."""
-
-    RECEIVED = "received"
-    """It waits for the round."""
-    ACCEPTED = "accepted"
-    REFUSED = "refused"
-    DUPLICATE = "duplicate"
-    """Another answer of this client to this round was here before; this one changes nothing."""
-    TURNED_AWAY = "rejected_answers"
-    """Nobody waits for it: the client was not asked, or the round went on without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +191,7 @@ class RemoteWork:
         """
         known = self.receipt(client_id, run_id, round_index)
         offer = self._offer(client_id)
-        if known.status is not ReceiptStatus.TURNED_AWAY or offer is None or not offer.is_for(run_id, round_index):
+        if known.status is not ReceiptStatus.REJECTED or offer is None or not offer.is_for(run_id, round_index):
             return self._compared(known, content)
         if offer.closed:
             return known
@@ -223,16 +210,16 @@ class RemoteWork:
         offer, content = self._offer(client_id), _read(self._place(*of))
         if offer is not None and offer.closed and offer.is_for(run_id, round_index):
             reason = f"round {round_index} of {run_id} went on without it: {offer.closed}"
-            return Receipt(*of, ReceiptStatus.TURNED_AWAY, reason)
+            return Receipt(*of, ReceiptStatus.REJECTED, reason)
         taken = self._store.answer_of(*of)
         if taken is not None:
             folded_in, error = taken
             status = ReceiptStatus.REFUSED if error else ReceiptStatus.ACCEPTED
             return Receipt(*of, status, error, folded_in, self._store.round(run_id, folded_in).version)
         if offer is None or not offer.is_for(run_id, round_index):
-            return Receipt(*of, ReceiptStatus.TURNED_AWAY, self._why_not(*of))
+            return Receipt(*of, ReceiptStatus.REJECTED, self._why_not(*of))
         if content is None:
-            return Receipt(*of, ReceiptStatus.TURNED_AWAY, "it has not answered yet")
+            return Receipt(*of, ReceiptStatus.REJECTED, "it has not answered yet")
         fault = self._fault(offer, content)
         return Receipt(*of, ReceiptStatus.REFUSED if fault else ReceiptStatus.RECEIVED, fault)
 
@@ -246,7 +233,7 @@ class RemoteWork:
 
     def _compared(self, known: Receipt, content: bytes) -> Receipt:
         first = _read(self._place(known.client_id, known.run_id, known.round_index))
-        if known.status is ReceiptStatus.TURNED_AWAY or first is None or first == content:
+        if known.status is ReceiptStatus.REJECTED or first is None or first == content:
             return known
         reason = f"it has answered already; another answer to round {known.round_index} changes nothing"
         return Receipt(known.client_id, known.run_id, known.round_index, ReceiptStatus.DUPLICATE, reason)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import StrEnum
 from typing import Any
 
+from fedvit.api.incidents import RemediationOutcome
 from fedvit.types import Client, ClientOutcome, RemediationAction, Severity
 
 
@@ -235,15 +235,6 @@ class IncidentEvent:
     kind: str
     actor: str
     text: str
-
-
-class RemediationOutcome(StrEnum):
-    """What became of a remediation; one that stays ``begun`` was cut off in the middle, and nobody knows."""
-
-    WITHHELD = "withheld"
-    BEGUN = "begun"
-    DONE = "done"
-    FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)

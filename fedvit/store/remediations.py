@@ -8,8 +8,9 @@ from typing import TypeAlias
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from fedvit.api.incidents import RemediationOutcome
 from fedvit.store.fleet import count_clients
-from fedvit.store.records import Remediation, RemediationOutcome, Standing
+from fedvit.store.records import Remediation, Standing
 from fedvit.store.tables import ClientRow, RemediationRow
 from fedvit.types import RemediationAction
 

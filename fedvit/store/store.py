@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedvit.api.incidents import RemediationOutcome
 from fedvit.errors import ConflictError, StateError
 from fedvit.ports import Charge, LedgerEntry
 from fedvit.store import audit as _audit
@@ -40,7 +41,6 @@ from fedvit.store.records import (
     LoggedAlert,
     Release,
     Remediation,
-    RemediationOutcome,
     RequestKey,
     RoundCommit,
     RoundTally,
@@ -96,7 +96,6 @@ __all__ = [
     "LoggedAlert",
     "Release",
     "Remediation",
-    "RemediationOutcome",
     "RequestKey",
     "RoundCommit",
     "RoundTally",

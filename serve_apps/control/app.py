@@ -16,7 +16,7 @@ from fedvit.config import Settings
 from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.store.store import Store
 from serve_apps.control.api import Services, create_api
-from serve_apps.control.route import LOG
+from serve_apps.control.http.route import LOG
 from serve_apps.deploying import OPTIONS
 from serve_apps.logs import log_to_file
 

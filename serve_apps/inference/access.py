@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedvit.access.identity import Scope as AccessScope
 from fedvit.errors import FedvitError
-from serve_apps.control.access import Caller, Guard, Requirement
+from serve_apps.control.http.access import Caller, Guard, Requirement
 from serve_apps.problems import problem_of
 
 # A prober holds no token and learns nothing but the version.

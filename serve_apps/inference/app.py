@@ -21,7 +21,7 @@ from fedvit.registry.feed import HttpFeed
 from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.store.store import Store
 from fedvit.wire.manifest import parse_public_key
-from serve_apps.control.access import Guard
+from serve_apps.control.http.access import Guard
 from serve_apps.deploying import OPTIONS
 from serve_apps.inference.access import InferenceGuard
 

@@ -15,9 +15,9 @@ from test_client_routes import CALLS
 from test_model_life_api import TARGET, WAIT_S, HeldFleet, System
 from typer.testing import CliRunner, Result
 
+from fedvit.api.operations import OperationView
 from fedvit.cli import api_session, control
 from fedvit.cli.main import app
-from fedvit.client.views import OperationView
 from fedvit.testing.doubles import FakeFleet, PointModel
 
 # What it is for no person to ask: vehicles fetch releases and tasks and upload, probes ask whether a replica lives,

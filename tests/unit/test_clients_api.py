@@ -17,9 +17,9 @@ from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, ManualClock, seeded_fleet
 from fedvit.types import Client, ClientKind, TrainingProgress, utc_now
-from serve_apps.control import clients, heartbeats, liveness
 from serve_apps.control.api import Services, create_api
-from serve_apps.control.pages import MAX_PAGES, Page, Pages
+from serve_apps.control.fleet import clients, heartbeats, liveness
+from serve_apps.control.http.pages import MAX_PAGES, Page, Pages
 
 RESTING = TrainingProgress(None, None, "resting", 0, 0, None, None, 0.0, None)
 

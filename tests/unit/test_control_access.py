@@ -30,8 +30,8 @@ from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import seeded_fleet
 from fedvit.types import Operation, TrainingProgress, Variant, utc_now
-from serve_apps.control.access import CurrentIdentity, Guard, Note, public, requires
 from serve_apps.control.api import Services, create_api
+from serve_apps.control.http.access import CurrentIdentity, Guard, Note, public, requires
 from serve_apps.logs import log_to_file
 
 RESTING = TrainingProgress(None, None, "resting", 0, 0, None, None, 0.0, None)

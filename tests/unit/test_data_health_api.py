@@ -16,8 +16,8 @@ from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import Evaluation, Weights
-from serve_apps.control import data_health
 from serve_apps.control.api import Services, create_api
+from serve_apps.control.fleet import data_health
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
 WAIT_S = 20.0

@@ -23,8 +23,8 @@ from fedvit.store.store import Store
 from fedvit.testing.doubles import ManualClock
 from fedvit.types import Client, ClientKind, utc_now
 from serve_apps.control.api import Services, create_api
-from serve_apps.control.heartbeats import Heartbeats
-from serve_apps.control.write_behind import WriteBehind
+from serve_apps.control.fleet.heartbeats import Heartbeats
+from serve_apps.control.http.write_behind import WriteBehind
 
 WAIT_S = 20.0
 

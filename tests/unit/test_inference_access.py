@@ -19,7 +19,7 @@ from fedvit.access.tokens import create_token
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import utc_now
-from serve_apps.control.access import Guard
+from serve_apps.control.http.access import Guard
 from serve_apps.inference.access import InferenceGuard
 
 

@@ -152,7 +152,7 @@ def note(content: bytes, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (note(b"weights"), "rejected_answers: round 1 of run-0001 did not ask it"),
+        (note(b"weights"), "rejected: round 1 of run-0001 did not ask it"),
         (note(b"others"), "not the one that the message was sealed for"),
         (note(b"weights", round_index="1"), "does not say which round"),
         ({}, "does not say which round"),

@@ -15,8 +15,8 @@ import pytest
 from fastapi.testclient import TestClient
 from httpx import Response
 
-from fedvit.access.justification import checked_justification
 from fedvit.access.tokens import create_token
+from fedvit.api.justification import checked_justification
 from fedvit.errors import (
     BudgetExhaustedError,
     ConflictError,

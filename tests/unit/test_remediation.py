@@ -16,12 +16,13 @@ from incident_site import Site
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
+from fedvit.api.incidents import RemediationOutcome
 from fedvit.config import RemediationConfig, Settings
 from fedvit.errors import ConfigError
 from fedvit.incidents.playbook import PLAYBOOK, Step
 from fedvit.incidents.remediation import orders, why_withheld
 from fedvit.settings import load_settings
-from fedvit.store.store import Alert, Remediation, RemediationOutcome, Standing, Store
+from fedvit.store.store import Alert, Remediation, Standing, Store
 from fedvit.testing.doubles import seeded_fleet
 from fedvit.types import NEVER_AUTOMATIC, RemediationAction, RunStatus, Severity
 

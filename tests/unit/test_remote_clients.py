@@ -270,7 +270,7 @@ def test_a_silent_truck_is_given_up_and_told_so_when_it_comes(yard: Yard) -> Non
     late = yard.put("truck-0", kept[0])
     assert late.status_code == 409
     assert "round 1 of run-0001 went on without it: no answer in 600 s" in late.json()["detail"]
-    assert yard.receipt("truck-0")["status"] == "rejected_answers"
+    assert yard.receipt("truck-0")["status"] == "rejected"
 
 
 def test_a_late_answer_goes_into_the_next_buffer_of_an_asynchronous_run(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_an_update_left_in_the_mailbox_takes_the_same_way(yard: Yard) -> None:
     box = Path(mailbox.url)
     assert [path.name for path in box.rglob("*.safetensors")] == []
     (reason,) = box.rglob("*.reason")
-    assert "rejected_answers: round 9 of run-0001 did not ask it" in reason.read_text()
+    assert "rejected: round 9 of run-0001 did not ask it" in reason.read_text()
 
 
 def test_a_task_that_was_answered_is_never_handed_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from edge_runtime.mailbox import MailboxSender
 from edge_runtime.training.records import OwnRecords, count_images
 from edge_runtime.training.vehicle import Policy, Step, Vehicle
 from fedvit.aggregation.validation import UpdateValidator
+from fedvit.api.clients import HistogramRequestView
 from fedvit.client import FedvitClient
-from fedvit.client.fleet_views import HistogramRequestView
 from fedvit.clients.update_encoder import UpdateEncoder
 from fedvit.errors import ControlUnreachableError, DataError
 from fedvit.evaluation.server_model import ServerModel

@@ -1,0 +1,249 @@
+"""Models of clients: registration, heartbeats, tasks and updates of remote clients, connectivity, the mailbox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from fedvit.api.base import MAX_INTEGER, RequestBody, View
+from fedvit.types import CLIENT_ID
+from fedvit.wire.histograms import CELL_LIMIT, MAX_CELLS
+
+HeartbeatStatus = Literal["ok", "degraded"]
+RemoteKind = Literal["remote", "silo"]
+
+
+class RegisterClient(RequestBody):
+    """A vehicle that offers to take part."""
+
+    device_id: str = Field(pattern=CLIENT_ID, examples=["truck-7"])
+    kind: RemoteKind = "remote"
+    num_examples: int = Field(default=0, ge=0, le=MAX_INTEGER)
+    capabilities: dict[str, Any] = Field(default_factory=dict, examples=[{"camera": "front"}])
+
+
+class ReinstateRequest(RequestBody):
+    """Why the quarantine may end."""
+
+    justification: str = Field(min_length=1, max_length=1000, examples=["The camera was replaced and checked."])
+
+
+class ValidateRequest(RequestBody):
+    """Whether the client's data can be trusted, and why."""
+
+    validated: bool
+    reason: str | None = Field(default=None, max_length=1000, examples=["Labels checked by hand."])
+
+
+class ConditionView(View):
+    """One thing that holds of a client or of training, or does not; ``reason`` is a word for programs."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str
+    last_transition_at: datetime | None
+
+
+class ClientView(View):
+    """A client as the API shows it."""
+
+    client_id: str
+    kind: str
+    num_examples: int
+    validated: bool
+    active: bool
+    registered_at: datetime
+    last_seen_at: datetime | None
+    quarantined_at: datetime | None
+    quarantine_reason: str | None
+    conditions: tuple[ConditionView, ...]
+
+
+class ClientsStatus(View):
+    """A page of clients, with totals."""
+
+    total: int
+    active: int
+    validated: int
+    clients: tuple[ClientView, ...]
+
+
+class HeartbeatRequest(RequestBody):
+    """How the vehicle fares, and which model version it serves."""
+
+    status: HeartbeatStatus = "ok"
+    model_version: Annotated[str, Field(max_length=64)] | None = Field(default=None, examples=["v1.1.10"])
+
+
+class MailboxAccess(View):
+    """Where a vehicle leaves messages when it cannot reach the API, and the key, hex, that it seals them with."""
+
+    url: str
+    key: str
+
+
+class HeartbeatView(View):
+    """What a vehicle is told: when it was heard, after how many seconds it shall beat again, and the second way.
+
+    ``backup_channel`` says whether messages in the mailbox are taken now. ``mailbox`` is for a token that is bound to
+    this client; it is told before it is needed, since later it could not be.
+    """
+
+    client_id: str
+    received_at: datetime
+    interval_s: float
+    backup_channel: bool
+    mailbox: MailboxAccess | None
+
+
+class TaskView(View):
+    """What the client shall do, and all that identifies what it will release.
+
+    The ledger holds the charge of ``output_id``, which is for ``num_examples`` records: a client that holds another
+    number of them must not release anything, and registers again. ``encoding`` is the form to send, ``frozen_digest``
+    the SHA-256 of the weights that never travel. ``settings`` has model, training and privacy of the run.
+    """
+
+    run_id: str
+    round_index: int
+    base_digest: str
+    data_digest: str
+    noise_multiplier: float
+    sampling_prob: float
+    l2_clip_norm: float
+    local_steps: int
+    learning_rate: float
+    privacy_unit: str
+    num_examples: int
+    output_id: str
+    encoding: str
+    frozen_digest: str
+    image_size: int
+    classes: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+class HistogramRequestView(View):
+    """What the client shall count of its records, see docs/drift.md; the ledger holds the charge of ``output_id``."""
+
+    num_examples: int
+    output_id: str
+    order: Mapping[str, Any]
+
+
+class RemoteTaskView(View):
+    """The client's task and histogram, if there are any; the client asks again after ``poll_after_s``."""
+
+    client_id: str
+    poll_after_s: float
+    task: TaskView | None
+    histogram: HistogramRequestView | None
+
+
+def _whole(given: object) -> object:
+    # 3.0 is an integer in JSON, and "3" is none.
+    if isinstance(given, bool | str):
+        raise ValueError("is no whole number")
+    return given
+
+
+Count = Annotated[int, Field(ge=-CELL_LIMIT, le=CELL_LIMIT), BeforeValidator(_whole)]
+
+
+class HistogramBody(RequestBody):
+    """Noised counts, as many as were asked for, in the order of the histograms."""
+
+    counts: Annotated[list[Count], Field(max_length=MAX_CELLS)]
+
+
+class HistogramReceipt(View):
+    """Whether the histogram was waited for, and is kept."""
+
+    client_id: str
+    run_id: str
+    round_index: int
+    kept: bool
+
+
+class ReceiptStatus(StrEnum):
+    """What became of an update."""
+
+    RECEIVED = "received"
+    """It waits for the round."""
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    """Update validation failed."""
+    DUPLICATE = "duplicate"
+    """This client answered this round before with other content; this update changes nothing."""
+    REJECTED = "rejected"
+    """No round waits for it: the client was not asked, or the round went on without it."""
+
+
+class ReceiptView(View):
+    """What became of an update; ``reason`` says why it does not count. ``folded_in`` is the round that took it."""
+
+    client_id: str
+    run_id: str
+    round_index: int
+    status: ReceiptStatus
+    reason: str | None
+    folded_in: int | None
+    version: str | None
+
+
+class KindView(View):
+    """The clients of one kind."""
+
+    total: int
+    connected: int
+
+
+class LostClientView(View):
+    """A client that is not connected, or of which nobody can tell; ``reason`` says which, in words."""
+
+    client_id: str
+    kind: str
+    last_seen_at: datetime | None
+    reason: str
+
+
+class ChannelView(View):
+    """The backup channel; ``pending`` is null where the mailbox cannot be read."""
+
+    enabled: bool
+    pending: int | None
+    delivered: int
+
+
+class ConnectivityView(View):
+    """Which active clients are connected; ``disconnected_clients`` is the page that was asked for, ordered by id."""
+
+    total: int
+    connected: int
+    disconnected: int
+    ratio: float
+    partition_suspected: bool
+    heartbeat_timeout_s: float
+    by_kind: Mapping[str, KindView]
+    backup_channel: ChannelView
+    disconnected_clients: tuple[LostClientView, ...]
+
+
+class BackupView(View):
+    """``pending`` messages wait in the mailbox; ``not_yet_taken`` of them are updates, which wait for a later release.
+
+    ``delivered`` and ``rejected`` count since the state folder was made.
+    """
+
+    enabled: bool
+    url: str
+    enabled_at: datetime | None
+    pending: int
+    not_yet_taken: int
+    delivered: int
+    rejected: int

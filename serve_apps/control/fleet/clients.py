@@ -1,0 +1,170 @@
+"""The fleet: who belongs to it, who is there, and what an operator decides on a client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Response
+from starlette.concurrency import run_in_threadpool
+
+from fedvit.access.identity import Scope
+from fedvit.api.clients import (
+    ChannelView,
+    ClientsStatus,
+    ClientView,
+    ConnectivityView,
+    KindView,
+    LostClientView,
+    RegisterClient,
+    ReinstateRequest,
+    ValidateRequest,
+)
+from fedvit.errors import ConflictError, FedvitError, NotFoundError
+from fedvit.operations.mailbox import Mailbox
+from fedvit.store.store import Store, Validation
+from fedvit.types import Client, ClientKind, utc_now
+from serve_apps.control.fleet.heartbeats import Heartbeats
+from serve_apps.control.fleet.liveness import Liveness
+from serve_apps.control.http.access import OPERATOR, VIEWER, CurrentIdentity, Note, requires
+from serve_apps.control.http.pages import Page, Pages
+from serve_apps.control.http.parameters import Limit, RowOffset
+from serve_apps.control.services import Services
+from serve_apps.problems import documented
+
+
+def add_client_routes(
+    api: FastAPI, services: Services, heartbeats: Heartbeats, liveness: Liveness, mailbox: Mailbox
+) -> None:
+    """See and steer the fleet."""
+    _add_status(api, services.store, liveness, heartbeats)
+    _add_connectivity(api, services, liveness, mailbox)
+    _add_membership(api, services.store, liveness)
+    _add_verdicts(api, services.store, liveness)
+
+
+def _add_status(api: FastAPI, store: Store, liveness: Liveness, heartbeats: Heartbeats) -> None:
+    pages = Pages(lambda: (store.change_counter(), heartbeats.arrivals), utc_now)
+
+    def page_of(offset: int, limit: int) -> Page:
+        found = store.client_page(offset, limit)
+        good_until = liveness.good_until(found.clients)
+        view = ClientsStatus(
+            total=found.total,
+            active=found.active,
+            validated=found.validated,
+            clients=tuple(liveness.shown(client, found.validations.get(client.client_id)) for client in found.clients),
+        )
+        return Page(view.model_dump_json().encode(), good_until)
+
+    @api.get("/api/clients/status", tags=["clients"], dependencies=VIEWER, response_model=ClientsStatus)
+    async def status(limit: Limit = 100, offset: RowOffset = 0) -> Response:
+        """A page of clients and the totals; ``last_seen_at`` may be a second old."""
+        body = pages.find((offset, limit))
+        if body is None:
+            body = await run_in_threadpool(pages.render, (offset, limit), lambda: page_of(offset, limit))
+        return Response(body, media_type="application/json")
+
+
+def _add_connectivity(api: FastAPI, services: Services, liveness: Liveness, mailbox: Mailbox) -> None:
+    @api.get("/api/clients/connectivity", tags=["clients"], dependencies=VIEWER)
+    def connectivity(limit: Limit = 100, offset: RowOffset = 0) -> ConnectivityView:
+        """Which active clients are connected: virtual ones while their proxy answers, others while they are heard."""
+        found = liveness.connectivity()
+        return ConnectivityView(
+            total=found.total,
+            connected=found.connected,
+            disconnected=found.total - found.connected,
+            ratio=found.ratio,
+            partition_suspected=found.partition_suspected,
+            heartbeat_timeout_s=services.settings.fleet.heartbeat_timeout_s,
+            backup_channel=_channel(mailbox),
+            by_kind={kind: KindView(total=total, connected=there) for kind, (total, there) in found.by_kind.items()},
+            disconnected_clients=tuple(
+                LostClientView.of(contact, reason=connection.message)
+                for contact, connection in found.lost[offset : offset + limit]
+            ),
+        )
+
+
+def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
+    @api.post(
+        "/api/clients/register",
+        tags=["clients"],
+        status_code=201,
+        dependencies=[requires(Scope.OPERATOR, Scope.DEVICE)],
+    )
+    def register(request: RegisterClient, note: Note, who: CurrentIdentity) -> ClientView:
+        """Add a vehicle, or bring one back; registering twice is harmless."""
+        who.check_speaks_for(request.device_id)
+        known = _find_client(store, request.device_id)
+        if known is not None and known.kind is ClientKind.VIRTUAL:
+            raise ConflictError(
+                f"{request.device_id!r} is a virtual client of this system.", cure="Choose another device_id."
+            )
+        store.register_clients(
+            [
+                Client(
+                    client_id=request.device_id,
+                    kind=ClientKind(request.kind),
+                    num_examples=request.num_examples,
+                    capabilities=request.capabilities,
+                )
+            ]
+        )
+        note.before = _facts(known) if known else None
+        client = store.set_client(request.device_id, active=True)
+        note.after = _facts(client)
+        return liveness.view(client)
+
+    @api.delete("/api/clients/{client_id}", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
+    def remove(client_id: str, note: Note) -> ClientView:
+        """Take a client out of the active list; its record and its privacy spend remain."""
+        note.before = _facts(store.client(client_id))
+        client = store.set_client(client_id, active=False)
+        note.after = _facts(client)
+        return liveness.view(client)
+
+    # Behind the lists: their paths would be taken for a client's.
+    @api.get("/api/clients/{client_id}", tags=["clients"], dependencies=VIEWER, responses=documented(404))
+    def client(client_id: str) -> ClientView:
+        """One client, and what holds of it."""
+        return liveness.view(store.client(client_id))
+
+
+def _add_verdicts(api: FastAPI, store: Store, liveness: Liveness) -> None:
+    @api.post("/api/clients/{client_id}/reinstate", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
+    def reinstate(client_id: str, request: ReinstateRequest, note: Note) -> ClientView:
+        """Lift a client's quarantine; harmless where there is none. The justification stands in the audit trail."""
+        note.before = _facts(store.client(client_id))
+        client = store.reinstate_client(client_id)
+        note.after = _facts(client)
+        return liveness.view(client)
+
+    @api.post("/api/clients/{client_id}/validate", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
+    def validate(client_id: str, request: ValidateRequest, note: Note) -> ClientView:
+        """Record whether a client's data can be trusted; a run with ``validated_only`` draws no others."""
+        note.before = _facts(store.client(client_id))
+        client = store.validate_client(client_id, Validation(request.validated, request.reason, utc_now()))
+        note.after = _facts(client)
+        return liveness.view(client)
+
+
+def _channel(mailbox: Mailbox) -> ChannelView:
+    """How the second way stands; that it may be broken is no reason to hide the first."""
+    enabled, delivered = mailbox.standing()
+    try:
+        pending = mailbox.state().pending
+    except FedvitError:
+        pending = None
+    return ChannelView(enabled=enabled, pending=pending, delivered=delivered)
+
+
+def _facts(client: Client) -> dict[str, Any]:
+    return ClientView.of(client, conditions=()).model_dump(mode="json", exclude={"conditions"})
+
+
+def _find_client(store: Store, client_id: str) -> Client | None:
+    try:
+        return store.client(client_id)
+    except NotFoundError:
+        return None

@@ -1,0 +1,39 @@
+"""The backup channel: a mailbox in blob storage for vehicles that cannot reach this API."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from fedvit.api.clients import BackupView
+from fedvit.operations.mailbox import Mailbox
+from serve_apps.control.http.access import OPERATOR, VIEWER, Note
+from serve_apps.problems import documented
+
+
+def add_communication_routes(api: FastAPI, mailbox: Mailbox) -> None:
+    """Open and close the backup channel."""
+
+    @api.post(
+        "/api/communication/enable-backup", tags=["communication"], dependencies=OPERATOR, responses=documented(503)
+    )
+    def enable(note: Note) -> BackupView:
+        """Take the messages that vehicles left in the mailbox, those left before included; harmless when repeated."""
+        note.before = {"enabled": mailbox.enabled()}
+        state = mailbox.enable()
+        note.after = {"enabled": state.enabled, "url": state.url}
+        return BackupView.of(state)
+
+    @api.post(
+        "/api/communication/disable-backup", tags=["communication"], dependencies=OPERATOR, responses=documented(503)
+    )
+    def disable(note: Note) -> BackupView:
+        """Leave messages where they are; harmless when repeated."""
+        note.before = {"enabled": mailbox.enabled()}
+        state = mailbox.disable()
+        note.after = {"enabled": state.enabled, "url": state.url}
+        return BackupView.of(state)
+
+    @api.get("/api/communication/backup", tags=["communication"], dependencies=VIEWER, responses=documented(422, 503))
+    def backup() -> BackupView:
+        """How the channel stands."""
+        return BackupView.of(mailbox.state())

@@ -1,0 +1,71 @@
+"""What is known of the data: how far clients can be relied on, and whether the world drifts away from the model.
+
+Nothing of it was computed on an image here: clients' noised histograms and updates are looked at, see docs/signals.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from fastapi import FastAPI
+
+from fedvit.api.data_health import ClientQualityView, ClusterView, DriftView, FeatureView, QualityView, SignalView
+from fedvit.drift import quality, signals
+from fedvit.metrics.metrics import predictions_by_class
+from fedvit.metrics.training import DataMetrics
+from fedvit.rounds import data_health
+from fedvit.store.store import Release
+from serve_apps.control.fleet.liveness import Liveness
+from serve_apps.control.http.access import VIEWER
+from serve_apps.control.http.parameters import Limit, RowOffset
+from serve_apps.control.services import Services
+
+# One a process, however many applications it makes.
+_GAUGES = DataMetrics()
+
+
+def add_data_health_routes(api: FastAPI, services: Services, liveness: Liveness) -> None:
+    """Look at the data without looking at anybody's images."""
+    store = services.store
+
+    @api.get("/api/clients/data-quality", tags=["clients"], dependencies=VIEWER)
+    def data_quality(limit: Limit = 100, offset: RowOffset = 0) -> QualityView:
+        """How far clients can be relied on: rounds, records, silence, and what noised histograms and updates show."""
+        against = data_health.doubts(store, data_health.histograms(store))
+        found = quality.fleet_quality(liveness.active_clients(), store.participation(), against)
+        _GAUGES.publish(found.score, None)
+        return QualityView(
+            score=found.score,
+            threshold=quality.THRESHOLD,
+            assessed=found.assessed,
+            unvalidated=tuple(sorted(client.client_id for client in found.clients if not client.validated)),
+            clients=tuple(ClientQualityView.of(client) for client in found.clients[offset : offset + limit]),
+        )
+
+    @api.get("/api/monitoring/data-drift", tags=["monitoring"], dependencies=VIEWER)
+    def data_drift() -> DriftView:
+        """Whether held-out loss, the mix of answers of the inference replicas, or clients' histograms have moved."""
+        release, histograms = store.current_release(), data_health.histograms(store)
+        found, compared = data_health.drift(store, histograms, _mix(services, release)), histograms.comparison
+        _GAUGES.publish(None, found.score)
+        fleet = compared.fleet.values() if compared else ()
+        drifting = compared.drifting_clients if compared else {}
+        clusters = compared.drifting_clusters if compared else ()
+        return DriftView(
+            drifting=found.drifting,
+            score=found.score,
+            threshold=signals.THRESHOLD,
+            reference_version=release.version if release else None,
+            signals=tuple(SignalView.of(signal) for signal in found.signals),
+            compared=len(compared.client_ids) if compared else 0,
+            features=tuple(FeatureView.of(shift, **asdict(shift.distance)) for shift in fleet),
+            drifting_clients={client_id: tuple(features) for client_id, features in drifting.items()},
+            drifting_clusters=tuple(ClusterView.of(shift, psi=shift.distance.psi) for shift in clusters),
+        )
+
+
+def _mix(services: Services, release: Release | None) -> signals.Signal:
+    if release is None:
+        return signals.mix_signal({}, None)
+    expected = services.store.version(release.version).lineage.get("held_out_answers")
+    return signals.mix_signal(predictions_by_class(release.version, services.metrics_dir), expected)

@@ -1,0 +1,101 @@
+"""Which clients are there, as this replica knows: what it heard, what the store says, which proxies answer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from fedvit.api.clients import ClientView
+from fedvit.cohort.conditions import client_conditions
+from fedvit.cohort.connectivity import Connection, Connectivity, connection_of, connectivity
+from fedvit.ports import ProxyReport
+from fedvit.store.store import Validation
+from fedvit.types import Client, ClientKind, LastContact, utc_now
+from serve_apps.control.fleet.heartbeats import Heartbeats
+from serve_apps.control.services import Services
+
+# How old an answer of the proxies may be where a whole page of clients is shown.
+PROXIES_KNOWN = timedelta(seconds=5)
+_LOG = logging.getLogger("fedvit.control")
+
+
+class Liveness:
+    """Judges clients one by one or all at once."""
+
+    def __init__(self, services: Services, heartbeats: Heartbeats, now: Callable[[], datetime] = utc_now) -> None:
+        self._services, self._heartbeats, self._now = services, heartbeats, now
+        self._timeout_s = services.settings.fleet.heartbeat_timeout_s
+        self._lock = threading.Lock()
+        self._proxies: tuple[datetime, ProxyReport | None] | None = None
+
+    def connectivity(self) -> Connectivity:
+        """The active clients, all of them, with the proxies asked now."""
+        proxies, _ = self._known_proxies(timedelta(0))
+        store = self._services.store
+        # Of virtual clients there may be a million: looked at one by one only when one of them may be lost.
+        counted = proxies is not None and proxies.reaches_all
+        last_contacts = [self._sighted(sighting) for sighting in store.last_contacts(hosted=not counted)]
+        found = connectivity(last_contacts, proxies, self._now(), self._timeout_s)
+        return found.with_hosted(store.count_hosted()) if counted else found
+
+    def active_clients(self) -> list[Client]:
+        """The active clients, with the newest sign of life of each."""
+        return [self._newest(client) for client in self._services.store.clients(active=True)]
+
+    def view(self, client: Client) -> ClientView:
+        """One client."""
+        validations = self._services.store.validations([client.client_id])
+        return self.shown(client, validations.get(client.client_id))
+
+    def shown(self, client: Client, verdict: Validation | None) -> ClientView:
+        """One client of whom it is known what an operator decided."""
+        client = self._newest(client)
+        conditions = client_conditions(
+            client,
+            self._connection(client.sighting),
+            verdict=verdict.reason if verdict else None,
+            decided_at=verdict.at if verdict else None,
+            automatic=verdict.automatic if verdict else False,
+        )
+        return ClientView.of(client, conditions=conditions)
+
+    def good_until(self, clients: Iterable[Client]) -> datetime | None:
+        """When, with nothing written meanwhile, the first of these clients may appear differently."""
+        moments = []
+        for client in clients:
+            if client.kind is ClientKind.VIRTUAL:
+                moments.append(self._known_proxies(PROXIES_KNOWN)[1])
+            else:
+                until = self._connection(self._sighted(client.sighting)).until
+                moments += [until] if until else []
+        return min(moments, default=None)
+
+    def _connection(self, sighting: LastContact) -> Connection:
+        virtual = sighting.kind is ClientKind.VIRTUAL
+        proxies = self._known_proxies(PROXIES_KNOWN)[0] if virtual else None
+        return connection_of(sighting, proxies, self._now(), self._timeout_s)
+
+    def _newest(self, client: Client) -> Client:
+        return replace(client, last_seen_at=self._sighted(client.sighting).last_seen_at)
+
+    def _sighted(self, sighting: LastContact) -> LastContact:
+        return replace(sighting, last_seen_at=self._heartbeats.last_seen(sighting.client_id, sighting.last_seen_at))
+
+    def _known_proxies(self, age: timedelta) -> tuple[ProxyReport | None, datetime]:
+        """What the proxies answered, at most ``age`` ago, and until when that is taken for the truth."""
+        with self._lock:
+            if self._proxies is None or self._now() - self._proxies[0] >= age:
+                report = self._asked_proxies()
+                self._proxies = self._now(), report
+            at, report = self._proxies
+            return report, at + PROXIES_KNOWN
+
+    def _asked_proxies(self) -> ProxyReport | None:
+        try:
+            return self._services.aggregator().proxies_alive()
+        except Exception as error:  # It may be dead, restarting or nowhere; the fleet is shown all the same.
+            _LOG.warning("The aggregator does not say which proxies answer: %s", error)
+            return None

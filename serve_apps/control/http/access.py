@@ -1,0 +1,308 @@
+"""Who may use a route: declared at the route with :func:`requires`, enforced by the :class:`Guard`."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request, params
+from fastapi.security import HTTPBearer
+from starlette.requests import HTTPConnection
+
+from fedvit.access.exposure import is_loopback
+from fedvit.access.identity import ANONYMOUS, Identity, Scope
+from fedvit.access.limits import FailureWindow, TokenBuckets, whole_seconds
+from fedvit.access.tokens import PREFIX, verify_token
+from fedvit.config import AccessConfig, Settings
+from fedvit.errors import FedvitError, ForbiddenError, RateLimitedError, UnauthorizedError
+from fedvit.metrics.metrics import counter
+from fedvit.store.store import Store
+from fedvit.types import utc_now
+from serve_apps.control.http.write_behind import WriteBehind
+
+if TYPE_CHECKING:
+    from fedvit.access.oidc import OidcVerifier
+
+# One a process, however many applications it builds.
+_REFUSED = counter("unauthorized_requests_total")
+_NOBODY = Identity("anonymous", frozenset(), authenticated=False)
+
+
+class Requirement:
+    """What a route demands: one of ``scopes``, or nothing where there are none.
+
+    Args:
+        scopes: any one of them suffices.
+        token_always: a token is demanded in the open loopback mode, too.
+        audited: whether a call that is not safe leaves a line in the audit trail; see :func:`requires`.
+    """
+
+    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False, audited: bool = True) -> None:
+        self.scopes = scopes
+        self.token_always = token_always
+        self.audited = audited
+
+    async def __call__(self, request: HTTPConnection) -> None:
+        """Make sure that the guard was asked: on a route of another class nobody would have."""
+        if not isinstance(getattr(request.state, "identity", None), Identity):
+            raise RuntimeError(f"{request.url.path} is guarded by nobody; use ControlledRoute for its router")
+        return
+
+
+class TokenRequirement(Requirement, HTTPBearer):
+    """A requirement that a bearer token meets; the OpenAPI document shows it as one."""
+
+    def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False, audited: bool = True) -> None:
+        HTTPBearer.__init__(self, auto_error=False, scheme_name="token", bearerFormat="fvt_<token_id>_<secret>")
+        Requirement.__init__(self, scopes, token_always=token_always, audited=audited)
+
+
+def requires(*any_of: Scope, token_always: bool = False, audited: bool = True) -> params.Depends:
+    """For a route's ``dependencies``: whoever asks must hold one of these scopes.
+
+    ``audited=False`` is for telemetry, which changes nothing that anybody decided: such a call leaves no line in the
+    audit trail, also when it is refused, none in the log when it went well, and a repetition is simply done again.
+    """
+    if not any_of:
+        raise ValueError("requires() names no scope; say public() where none is needed")
+    return params.Depends(TokenRequirement(any_of, token_always=token_always, audited=audited))
+
+
+def public() -> params.Depends:
+    """For a route's ``dependencies``: anybody may ask."""
+    return params.Depends(Requirement(()))
+
+
+VIEWER = [requires(Scope.VIEWER)]
+OPERATOR = [requires(Scope.OPERATOR)]
+ADMIN = [requires(Scope.ADMIN)]
+EMERGENCY = [requires(Scope.EMERGENCY, token_always=True)]
+# Vehicles and replicas fetch releases with a token that is good for nothing else.
+FOLLOWER = [requires(Scope.VIEWER, Scope.DEVICE)]
+
+
+def requirement_of(dependencies: list[Any]) -> Requirement | None:
+    """The requirement among a route's dependencies."""
+    found = [d.dependency for d in dependencies if isinstance(d.dependency, Requirement)]
+    return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What a request shows of who sent it."""
+
+    source: str
+    authorization: tuple[str, ...]
+    host: str
+    origin: str | None
+
+    @classmethod
+    def of(cls, request: Request, access: AccessConfig) -> Caller:
+        """Read it off a request; behind an acknowledged proxy the source is what that proxy saw."""
+        source = request.client.host if request.client else "local"
+        # Only the last entry is the proxy's own; all before it are what the caller claims.
+        forwarded = request.headers.get("x-forwarded-for", "").rsplit(",", 1)[-1].strip()
+        if access.acknowledge_proxy and _is_address(forwarded):
+            source = forwarded
+        return cls(
+            source=source[:64],
+            authorization=tuple(request.headers.getlist("authorization")),
+            host=request.headers.get("host", ""),
+            origin=request.headers.get("origin"),
+        )
+
+
+class Guard:
+    """Tells who asks, and whether he may. To identify a token blocks on the store: do that in a thread.
+
+    Attributes:
+        tokens_used: when tokens were used last, on its way to the store.
+
+    Raises:
+        ConfigError: the OIDC key set cannot be read.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        *,
+        now: Callable[[], datetime] = utc_now,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.access = settings.access
+        self._host = settings.serving.host
+        self._store, self._now = store, now
+        self.tokens_used = WriteBehind(store.touch_tokens)
+        self._buckets = TokenBuckets(self.access.requests_per_s, self.access.burst, monotonic)
+        window_s = self.access.failed_attempts_window_s
+        self._failures = FailureWindow(self.access.max_failed_attempts, window_s, monotonic)
+        self._oidc = _oidc_verifier(self.access)
+
+    def identify(self, requirement: Requirement, caller: Caller) -> Identity:
+        """Who asks.
+
+        Raises:
+            UnauthorizedError: no token, or no good one.
+            ForbiddenError: the open loopback mode was reached from elsewhere.
+            RateLimitedError: too many bad tokens from this address.
+        """
+        if not requirement.scopes:
+            return _NOBODY
+        if not caller.authorization:
+            return self._without_token(requirement, caller)
+        try:
+            return self._verified(caller)
+        except UnauthorizedError as error:
+            # A good token always passes: nobody guesses 256 bits, and neighbours behind one proxy share an address.
+            wait_s = self._failures.fail(caller.source)
+            if not wait_s:
+                raise _counted(error, error.details["reason"]) from None
+            limited = RateLimitedError(
+                "Too many bad tokens came from this address.",
+                cure="Wait, then send a good one.",
+                retry_after_s=whole_seconds(wait_s),
+            )
+            raise _counted(limited, "too_many_failures") from None
+
+    @staticmethod
+    def identifies_at_once(requirement: Requirement, caller: Caller) -> bool:
+        """Whether :meth:`identify` blocks on nothing: there is no token to look up."""
+        return not requirement.scopes or not caller.authorization
+
+    def permit(self, requirement: Requirement, identity: Identity) -> None:
+        """Make sure that ``identity`` may use the route now.
+
+        Raises:
+            ForbiddenError: it holds none of the scopes.
+            RateLimitedError: it asks too often.
+        """
+        self.check_scope(requirement, identity)
+        wait_s = self._buckets.take(identity.actor) if identity.authenticated else 0.0
+        if wait_s:
+            raise RateLimitedError(
+                "This token asks too often.", cure="Wait, then ask again.", retry_after_s=whole_seconds(wait_s)
+            )
+
+    def check_scope(self, requirement: Requirement, identity: Identity) -> None:
+        """Make sure that ``identity`` holds what is demanded, however often it asks.
+
+        Raises:
+            ForbiddenError: it holds none of the scopes.
+        """
+        if not requirement.scopes or identity.may(requirement.scopes):
+            return
+        needed = " or ".join(requirement.scopes)
+        error = ForbiddenError(
+            f"This route needs the scope {needed}.",
+            cure=f"Use a token with the scope {needed}.",
+            required=list(requirement.scopes),
+        )
+        raise _counted(error, "scope")
+
+    def _verified(self, caller: Caller) -> Identity:
+        scheme, _, text = caller.authorization[0].partition(" ")
+        if len(caller.authorization) > 1 or scheme.lower() != "bearer":
+            raise UnauthorizedError(
+                "The Authorization header is not one bearer token.",
+                cure="Send Authorization: Bearer TOKEN, once.",
+                reason="malformed",
+            )
+        if self._oidc is not None and not text.startswith(PREFIX):
+            return self._oidc.verify(text.strip())
+        return verify_token(self._store, text.strip(), self._now(), used=self.tokens_used.put)
+
+    def _without_token(self, requirement: Requirement, caller: Caller) -> Identity:
+        if requirement.token_always or self.access.mode != "open_loopback":
+            error = UnauthorizedError(
+                "This route needs a bearer token.", cure="Send Authorization: Bearer TOKEN.", reason="missing"
+            )
+            raise _counted(error, "missing")
+        fault = self._foreign(caller)
+        if fault is not None:
+            raise _counted(
+                ForbiddenError(f"{fault}, and without a token only this machine may ask.", cure="Send a token."),
+                "foreign",
+            )
+        return ANONYMOUS
+
+    def _foreign(self, caller: Caller) -> str | None:
+        """Why an anonymous request is not from this machine's own user. A web page he visits may send some, too."""
+        if _is_address(caller.source) and not is_loopback(caller.source):
+            return f"The request comes from {caller.source}"
+        # A name with a dot can be somebody else's that was made to point here (DNS rebinding).
+        host = _host_name(f"//{caller.host}")
+        if ("." in host or ":" in host) and not is_loopback(host) and host != self._host:
+            return "The request was sent to another host's name"
+        if caller.origin is not None and not is_loopback(_host_name(caller.origin)):
+            return "The request comes from a page of another site"
+        return None
+
+
+# Both async: FastAPI hands anything else to a thread, and there is nothing to wait for.
+async def current_identity(request: Request) -> Identity:
+    """Who asks, for a handler that wants to know."""
+    identity: Identity = request.state.identity
+    return identity
+
+
+@dataclass(slots=True)
+class AuditNote:
+    """What a handler tells the audit trail: the state ``before`` and ``after`` its change. JSON types only."""
+
+    before: Any = None
+    after: Any = None
+
+
+async def _audit_note(request: Request) -> AuditNote:
+    note: AuditNote = request.state.audit_note
+    return note
+
+
+def call_key(request: Request) -> str | None:
+    """What stays the same when a request is repeated under its Idempotency-Key; None where it named none.
+
+    A handler that asks for it promises that a repetition does nothing twice, and is then not kept waiting for a first
+    request whose process may have died.
+    """
+    key: str | None = request.state.call_key
+    return key
+
+
+CallKey = Annotated[str | None, Depends(call_key)]
+CurrentIdentity = Annotated[Identity, Depends(current_identity)]
+Note = Annotated[AuditNote, Depends(_audit_note)]
+
+
+def _counted(error: FedvitError, reason: str) -> FedvitError:
+    _REFUSED.labels(reason).inc()
+    return error
+
+
+def _oidc_verifier(access: AccessConfig) -> OidcVerifier | None:
+    if access.oidc is None:
+        return None
+    # Imported here: without OIDC the package it needs may be missing.
+    from fedvit.access.oidc import OidcVerifier
+
+    return OidcVerifier(access.oidc)
+
+
+def _host_name(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return "not.a.host"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

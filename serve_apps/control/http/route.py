@@ -1,0 +1,362 @@
+"""The way of every request to the control API: who asks, what he sends, how long it takes, what is kept of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Any, get_args, get_origin
+
+from fastapi import FastAPI, Request, Response
+from fastapi.dependencies.models import Dependant
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fedvit.access.identity import Identity
+from fedvit.errors import FedvitError
+from fedvit.metrics.catalogue import BY_NAME, OTHER
+from fedvit.metrics.metrics import gauge, histogram
+from fedvit.store.store import RequestKey, Store, StoredAnswer
+from fedvit.types import utc_now
+from serve_apps.control.http.access import AuditNote, Caller, Guard, call_key, requirement_of
+from serve_apps.control.http.audit import facts_of
+from serve_apps.control.http.bodies import check_no_fields, example_of, parse_json, read_body, with_body
+from serve_apps.control.system.in_process_client import ACTING
+from serve_apps.logs import request_id
+from serve_apps.problems import ProblemError, documented, problem_of
+
+LOG = logging.getLogger("fedvit.control")
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Where an operation is watched, and which revision was made, are part of the answer.
+_KEPT_HEADERS = ("location", "etag")
+_MAX_BYTES = "x-max-bytes"
+_KEY = re.compile(r"[\x21-\x7e]{1,200}")
+_KEY_PARAMETER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "A repetition under the same key gets the first answer again, for 24 hours, and changes nothing.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]*$"},
+}
+# One a process, however many applications it builds.
+_DURATION = histogram("request_duration_seconds")
+_METHOD = BY_NAME["request_duration_seconds"].label("method")
+_UNDER_WAY = gauge("queue_depth").labels("requests")
+_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+# A task that nobody refers to may be collected before it is done.
+_running: set[asyncio.Task[Response]] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What :class:`ControlledRoute` stands on; ``app.state.control``."""
+
+    guard: Guard
+    store: Store
+
+
+def takes_bytes(max_bytes: int) -> dict[str, Any]:
+    """For a route's ``openapi_extra``: its body is bytes, at most ``max_bytes``, and read by the handler.
+
+    Such a route's requirement says ``audited=False``.
+    """
+    schema = {"type": "string", "format": "binary"}
+    body = {"required": True, "content": {"application/octet-stream": {"schema": schema}}}
+    return {"requestBody": body, _MAX_BYTES: max_bytes}
+
+
+def install_control(api: FastAPI, control: Control) -> None:
+    """Make every route that is added to ``api`` from now on a :class:`ControlledRoute`."""
+    api.state.control = control
+    api.router.route_class = ControlledRoute
+    api.add_middleware(RequestIds)
+
+
+class ControlledRoute(APIRoute):
+    """A route that declares who may use it, with ``dependencies=[requires(...)]`` or ``[public()]``.
+
+    A request passes, in this order: its token, its scopes and its rate; the size and the form of its body; for a
+    mutating one its idempotency key; then the handler, within the time limit. A mutating one is audited at the end,
+    unless its requirement says ``audited=False``; then it knows no idempotency keys either. Bodies are JSON, unless
+    ``openapi_extra`` is :func:`takes_bytes`.
+
+    Raises:
+        TypeError: the route declares not one requirement.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        requirement = requirement_of(list(options.get("dependencies") or []))
+        if requirement is None:
+            raise TypeError(f"The route {path} must declare one of requires(...) and public()")
+        self.requirement = requirement
+        marks: dict[str, Any] = {"x-scope": [str(scope) for scope in requirement.scopes]}
+        if requirement.token_always:
+            marks["x-token-always"] = True
+        if not requirement.audited:
+            marks["x-audited"] = False
+        mutating = not set(options.get("methods") or {"GET"}) <= _SAFE
+        if mutating and requirement.audited:
+            marks["parameters"] = [_KEY_PARAMETER]
+        options["openapi_extra"] = marks | (options.get("openapi_extra") or {})
+        options["responses"] = _problems(mutating) | (options.get("responses") or {})
+        super().__init__(path, endpoint, **options)
+        self.max_bytes: int | None = (options["openapi_extra"] or {}).get(_MAX_BYTES)
+        self.repeatable = any(dependant.call is call_key for dependant in self.dependant.dependencies)
+        self._single = [
+            field.alias for field in self.dependant.query_params if not _takes_several(field.field_info.annotation)
+        ]
+        if _is_told_something(self.dependant):
+            self.responses = documented(422) | self.responses
+
+    def get_route_handler(self) -> _Handler:
+        """The handler behind all that."""
+        inner = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await _Call(self, inner, request).answer()
+            except Exception as error:
+                return problem_of(error)
+
+        return handle
+
+    def check_given_once(self, request: Request) -> None:
+        """Which of two values counts, no document says.
+
+        Raises:
+            RequestValidationError: a parameter of the query that has one value was given several.
+        """
+        faults = [
+            {"loc": ("query", name), "msg": f"Given {len(values)} times; it has one value", "type": "given_once"}
+            for name in self._single
+            if len(values := request.query_params.getlist(name)) > 1
+        ]
+        if faults:
+            raise RequestValidationError(faults)
+
+    def example(self) -> Any:
+        """A body that this route admits, or None."""
+        model = self.body_field.field_info.annotation if self.body_field else None
+        return example_of(model) if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+class _Call:
+    """One request on its way."""
+
+    def __init__(self, route: ControlledRoute, inner: _Handler, request: Request) -> None:
+        control: Control = request.app.state.control
+        self._guard, self._store, self._access = control.guard, control.store, control.guard.access
+        self._route, self._inner, self._request = route, inner, request
+        self._caller = Caller.of(request, self._access)
+        self._action = f"{request.method} {route.path}"
+        self._note = AuditNote()
+
+    async def answer(self) -> Response:
+        request, requirement = self._request, self._route.requirement
+        identity = await self._identify()
+        request.state.identity, request.state.audit_note, request.state.source = (
+            identity,
+            self._note,
+            self._caller.source,
+        )
+        if request.method in _SAFE:
+            self._guard.permit(requirement, identity)
+            self._route.check_given_once(request)
+            return await self._in_time(self._inner(request))
+        try:
+            self._guard.permit(requirement, identity)
+        except FedvitError as error:
+            # Only who is known is audited when refused: strangers could fill the disk.
+            if identity.authenticated and requirement.audited:
+                await self._audit(identity, None, error.http_status)
+            raise
+        self._route.check_given_once(request)
+        content, body = await self._read()
+        if not requirement.audited:
+            return await self._in_time(self._inner(with_body(request, content)))
+        return await self._mutate(identity, content, body)
+
+    async def _identify(self) -> Identity:
+        requirement, acting = self._route.requirement, self._request.scope.get(ACTING)
+        if isinstance(acting, Identity):
+            return acting
+        if self._guard.identifies_at_once(requirement, self._caller):
+            return self._guard.identify(requirement, self._caller)
+        return await run_in_threadpool(self._guard.identify, requirement, self._caller)
+
+    async def _read(self) -> tuple[bytes, Any]:
+        limit_s = self._access.request_timeout_s
+        max_bytes = self._route.max_bytes or self._access.max_body_bytes
+        try:
+            content = await asyncio.wait_for(read_body(self._request, max_bytes), limit_s)
+        except TimeoutError:
+            detail = f"The body did not arrive within {limit_s:g} s."
+            raise ProblemError(408, "request-timeout", "Request timeout", detail) from None
+        if self._route.max_bytes is not None:
+            return content, None
+        takes_body = self._route.body_field is not None
+        if not content and not takes_body:
+            return content, None
+        body = parse_json(content, self._access.max_json_depth, self._route.example)
+        if not takes_body:
+            check_no_fields(body)
+        return content, body
+
+    async def _mutate(self, identity: Identity, content: bytes, body: Any) -> Response:
+        key = self._key(identity, content)
+        self._request.state.call_key = None if key is None else _digest(*astuple(key))
+        if key is not None:
+            begin = partial(self._store.begin_request, repeatable=self._route.repeatable)
+            stored = await run_in_threadpool(begin, key, utc_now())
+            if stored is not None:
+                headers = {**stored.headers, "Idempotency-Replayed": "true"}
+                return Response(stored.body, stored.status, headers, stored.media_type)
+        return await self._in_time(self._perform(identity, with_body(self._request, content), body, key))
+
+    async def _perform(self, identity: Identity, request: Request, body: Any, key: RequestKey | None) -> Response:
+        try:
+            response = await self._inner(request)
+        except Exception as error:
+            response = problem_of(error)
+        await self._audit(identity, body, response.status_code)
+        if key is not None:
+            await run_in_threadpool(self._store.finish_request, key, _stored(response))
+        return response
+
+    async def _audit(self, identity: Identity, body: Any, status: int) -> None:
+        facts = facts_of(self._request, self._action, identity, self._caller.source, body, self._note, status)
+        try:
+            await run_in_threadpool(self._store.append_audit, facts)
+        except FedvitError:
+            LOG.critical("The audit trail could not be written", extra={"action": self._action, "status": status})
+            raise
+
+    async def _in_time(self, work: Coroutine[Any, Any, Response]) -> Response:
+        """Answer 504 when it takes too long; the work itself is not broken off, and is audited when it ends."""
+        limit_s = self._access.request_timeout_s
+        task = asyncio.create_task(work)
+        _running.add(task)
+        task.add_done_callback(_running.discard)
+        done, _ = await asyncio.wait({task}, timeout=limit_s)
+        if done:
+            return task.result()
+        task.add_done_callback(_forget_result)
+        detail = f"No answer within {limit_s:g} s; the request may still take effect. See the audit trail."
+        raise ProblemError(504, "timeout", "Timeout", detail)
+
+    def _key(self, identity: Identity, content: bytes) -> RequestKey | None:
+        """The request's idempotency key.
+
+        Raises:
+            ProblemError: it is not 1 to 200 visible ASCII characters, or there are several (400).
+        """
+        given = self._request.headers.getlist("idempotency-key")
+        if not given:
+            return None
+        if len(given) > 1 or not _KEY.fullmatch(given[0]):
+            detail = "An Idempotency-Key has 1 to 200 visible ASCII characters, and is sent once."
+            raise ProblemError(400, "invalid-idempotency-key", "Invalid key", detail)
+        url = self._request.url
+        return RequestKey(identity.actor, self._action, given[0], _digest(url.path, url.query, content))
+
+
+def _digest(*parts: str | bytes) -> str:
+    joined = b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)
+    return hashlib.sha256(joined).hexdigest()
+
+
+def _stored(response: Response) -> StoredAnswer | None:
+    """What a repetition gets; nothing when the fault was ours, so that it may be tried again."""
+    if response.status_code >= 500 or not hasattr(response, "body"):
+        return None
+    headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
+    return StoredAnswer(response.status_code, bytes(response.body).decode(), response.media_type, headers)
+
+
+def _forget_result(task: asyncio.Task[Response]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        LOG.error("A request failed after its time was up", exc_info=task.exception())
+
+
+def _problems(mutating: bool) -> dict[int | str, dict[str, Any]]:
+    """The problem documents that any route may answer with, for the OpenAPI document."""
+    return documented(401, 403, *((400, 408, 409, 413, 415, 422) if mutating else ()), 429, 504)
+
+
+def _is_told_something(dependant: Dependant) -> bool:
+    """Whether FastAPI would document its own form of 422 here, which is never sent."""
+    return bool(dependant.path_params or dependant.query_params or dependant.header_params)
+
+
+def _takes_several(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(get_origin(part) is list for part in get_args(annotation))
+
+
+class RequestIds:
+    """ASGI middleware: every request has an id, taken from ``X-Request-ID`` if sane; it is echoed and logged."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; log what became of it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        identifier = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = identifier
+        reset = request_id.set(identifier)
+        _UNDER_WAY.inc()
+        try:
+            await _logged(self._app, scope, receive, send)
+        finally:
+            _UNDER_WAY.dec()
+            request_id.reset(reset)
+
+
+async def _logged(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    began = time.perf_counter()
+    status = 500
+
+    async def send_with_id(message: Message) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            MutableHeaders(scope=message)["X-Request-ID"] = scope["state"]["request_id"]
+        await send(message)
+
+    try:
+        await app(scope, receive, send_with_id)
+    finally:
+        seconds = time.perf_counter() - began
+        _log(scope, status, seconds)
+        route = getattr(scope.get("route"), "path", OTHER)
+        _DURATION.labels(_METHOD.of(scope["method"]), route, f"{status // 100}xx").observe(seconds)
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    route, identity = scope.get("route"), scope["state"].get("identity")
+    telemetry = isinstance(route, ControlledRoute) and not route.requirement.audited
+    # Vehicles poll: a line for each reading that went well would bury the rest and fill the disk.
+    quiet = (scope["method"] in _SAFE or telemetry) and status < 500 and status not in (401, 403, 429)
+    facts = {
+        "method": scope["method"][:16],
+        "route": getattr(route, "path", None) or f"unknown: {scope['path'][:100]}",
+        "status": status,
+        "duration_ms": round(seconds * 1000, 1),
+        "actor": identity.actor if isinstance(identity, Identity) else None,
+        "source": scope["state"].get("source"),
+    }
+    LOG.log(logging.DEBUG if quiet else logging.INFO, "request", extra=facts)

@@ -1,0 +1,1 @@
+"""Routes of the incident log, and the reading of Alertmanager's messages."""

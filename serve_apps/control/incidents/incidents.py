@@ -1,0 +1,162 @@
+"""Routes of the incident log: alerts received, incidents, notes and reports."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any, Literal
+
+from fastapi import FastAPI, Response
+from starlette.concurrency import run_in_threadpool
+
+from fedvit.access.identity import Scope
+from fedvit.api.incidents import (
+    AlertmanagerMessage,
+    IncidentDetail,
+    IncidentSummary,
+    NoteRequest,
+    ProposalView,
+    ReceivedView,
+    RemediationOutcome,
+    TimelineEntry,
+)
+from fedvit.errors import StateError
+from fedvit.incidents.log import timeline
+from fedvit.incidents.playbook import RUNBOOK, play_of
+from fedvit.incidents.remediation import Order, Proposal, orders, proposals
+from fedvit.incidents.report import collect, report
+from fedvit.store.store import Alert, Incident, IncidentEvent, Store
+from fedvit.types import utc_now
+from serve_apps.control.http.access import VIEWER, CurrentIdentity, Note, requires
+from serve_apps.control.http.parameters import Limit, Offset
+from serve_apps.control.incidents.alerts import to_alerts
+from serve_apps.control.services import Services
+from serve_apps.control.system.in_process_client import REMEDIATION, call_as
+from serve_apps.problems import ProblemError, documented
+
+LOG = logging.getLogger("fedvit.control")
+# Telemetry: Alertmanager repeats it every few minutes. What is done about it is on the audit trail.
+_ALERTS = [requires(Scope.ALERTS, Scope.OPERATOR, audited=False)]
+# A timeline shows what others asked for, and their words.
+_ON_CALL = [requires(Scope.OPERATOR, Scope.EMERGENCY)]
+_MARKDOWN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/markdown": {"schema": {"type": "string"}}}}}
+
+
+def add_incident_routes(api: FastAPI, services: Services) -> None:
+    """Take alerts in, and show what came of them."""
+    store, settings = services.store, services.settings
+    window = timedelta(seconds=settings.incidents.reopen_within_s)
+
+    def record(message: AlertmanagerMessage) -> tuple[list[str], list[Order]]:
+        now = utc_now()
+        try:
+            found = store.record_alerts(to_alerts(message, now), reopen_within=window, at=now)
+            return found, [order for name in found for order in orders(store, settings, name, now)]
+        except StateError as error:
+            # Alertmanager tries again what was answered with 5xx, and nothing else.
+            raise ProblemError(503, error.code, "State unavailable", str(error)) from error
+
+    @api.post("/api/incidents/alerts", tags=["incidents"], dependencies=_ALERTS, responses=documented(503))
+    async def receive(message: AlertmanagerMessage) -> ReceivedView:
+        """Alertmanager's webhook. A firing is known by fingerprint and start; to tell it again changes nothing.
+
+        Where ``remediation.allow`` says so, the runbook's action follows, once a firing.
+        """
+        if message.truncatedAlerts:
+            LOG.warning("Alertmanager left alerts out", extra={"truncated": message.truncatedAlerts})
+        found, due = await run_in_threadpool(record, message)
+        for order in due:
+            await _carry_out(api, store, order)
+        return ReceivedView(incidents=tuple(found))
+
+    @api.get("/api/incidents", tags=["incidents"], dependencies=VIEWER)
+    def incidents(
+        status: Literal["open", "resolved"] | None = None,
+        limit: Limit = 50,
+        offset: Offset = 0,
+    ) -> list[IncidentSummary]:
+        """Incidents, newest first."""
+        is_open = None if status is None else status == "open"
+        return [_summary(found) for found in store.incidents(is_open=is_open, offset=offset, limit=limit)]
+
+    @api.get("/api/incidents/{incident_id}", tags=["incidents"], dependencies=_ON_CALL, responses=documented(404))
+    def incident(incident_id: str) -> IncidentDetail:
+        """One incident: alerts, commands and changes of state in order, and what the runbook says to do."""
+        return _detail(services, store.incident(incident_id))
+
+    @api.post(
+        "/api/incidents/{incident_id}/notes", tags=["incidents"], dependencies=_ON_CALL, responses=documented(404)
+    )
+    def add_note(incident_id: str, request: NoteRequest, who: CurrentIdentity, note: Note) -> IncidentDetail:
+        """Write down what only people know; notes are added, never changed."""
+        store.note_incident(incident_id, IncidentEvent(utc_now(), request.section.value, who.actor, request.text))
+        note.after = {"section": request.section.value}
+        return _detail(services, store.incident(incident_id))
+
+    @api.get(
+        "/api/incidents/{incident_id}/report",
+        tags=["incidents"],
+        response_class=Response,
+        dependencies=_ON_CALL,
+        responses=documented(404) | _MARKDOWN,
+    )
+    def write_report(incident_id: str) -> Response:
+        """The runbook's template in Markdown, filled with what is known and blank where only people know."""
+        return Response(report(collect(store, settings, incident_id, utc_now())), media_type="text/markdown")
+
+
+def _detail(services: Services, incident: Incident) -> IncidentDetail:
+    store, name = services.store, incident.incident_id
+    alerts = [logged.alert for logged in store.incident_alerts(name)]
+    found = proposals(services.settings.remediation, incident.alertname, alerts, store.remediations(name))
+    return IncidentDetail.of(
+        incident,
+        status=_status(incident),
+        runbook=_runbook_of(incident.alertname, alerts),
+        proposals=[_proposal_view(proposal) for proposal in found],
+        timeline=[TimelineEntry.of(entry) for entry in timeline(store, incident, utc_now())],
+    )
+
+
+def _summary(incident: Incident) -> IncidentSummary:
+    return IncidentSummary.of(incident, status=_status(incident))
+
+
+def _status(incident: Incident) -> str:
+    return "open" if incident.resolved_at is None else "resolved"
+
+
+def _proposal_view(proposal: Proposal) -> ProposalView:
+    call, taken = proposal.step.call, proposal.taken
+    return ProposalView.of(
+        proposal,
+        name=proposal.step.name,
+        method=call.method if call else None,
+        path=call.path if call else None,
+        body=call.body if call else None,
+        outcome=taken.outcome if taken else None,
+        detail=taken.detail if taken else None,
+    )
+
+
+def _runbook_of(alertname: str, alerts: list[Alert]) -> str:
+    """The section that the rule names, which may be one that this table does not know."""
+    url = next((url for alert in alerts if (url := alert.annotations.get("runbook_url"))), None)
+    return url or f"{RUNBOOK}#{play_of(alertname).section}"
+
+
+async def _carry_out(api: FastAPI, store: Store, order: Order) -> None:
+    """Do what was taken on, as an operator would; whatever comes of it is written down, and tried no second time."""
+    try:
+        answer = await call_as(api, REMEDIATION, order.call.method, order.path, order.call.body, key=order.key)
+        outcome = RemediationOutcome.DONE if answer.is_success else RemediationOutcome.FAILED
+        detail = f"{answer.status_code}" if answer.is_success else f"{answer.status_code}: {_problem(answer.json())}"
+    except Exception as error:
+        LOG.exception("remediation %s", order.claimed.action)
+        outcome, detail = RemediationOutcome.FAILED, f"{type(error).__name__}: {error}"
+    LOG.warning("remediation", extra={"action": order.claimed.action.value, "outcome": outcome.value})
+    await run_in_threadpool(store.finish_remediation, order.claimed, outcome, detail[:500])
+
+
+def _problem(document: Any) -> str:
+    return str(document.get("detail", "")) if isinstance(document, dict) else str(document)

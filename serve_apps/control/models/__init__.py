@@ -1,0 +1,1 @@
+"""Routes about model versions and releases."""

@@ -1,0 +1,177 @@
+"""Routes of model versions and releases: what is served, and what changes it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastapi import FastAPI, Response
+from safetensors import safe_open
+
+from fedvit.api.model import (
+    ModelInfo,
+    ModelView,
+    OptimizeRequest,
+    ReleaseView,
+    RetrainRequest,
+    RollbackRequest,
+    SwitchRequest,
+)
+from fedvit.api.operations import OperationView
+from fedvit.config import Settings
+from fedvit.errors import NotFoundError
+from fedvit.registry.publisher import artifacts_of, served_variant
+from fedvit.store.store import Release, Store
+from fedvit.types import Variant
+from serve_apps.control.http.access import FOLLOWER, OPERATOR, VIEWER, CallKey, Note
+from serve_apps.control.http.parameters import Limit, Offset
+from serve_apps.control.services import Services
+from serve_apps.control.training.operations import accepted, progress_facts
+from serve_apps.problems import documented
+
+
+def add_model_routes(api: FastAPI, services: Services) -> None:
+    """Add the routes of model versions and releases."""
+    _add_readings(api, services)
+    _add_changes(api, services)
+
+
+def _add_readings(api: FastAPI, services: Services) -> None:
+    store, settings = services.store, services.settings
+
+    @api.get("/api/model/info", tags=["model"], dependencies=VIEWER, responses=documented(404))
+    def info() -> ModelInfo:
+        """The served model: size in bytes by variant, complexity of the variant that the fleet runs, classes."""
+        release = _current_release(store)
+        variant = served_variant(release, settings)
+        fleet = store.fleet()
+        return ModelInfo(
+            name=settings.model.name,
+            version=release.version,
+            variant=variant,
+            size={variant: store.blobs.path(digest).stat().st_size for variant, digest in release.artifacts.items()},
+            complexity={
+                "trainable": settings.model.trainable,
+                **_trainable(store, store.version(release.version).weights_digest),
+                **_complexity(release, variant),
+            },
+            classes=fleet.classes if fleet else (),
+            image_size=settings.data.image_size,
+        )
+
+    @api.get("/api/model/versions", tags=["model"], dependencies=VIEWER)
+    def versions(limit: Limit = 50, offset: Offset = 0) -> list[ModelView]:
+        """Model versions, newest first."""
+        return [ModelView.of(version) for version in store.versions(offset=offset, limit=limit)]
+
+    @api.get("/api/model/current", tags=["model"], dependencies=VIEWER, responses=documented(404))
+    def current() -> ModelView:
+        """The version that replicas and vehicles are offered."""
+        return ModelView.of(store.version(_current_release(store).version))
+
+    @api.get(
+        "/api/model/release",
+        tags=["model"],
+        response_class=Response,
+        dependencies=FOLLOWER,
+        responses=documented(404) | {200: {"content": {"application/json": {"schema": {"type": "object"}}}}},
+    )
+    def release(variant: Variant | None = None) -> Response:
+        """The signed manifest of the current release, byte for byte as it was signed.
+
+        Without ``variant`` it is that of the variant that the fleet was last switched to.
+        """
+        found = _current_release(store)
+        wanted = served_variant(found, settings) if variant is None else variant.value
+        envelope = found.envelopes.get(wanted)
+        if envelope is None:
+            raise NotFoundError(f"The current release has no variant {wanted!r}.", cure="See release.variants.")
+        return Response(envelope, media_type="application/json")
+
+    @api.get(
+        "/api/model/blobs/{digest}",
+        tags=["model"],
+        response_class=Response,
+        dependencies=FOLLOWER,
+        responses=documented(404, 502)
+        | {200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}},
+    )
+    def blob(digest: str) -> Response:
+        """An artifact of the current release by its SHA-256. Weights and other blobs are not handed out."""
+        if digest not in _current_release(store).artifacts.values():
+            raise NotFoundError(f"The current release has no artifact {digest!r}.", cure="Read its manifest again.")
+        return Response(store.blobs.get(digest), media_type="application/octet-stream")
+
+
+def _trainable(store: Store, weights_digest: str) -> dict[str, int]:
+    path = store.blobs.path(weights_digest)
+    with safe_open(path, framework="numpy") as weights:
+        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  # no mapping
+    return {"trainable_bytes": path.stat().st_size, "trainable_parameters": sum(math.prod(shape) for shape in shapes)}
+
+
+def _complexity(release: Release, variant: str) -> dict[str, int]:
+    """What was measured when the variant was exported; nothing for releases from before that was done."""
+    metrics = artifacts_of(release)[variant].metrics
+    return {name: int(metrics[name]) for name in ("parameters", "blocks", "multiply_adds") if name in metrics}
+
+
+def _current_release(store: Store) -> Release:
+    release = store.current_release()
+    if release is None:
+        raise NotFoundError("No model version is released yet.", cure="Start training: POST /api/training/start.")
+    return release
+
+
+def _add_changes(api: FastAPI, services: Services) -> None:
+    store, settings = services.store, services.settings
+
+    def release_facts() -> dict[str, Any] | None:
+        release = store.current_release()
+        return None if release is None else _facts(release, settings)
+
+    def current(version: str, note: Note) -> ReleaseView:
+        release = store.release_of(version)
+        assert release is not None
+        note.after = _facts(release, settings)
+        return ReleaseView.of(
+            release,
+            variant=served_variant(release, settings),
+            variants=sorted(release.artifacts),
+            lineage=store.version(version).lineage,
+        )
+
+    @api.post("/api/model/rollback", tags=["model"], dependencies=OPERATOR, responses=documented(404, 502, 503))
+    def rollback(request: RollbackRequest, note: Note) -> ReleaseView:
+        """Make an older version's content current again, as a new and higher version."""
+        note.before = release_facts()
+        version = services.aggregator().rollback(request.version, force=request.force, reason=request.reason)
+        return current(version, note)
+
+    @api.post("/api/model/switch", tags=["model"], dependencies=OPERATOR, responses=documented(502, 503))
+    def switch(request: SwitchRequest, note: Note) -> ReleaseView:
+        """Move replicas and vehicles to another variant of the current version; harmless when repeated."""
+        note.before = release_facts()
+        return current(services.aggregator().switch_variant(request.variant), note)
+
+    @api.post("/api/edge/optimize", tags=["edge"], status_code=202, dependencies=OPERATOR, responses=documented(503))
+    def optimize(request: OptimizeRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
+        """Measure faster variants and move the fleet to the most accurate one that meets the target."""
+        note.before = release_facts()
+        params = {"strategy": request.strategy, "target_latency_ms": request.target_latency}
+        return accepted(services.aggregator().submit("optimize", params, call_key), response, note)
+
+    @api.post("/api/model/retrain", tags=["model"], status_code=202, dependencies=OPERATOR, responses=documented(503))
+    def retrain(request: RetrainRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
+        """End the present run after its round and begin another; GET /api/training/status tells how that fares."""
+        aggregator = services.aggregator()
+        note.before = progress_facts(aggregator.progress())
+        return accepted(aggregator.submit("retrain", {"strategy": request.strategy}, call_key), response, note)
+
+
+def _facts(release: Release, settings: Settings) -> dict[str, Any]:
+    return {
+        "version": release.version,
+        "sequence": release.sequence,
+        "variant": served_variant(release, settings),
+    }

@@ -1,0 +1,1 @@
+"""Routes about the privacy budget and about privacy breaches."""

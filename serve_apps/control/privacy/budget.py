@@ -1,0 +1,98 @@
+"""Routes of the privacy budget: what is spent, what is left, and how a new one is granted."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query
+from fastapi.responses import JSONResponse
+
+from fedvit.access.identity import Scope
+from fedvit.api.privacy import AwaitingApproval, BudgetView, PeriodView, ResetBudget, SpendView
+from fedvit.ports import AccountantPort, LedgerEntry
+from fedvit.types import utc_now
+from serve_apps.control.http.access import VIEWER, AuditNote, CurrentIdentity, Note, requires
+from serve_apps.control.services import Services
+from serve_apps.problems import documented
+
+# An open loopback port must not be enough to spend more of anybody's privacy.
+_ADMIN_BY_TOKEN = [requires(Scope.ADMIN, token_always=True)]
+
+
+def add_privacy_routes(api: FastAPI, services: Services) -> None:
+    """Read the budget and its ledger, and grant a new one."""
+    _add_readings(api, services)
+    _add_reset(api, services)
+
+
+def _add_readings(api: FastAPI, services: Services) -> None:
+    @api.get("/api/privacy/budget", tags=["privacy"], dependencies=VIEWER)
+    def budget() -> BudgetView:
+        """What is spent and what is left, for the most exposed client, and how many rounds that is."""
+        return BudgetView.of(services.accountant().budget(outlook=True))
+
+    @api.get("/api/privacy/history", tags=["privacy"], dependencies=VIEWER)
+    def history(
+        hours: Annotated[float, Query(gt=0, le=24 * 366)] = 24, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
+    ) -> list[SpendView]:
+        """The ledger's entries of the last hours, oldest first."""
+        since = utc_now() - timedelta(hours=hours)
+        return [_spend_view(entry) for entry in services.accountant().history(since, limit)]
+
+    @api.get("/api/privacy/periods", tags=["privacy"], dependencies=VIEWER)
+    def periods() -> list[PeriodView]:
+        """Every budget that was granted anew, oldest first; the first period is that of the settings and not here."""
+        return [PeriodView.of(period) for period in services.store.budget_periods()]
+
+
+def _add_reset(api: FastAPI, services: Services) -> None:
+    store, second_approver = services.store, services.settings.privacy.second_approver
+
+    @api.post(
+        "/api/privacy/reset-budget",
+        tags=["privacy"],
+        dependencies=_ADMIN_BY_TOKEN,
+        response_model=BudgetView,
+        responses={202: {"model": AwaitingApproval, "description": "Another admin has to approve it."}},
+    )
+    def reset_budget(request: ResetBudget, who: CurrentIdentity, note: Note) -> Any:
+        """Begin a new period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger."""
+        if not second_approver:
+            return _reset(services.accountant(), note, request.new_epsilon, request.justification, who.actor, None)
+        wish = store.ask_for_budget(request.new_epsilon, request.justification, who.actor, utc_now())
+        note.after = AwaitingApproval.of(wish).model_dump(mode="json")
+        return JSONResponse(note.after, status_code=202)
+
+    @api.post(
+        "/api/privacy/reset-budget/{request_id}/approve",
+        tags=["privacy"],
+        dependencies=_ADMIN_BY_TOKEN,
+        responses=documented(404),
+    )
+    def approve(request_id: str, who: CurrentIdentity, note: Note) -> BudgetView:
+        """Put a budget in force that another admin asked for within the last 24 hours."""
+        wish = store.take_budget_request(request_id, who.actor, utc_now())
+        accountant = services.accountant()
+        return _reset(accountant, note, wish.new_epsilon, wish.justification, wish.requested_by, who.actor)
+
+
+def _reset(
+    accountant: AccountantPort,
+    note: AuditNote,
+    new_epsilon: float,
+    justification: str,
+    requested_by: str,
+    approved_by: str | None,
+) -> BudgetView:
+    note.before = BudgetView.of(accountant.budget()).model_dump(mode="json")
+    view = BudgetView.of(accountant.reset_budget(new_epsilon, justification, requested_by, approved_by))
+    note.after = view.model_dump(mode="json")
+    return view
+
+
+def _spend_view(entry: LedgerEntry) -> SpendView:
+    charge = entry.charge
+    event = None if charge.event is None else json.loads(charge.event)
+    return SpendView.of(charge, sequence=entry.sequence, at=entry.at, client_id=charge.unit_id, event=event)

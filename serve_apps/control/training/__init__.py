@@ -1,0 +1,1 @@
+"""Routes about training: its loop, its settings, aggregation, and long operations."""
