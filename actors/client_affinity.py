@@ -1,4 +1,4 @@
-"""Which proxy trains which client: the one where the client's data is warm, as long as all have as much to do."""
+"""Assignment of clients to proxies: to the proxy that has a client's data in memory, with an equal load for all."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ REMEMBERED = 100_000
 
 
 class ClientAffinity:
-    """Remembers the last :data:`REMEMBERED` clients or so; where one is trained changes no bit of what comes of it.
+    """Remembers which proxy trained each of the last :data:`REMEMBERED` clients.
+
+    The assignment affects only speed: a client's update is the same on every proxy.
 
     Args:
-        proxies: how many there are.
+        proxies: how many proxies there are.
+        remembered: how many clients are remembered, at least.
     """
 
-    def __init__(self, proxies: int) -> None:
-        self._proxies = proxies
-        self._home: dict[str, int] = {}
+    def __init__(self, proxies: int, remembered: int = REMEMBERED) -> None:
+        self._proxies, self._remembered = proxies, remembered
+        self._proxy_of: dict[str, int] = {}
 
     def assign(self, client_ids: Sequence[str], load: Mapping[int, int]) -> dict[int, list[str]]:
-        """Deal the clients out, by proxy.
+        """The clients that each proxy shall train, by proxy.
 
         Args:
-            load: how many clients each proxy still has to answer for; it is given so many fewer.
+            load: how many clients each proxy is still training; it is assigned so many fewer.
         """
         share = -(-(len(client_ids) + sum(load.values())) // self._proxies)
         room = {index: share - load.get(index, 0) for index in range(self._proxies)}
         groups: dict[int, list[str]] = {index: [] for index in room}
-        homeless = []
+        unassigned = []
         for client_id in client_ids:
-            home = self._home.get(client_id)
-            if home is None or len(groups[home]) >= room[home]:
-                homeless.append(client_id)
+            last = self._proxy_of.get(client_id)
+            if last is None or len(groups[last]) >= room[last]:
+                unassigned.append(client_id)
             else:
-                groups[home].append(client_id)
-        for client_id in homeless:
+                groups[last].append(client_id)
+        for client_id in unassigned:
             index = max(room, key=lambda index: room[index] - len(groups[index]))
             groups[index].append(client_id)
-            self._home[client_id] = index
-        self._forget(len(client_ids))
+            self._proxy_of[client_id] = index
+        for client_id in list(self._proxy_of)[: -max(self._remembered, len(client_ids))]:
+            del self._proxy_of[client_id]
         return {index: group for index, group in groups.items() if group}
 
     def at(self, proxies: Sequence[int]) -> frozenset[str]:
         """The clients that were last trained on these proxies."""
-        # Copied at once: a round that is dealt out meanwhile adds to it.
-        return frozenset(client_id for client_id, index in self._home.copy().items() if index in proxies)
-
-    def _forget(self, just_dealt: int) -> None:
-        for client_id in list(self._home)[: max(0, len(self._home) - max(REMEMBERED, just_dealt))]:
-            del self._home[client_id]
+        # A copy: another thread may assign clients meanwhile.
+        return frozenset(client_id for client_id, index in self._proxy_of.copy().items() if index in proxies)

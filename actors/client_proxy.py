@@ -1,25 +1,24 @@
-"""The client proxy: the actor behind which clients do their learning.
+"""The client proxy actor: hosts clients and trains them.
 
-What it hosts, and torch, is loaded by the actor itself, not by whoever starts it or looks for it.
+The client host and torch are loaded in the actor's own process, not in those that start or find the actor.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 
+from actors.handles import forwards
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
 from fedvit.ports import ClientHostPort
 from fedvit.settings import settings_from_json
-from fedvit.types import PartialUpdate, TrainTask, Weights
-from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 
 
+@forwards(ClientHostPort, "_warm_host")
 class ClientProxy:
-    """Hosts many virtual clients on one warm model; weights are read from the object store without a copy."""
+    """Runs a :class:`fedvit.ports.ClientHostPort`; weights are read from the object store without a copy."""
 
     def __init__(self, settings_json: str) -> None:
         self._settings = settings_from_json(settings_json)
@@ -36,18 +35,10 @@ class ClientProxy:
         return os.getpid()
 
     def ping(self) -> None:
-        """Answer, also while it trains: this method runs in the concurrency group :data:`actors.handles.PING`."""
-
-    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
-        """Train these clients; one message back. Repeating the call repeats the very same update."""
-        return self._warm_host().train(task, weights, client_ids)
-
-    def histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
-        """ClientHistogram these clients' data; repeating the call repeats the very same histograms."""
-        return self._warm_host().histograms(order, client_ids)
+        """Answer, also during training: this method has its own concurrency group, :data:`actors.names.PING`."""
 
     def _warm_host(self) -> ClientHostPort:
-        # Asked at each call: a restarted actor has not been prepared again.
+        # At each call: a restarted actor is not prepared again.
         if self._host is None:
             _check_key(self._settings.home)
             self._host = _host_of(self._settings)
@@ -69,7 +60,7 @@ def _host_of(settings: Settings) -> ClientHostPort:
 
 
 def _check_key(home: Path) -> None:
-    """Of a node that came later, or lost the folder: with a key of its own, no repetition would find its noise."""
+    """Refuse a node that joined later, or lost the folder: with another key a repeated call would draw other noise."""
     if not (home / "keys" / "root.key").exists():
         raise PlacementError(
             f"The node {socket.gethostname()} does not see the state folder {home}.",

@@ -1,4 +1,4 @@
-"""``fedvit finetune`` from beginning to end: what can be wrong is said first, then Ray, ledger and ranks."""
+"""``fedvit finetune`` from beginning to end: checks of the input, then Ray, ledger and ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from actors.handles import AccountantHandle
+from actors.handles import accountant_handle
 from actors.spawn import connect, spawn_accountant
 from actors.trainer import absolute_paths, run_ranks
 from fedvit.config import Settings
@@ -30,7 +30,7 @@ WEIGHTS = "weights.safetensors"
 
 
 def finetune(settings: Settings, on_step: Callable[[str], None]) -> FinetuneReport:
-    """See :class:`fedvit.ports.SystemPort`. The ledger is the state folder's, and everybody on it is charged.
+    """See :class:`fedvit.ports.SystemPort`. All clients of the state folder's ledger are charged.
 
     Raises:
         StateError: a system runs on the state folder, or the folder belongs to other data.
@@ -52,7 +52,7 @@ def finetune(settings: Settings, on_step: Callable[[str], None]) -> FinetuneRepo
         accountant = spawn_accountant(settings)
         on_step(f"Training {plan.job} on {settings.finetune.ranks} ranks")
         outcome, files = run_ranks(settings, plan.job)
-        spent = AccountantHandle(accountant).budget().epsilon_spent
+        spent = accountant_handle(accountant).budget().epsilon_spent
     weights = _write_weights(settings.home / "finetune" / plan.job, files, plan.digest)
     return _report(settings, plan, outcome, spent, weights, time.monotonic() - started_s)
 

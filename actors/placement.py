@@ -1,8 +1,9 @@
-"""Where parts of a system may run: whoever opens the store on the node that bears its label, proxies spread over all.
+"""Placement of a system's parts on the nodes of a cluster.
 
-The store is a SQLite file. Its write-ahead log lies in memory that one machine shares, so all who open it have to be on
-one node, on whatever disk the folder lies. Proxies open no store; of the state folder they read keys and what clients
-keep between rounds, so that each node has to see the very same folder.
+Processes that open the store run on the node with the store's label. The store is a SQLite file whose write-ahead log
+uses memory shared by the processes of one machine, so that all of them have to be on one node, on whatever disk the
+folder lies. Client proxies are spread over all nodes. They do not open the store, but read keys and client state from
+the state folder, so that every node has to see the same folder.
 """
 
 from __future__ import annotations
@@ -10,40 +11,41 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from fedvit.errors import PlacementError
 
 STORE_LABEL = "fedvit.io/store"
 STORE_HERE = "here"
-_SIGN = Path("run") / "same-folder"
+_MARKER = Path("run") / "same-folder"
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A living node of the cluster, as much as placement needs of it."""
+    """A living node of the cluster: what placement needs to know of it."""
 
     node_id: str
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def bears_store(self) -> bool:
-        """Whether the store may be opened there."""
+    def has_store(self) -> bool:
+        """Whether it has the label of the node where the store may be opened."""
         return self.labels.get(STORE_LABEL) == STORE_HERE
 
 
 def store_selector(nodes: Sequence[Node], here: str) -> dict[str, str]:
-    """The label selector for whoever opens the store; empty on a cluster of one node without the label.
+    """The label selector of processes that open the store; empty on a cluster of one node without the label.
 
     Args:
-        nodes: those alive.
-        here: id of the node that this process, which opens the store itself, runs on.
+        nodes: the living nodes.
+        here: id of the node of this process, which opens the store itself.
 
     Raises:
         PlacementError: with several nodes, not exactly one bears the label, or this process runs on another one.
     """
-    bearers = [node for node in nodes if node.bears_store]
+    bearers = [node for node in nodes if node.has_store]
     if len(nodes) == 1 and not bearers:
         return {}
     label = f"{STORE_LABEL}={STORE_HERE}"
@@ -63,57 +65,54 @@ def store_selector(nodes: Sequence[Node], here: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
-    """What one node sees of the paths that a proxy reads."""
+class NodeProbe:
+    """What one node finds at the paths that a client proxy reads. ``marker``: see :func:`write_marker`."""
 
-    sign: str | None
+    marker: str | None
     missing: tuple[str, ...]
     version: str
 
 
-def leave_sign(home: Path) -> str:
-    """Write a word into the state folder by which every node can tell that it sees this very folder."""
-    sign = secrets.token_hex(8)
-    path = home / _SIGN
+def write_marker(home: Path) -> str:
+    """Write a random word into the state folder; a node that reads the same word sees the same folder."""
+    marker = secrets.token_hex(8)
+    path = home / _MARKER
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(sign)
-    return sign
+    path.write_text(marker)
+    return marker
 
 
-def look(home: Path, paths: Sequence[str]) -> Sight:
-    """What this machine sees."""
-    from importlib.metadata import version
-
-    sign = home / _SIGN
+def probe_node(home: Path, paths: Sequence[str]) -> NodeProbe:
+    """Look at the state folder and ``paths`` on this machine."""
+    marker = home / _MARKER
     missing = tuple(path for path in paths if not Path(path).exists())
-    return Sight(sign.read_text() if sign.exists() else None, missing, version("fedvit"))
+    return NodeProbe(marker.read_text() if marker.exists() else None, missing, version("fedvit"))
 
 
-def fault_of(sight: Sight | None, sign: str, home: Path, version: str) -> str | None:
-    """What keeps a node from training; None where nothing does. ``sight`` None: it did not answer."""
-    if sight is None:
-        return "does not answer"
-    if sight.version != version:
-        return f"has fedvit {sight.version} instead of {version}"
-    if sight.sign != sign:
-        return f"does not see the state folder {home}"
-    if sight.missing:
-        return f"does not see {', '.join(sight.missing)}"
-    return None
-
-
-def check_sights(sights: Mapping[str, Sight | None], sign: str, home: Path, version: str) -> None:
-    """Make sure that proxies can work on every node.
+def check_probes(probes: Mapping[str, NodeProbe | None], marker: str, home: Path, version: str) -> None:
+    """Make sure that client proxies can work on every node.
 
     Args:
-        sights: what each node saw, by its name.
+        probes: by node name; None of a node that did not answer.
 
     Raises:
         PlacementError: each node that cannot is named, with the reason.
     """
-    faults = [f"{name} {fault}" for name, sight in sights.items() if (fault := fault_of(sight, sign, home, version))]
+    faults = [f"{name} {fault}" for name, probe in probes.items() if (fault := _fault(probe, marker, home, version))]
     if faults:
         raise PlacementError(
             f"Client proxies cannot run on every node: {'; '.join(faults)}.",
             cure="Mount the folder there under the same path (docs/cluster.md), or take the node out.",
         )
+
+
+def _fault(probe: NodeProbe | None, marker: str, home: Path, version: str) -> str | None:
+    if probe is None:
+        return "does not answer"
+    if probe.version != version:
+        return f"has fedvit {probe.version} instead of {version}"
+    if probe.marker != marker:
+        return f"does not see the state folder {home}"
+    if probe.missing:
+        return f"does not see {', '.join(probe.missing)}"
+    return None

@@ -1,20 +1,20 @@
-"""The privacy accountant as an actor: one process writes the ledger, everybody asks it."""
+"""The privacy accountant as an actor: one process writes the ledger, all others ask it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 
-from fedvit.ports import Charge, LedgerEntry
+from actors.handles import forwards
+from fedvit.ports import AccountantPort, Charge
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.settings import settings_from_json
-from fedvit.types import BudgetReport
 
 
+@forwards(AccountantPort, "_ready")
 class PrivacyAccountantActor:
-    """A shell round :class:`fedvit.privacy.PrivacyAccountant`; a restart reads the ledger again."""
+    """Runs a :class:`fedvit.privacy.PrivacyAccountant`; a restart reads the ledger again."""
 
     def __init__(self, settings_json: str) -> None:
         self._accountant = PrivacyAccountant(settings=settings_from_json(settings_json))
@@ -29,24 +29,5 @@ class PrivacyAccountantActor:
         self._accountant.write(charges)
         self._ahead.submit(self._accountant.budget)
 
-    def check(self, charges: Sequence[Charge]) -> None:
-        """See :meth:`fedvit.privacy.PrivacyAccountant.check`."""
-        self._accountant.check(charges)
-
-    def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
-        """See :meth:`fedvit.privacy.PrivacyAccountant.within_budget`."""
-        return self._accountant.within_budget(charges)
-
-    def reset_budget(
-        self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None, call_key: str
-    ) -> BudgetReport:
-        """See :meth:`fedvit.privacy.PrivacyAccountant.reset_budget`; an equal ``call_key`` grants once."""
-        return self._accountant.reset_budget(new_epsilon, justification, requested_by, approved_by, call_key=call_key)
-
-    def budget(self, outlook: bool = False) -> BudgetReport:
-        """See :meth:`fedvit.privacy.PrivacyAccountant.budget`."""
-        return self._accountant.budget(outlook=outlook)
-
-    def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
-        """See :meth:`fedvit.privacy.PrivacyAccountant.history`."""
-        return self._accountant.history(since, limit)
+    def _ready(self) -> PrivacyAccountant:
+        return self._accountant

@@ -1,7 +1,7 @@
-"""A silo: a client with several processors of its own, behind the same port as any other.
+"""Silos: clients whose local training is a Ray Train job on several ranks.
 
-Its share of a round is a Ray Train job: the very step of ``fedvit finetune``, from the round's weights. Its data go to
-the ranks through the object store, once a round.
+A rank takes the same steps as in ``fedvit finetune``, from the round's weights. A silo's data reach the ranks through
+the object store, once a round.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedvit.types import FloatArray, TrainTask, Weights
 
 
 class SiloHost(ClientHost):
-    """Implements :class:`fedvit.ports.ClientHostPort`: each client's local steps are taken by ``training.ranks``."""
+    """Implements :class:`fedvit.ports.ClientHostPort`: ``training.ranks`` ranks take each client's local steps."""
 
     def _trainer_of(self, settings: Settings) -> SiloTrainer:
         return SiloTrainer(settings)
@@ -34,7 +34,7 @@ class SiloTrainer:
     """Takes the place of :class:`fedvit.clients.local.LocalTrainer`.
 
     Args:
-        settings: ``finetune`` says where ranks run and what each is given.
+        settings: the section ``finetune`` sets where ranks run and with which resources.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -71,7 +71,7 @@ class SiloTrainer:
 
 
 def run_silo_rank(config: Mapping[str, Any]) -> Mapping[str, FloatArray]:
-    """What each rank of a round does: all give the same answer, and rank 0's is taken."""
+    """The work of one rank in a round; all ranks return the same, and rank 0's result is used."""
     from fedvit.data.sources import open_source
     from fedvit.finetune.ranks import RankedTrainer, Ranks
     from fedvit.models.models import build_model
@@ -87,6 +87,6 @@ def run_silo_rank(config: Mapping[str, Any]) -> Mapping[str, FloatArray]:
         physical_batch_size=settings.training.physical_batch_size,
         bfloat16=settings.finetune.precision == "bfloat16",
     )
-    # Copies: what comes from the object store is read-only.
+    # Copies: arrays from the object store are read-only.
     records = torch.from_numpy(features.copy()), torch.from_numpy(labels.copy())
     return trainer.train(config["task"], base, *records, secret, config["client"])

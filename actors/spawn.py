@@ -1,15 +1,13 @@
-"""The one place that says ``ray.remote``: names, restarts, resources, and what happens when there is no room."""
+"""Start of actors, the one place that calls ``ray.remote``: names, restarts, resources and refusal for lack of room."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,28 +15,25 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.aggregator import Aggregator
 from actors.client_proxy import ClientProxy
-from actors.handles import ACCOUNTANT, AGGREGATOR, PING, AggregatorHandle, fetch, proxy_name
-from actors.placement import Node, check_sights, leave_sign, look, store_selector
+from actors.handles import aggregator_handle, fetch
+from actors.names import ACCOUNTANT, AGGREGATOR, PING, namespace_of, proxy_name
+from actors.placement import Node, check_probes, probe_node, store_selector, write_marker
 from actors.privacy_accountant import PrivacyAccountantActor
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
+from fedvit.ports import AggregatorPort
 from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import settings_to_json
 from fedvit.tools.sweep.space import check_room
 
-NODE_LOOK_S = 60.0
-
-
-def namespace_of(home: Path) -> str:
-    """The Ray namespace of a state folder, so that two systems on one cluster do not meet."""
-    return f"fedvit-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:8]}"
+NODE_PROBE_TIMEOUT_S = 60.0
 
 
 def connect(settings: Settings, environment: dict[str, str]) -> None:
     """Join the cluster that the settings name, or start one here that ends with this process.
 
     Args:
-        environment: variables that every actor and replica must see.
+        environment: variables of every actor and replica.
 
     Raises:
         PlacementError: there is no such cluster.
@@ -47,11 +42,11 @@ def connect(settings: Settings, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     options: dict[str, Any] = {"namespace": namespace_of(settings.home), "log_to_driver": False}
     if address is None:
-        # Workers started here inherit the environment; a joined cluster's do not.
+        # Workers of a cluster that starts here inherit the environment; those of a joined cluster do not.
         options["include_dashboard"] = settings.ray.dashboard
     else:
         options["runtime_env"] = {"env_vars": environment}
-    # Ray puts a handler of its own in the place of whatever unwinds this process gracefully.
+    # Ray replaces the handler that ends this process gracefully.
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address or "local", logging_level="ERROR", **options)
@@ -69,21 +64,21 @@ class Actors:
 
     by_name: Mapping[str, Any]
 
-    def handle(self) -> AggregatorHandle:
-        """The aggregator, typed."""
-        return AggregatorHandle(self.by_name[AGGREGATOR])
+    def handle(self) -> AggregatorPort:
+        """The aggregator as a port."""
+        return aggregator_handle(self.by_name[AGGREGATOR])
 
     def kill(self) -> None:
-        """End them all; their state is in the store."""
+        """End all actors; their state is in the store."""
         for actor in reversed(list(self.by_name.values())):
             ray.kill(actor)
 
     def await_prepared(self, timeout_s: float) -> None:
-        """Wait until each has opened its data and built its model.
+        """Wait until each actor has opened its data and built its model.
 
         Raises:
-            PlacementError: one did not start in time; it is named.
-            FedvitError: one of them cannot use its settings.
+            PlacementError: an actor did not start in time; it is named.
+            FedvitError: an actor cannot use its settings.
         """
         references = {actor.prepare.remote(): name for name, actor in self.by_name.items()}
         ready, waiting = ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
@@ -98,26 +93,25 @@ class Actors:
 
 
 def spawn_actors(settings: Settings) -> Actors:
-    """Start accountant, proxies and aggregator; :meth:`Actors.await_prepared` waits until they can be used.
+    """Start accountant, proxies and aggregator; :meth:`Actors.await_prepared` waits until they are ready.
 
     Raises:
-        PlacementError: Ray has no room for one of them; it is named.
+        PlacementError: Ray has no room for an actor; it is named.
     """
     _check_room(settings)
     selector = selector_of_store()
-    # Here, where the store is: a proxy that made a key of its own would draw another noise than the next one.
+    # On the store's node: a proxy that created its own key would draw other noise than the other proxies.
     load_or_create_root_secret(settings.home)
     check_nodes(settings)
     text = settings_to_json(settings)
-    accountant = _spawn(PrivacyAccountantActor, ACCOUNTANT, settings, text, label_selector=selector)
+    accountant = spawn(PrivacyAccountantActor, ACCOUNTANT, settings, text, label_selector=selector)
     proxies = {
-        proxy_name(index): _spawn(ClientProxy, proxy_name(index), settings, text, scheduling_strategy="SPREAD")
+        proxy_name(index): spawn(ClientProxy, proxy_name(index), settings, text, scheduling_strategy="SPREAD")
         for index in range(settings.ray.proxies)
     }
-    # It finds the others by name, so they have to be there. Restarted, it is given the same id again.
-    system_id = secrets.token_hex(8)
-    handed = (text, namespace_of(settings.home), system_id)
-    aggregator = _spawn(Aggregator, AGGREGATOR, settings, *handed, label_selector=selector)
+    # Last, because it finds the others by name. A restart gets the same arguments, and so the same system id.
+    arguments = (text, namespace_of(settings.home), secrets.token_hex(8))
+    aggregator = spawn(Aggregator, AGGREGATOR, settings, *arguments, label_selector=selector)
     return Actors({ACCOUNTANT: accountant, **proxies, AGGREGATOR: aggregator})
 
 
@@ -128,9 +122,9 @@ def spawn_accountant(settings: Settings) -> Any:
         FedvitError: the ledger cannot be used.
         PlacementError: it did not start in time.
     """
-    # It waits for the ranks. When a node is lost, Ray Train counts on all CPUs of those that are left.
+    # No CPU: it waits for the ranks, and when a node is lost, Ray Train counts on all CPUs of the remaining nodes.
     placed = settings.model_copy(update={"ray": settings.ray.model_copy(update={"actor_cpus": 0.0})})
-    actor = _spawn(
+    actor = spawn(
         PrivacyAccountantActor, ACCOUNTANT, placed, settings_to_json(settings), label_selector=selector_of_store()
     )
     Actors({ACCOUNTANT: actor}).await_prepared(settings.ray.start_timeout_s)
@@ -147,20 +141,20 @@ def selector_of_store() -> dict[str, str]:
 
 
 def check_nodes(settings: Settings) -> None:
-    """Make sure, on every node of a larger cluster, that a client proxy finds there what it reads.
+    """Make sure, on every node of a larger cluster, that a client proxy finds the files that it reads.
 
     Raises:
-        PlacementError: a node lacks something; it is named.
+        PlacementError: a node lacks a file; both are named.
     """
     nodes = _nodes()
     if len(nodes) == 1:
         return
-    sign = leave_sign(settings.home)
-    named = [path for path in (settings.data.path, settings.model.checkpoint) if path is not None]
-    asked = {node.name: _on_node(node).remote(settings.home, [str(path) for path in named]) for node in nodes}
-    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=NODE_LOOK_S)
-    sights = {name: fetch(reference) if reference in ready else None for name, reference in asked.items()}
-    check_sights(sights, sign, settings.home, version("fedvit"))
+    marker = write_marker(settings.home)
+    paths = [str(path) for path in (settings.data.path, settings.model.checkpoint) if path is not None]
+    calls = {node.name: _probe_on(node).remote(settings.home, paths) for node in nodes}
+    ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=NODE_PROBE_TIMEOUT_S)
+    probes = {name: fetch(reference) if reference in ready else None for name, reference in calls.items()}
+    check_probes(probes, marker, settings.home, version("fedvit"))
 
 
 def _nodes() -> list[Node]:
@@ -168,14 +162,19 @@ def _nodes() -> list[Node]:
     return [Node(node["NodeID"], node["NodeManagerAddress"], node.get("Labels") or {}) for node in alive]
 
 
-def _on_node(node: Node) -> Any:
-    place = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0)(look).options(
-        name=f"fedvit-look-{node.name}", scheduling_strategy=place
-    )
+def _probe_on(node: Node) -> Any:
+    strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+    remote = ray.remote(num_cpus=0, max_retries=0)(probe_node)
+    return remote.options(name=f"fedvit-probe-{node.name}", scheduling_strategy=strategy)
 
 
-def _spawn(kind: type, name: str, settings: Settings, *arguments: Any, **placement: Any) -> Any:
+def spawn(kind: type, name: str, settings: Settings, *arguments: Any, **placement: Any) -> Any:
+    """Start one actor of a class of this package, with restarts.
+
+    Args:
+        arguments: of the class.
+        placement: options of Ray that say where it may run.
+    """
     options = ray.remote(
         num_cpus=settings.ray.actor_cpus,
         max_restarts=-1,
@@ -186,22 +185,22 @@ def _spawn(kind: type, name: str, settings: Settings, *arguments: Any, **placeme
     return options(kind).options(name=name, **placement).remote(*arguments)
 
 
-# A proxy trains one call at a time, and answers a ping meanwhile; the other two answer questions while they work.
+# A proxy runs one training call at a time, and answers a ping meanwhile; the others answer calls while they work.
 _CONCURRENCY: dict[type, int] = {ClientProxy: 1, PrivacyAccountantActor: 8, Aggregator: 16}
 
 
 def spawn_trial_workers(settings: Settings, secret: bytes) -> list[Any]:
-    """Actors that run a sweep's trials one after another and stay warm in between.
+    """Actors that run a sweep's trials one after another and keep data and models in memory.
 
-    A trial's own function only waits: of the CPUs that a trial states, its worker has nearly all.
+    The function that Ray Tune starts for a trial only waits, so that the worker gets nearly all of the trial's CPUs.
 
     Args:
-        secret: of the sweep; see :meth:`fedvit.tools.sweep.journal.Journal.secret`.
+        secret: the sweep's secret; see :meth:`fedvit.tools.sweep.journal.Journal.secret`.
 
     Raises:
         PlacementError: Ray has no room for so many.
     """
-    # Imported here: it brings torch, which who only asks for an actor need not load.
+    # Imported here: it loads torch, which processes that only find actors do not need.
     from actors.sweep import SPARE, WAITING_CPUS, TrialWorker
 
     check_room(settings, ray.available_resources().get("CPU", 0))
@@ -214,7 +213,7 @@ def spawn_trial_workers(settings: Settings, secret: bytes) -> list[Any]:
 
 
 def _check_room(settings: Settings) -> None:
-    """Say at once what will never be placed, instead of waiting for it.
+    """Refuse at once actors that could never be placed.
 
     Raises:
         PlacementError: the actors ask for more CPUs than the cluster has free.

@@ -1,4 +1,4 @@
-"""A sweep on Ray Tune: trials are functions that only wait; warm workers, kept between trials, do the work."""
+"""A sweep on Ray Tune: trial functions that only wait, and worker actors, kept between trials, that do the work."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from fedvit.tools.sweep.trial import RUNNING, WarmTrials, stopped_early
 WAITING_CPUS = 0.05
 """The share of a trial's CPUs that a waiting function books."""
 SPARE = 1
-"""Functions beyond the workers: one waits already when a worker is free, and Tune's own second is no worker's."""
-_LOOK_S = 0.02
-# As text: Tune flattens what is nested.
+"""Trial functions beyond the workers: one waits already when a worker is free, so that Tune's delay costs no time."""
+_POLL_S = 0.02
+# As text: Tune flattens nested values.
 _OUTCOME = "outcome"
 
 
 class TrialWorker:
-    """Runs trials one after another on data and models that it keeps.
+    """Runs trials one after another on data and models that it keeps in memory.
 
     Args:
-        threads: that torch may use.
-        secret: of the sweep.
+        threads: how many threads torch may use.
+        secret: the sweep's secret.
     """
 
     def __init__(self, threads: int, secret: bytes) -> None:
@@ -76,12 +76,12 @@ def _open_world(plan: TrialPlan) -> Any:
 def run_trials(
     settings: Settings, journal: Journal, workers: Sequence[Any], on_trial: Callable[[TrialOutcome], None]
 ) -> None:
-    """Run what the journal does not have yet; everything that ends is in it before ``on_trial`` hears of it.
+    """Run the trials that the journal does not have yet; each is written there before ``on_trial`` is called.
 
-    One that was cut off begins again and, drawing from the same secret, releases the same once more.
+    A trial that was interrupted begins again and, with the same secret, releases the same values once more.
 
     Raises:
-        FedvitError: a trial could not be run for a reason that is not its own; what is in the journal stays.
+        FedvitError: a trial could not be run for a reason outside the trial; the journal keeps the other trials.
     """
     plans = plan_sweep(settings)
     done = journal.finished(plans)
@@ -95,16 +95,16 @@ def run_trials(
         for rung, (value, error) in outcome.rungs.items():
             halving.record(outcome.trial_id, int(rung), planned[outcome.trial_id], Score(value, error))
     scratch = journal.folder / "tune"
-    # Of a sweep that was killed: the journal has all that counts.
+    # The remains of a sweep that was killed; the journal has all that is needed.
     shutil.rmtree(scratch, ignore_errors=True)
-    keeper = _Keeper(journal, planned, on_trial)
+    recorder = _TrialRecorder(journal, planned, on_trial)
     try:
-        _tuner(settings, left, workers, scratch, _Rungs(halving, planned), keeper).fit()
+        _tuner(settings, left, workers, scratch, _HalvingScheduler(halving, planned), recorder).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if keeper.broken:
+    if recorder.broken:
         raise FedvitError(
-            f"{len(keeper.broken)} trials broke off, the first of them {keeper.broken[0]}.",
+            f"{len(recorder.broken)} trials broke off, the first of them {recorder.broken[0]}.",
             cure="The same command runs them again; see the Ray logs if they break off again.",
         )
 
@@ -114,8 +114,8 @@ def _tuner(
     plans: Sequence[TrialPlan],
     workers: Sequence[Any],
     scratch: Path,
-    scheduler: _Rungs,
-    keeper: _Keeper,
+    scheduler: _HalvingScheduler,
+    recorder: _TrialRecorder,
 ) -> tune.Tuner:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     function = _trial_function(workers, rungs_of(settings))
@@ -133,7 +133,7 @@ def _tuner(
         run_config=tune.RunConfig(
             name="trials",
             storage_path=str(scratch.resolve()),
-            callbacks=[keeper],
+            callbacks=[recorder],
             failure_config=tune.FailureConfig(max_failures=1),
             verbose=0,
         ),
@@ -152,7 +152,7 @@ def _name(trial: Trial) -> str:
 def _trial_function(workers: Sequence[Any], rungs: Sequence[int]) -> Callable[[dict[str, Any]], None]:
     def fedvit_trial(config: dict[str, Any]) -> None:
         trial = config["trial"]
-        worker = _free(workers, trial, rungs)
+        worker = _free_worker(workers, trial, rungs)
         try:
             outcome = None
             while outcome is None or outcome.status == RUNNING:
@@ -165,12 +165,12 @@ def _trial_function(workers: Sequence[Any], rungs: Sequence[int]) -> Callable[[d
     return fedvit_trial
 
 
-def _free(workers: Sequence[Any], trial: Mapping[str, Any], rungs: Sequence[int]) -> Any:
-    """The first worker that takes the trial; all others are at work on one."""
+def _free_worker(workers: Sequence[Any], trial: Mapping[str, Any], rungs: Sequence[int]) -> Any:
+    """The first worker that accepts the trial; the others are running one."""
     for worker in itertools.cycle(workers):
         if fetch(worker.begin.remote(trial, rungs), timeout_s=None):
             return worker
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
     raise AssertionError
 
 
@@ -178,8 +178,8 @@ def _outcome(result: Mapping[str, Any]) -> TrialOutcome:
     return TrialOutcome.from_json(json.loads(result[_OUTCOME]))
 
 
-class _Rungs(FIFOScheduler):  # type: ignore[misc]
-    """:class:`fedvit.tools.sweep.halving.Halving` as Tune wants it."""
+class _HalvingScheduler(FIFOScheduler):
+    """:class:`fedvit.tools.sweep.halving.Halving` as a scheduler of Tune."""
 
     def __init__(self, halving: Halving, planned: Mapping[str, float]) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class _Rungs(FIFOScheduler):  # type: ignore[misc]
         self._planned = planned
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Stop a trial that is clearly behind at the rung that it has just come to."""
+        """Stop a trial that is clearly behind the others at the rung that it has reached."""
         outcome = _outcome(result)
         if outcome.status != RUNNING:
             return str(TrialScheduler.CONTINUE)
@@ -197,8 +197,8 @@ class _Rungs(FIFOScheduler):  # type: ignore[misc]
         return str(TrialScheduler.CONTINUE if good else TrialScheduler.STOP)
 
 
-class _Keeper(Callback):  # type: ignore[misc]
-    """Writes every trial into the journal as it ends; in the driver, so that there is one writer."""
+class _TrialRecorder(Callback):
+    """Writes every trial that ends into the journal; runs in the driver, so that there is one writer."""
 
     def __init__(
         self, journal: Journal, planned: Mapping[str, float], on_trial: Callable[[TrialOutcome], None]
@@ -209,11 +209,11 @@ class _Keeper(Callback):  # type: ignore[misc]
         self.broken: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune writes itself down so that it could go on. Not here: the journal does that, and a terminal has no state.
+        # Tune saves its callbacks to resume a sweep; here the journal serves that purpose.
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """It ran to its end, or the scheduler stopped it."""
+        """Write the outcome of a trial that ran to its end or was stopped by the scheduler."""
         outcome = _outcome(trial.last_result)
         if outcome.status == RUNNING:
             outcome = stopped_early(outcome)
@@ -223,5 +223,5 @@ class _Keeper(Callback):  # type: ignore[misc]
         self._on_trial(outcome)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Its worker or its function broke off; that is no outcome, and it is run again by the same command."""
+        """Note a trial whose worker or function failed: it has no outcome, and the same command runs it again."""
         self.broken.append(_name(trial))

@@ -1,7 +1,7 @@
-"""Fine-tuning as a Ray Train job: a controller that restarts ranks, ranks that meet over gloo or NCCL.
+"""Fine-tuning as a Ray Train job: a controller that restarts ranks, and ranks that communicate over gloo or NCCL.
 
-Neither Ray Train's ``prepare_model`` nor its ``prepare_data_loader`` is used: the first wraps a model whose gradients
-are summed here already, the second puts batches of a fixed size in the place of a Poisson sample.
+Neither Ray Train's ``prepare_model`` nor its ``prepare_data_loader`` is used: the first wraps the model to average
+gradients, which are summed here already; the second replaces Poisson samples by batches of a fixed size.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from ray import train
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
-from actors.handles import AccountantHandle
+from actors.handles import connect_accountant
+from actors.names import namespace_of
 from actors.rendezvous import RankConfig
-from actors.spawn import namespace_of
 from fedvit.config import FinetuneConfig, Settings
 from fedvit.errors import FedvitError, InterruptedRunError, PlacementError
 from fedvit.settings import settings_from_json, settings_to_json
 
-# A rank that is killed breaks its connections, which the others see at once; this is for one that hangs.
+# For a rank that hangs. A rank that is killed breaks its connections, which the others notice at once.
 _COLLECTIVE_TIMEOUT_S = 600
 
 
 def rank_name(index: int) -> str:
-    """A rank as messages call it."""
+    """The name of a rank in messages."""
     return f"fedvit-rank-{index}"
 
 
 def run_ranks(settings: Settings, job: str) -> tuple[Any, dict[str, bytes]]:
-    """Train on as many ranks as the settings say, from the job's last checkpoint if it has one.
+    """Train on ``finetune.ranks`` ranks, from the job's last checkpoint if it has one.
 
     Args:
-        settings: complete, with absolute paths; every node has to see the state folder and the data set under them.
-        job: names the folder of the job's checkpoints, in ``finetune`` of the state folder.
+        settings: complete, with absolute paths under which every node sees the state folder and the data set.
+        job: the folder of the job's checkpoints, in ``finetune`` of the state folder.
 
     Returns:
-        What rank 0 found (:class:`fedvit.finetune.job.Outcome`), and the last checkpoint's files.
+        Rank 0's :class:`fedvit.finetune.job.Outcome`, and the last checkpoint's files.
 
     Raises:
         PlacementError: there is no room for a rank; it is named.
         InterruptedRunError: the user ended it.
-        FedvitError: ranks failed more often than the settings admit; or what a rank raised.
+        FedvitError: ranks failed more often than the settings allow; or the error that a rank raised.
     """
     config = {"settings": settings_to_json(settings)}
     result = fit_ranks(run_rank, config, settings, job, "finetune")
@@ -60,10 +60,10 @@ def run_ranks(settings: Settings, job: str) -> tuple[Any, dict[str, bytes]]:
 def fit_ranks(
     loop: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any], settings: Settings, job: str, folder: str
 ) -> Any:
-    """Run ``loop(arguments)`` on every rank, over again from the last checkpoint where one is lost; rank 0's result.
+    """Run ``loop(arguments)`` on every rank, again from the last checkpoint where a rank is lost; rank 0's result.
 
     Args:
-        folder: of the state folder, for what Ray Train keeps of the job.
+        folder: where in the state folder Ray Train keeps the job.
 
     Raises:
         PlacementError, FedvitError: see :func:`run_ranks`.
@@ -93,7 +93,7 @@ def fit_ranks(
 
 
 def run_rank(config: Mapping[str, Any]) -> Any:
-    """What each rank does, from its start to its end."""
+    """The whole work of one rank."""
     import torch
 
     from fedvit.finetune.job import Finetuning
@@ -102,14 +102,14 @@ def run_rank(config: Mapping[str, Any]) -> Any:
     settings = settings_from_json(config["settings"])
     torch.set_num_threads(settings.finetune.threads_per_rank)
     device = rank_device(settings)
-    accountant = AccountantHandle.connect(namespace_of(settings.home))
+    accountant = connect_accountant(namespace_of(settings.home))
     job = Finetuning(settings, Ranks.here(device), charge=accountant.charge, keep=_keep)
     checkpoint = train.get_checkpoint()
     return job.run(files_of(checkpoint) if checkpoint else None)
 
 
 def absolute_paths(settings: Settings) -> Settings:
-    """The settings with paths that mean the same in a rank, which works in a folder of its own."""
+    """The settings with absolute paths: a rank works in a folder of its own."""
 
     def absolute(path: Path | None) -> Path | None:
         return None if path is None else path.absolute()
@@ -133,7 +133,7 @@ def files_of(checkpoint: train.Checkpoint) -> dict[str, bytes]:
 
 
 def _keep(step: int, files: Mapping[str, bytes]) -> None:
-    """Hand a checkpoint to Ray Train, which returns once it is stored; every rank has to call."""
+    """Store a checkpoint through Ray Train; every rank has to call."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
@@ -141,8 +141,8 @@ def _keep(step: int, files: Mapping[str, bytes]) -> None:
 
 
 def _scaling(config: FinetuneConfig, ranks: int) -> train.ScalingConfig:
-    # No more than there is room for now: Ray Train counts a node's CPUs, blind to who else has some of them, and would
-    # wait for a place that never comes.
+    # No more ranks than there is room for now: Ray Train counts all CPUs of a node, also those in use, and would wait
+    # for ever.
     elastic = config.min_ranks is not None and config.min_ranks < ranks
     return train.ScalingConfig(
         num_workers=(config.min_ranks, ranks) if elastic else ranks,
@@ -156,7 +156,7 @@ def _resources(config: FinetuneConfig) -> dict[str, float]:
 
 
 def check_room(config: FinetuneConfig) -> int:
-    """Say at once which rank will never be placed, instead of waiting for it; return how many can be.
+    """Refuse at once ranks that could never be placed; return how many ranks can be.
 
     Raises:
         PlacementError: the ranks that a job needs ask for more than the cluster has free.

@@ -89,9 +89,18 @@ class AccountantPort(Protocol):
         ...
 
     def reset_budget(
-        self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None
+        self,
+        new_epsilon: float,
+        justification: str,
+        requested_by: str,
+        approved_by: str | None = None,
+        *,
+        call_key: str | None = None,
     ) -> BudgetReport:
-        """Begin a new budget period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger."""
+        """Begin a new budget period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger.
+
+        A repetition with an equal ``call_key`` grants once.
+        """
         ...
 
     def budget(self, *, outlook: bool = False) -> BudgetReport:

@@ -10,8 +10,8 @@ from pathlib import Path
 from fastapi import FastAPI
 from ray import serve
 
-from actors.handles import AccountantHandle, AggregatorHandle
-from actors.spawn import namespace_of
+from actors.handles import connect_accountant, connect_aggregator
+from actors.names import namespace_of
 from fedvit.config import Settings
 from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.store.store import Store
@@ -49,8 +49,8 @@ def _build_api(settings_json: str) -> FastAPI:
         Services(
             settings=settings,
             store=Store.open(settings.home),
-            aggregator=partial(AggregatorHandle.connect, namespace),
-            accountant=partial(AccountantHandle.connect, namespace),
+            aggregator=partial(connect_aggregator, namespace),
+            accountant=partial(connect_accountant, namespace),
             metrics_dir=Path(metrics_dir) if metrics_dir else None,
         )
     )

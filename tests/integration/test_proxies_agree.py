@@ -12,8 +12,9 @@ import ray
 from generous_accountant import GenerousAccountant
 
 from actors.client_proxy import ClientProxy
-from actors.handles import RayFleet, proxy_name
-from actors.spawn import _spawn, connect
+from actors.fleet import RayFleet
+from actors.names import proxy_name
+from actors.spawn import connect, spawn
 from fedvit.clients.workload import own_clients, server_model
 from fedvit.config import Settings
 from fedvit.rounds.coordinator import Coordinator
@@ -51,7 +52,7 @@ def trained(home: Path, unit: str, proxies: int) -> list[str]:
     (home / "keys").mkdir(parents=True)
     (home / "keys" / "root.key").write_bytes(SEED)
     actors = [
-        _spawn(ClientProxy, f"{proxy_name(index)}-of-{proxies}-{unit}", settings, settings_to_json(settings))
+        spawn(ClientProxy, f"{proxy_name(index)}-of-{proxies}-{unit}", settings, settings_to_json(settings))
         for index in range(proxies)
     ]
     try:

@@ -13,7 +13,7 @@ import torch
 
 from actors.client_proxy import ClientProxy
 from actors.handles import fetch
-from actors.spawn import _spawn, connect
+from actors.spawn import connect, spawn
 from fedvit.clients.host import ClientHost, Trainer
 from fedvit.config import Settings
 from fedvit.evaluation.server_model import ServerModel
@@ -70,7 +70,7 @@ def flat(sums: Mapping[str, Any]) -> FloatArray:
 def test_two_ranks_behind_a_proxy_give_the_answer_of_one(settings: Settings) -> None:
     base = ServerModel(settings).initial_weights()
     task = TrainTask("run-0001", 1, weights_digest(base), "data", 1.0, 0.5, 1.0, 2, 0.1)
-    proxy = _spawn(ClientProxy, "silo-proxy", settings, settings_to_json(settings))
+    proxy = spawn(ClientProxy, "silo-proxy", settings, settings_to_json(settings))
     answer: PartialUpdate = fetch(proxy.train.remote(task, base, [CLIENT]), TIMEOUT_S)
     assert [outcome.error for outcome in answer.outcomes] == [None]
     torch.set_num_threads(1)
@@ -80,6 +80,6 @@ def test_two_ranks_behind_a_proxy_give_the_answer_of_one(settings: Settings) -> 
     assert np.linalg.norm(found - truth) / np.linalg.norm(truth) < 1e-5
     # No room: the client's answer names the rank.
     cramped = settings.model_copy(update={"finetune": settings.finetune.model_copy(update={"cpus_per_rank": 64.0})})
-    other = _spawn(ClientProxy, "cramped-proxy", settings, settings_to_json(cramped))
+    other = spawn(ClientProxy, "cramped-proxy", settings, settings_to_json(cramped))
     (outcome,) = fetch(other.train.remote(task, base, [CLIENT]), TIMEOUT_S).outcomes
     assert "no room for fedvit-rank-0" in str(outcome.error)

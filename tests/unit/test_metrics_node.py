@@ -188,7 +188,7 @@ def test_ray_is_told_the_same_figures_but_those_that_end(tmp_path: Path) -> None
         mirror = RayMirror(tmp_path, Recorder)
         for loss in (0.5, 0.25):
             worker.do(f'gauge("training_loss").set({loss})')
-            mirror.repeat()
+            mirror.copy()
             assert told["fed_vit_autorl_training_loss", ""] == loss
     exported = samples(tmp_path)
     assert told["fed_vit_autorl_heartbeats_total", "ok"] == 3

@@ -1,4 +1,4 @@
-"""Where the parts of a system may run, and what is said when they may not."""
+"""Placement of a system's parts on nodes, and the messages of refusals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from actors.client_proxy import ClientProxy
-from actors.placement import STORE_HERE, STORE_LABEL, Node, Sight, check_sights, leave_sign, look, store_selector
+from actors.placement import (
+    STORE_HERE,
+    STORE_LABEL,
+    Node,
+    NodeProbe,
+    check_probes,
+    probe_node,
+    store_selector,
+    write_marker,
+)
 from fedvit.errors import PlacementError
 from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import load_settings, settings_to_json
@@ -16,7 +25,7 @@ HEAD = Node("a", "10.0.0.10", {STORE_LABEL: STORE_HERE})
 PLAIN = Node("b", "10.0.0.11")
 
 
-def test_one_node_without_the_label_pins_nobody() -> None:
+def test_one_node_without_the_label_needs_no_selector() -> None:
     assert store_selector([PLAIN], here="b") == {}
 
 
@@ -25,58 +34,58 @@ def test_the_labelled_node_is_where_the_store_is_opened_also_before_others_join(
 
 
 @pytest.mark.parametrize(
-    ("nodes", "told"),
+    ("nodes", "named"),
     [
         ([PLAIN, Node("c", "10.0.0.12")], "none bears the label"),
         ([HEAD, Node("c", "10.0.0.12", HEAD.labels)], r"10\.0\.0\.10, 10\.0\.0\.12 bear the label"),
     ],
 )
-def test_sqlite_on_several_nodes_is_refused_unless_exactly_one_bears_it(nodes: list[Node], told: str) -> None:
-    with pytest.raises(PlacementError, match=f"SQLite file.*{told}"):
+def test_sqlite_on_several_nodes_is_refused_unless_exactly_one_bears_it(nodes: list[Node], named: str) -> None:
+    with pytest.raises(PlacementError, match=f"SQLite file.*{named}"):
         store_selector(nodes, here="a")
 
 
-def test_a_process_on_another_node_is_told_where_to_run() -> None:
+def test_a_process_on_another_node_is_refused_with_the_node_to_run_on() -> None:
     with pytest.raises(PlacementError, match=r"on 10\.0\.0\.10 alone"):
         store_selector([HEAD, PLAIN], here="b")
 
 
 def test_a_node_with_a_folder_of_its_own_is_named(tmp_path: Path) -> None:
     head, worker = tmp_path / "head", tmp_path / "worker"
-    sign = leave_sign(head)
-    leave_sign(worker)
-    seen = look(head, [])
-    sights = {"head": seen, "worker": look(worker, []), "silent": None}
+    marker = write_marker(head)
+    write_marker(worker)
+    probe = probe_node(head, [])
+    probes = {"head": probe, "worker": probe_node(worker, []), "silent": None}
     with pytest.raises(PlacementError) as caught:
-        check_sights(sights, sign, head, seen.version)
+        check_probes(probes, marker, head, probe.version)
     assert f"worker does not see the state folder {head}" in caught.value.message
     assert "silent does not answer" in caught.value.message
     assert "head does not" not in caught.value.message
 
 
 def test_missing_data_and_another_version_are_named(tmp_path: Path) -> None:
-    sign = leave_sign(tmp_path)
+    marker = write_marker(tmp_path)
     images = str(tmp_path / "images")
-    sights = {"one": look(tmp_path, [images]), "two": Sight(sign, (), "0.0.1")}
+    probes = {"one": probe_node(tmp_path, [images]), "two": NodeProbe(marker, (), "0.0.1")}
     with pytest.raises(PlacementError, match=rf"one does not see {images}; two has fedvit 0\.0\.1"):
-        check_sights(sights, sign, tmp_path, sights["one"].version)
+        check_probes(probes, marker, tmp_path, probes["one"].version)
 
 
 def test_nodes_that_see_everything_pass(tmp_path: Path) -> None:
-    sign = leave_sign(tmp_path)
-    seen = look(tmp_path, [str(tmp_path)])
-    check_sights({"one": seen, "two": seen}, sign, tmp_path, seen.version)
+    marker = write_marker(tmp_path)
+    probe = probe_node(tmp_path, [str(tmp_path)])
+    check_probes({"one": probe, "two": probe}, marker, tmp_path, probe.version)
 
 
 def test_a_proxy_without_the_state_folder_makes_no_key_of_its_own(tmp_path: Path) -> None:
     home = tmp_path / "not-mounted"
     settings = load_settings(environ={}).model_copy(update={"home": home})
-    with pytest.raises(PlacementError, match="does not see the state folder"):
+    with pytest.raises(PlacementError):
         ClientProxy(settings_to_json(settings)).prepare()
     assert not home.exists()
 
 
-def test_a_proxy_that_sees_the_key_goes_on_to_what_it_hosts(tmp_path: Path) -> None:
+def test_a_proxy_that_sees_the_key_builds_its_client_host(tmp_path: Path) -> None:
     load_or_create_root_secret(tmp_path)
     own = {
         "home": str(tmp_path),

@@ -1,4 +1,4 @@
-"""On which network ranks meet."""
+"""The network interface on which ranks connect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_an_address_of_another_host_has_none() -> None:
 
 
 @pytest.mark.parametrize(("before", "address", "after"), [(None, "127.0.0.1", "lo"), ("eth7", "127.0.0.1", "eth7")])
-def test_gloo_is_told_the_interface_unless_somebody_has(
+def test_gloos_interface_is_set_unless_the_environment_sets_one(
     before: str | None, address: str, after: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
@@ -27,7 +27,7 @@ def test_gloo_is_told_the_interface_unless_somebody_has(
     if before is not None:
         monkeypatch.setenv(rendezvous.GLOO_VARIABLE, before)
     rendezvous.name_interface()
-    # Not by monkeypatch alone: it restores what it was told of.
+    # Removed here: monkeypatch restores only what was set through it.
     assert os.environ.pop(rendezvous.GLOO_VARIABLE) == after
 
 

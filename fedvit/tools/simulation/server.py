@@ -96,7 +96,13 @@ class NoPrivacy:
         return frozenset(charge.unit_id for charge in charges)
 
     def reset_budget(
-        self, new_epsilon: float, justification: str, requested_by: str, approved_by: str | None
+        self,
+        new_epsilon: float,
+        justification: str,
+        requested_by: str,
+        approved_by: str | None = None,
+        *,
+        call_key: str | None = None,
     ) -> BudgetReport:
         """There is no budget.
 

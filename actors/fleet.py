@@ -1,0 +1,139 @@
+"""The fleet on Ray: client proxies behind the fleet port."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from actors.client_affinity import ClientAffinity
+from actors.handles import fetch, find_actor
+from actors.names import PING, proxy_name
+from fedvit.clock import SYSTEM_CLOCK
+from fedvit.errors import FedvitError
+from fedvit.ports import ClockPort, ProxyReport
+from fedvit.types import ClientOutcome, Cohort, PartialUpdate, TrainTask, Weights
+from fedvit.wire.histograms import ClientHistogram, HistogramRequest
+
+WAIT_S = 1.0
+INLINE_BYTES = 50_000
+"""Weights up to this size travel with the call: Ray copies arguments below 100 kB, and spares the object store."""
+PING_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingCall:
+    """A call of a proxy's ``train`` without an answer so far."""
+
+    proxy: int
+    task: TrainTask
+    client_ids: tuple[str, ...]
+
+    def failed(self, reason: str) -> PartialUpdate:
+        outcomes = tuple(ClientOutcome(client_id, 0, reason) for client_id in self.client_ids)
+        return PartialUpdate(self.task.round_index, outcomes, {}, 0.0)
+
+
+class RayFleet:
+    """Implements :class:`fedvit.ports.FleetPort` with client proxies: one message a proxy and round.
+
+    A client goes to the proxy that trained it last, where its data is warm, unless another one has less to do. One
+    thread may use it at a time.
+    """
+
+    def __init__(self, proxies: Sequence[Any], *, timeout_s: float, clock: ClockPort = SYSTEM_CLOCK) -> None:
+        self._proxies = list(proxies)
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._affinity = ClientAffinity(len(self._proxies))
+        self._pending: dict[Any, _PendingCall] = {}
+        self._histogram_calls: list[Any] = []
+
+    @classmethod
+    def connect(cls, namespace: str, proxies: int, *, timeout_s: float) -> RayFleet:
+        """The ``proxies`` client proxies of the running system.
+
+        Raises:
+            PlacementError: they do not run there.
+        """
+        actors = [find_actor(proxy_name(index), namespace) for index in range(proxies)]
+        return cls(actors, timeout_s=timeout_s)
+
+    def train(
+        self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
+    ) -> Iterator[PartialUpdate | None]:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        self._call_proxies(task, weights, cohort)
+        # The caller can prepare what it needs while clients train.
+        yield None
+        answered_at_s = self._clock.monotonic()
+        while self._pending:
+            left_s = answered_at_s + timeout_s - self._clock.monotonic()
+            ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=max(0.0, min(WAIT_S, left_s)))
+            if ready:
+                yield self._answer(ready[0])
+                answered_at_s = self._clock.monotonic()
+            elif left_s <= 0:
+                return
+            else:
+                yield None
+
+    def in_flight(self) -> frozenset[str]:
+        return frozenset(client_id for call in self._pending.values() for client_id in call.client_ids)
+
+    def give_up(self, reason: str) -> list[PartialUpdate]:
+        failed = [call.failed(reason) for call in self._pending.values()]
+        self._pending.clear()
+        return failed
+
+    def proxies_alive(self) -> ProxyReport:
+        """Ask every proxy at once; one that is silent for :data:`PING_TIMEOUT_S` counts as dead."""
+        pings = [proxy.ping.options(concurrency_group=PING, max_task_retries=0).remote() for proxy in self._proxies]
+        answered, _ = ray.wait(pings, num_returns=len(pings), timeout=PING_TIMEOUT_S)
+        alive = [ping in answered and _succeeded(ping) for ping in pings]
+        stranded = self._affinity.at([index for index, good in enumerate(alive) if not good])
+        return ProxyReport({proxy_name(index): good for index, good in enumerate(alive)}, stranded)
+
+    def request_histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> None:
+        """One call a proxy; it ends before calls that are made after it."""
+        for index, group in self._affinity.assign(client_ids, Counter()).items():
+            self._histogram_calls.append(self._proxies[index].histograms.remote(order, group))
+
+    def histograms(self) -> list[ClientHistogram]:
+        """Those of a proxy that died are lost."""
+        calls = self._histogram_calls
+        if not calls:
+            return []
+        ready, self._histogram_calls = ray.wait(calls, num_returns=len(calls), timeout=0)
+        return [histogram for call in ready if _succeeded(call) for histogram in fetch(call)]
+
+    def _call_proxies(self, task: TrainTask, weights: Weights, cohort: Cohort) -> None:
+        argument: Any = dict(weights)
+        if sum(array.nbytes for array in weights.values()) > INLINE_BYTES:
+            argument = ray.put(argument)
+        load = Counter[int]()
+        for call in self._pending.values():
+            load[call.proxy] += len(call.client_ids)
+        for index, client_ids in self._affinity.assign(cohort.client_ids, load).items():
+            reference = self._proxies[index].train.remote(task, argument, client_ids)
+            self._pending[reference] = _PendingCall(index, task, tuple(client_ids))
+
+    def _answer(self, reference: Any) -> PartialUpdate:
+        call = self._pending.pop(reference)
+        try:
+            answer: PartialUpdate = fetch(reference)
+        except (RayError, FedvitError) as error:
+            return call.failed(str(error).strip().splitlines()[-1])
+        return answer
+
+
+def _succeeded(reference: Any) -> bool:
+    try:
+        fetch(reference)
+    except (RayError, FedvitError):
+        return False
+    return True
