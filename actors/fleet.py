@@ -16,7 +16,8 @@ from actors.names import PING, proxy_name
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import FedvitError
 from fedvit.ports import ClockPort, ProxyReport
-from fedvit.types import ClientOutcome, Cohort, PartialUpdate, TrainTask, Weights
+from fedvit.types import Cohort, TrainTask, Weights
+from fedvit.updates import ClientFailures, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 
 WAIT_S = 1.0
@@ -33,9 +34,8 @@ class _PendingCall:
     task: TrainTask
     client_ids: tuple[str, ...]
 
-    def failed(self, reason: str) -> PartialUpdate:
-        outcomes = tuple(ClientOutcome(client_id, 0, reason) for client_id in self.client_ids)
-        return PartialUpdate(self.task.round_index, outcomes, {}, 0.0)
+    def failed(self, reason: str) -> ClientFailures:
+        return ClientFailures.of(self.task.round_index, self.client_ids, reason)
 
 
 class RayFleet:
@@ -65,7 +65,7 @@ class RayFleet:
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate | None]:
+    ) -> Iterator[UpdateMessage | None]:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         self._call_proxies(task, weights, cohort)
         # The caller can prepare what it needs while clients train.
@@ -85,7 +85,7 @@ class RayFleet:
     def in_flight(self) -> frozenset[str]:
         return frozenset(client_id for call in self._pending.values() for client_id in call.client_ids)
 
-    def give_up(self, reason: str) -> list[PartialUpdate]:
+    def give_up(self, reason: str) -> list[ClientFailures]:
         failed = [call.failed(reason) for call in self._pending.values()]
         self._pending.clear()
         return failed
@@ -122,10 +122,10 @@ class RayFleet:
             reference = self._proxies[index].train.remote(task, argument, client_ids)
             self._pending[reference] = _PendingCall(index, task, tuple(client_ids))
 
-    def _answer(self, reference: Any) -> PartialUpdate:
+    def _answer(self, reference: Any) -> UpdateMessage:
         call = self._pending.pop(reference)
         try:
-            answer: PartialUpdate = fetch(reference)
+            answer: UpdateMessage = fetch(reference)
         except (RayError, FedvitError) as error:
             return call.failed(str(error).strip().splitlines()[-1])
         return answer

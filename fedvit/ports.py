@@ -15,12 +15,12 @@ from fedvit.types import (
     Cohort,
     Evaluation,
     Operation,
-    PartialUpdate,
     TrainingProgress,
     TrainTask,
     Variant,
     Weights,
 )
+from fedvit.updates import ClientFailures, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 
 
@@ -134,8 +134,8 @@ class FleetPort(Protocol):
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate | None]:
-        """Hand the task to the cohort and yield one partial update a proxy and task, as they arrive, late ones as well.
+    ) -> Iterator[UpdateMessage | None]:
+        """Hand the task to the cohort and yield one message a proxy and task, as they arrive, late ones as well.
 
         Ends when nobody is in flight any more, or after ``timeout_s`` of silence; until then None comes now and then,
         so that the caller can think again, and may come as soon as the task is handed out. Whoever has not answered
@@ -148,7 +148,7 @@ class FleetPort(Protocol):
         """The clients that were handed a task and have not answered; they may not be handed another."""
         ...
 
-    def give_up(self, reason: str) -> list[PartialUpdate]:
+    def give_up(self, reason: str) -> list[ClientFailures]:
         """Wait for nobody any more: each in flight is an outcome with the error ``reason``; later answers are lost."""
         ...
 
@@ -191,7 +191,7 @@ class Trial:
 class ClientHostPort(Protocol):
     """What a client proxy hosts: the virtual clients that live behind it."""
 
-    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
+    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
         """Train these clients from ``weights``; one message. Repeating the call repeats the very same message.
 
         A client that fails is an outcome with an error, not an exception.

@@ -246,28 +246,6 @@ class ClientOutcome:
 
 
 @dataclass(frozen=True, slots=True)
-class PartialUpdate:
-    """One proxy's answer to a round: the sum of its clients' weighted updates, in one message.
-
-    ``weighted_sum[name] = sum over clients of num_examples * (local - base)``, accumulated in float64. Where the client
-    is the privacy unit it is the sum of their clipped updates, each with a weight of 1; ``within_clip`` of them were
-    within the bound as they came. ``l2_clip_norm`` is what the receiver knows that they were clipped to. Where the rule
-    gives every client the same voice, each has a weight of 1; where it looks at single updates, the message has one of
-    them a client in ``parts``, no sum of its own, and all outcomes. ``content`` is one client's update as it travels,
-    see :mod:`fedvit.wire.updates`; until it is decoded, the sum is empty.
-    """
-
-    round_index: int
-    outcomes: tuple[ClientOutcome, ...]
-    weighted_sum: Mapping[str, npt.NDArray[np.float64]]
-    total_weight: float
-    within_clip: int = 0
-    l2_clip_norm: float | None = None
-    parts: tuple[PartialUpdate, ...] = ()
-    content: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Evaluation:
     """A model's showing on the held-out images of the server (never on a client's)."""
 

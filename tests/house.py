@@ -14,7 +14,7 @@ from tiny_release import CLASSES, IMAGE_SIZE, tiny_model
 
 from fedvit.config import Settings
 from fedvit.operations.local_aggregator import LocalAggregator
-from fedvit.ports import ExportedModel, PartialUpdate
+from fedvit.ports import ExportedModel
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.registry.client import ReleaseClient
 from fedvit.registry.feed import HttpFeed
@@ -22,6 +22,7 @@ from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import Cohort, TrainTask, Variant, Weights
+from fedvit.updates import UpdateMessage
 from fedvit.wire.manifest import load_or_create_signing_key
 from serve_apps.control.api import Services, create_api
 
@@ -48,7 +49,7 @@ class HeldFleet(FakeFleet):
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate]:
+    ) -> Iterator[UpdateMessage | None]:
         self.begun.set()
         assert self.let.wait(WAIT_S)
         yield from super().train(task, weights, cohort, timeout_s=timeout_s)

@@ -14,12 +14,13 @@ from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
 from fedvit.errors import PlacementError
 from fedvit.operations.local_aggregator import LocalAggregator
-from fedvit.ports import AggregatorPort, PartialUpdate
+from fedvit.ports import AggregatorPort
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import Cohort, TrainTask, Weights, utc_now
+from fedvit.updates import UpdateMessage
 from serve_apps.control.api import Services, create_api
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
@@ -39,7 +40,7 @@ class LateFleet(FakeFleet):
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate]:
+    ) -> Iterator[UpdateMessage | None]:
         self._failing = frozenset({"vehicle-0001"} if task.round_index < 3 else ())
         self.begun.set()
         assert self.let.wait(WAIT_S)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from fedvit.aggregation.registry import rule_for
 from fedvit.config import Settings
 from fedvit.tools.simulation.faults import Faults
-from fedvit.types import Client, ClientKind, ClientOutcome, Evaluation, PartialUpdate, TrainTask, Weights
+from fedvit.types import Client, ClientKind, ClientOutcome, Evaluation, TrainTask, Weights
+from fedvit.updates import ClientAnswer, ClientUpdate
 
 CLASSES = 4
 CENTRES = 2.0 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
@@ -59,7 +60,7 @@ class _Learners:
         self._world, self._faults = world, faults
         self._by_examples = rule_for(settings).weighting == "examples"
 
-    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> PartialUpdate:
+    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> ClientAnswer:
         self._world.trained.append((task.round_index, client_id))
         points, labels = self._world._held[client_id]
         labels = self._faults.labels(client_id, labels, CLASSES)
@@ -70,7 +71,7 @@ class _Learners:
             here["weight"] -= task.learning_rate * points.T @ wrong / len(points)
         weight = float(len(labels)) if self._by_examples else 1.0
         sums = {name: weight * (array - weights[name]) for name, array in here.items()}
-        own = PartialUpdate(task.round_index, (ClientOutcome(client_id, len(labels)),), sums, weight)
+        own = ClientUpdate(task.round_index, ClientOutcome(client_id, len(labels)), sums, weight)
         return self._faults.sent(client_id, own)
 
 

@@ -36,7 +36,8 @@ from fedvit.privacy.outputs import output_id
 from fedvit.privacy.round_cost import charge_of, round_event
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.types import ClientOutcome, Encoding, PartialUpdate, TrainTask
+from fedvit.types import Encoding, TrainTask
+from fedvit.updates import ClientFailures
 from fedvit.wire.histograms import HistogramRequest
 from fedvit.wire.tensors import decode_weights
 from fedvit.wire.updates import encode_update
@@ -156,8 +157,7 @@ class Vehicle:
             raise
         except FedvitError as error:
             _LOG.error("round %d of %s: %s", told.round_index, told.run_id, error)
-            outcome = ClientOutcome(self._client_id, 0, error.message)
-            return encode_update(PartialUpdate(told.round_index, (outcome,), {}, 0.0))
+            return encode_update(ClientFailures.of(told.round_index, [self._client_id], error.message))
 
     def _tell(self, wanted: HistogramRequestView | None) -> None:
         """Send the histogram that is asked for, once a task has said what model it is of; a refusal is final."""
@@ -180,9 +180,7 @@ class Vehicle:
         content = self._client.clients.task_weights(self._client_id)
         weights = decode_weights(content, max_bytes=_MAX_WEIGHTS_BYTES)
         trainer.charge(task, self._store)
-        answer = trainer.host.train_alone(task, weights, self._client_id, Encoding(told.encoding))
-        assert answer.content is not None
-        return answer.content
+        return trainer.host.train_alone(task, weights, self._client_id, Encoding(told.encoding)).content
 
     def _trainer_for(self, told: TaskView) -> _Trainer:
         wanted = (told.settings, told.image_size, told.classes)

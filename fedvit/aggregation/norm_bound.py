@@ -14,7 +14,8 @@ from pydantic import Field
 from fedvit.aggregation.rule import NO_FACTS, Fold, Options, RoundFacts, Rule, State, moved, singles, too_few
 from fedvit.config import TrainingConfig
 from fedvit.privacy.mechanism import l2_norm
-from fedvit.types import PartialUpdate, Weights
+from fedvit.types import Weights
+from fedvit.updates import WeightedUpdate
 
 
 class BoundOptions(Options):
@@ -42,7 +43,9 @@ class NormBound(Rule):
         super().__init__(options, training)
         self._settings = options
 
-    def fold(self, base: Weights, updates: Sequence[PartialUpdate], state: State, facts: RoundFacts = NO_FACTS) -> Fold:
+    def fold(
+        self, base: Weights, updates: Sequence[WeightedUpdate], state: State, facts: RoundFacts = NO_FACTS
+    ) -> Fold:
         """See :meth:`Rule.fold`."""
         deltas = singles(updates)
         if not deltas:

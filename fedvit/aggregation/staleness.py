@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedvit.config import StalenessConfig
-from fedvit.types import PartialUpdate
+from fedvit.updates import WeightedUpdate
 
 DEFAULT = StalenessConfig()
 
@@ -31,7 +31,7 @@ def staleness_weight(staleness: int, config: StalenessConfig = DEFAULT) -> float
     return 1.0
 
 
-def discounted(update: PartialUpdate, staleness: int, config: StalenessConfig = DEFAULT) -> PartialUpdate:
+def discounted(update: WeightedUpdate, staleness: int, config: StalenessConfig = DEFAULT) -> WeightedUpdate:
     """An update as it counts ``staleness`` versions after the one it started from; its own weight stays."""
     weight = staleness_weight(staleness, config)
     if weight == 1:

@@ -17,7 +17,8 @@ from fedvit.config import Settings
 from fedvit.errors import UpdateRejectedError
 from fedvit.exact_sums import peak_of
 from fedvit.privacy.mechanism import ROUNDING, l2_norm
-from fedvit.types import PartialUpdate, Weights
+from fedvit.types import Weights
+from fedvit.updates import ClientFailures, ClientUpdate, EncodedUpdate, WeightedUpdate
 from fedvit.wire.updates import decode_update, encoding_of
 
 _NO_OVERFLOW = 1e100
@@ -63,15 +64,13 @@ class UpdateValidator:
         """The same door for a model of which the shapes are known and the weights are not at hand."""
         return replace(self, shapes=shapes)
 
-    def opened(self, update: PartialUpdate) -> PartialUpdate:
-        """An update as arrays, with how it travelled; one that did not come as bytes is as it was.
+    def decoded(self, update: EncodedUpdate) -> ClientUpdate | ClientFailures:
+        """The client's answer, its outcome with the number of bytes and the encoding.
 
         Raises:
             UpdateRejectedError: its bytes are not what :mod:`fedvit.wire.updates` writes, or speak for somebody else.
         """
-        if update.content is None:
-            return update
-        (asked,) = update.outcomes
+        asked = update.outcome
         told = decode_update(update.content, max_bytes=self.max_update_bytes, shapes=self.shapes)
         failed = len(told.outcomes) == 1 and told.outcomes[0].error is not None
         named = [(o.client_id, o.num_examples) for o in told.outcomes]
@@ -81,9 +80,11 @@ class UpdateValidator:
                 f"{update.round_index} to train {asked.num_examples} examples."
             )
         outcome = replace(told.outcomes[0], sent_bytes=len(update.content), encoding=encoding_of(update.content))
-        return replace(told, outcomes=(outcome,))
+        if failed:
+            return ClientFailures(told.round_index, (outcome,))
+        return ClientUpdate(told.round_index, outcome, told.weighted_sum, told.total_weight, told.within_clip)
 
-    def fault_of(self, update: PartialUpdate, scale: float = 1.0, *, peak: float | None = None) -> str | None:
+    def fault_of(self, update: WeightedUpdate, scale: float = 1.0, *, peak: float | None = None) -> str | None:
         """The first fault of an update that somebody contributed to, as the end of a sentence about it; or None.
 
         Args:
@@ -102,14 +103,14 @@ class UpdateValidator:
             or self._fault_of_norm(update, scale, peak)
         )
 
-    def _fault_of_names(self, update: PartialUpdate) -> str | None:
+    def _fault_of_names(self, update: WeightedUpdate) -> str | None:
         if missing := sorted(self.shapes.keys() - update.weighted_sum.keys()):
             return f"it lacks the parameter {missing[0]!r}"
         if strange := sorted(update.weighted_sum.keys() - self.shapes.keys()):
             return f"it holds {strange[0]!r}, which is no parameter of this model"
         return None
 
-    def _fault_of_arrays(self, update: PartialUpdate, peak: float | None) -> str | None:
+    def _fault_of_arrays(self, update: WeightedUpdate, peak: float | None) -> str | None:
         finite = peak is not None and math.isfinite(peak)
         for name, array in sorted(update.weighted_sum.items()):
             if array.dtype not in (np.float32, np.float64):
@@ -120,7 +121,7 @@ class UpdateValidator:
                 return f"its parameter {name!r} holds a value that is not finite"
         return None
 
-    def _fault_of_weight(self, update: PartialUpdate) -> str | None:
+    def _fault_of_weight(self, update: WeightedUpdate) -> str | None:
         contributors = [outcome for outcome in update.outcomes if outcome.error is None]
         weight = float(sum(o.num_examples for o in contributors) if self.by_examples else len(contributors))
         if update.total_weight != weight or not weight > 0:
@@ -131,7 +132,7 @@ class UpdateValidator:
                 return f"{outcome.client_id} claims {outcome.num_examples} examples, and is registered with {known}"
         return None
 
-    def _fault_of_norm(self, update: PartialUpdate, scale: float, peak: float | None) -> str | None:
+    def _fault_of_norm(self, update: WeightedUpdate, scale: float, peak: float | None) -> str | None:
         weight = update.total_weight
         if self.max_update_norm is None and peak is not None and scale * peak < _NO_OVERFLOW:
             return None

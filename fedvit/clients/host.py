@@ -30,7 +30,8 @@ from fedvit.models.trainable import frozen_weights, trainable_weights
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
-from fedvit.types import ClientOutcome, Encoding, FloatArray, PartialUpdate, TrainTask, Weights
+from fedvit.types import ClientOutcome, Encoding, FloatArray, TrainTask, Weights
+from fedvit.updates import ClientAnswer, ClientUpdate, EncodedUpdate, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 from fedvit.wire.tensors import encode_weights
 
@@ -112,8 +113,8 @@ class ClientHost:
     def _personal_trainer(self) -> CorrectedPlainTrainer:
         return CorrectedPlainTrainer(self._model, physical_batch_size=self._settings.training.physical_batch_size)
 
-    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
-        """Train each client from ``weights`` and sum their updates, or send them one a client where the rule asks so.
+    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
+        """Train each client from ``weights`` and sum their updates, or bundle them where the rule needs single updates.
 
         They are weighted as the rule says; where the client is the privacy unit they are clipped, one by one and before
         anything is summed, and have a weight of 1. A client that fails, or whose update fails validation, is
@@ -135,16 +136,16 @@ class ClientHost:
             smaller = self._settings.training.compression.encodings[:1]
             # Who has nothing to send says why as it is: bytes do not tell a refusal from a failure.
             parts = tuple(
-                self._sender.sealed(task, a, smaller[0], validator) if smaller and a.total_weight else a
+                self._sender.encoded(task, a, smaller[0], validator) if smaller and isinstance(a, ClientUpdate) else a
                 for a in answers
             )
-            return PartialUpdate(task.round_index, tuple(o for p in parts for o in p.outcomes), {}, 0.0, parts=parts)
+            return UpdateBundle(task.round_index, parts)
         summing = PartialAggregator(task, validator.shapes)
         for answer in answers:
             summing.add(answer)
         return summing.message()
 
-    def train_alone(self, task: TrainTask, weights: Weights, client_id: str, encoding: Encoding) -> PartialUpdate:
+    def train_alone(self, task: TrainTask, weights: Weights, client_id: str, encoding: Encoding) -> EncodedUpdate:
         """Train one client and give back its answer as bytes, whatever the rule, for one that travels by itself.
 
         Raises:
@@ -154,13 +155,13 @@ class ClientHost:
         base = {name: array for name, array in weights.items() if not name.startswith(BROADCAST)}
         handed = {name: array for name, array in weights.items() if name.startswith(BROADCAST)}
         validator = UpdateValidator.of(self._settings, self._rule, base)
-        return self._sender.sealed(task, self._answer(task, base, handed, validator, client_id), encoding, validator)
+        return self._sender.encoded(task, self._answer(task, base, handed, validator, client_id), encoding, validator)
 
-    def _sent(self, client_id: str, answer: PartialUpdate) -> PartialUpdate:
+    def _sent(self, client_id: str, answer: ClientAnswer) -> ClientAnswer:
         """What arrives of a client's own answer: all of it, unless somebody who hosts faulty clients says otherwise."""
         return answer
 
-    def _seen(self, task: TrainTask, base: Weights, answer: PartialUpdate) -> PartialUpdate:
+    def _seen(self, task: TrainTask, base: Weights, answer: ClientAnswer) -> ClientAnswer:
         """A single answer as it arrived, with what shows of the client in it."""
         return self._conduct.seen(task, base, answer) if self._noised else answer
 
@@ -190,7 +191,7 @@ class ClientHost:
 
     def _answer(
         self, task: TrainTask, base: Weights, handed: Weights, validator: UpdateValidator, client_id: str
-    ) -> PartialUpdate:
+    ) -> ClientAnswer:
         try:
             return self._train_one(task, base, handed, client_id, validator)
         except Exception as error:
@@ -198,7 +199,7 @@ class ClientHost:
 
     def _train_one(
         self, task: TrainTask, base: Weights, handed: Weights, client_id: str, validator: UpdateValidator
-    ) -> PartialUpdate:
+    ) -> ClientUpdate:
         """One client's own answer; what it keeps for itself is kept only when that may count.
 
         Raises:
@@ -244,16 +245,16 @@ class ClientHost:
 
 def _own_update(
     task: TrainTask, rule: Rule, client_id: str, delta: Mapping[str, FloatArray], num_examples: int
-) -> PartialUpdate:
+) -> ClientUpdate:
     """What one client adds to the sum, with its weight, and whether it was within the bound before it was clipped.
 
     Raises:
         UpdateRejectedError: the client is the privacy unit, and its update has no finite norm.
     """
-    outcomes = (ClientOutcome(client_id, num_examples),)
+    outcome = ClientOutcome(client_id, num_examples)
     if task.privacy_unit == "client":
         clipped, within = clip_update(delta, task.l2_clip_norm)
-        return PartialUpdate(task.round_index, outcomes, clipped, 1.0, int(within))
+        return ClientUpdate(task.round_index, outcome, clipped, 1.0, int(within))
     weight = float(num_examples) if rule.weighting == "examples" else 1.0
     addend = {name: weight * array.astype(np.float64) for name, array in delta.items()}
-    return PartialUpdate(task.round_index, outcomes, addend, weight)
+    return ClientUpdate(task.round_index, outcome, addend, weight)

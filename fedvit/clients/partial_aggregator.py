@@ -9,7 +9,8 @@ import numpy as np
 
 from fedvit.errors import FedvitError, IntegrityError, UpdateRejectedError
 from fedvit.exact_sums import QUANTUM, ROOM, ExactSums, peak_of
-from fedvit.types import ClientOutcome, PartialUpdate, TrainTask, Weights
+from fedvit.types import ClientOutcome, TrainTask, Weights
+from fedvit.updates import ClientAnswer, ClientFailures, PartialSum, UpdateBundle, WeightedUpdate
 from fedvit.wire.tensors import weights_digest
 
 
@@ -17,7 +18,7 @@ class PartialAggregator:
     """Adds up the clients of one call; nothing of a client is kept once it is added.
 
     Each sum is exact (:mod:`fedvit.exact_sums`), so the aggregator may add those of all proxies in any order. Where
-    updates are too large together to be summed without an error, the message has several sums, in ``parts``.
+    updates are too large together to be summed without an error, the message is a bundle of several sums.
 
     Args:
         shapes: of the trainable parameters, by name.
@@ -25,15 +26,18 @@ class PartialAggregator:
 
     def __init__(self, task: TrainTask, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._task, self._shapes = task, shapes
-        self._closed: list[PartialUpdate] = []
+        self._closed: list[WeightedUpdate] = []
         self._begin()
 
-    def add(self, own: PartialUpdate, scale: float = 1.0, *, peak: float | None = None) -> None:
-        """Add one client's answer, ``scale`` times its arrays; one without any is an outcome and no more.
+    def add(self, own: ClientAnswer, scale: float = 1.0, *, peak: float | None = None) -> None:
+        """Add one client's answer, ``scale`` times its arrays; of a failure, the outcome.
 
         Args:
             peak: the largest magnitude in its arrays, where that is known.
         """
+        if isinstance(own, ClientFailures):
+            self._outcomes += own.outcomes
+            return
         peak = scale * (peak_of(own.weighted_sum) if peak is None else peak)
         if peak + QUANTUM > ROOM:
             sums = {n: np.multiply(array, scale, dtype=np.float64) for n, array in own.weighted_sum.items()}
@@ -43,32 +47,31 @@ class PartialAggregator:
             self._closed.append(self._end())
             self._begin()
         self._sums.add(own.weighted_sum, scale, peak=peak)
-        self._outcomes += own.outcomes
+        self._outcomes.append(own.outcome)
         self._total_weight += own.total_weight
         self._within_clip += own.within_clip
 
-    def message(self) -> PartialUpdate:
+    def message(self) -> WeightedUpdate | UpdateBundle:
         """All of it, in one message."""
         parts = tuple([*self._closed, self._end()] if self._outcomes or not self._closed else self._closed)
         if len(parts) == 1:
             return parts[0]
-        outcomes = tuple(sorted((o for part in parts for o in part.outcomes), key=lambda o: o.client_id))
-        return PartialUpdate(self._task.round_index, outcomes, {}, 0.0, parts=parts)
+        return UpdateBundle(self._task.round_index, parts)
 
     def _begin(self) -> None:
         self._sums, self._outcomes = ExactSums(self._shapes), list[ClientOutcome]()
         self._total_weight, self._within_clip = 0.0, 0
 
-    def _end(self) -> PartialUpdate:
+    def _end(self) -> PartialSum:
         outcomes, sums = tuple(self._outcomes), self._sums.totals()
-        return PartialUpdate(self._task.round_index, outcomes, sums, self._total_weight, self._within_clip)
+        return PartialSum(self._task.round_index, outcomes, sums, self._total_weight, self._within_clip)
 
 
-def failed(task: TrainTask, client_id: str, error: Exception) -> PartialUpdate:
+def failed(task: TrainTask, client_id: str, error: Exception) -> ClientFailures:
     """The answer of a client that has none: whatever ails one, the others' work must not be lost with it."""
     reason = str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"
     outcome = ClientOutcome(client_id, 0, reason, refused=isinstance(error, UpdateRejectedError))
-    return PartialUpdate(task.round_index, (outcome,), {}, 0.0)
+    return ClientFailures(task.round_index, (outcome,))
 
 
 def check_base(task: TrainTask, weights: Weights) -> None:

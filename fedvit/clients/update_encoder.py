@@ -15,7 +15,8 @@ from fedvit.errors import UpdateRejectedError
 from fedvit.privacy.outputs import output_id
 from fedvit.privacy.randomness import SecretStream
 from fedvit.privacy.secrets import derive_secret
-from fedvit.types import Encoding, PartialUpdate, TrainTask
+from fedvit.types import Encoding, TrainTask
+from fedvit.updates import ClientAnswer, ClientFailures, ClientUpdate, EncodedUpdate
 from fedvit.wire.updates import encode_smaller
 
 _Arrays = Mapping[str, npt.NDArray[np.floating]]
@@ -37,30 +38,33 @@ class UpdateEncoder:
         self._dropped = ClientState(home, "dropped")
         self._root_secret, self._fraction = root_secret, top_k_fraction
 
-    def sealed(
-        self, task: TrainTask, own: PartialUpdate, encoding: Encoding, validator: UpdateValidator
-    ) -> PartialUpdate:
-        """One client's answer as it travels. What the door would not let in in the smaller form goes as float32."""
-        if not own.total_weight > 0:
+    def encoded(
+        self, task: TrainTask, own: ClientAnswer, encoding: Encoding, validator: UpdateValidator
+    ) -> EncodedUpdate:
+        """One client's answer as it travels; as float32 if validation would reject the smaller form."""
+        if isinstance(own, ClientFailures):
             return _carried(own, self._bytes(task, own, encoding))
         try:
             if encoding is Encoding.TOP_K:
                 return self._with_feedback(task, own, validator)
-            return _admitted(_carried(own, self._bytes(task, own, encoding)), validator)
+            sent = _carried(own, self._bytes(task, own, encoding))
+            _decoded(sent, validator)
+            return sent
         except UpdateRejectedError:
             return _carried(own, self._bytes(task, own, Encoding.FLOAT32))
 
-    def _with_feedback(self, task: TrainTask, own: PartialUpdate, validator: UpdateValidator) -> PartialUpdate:
-        (outcome,) = own.outcomes
+    def _with_feedback(self, task: TrainTask, own: ClientUpdate, validator: UpdateValidator) -> EncodedUpdate:
+        outcome = own.outcome
         dropped, _ = self._dropped.before(task.run_id, task.round_index, outcome.client_id)
         whole = {n: np.asarray(a + own.total_weight * dropped.get(n, 0.0)) for n, a in own.weighted_sum.items()}
         content = self._bytes(task, replace(own, weighted_sum=whole), Encoding.TOP_K)
-        sent = _admitted(_carried(own, content), validator)
-        left = _difference(whole, validator.opened(sent).weighted_sum, own.total_weight)
+        sent = _carried(own, content)
+        decoded = _decoded(sent, validator)
+        left = _difference(whole, decoded.weighted_sum, own.total_weight)
         self._dropped.leave(task.run_id, task.round_index, outcome.client_id, left)
         return sent
 
-    def _bytes(self, task: TrainTask, own: PartialUpdate, encoding: Encoding) -> bytes:
+    def _bytes(self, task: TrainTask, own: ClientAnswer, encoding: Encoding) -> bytes:
         (outcome,) = own.outcomes
         secret = derive_secret(self._root_secret, f"{outcome.client_id}/rounding")
         release = output_id(task, outcome.client_id, outcome.num_examples)
@@ -68,14 +72,23 @@ class UpdateEncoder:
         return encode_smaller(own, encoding, coins.uniform, self._fraction)
 
 
-def _carried(own: PartialUpdate, content: bytes) -> PartialUpdate:
-    return replace(own, weighted_sum={}, total_weight=0.0, within_clip=0, content=content)
+def _carried(own: ClientAnswer, content: bytes) -> EncodedUpdate:
+    (outcome,) = own.outcomes
+    return EncodedUpdate(own.round_index, outcome, content)
 
 
-def _admitted(sent: PartialUpdate, validator: UpdateValidator) -> PartialUpdate:
-    if fault := validator.fault_of(validator.opened(sent)):
+def _decoded(sent: EncodedUpdate, validator: UpdateValidator) -> ClientUpdate:
+    """The update as the receiver will read it.
+
+    Raises:
+        UpdateRejectedError: the receiver will reject it.
+    """
+    update = validator.decoded(sent)
+    if isinstance(update, ClientFailures):
+        raise UpdateRejectedError("The update would be read as a failure.")
+    if fault := validator.fault_of(update):
         raise UpdateRejectedError(f"The update would be refused: {fault}.")
-    return sent
+    return update
 
 
 def _difference(whole: _Arrays, sent: _Arrays, weight: float) -> dict[str, npt.NDArray[np.float32]]:

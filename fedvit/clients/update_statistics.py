@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedvit.privacy.mechanism import l2_norm
-from fedvit.types import FloatArray, PartialUpdate, TrainTask, Weights
+from fedvit.types import FloatArray, TrainTask, Weights
+from fedvit.updates import ClientAnswer, ClientFailures
 
 _TAIL = 5.0
 """Standard deviations: one normal number in three million lies further out."""
@@ -40,16 +41,15 @@ class UpdateStatisticsMonitor:
     head: str | None
     initial: FloatArray | None
 
-    def seen(self, task: TrainTask, base: Weights, answer: PartialUpdate) -> PartialUpdate:
+    def seen(self, task: TrainTask, base: Weights, answer: ClientAnswer) -> ClientAnswer:
         """One client's answer with what shows of it in its outcome; as it is, where nothing may be looked at."""
-        single = len(answer.outcomes) == 1 and answer.total_weight > 0 and answer.weighted_sum
-        if task.privacy_unit != "record" or not single:
+        if task.privacy_unit != "record" or isinstance(answer, ClientFailures) or not answer.total_weight > 0:
             return answer
-        (outcome,) = answer.outcomes
+        outcome = answer.outcome
         deviation = step_deviation(task, outcome.num_examples)
         alignment = self._alignment(base, answer.weighted_sum, answer.total_weight * deviation)
         norm = l2_norm(answer.weighted_sum) / answer.total_weight / largest_norm(task, outcome.num_examples, base)
-        return replace(answer, outcomes=(replace(outcome, update_norm=norm, alignment=alignment),))
+        return replace(answer, outcome=replace(outcome, update_norm=norm, alignment=alignment))
 
     def _alignment(self, base: Weights, sums: Mapping[str, np.ndarray], deviation: float) -> float | None:
         if self.head is None or self.initial is None or self.head not in sums:

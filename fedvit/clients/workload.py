@@ -9,6 +9,7 @@ import importlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import ClassVar, TypeAlias, cast
 
 import numpy as np
@@ -29,15 +30,15 @@ from fedvit.types import (
     ClientOutcome,
     Evaluation,
     FloatArray,
-    PartialUpdate,
     TrainTask,
     Variant,
     Weights,
 )
+from fedvit.updates import ClientAnswer, ClientUpdate, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 
 _SEED_BYTES = 8
-_Answer: TypeAlias = tuple[PartialUpdate, float, float]
+_Answer: TypeAlias = tuple[ClientAnswer, float, float]
 
 
 class VirtualClients(ABC):
@@ -154,7 +155,7 @@ class OwnHost:
         self._root_secret = load_or_create_root_secret(settings.home)
         self._scratch: dict[str, FloatArray] = {}
 
-    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> PartialUpdate:
+    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
         """See :class:`fedvit.ports.ClientHostPort`.
 
         Raises:
@@ -165,16 +166,14 @@ class OwnHost:
             UpdateValidator.of(self._settings, self._rule, weights),
             self._rule.needs == "single_updates",
         )
-        summing, parts = PartialAggregator(task, validator.shapes), list[PartialUpdate]()
+        summing, parts = PartialAggregator(task, validator.shapes), list[ClientAnswer]()
         for client_id in sorted(client_ids):
             own, scale, peak = self._answer(task, weights, validator, client_id)
             if single:
                 parts.append(_weighed(own, scale))
             else:
                 summing.add(own, scale, peak=peak)
-        if not single:
-            return summing.message()
-        return PartialUpdate(task.round_index, tuple(o for p in parts for o in p.outcomes), {}, 0.0, parts=tuple(parts))
+        return UpdateBundle(task.round_index, tuple(parts)) if single else summing.message()
 
     def histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
         """None: what a workload's examples are, only it knows."""
@@ -193,7 +192,7 @@ class OwnHost:
             UpdateRejectedError: it may not count.
         """
         local, num_examples = self._clients.fit(client_id, base, task, self._seed(task, client_id))
-        outcomes = (ClientOutcome(client_id, num_examples),)
+        outcome = ClientOutcome(client_id, num_examples)
         delta, peak = self._difference(local, base)
         if task.privacy_unit == "client":
             scale, within = clip_factor(delta, task.l2_clip_norm)
@@ -202,7 +201,7 @@ class OwnHost:
             scale = weight = float(num_examples) if validator.by_examples else 1.0
             within = False
         # Float32 and unscaled still: what adds it up takes both into account.
-        own = PartialUpdate(task.round_index, outcomes, cast("Sums", delta), weight, int(within))
+        own = ClientUpdate(task.round_index, outcome, cast("Sums", delta), weight, int(within))
         if fault := validator.fault_of(own, scale, peak=peak):
             raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
         return own, scale, peak
@@ -259,9 +258,11 @@ class OwnModel:
         raise _no_export()
 
 
-def _weighed(own: PartialUpdate, scale: float) -> PartialUpdate:
+def _weighed(own: ClientAnswer, scale: float) -> ClientAnswer:
+    if not isinstance(own, ClientUpdate):
+        return own
     sums = {n: np.multiply(a, scale, dtype=np.float64) for n, a in own.weighted_sum.items()}
-    return PartialUpdate(own.round_index, own.outcomes, sums, own.total_weight, own.within_clip)
+    return replace(own, weighted_sum=sums)
 
 
 def _no_export() -> ModelError:

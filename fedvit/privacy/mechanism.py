@@ -16,7 +16,8 @@ import numpy.typing as npt
 from fedvit.errors import UpdateRejectedError
 from fedvit.exact_sums import Arrays, ExactSums, Sums, squared_norm
 from fedvit.privacy.randomness import SecretStream
-from fedvit.types import PartialUpdate, Weights
+from fedvit.types import Weights
+from fedvit.updates import WeightedUpdate
 
 Vector = npt.NDArray[np.float64]
 
@@ -57,7 +58,7 @@ def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
     return {name: np.asarray(scale * array.astype(np.float64)) for name, array in update.items()}, within
 
 
-def fault_of(update: PartialUpdate, l2_clip_norm: float) -> str | None:
+def fault_of(update: WeightedUpdate, l2_clip_norm: float) -> str | None:
     """Why a partial sum cannot be one of so many clipped updates, or None.
 
     ``contributors * l2_clip_norm`` bounds its norm; each contributor has a weight of 1 and is within the bound or not.
@@ -73,14 +74,16 @@ def fault_of(update: PartialUpdate, l2_clip_norm: float) -> str | None:
     return None
 
 
-def total(base: Weights, updates: Iterable[PartialUpdate], l2_clip_norm: float) -> Sums:
+def total(base: Weights, updates: Iterable[tuple[WeightedUpdate, float]], l2_clip_norm: float) -> Sums:
     """The sum of all updates, by the names of ``base``; one that was clipped to a larger norm is scaled down to this.
+
+    Args:
+        updates: each with the norm that its clients' updates were clipped to.
 
     A sum that was admitted has one addend a client, each of norm ``l2_clip_norm`` at most, and so has what is scaled.
     """
     sums = ExactSums({name: array.shape for name, array in base.items()})
-    for update in updates:
-        clipped_to = l2_clip_norm if update.l2_clip_norm is None else update.l2_clip_norm
+    for update, clipped_to in updates:
         sums.add(update.weighted_sum, min(1.0, l2_clip_norm / clipped_to))
     return sums.totals()
 

@@ -13,11 +13,8 @@ from types import MappingProxyType
 
 from fedvit.aggregation.staleness import DEFAULT, discounted
 from fedvit.config import StalenessConfig
-from fedvit.types import ClientOutcome, PartialUpdate
-
-
-def _as_it_is(answer: PartialUpdate) -> tuple[PartialUpdate, str | None]:
-    return answer, None
+from fedvit.types import ClientOutcome
+from fedvit.updates import ClientFailures, ClientUpdate, DecodedUpdate, WeightedUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +25,12 @@ class Admission:
     mode: str
     staleness_tolerance: int
     quarantined: frozenset[str]
-    judge: Callable[[PartialUpdate], tuple[PartialUpdate, str | None]] = _as_it_is
-    """An answer as it would be folded, and what speaks against it, whoever sent it."""
+    fault_of: Callable[[WeightedUpdate], str | None] = lambda update: None
+    """Why an update must not be folded, whoever sent it."""
     weighing: StalenessConfig = DEFAULT
     """What an old update counts."""
 
-    def refusals(self, answer: PartialUpdate) -> dict[str, str]:
+    def refusals(self, answer: DecodedUpdate) -> dict[str, str]:
         """Why each client's update in it must not count; empty where all of them do.
 
         A partial sum cannot be taken apart: what is refused of one client is refused of all that it was summed with.
@@ -47,7 +44,7 @@ class Admission:
             return dict.fromkeys(contributors, f"it answers round {answer.round_index}, which has not begun")
         kept_out = [client_id for client_id in contributors if client_id in self.quarantined]
         if not kept_out:
-            fault = self.judge(answer)[1] if contributors else None
+            fault = None if isinstance(answer, ClientFailures) else self.fault_of(answer)
             return dict.fromkeys(contributors, fault) if fault else {}
         summed = f"its update is summed with that of {kept_out[0]}, which is in quarantine"
         return dict.fromkeys(contributors, summed) | dict.fromkeys(kept_out, "an incident keeps it in quarantine")
@@ -61,7 +58,7 @@ class RoundBuffer:
     """
 
     admission: Admission
-    answers: tuple[PartialUpdate, ...]
+    answers: tuple[DecodedUpdate, ...]
     refused: Mapping[str, str]
     rejected_answers: Mapping[str, str] = field(default_factory=dict)
 
@@ -91,34 +88,43 @@ class RoundBuffer:
         sent = {o.client_id: {"bytes": o.sent_bytes, "encoding": o.encoding} for o in self.outcomes if o.sent_bytes}
         return made_of | ({"sent": sent} if sent else {})
 
-    def updates(self) -> list[PartialUpdate]:
+    def updates(self) -> list[WeightedUpdate]:
         """What is folded, in a fixed order of summation: the result must not depend on who answered first."""
-        ordered = sorted(self.answers, key=lambda answer: min(o.client_id for o in answer.outcomes))
+        updates = [answer for answer in self.answers if not isinstance(answer, ClientFailures)]
+        ordered = sorted(updates, key=lambda update: min(o.client_id for o in update.outcomes))
         now, weighing = self.admission.round_index, self.admission.weighing
-        return [discounted(answer, now - answer.round_index, weighing) for answer in ordered]
+        return [discounted(update, now - update.round_index, weighing) for update in ordered]
 
 
 def judged(
-    answers: Iterable[PartialUpdate], admission: Admission, rejected_answers: Mapping[str, str] = MappingProxyType({})
+    answers: Iterable[DecodedUpdate], admission: Admission, rejected_answers: Mapping[str, str] = MappingProxyType({})
 ) -> RoundBuffer:
     """The buffer that these answers make; an answer that is refused keeps its outcomes and loses its sum."""
     kept, refused = [], dict[str, str]()
     for answer in answers:
         refusals = admission.refusals(answer)
         refused |= refusals
-        answer, _ = admission.judge(answer)
         kept.append(_with_staleness(_without(answer, refusals), admission.round_index - answer.round_index))
     return RoundBuffer(admission, tuple(kept), refused, rejected_answers)
 
 
-def _without(answer: PartialUpdate, refusals: Mapping[str, str]) -> PartialUpdate:
+def _without(answer: DecodedUpdate, refusals: Mapping[str, str]) -> DecodedUpdate:
     if not refusals:
         return answer
     outcomes = tuple(replace(o, error=refusals.get(o.client_id, o.error)) for o in answer.outcomes)
-    return replace(answer, outcomes=outcomes, weighted_sum={}, total_weight=0.0, within_clip=0)
+    return ClientFailures(answer.round_index, outcomes)
 
 
-def _with_staleness(answer: PartialUpdate, staleness: int) -> PartialUpdate:
+def _with_staleness(answer: DecodedUpdate, staleness: int) -> DecodedUpdate:
     if all(o.staleness == staleness for o in answer.outcomes):
         return answer
-    return replace(answer, outcomes=tuple(replace(o, staleness=staleness) for o in answer.outcomes))
+    outcomes = tuple(replace(o, staleness=staleness) for o in answer.outcomes)
+    return with_outcomes(answer, outcomes)
+
+
+def with_outcomes(answer: DecodedUpdate, outcomes: tuple[ClientOutcome, ...]) -> DecodedUpdate:
+    """The same answer with other outcomes."""
+    if isinstance(answer, ClientUpdate):
+        (outcome,) = outcomes
+        return replace(answer, outcome=outcome)
+    return replace(answer, outcomes=outcomes)

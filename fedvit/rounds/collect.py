@@ -17,7 +17,8 @@ from fedvit.rounds.protection import Protection
 from fedvit.rounds.steering import aggregation_settings
 from fedvit.rounds.update_admission import UpdateAdmission
 from fedvit.store.store import Store
-from fedvit.types import PartialUpdate, TrainTask, Weights
+from fedvit.types import TrainTask, Weights
+from fedvit.updates import DecodedUpdate
 
 
 class Collector:
@@ -45,7 +46,7 @@ class Collector:
         self._fleet = fleet
         self._protection = protection
         self._clock = clock
-        self._waiting: list[PartialUpdate] = []
+        self._waiting: list[DecodedUpdate] = []
 
     def in_flight(self) -> frozenset[str]:
         """The clients that were handed a task and are in no round yet."""
@@ -99,7 +100,7 @@ class Collector:
         patience_s = self._settings.training.round_deadline_s
         return math.inf if patience_s is None or self._protection.sampled else self._clock() + patience_s
 
-    def _leaves_in_flight(self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask) -> bool:
+    def _leaves_in_flight(self, answers: list[DecodedUpdate], order: TrainRound, task: TrainTask) -> bool:
         return self._asynchronous() and self._suffice(answers, order, task, 0)
 
     def _asynchronous(self) -> bool:
@@ -114,18 +115,18 @@ class Collector:
             return max(cohort.size, order.min_clients)
         return None if order.wait_for_all else settings.enough(taking_part, order.min_clients)
 
-    def _suffice(self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask, taking_part: int) -> bool:
+    def _suffice(self, answers: list[DecodedUpdate], order: TrainRound, task: TrainTask, taking_part: int) -> bool:
         needed = self._needed(order, taking_part)
         return needed is not None and self._judged(answers, order, task).accepted >= needed
 
     def _split(
-        self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask, taking_part: int
-    ) -> tuple[list[PartialUpdate], list[PartialUpdate]]:
+        self, answers: list[DecodedUpdate], order: TrainRound, task: TrainTask, taking_part: int
+    ) -> tuple[list[DecodedUpdate], list[DecodedUpdate]]:
         """What goes into the buffer, and what has no room in it."""
         needed = self._needed(order, taking_part)
         if self._protection.rule.needs != "single_updates" or needed is None or not self._asynchronous():
             return answers, []
-        taken, left = list[PartialUpdate](), list[PartialUpdate]()
+        taken, left = list[DecodedUpdate](), list[DecodedUpdate]()
         room = needed
         for answer, verdict in zip(answers, self._judged(answers, order, task).answers, strict=True):
             counts = any(outcome.error is None for outcome in verdict.outcomes)
@@ -133,14 +134,14 @@ class Collector:
             room -= counts and room > 0
         return taken, left
 
-    def _judged(self, answers: list[PartialUpdate], order: TrainRound, task: TrainTask) -> RoundBuffer:
+    def _judged(self, answers: list[DecodedUpdate], order: TrainRound, task: TrainTask) -> RoundBuffer:
         settings = aggregation_settings(self._store)
         admission = Admission(
             order.cohort.round_index,
             settings.mode,
             0 if self._protection.rule.needs_one_base else settings.staleness_tolerance,
             frozenset(self._store.quarantined_clients()),
-            lambda answer: self._protection.judge(answer, task.run_id),
+            lambda update: self._protection.fault_of(update, task.run_id),
             self._settings.training.staleness,
         )
         return judged(answers, admission)

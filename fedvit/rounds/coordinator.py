@@ -332,7 +332,7 @@ class Coordinator:
             return machine.Failed(f"All {len(errors)} clients that were drawn failed, the first with: {errors[0]}")
         if buffer.accepted or self._protection.sampled:
             folded = self._protection.fold(
-                self._current, task, self._weights, buffer, self._rule_state, self._facts(task.round_index)
+                self._current, task, self._weights, buffer.updates(), self._rule_state, self._facts(task.round_index)
             )
             self._work = _RoundWork(folded, buffer, started_s)
         return machine.Trained(buffer.accepted, len(errors), errors[0] if errors else None)

@@ -10,7 +10,8 @@ from fedvit.config import Settings
 from fedvit.ports import FleetPort, ProxyReport
 from fedvit.rounds.remote import Offer, RemoteWork
 from fedvit.store.store import Store
-from fedvit.types import Client, ClientOutcome, Cohort, PartialUpdate, TrainTask, Weights
+from fedvit.types import Client, Cohort, TrainTask, Weights
+from fedvit.updates import ClientFailures, EncodedUpdate, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 from fedvit.wire.tensors import encode_weights
 
@@ -43,7 +44,7 @@ class MixedFleet:
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate | None]:
+    ) -> Iterator[UpdateMessage | None]:
         """Hand the task out and yield the answers as they arrive, those to earlier tasks among them."""
         patience_s = self._settings.training.round_timeout_s if timeout_s is None else timeout_s
         remote = self._remote(cohort)
@@ -71,12 +72,12 @@ class MixedFleet:
         """The clients that have not answered."""
         return self._virtual.in_flight() | self._asked.keys()
 
-    def give_up(self, reason: str) -> list[PartialUpdate]:
+    def give_up(self, reason: str) -> list[ClientFailures]:
         """Wait for nobody any more; whoever answers later is told so."""
         given_up = self._virtual.give_up(reason)
         for client_id, offer in self._asked.items():
             self._work.close(offer, reason)
-            given_up.append(PartialUpdate(offer.task.round_index, (ClientOutcome(client_id, 0, reason),), {}, 0.0))
+            given_up.append(ClientFailures.of(offer.task.round_index, [client_id], reason))
         self._asked.clear()
         return given_up
 
@@ -98,7 +99,7 @@ class MixedFleet:
     def _remote(self, cohort: Cohort) -> dict[str, Client]:
         return {client.client_id: client for client in self._store.remote_clients(cohort.client_ids)}
 
-    def _ask(self, task: TrainTask, weights: Weights, clients: Collection[Client]) -> PartialUpdate:
+    def _ask(self, task: TrainTask, weights: Weights, clients: Collection[Client]) -> ClientFailures:
         """Leave the task for each; who could not be asked."""
         if clients:
             # Its digest is the task's: that is what clients fetch it by.
@@ -107,12 +108,12 @@ class MixedFleet:
         for client in clients:
             offer = self._work.leave(task, client)
             if offer is None:
-                uncharged.append(ClientOutcome(client.client_id, 0, UNCHARGED))
+                uncharged.append(client.client_id)
             else:
                 self._asked[client.client_id] = offer
-        return PartialUpdate(task.round_index, tuple(uncharged), {}, 0.0)
+        return ClientFailures.of(task.round_index, uncharged, UNCHARGED)
 
-    def _arrived(self) -> Iterator[PartialUpdate]:
+    def _arrived(self) -> Iterator[EncodedUpdate]:
         for client_id, offer in sorted(self._asked.items()):
             answer = self._work.answer(offer)
             if answer is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedvit.aggregation.registry import rule_for
@@ -24,9 +24,9 @@ from fedvit.privacy.outputs import output_id
 from fedvit.privacy.randomness import SecretStream
 from fedvit.privacy.round_cost import adaptive_clip, charge_of, round_event
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
-from fedvit.rounds.buffer import RoundBuffer
 from fedvit.store.store import Store
-from fedvit.types import FloatArray, PartialUpdate, Run, TrainTask, Weights
+from fedvit.types import FloatArray, Run, TrainTask, Weights
+from fedvit.updates import WeightedUpdate
 
 FACTS = "client_level"
 """Where a version's lineage has what the mechanism did, for the rounds after it."""
@@ -77,14 +77,23 @@ class Protection(Protocol):
         """What the round costs, if these clients take part."""
         ...
 
-    def judge(self, update: PartialUpdate, run_id: str) -> tuple[PartialUpdate, str | None]:
-        """An answer as it will be folded, and why it must not be, if so."""
+    def fault_of(self, update: WeightedUpdate, run_id: str) -> str | None:
+        """Why an update must not be folded, as the end of a sentence about it; or None."""
         ...
 
     def fold(
-        self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer, state: State, facts: RoundFacts
+        self,
+        run: Run,
+        task: TrainTask,
+        weights: Weights,
+        updates: Sequence[WeightedUpdate],
+        state: State,
+        facts: RoundFacts,
     ) -> Folded:
         """The weights after the round.
+
+        Args:
+            updates: in the order of summation, each discounted for its staleness.
 
         Raises:
             UpdateRejectedError: too few updates for the rule.
@@ -141,15 +150,21 @@ class RecordLevel:
         event = round_event(self._settings, task.noise_multiplier)
         return [_charge(event, task, c, output_id(task, c, sizes[c])) for c in client_ids]
 
-    def judge(self, update: PartialUpdate, run_id: str) -> tuple[PartialUpdate, str | None]:
-        """Noised already: nothing bounds it."""
-        return update, None
+    def fault_of(self, update: WeightedUpdate, run_id: str) -> str | None:
+        """None: the update is noised already, and nothing bounds it."""
+        return None
 
     def fold(
-        self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer, state: State, facts: RoundFacts
+        self,
+        run: Run,
+        task: TrainTask,
+        weights: Weights,
+        updates: Sequence[WeightedUpdate],
+        state: State,
+        facts: RoundFacts,
     ) -> Folded:
         """What the rule makes of them."""
-        fold = self.rule.fold(weights, buffer.updates(), state, facts)
+        fold = self.rule.fold(weights, updates, state, facts)
         return Folded(fold.weights, state=fold.state)
 
 
@@ -212,24 +227,31 @@ class ClientLevel:
         units = [POPULATION] if self.sampled else list(client_ids)
         return [_charge(event, task, unit, output_id(task, unit, 1)) for unit in units]
 
-    def judge(self, update: PartialUpdate, run_id: str) -> tuple[PartialUpdate, str | None]:
-        """Whether its norm is what its number of clipped updates allows."""
-        norm = self.l2_clip_norm(run_id, update.round_index)
-        return replace(update, l2_clip_norm=norm), mechanism.fault_of(update, norm)
+    def fault_of(self, update: WeightedUpdate, run_id: str) -> str | None:
+        """A norm above what its number of clipped updates allows."""
+        return mechanism.fault_of(update, self.l2_clip_norm(run_id, update.round_index))
 
     def fold(
-        self, run: Run, task: TrainTask, weights: Weights, buffer: RoundBuffer, state: State, facts: RoundFacts
+        self,
+        run: Run,
+        task: TrainTask,
+        weights: Weights,
+        updates: Sequence[WeightedUpdate],
+        state: State,
+        facts: RoundFacts,
     ) -> Folded:
         """The rule's step along ``(sum of clipped updates + noise) / expected cohort``."""
-        norm, updates = task.l2_clip_norm, buffer.updates()
-        sums = mechanism.total(weights, updates, norm)
+        norm = task.l2_clip_norm
+        clipped_to = ((update, self.l2_clip_norm(run.run_id, update.round_index)) for update in updates)
+        sums = mechanism.total(weights, clipped_to, norm)
         within = sum(update.within_clip for update in updates)
-        key = self._key(task, [mechanism.digest(sums), within, buffer.accepted])
+        accepted = sum(outcome.error is None for update in updates for outcome in update.outcomes)
+        key = self._key(task, [mechanism.digest(sums), within, accepted])
         noise = self._sum_noise_multiplier(run) * norm * self._noise(run, task, mechanism.size_of(sums), key)
         mean = mechanism.noised_mean(sums, noise, divisor=float(run.config[EXPECTED_COHORT]))
         # What is made of the noised mean costs no privacy.
         fold = self._step(weights, mean, state, facts)
-        told = {"noise_key": key, "l2_clip_norm": norm, **self._next_norm(run, task, key, within, buffer.accepted)}
+        told = {"noise_key": key, "l2_clip_norm": norm, **self._next_norm(run, task, key, within, accepted)}
         return Folded(fold.weights, {FACTS: told}, fold.state)
 
     def _sum_noise_multiplier(self, run: Run) -> float:

@@ -25,7 +25,8 @@ from fedvit.errors import NotFoundError, UpdateRejectedError
 from fedvit.ports import POPULATION
 from fedvit.privacy.outputs import output_id
 from fedvit.store.store import Store
-from fedvit.types import Client, ClientOutcome, Encoding, PartialUpdate, RunStatus, TrainTask
+from fedvit.types import Client, ClientOutcome, Encoding, RunStatus, TrainTask
+from fedvit.updates import ClientFailures, EncodedUpdate
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, checked_counts
 from fedvit.wire.tensors import decode_weights
 
@@ -71,10 +72,9 @@ class Offer:
         """Whether it asks for an answer to this round."""
         return (self.task.run_id, self.task.round_index) == (run_id, round_index)
 
-    def answer(self, content: bytes) -> PartialUpdate:
-        """An update as the door takes it."""
-        outcomes = (ClientOutcome(self.client_id, self.num_examples),)
-        return PartialUpdate(self.task.round_index, outcomes, {}, 0.0, content=content)
+    def answer(self, content: bytes) -> EncodedUpdate:
+        """The answer as an update message."""
+        return EncodedUpdate(self.task.round_index, ClientOutcome(self.client_id, self.num_examples), content)
 
     def to_json(self) -> dict[str, Any]:
         """As the store keeps it."""
@@ -133,7 +133,7 @@ class RemoteWork:
 
         self._store.change_meta(_TASK_KEY + offer.client_id, change)
 
-    def answer(self, offer: Offer) -> PartialUpdate | None:
+    def answer(self, offer: Offer) -> EncodedUpdate | None:
         """What the client answered, if it has."""
         content = _read(self._place(offer.client_id, offer.task.run_id, offer.task.round_index))
         return None if content is None else offer.answer(content)
@@ -253,7 +253,8 @@ class RemoteWork:
             self._shapes(offer.task.base_digest)
         )
         try:
-            return validator.fault_of(validator.opened(offer.answer(content)))
+            update = validator.decoded(offer.answer(content))
+            return None if isinstance(update, ClientFailures) else validator.fault_of(update)
         except UpdateRejectedError as error:
             return error.message
 

@@ -9,7 +9,8 @@ from fedvit.aggregation.validation import UpdateValidator
 from fedvit.errors import UpdateRejectedError
 from fedvit.metrics.metrics import counter
 from fedvit.store.store import Store
-from fedvit.types import ClientOutcome, PartialUpdate, utc_now
+from fedvit.types import ClientOutcome, utc_now
+from fedvit.updates import ClientFailures, DecodedUpdate, EncodedUpdate, SingleMessage, UpdateBundle, UpdateMessage
 
 _KEY = "refused_updates/"
 # One a process, however many rounds there are.
@@ -35,17 +36,17 @@ class UpdateAdmission:
     _seen: set[str] = field(default_factory=set)
     _asked: dict[int, tuple[set[str], set[str]]] = field(default_factory=dict)
 
-    def expect(self, admitted: Iterable[PartialUpdate]) -> None:
+    def expect(self, admitted: Iterable[DecodedUpdate]) -> None:
         """Read who was asked; and these have passed in an earlier round and are in this one's buffer."""
         self._awaited(self.round_index)
         self._seen.update(outcome.client_id for answer in admitted for outcome in answer.outcomes)
 
-    def admit(self, message: PartialUpdate) -> list[PartialUpdate]:
+    def admit(self, message: UpdateMessage) -> list[DecodedUpdate]:
         """What of a message may go into the buffer: nothing, itself, its parts, or outcomes that say what was wrong."""
-        passed = (self._admit_one(answer) for answer in message.parts or (message,))
+        passed = (self._admit_one(answer) for answer in _parts(message))
         return [answer for answer in passed if answer is not None]
 
-    def _admit_one(self, answer: PartialUpdate) -> PartialUpdate | None:
+    def _admit_one(self, answer: SingleMessage) -> DecodedUpdate | None:
         outcomes, strangers = [], []
         for outcome in answer.outcomes:
             fault = self._stranger(outcome.client_id, answer.round_index)
@@ -57,20 +58,23 @@ class UpdateAdmission:
                 self.rejected_answers[outcome.client_id] = fault
         if not outcomes:
             return None
-        answer = replace(answer, outcomes=tuple(outcomes))
         if strangers:
-            return _refused(answer, f"its update is summed with that of {strangers[0]}, which may not answer", False)
+            reason = f"its update is summed with that of {strangers[0]}, which may not answer"
+            return _refused(answer.round_index, outcomes, reason, False)
         try:
-            answer = self.validator.opened(answer)
+            decoded = self.validator.decoded(answer) if isinstance(answer, EncodedUpdate) else answer
         except UpdateRejectedError as error:
-            return _refused(answer, f"its update is refused: {error.message}", True)
-        outcomes = list(answer.outcomes)
+            return _refused(answer.round_index, outcomes, f"its update is refused: {error.message}", True)
+        outcomes = list(decoded.outcomes)
         _count_bytes(outcomes)
-        fault = self.validator.fault_of(answer)
+        contributors = sum(outcome.error is None for outcome in outcomes)
+        if isinstance(decoded, ClientFailures) or not contributors:
+            return ClientFailures(decoded.round_index, decoded.outcomes)
+        fault = self.validator.fault_of(decoded)
         if fault is None:
-            return answer if any(o.error is None for o in outcomes) else _emptied(answer)
+            return decoded
         # Of several, nobody knows whose fault it is: it is held against none of them.
-        return _refused(answer, f"its update is refused: {fault}", sum(o.error is None for o in outcomes) == 1)
+        return _refused(decoded.round_index, outcomes, f"its update is refused: {fault}", contributors == 1)
 
     def _stranger(self, client_id: str, started: int) -> str | None:
         if started > self.round_index:
@@ -86,13 +90,13 @@ class UpdateAdmission:
         return self._asked[started]
 
 
-def _refused(answer: PartialUpdate, reason: str, guilty: bool) -> PartialUpdate:
-    outcomes = tuple(o if o.error else replace(o, error=reason, refused=guilty) for o in answer.outcomes)
-    return _emptied(replace(answer, outcomes=outcomes))
+def _parts(message: UpdateMessage) -> tuple[SingleMessage, ...]:
+    return message.parts if isinstance(message, UpdateBundle) else (message,)
 
 
-def _emptied(answer: PartialUpdate) -> PartialUpdate:
-    return replace(answer, weighted_sum={}, total_weight=0.0, within_clip=0, content=None)
+def _refused(round_index: int, outcomes: Iterable[ClientOutcome], reason: str, guilty: bool) -> ClientFailures:
+    failed = tuple(o if o.error else replace(o, error=reason, refused=guilty) for o in outcomes)
+    return ClientFailures(round_index, failed)
 
 
 def _count_bytes(outcomes: Iterable[ClientOutcome]) -> None:

@@ -20,12 +20,12 @@ from fedvit.types import (
     Cohort,
     Evaluation,
     FloatArray,
-    PartialUpdate,
     TrainTask,
     Variant,
     Weights,
     utc_now,
 )
+from fedvit.updates import ClientAnswer, ClientFailures, ClientUpdate, PartialSum, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 from fedvit.wire.tensors import encode_weights
 
@@ -135,8 +135,8 @@ class FakeFleet:
         self.on_silence = on_silence
         self.held: set[str] = set()
         self._rule = rule
-        self.tamper: dict[str, Callable[[PartialUpdate], PartialUpdate]] = {}
-        self._pending: list[PartialUpdate] = []
+        self.tamper: dict[str, Callable[[ClientUpdate], ClientAnswer]] = {}
+        self._pending: list[UpdateMessage] = []
         self.tasks: list[tuple[TrainTask, Cohort]] = []
         self.timeouts_s: list[float | None] = []
         self.orders: list[tuple[HistogramRequest, tuple[str, ...]]] = []
@@ -145,8 +145,8 @@ class FakeFleet:
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate | None]:
-        """One partial update a group, the even clients last; the difference is to ``weights`` as they are now."""
+    ) -> Iterator[UpdateMessage | None]:
+        """One message a group, the even clients last; the difference is to ``weights`` as they are now."""
         self.tasks.append((task, cohort))
         self.timeouts_s.append(timeout_s)
         assert task.base_digest == hashlib.sha256(encode_weights(weights)).hexdigest(), "weights of another release"
@@ -169,16 +169,16 @@ class FakeFleet:
         """The clients that have not answered."""
         return frozenset(outcome.client_id for answer in self._pending for outcome in answer.outcomes)
 
-    def give_up(self, reason: str) -> list[PartialUpdate]:
+    def give_up(self, reason: str) -> list[ClientFailures]:
         """Forget whoever is in flight."""
         given_up = [
-            PartialUpdate(p.round_index, tuple(ClientOutcome(o.client_id, 0, reason) for o in p.outcomes), {}, 0.0)
-            for p in self._pending
+            ClientFailures.of(message.round_index, (o.client_id for o in message.outcomes), reason)
+            for message in self._pending
         ]
         self._pending.clear()
         return given_up
 
-    def _next(self) -> PartialUpdate | None:
+    def _next(self) -> UpdateMessage | None:
         free = (a for a in self._pending if self.held.isdisjoint(o.client_id for o in a.outcomes))
         return next(free, None)
 
@@ -197,27 +197,27 @@ class FakeFleet:
         """Both answer."""
         return ProxyReport({"even": True, "odd": True})
 
-    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
+    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
         step = (self._target - weights["point"]).astype(np.float64) * 0.5
         parts = tuple(self._one(task, client_id, step) for client_id in client_ids)
-        outcomes = tuple(outcome for part in parts for outcome in part.outcomes)
         if self._rule is not None and self._rule.needs == "single_updates":
-            return PartialUpdate(task.round_index, outcomes, {}, 0.0, parts=parts)
-        well = [part for part in parts if part.total_weight]
+            return UpdateBundle(task.round_index, parts)
+        outcomes = tuple(outcome for part in parts for outcome in part.outcomes)
+        well = [part for part in parts if isinstance(part, ClientUpdate) and part.total_weight]
         sums = {n: sum((p.weighted_sum[n] for p in well), np.zeros(step.shape)) for n in ("point",)}
         total = sum(part.total_weight for part in well)
-        return PartialUpdate(task.round_index, outcomes, sums, total, sum(part.within_clip for part in well))
+        return PartialSum(task.round_index, outcomes, sums, total, sum(part.within_clip for part in well))
 
-    def _one(self, task: TrainTask, client_id: str, step: npt.NDArray[np.float64]) -> PartialUpdate:
+    def _one(self, task: TrainTask, client_id: str, step: npt.NDArray[np.float64]) -> ClientAnswer:
         if client_id in self._failing:
-            return PartialUpdate(task.round_index, (ClientOutcome(client_id, 10, "it failed"),), {}, 0.0)
+            return ClientFailures(task.round_index, (ClientOutcome(client_id, 10, "it failed"),))
         outcome = ClientOutcome(client_id, 10)
         if task.privacy_unit == "client":
             clipped, within = clip_update({"point": step}, task.l2_clip_norm)
-            own = PartialUpdate(task.round_index, (outcome,), clipped, 1.0, int(within))
+            own = ClientUpdate(task.round_index, outcome, clipped, 1.0, int(within))
         else:
             weight = 10.0 if self._rule is None or self._rule.weighting == "examples" else 1.0
-            own = PartialUpdate(task.round_index, (outcome,), {"point": weight * step}, weight)
+            own = ClientUpdate(task.round_index, outcome, {"point": weight * step}, weight)
         tamper = self.tamper.get(client_id)
         return own if tamper is None else tamper(own)
 

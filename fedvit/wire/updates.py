@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedvit.errors import UpdateRejectedError
-from fedvit.types import ClientOutcome, Encoding, PartialUpdate
+from fedvit.types import ClientOutcome, Encoding
+from fedvit.updates import ClientFailures, DecodedUpdate, PartialSum
 from fedvit.wire.encoding import Arrays, Shapes, Uniforms, decode_arrays, encode_arrays, names_of
 
 _MADE_BY = "Send what encode_update makes."
@@ -18,18 +19,13 @@ _LENGTH_BYTES = 8
 _MAX_REASON = 500
 
 
-def encode_update(update: PartialUpdate) -> bytes:
-    """An answer as bytes; what only the receiver knows (staleness, the norm clipped to) is left out.
-
-    Raises:
-        ValueError: it has parts; send each of them.
-    """
-    if update.parts:
-        raise ValueError("an update with parts has no bytes of its own")
-    return save(dict(sorted(update.weighted_sum.items())), metadata=_metadata(update, {}))
+def encode_update(update: DecodedUpdate) -> bytes:
+    """An answer as bytes; the staleness, which only the receiver knows, is left out."""
+    sums = {} if isinstance(update, ClientFailures) else update.weighted_sum
+    return save(dict(sorted(sums.items())), metadata=_metadata(update, {}))
 
 
-def encode_smaller(update: PartialUpdate, encoding: Encoding, uniforms: Uniforms, top_k_fraction: float) -> bytes:
+def encode_smaller(update: DecodedUpdate, encoding: Encoding, uniforms: Uniforms, top_k_fraction: float) -> bytes:
     """An answer as bytes, its mean update in a smaller form; of one that nobody contributed to, the outcomes.
 
     Args:
@@ -38,7 +34,7 @@ def encode_smaller(update: PartialUpdate, encoding: Encoding, uniforms: Uniforms
     Raises:
         UpdateRejectedError: a value does not fit into the form.
     """
-    if not update.total_weight > 0:
+    if isinstance(update, ClientFailures) or not update.total_weight > 0:
         return encode_update(update)
     means = {name: array / update.total_weight for name, array in update.weighted_sum.items()}
     arrays = encode_arrays(means, encoding, uniforms, top_k_fraction)
@@ -48,8 +44,8 @@ def encode_smaller(update: PartialUpdate, encoding: Encoding, uniforms: Uniforms
     )
 
 
-def decode_update(content: bytes, *, max_bytes: int, shapes: Shapes | None = None) -> PartialUpdate:
-    """The inverse of both, for bytes that may come from anybody; whether it may count is for the one door to say.
+def decode_update(content: bytes, *, max_bytes: int, shapes: Shapes | None = None) -> PartialSum:
+    """The sum and the outcomes that the bytes claim, whoever wrote them; update validation judges the claim.
 
     Args:
         shapes: of the parameters, by name; without them no smaller form can be read.
@@ -68,7 +64,7 @@ def decode_update(content: bytes, *, max_bytes: int, shapes: Shapes | None = Non
     except (KeyError, ValueError, TypeError, RecursionError):
         raise UpdateRejectedError("The update does not say whose it is and for which round.", cure=_MADE_BY) from None
     sums = arrays if encoding is None else _opened(arrays, encoding, shapes, update.total_weight)
-    return PartialUpdate(update.round_index, update.outcomes, sums, update.total_weight, update.within_clip)
+    return PartialSum(update.round_index, update.outcomes, sums, update.total_weight, update.within_clip)
 
 
 def encoding_of(content: bytes) -> str:
@@ -95,11 +91,12 @@ def _load(content: bytes) -> Arrays:
         raise UpdateRejectedError(f"The update holds a type that is no number here ({error}).", cure=_MADE_BY) from None
 
 
-def _metadata(update: PartialUpdate, more: dict[str, Any]) -> dict[str, str]:
+def _metadata(update: DecodedUpdate, more: dict[str, Any]) -> dict[str, str]:
+    weight, within_clip = (0.0, 0) if isinstance(update, ClientFailures) else (update.total_weight, update.within_clip)
     facts = {
         "round_index": update.round_index,
-        "total_weight": update.total_weight,
-        "within_clip": update.within_clip,
+        "total_weight": weight,
+        "within_clip": within_clip,
         "outcomes": [[o.client_id, o.num_examples, o.error] for o in update.outcomes],
     }
     return {"update": json.dumps(facts | more)}
@@ -110,13 +107,13 @@ def _header(content: bytes) -> Any:
     return json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])
 
 
-def _update(facts: Any) -> PartialUpdate:
+def _update(facts: Any) -> PartialSum:
     outcomes = tuple(
         ClientOutcome(_typed(name, str), _typed(count, int), None if error is None else _reason(error))
         for name, count, error in facts["outcomes"]
     )
     round_index, within_clip = _typed(facts["round_index"], int), _typed(facts["within_clip"], int)
-    return PartialUpdate(round_index, outcomes, {}, float(facts["total_weight"]), within_clip)
+    return PartialSum(round_index, outcomes, {}, float(facts["total_weight"]), within_clip)
 
 
 def _reason(error: Any) -> str:

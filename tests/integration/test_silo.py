@@ -20,7 +20,8 @@ from fedvit.evaluation.server_model import ServerModel
 from fedvit.finetune.ranks import RankedTrainer, Ranks
 from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import load_settings, settings_to_json
-from fedvit.types import FloatArray, PartialUpdate, TrainTask
+from fedvit.types import FloatArray, TrainTask
+from fedvit.updates import PartialSum
 from fedvit.wire.tensors import weights_digest
 
 pytestmark = [pytest.mark.ray, pytest.mark.campaign]
@@ -71,7 +72,7 @@ def test_two_ranks_behind_a_proxy_give_the_answer_of_one(settings: Settings) -> 
     base = ServerModel(settings).initial_weights()
     task = TrainTask("run-0001", 1, weights_digest(base), "data", 1.0, 0.5, 1.0, 2, 0.1)
     proxy = spawn(ClientProxy, "silo-proxy", settings, settings_to_json(settings))
-    answer: PartialUpdate = fetch(proxy.train.remote(task, base, [CLIENT]), TIMEOUT_S)
+    answer: PartialSum = fetch(proxy.train.remote(task, base, [CLIENT]), TIMEOUT_S)
     assert [outcome.error for outcome in answer.outcomes] == [None]
     torch.set_num_threads(1)
     alone = OneRank(settings).train(task, base, [CLIENT])

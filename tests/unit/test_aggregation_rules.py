@@ -16,7 +16,8 @@ from fedvit.aggregation.rule import Fold, RoundFacts, Rule
 from fedvit.aggregation.staleness import discounted, staleness_weight
 from fedvit.config import StalenessConfig, TrainingConfig
 from fedvit.errors import UpdateRejectedError
-from fedvit.types import ClientOutcome, PartialUpdate
+from fedvit.types import ClientOutcome
+from fedvit.updates import ClientUpdate, PartialSum
 
 Vector = npt.NDArray[np.float64]
 
@@ -25,13 +26,13 @@ def rule(name: str, options: dict[str, Any] | None = None, **training: Any) -> R
     return create_rule(TrainingConfig(aggregation=name, aggregation_options=options or {}, **training))
 
 
-def update(client: str, delta: Any, weight: float = 1.0, started: int = 1) -> PartialUpdate:
+def update(client: str, delta: Any, weight: float = 1.0, started: int = 1) -> ClientUpdate:
     """One client's, weighted."""
     array = np.asarray(delta, dtype=np.float64)
-    return PartialUpdate(started, (ClientOutcome(client, int(weight)),), {"w": weight * array}, weight)
+    return ClientUpdate(started, ClientOutcome(client, int(weight)), {"w": weight * array}, weight)
 
 
-def updates(deltas: Any) -> list[PartialUpdate]:
+def updates(deltas: Any) -> list[ClientUpdate]:
     return [update(f"c{index:02d}", delta) for index, delta in enumerate(deltas)]
 
 
@@ -334,7 +335,7 @@ def test_multi_krum_cannot_select_more_than_are_trusted() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_nobody_is_no_round_and_who_failed_has_no_voice(name: str) -> None:
-    failed = PartialUpdate(1, (ClientOutcome("z", 0, "it failed"),), {}, 0.0)
+    failed = PartialSum(1, (ClientOutcome("z", 0, "it failed"),), {}, 0.0)
     with pytest.raises(UpdateRejectedError, match="needs"):
         rule(name).fold(at(0), [failed], {})
     heard = updates([[1.0]] * 7)
@@ -349,7 +350,7 @@ def test_scalars_and_matrices_keep_their_shapes_and_a_fold_is_a_function(name: s
     base = {"b": np.float32(draw.normal(size=())), "a": draw.normal(size=(2, 3)).astype(np.float32)}
     base = {n: np.asarray(a, dtype=np.float32) for n, a in base.items()}
     sent = [
-        PartialUpdate(1, (ClientOutcome(f"c{i}", 1),), {n: draw.normal(size=a.shape) for n, a in base.items()}, 1.0)
+        ClientUpdate(1, ClientOutcome(f"c{i}", 1), {n: draw.normal(size=a.shape) for n, a in base.items()}, 1.0)
         for i in range(9)
     ]
     tested = rule(name)

@@ -21,7 +21,8 @@ from fedvit.models.models import build_model
 from fedvit.models.trainable import load_trainable_weights, trainable_weights
 from fedvit.privacy.mechanism import fault_of, l2_norm
 from fedvit.settings import load_settings
-from fedvit.types import Encoding, PartialUpdate, TrainTask, Weights
+from fedvit.types import Encoding, TrainTask, Weights
+from fedvit.updates import ClientFailures, PartialSum, UpdateBundle
 from fedvit.wire.tensors import decode_weights, encode_weights
 
 torch.set_num_threads(1)
@@ -198,8 +199,10 @@ def test_single_updates_come_in_one_message_and_add_up_to_the_sum(settings: Sett
     base = base_of(settings)
     summed = ClientHost(settings).train(task_for(base), base, CLIENTS)
     message = ClientHost(ruled(settings, "median")).train(task_for(base), base, [*CLIENTS, "vehicle-99"])
-    assert ([o.client_id for o in message.outcomes], message.weighted_sum) == ([*CLIENTS, "vehicle-99"], {})
-    assert [part.total_weight for part in message.parts] == [1.0, 1.0, 1.0, 0.0]
+    assert isinstance(message, UpdateBundle)
+    assert [o.client_id for o in message.outcomes] == [*CLIENTS, "vehicle-99"]
+    assert [part.total_weight for part in message.parts[:3]] == [1.0, 1.0, 1.0]
+    assert isinstance(message.parts[3], ClientFailures)
     for name, array in summed.weighted_sum.items():
         weighed = [o.num_examples * p.weighted_sum[name] for p in message.parts[:3] for o in p.outcomes]
         np.testing.assert_allclose(array, sum(weighed), rtol=1e-12)
@@ -212,15 +215,15 @@ def test_single_updates_travel_in_the_form_that_is_set_and_come_out_nearly_as_th
     message, again = (ClientHost(smaller).train(task_for(base), base, [*CLIENTS, "vehicle-99"]) for _ in "ab")
     assert message == again
     validator = UpdateValidator.of(smaller, rule_for(smaller), base)
-    for part, exact in zip(message.parts, plain.parts, strict=False):
-        opened = validator.opened(part)
+    for part, exact in zip(message.parts[:3], plain.parts, strict=True):
+        opened = validator.decoded(part)
         assert validator.fault_of(opened) is None
         (outcome,) = opened.outcomes
-        assert (outcome.encoding, outcome.sent_bytes) == ("int8", len(part.content or b""))
+        assert (outcome.encoding, outcome.sent_bytes) == ("int8", len(part.content))
         for name, array in opened.weighted_sum.items():
             largest = float(np.abs(exact.weighted_sum[name]).max())
             np.testing.assert_allclose(array, exact.weighted_sum[name], atol=largest / 100)
-    assert (message.parts[3].content, message.parts[3].outcomes[0].error is None) == (None, False)
+    assert isinstance(message.parts[3], ClientFailures)
 
 
 def test_every_client_weighs_the_same_where_the_rule_says_so(settings: Settings) -> None:
@@ -271,7 +274,7 @@ def test_a_control_variate_stays_with_the_client_and_a_repeated_round_reads_what
     settings = ruled(settings, "scaffold", learning_rate=1.0)
     base = base_of(settings)
 
-    def train(round_index: int) -> PartialUpdate:
+    def train(round_index: int) -> PartialSum:
         # Another process each time.
         host = ClientHost(settings)
         handed = {**base, **host._rule.handed(base, {})}

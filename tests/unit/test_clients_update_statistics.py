@@ -22,7 +22,8 @@ from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import load_settings
 from fedvit.tools.simulation.faults import Faults
 from fedvit.tools.simulation.learners import SimulatedClients
-from fedvit.types import ClientOutcome, PartialUpdate, TrainTask, UpdateStatistics, Weights
+from fedvit.types import ClientOutcome, TrainTask, UpdateStatistics, Weights
+from fedvit.updates import ClientFailures, ClientUpdate
 from fedvit.wire.tensors import weights_digest
 
 torch.set_num_threads(1)
@@ -119,12 +120,10 @@ def test_scaled_updates_are_longer_than_training_makes_them(settings: Settings) 
 
 def test_nothing_is_looked_at_where_the_client_is_the_unit(settings: Settings) -> None:
     base = {"head": np.zeros((2, 3), np.float32)}
-    own = PartialUpdate(1, (ClientOutcome("a", 5),), {"head": np.ones((2, 3))}, 1.0)
+    own = ClientUpdate(1, ClientOutcome("a", 5), {"head": np.ones((2, 3))}, 1.0)
     watch = UpdateStatisticsMonitor("head", base["head"])
     assert watch.seen(replace(task_for(base, 1), privacy_unit="client"), base, own) == own
-    several = replace(own, outcomes=(ClientOutcome("a", 5), ClientOutcome("b", 5)))
-    assert watch.seen(task_for(base, 1), base, several) == several
-    failed = PartialUpdate(1, (ClientOutcome("a", 5, "it failed"),), {}, 0.0)
+    failed = ClientFailures(1, (ClientOutcome("a", 5, "it failed"),))
     assert watch.seen(task_for(base, 1), base, failed) == failed
 
 
@@ -136,7 +135,7 @@ def test_noise_alone_has_an_alignment_of_variance_one_and_a_norm_below_the_large
     seen_of = []
     for _ in range(400):
         noise = {"head": 20 * step_deviation(task, 20) * draw.normal(size=(3, 200))}
-        (outcome,) = watch.seen(task, base, PartialUpdate(1, (ClientOutcome("a", 20),), noise, 20.0)).outcomes
+        (outcome,) = watch.seen(task, base, ClientUpdate(1, ClientOutcome("a", 20), noise, 20.0)).outcomes
         assert outcome.alignment is not None
         assert outcome.update_norm is not None
         assert 0 < outcome.update_norm < 1

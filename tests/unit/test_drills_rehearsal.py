@@ -23,7 +23,8 @@ from fedvit.tools.simulation.rehearsal import (
     faulty_clients,
     rehearsed_host,
 )
-from fedvit.types import PartialUpdate, TrainTask
+from fedvit.types import TrainTask
+from fedvit.updates import PartialSum
 from fedvit.wire.tensors import weights_digest
 
 torch.set_num_threads(1)
@@ -63,7 +64,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def update_of(host: ClientHost, settings: Settings, client_id: str) -> np.ndarray:
     base = trainable_weights(build_model(settings.model, 2, 16))
     task = TrainTask("run-0001", 1, weights_digest(base), "d" * 64, 1.0, 0.5, 1.0, 1, 1.0)
-    answer: PartialUpdate = host.train(task, base, [client_id])
+    answer: PartialSum = host.train(task, base, [client_id])
     assert answer.outcomes[0].error is None
     return np.concatenate([np.ravel(answer.weighted_sum[name]) for name in sorted(answer.weighted_sum)])
 

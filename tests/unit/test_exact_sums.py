@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fedvit.aggregation.rule import mean
 from fedvit.clients.partial_aggregator import PartialAggregator
 from fedvit.exact_sums import QUANTUM, ROOM, ExactSums, peak_of, squared_norm
-from fedvit.types import ClientOutcome, PartialUpdate, TrainTask
+from fedvit.types import ClientOutcome, TrainTask
+from fedvit.updates import ClientFailures, ClientUpdate, PartialSum, UpdateBundle, WeightedUpdate
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (3,), "b": ()}
 TASK = TrainTask("run-0001", 1, "base", "data", 1.0, 0.5, 1.0, 1, 1.0)
@@ -26,20 +27,20 @@ NUMBERS = (
 CLIENTS = st.lists(st.tuples(st.lists(NUMBERS, min_size=4, max_size=4), st.integers(1, 500)), min_size=1, max_size=12)
 
 
-def own(index: int, numbers: list[float], weight: int) -> PartialUpdate:
+def own(index: int, numbers: list[float], weight: int) -> ClientUpdate:
     delta = {"a": np.array(numbers[:3], np.float32), "b": np.array(numbers[3], np.float32)}
-    return PartialUpdate(1, (ClientOutcome(f"c{index:02d}", weight),), delta, float(weight))
+    return ClientUpdate(1, ClientOutcome(f"c{index:02d}", weight), delta, float(weight))
 
 
-def through(groups: list[list[PartialUpdate]]) -> dict[str, npt.NDArray[np.float64]]:
+def through(groups: list[list[ClientUpdate]]) -> dict[str, npt.NDArray[np.float64]]:
     """What a round makes of clients that were summed in these groups."""
-    updates: list[PartialUpdate] = []
+    updates: list[WeightedUpdate] = []
     for group in groups:
         summing = PartialAggregator(TASK, SHAPES)
         for update in group:
             summing.add(update, scale=update.total_weight)
         message = summing.message()
-        updates += message.parts or (message,)
+        updates += message.parts if isinstance(message, UpdateBundle) else [message]
     return mean({name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}, updates)
 
 
@@ -83,11 +84,12 @@ def test_a_message_is_one_sum_as_long_as_there_is_room() -> None:
     summing = PartialAggregator(TASK, SHAPES)
     summing.add(small)
     summing.add(large)
-    assert summing.message().parts == ()
+    assert isinstance(summing.message(), PartialSum)
     summing = PartialAggregator(TASK, SHAPES)
     for update in (huge, large, large, small):
         summing.add(update)
     message = summing.message()
+    assert isinstance(message, UpdateBundle)
     assert [len(part.outcomes) for part in message.parts] == [1, 1, 2]
     assert sum(part.total_weight for part in message.parts) == 4.0
     assert [o.client_id for o in message.outcomes] == ["c00", "c01", "c01", "c02"]
@@ -95,7 +97,7 @@ def test_a_message_is_one_sum_as_long_as_there_is_room() -> None:
 
 def test_a_round_of_failures_is_one_empty_sum() -> None:
     summing = PartialAggregator(TASK, SHAPES)
-    summing.add(PartialUpdate(1, (ClientOutcome("c00", 0, "it failed"),), {}, 0.0))
+    summing.add(ClientFailures(1, (ClientOutcome("c00", 0, "it failed"),)))
     message = summing.message()
     assert (message.total_weight, message.weighted_sum.keys()) == (0.0, SHAPES.keys())
 

@@ -30,7 +30,8 @@ from fedvit.rounds.coordinator import Coordinator
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import Cohort, PartialUpdate, TrainTask, Weights
+from fedvit.types import Cohort, TrainTask, Weights
+from fedvit.updates import UpdateMessage
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "6"))
 LONGEST_WAIT_S = 0.03
@@ -88,7 +89,7 @@ class NotingFleet(FakeFleet):
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate | None]:
+    ) -> Iterator[UpdateMessage | None]:
         for answer in super().train(task, weights, cohort, timeout_s=timeout_s):
             if answer is not None:
                 self._released.note([(task.run_id, task.round_index, o.client_id) for o in answer.outcomes])

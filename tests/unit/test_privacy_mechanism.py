@@ -10,15 +10,16 @@ import pytest
 from fedvit.aggregation.staleness import discounted, staleness_weight
 from fedvit.errors import UpdateRejectedError
 from fedvit.privacy import mechanism
-from fedvit.types import ClientOutcome, PartialUpdate
+from fedvit.types import ClientOutcome
+from fedvit.updates import PartialSum
 
 BASE = {"b": np.array([[1.0, 2.0]], dtype=np.float32), "a": np.array(3.0, dtype=np.float32)}
 
 
-def partial(point: float, clients: int, *, within: int = 0, weight: float | None = None) -> PartialUpdate:
+def partial(point: float, clients: int, *, within: int = 0, weight: float | None = None) -> PartialSum:
     outcomes = tuple(ClientOutcome(f"c{i}", 1) for i in range(clients))
     sums = {"b": np.array([[point, 0.0]]), "a": np.array(0.0)}
-    return PartialUpdate(1, outcomes, sums, clients if weight is None else weight, within)
+    return PartialSum(1, outcomes, sums, clients if weight is None else weight, within)
 
 
 def test_the_norm_is_over_all_arrays_and_those_without_dimensions_count() -> None:
@@ -71,20 +72,20 @@ def test_an_update_without_a_norm_is_no_update(bad: float) -> None:
         (partial(1.0, 2, within=3), "3 of its 2 clients"),
     ],
 )
-def test_a_partial_sum_is_believed_as_far_as_its_clients_allow(update: PartialUpdate, fault: str | None) -> None:
+def test_a_partial_sum_is_believed_as_far_as_its_clients_allow(update: PartialSum, fault: str | None) -> None:
     found = mechanism.fault_of(update, 1.0)
     assert (found is None) if fault is None else (found is not None and fault in found)
 
 
 def test_a_client_that_failed_allows_nothing() -> None:
     update = partial(1.5, 2)
-    failed = PartialUpdate(1, (update.outcomes[0], ClientOutcome("c1", 0, "it failed")), update.weighted_sum, 1.0)
+    failed = PartialSum(1, (update.outcomes[0], ClientOutcome("c1", 0, "it failed")), update.weighted_sum, 1.0)
     assert mechanism.fault_of(update, 1.0) is None
     assert "1 clipped updates allow 1" in str(mechanism.fault_of(failed, 1.0))
 
 
 def test_the_mean_is_the_noised_sum_over_a_constant() -> None:
-    sums = mechanism.total(BASE, [partial(2.0, 2), partial(-0.5, 1)], 1.0)
+    sums = mechanism.total(BASE, [(partial(2.0, 2), 1.0), (partial(-0.5, 1), 1.0)], 1.0)
     # The order of names: a, then b.
     mean = mechanism.noised_mean(sums, np.array([10.0, 20.0, 30.0]), divisor=4.0)
     assert list(mean) == ["b", "a"]
@@ -97,7 +98,7 @@ def test_the_divisor_is_what_it_was_said_to_be_however_many_came() -> None:
     noise = np.zeros(3)
     moved = [
         mechanism.noised_mean(mechanism.total(BASE, updates, 1.0), noise, divisor=10.0)["b"][0, 0]
-        for updates in ([], [partial(1.0, 1)], [partial(1.0, 1), partial(1.0, 1)])
+        for updates in ([], [(partial(1.0, 1), 1.0)], [(partial(1.0, 1), 1.0)] * 2)
     ]
     assert moved == pytest.approx([0.0, 0.1, 0.2])
 
@@ -111,9 +112,8 @@ def test_noise_that_does_not_fit_is_refused() -> None:
 
 
 def test_one_clipped_to_a_larger_norm_is_scaled_down_and_one_to_a_smaller_is_left() -> None:
-    from dataclasses import replace
 
-    large, small = replace(partial(2.0, 1), l2_clip_norm=2.0), replace(partial(0.5, 1), l2_clip_norm=0.5)
+    large, small = (partial(2.0, 1), 2.0), (partial(0.5, 1), 0.5)
     assert mechanism.total(BASE, [large, small], 1.0)["b"][0, 0] == 1.0 + 0.5
 
 

@@ -27,7 +27,8 @@ from fedvit.rounds.steering import change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import Client, ClientKind, ClientOutcome, Encoding, PartialUpdate, RunStatus, utc_now
+from fedvit.types import Client, ClientKind, ClientOutcome, Encoding, RunStatus, utc_now
+from fedvit.updates import ClientUpdate
 from fedvit.wire.folders import open_folder
 from fedvit.wire.tensors import decode_weights
 from fedvit.wire.updates import encode_smaller
@@ -104,9 +105,9 @@ class Yard:
         assert hashlib.sha256(content).hexdigest() == task["base_digest"]
         point = decode_weights(content, max_bytes=10_000)["point"]
         count = changes.pop("num_examples", task["num_examples"])
-        outcomes = (ClientOutcome(changes.pop("client_id", truck), count),)
+        outcome = ClientOutcome(changes.pop("client_id", truck), count)
         sums = {"point": count * step * (TARGET - point).astype(np.float64)}
-        update = PartialUpdate(task["round_index"], outcomes, sums, float(count))
+        update = ClientUpdate(task["round_index"], outcome, sums, float(count))
         coins = SecretStream(bytes(32), "coins", {})
         return encode_smaller(replace(update, **changes), Encoding(task["encoding"]), coins.uniform, 1.0)
 
@@ -227,7 +228,7 @@ def test_what_the_door_does_not_let_in_is_refused_at_once_recorded_and_counted(
     assert yard.task("truck-0") is None
 
 
-def encode_as_it_is(update: PartialUpdate, *_: Any) -> bytes:
+def encode_as_it_is(update: ClientUpdate, *_: Any) -> bytes:
     """With whatever is in it."""
     from fedvit.wire.updates import encode_update
 

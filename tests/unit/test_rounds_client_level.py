@@ -22,14 +22,14 @@ from fedvit.privacy.accountants import epsilon_pld
 from fedvit.privacy.events import BandedGaussian, Event, Gaussian, PoissonGaussian, SampledTogether
 from fedvit.privacy.round_cost import spend_of
 from fedvit.registry.weights import stored_weights
-from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.protection import ClientLevel
 from fedvit.rounds.steering import AggregationSettings, change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import ClientOutcome, Cohort, PartialUpdate, RunStatus, TrainTask, Weights, utc_now
+from fedvit.types import ClientOutcome, Cohort, RunStatus, TrainTask, Weights, utc_now
+from fedvit.updates import ClientUpdate, PartialSum, UpdateMessage
 
 TARGET = np.array([3.0, -4.0], dtype=np.float32)
 POISSON = {"selection": "poisson", "sampling_prob": 0.5}
@@ -53,11 +53,11 @@ class Recording(FakeFleet):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(TARGET, **options)
-        self.answers: list[PartialUpdate] = []
+        self.answers: list[UpdateMessage] = []
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate | None]:
+    ) -> Iterator[UpdateMessage | None]:
         for answer in super().train(task, weights, cohort, timeout_s=timeout_s):
             self.answers += [answer] if answer else []
             yield answer
@@ -233,9 +233,10 @@ class Lying(FakeFleet):
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate | None]:
+    ) -> Iterator[UpdateMessage | None]:
         for answer in super().train(task, weights, cohort, timeout_s=timeout_s):
             if answer and any(o.client_id == "vehicle-0000" for o in answer.outcomes):
+                assert isinstance(answer, PartialSum)
                 answer = replace(answer, weighted_sum={"point": 1.01 * answer.weighted_sum["point"]})
             yield answer
 
@@ -407,11 +408,9 @@ def test_a_repeated_round_repeats_its_noise_and_one_with_another_sum_does_not(tm
     task, weights = loop._task(1), {"point": np.zeros(4000, dtype=np.float32)}
 
     def folded(size: float) -> Any:
-        outcomes = (ClientOutcome("vehicle-0000", 1),)
-        answer = PartialUpdate(1, outcomes, {"point": np.full(4000, size)}, 1.0, 1)
-        buffer = judged([answer], Admission(1, "synchronous", 5, frozenset()))
+        update = ClientUpdate(1, ClientOutcome("vehicle-0000", 1), {"point": np.full(4000, size)}, 1.0, 1)
         # Another process each time.
-        return ClientLevel(config, store).fold(run, task, weights, buffer, {}, NO_FACTS).weights["point"]
+        return ClientLevel(config, store).fold(run, task, weights, [update], {}, NO_FACTS).weights["point"]
 
     once, again, other = folded(1e-6), folded(1e-6), folded(2e-6)
     np.testing.assert_array_equal(once, again)

@@ -23,7 +23,8 @@ from fedvit.rounds.coordinator import Coordinator
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import Evaluation, PartialUpdate, Run, RunStatus, Weights
+from fedvit.types import Evaluation, Run, RunStatus, Weights
+from fedvit.updates import ClientUpdate
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 from serve_apps.control.api import Services, create_api
 
@@ -187,10 +188,9 @@ def test_the_noise_of_the_rounds_leaves_the_sketches_room_in_the_budget() -> Non
         round_noise_multiplier(greedy)
 
 
-def misbehaving(norm: float, alignment: float) -> Callable[[PartialUpdate], PartialUpdate]:
-    def tamper(own: PartialUpdate) -> PartialUpdate:
-        (outcome,) = own.outcomes
-        return replace(own, outcomes=(replace(outcome, update_norm=norm, alignment=alignment),))
+def misbehaving(norm: float, alignment: float) -> Callable[[ClientUpdate], ClientUpdate]:
+    def tamper(own: ClientUpdate) -> ClientUpdate:
+        return replace(own, outcome=replace(own.outcome, update_norm=norm, alignment=alignment))
 
     return tamper
 

@@ -23,7 +23,8 @@ from fedvit.rounds.steering import RunRequest, change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import Cohort, PartialUpdate, Run, RunStatus, TrainTask, Weights
+from fedvit.types import Cohort, Run, RunStatus, TrainTask, Weights
+from fedvit.updates import ClientUpdate, UpdateMessage
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
 V = [f"vehicle-{i:04d}" for i in range(12)]
@@ -189,15 +190,15 @@ def test_fedasync_mixes_towards_where_an_old_update_began(tmp_path: Path) -> Non
 # --- the one door ----------------------------------------------------------------------------------------------------
 
 
-def scaled(update: PartialUpdate, factor: float) -> PartialUpdate:
+def scaled(update: ClientUpdate, factor: float) -> ClientUpdate:
     return replace(update, weighted_sum={n: factor * a for n, a in update.weighted_sum.items()})
 
 
-def with_point(point: Any) -> Callable[[PartialUpdate], PartialUpdate]:
+def with_point(point: Any) -> Callable[[ClientUpdate], ClientUpdate]:
     return lambda update: replace(update, weighted_sum={"point": point})
 
 
-FAULTS: dict[str, tuple[Callable[[PartialUpdate], PartialUpdate], str]] = {
+FAULTS: dict[str, tuple[Callable[[ClientUpdate], ClientUpdate], str]] = {
     "nan": (with_point(np.array([1.0, np.nan])), "'point' holds a value that is not finite"),
     "infinite": (with_point(np.array([np.inf, 0.0])), "'point' holds a value that is not finite"),
     "huge": (lambda u: scaled(u, 1e9), "its norm is 1.11803e+09; at most 5 is allowed"),
@@ -239,9 +240,8 @@ def test_a_partial_sum_with_a_fault_in_it_is_refused_and_held_against_nobody(tmp
 def test_more_examples_than_registered_are_not_believed(tmp_path: Path) -> None:
     training = Training(tmp_path, rounds=1, groups=6)
 
-    def claim(update: PartialUpdate) -> PartialUpdate:
-        (own,) = update.outcomes
-        return replace(scaled(update, 1e5), outcomes=(replace(own, num_examples=10**6),), total_weight=1e6)
+    def claim(update: ClientUpdate) -> ClientUpdate:
+        return replace(scaled(update, 1e5), outcome=replace(update.outcome, num_examples=10**6), total_weight=1e6)
 
     training.fleet.tamper[BAD] = claim
     training.run()
@@ -252,13 +252,13 @@ def test_more_examples_than_registered_are_not_believed(tmp_path: Path) -> None:
 class Mischievous(FakeFleet):
     """Sends what it is told beside the true answers."""
 
-    def __init__(self, more: Callable[[TrainTask, PartialUpdate], list[PartialUpdate]], **options: Any) -> None:
+    def __init__(self, more: Callable[[TrainTask, UpdateMessage], list[UpdateMessage]], **options: Any) -> None:
         super().__init__(TARGET, **options)
         self._more = more
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate | None]:
+    ) -> Iterator[UpdateMessage | None]:
         for answer in super().train(task, weights, cohort, timeout_s=timeout_s):
             yield answer
             if answer is not None and answer.outcomes[0].client_id == BAD:
@@ -266,9 +266,9 @@ class Mischievous(FakeFleet):
 
 
 def test_duplicates_strangers_and_wrong_versions_are_turned_away_by_name(tmp_path: Path) -> None:
-    kept: list[PartialUpdate] = []
+    kept: list[UpdateMessage] = []
 
-    def more(task: TrainTask, answer: PartialUpdate) -> list[PartialUpdate]:
+    def more(task: TrainTask, answer: UpdateMessage) -> list[UpdateMessage]:
         kept.append(answer)
         (own,) = answer.outcomes
         stranger = replace(answer, outcomes=(replace(own, client_id="nobody"),))
@@ -289,9 +289,9 @@ def test_duplicates_strangers_and_wrong_versions_are_turned_away_by_name(tmp_pat
 
 
 def test_an_answer_repeated_after_its_round_counts_no_second_time(tmp_path: Path) -> None:
-    first: list[PartialUpdate] = []
+    first: list[UpdateMessage] = []
 
-    def more(task: TrainTask, answer: PartialUpdate) -> list[PartialUpdate]:
+    def more(task: TrainTask, answer: UpdateMessage) -> list[UpdateMessage]:
         first.append(answer)
         return []
 
@@ -300,7 +300,7 @@ def test_an_answer_repeated_after_its_round_counts_no_second_time(tmp_path: Path
     training.process()
     again = fleet.train
 
-    def train(task: TrainTask, *arguments: Any, **options: Any) -> Iterator[PartialUpdate | None]:
+    def train(task: TrainTask, *arguments: Any, **options: Any) -> Iterator[UpdateMessage | None]:
         if task.round_index == 2:
             yield first[0]
         yield from again(task, *arguments, **options)

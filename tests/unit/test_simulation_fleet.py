@@ -11,7 +11,8 @@ from fedvit.settings import load_settings
 from fedvit.tools.simulation.delays import Delays
 from fedvit.tools.simulation.faults import Faults
 from fedvit.tools.simulation.fleet import SILENT, SimulatedFleet, VirtualClock
-from fedvit.types import ClientOutcome, Cohort, PartialUpdate, TrainTask, Weights
+from fedvit.types import ClientOutcome, Cohort, TrainTask, Weights
+from fedvit.updates import ClientUpdate
 
 V = [f"v{i:03d}" for i in range(40)]
 
@@ -27,9 +28,9 @@ class Diary:
         self.clock = clock
         self.asked: list[tuple[float, str, int, float]] = []
 
-    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> PartialUpdate:
+    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> ClientUpdate:
         self.asked.append((self.clock(), client_id, task.round_index, float(weights["w"][0])))
-        return PartialUpdate(task.round_index, (ClientOutcome(client_id, 1),), {"w": np.ones(1)}, 1.0)
+        return ClientUpdate(task.round_index, ClientOutcome(client_id, 1), {"w": np.ones(1)}, 1.0)
 
 
 def fleet_of(seed: int = 0, look_s: float = 1e9, **delays: float | str) -> tuple[SimulatedFleet, Diary]:
@@ -148,9 +149,9 @@ def test_one_that_drops_out_is_an_outcome_and_no_work() -> None:
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 
-def sent(*kinds: str, **how: float) -> PartialUpdate:
+def sent(*kinds: str, **how: float) -> ClientUpdate:
     faults = Faults([FaultConfig(share=1.0, kinds=kinds, **how)], ["a"], seed=0)  # type: ignore[arg-type]
-    answer = PartialUpdate(1, (ClientOutcome("a", 5),), {"b": np.array([10.0, 20.0]), "c": np.array([[-5.0]])}, 5.0)
+    answer = ClientUpdate(1, ClientOutcome("a", 5), {"b": np.array([10.0, 20.0]), "c": np.array([[-5.0]])}, 5.0)
     return faults.sent("a", answer)
 
 

@@ -32,7 +32,8 @@ from fedvit.rounds.remote import FROZEN_DIGEST
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet
-from fedvit.types import ClientOutcome, Encoding, PartialUpdate, Run, RunStatus, TrainTask, utc_now
+from fedvit.types import ClientOutcome, Encoding, Run, RunStatus, TrainTask, utc_now
+from fedvit.updates import ClientUpdate
 from fedvit.wire.folders import open_folder
 from serve_apps.control.api import Services, create_api
 
@@ -336,8 +337,8 @@ TASK = TrainTask("run-0001", 1, "b" * 64, "d" * 64, 1.0, 0.5, 1.0, 1, 1.0)
 SIZE = 200
 
 
-def own(step: np.ndarray[Any, Any], round_index: int) -> PartialUpdate:
-    return PartialUpdate(round_index, (ClientOutcome(TRUCK, 3),), {"w": 3.0 * step}, 3.0)
+def own(step: np.ndarray[Any, Any], round_index: int) -> ClientUpdate:
+    return ClientUpdate(round_index, ClientOutcome(TRUCK, 3), {"w": 3.0 * step}, 3.0)
 
 
 def test_what_top_k_drops_is_sent_later_and_a_repetition_repeats_it(tmp_path: Path) -> None:
@@ -348,12 +349,13 @@ def test_what_top_k_drops_is_sent_later_and_a_repetition_repeats_it(tmp_path: Pa
         step = draw.normal(size=SIZE)
         made += step
         task = replace(TASK, round_index=index)
-        content = sender.sealed(task, own(step, index), Encoding.TOP_K, validator)
+        content = sender.encoded(task, own(step, index), Encoding.TOP_K, validator)
         # The process died and begins the round again.
         assert (
-            UpdateEncoder(tmp_path, bytes(32), 0.1).sealed(task, own(step, index), Encoding.TOP_K, validator) == content
+            UpdateEncoder(tmp_path, bytes(32), 0.1).encoded(task, own(step, index), Encoding.TOP_K, validator)
+            == content
         )
-        sent += validator.opened(content).weighted_sum["w"] / 3.0
+        sent += validator.decoded(content).weighted_sum["w"] / 3.0
         left = made - sent
     # Stich et al.: what is left is bounded, however long it goes on; without feedback it would grow as the root of 39.
     assert np.linalg.norm(left) < 0.5 * np.linalg.norm(made) * np.sqrt(39)
@@ -366,7 +368,7 @@ def test_what_the_door_would_refuse_in_a_smaller_form_goes_as_it_is(tmp_path: Pa
     norm = float(np.linalg.norm(step))
     validator = UpdateValidator({"w": (SIZE,)}, by_examples=True, single=True, max_update_norm=norm)
     sender = UpdateEncoder(tmp_path, bytes(32), 0.5)
-    sealed = sender.sealed(TASK, own(step, 1), Encoding.INT8, validator)
-    assert validator.fault_of(validator.opened(sealed)) is None
-    overflow = sender.sealed(TASK, own(step * 1e7, 1), Encoding.FLOAT16, replace(validator, max_update_norm=None))
-    assert validator.opened(overflow).outcomes[0].encoding == "float32"
+    sealed = sender.encoded(TASK, own(step, 1), Encoding.INT8, validator)
+    assert validator.fault_of(validator.decoded(sealed)) is None
+    overflow = sender.encoded(TASK, own(step * 1e7, 1), Encoding.FLOAT16, replace(validator, max_update_norm=None))
+    assert validator.decoded(overflow).outcomes[0].encoding == "float32"

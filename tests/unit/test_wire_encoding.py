@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load, save
 
 from fedvit.errors import UpdateRejectedError
-from fedvit.types import ClientOutcome, Encoding, PartialUpdate
+from fedvit.types import ClientOutcome, Encoding
+from fedvit.updates import ClientFailures, ClientUpdate
 from fedvit.wire.encoding import BLOCK, decode_arrays, encode_arrays
 from fedvit.wire.updates import decode_update, encode_smaller, encoding_of
 
@@ -82,7 +83,7 @@ def test_what_a_form_has_exactly_stays_as_it_is(encoding: Encoding) -> None:
     ("encoding", "share"), [("float32", 1.0), ("float16", 0.5), ("bfloat16", 0.5), ("int8", 0.2549), ("top_k", 0.1)]
 )
 def test_bytes_are_what_the_table_says(encoding: str, share: float) -> None:
-    big = PartialUpdate(1, (ClientOutcome("a", 3),), {"w": DRAW.normal(size=40_000)}, 3.0)
+    big = ClientUpdate(1, ClientOutcome("a", 3), {"w": DRAW.normal(size=40_000)}, 3.0)
     content = encode_smaller(big, Encoding(encoding), coins(0), 0.05)
     assert len(content) == pytest.approx(160_000 * share, rel=0.005, abs=400)
     assert encoding_of(content) == encoding
@@ -112,7 +113,7 @@ def test_next_to_the_largest_value_nothing_becomes_infinite() -> None:
 
 # --- bytes from anybody ----------------------------------------------------------------------------------------------
 
-UPDATE = PartialUpdate(3, (ClientOutcome("a", 7),), {"w": 7.0 * DRAW.normal(size=(4, 5))}, 7.0, 1)
+UPDATE = ClientUpdate(3, ClientOutcome("a", 7), {"w": 7.0 * DRAW.normal(size=(4, 5))}, 7.0, 1)
 
 
 @pytest.mark.parametrize("encoding", Encoding)
@@ -125,7 +126,7 @@ def test_an_update_is_opened_as_the_sum_that_was_sent(encoding: Encoding) -> Non
 
 
 def test_a_client_that_failed_sends_its_reason_and_nothing_else() -> None:
-    failed = PartialUpdate(3, (ClientOutcome("a", 0, "it is " + "so " * 500),), {}, 0.0)
+    failed = ClientFailures(3, (ClientOutcome("a", 0, "it is " + "so " * 500),))
     found = decode_update(encode_smaller(failed, Encoding.INT8, coins(0), 1.0), max_bytes=9999, shapes={"w": (4, 5)})
     assert found.weighted_sum == {}
     assert str(found.outcomes[0].error).startswith("it is so so")

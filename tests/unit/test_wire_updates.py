@@ -9,10 +9,11 @@ import pytest
 from safetensors.numpy import save
 
 from fedvit.errors import UpdateRejectedError
-from fedvit.types import ClientOutcome, PartialUpdate
+from fedvit.types import ClientOutcome
+from fedvit.updates import PartialSum
 from fedvit.wire.updates import decode_update, encode_update
 
-UPDATE = PartialUpdate(
+UPDATE = PartialSum(
     3,
     (ClientOutcome("a", 7), ClientOutcome("b", 0, "it failed")),
     {"w": np.array([[1.5, -2.0]]), "b": np.asarray(0.25, dtype=np.float32)},

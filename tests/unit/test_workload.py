@@ -21,7 +21,8 @@ from fedvit.rounds.coordinator import Coordinator
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet
-from fedvit.types import PartialUpdate, RunStatus, TrainTask, Variant, Weights
+from fedvit.types import RunStatus, TrainTask, Variant, Weights
+from fedvit.updates import PartialSum, UpdateMessage
 from fedvit.wire.tensors import encode_weights
 
 V = [f"vehicle-{i:02d}" for i in range(6)]
@@ -51,7 +52,7 @@ def base_of(config: Settings) -> Weights:
     return own_clients(config).initial_weights()
 
 
-def total(message: PartialUpdate) -> dict[str, Any]:
+def total(message: PartialSum) -> dict[str, Any]:
     return {name: array / message.total_weight for name, array in message.weighted_sum.items()}
 
 
@@ -178,7 +179,7 @@ class HostedFleet(FakeFleet):
         super().__init__(np.zeros(1, np.float32), groups=1)
         self._host = OwnHost(config)
 
-    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
+    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
         return self._host.train(task, weights, client_ids)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet
 from fedvit.tools.audit.clients import Rounds, Update
 from fedvit.tools.audit.findings import Finding, Scope
-from fedvit.types import Cohort, PartialUpdate, TrainTask, Weights
+from fedvit.types import Cohort, TrainTask, Weights
+from fedvit.updates import PartialSum, UpdateMessage
 
 CHECK = "charging"
 _ROUNDS = 3
@@ -31,19 +33,14 @@ class _Watchful(FakeFleet):
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate | None]:
+    ) -> Iterator[UpdateMessage | None]:
         self.charged.append({entry.charge.round_index for entry in self._store.ledger()})
         return super().train(task, weights, cohort, timeout_s=timeout_s)
 
-    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
+    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
         answer = super()._partial(task, weights, client_ids)
-        return PartialUpdate(
-            answer.round_index,
-            answer.outcomes,
-            {**answer.weighted_sum, "scale": np.zeros(())},
-            answer.total_weight,
-            answer.within_clip,
-        )
+        assert isinstance(answer, PartialSum)
+        return replace(answer, weighted_sum={**answer.weighted_sum, "scale": np.zeros(())})
 
 
 def check(scope: Scope) -> Iterator[Finding]:

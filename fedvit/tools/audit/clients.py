@@ -32,7 +32,8 @@ from fedvit.testing.doubles import FakeFleet, PointModel
 from fedvit.tools.audit.findings import Finding, Scope
 from fedvit.tools.audit.observe import Release, flat_arrays, released_rounds
 from fedvit.tools.audit.records import ROUNDING
-from fedvit.types import Client, ClientKind, FloatArray, PartialUpdate, TrainTask, Weights
+from fedvit.types import Client, ClientKind, FloatArray, TrainTask, Weights
+from fedvit.updates import PartialSum, UpdateMessage
 from fedvit.wire.tensors import encode_weights
 
 CHECK = "neighbouring clients"
@@ -83,7 +84,7 @@ class _Fleet(FakeFleet):
         super().__init__(point)
         self._host = _Host(settings, updates)
 
-    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> PartialUpdate:
+    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
         return self._host.train(task, weights, client_ids)
 
 
@@ -202,9 +203,14 @@ def _late_faults(scope: Scope) -> Iterator[str]:
         for staleness in range(6):
             late = replace(answer, round_index=task.round_index - staleness)
             admission = Admission(
-                task.round_index, "asynchronous", 9, frozenset(), lambda found: protection.judge(found, task.run_id)
+                task.round_index,
+                "asynchronous",
+                9,
+                frozenset(),
+                lambda update: protection.fault_of(update, task.run_id),
             )
-            sums = mechanism.total(base, judged([late], admission).updates(), scope.l2_clip_norm)
+            updates = judged([late], admission).updates()
+            sums = mechanism.total(base, [(u, scope.l2_clip_norm) for u in updates], scope.l2_clip_norm)
             weights.append(float(np.linalg.norm(flat_arrays(sums))) / scope.l2_clip_norm)
     if abs(weights[0] - 1) > ROUNDING:
         yield f"a fresh answer has a weight of {weights[0]:.7f}"
@@ -229,6 +235,8 @@ def client_task(scope: Scope, round_index: int = 9) -> TrainTask:
     )
 
 
-def _host_answer(settings: Settings, task: TrainTask, base: Weights, update: Update) -> PartialUpdate:
+def _host_answer(settings: Settings, task: TrainTask, base: Weights, update: Update) -> PartialSum:
     based = replace(task, base_digest=hashlib.sha256(encode_weights(base)).hexdigest())
-    return _Host(settings, {"vehicle-0000": update}).train(based, base, ["vehicle-0000"])
+    answer = _Host(settings, {"vehicle-0000": update}).train(based, base, ["vehicle-0000"])
+    assert isinstance(answer, PartialSum)
+    return answer

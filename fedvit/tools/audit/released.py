@@ -26,7 +26,6 @@ from fedvit.privacy.accountants import epsilon_pld
 from fedvit.privacy.events import Event, Gaussian
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream
-from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.protection import EXPECTED_COHORT, ClientLevel
 from fedvit.store.store import Store
 from fedvit.testing.ranks import on_ranks
@@ -34,7 +33,8 @@ from fedvit.tools.audit import subjects
 from fedvit.tools.audit.bounds import best_threshold, epsilon_of_mu, epsilon_without_assumptions, errors_at, mu_of
 from fedvit.tools.audit.clients import client_settings, client_task, settle_key
 from fedvit.tools.audit.findings import ALPHA, Finding, Scope
-from fedvit.types import ClientOutcome, PartialUpdate, Run, RunStatus, TrainTask, utc_now
+from fedvit.types import ClientOutcome, Run, RunStatus, TrainTask, utc_now
+from fedvit.updates import PartialSum
 
 RECORD_CHECK, RANKS_CHECK, CLIENT_CHECK = "released step", "released step of two ranks", "released round"
 DRAWS, PILOT = 10_000, 2_000
@@ -212,8 +212,7 @@ class _RoundReleases:
         outcomes = tuple(ClientOutcome(f"vehicle-{i:04d}", 1) for i in range(clients))
         sums = {"point": np.tile(point, (self._copies, 1))}
         task = replace(client_task(self._scope, round_index=number + 1))
-        answer = PartialUpdate(task.round_index, outcomes, sums, float(clients))
-        buffer = judged([answer], Admission(task.round_index, "synchronous", 0, frozenset()))
+        answer = PartialSum(task.round_index, outcomes, sums, float(clients))
         base = {"point": np.zeros(sums["point"].shape, np.float32)}
-        folded = self._protection.fold(self._run, task, base, buffer, {}, RoundFacts()).weights["point"]
+        folded = self._protection.fold(self._run, task, base, [answer], {}, RoundFacts()).weights["point"]
         return folded.astype(np.float64)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from fedvit.config import FaultConfig, FaultKind
 from fedvit.tools.simulation.delays import generator
-from fedvit.types import LabelArray, PartialUpdate
+from fedvit.types import LabelArray
+from fedvit.updates import ClientAnswer, ClientUpdate
 
 Arrays = Mapping[str, npt.NDArray[np.float64]]
 Behaviour = Callable[[Arrays, FaultConfig, np.random.Generator], Arrays]
@@ -69,10 +70,10 @@ class Faults:
         fault = self.of.get(client_id)
         return num_classes - 1 - labels if fault and "label_flip" in fault.kinds else labels
 
-    def sent(self, client_id: str, answer: PartialUpdate) -> PartialUpdate:
+    def sent(self, client_id: str, answer: ClientAnswer) -> ClientAnswer:
         """What arrives of a client's own answer."""
         fault = self.of.get(client_id)
-        if fault is None or not answer.total_weight:
+        if fault is None or not isinstance(answer, ClientUpdate) or not answer.total_weight:
             return answer
         draw = generator(self._seed, "fault", client_id, answer.round_index)
         # Of the update itself, whatever it weighs in a sum.

@@ -13,7 +13,8 @@ from typing import Protocol
 
 from fedvit.ports import ProxyReport
 from fedvit.tools.simulation.delays import Delays
-from fedvit.types import ClientOutcome, Cohort, PartialUpdate, TrainTask, Weights
+from fedvit.types import Cohort, TrainTask, Weights
+from fedvit.updates import ClientFailures, SingleMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 
 SILENT = "it fell silent"
@@ -37,7 +38,7 @@ class VirtualClock:
 class Learners(Protocol):
     """The work that clients do."""
 
-    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> PartialUpdate:
+    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> SingleMessage:
         """One client's own answer, never a sum of several; a client that fails is an outcome with an error."""
         ...
 
@@ -52,8 +53,8 @@ class _Errand:
     task: TrainTask = field(compare=False)
     weights: Weights = field(compare=False)
 
-    def failed(self, reason: str) -> PartialUpdate:
-        return PartialUpdate(self.task.round_index, (ClientOutcome(self.client_id, 0, reason),), {}, 0.0)
+    def failed(self, reason: str) -> ClientFailures:
+        return ClientFailures.of(self.task.round_index, [self.client_id], reason)
 
 
 class SimulatedFleet:
@@ -83,7 +84,7 @@ class SimulatedFleet:
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
-    ) -> Iterator[PartialUpdate | None]:
+    ) -> Iterator[SingleMessage | None]:
         """See :meth:`fedvit.ports.FleetPort.train`; one message a client, in the order of their virtual arrival."""
         for client_id in cohort.client_ids:
             self._hand_out(task, weights, client_id)
@@ -108,7 +109,7 @@ class SimulatedFleet:
         """The clients that have not answered."""
         return frozenset(errand.client_id for errand in self._errands)
 
-    def give_up(self, reason: str) -> list[PartialUpdate]:
+    def give_up(self, reason: str) -> list[ClientFailures]:
         """Wait for nobody any more."""
         given_up = [errand.failed(reason) for errand in sorted(self._errands)]
         if not self._delays.given_up_stops:
@@ -134,7 +135,7 @@ class SimulatedFleet:
         heapq.heappush(self._errands, _Errand(due_s, client_id, trip.answers, task, weights))
         self.counts["handed"] += 1
 
-    def _arrived(self, errand: _Errand) -> PartialUpdate:
+    def _arrived(self, errand: _Errand) -> SingleMessage:
         if not errand.answers:
             self.counts["silent"] += 1
             return errand.failed(SILENT)

@@ -12,7 +12,16 @@ from fedvit.clients.host import ClientHost, Holdings, Shard, Trainer
 from fedvit.config import Settings
 from fedvit.models.vision import VisionModel
 from fedvit.tools.simulation.faults import Faults
-from fedvit.types import PartialUpdate, TrainTask, Weights
+from fedvit.types import TrainTask, Weights
+from fedvit.updates import (
+    ClientAnswer,
+    ClientFailures,
+    ClientUpdate,
+    EncodedUpdate,
+    PartialSum,
+    SingleMessage,
+    UpdateBundle,
+)
 
 
 class SimulatedClients(ClientHost):
@@ -37,10 +46,14 @@ class SimulatedClients(ClientHost):
         self._faults = faults
         self._shards = shards
 
-    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> PartialUpdate:
+    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> SingleMessage:
         """One client's own answer, as it arrives."""
         message = self.train(task, weights, [client_id])
-        own = message.parts[0] if message.parts else message
+        own = message.parts[0] if isinstance(message, UpdateBundle) else message
+        if isinstance(own, EncodedUpdate):
+            return own
+        if isinstance(own, PartialSum):
+            own = _single(own)
         return self._seen(task, weights, self._faults.sent(client_id, own))
 
     def load(self, client_id: str) -> None:
@@ -75,5 +88,13 @@ class LyingClients(SimulatedClients):
     def _shard(self, client_id: str) -> Shard:
         return super()._shard(client_id) if self._lies() else ClientHost._shard(self, client_id)
 
-    def _sent(self, client_id: str, answer: PartialUpdate) -> PartialUpdate:
+    def _sent(self, client_id: str, answer: ClientAnswer) -> ClientAnswer:
         return self._faults.sent(client_id, answer) if self._lies() else answer
+
+
+def _single(own: PartialSum) -> ClientAnswer:
+    """A sum over one client as that client's answer."""
+    (outcome,) = own.outcomes
+    if outcome.error is not None:
+        return ClientFailures(own.round_index, own.outcomes)
+    return ClientUpdate(own.round_index, outcome, own.weighted_sum, own.total_weight, own.within_clip)

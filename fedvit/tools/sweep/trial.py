@@ -20,7 +20,8 @@ from fedvit.tools.simulation.world import World
 from fedvit.tools.sweep.halving import Score, score_of
 from fedvit.tools.sweep.outcome import STOPPED_EARLY, TrialOutcome
 from fedvit.tools.sweep.space import TrialPlan
-from fedvit.types import Client, Evaluation, PartialUpdate, TrainTask, Weights
+from fedvit.types import Client, Evaluation, TrainTask, Weights
+from fedvit.updates import SingleMessage
 
 RUNNING = "running"
 PATIENCE_S = 300.0
@@ -200,7 +201,7 @@ class _WatchedLearners:
         self._watched = watched
         self._learners = learners
 
-    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> PartialUpdate:
+    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> SingleMessage:
         self._watched.began_s = self._watched.began_s or time.monotonic()
         return self._learners.answer(task, weights, client_id)
 

@@ -1,0 +1,107 @@
+"""Update messages: the answers of clients to a training task, one frozen type for each form.
+
+:data:`UpdateMessage` is what a fleet yields. Validation turns an :class:`EncodedUpdate` into a :class:`ClientUpdate`;
+aggregation rules read :data:`WeightedUpdate` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from fedvit.types import ClientOutcome
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class ClientFailures:
+    """Clients that contribute nothing to the round, each with its reason."""
+
+    round_index: int
+    outcomes: tuple[ClientOutcome, ...]
+
+    @classmethod
+    def of(cls, round_index: int, client_ids: Iterable[str], reason: str) -> ClientFailures:
+        """These clients, all for one reason."""
+        return cls(round_index, tuple(ClientOutcome(client_id, 0, reason) for client_id in client_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class ClientUpdate:
+    """The decoded update of one client, float64 by parameter name, multiplied by its weight.
+
+    ``weighted_sum[name] = total_weight * (local - base)``, as in a :class:`PartialSum` over this client alone. Where
+    clients are the privacy unit, the update is clipped and its weight is 1; ``within_clip`` is 1 if clipping changed
+    nothing.
+    """
+
+    round_index: int
+    outcome: ClientOutcome
+    weighted_sum: Mapping[str, npt.NDArray[np.float64]]
+    total_weight: float
+    within_clip: int = 0
+
+    @property
+    def outcomes(self) -> tuple[ClientOutcome, ...]:
+        """The client's outcome."""
+        return (self.outcome,)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedUpdate:
+    """The answer of one client as bytes, see :mod:`fedvit.wire.updates`.
+
+    ``outcome`` says which client was asked, and of how many examples; the bytes may contradict it.
+    """
+
+    round_index: int
+    outcome: ClientOutcome
+    content: bytes
+
+    @property
+    def outcomes(self) -> tuple[ClientOutcome, ...]:
+        """The client's outcome."""
+        return (self.outcome,)
+
+
+@dataclass(frozen=True, slots=True)
+class PartialSum:
+    """The sum of several clients' weighted updates, with the outcomes of all of them, failed ones included.
+
+    ``weighted_sum[name] = sum over clients of weight * (local - base)``, float64. ``within_clip`` counts the clients
+    whose updates were within the clipping norm before they were clipped.
+    """
+
+    round_index: int
+    outcomes: tuple[ClientOutcome, ...]
+    weighted_sum: Mapping[str, npt.NDArray[np.float64]]
+    total_weight: float
+    within_clip: int = 0
+
+
+ClientAnswer: TypeAlias = ClientFailures | ClientUpdate
+"""What one client makes of a task, before it is encoded or added up."""
+WeightedUpdate: TypeAlias = ClientUpdate | PartialSum
+"""A message with arrays that an aggregation rule can add up."""
+DecodedUpdate: TypeAlias = ClientFailures | WeightedUpdate
+SingleMessage: TypeAlias = DecodedUpdate | EncodedUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateBundle:
+    """Several answers in one message: single updates where the rule needs them, or sums too large to add up exactly."""
+
+    round_index: int
+    parts: tuple[SingleMessage, ...]
+
+    @property
+    def outcomes(self) -> tuple[ClientOutcome, ...]:
+        """The outcomes of all parts, by client."""
+        return tuple(sorted((o for part in self.parts for o in part.outcomes), key=lambda o: o.client_id))
+
+
+UpdateMessage: TypeAlias = SingleMessage | UpdateBundle
