@@ -46,7 +46,7 @@ class ClientProxy:
 
 
 def _host_of(settings: Settings) -> ClientHostPort:
-    if settings.rehearsal.faults:
+    if settings.drill.faults:
         from fedvit.tools.simulation.rehearsal import rehearsed_host
 
         return rehearsed_host(settings)

@@ -1,7 +1,7 @@
-"""Where settings come from: one YAML file, overridden by environment variables, overridden by the command line.
+"""Loading of settings: a YAML file, overridden by environment variables, overridden by the command line.
 
 ``FEDVIT_TRAINING__ROUNDS=5`` overrides ``training.rounds``: the prefix ``FEDVIT_``, then the path with ``__`` between
-sections. ``FEDVIT_HOME`` names the state folder. Every error names the key, what was found and what is allowed.
+sections. ``FEDVIT_HOME`` names the state folder. Every error names the key, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -13,38 +13,30 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fedvit.config import Settings
+from fedvit.config.renamed import new_key
 from fedvit.errors import ConfigError
 
 ENV_PREFIX = "FEDVIT_"
-# Read by other parts of the program, not settings.
+# Variables that other parts of the program read; they are no settings.
 ENV_RESERVED = frozenset({"FEDVIT_CONFIG", "FEDVIT_TOKEN", "FEDVIT_URL"})
 
 
 def load_settings(
-    path: Path | None = None,
-    *,
-    environ: Mapping[str, str] | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    path: Path | None = None, *, environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Settings:
     """Settings from a YAML file, then ``environ``, then ``overrides`` (nested like the file).
 
     Raises:
-        ConfigError: the file is unreadable, or a key is unknown or out of range.
+        ConfigError: the file is unreadable, or a key is unknown, renamed or out of range.
     """
-    tree = _read_yaml(path) if path is not None else {}
+    file = _read_yaml(path) if path is not None else {}
+    environment = _environment_tree(os.environ if environ is None else environ)
     source = str(path) if path is not None else "the built-in defaults"
-    _merge(tree, _environment_tree(os.environ if environ is None else environ))
-    _merge(tree, dict(overrides or {}))
-    try:
-        settings = Settings.model_validate(tree)
-    except ValidationError as error:
-        raise _explain(error, source) from None
-    if path is not None:
-        settings = _resolve_paths(settings, path.parent)
-    return settings
+    settings = _validated(f"In {source} and the environment", overrides or {}, environment, file)
+    return settings if path is None else _resolve_paths(settings, path.parent)
 
 
 def changed_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
@@ -53,19 +45,13 @@ def changed_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings
     Raises:
         ConfigError: a key is unknown, or a value out of range.
     """
-    tree = settings.model_dump()
+    trees = []
     for path, value in changes.items():
-        node: dict[str, Any] = {}
-        leaf = node
-        *sections, key = path.split(".")
-        for section in sections:
-            leaf[section] = leaf = {}
-        leaf[key] = value
-        _merge(tree, node)
-    try:
-        return Settings.model_validate(tree)
-    except ValidationError as error:
-        raise _explain(error, f"the settings with {', '.join(f'{k}={v}' for k, v in changes.items())}") from None
+        for key in reversed(path.split(".")):
+            value = {key: value}
+        trees.append(value)
+    named = ", ".join(f"{key}={value}" for key, value in changes.items())
+    return _validated(f"In the settings with {named}", *reversed(trees), settings.model_dump())
 
 
 def environment_settings() -> Settings:
@@ -76,6 +62,17 @@ def environment_settings() -> Settings:
     """
     named = os.environ.get("FEDVIT_CONFIG")
     return load_settings(Path(named) if named else None)
+
+
+def _validated(where: str, *trees: Mapping[str, Any]) -> Settings:
+    """Settings from several trees; an earlier tree overrides a later one."""
+    # Imported here because it takes longer than all of pydantic, and most processes receive their settings as JSON.
+    from fedvit.config.sources import merged
+
+    try:
+        return Settings.model_validate(merged(*trees))
+    except ValidationError as error:
+        raise _explain(error, where) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -94,13 +91,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{path} holds a {type(tree).__name__}, not sections.", cure=f"Begin with one of: {_keys(Settings)}."
+            f"{path} holds a {type(tree).__name__}, not sections.",
+            cure=f"Begin with one of: {', '.join(Settings.model_fields)}.",
         )
     return tree
 
 
 def _resolve_paths(settings: Settings, folder: Path) -> Settings:
-    """Paths in a file are relative to that file, as its writer sees them; ``home`` is not."""
+    """Resolve relative paths of a settings file against its folder, all but ``home``."""
 
     def resolve(path: Path | None) -> Path | None:
         return path if path is None or path.is_absolute() or path.exists() else folder / path
@@ -129,38 +127,32 @@ def _environment_tree(environ: Mapping[str, str]) -> dict[str, Any]:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{name} contradicts another FEDVIT_ variable.", cure="Unset one of the two.")
-        # YAML reads 5, true, null and [8081, 8082] as a user expects; a path or a name stays text.
+        # As YAML, 5, true, null and [8081, 8082] have their types; a path or a name stays text.
         node[key] = yaml.safe_load(text) if text.strip() else text
     return tree
 
 
-def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _explain(error: ValidationError, source: str) -> ConfigError:
-    """The first faults as sentences: key, what was found, what is allowed."""
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    """The first three faults as sentences: key, value, what is allowed."""
     faults = error.errors(include_url=False)
     sentences = [_explain_one(fault) for fault in faults[:3]]
     more = f" ({len(faults) - 3} more.)" if len(faults) > 3 else ""
-    return ConfigError(f"In {source} and the environment: " + " ".join(sentences) + more)
+    return ConfigError(f"{where}: {' '.join(sentences)}{more}")
 
 
 def _explain_one(fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
     key = ".".join(path) or "the file"
     if fault["type"] == "extra_forbidden":
+        if (renamed := new_key(path)) is not None:
+            return f"'{key}' is now '{renamed}'."
         section = _section_at(path[:-1])
         allowed = list(section.model_fields) if section else []
         near = difflib.get_close_matches(path[-1], allowed, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         return f"'{key}' is no setting.{hint} Allowed here: {', '.join(allowed)}."
-    found = fault.get("input")
-    shown = "" if isinstance(found, BaseModel | dict) else f" (found {found!r})"
+    value = fault.get("input")
+    shown = "" if isinstance(value, BaseModel | dict) else f" (found {value!r})"
     message = fault["msg"].removeprefix("Value error, ")
     return f"'{key}': {message[0].lower()}{message[1:]}{shown}."
 
@@ -178,10 +170,6 @@ def _section_at(path: list[str]) -> type[BaseModel] | None:
     return section
 
 
-def _keys(section: type[BaseModel]) -> str:
-    return ", ".join(section.model_fields)
-
-
 def settings_to_json(settings: Settings) -> str:
     """Settings as JSON that :func:`settings_from_json` reads back; how they travel to actors and replicas."""
     return settings.model_dump_json()
@@ -189,4 +177,4 @@ def settings_to_json(settings: Settings) -> str:
 
 def settings_from_json(text: str) -> Settings:
     """The inverse of :func:`settings_to_json`."""
-    return TypeAdapter(Settings).validate_json(text)
+    return Settings.model_validate_json(text)

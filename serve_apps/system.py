@@ -133,11 +133,11 @@ class RaySystem:
         from fedvit.data.fleet import VirtualFleet
         from fedvit.data.images import load_images
         from fedvit.data.manifest import build_manifest
-        from fedvit.rounds.steering import begin_in_first_mode
+        from fedvit.rounds.steering import begin_in_initial_mode
         from fedvit.store.store import Store
 
         settings = self._settings
-        if settings.workload.clients is not None:
+        if settings.workload.clients_class is not None:
             return _checked_workload(settings)
         fleet = VirtualFleet.open(settings.data)
         manifest = build_manifest(fleet.source)
@@ -160,7 +160,7 @@ class RaySystem:
                     classes=manifest.classes,
                 )
                 store.register_clients(fleet.clients())
-                begin_in_first_mode(store, settings)
+                begin_in_initial_mode(store, settings)
 
         return write
 
@@ -347,7 +347,7 @@ def follower_token(settings: Settings) -> Iterator[Path | None]:
 def _checked_workload(settings: Settings) -> Callable[[], None]:
     """Make the workload once, so that a fault of it is named now; the answer registers its clients."""
     from fedvit.clients.workload import client_host, own_clients
-    from fedvit.rounds.steering import begin_in_first_mode
+    from fedvit.rounds.steering import begin_in_initial_mode
     from fedvit.store.store import Store
 
     client_host(settings)
@@ -357,7 +357,7 @@ def _checked_workload(settings: Settings) -> Callable[[], None]:
         with Store.open(settings.home) as store:
             store.bind_fleet(data_digest=hashlib.sha256(named.encode()).hexdigest(), partition={}, classes=())
             store.register_clients(own_clients(settings).registered())
-            begin_in_first_mode(store, settings)
+            begin_in_initial_mode(store, settings)
 
     return write
 

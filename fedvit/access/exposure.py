@@ -39,8 +39,8 @@ def check_exposure(settings: Settings) -> None:
             f"'serving.host' is {host!r}, which no certificate names, so that replicas and edges could not trust it.",
             cure="Set serving.host to the name or address that access.tls_cert names.",
         )
-    if access.tls_cert is None and not access.acknowledge_proxy:
+    if access.tls_cert is None and not access.behind_tls_proxy:
         raise ConfigError(
             f"'serving.host' is {host!r}, and tokens would cross the network in the clear.",
-            cure="Set access.tls_cert and access.tls_key, or access.acknowledge_proxy if a proxy ends TLS before it.",
+            cure="Set access.tls_cert and access.tls_key, or access.behind_tls_proxy if a proxy ends TLS before it.",
         )

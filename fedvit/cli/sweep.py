@@ -80,9 +80,10 @@ def _check_settings(settings: Settings) -> None:
     from fedvit.data.fleet import VirtualFleet
     from fedvit.errors import ConfigError
 
-    if settings.workload.clients is not None:
+    if settings.workload.clients_class is not None:
         raise ConfigError(
-            "A sweep simulates vehicles with images; workload.clients names others.", cure="Leave workload.clients out."
+            "A sweep simulates vehicles with images; workload.clients_class names others.",
+            cure="Leave workload.clients_class out.",
         )
     VirtualFleet.open(settings.data)
 

@@ -44,7 +44,7 @@ _Answer: TypeAlias = tuple[ClientAnswer, float, float]
 class VirtualClients(ABC):
     """What a researcher writes: one object trains all clients that its proxy hosts, and stays warm between rounds.
 
-    Named by ``workload.clients`` as ``package.module:Class``. Every proxy and the aggregator make one of it.
+    Named by ``workload.clients_class`` as ``package.module:Class``. Every proxy and the aggregator make one of it.
 
     Attributes:
         protects_records: whether :meth:`fit` clips and noises as the task says. With ``privacy_unit: client`` it need
@@ -89,7 +89,7 @@ def client_host(settings: Settings) -> ClientHostPort:
         DataError, ModelError, ConfigError: the settings name something that cannot be used.
     """
     host: ClientHostPort
-    if settings.workload.clients is not None:
+    if settings.workload.clients_class is not None:
         host = OwnHost(settings)
     else:
         from fedvit.clients.host import ClientHost
@@ -106,7 +106,7 @@ def server_model(settings: Settings) -> ServerModelPort:
         DataError, ModelError, ConfigError: the settings name something that cannot be used.
     """
     model: ServerModelPort
-    if settings.workload.clients is not None:
+    if settings.workload.clients_class is not None:
         model = OwnModel(settings)
     else:
         from fedvit.evaluation.server_model import ServerModel
@@ -122,19 +122,19 @@ def own_clients(settings: Settings) -> VirtualClients:
     Raises:
         ConfigError: there is no such class, or it does not do what the settings promise.
     """
-    name = settings.workload.clients or ""
+    name = settings.workload.clients_class or ""
     module, _, attribute = name.partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"workload.clients {name!r} cannot be imported: {error}.", cure='Name it as "package.module:Class".'
+            f"workload.clients_class {name!r} cannot be imported: {error}.", cure='Name it as "package.module:Class".'
         ) from None
     if not (isinstance(kind, type) and issubclass(kind, VirtualClients)):
-        raise ConfigError(f"workload.clients {name!r} is no VirtualClients.", cure="Extend that class.")
+        raise ConfigError(f"workload.clients_class {name!r} is no VirtualClients.", cure="Extend that class.")
     if settings.privacy.privacy_unit == "record" and not kind.protects_records:
         raise ConfigError(
-            f"workload.clients {name!r} does not say that it protects single records.",
+            f"workload.clients_class {name!r} does not say that it protects single records.",
             cure="Use privacy.privacy_unit 'client', or let fit clip and noise and set protects_records.",
         )
     return kind(settings)

@@ -71,7 +71,7 @@ def draw_cohort(
         # A coin for every position, whoever may be drawn: those heads that may are a Poisson sample of those who may.
         heads = stream.coins(roll.size(), config.sampling_prob).nonzero()[0]
         return Cohort(round_index, tuple(sorted(_admitted(roll, heads, len(heads), ()))))
-    wanted = None if config.selection == "all" else config.places
+    wanted = None if config.selection == "all" else config.draw_size
     if wanted is None:
         everybody = _admitted(roll, np.arange(roll.size()), roll.size(), in_flight)
         return Cohort(round_index, tuple(sorted(everybody)))

@@ -83,8 +83,8 @@ class HybridBody(Body):
         self.embed = nn.Linear(channels, config.width)
         self.position = PositionEmbedding(side, side, config.width, _POSITION_SCALE)
         self.blocks = nn.Sequential(*(_block(config) for _ in range(config.depth)))
-        self.pool = BandPool(side, side, config.bands)
-        pooled = config.bands * config.width
+        self.pool = BandPool(side, side, config.pooling_bands)
+        pooled = config.pooling_bands * config.width
         self.unit = UnitScale(pooled)
         self.head = nn.Linear(pooled, num_classes)
         nn.init.orthogonal_(self.embed.weight)
@@ -122,10 +122,10 @@ def build_hybrid(config: ModelConfig, num_classes: int, image_size: int) -> tupl
         ModelError: the stem's weights are missing or do not fit, or the picture is too small for the bands.
     """
     side = -(-image_size // _STEM_STRIDE)
-    if config.hybrid.bands > side:
+    if config.hybrid.pooling_bands > side:
         raise ModelError(
-            f"{config.hybrid.bands} bands do not fit: images of {image_size} pixels give {side} rows of tokens.",
-            cure=f"Set model.hybrid.bands to at most {side}, or data.image_size higher.",
+            f"{config.hybrid.pooling_bands} bands do not fit: images of {image_size} pixels give {side} token rows.",
+            cure=f"Set model.hybrid.pooling_bands to at most {side}, or data.image_size higher.",
         )
     stem = LiteStem(image_size)
     _load_stem(stem, config)

@@ -76,7 +76,7 @@ class LocalAggregator:
         self._on_connected = on_connected
         self._mailbox = Mailbox(settings, store)
         looks = (self._mailbox.take, self._count_connected, self._count_messages, self._name_vehicles)
-        self._watch = PeriodicTasks(settings.fleet.look_every_s, *looks)
+        self._watch = PeriodicTasks(settings.fleet.check_interval_s, *looks)
         optimizer = Optimizer(settings, store, self._publisher, model)
         new_run = OperationKind(self._begin_run, self._admit_run, repeatable=True)
         self._operations = OperationRunner(

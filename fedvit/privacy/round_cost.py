@@ -77,7 +77,7 @@ def round_noise_multiplier(settings: Settings) -> float:
 def histogram_spend(settings: Settings) -> dict[Event, int]:
     """What the histograms of a whole run do at most to the data of one unit; see :mod:`fedvit.wire.histograms`."""
     every = settings.histograms.every_rounds
-    if every is None or settings.workload.clients is not None or settings.training.cohort.selection == "poisson":
+    if every is None or settings.workload.clients_class is not None or settings.training.cohort.selection == "poisson":
         return {}
     return {
         Gaussian(settings.histograms.noise_multiplier): min(

@@ -219,7 +219,7 @@ class Publisher:
         )
 
     def _check_agreement(self, version: ModelVersion, exports: Exports) -> None:
-        floor = self._settings.release.min_agreement
+        floor = self._settings.release.min_export_agreement
         export = exports.get(Variant.STANDARD)
         if export is not None and export.agreement < floor:
             raise ModelError(

@@ -324,8 +324,8 @@ class Coordinator:
         self._sketching.ask(self._current, task.round_index, order.cohort.client_ids, self._weights)
         buffer = self._collector.collect(order, task, self._weights, self._handed, timeout_s=timeout_s)
         _METRICS.in_flight(len(self._collector.in_flight()))
-        quarantine_after = self._settings.training.validation.quarantine_after
-        count_refusals(self._store, task.run_id, task.round_index, buffer.outcomes, quarantine_after)
+        quarantine_after_rejections = self._settings.training.validation.quarantine_after_rejections
+        count_refusals(self._store, task.run_id, task.round_index, buffer.outcomes, quarantine_after_rejections)
         self._gather_sketches()
         errors = [o.error for o in buffer.outcomes if o.error is not None]
         if self._protection.sampled and errors and not buffer.accepted:

@@ -201,7 +201,7 @@ class ClientLevel:
         if cohort.sampling_prob is not None:
             return {EXPECTED_COHORT: cohort.sampling_prob * eligible}
         size = eligible if cohort.size is None or cohort.selection == "all" else min(cohort.size, eligible)
-        drawn = size if cohort.places is None or cohort.selection == "all" else min(cohort.places, eligible)
+        drawn = size if cohort.draw_size is None or cohort.selection == "all" else min(cohort.draw_size, eligible)
         if drawn * cohort.min_separation > eligible:
             raise ConfigError(
                 f"Cohorts of {drawn} with min_separation {cohort.min_separation} need {drawn * cohort.min_separation} "

@@ -133,9 +133,9 @@ def aggregation_settings(store: Store) -> AggregationSettings:
     return AggregationSettings(**store.get_meta(_AGGREGATION_KEY) or {})
 
 
-def begin_in_first_mode(store: Store, settings: Settings) -> AggregationSettings:
-    """Put ``training.first_mode`` in force where nobody has ever set a mode."""
-    wanted = settings.training.first_mode
+def begin_in_initial_mode(store: Store, settings: Settings) -> AggregationSettings:
+    """Put ``training.initial_mode`` in force where nobody has ever set a mode."""
+    wanted = settings.training.initial_mode
 
     def wish(now: AggregationSettings) -> AggregationSettings:
         return replace(now, **wanted.model_dump()) if now.revision == 0 else now

@@ -106,7 +106,11 @@ def _count_bytes(outcomes: Iterable[ClientOutcome]) -> None:
 
 
 def count_refusals(
-    store: Store, run_id: str, round_index: int, outcomes: Iterable[ClientOutcome], quarantine_after: int | None
+    store: Store,
+    run_id: str,
+    round_index: int,
+    outcomes: Iterable[ClientOutcome],
+    quarantine_after_rejections: int | None,
 ) -> list[str]:
     """Count what was refused of each client, once a round however often it is tried; who comes into quarantine.
 
@@ -117,7 +121,7 @@ def count_refusals(
         if not outcome.refused:
             continue
         count = _counted(store, run_id, round_index, outcome.client_id)
-        if quarantine_after is not None and count >= quarantine_after:
+        if quarantine_after_rejections is not None and count >= quarantine_after_rejections:
             reason = (
                 f"{count} of its updates were refused; the last in round {round_index} of {run_id}: {outcome.error}"
             )

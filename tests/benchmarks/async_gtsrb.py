@@ -72,7 +72,7 @@ def _plans(seed: int) -> Iterator[Plan]:
     for deadline_s in DEADLINES_S:
         yield plan(_deadline(deadline_s), "synchronous", {"round_deadline_s": deadline_s})
     for deadline_s in AT_ONCE_DEADLINES_S:
-        yield plan(_at_once(deadline_s), "synchronous", {"round_deadline_s": deadline_s}, given_up_stops=True)
+        yield plan(_at_once(deadline_s), "synchronous", {"round_deadline_s": deadline_s}, stop_on_cancel=True)
     yield plan(ASYNCHRONOUS, "asynchronous", {})
 
 

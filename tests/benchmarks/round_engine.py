@@ -36,7 +36,7 @@ def settings_for(
     """A run of a workload of :mod:`tests.benchmarks.round_clients` that no budget ends."""
     overrides: dict[str, Any] = {
         "home": home,
-        "workload": {"clients": f"{CLIENTS}:{kind}", "options": dict(options)},
+        "workload": {"clients_class": f"{CLIENTS}:{kind}", "options": dict(options)},
         "training": {"rounds": rounds, "local_steps": 1},
         # Enough noise for many rounds: what a round costs in time does not depend on it.
         "privacy": {"noise_multiplier": 100.0, "sampling_prob": 0.5, "target_epsilon": 50.0, "target_delta": 1e-9},

@@ -82,8 +82,8 @@ def test_a_killed_sweep_goes_on_and_runs_no_finished_trial_again(config: Path, t
 
     chosen = load_settings(folder / "best.yaml", environ={})
     assert chosen.privacy.noise_multiplier == summary["chosen"]["parameters"]["noise_multiplier"]
-    assert chosen.training.first_mode.mode == "asynchronous"
-    assert chosen.training.first_mode.buffer_size == 2
+    assert chosen.training.initial_mode.mode == "asynchronous"
+    assert chosen.training.initial_mode.buffer_size == 2
 
     again = subprocess.run(command(config), capture_output=True, text=True, env=environment(), check=False)
     assert json.loads(again.stdout) == summary

@@ -109,9 +109,9 @@ def check(host: str, **access: Any) -> None:
     ("access", "cure"),
     [
         ({}, "access.mode"),
-        ({"acknowledge_proxy": True}, "access.mode"),
+        ({"behind_tls_proxy": True}, "access.mode"),
         ({"tls_cert": "c.pem", "tls_key": "k.pem"}, "access.mode"),
-        ({"mode": "tokens"}, "acknowledge_proxy"),
+        ({"mode": "tokens"}, "behind_tls_proxy"),
     ],
 )
 def test_listening_for_strangers_without_protection_is_refused(host: str, access: dict[str, Any], cure: str) -> None:
@@ -122,7 +122,7 @@ def test_listening_for_strangers_without_protection_is_refused(host: str, access
 
 
 def test_listening_for_strangers_with_protection_and_on_loopback_without_is_fine() -> None:
-    check("0.0.0.0", mode="tokens", acknowledge_proxy=True)
+    check("0.0.0.0", mode="tokens", behind_tls_proxy=True)
     check("fed.example", mode="tokens", tls_cert="c.pem", tls_key="k.pem")
     with pytest.raises(ConfigError, match="no certificate names"):
         check("0.0.0.0", mode="tokens", tls_cert="c.pem", tls_key="k.pem")

@@ -57,7 +57,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
             "model": {
                 "pretrained": False,
                 "trainable": "head",
-                "hybrid": {"depth": 1, "width": 16, "heads": 2, "bands": 2},
+                "hybrid": {"depth": 1, "width": 16, "heads": 2, "pooling_bands": 2},
             },
         },
     )

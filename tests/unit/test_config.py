@@ -1,14 +1,20 @@
-"""Configuration: precedence, and errors that name the key and what is allowed."""
+"""Settings: precedence of sources, errors that name the key and what is allowed, and the reference page."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from fedvit.config import Settings
+from fedvit.config import FaultConfig, OidcConfig, RangeConfig, Settings
+from fedvit.config.privacy import AdaptiveClipConfig
+from fedvit.config.reference import reference
+from fedvit.config.renamed import RENAMED_KEYS
 from fedvit.errors import ConfigError, FedvitError
-from fedvit.settings import load_settings, settings_from_json, settings_to_json
+from fedvit.settings import changed_settings, load_settings, settings_from_json, settings_to_json
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -47,6 +53,18 @@ def test_settings_travel_as_json() -> None:
     assert settings_from_json(settings_to_json(settings)) == settings
 
 
+def test_an_override_replaces_single_keys_of_a_mapping() -> None:
+    first = load_settings(environ={"FEDVIT_TRAINING__AGGREGATION_OPTIONS": "{tau: 0.1, beta_1: 0.9}"})
+    changed = changed_settings(first, {"training.aggregation_options.tau": 0.2, "training.rounds": 7})
+    assert (changed.training.aggregation_options, changed.training.rounds) == ({"tau": 0.2, "beta_1": 0.9}, 7)
+
+
+def test_settings_that_arrive_as_json_ignore_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = settings_to_json(Settings())
+    monkeypatch.setenv("FEDVIT_TRAINING__ROUNDS", "5")
+    assert (settings_from_json(text), load_settings().training.rounds) == (Settings(), 5)
+
+
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
@@ -73,6 +91,48 @@ def test_a_bad_value_is_named_with_what_is_allowed(environ: dict[str, str], word
     for word in words:
         assert word in str(caught.value)
     assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_an_old_key_is_refused_by_name_with_the_new_one(old: str, new: str) -> None:
+    tree: Any = None
+    for key in reversed(old.split(".")):
+        tree = {key: [tree | {"share": 0.1, "kinds": ["nan"]}] if key == "faults" else tree}
+    with pytest.raises(ConfigError) as caught:
+        load_settings(environ={}, overrides=tree)
+    place = old.replace("faults.", "faults.0.")
+    assert f"'{place}' is now '{new}'." in str(caught.value)
+
+
+def sections(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """``kind`` and the sections inside it, as their fields' defaults show them."""
+    yield kind
+    for field in kind.model_fields.values():
+        if isinstance(field.default, BaseModel):
+            yield from sections(type(field.default))
+
+
+def test_every_setting_has_a_description() -> None:
+    kinds = {*sections(Settings), AdaptiveClipConfig, OidcConfig, FaultConfig, RangeConfig}
+    fields = [(f"{kind.__name__}.{name}", field) for kind in kinds for name, field in kind.model_fields.items()]
+    assert [name for name, field in fields if not (field.description or "").endswith(".")] == []
+    assert len(fields) > 190
+
+
+def test_no_renamed_key_is_a_setting_and_every_new_one_is() -> None:
+    listed = reference().partition("## Renamed keys")[0]
+    assert [new for new in RENAMED_KEYS.values() if f"`{new}`" not in listed] == []
+    assert [old for old in RENAMED_KEYS if f"`{old}`" in listed] == []
+
+
+def test_the_reference_page_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs/reference/settings.md"
+    assert page.read_text() == reference(), "Run: python -m fedvit.config.reference > docs/reference/settings.md"
+
+
+def test_the_reference_states_type_default_and_bounds() -> None:
+    assert "| `serving.port` | integer | `8000` | ≥ 1, ≤ 65535 | Port of the API. |" in reference()
+    assert "| `privacy.noise_multiplier` | number or null | `null` | ≥ 0.3 |" in reference()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
             "model": {
                 "pretrained": False,
                 "trainable": "head",
-                "hybrid": {"depth": 1, "width": 16, "heads": 2, "bands": 2},
+                "hybrid": {"depth": 1, "width": 16, "heads": 2, "pooling_bands": 2},
             },
-            "rehearsal": {"faults": [{"share": 0.25, "kinds": ["sign_flip", "scale"], "factor": FACTOR}]},
+            "drill": {"faults": [{"share": 0.25, "kinds": ["sign_flip", "scale"], "factor": FACTOR}]},
         },
     )
 
@@ -72,7 +72,7 @@ def update_of(host: ClientHost, settings: Settings, client_id: str) -> np.ndarra
 def test_outside_a_drill_it_is_refused_in_words(settings: Settings, tmp_path: Path) -> None:
     elsewhere = settings.model_copy(update={"home": tmp_path})
     for refuse in (check_rehearsal, rehearsed_host):
-        with pytest.raises(ConfigError, match=r"rehearsal\.faults makes clients poison.*`fedvit drill high-loss`"):
+        with pytest.raises(ConfigError, match=r"drill\.faults makes clients poison.*`fedvit drill high-loss`"):
             refuse(elsewhere)
     honest = load_settings(environ={}, overrides={"home": tmp_path})
     check_rehearsal(honest)

@@ -41,7 +41,7 @@ LENIENT = Stage("", Alert("ServiceDown"), _play, may_lose_updates=True)
 
 @pytest.fixture
 def system(tmp_path: Path) -> Iterator[System]:
-    made = System(tmp_path / "var", TinyModel(TARGET), FakeFleet(TARGET), {"min_agreement": 0.5}, epsilon=50.0)
+    made = System(tmp_path / "var", TinyModel(TARGET), FakeFleet(TARGET), {"min_export_agreement": 0.5}, epsilon=50.0)
     yield made
     made.close()
 

@@ -352,7 +352,7 @@ def system(tmp_path: Path) -> Iterator[System]:
 
 @pytest.fixture
 def careful(tmp_path: Path) -> Iterator[System]:
-    system = System(tmp_path, second_approver=True)
+    system = System(tmp_path, require_second_approver=True)
     yield system
     system.close()
 
@@ -470,7 +470,8 @@ def test_with_a_second_approver_a_reset_waits_for_another_admin(careful: System)
 
 def test_a_second_approver_does_not_make_another_run_of_the_same_training() -> None:
     alone, together = (
-        load_settings(environ={}, overrides={"privacy": {"second_approver": wanted}}) for wanted in (False, True)
+        load_settings(environ={}, overrides={"privacy": {"require_second_approver": wanted}})
+        for wanted in (False, True)
     )
     assert alone.training_digest() == together.training_digest()
     # Not even the name of the setting: runs from before there was one must go on.

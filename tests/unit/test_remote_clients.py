@@ -201,7 +201,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_the_door_does_not_let_in_is_refused_at_once_recorded_and_counted(
     tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    yard = Yard(tmp_path, trucks=2, rounds=2, validation={"max_update_norm": 100.0, "quarantine_after": 2})
+    yard = Yard(tmp_path, trucks=2, rounds=2, validation={"max_update_norm": 100.0, "quarantine_after_rejections": 2})
     changes, reason = FAULTS.get(fault, ({}, "The update is not safetensors"))
     monkeypatch.setattr(f"{__name__}.encode_smaller", encode_as_it_is)
     answers: list[Response] = []

@@ -230,7 +230,7 @@ def test_bad_updates_are_outcomes_with_their_reasons_and_the_round_goes_on(tmp_p
 
 
 def test_a_partial_sum_with_a_fault_in_it_is_refused_and_held_against_nobody(tmp_path: Path) -> None:
-    training = Training(tmp_path, rounds=4, validation={"quarantine_after": 1})
+    training = Training(tmp_path, rounds=4, validation={"quarantine_after_rejections": 1})
     training.fleet.tamper[BAD] = with_point(np.array([np.nan, 0.0]))
     assert training.run().status is RunStatus.COMPLETED
     assert training.version(4).lineage["clients"] == [V[0], V[2], V[4]]
@@ -318,7 +318,7 @@ def test_an_answer_repeated_after_its_round_counts_no_second_time(tmp_path: Path
 def test_after_so_many_refusals_a_client_comes_into_quarantine_and_reinstated_it_has_as_many_again(
     tmp_path: Path,
 ) -> None:
-    training = Training(tmp_path, "median", rounds=7, validation={"quarantine_after": 2})
+    training = Training(tmp_path, "median", rounds=7, validation={"quarantine_after_rejections": 2})
     training.fleet.tamper[BAD] = with_point(np.array([np.nan, 0.0]))
 
     def reinstate(progress: Any) -> None:
@@ -336,7 +336,7 @@ def test_after_so_many_refusals_a_client_comes_into_quarantine_and_reinstated_it
 
 
 def test_a_round_tried_twice_counts_a_refusal_once_and_without_the_setting_nobody_is_kept_out(tmp_path: Path) -> None:
-    training = Training(tmp_path, "median", rounds=1, validation={"quarantine_after": 2})
+    training = Training(tmp_path, "median", rounds=1, validation={"quarantine_after_rejections": 2})
     training.fleet.tamper[BAD] = with_point(np.array([np.nan, 0.0]))
     committed = training.store.commit_round
 
@@ -350,7 +350,7 @@ def test_a_round_tried_twice_counts_a_refusal_once_and_without_the_setting_nobod
     assert training.run().status is RunStatus.COMPLETED
     assert training.store.participation()[BAD].failures == 1
     assert training.store.quarantined_clients() == []
-    lenient = Training(tmp_path / "lenient", "median", rounds=4, validation={"quarantine_after": None})
+    lenient = Training(tmp_path / "lenient", "median", rounds=4, validation={"quarantine_after_rejections": None})
     lenient.fleet.tamper = dict(training.fleet.tamper)
     lenient.run()
     assert lenient.store.quarantined_clients() == []

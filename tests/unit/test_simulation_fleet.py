@@ -46,15 +46,17 @@ def weights(value: float) -> Weights:
 # --- delays ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("client_share", [0.0, 0.5, 1.0])
-def test_delays_are_log_normal_whatever_part_of_them_is_the_clients_own(client_share: float) -> None:
-    delays = Delays(DelayConfig(median_s=100.0, sigma=1.2, client_share=client_share, dropout_prob=0.0), seed=3)
+@pytest.mark.parametrize("client_variance_share", [0.0, 0.5, 1.0])
+def test_delays_are_log_normal_whatever_part_of_them_is_the_clients_own(client_variance_share: float) -> None:
+    delays = Delays(
+        DelayConfig(median_s=100.0, sigma=1.2, client_variance_share=client_variance_share, dropout_prob=0.0), seed=3
+    )
     logs = np.log([[delays.trip(f"v{i}", n).duration_s for n in range(8)] for i in range(1500)])
     # A mean of 1,500 clients' or 12,000 tasks' normals: five standard errors at least.
     assert logs.mean() == pytest.approx(np.log(100.0), abs=0.16)
     assert logs.std() == pytest.approx(1.2, rel=0.1)
     of_clients = logs.mean(axis=1).var() - logs.var(axis=1, ddof=1).mean() / 8
-    assert of_clients / 1.2**2 == pytest.approx(client_share, abs=0.1)
+    assert of_clients / 1.2**2 == pytest.approx(client_variance_share, abs=0.1)
 
 
 def test_a_trip_depends_on_seed_client_and_round_and_on_nothing_drawn_before() -> None:
@@ -68,7 +70,7 @@ def test_a_trip_depends_on_seed_client_and_round_and_on_nothing_drawn_before() -
 
 
 def test_a_tenth_drops_out_and_the_silence_is_noticed_later() -> None:
-    delays = Delays(DelayConfig(kind="constant", median_s=100.0, dropout_prob=0.1, dropout_noticed_s=40.0), 0)
+    delays = Delays(DelayConfig(kind="constant", median_s=100.0, dropout_prob=0.1, dropout_detection_s=40.0), 0)
     trips = [delays.trip(f"v{i}", 1) for i in range(4000)]
     assert sum(not trip.answers for trip in trips) == pytest.approx(400, abs=95)
     assert {trip.duration_s for trip in trips if trip.answers} == {100.0}
@@ -119,7 +121,7 @@ def test_silence_ends_a_round_and_those_given_up_cost_no_work() -> None:
 
 @pytest.mark.parametrize(("stops", "second_due_s"), [(False, 200.0), (True, 160.0)])
 def test_one_that_is_given_up_works_on_unless_it_is_told(stops: bool, second_due_s: float) -> None:
-    fleet, diary = fleet_of(kind="constant", median_s=100.0, dropout_prob=0.0, given_up_stops=stops)
+    fleet, diary = fleet_of(kind="constant", median_s=100.0, dropout_prob=0.0, stop_on_cancel=stops)
     assert list(fleet.train(task_of(1), weights(1.0), Cohort(1, ("v000",)), timeout_s=60.0)) == []
     fleet.give_up("too late")
     assert len(list(fleet.train(task_of(2), weights(2.0), Cohort(2, ("v000",))))) == 1
@@ -161,7 +163,7 @@ def test_faults_by_hand_one_after_another() -> None:
     np.testing.assert_array_equal(sent("sign_flip", "scale", factor=3.0).weighted_sum["b"], [-30.0, -60.0])
     np.testing.assert_array_equal(sent("nan").weighted_sum["b"], [np.nan, 20.0])
     np.testing.assert_array_equal(sent("label_flip").weighted_sum["b"], [10.0, 20.0])
-    noisy = sent("noise", deviation=0.1)
+    noisy = sent("noise", noise_stddev=0.1)
     # Of the update, which weighs five times as much in the sum.
     assert 0 < abs(noisy.weighted_sum["b"][0] - 10.0) < 5 * 0.6
     assert noisy.total_weight == 5.0

@@ -115,7 +115,7 @@ def test_beyond_the_tolerance_updates_are_refused_and_their_clients_begin_anew_f
 
 def test_every_task_is_told_once(tmp_path: Path, commits: list[RoundCommit]) -> None:
     faults = [{"share": 0.1, "kinds": ["nan"]}]
-    training = {"aggregation": "fedbuff", "rounds": 20, "validation": {"quarantine_after": None}}
+    training = {"aggregation": "fedbuff", "rounds": 20, "validation": {"quarantine_after_rejections": None}}
     run = simulate(
         settings(tmp_path, training=training, faults=faults, **(ASYNCHRONOUS | {"staleness_tolerance": 2})), ToyWorld()
     )

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from fedvit.cli.main import app
 from fedvit.config import Settings
-from fedvit.rounds.steering import aggregation_settings, begin_in_first_mode, change_aggregation_settings
+from fedvit.rounds.steering import aggregation_settings, begin_in_initial_mode, change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.tools.report.sweep import write_report
@@ -104,18 +104,18 @@ def test_the_chosen_one_is_a_file_that_a_real_run_takes(written: dict[str, Any],
     assert (chosen.privacy.noise_multiplier, chosen.model.trainable) == (1.0, "all")
     assert chosen.training.rounds == 6
     with Store.open(tmp_path / "run") as store:
-        begun = begin_in_first_mode(store, chosen)
+        begun = begin_in_initial_mode(store, chosen)
         assert (begun.mode, begun.buffer_size, begun.staleness_tolerance) == ("asynchronous", 7, 0)
         change_aggregation_settings(store, lambda now: type(now)(now.revision, "synchronous"))
         # What an operator has set since then stays.
-        begin_in_first_mode(store, chosen)
+        begin_in_initial_mode(store, chosen)
         assert aggregation_settings(store).mode == "synchronous"
 
 
 def test_where_a_run_begins_makes_it_no_other_run(settings: Settings) -> None:
     from fedvit.settings import changed_settings
 
-    other = changed_settings(settings, {"training.first_mode.mode": "asynchronous"})
+    other = changed_settings(settings, {"training.initial_mode.mode": "asynchronous"})
     assert other.training_digest() == settings.training_digest()
 
 
@@ -163,7 +163,7 @@ def test_the_plan_is_shown_and_nothing_is_begun(tmp_path: Path) -> None:
         ({"sweep": {"parameters": {"local_steps": [1]}, "concurrent_trials": 4000}}, "no room for 4000 trials"),
         ({"sweep": {"parameters": {"local_steps": [1]}, "rungs": 3}}, "'sweep.rungs' is no setting"),
         ({"data": {"source": "folder", "path": "/nowhere"}}, "/nowhere"),
-        ({"workload": {"clients": "my:Clients"}}, "workload.clients"),
+        ({"workload": {"clients_class": "my:Clients"}}, "workload.clients_class"),
     ],
 )
 def test_bad_input_is_refused_by_name_and_leaves_nothing_half_written(

@@ -136,7 +136,7 @@ def test_a_missing_wheel_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_more_bands_than_rows_are_refused() -> None:
-    with pytest.raises(ModelError, match="3 bands do not fit: images of 16 pixels give 2 rows"):
+    with pytest.raises(ModelError, match="3 bands do not fit: images of 16 pixels give 2 token rows"):
         build_model(config(), 3, 16)
 
 

@@ -35,7 +35,7 @@ def settings(home: Path, kind: str = "own_clients:ProtectingClients", unit: str 
         environ={},
         overrides={
             "home": home,
-            "workload": {"clients": kind, "options": options},
+            "workload": {"clients_class": kind, "options": options},
             "training": {"rounds": 3, "cohort": cohort, **more},
             "privacy": {"noise_multiplier": 4.0, "privacy_unit": unit},
             "release": {"every_rounds": 2},

@@ -107,11 +107,11 @@ def best_yaml(plan: TrialPlan, remarks: Sequence[str]) -> str:
     """The configuration of a trial, as a real run takes it: rounds begin in the mode that was simulated."""
     simulation, own = plan.settings.simulation, plan.settings
     mode = {name: getattr(simulation, name) for name in ("mode", "buffer_size", "staleness_tolerance")}
-    first_mode = type(own.training.first_mode)(**mode)
+    initial_mode = type(own.training.initial_mode)(**mode)
     path = None if own.data.path is None else own.data.path.absolute()
     real = own.model_copy(
         update={
-            "training": own.training.model_copy(update={"first_mode": first_mode}),
+            "training": own.training.model_copy(update={"initial_mode": initial_mode}),
             "data": own.data.model_copy(update={"path": path}),
         }
     )

@@ -30,11 +30,11 @@ class Delays:
         seed: of the simulation.
 
     Attributes:
-        given_up_stops: whether a client learns at once that nobody waits for it any more.
+        stop_on_cancel: whether a client learns at once that nobody waits for it any more.
     """
 
     def __init__(self, config: DelayConfig, seed: int) -> None:
-        self.given_up_stops = config.given_up_stops
+        self.stop_on_cancel = config.stop_on_cancel
         self._config = config
         self._seed = seed
 
@@ -44,14 +44,14 @@ class Delays:
         takes_s = self._takes_s(client_id, float(draw.standard_normal()))
         if draw.random() >= self._config.dropout_prob:
             return Trip(takes_s, answers=True)
-        return Trip(float(draw.random()) * takes_s + self._config.dropout_noticed_s, answers=False)
+        return Trip(float(draw.random()) * takes_s + self._config.dropout_detection_s, answers=False)
 
     def _takes_s(self, client_id: str, of_task: float) -> float:
         config = self._config
         if config.kind == "constant":
             return config.median_s
         of_client = float(generator(self._seed, "pace", client_id).standard_normal())
-        z = math.sqrt(config.client_share) * of_client + math.sqrt(1 - config.client_share) * of_task
+        z = math.sqrt(config.client_variance_share) * of_client + math.sqrt(1 - config.client_variance_share) * of_task
         return config.median_s * math.exp(config.sigma * z)
 
 

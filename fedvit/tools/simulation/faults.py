@@ -27,7 +27,7 @@ def _scaled(update: Arrays, fault: FaultConfig, _: np.random.Generator) -> Array
 
 
 def _noisy(update: Arrays, fault: FaultConfig, draw: np.random.Generator) -> Arrays:
-    return {n: update[n] + fault.deviation * draw.standard_normal(update[n].shape) for n in sorted(update)}
+    return {n: update[n] + fault.noise_stddev * draw.standard_normal(update[n].shape) for n in sorted(update)}
 
 
 def _spoilt(update: Arrays, _: FaultConfig, __: np.random.Generator) -> Arrays:

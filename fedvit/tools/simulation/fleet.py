@@ -112,7 +112,7 @@ class SimulatedFleet:
     def give_up(self, reason: str) -> list[ClientFailures]:
         """Wait for nobody any more."""
         given_up = [errand.failed(reason) for errand in sorted(self._errands)]
-        if not self._delays.given_up_stops:
+        if not self._delays.stop_on_cancel:
             self._busy_until_s |= {errand.client_id: errand.due_s for errand in self._errands}
         self._errands.clear()
         self.counts["given_up"] += len(given_up)

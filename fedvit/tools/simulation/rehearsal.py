@@ -35,10 +35,10 @@ def check_rehearsal(settings: Settings) -> None:
     Raises:
         ConfigError: the settings let clients lie, and the state folder is none that a drill has made.
     """
-    if settings.rehearsal.faults and not (settings.home / MARK).exists():
+    if settings.drill.faults and not (settings.home / MARK).exists():
         raise ConfigError(
-            f"rehearsal.faults makes clients poison the model, and {settings.home} is no drill's folder.",
-            cure="Leave rehearsal out; `fedvit drill high-loss` rehearses it in a folder of its own.",
+            f"drill.faults makes clients poison the model, and {settings.home} is no drill's folder.",
+            cure="Leave drill.faults out; `fedvit drill high-loss` rehearses it in a folder of its own.",
         )
 
 
@@ -53,7 +53,7 @@ def faulty_clients(settings: Settings) -> Collection[str]:
 
 
 def rehearsed_host(settings: Settings) -> ClientHostPort:
-    """What a client proxy hosts where ``rehearsal.faults`` is set.
+    """What a client proxy hosts where ``drill.faults`` is set.
 
     Raises:
         ConfigError: see :func:`check_rehearsal`.
@@ -70,4 +70,4 @@ def rehearsed_host(settings: Settings) -> ClientHostPort:
 
 def _faults(settings: Settings) -> Faults:
     ids = [client.client_id for client in VirtualFleet.open(settings.data).clients()]
-    return Faults(settings.rehearsal.faults, ids, settings.data.partition.seed)
+    return Faults(settings.drill.faults, ids, settings.data.partition.seed)

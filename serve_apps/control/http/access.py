@@ -107,7 +107,7 @@ class Caller:
         source = request.client.host if request.client else "local"
         # Only the last entry is the proxy's own; all before it are what the caller claims.
         forwarded = request.headers.get("x-forwarded-for", "").rsplit(",", 1)[-1].strip()
-        if access.acknowledge_proxy and _is_address(forwarded):
+        if access.behind_tls_proxy and _is_address(forwarded):
             source = forwarded
         return cls(
             source=source[:64],

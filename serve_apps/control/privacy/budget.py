@@ -48,7 +48,7 @@ def _add_readings(api: FastAPI, services: Services) -> None:
 
 
 def _add_reset(api: FastAPI, services: Services) -> None:
-    store, second_approver = services.store, services.settings.privacy.second_approver
+    store, require_second_approver = services.store, services.settings.privacy.require_second_approver
 
     @api.post(
         "/api/privacy/reset-budget",
@@ -59,7 +59,7 @@ def _add_reset(api: FastAPI, services: Services) -> None:
     )
     def reset_budget(request: ResetBudget, who: CurrentIdentity, note: Note) -> Any:
         """Begin a new period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger."""
-        if not second_approver:
+        if not require_second_approver:
             return _reset(services.accountant(), note, request.new_epsilon, request.justification, who.actor, None)
         wish = store.ask_for_budget(request.new_epsilon, request.justification, who.actor, utc_now())
         note.after = AwaitingApproval.of(wish).model_dump(mode="json")

@@ -1,0 +1,133 @@
+"""The root of the settings: all sections, the rules between them, and what identifies a training run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from fedvit.config.base import Section
+from fedvit.config.model import DataConfig, ModelConfig, WorkloadConfig
+from fedvit.config.operation import (
+    AccessConfig,
+    EdgeConfig,
+    FleetConfig,
+    IncidentsConfig,
+    RayConfig,
+    ReleaseConfig,
+    RemediationConfig,
+    ServingConfig,
+)
+from fedvit.config.privacy import HistogramConfig, PrivacyConfig
+from fedvit.config.tools import DrillConfig, FinetuneConfig, SimulationConfig, SweepConfig
+from fedvit.config.training import CohortConfig, TrainingConfig, ValidationConfig
+
+
+class Settings(Section):
+    """All settings. Each has a working default: without any, the program is the traffic-light demo."""
+
+    home: Path = Field(default=Path("var"), description="State folder: database, blobs, keys and logs.")
+    data: DataConfig = Field(default=DataConfig(), description="Data set.")
+    model: ModelConfig = Field(default=ModelConfig(), description="Vision Transformer.")
+    workload: WorkloadConfig = Field(default=WorkloadConfig(), description="Model and clients of your own.")
+    training: TrainingConfig = Field(default=TrainingConfig(), description="Rounds and aggregation.")
+    privacy: PrivacyConfig = Field(default=PrivacyConfig(), description="Differential privacy.")
+    histograms: HistogramConfig = Field(default=HistogramConfig(), description="Private data-quality histograms.")
+    release: ReleaseConfig = Field(default=ReleaseConfig(), description="Model releases.")
+    serving: ServingConfig = Field(default=ServingConfig(), description="HTTP API and inference.")
+    access: AccessConfig = Field(default=AccessConfig(), description="Access to the API.")
+    edge: EdgeConfig = Field(default=EdgeConfig(), description="Edge processes.")
+    fleet: FleetConfig = Field(default=FleetConfig(), description="Vehicles.")
+    incidents: IncidentsConfig = Field(default=IncidentsConfig(), description="Incident log.")
+    remediation: RemediationConfig = Field(default=RemediationConfig(), description="Automatic runbook actions.")
+    ray: RayConfig = Field(default=RayConfig(), description="Placement on Ray.")
+    finetune: FinetuneConfig = Field(default=FinetuneConfig(), description="Multi-rank fine-tuning.")
+    simulation: SimulationConfig = Field(default=SimulationConfig(), description="Simulation.")
+    drill: DrillConfig = Field(default=DrillConfig(), description="Fault injection in drills.")
+    sweep: SweepConfig = Field(default=SweepConfig(), description="Parameter sweeps.")
+
+    @model_validator(mode="after")
+    def _no_client_level_privacy_in_a_run_without_privacy(self) -> Settings:
+        if not self.simulation.private and self.privacy.privacy_unit != "record":
+            raise ValueError(
+                "simulation.private false needs privacy.privacy_unit 'record': otherwise the aggregator "
+                "clips and adds noise in a run that is not private"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_protect_records(self) -> Settings:
+        if self.training.ranks > 1 and (
+            self.privacy.privacy_unit != "record" or self.workload.clients_class is not None
+        ):
+            raise ValueError("training.ranks above 1 needs privacy.privacy_unit 'record' and no workload.clients_class")
+        return self
+
+    @model_validator(mode="after")
+    def _cohort_fits_the_privacy_unit(self) -> Settings:
+        cohort, privacy = self.training.cohort, self.privacy
+        if privacy.privacy_unit == "client" and self.training.validation.max_update_norm is not None:
+            raise ValueError(
+                "training.validation.max_update_norm would depend on a client's update before it is protected: with "
+                "privacy.privacy_unit 'client', privacy.l2_clip_norm bounds it"
+            )
+        if privacy.privacy_unit == "client" and self.training.compression.encodings:
+            raise ValueError(
+                "training.compression.encodings may lift an update above the norm that it was clipped to, which "
+                "determines the noise: leave them out with privacy.privacy_unit 'client'"
+            )
+        if privacy.privacy_unit == "record":
+            if cohort.selection == "poisson":
+                raise ValueError("training.cohort.selection 'poisson' belongs to privacy.privacy_unit 'client'")
+        elif cohort.selection != "poisson" and cohort.max_participations is None:
+            raise ValueError(
+                "privacy.privacy_unit 'client' needs training.cohort.selection 'poisson', which amplifies privacy, or "
+                "training.cohort.max_participations, a cap on what one client can lose without"
+            )
+        if privacy.bands is not None and privacy.bands > cohort.min_separation:
+            raise ValueError("privacy.bands must not be above training.cohort.min_separation")
+        return self
+
+    def training_identity(self) -> dict[str, Any]:
+        """The settings that determine a training run: model, training and privacy, as JSON types.
+
+        Settings without influence on the weights are left out, and newer ones at their default: a run that began
+        before a setting existed must continue.
+        """
+        identity = self.model_dump(
+            mode="json",
+            include={"model", "training", "privacy", *(("workload",) if self.workload.clients_class else ())},
+            exclude={
+                "privacy": {"require_second_approver"},
+                "training": {
+                    "validation": {"quarantine_after_rejections", "max_update_bytes"},
+                    "evaluate_every_rounds": True,
+                    "initial_mode": True,
+                },
+            },
+        )
+        training = identity["training"]
+        _drop_defaults(identity["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
+        _drop_defaults(
+            training, TrainingConfig, "aggregation_options", "staleness", "compression", "round_deadline_s", "ranks"
+        )
+        _drop_defaults(training["validation"], ValidationConfig, "max_update_norm")
+        if not training["validation"]:
+            del training["validation"]
+        participation = ("sampling_prob", "max_participations", "min_separation", "over_selection")
+        _drop_defaults(training["cohort"], CohortConfig, *participation)
+        return identity
+
+    def training_digest(self) -> str:
+        """SHA-256 of :meth:`training_identity`, hex."""
+        return hashlib.sha256(json.dumps(self.training_identity(), sort_keys=True).encode()).hexdigest()
+
+
+def _drop_defaults(section: dict[str, Any], kind: type[Section], *names: str) -> None:
+    defaults = kind().model_dump(mode="json")
+    for name in names:
+        if section[name] == defaults[name]:
+            del section[name]
