@@ -111,7 +111,10 @@ def test_every_shipped_rule_says_where_it_comes_from_and_works_without_options()
 
 def test_settings_that_say_nothing_new_leave_a_run_what_it_was() -> None:
     plain = load_settings(environ={})
-    spelled = {"FEDVIT_TRAINING__VALIDATION__QUARANTINE_AFTER": "9", "FEDVIT_TRAINING__STALENESS__EXPONENT": "0.5"}
+    spelled = {
+        "FEDVIT_TRAINING__VALIDATION__QUARANTINE_AFTER_REJECTIONS": "9",
+        "FEDVIT_TRAINING__STALENESS__EXPONENT": "0.5",
+    }
     assert load_settings(environ=spelled).training_digest() == plain.training_digest()
     assert {"aggregation_options", "staleness", "validation"}.isdisjoint(plain.training_identity()["training"])
     for key, value in (("AGGREGATION", "median"), ("STALENESS__EXPONENT", "1"), ("VALIDATION__MAX_UPDATE_NORM", "9")):

@@ -21,7 +21,7 @@ SETTINGS = {
     "FEDVIT_PRIVACY__TARGET_EPSILON": "200",
     "FEDVIT_TRAINING__LEARNING_RATE": "2",
     "FEDVIT_TRAINING__ROUNDS": "400",
-    "FEDVIT_REHEARSAL__FAULTS": "[{share: 0.25, kinds: [label_flip, sign_flip, scale], factor: 10}]",
+    "FEDVIT_DRILL__FAULTS": "[{share: 0.25, kinds: [label_flip, sign_flip, scale], factor: 10}]",
 }
 
 
