@@ -16,7 +16,7 @@ from actors.trainer import absolute_paths, run_ranks
 from fedvit.config import Settings
 from fedvit.data.sources import ImageSource, open_source
 from fedvit.errors import StateError
-from fedvit.finetune.checkpoint import unpack
+from fedvit.finetune.checkpoint import Checkpoint
 from fedvit.finetune.job import Outcome, Plan, plan_of, with_noise
 from fedvit.models.models import build_model
 from fedvit.models.trainable import trainable_weights
@@ -71,7 +71,7 @@ def _check_folder(home: Path, plan: Plan, source: ImageSource) -> None:
 def _write_weights(folder: Path, files: Mapping[str, bytes], digest: str) -> Path | None:
     if not files:
         return None
-    _, weights, _ = unpack(files, digest)
+    weights = Checkpoint.from_files(files, digest).weights
     draft = folder / f".{WEIGHTS}"
     draft.write_bytes(encode_weights(weights))
     os.replace(draft, folder / WEIGHTS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.trainer import absolute_paths, fit_ranks, rank_device
-from fedvit.aggregation.rule import Drift
+from fedvit.aggregation.rule import GradientCorrection
 from fedvit.clients.host import ClientHost
 from fedvit.clients.local import check_records
 from fedvit.config import Settings
@@ -31,7 +31,7 @@ class SiloHost(ClientHost):
 
 
 class SiloTrainer:
-    """Takes the place of :class:`fedvit.clients.local.LocalTrainer`.
+    """Implements :class:`fedvit.clients.local.Trainer` by a Ray Train job.
 
     Args:
         settings: the section ``finetune`` sets where ranks run and with which resources.
@@ -43,25 +43,30 @@ class SiloTrainer:
             update={"finetune": settings.finetune.model_copy(update=ranks)}
         )
 
-    def lead(self, drift: Drift | None, learning_rate: float) -> None:
-        """Raises ConfigError where there is something to lead."""
-        if drift is not None:
-            raise ConfigError(
-                f"training.aggregation {self._settings.training.aggregation!r} leads the local steps, and those of "
-                "several ranks cannot be led.",
-                cure="Use a rule without a client half, or training.ranks 1.",
-            )
-
     def train(
-        self, task: TrainTask, base: Weights, features: Tensor, labels: Tensor, secret: bytes, client_id: str
+        self,
+        task: TrainTask,
+        base: Weights,
+        features: Tensor,
+        labels: Tensor,
+        secret: bytes,
+        client_id: str,
+        correction: GradientCorrection | None = None,
     ) -> Mapping[str, FloatArray]:
-        """See :meth:`fedvit.clients.local.LocalTrainer.train`.
+        """See :meth:`fedvit.clients.local.BodyTrainer.train`.
 
         Raises:
-            DataError: there are no records, or labels and features disagree in number.
+            ConfigError: the aggregation rule corrects the gradients of local steps.
+            DataError: there are no records, or labels and features differ in number.
             PlacementError: there is no room for a rank; it is named.
-            FedvitError: ranks failed more often than the settings admit.
+            FedvitError: ranks failed more often than the settings allow.
         """
+        if correction is not None:
+            raise ConfigError(
+                f"training.aggregation {self._settings.training.aggregation!r} corrects the gradients of local steps, "
+                "which several ranks do not support.",
+                cure="Use a rule without a client half, or training.ranks 1.",
+            )
         check_records(features, labels, client_id)
         records = ray.put((dict(base), features.numpy(), labels.numpy(), secret))
         config = {"settings": settings_to_json(self._settings), "task": task, "client": client_id, "records": [records]}

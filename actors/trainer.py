@@ -82,7 +82,7 @@ def fit_ranks(
             failure_config=train.FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),
-            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+            checkpoint_config=train.CheckpointConfig(num_to_save_checkpoint=2),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -103,7 +103,7 @@ def run_rank(config: Mapping[str, Any]) -> Any:
     torch.set_num_threads(settings.finetune.threads_per_rank)
     device = rank_device(settings)
     accountant = connect_accountant(namespace_of(settings.home))
-    job = Finetuning(settings, Ranks.here(device), charge=accountant.charge, keep=_keep)
+    job = Finetuning(settings, Ranks.here(device), charge=accountant.charge, save=_save_checkpoint)
     checkpoint = train.get_checkpoint()
     return job.run(files_of(checkpoint) if checkpoint else None)
 
@@ -132,7 +132,7 @@ def files_of(checkpoint: train.Checkpoint) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
-def _keep(step: int, files: Mapping[str, bytes]) -> None:
+def _save_checkpoint(step: int, files: Mapping[str, bytes]) -> None:
     """Store a checkpoint through Ray Train; every rank has to call."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():

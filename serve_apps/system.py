@@ -131,8 +131,8 @@ class RaySystem:
     def _checked(self) -> Callable[[], None]:
         """Read and check everything that can be wrong; the answer writes what the checks found into the state."""
         from fedvit.data.fleet import VirtualFleet
-        from fedvit.data.images import load_images
         from fedvit.data.manifest import build_manifest
+        from fedvit.data.records import load_images
         from fedvit.rounds.steering import begin_in_initial_mode
         from fedvit.store.store import Store
 

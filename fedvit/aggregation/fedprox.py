@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fedvit.aggregation.fedavg import FedAvg
-from fedvit.aggregation.rule import ClientHalf, Drift, Options
+from fedvit.aggregation.rule import ClientHalf, GradientCorrection, Options
 from fedvit.config import TrainingConfig
 from fedvit.types import Weights
 
@@ -22,9 +22,9 @@ class _Proximal(ClientHalf):
     def __init__(self, mu: float) -> None:
         self._mu = mu
 
-    def before_training(self, base: Weights, handed: Weights, kept: Weights) -> Drift | None:
+    def before_training(self, base: Weights, handed: Weights, kept: Weights) -> GradientCorrection | None:
         """Every step is drawn back to where the round began."""
-        return Drift(pull=self._mu, anchor=base)
+        return GradientCorrection(pull=self._mu, anchor=base)
 
 
 class FedProx(FedAvg):

@@ -59,10 +59,10 @@ class RoundFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
-    """What a rule adds to the gradient of every local step: ``pull * (w - anchor) + shift``. It depends on no record.
+class GradientCorrection:
+    """An addition to the gradient of every local step: ``pull * (w - anchor) + shift``; see FedProx and SCAFFOLD.
 
-    So the step's privacy is what it was: the gradient is clipped and noised before anything is added.
+    It depends on no record and is added after clipping and noise, so the step's privacy does not change.
     """
 
     pull: float = 0.0
@@ -85,7 +85,7 @@ class ClientHalf:
     personal_pull: float | None = None
     """Ditto's lambda: the client keeps a model of its own, drawn to the global one. None: it keeps none."""
 
-    def before_training(self, base: Weights, handed: Weights, kept: Weights) -> Drift | None:
+    def before_training(self, base: Weights, handed: Weights, kept: Weights) -> GradientCorrection | None:
         """What every step from ``base`` is led by; None changes nothing. ``handed`` is what the server half sent."""
         return None
 

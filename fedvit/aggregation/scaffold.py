@@ -11,8 +11,8 @@ from fedvit.aggregation.rule import (
     NO_FACTS,
     Array,
     ClientHalf,
-    Drift,
     Fold,
+    GradientCorrection,
     Options,
     RoundFacts,
     Rule,
@@ -35,10 +35,10 @@ class _Controlled(ClientHalf):
     def __init__(self, way: float) -> None:
         self._way = way
 
-    def before_training(self, base: Weights, handed: Weights, kept: Weights) -> Drift | None:
+    def before_training(self, base: Weights, handed: Weights, kept: Weights) -> GradientCorrection | None:
         """Every step is led by ``c - c_k``."""
         shift = {n: handed[_C + n] - kept[n] if n in kept else handed[_C + n] for n in base}
-        return Drift(shift=shift)
+        return GradientCorrection(shift=shift)
 
     def after_training(
         self, delta: Mapping[str, FloatArray], handed: Weights, kept: Weights

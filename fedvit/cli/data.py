@@ -30,7 +30,7 @@ def inspect_data(
     """Classes, sizes, clients, label skew, duplicates and the content hash of the configured data set."""
     with explained(as_json):
         from fedvit.data.fleet import VirtualFleet
-        from fedvit.data.inspect import inspect
+        from fedvit.data.manifest import inspect
 
         settings = settings_from(config, data=data, assignments=assignments)
         fleet = VirtualFleet.open(settings.data)

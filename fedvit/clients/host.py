@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from fedvit.aggregation.registry import rule_for
-from fedvit.aggregation.rule import BROADCAST, Drift, Rule
+from fedvit.aggregation.rule import BROADCAST, GradientCorrection, Rule
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.client_state import ClientState
-from fedvit.clients.gradient_correction import CorrectedLocalTrainer, CorrectedPlainTrainer
+from fedvit.clients.local import LocalTrainer, PlainTrainer, Trainer
 from fedvit.clients.partial_aggregator import PartialAggregator, check_base, failed
 from fedvit.clients.update_encoder import UpdateEncoder
 from fedvit.clients.update_statistics import UpdateStatisticsMonitor
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
-from fedvit.data.images import load_images
+from fedvit.data.records import load_images
 from fedvit.data.sources import ImageSource, Record
 from fedvit.drift.client import HistogramClient
 from fedvit.errors import UpdateRejectedError
@@ -58,26 +58,6 @@ class Holdings(Protocol):
         ...
 
 
-class Trainer(Protocol):
-    """Who takes a client's steps; see :class:`fedvit.clients.gradient_correction.CorrectedLocalTrainer`."""
-
-    def lead(self, drift: Drift | None, learning_rate: float) -> None:
-        """What leads the next client's steps."""
-        ...
-
-    def train(
-        self,
-        task: TrainTask,
-        base: Weights,
-        features: torch.Tensor,
-        labels: torch.Tensor,
-        secret: bytes,
-        client_id: str,
-    ) -> Mapping[str, FloatArray]:
-        """``local - base``."""
-        ...
-
-
 class ClientHost:
     """Trains virtual clients one after another on one model, keeping each client's frozen features.
 
@@ -106,12 +86,12 @@ class ClientHost:
 
     def _trainer_of(self, settings: Settings) -> Trainer:
         """Who takes a client's steps: where records are protected, the client itself adds the noise."""
-        kind = CorrectedLocalTrainer if settings.privacy.privacy_unit == "record" else CorrectedPlainTrainer
+        kind = LocalTrainer if settings.privacy.privacy_unit == "record" else PlainTrainer
         return kind(self._model, physical_batch_size=settings.training.physical_batch_size)
 
     @cached_property
-    def _personal_trainer(self) -> CorrectedPlainTrainer:
-        return CorrectedPlainTrainer(self._model, physical_batch_size=self._settings.training.physical_batch_size)
+    def _personal_trainer(self) -> PlainTrainer:
+        return PlainTrainer(self._model, physical_batch_size=self._settings.training.physical_batch_size)
 
     def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
         """Train each client from ``weights`` and sum their updates, or bundle them where the rule needs single updates.
@@ -211,8 +191,8 @@ class ClientHost:
         # release, nor must another path.
         bound_to = f"{shard.digest}/{kept_digest}" if half.keeps else shard.digest
         secret = derive_secret(self._root_secret, f"{client_id}/{bound_to}")
-        self._trainer.lead(half.before_training(base, handed, kept), task.learning_rate)
-        delta = self._trainer.train(task, base, shard.features, shard.labels, secret, client_id)
+        correction = half.before_training(base, handed, kept)
+        delta = self._trainer.train(task, base, shard.features, shard.labels, secret, client_id, correction)
         own = _own_update(task, self._rule, client_id, delta, len(shard.labels))
         if fault := validator.fault_of(own):
             raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
@@ -226,9 +206,9 @@ class ClientHost:
         self, task: TrainTask, base: Weights, own: Weights, shard: Shard, secret: bytes, client_id: str, pull: float
     ) -> None:
         """The client's own model takes its steps. Nobody sees it, so nothing of it is clipped, noised or charged."""
-        self._personal_trainer.lead(Drift(pull=pull, anchor=base), task.learning_rate)
-        coins = derive_secret(secret, "personal")
-        delta = self._personal_trainer.train(task, own, shard.features, shard.labels, coins, client_id)
+        correction, coins = GradientCorrection(pull=pull, anchor=base), derive_secret(secret, "personal")
+        train = self._personal_trainer.train
+        delta = train(task, own, shard.features, shard.labels, coins, client_id, correction)
         self._kept.leave(task.run_id, task.round_index, client_id, {n: own[n] + d for n, d in delta.items()})
 
     def _shard(self, client_id: str) -> Shard:

@@ -1,22 +1,32 @@
-"""A data set in one digest: what was trained on can be named, compared and proved unchanged."""
+"""Manifest (content digest) and statistics of a data set and its partition."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from fedvit.data.records import ImageSource, Record
+from fedvit.errors import DataError
+from fedvit.wire.images import FORMATS
+
+_SIZE_SAMPLE = 256
 
 
 @dataclass(frozen=True, slots=True)
 class DataManifest:
-    """The facts of one data set. Counts are in the order of ``classes``.
+    """Identity and counts of a data set. Counts are in the order of ``classes``.
 
     ``digest`` is the SHA-256, hex, over the sorted (split, key, label, unit, SHA-256 of the image file) of all records.
-    ``duplicates`` counts test images whose exact bytes are also a training image: they flatter the test accuracy.
+    ``duplicates`` is the number of test images that equal a training image byte for byte; they inflate test accuracy.
     """
 
     name: str
@@ -38,7 +48,7 @@ def build_manifest(source: ImageSource) -> DataManifest:
     train_hashes = [_hash(source, record) for record in source.train]
     test_hashes = [_hash(source, record) for record in source.test]
     lines = _lines("train", source.train, train_hashes) + _lines("test", source.test, test_hashes)
-    seen_in_training = set(train_hashes)
+    train_set = set(train_hashes)
     return DataManifest(
         name=source.name,
         classes=source.classes,
@@ -47,7 +57,7 @@ def build_manifest(source: ImageSource) -> DataManifest:
         train_counts=class_counts(source.train, len(source.classes)),
         test_counts=class_counts(source.test, len(source.classes)),
         digest=hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
-        duplicates=sum(digest in seen_in_training for digest in test_hashes),
+        duplicates=sum(digest in train_set for digest in test_hashes),
     )
 
 
@@ -62,5 +72,72 @@ def _hash(source: ImageSource, record: Record) -> str:
 
 
 def _lines(split: str, records: Sequence[Record], hashes: Sequence[str]) -> list[str]:
-    # JSON, so that no two different records write the same line.
+    # JSON, so that different records never give the same line.
     return [json.dumps([split, r.key, r.label, r.unit, digest]) for r, digest in zip(records, hashes, strict=True)]
+
+
+def inspect(source: ImageSource, parts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Statistics of a data set and its partition, as JSON types. Image sizes are in pixels, of an even sample.
+
+    Raises:
+        DataError: an image cannot be read or decoded; the message names its key.
+    """
+    manifest = build_manifest(source)
+    facts = asdict(manifest)
+    train_counts, test_counts = facts.pop("train_counts"), facts.pop("test_counts")
+    return {
+        **facts,
+        "classes": list(source.classes),
+        "train": dict(zip(source.classes, train_counts, strict=True)),
+        "test": dict(zip(source.classes, test_counts, strict=True)),
+        "image_sizes": _image_sizes(source),
+        "units": _units(source.train),
+        "clients": _clients(source, parts),
+    }
+
+
+def _image_sizes(source: ImageSource) -> dict[str, Any]:
+    records = source.train + source.test
+    picks = np.unique(np.linspace(0, len(records) - 1, _SIZE_SAMPLE).astype(np.int64))
+    sizes = [_size(source, records[i]) for i in picks]
+    return {"sampled": len(sizes), "width": _spread([w for w, _ in sizes]), "height": _spread([h for _, h in sizes])}
+
+
+def _size(source: ImageSource, record: Record) -> tuple[int, int]:
+    try:
+        with Image.open(io.BytesIO(source.read(record)), formats=FORMATS) as image:
+            return image.size
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{record.key} of {source.name} is no readable image: {type(error).__name__}.",
+            cure="Replace or remove the file.",
+        ) from None
+
+
+def _spread(values: Sequence[int]) -> dict[str, float]:
+    return {"min": min(values), "median": float(median(values)), "max": max(values)}
+
+
+def _units(records: Sequence[Record]) -> dict[str, Any] | None:
+    sizes: dict[str, int] = {}
+    for record in records:
+        if record.unit is not None:
+            sizes[record.unit] = sizes.get(record.unit, 0) + 1
+    return {"count": len(sizes), "records_per_unit": _spread(list(sizes.values()))} if sizes else None
+
+
+def _clients(source: ImageSource, parts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    num_classes = len(source.classes)
+    counts = [class_counts([source.train[i] for i in part], num_classes) for part in parts]
+    skews = [_label_skew(np.asarray(row), np.asarray(counts).sum(axis=0)) for row in counts]
+    return {
+        "count": len(parts),
+        "examples": _spread([len(part) for part in parts]),
+        "label_skew": {"mean": float(np.mean(skews)), "max": float(np.max(skews))},
+        "class_counts": [list(row) for row in counts],
+    }
+
+
+def _label_skew(counts: np.ndarray[Any, Any], overall: np.ndarray[Any, Any]) -> float:
+    """Total variation distance between a client's label distribution and everybody's: 0 is the same, 1 disjoint."""
+    return float(np.abs(counts / counts.sum() - overall / overall.sum()).sum() / 2)

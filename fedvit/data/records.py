@@ -1,4 +1,4 @@
-"""What a data set is to the rest of fedvit: labelled records, and a way to read the image behind each."""
+"""Records and images of a data set: the interface of data sources, and loading of images."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from fedvit.data.trees import FileTree
 from fedvit.errors import DataError
+from fedvit.types import ImageArray
+from fedvit.wire.images import decode_image
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One labelled image.
 
-    ``key`` is its stable path inside the data set, the same from a folder and from a zip; ``unit`` the natural privacy
-    unit it belongs to (a GTSRB track), if the data set knows one.
+    ``key`` is its stable path inside the data set, the same for a folder and a zip. ``unit`` is the natural privacy
+    unit that it belongs to (such as a GTSRB track), if there is one.
     """
 
     key: str
@@ -24,11 +28,11 @@ class Record:
 
 
 class ImageSource(Protocol):
-    """A data set with a training and a test split. Implementations pickle, and read in several threads."""
+    """A data set with a training and a test split. Implementations can be pickled, and read from several threads."""
 
     @property
     def name(self) -> str:
-        """What the user calls it."""
+        """The name in messages."""
         ...
 
     @property
@@ -38,12 +42,12 @@ class ImageSource(Protocol):
 
     @property
     def train(self) -> tuple[Record, ...]:
-        """The records that clients hold."""
+        """The clients' records."""
         ...
 
     @property
     def test(self) -> tuple[Record, ...]:
-        """The records that the server evaluates on."""
+        """The records for evaluation on the server."""
         ...
 
     def read(self, record: Record) -> bytes:
@@ -71,8 +75,24 @@ class TreeSource:
         return self.tree.read(self.prefix + record.key)
 
 
+def load_images(source: ImageSource, records: Sequence[Record], image_size: int) -> ImageArray:
+    """The decoded and resized images of ``records``, in order: uint8 RGB [N, image_size, image_size, 3].
+
+    Raises:
+        DataError: an image cannot be read or decoded; the message names its key.
+    """
+    images = np.empty((len(records), image_size, image_size, 3), dtype=np.uint8)
+    for i, record in enumerate(records):
+        content = source.read(record)
+        try:
+            images[i] = decode_image(content, image_size)
+        except DataError as error:
+            raise DataError(f"{record.key} of {source.name}: {error.message}", cure=error.cure) from error
+    return images
+
+
 def checked(source: TreeSource, place: object) -> TreeSource:
-    """``source`` itself, once it is known to hold what training and evaluation need; ``place`` is for the message.
+    """``source`` itself, after a check that it suffices for training and evaluation; ``place`` is for messages.
 
     Raises:
         DataError: a split is empty, or a class has no training image.
@@ -82,7 +102,7 @@ def checked(source: TreeSource, place: object) -> TreeSource:
 
 
 def check_splits(classes: Sequence[str], train: Sequence[Record], test: Sequence[Record], place: object) -> None:
-    """See :func:`checked`. A class without test images passes: its recall is unknown, the others' is not."""
+    """See :func:`checked`. A class without test images is allowed; only its own recall is unknown."""
     if not train:
         raise DataError(f"{place} holds no training image.", cure="Put at least one image into every class.")
     present = {record.label for record in train}
@@ -96,11 +116,7 @@ def check_splits(classes: Sequence[str], train: Sequence[Record], test: Sequence
 
 
 def check_options(source: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Refuse an option that ``source`` does not know.
-
-    Raises:
-        DataError: an unknown option.
-    """
+    """Raise DataError for an option that ``source`` does not have."""
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         cure = f"It knows: {', '.join(allowed)}." if allowed else "It has no options: leave data.options out."

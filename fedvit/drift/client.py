@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedvit.data.images import load_images
+from fedvit.data.records import load_images
 from fedvit.data.sources import ImageSource, Record
 from fedvit.drift.measures import Counts, Floats, Holding, embeddings_of, filtered, risk_of, sketched
 from fedvit.errors import DataError

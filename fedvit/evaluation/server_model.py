@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from fedvit.config import Settings
-from fedvit.data.images import load_images
+from fedvit.data.records import load_images
 from fedvit.data.sources import open_source
 from fedvit.drift.client import embedded
 from fedvit.drift.measures import spec_of
 from fedvit.evaluation.evaluate import evaluate
-from fedvit.models.complexity import complexity
-from fedvit.models.export import export_variant, make_variant, run_onnx, time_onnx
+from fedvit.models.export import complexity, export_variant, make_variant, run_onnx, time_onnx
 from fedvit.models.models import build_model
 from fedvit.models.trainable import frozen_weights, load_trainable_weights, trainable_weights
 from fedvit.models.vision import FEATURE_BATCH

@@ -1,14 +1,14 @@
-"""Where a fine-tuning job stands, as files: weights, the optimiser's memory, the next step, and what is charged.
+"""Checkpoint of a fine-tuning job as files: the next step, the weights and the optimizer state.
 
-Streams are derived from the step's number, so that number is their position too. Numbers are safetensors, the rest is
-JSON; nothing that is read back can be code.
+All random streams are derived from the number of the step, so that number is their position, too. Arrays are stored as
+safetensors and everything else as JSON: nothing that is read can be code.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,85 +18,85 @@ from fedvit.errors import IntegrityError, UpdateRejectedError
 from fedvit.types import FloatArray, Weights
 from fedvit.wire.tensors import decode_weights, encode_weights
 
-POSITION, NUMBERS = "position.json", "state.safetensors"
+HEADER, ARRAYS = "checkpoint.json", "state.safetensors"
 _OPTIMIZER = "optimizer/"
 _MAX_BYTES = 64 * 2**30
-Memory = Mapping[str, Mapping[str, FloatArray]]
-"""What an optimiser remembers of a parameter, by the parameter's name."""
+OptimizerState = Mapping[str, Mapping[str, FloatArray]]
+"""The optimizer's arrays, by parameter name and key."""
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
-    """The next step of a job, of all streams and of the ledger: what was taken so far is charged, and under which name.
+class Checkpoint:
+    """The state of a job after ``step`` steps, all of which are charged under ``ledger_run_id``.
 
-    Attributes:
-        digest: the plan's.
-        step: so many were taken.
-        ledger_run_id: of the charges, the last of which ends at this step.
+    ``digest`` is that of the plan.
     """
 
     digest: str
     step: int
     ledger_run_id: str
+    weights: Weights
+    optimizer_state: OptimizerState
+
+    def to_files(self) -> dict[str, bytes]:
+        """The checkpoint's files by name."""
+        states = self.optimizer_state.items()
+        arrays = {f"{_OPTIMIZER}{name}/{key}": a for name, state in states for key, a in state.items()}
+        header = {"digest": self.digest, "step": self.step, "ledger_run_id": self.ledger_run_id}
+        return {
+            HEADER: json.dumps(header, sort_keys=True).encode(),
+            ARRAYS: encode_weights({**self.weights, **arrays}),
+        }
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], digest: str) -> Checkpoint:
+        """The inverse of :meth:`to_files`, for the job of this digest.
+
+        Raises:
+            IntegrityError: a file is missing or damaged, or the checkpoint belongs to another job.
+        """
+        try:
+            header = json.loads(files[HEADER])
+            found, step, ledger_run_id = header["digest"], header["step"], header["ledger_run_id"]
+            arrays = decode_weights(files[ARRAYS], max_bytes=_MAX_BYTES)
+        except (KeyError, TypeError, ValueError, UpdateRejectedError) as error:
+            raise IntegrityError(
+                f"The checkpoint cannot be read: {error}.", cure="Remove it: the job continues from the one before."
+            ) from None
+        if found != digest or not isinstance(step, int) or step < 0:
+            raise IntegrityError(
+                f"The checkpoint is of job {str(found)[:16]}, and this is {digest[:16]}.",
+                cure="Give every job a folder of its own.",
+            )
+        weights, states = dict[str, FloatArray](), dict[str, dict[str, FloatArray]]()
+        for name, array in arrays.items():
+            if name.startswith(_OPTIMIZER):
+                parameter, _, key = name.removeprefix(_OPTIMIZER).rpartition("/")
+                states.setdefault(parameter, {})[key] = array
+            else:
+                weights[name] = array
+        return cls(digest, step, ledger_run_id, weights, states)
 
 
-def pack(position: Position, weights: Weights, memory: Memory) -> dict[str, bytes]:
-    """A checkpoint's files by name."""
-    remembered = {f"{_OPTIMIZER}{name}/{key}": a for name, arrays in memory.items() for key, a in arrays.items()}
+def optimizer_state(optimizer: SecretDPOptimizer, names: Sequence[str]) -> OptimizerState:
+    """The optimizer state, which is computed from noised gradients only."""
     return {
-        POSITION: json.dumps(asdict(position), sort_keys=True).encode(),
-        NUMBERS: encode_weights({**weights, **remembered}),
+        names[index]: {
+            key: value.detach().to("cpu", torch.float32).numpy().copy()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        for index, state in optimizer.state_dict()["state"].items()
     }
 
 
-def unpack(files: Mapping[str, bytes], digest: str) -> tuple[Position, Weights, Memory]:
-    """The inverse of :func:`pack`, for the job of this digest.
-
-    Raises:
-        IntegrityError: a file is missing or damaged, or the checkpoint is another job's.
-    """
-    try:
-        position = Position(**json.loads(files[POSITION]))
-        arrays = decode_weights(files[NUMBERS], max_bytes=_MAX_BYTES)
-    except (KeyError, TypeError, ValueError, UpdateRejectedError) as error:
-        raise IntegrityError(
-            f"The checkpoint cannot be read: {error}.", cure="Remove it: the job goes on from the one before."
-        ) from None
-    if position.digest != digest or not isinstance(position.step, int) or position.step < 0:
-        raise IntegrityError(
-            f"The checkpoint is of job {str(position.digest)[:16]}, and this is {digest[:16]}.",
-            cure="Give every job a folder of its own.",
-        )
-    weights, memory = dict[str, FloatArray](), dict[str, dict[str, FloatArray]]()
-    for name, array in arrays.items():
-        if name.startswith(_OPTIMIZER):
-            parameter, _, key = name.removeprefix(_OPTIMIZER).rpartition("/")
-            memory.setdefault(parameter, {})[key] = array
-        else:
-            weights[name] = array
-    return position, weights, memory
-
-
-def memory_of(optimizer: SecretDPOptimizer, names: Sequence[str]) -> Memory:
-    """What the optimiser remembers; it descends from noised gradients alone."""
-    state = optimizer.state_dict()["state"]
-    return {
-        names[index]: {k: _to_numpy(v) for k, v in found.items() if isinstance(v, Tensor)}
-        for index, found in state.items()
-    }
-
-
-def remind(optimizer: SecretDPOptimizer, names: Sequence[str], memory: Memory) -> None:
-    """Give an optimiser its memory back."""
-    state = optimizer.state_dict()
-    # Copies: torch makes none, and would write into the arrays.
-    state["state"] = {
-        index: {key: torch.from_numpy(array.copy()) for key, array in memory[name].items()}
+def load_optimizer_state(optimizer: SecretDPOptimizer, names: Sequence[str], states: OptimizerState) -> None:
+    """Restore what :func:`optimizer_state` returned."""
+    content = optimizer.state_dict()
+    # Copies, because torch would write into the arrays.
+    content["state"] = {
+        index: {key: torch.from_numpy(array.copy()) for key, array in states[name].items()}
         for index, name in enumerate(names)
-        if name in memory
+        if name in states
     }
-    optimizer.load_state_dict(state)
-
-
-def _to_numpy(tensor: Tensor) -> FloatArray:
-    return tensor.detach().to("cpu", torch.float32).numpy().copy()
+    optimizer.load_state_dict(content)

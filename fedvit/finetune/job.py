@@ -1,8 +1,8 @@
-"""One rank of a fine-tuning job: ranges of steps, each charged before it is taken and kept after it.
+"""One rank of a fine-tuning job: ranges of steps, each charged before its first step and saved after its last.
 
-A range is the release. What leaves the job is its last step's weights, so that a rank that died in the middle of one
-has released nothing; the range is taken again from the checkpoint before it, draws the very same mask and noise,
-however many ranks there are by then, and finds its charge on the ledger.
+Only the weights after the last step of a range leave the job, so a rank that dies within a range has released nothing.
+The range is then repeated from the previous checkpoint. It draws the same records and the same noise on any number of
+ranks, and its charge is already in the ledger.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fedvit.data.manifest import build_manifest
 from fedvit.data.sources import ImageSource, open_source
 from fedvit.errors import ConfigError, FedvitError
 from fedvit.evaluation.evaluate import evaluate
-from fedvit.finetune.checkpoint import Memory, Position, memory_of, pack, remind, unpack
-from fedvit.finetune.lazy_features import DrawnFeatures
+from fedvit.finetune.checkpoint import Checkpoint, OptimizerState, load_optimizer_state, optimizer_state
+from fedvit.finetune.lazy_features import LazyFeatures
 from fedvit.finetune.ranks import RankedDPOptimizer, RankedTrainer, Ranks
 from fedvit.models.models import build_model
 from fedvit.models.trainable import load_trainable_weights, load_weights, trainable_weights
@@ -39,15 +39,16 @@ from fedvit.types import Evaluation, TrainTask, Weights
 from fedvit.wire.tensors import weights_digest
 
 NAME = "finetune"
-_NAMED_BY = 16
-_EVALUATED_AT_ONCE = 128
+_NAME_LENGTH = 16
+_EVALUATION_BATCH = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A job: what its steps are, what one costs, and what everything random in it is bound to.
+    """The definition of a job.
 
-    ``digest`` is the SHA-256, hex, of all that determines a step's value; the numbers of steps and of ranks do not.
+    ``digest`` is the SHA-256, hex, of everything that determines the result of a step; the numbers of steps and ranks
+    are not part of it.
     """
 
     digest: str
@@ -56,16 +57,16 @@ class Plan:
 
     @property
     def job(self) -> str:
-        """The job's name, also on the ledger. Other data, weights or settings are another job."""
-        return f"{NAME}-{self.digest[:_NAMED_BY]}"
+        """The job's name, also in the ledger. Other data, weights or settings make another job."""
+        return f"{NAME}-{self.digest[:_NAME_LENGTH]}"
 
     @property
-    def release(self) -> str:
-        """What the streams of a step are bound to."""
+    def output(self) -> str:
+        """The mechanism output's id, from which the streams of a step are derived."""
         return output_id(self.task, NAME, self.num_examples)
 
     def charge(self, first: int, last: int) -> Charge:
-        """The cost of steps ``first`` to ``last - 1``, to everybody: whose record is in which image is not asked."""
+        """The charge for steps ``first`` to ``last - 1``, to the whole population."""
         return Charge(
             run_id=self.job,
             round_index=first,
@@ -78,10 +79,10 @@ class Plan:
 
 
 def with_noise(settings: Settings) -> Settings:
-    """The settings with a noise multiplier, the smallest that keeps all steps within the budget where none is set.
+    """The settings with a noise multiplier; if none is set, the smallest that keeps all steps within the budget.
 
     Raises:
-        ConfigError: none does, or the privacy unit is not the record.
+        ConfigError: there is none, or the privacy unit is not the record.
     """
     privacy = settings.privacy
     if privacy.privacy_unit != "record":
@@ -91,17 +92,17 @@ def with_noise(settings: Settings) -> Settings:
         )
     if privacy.noise_multiplier is not None:
         return settings
-    found = calibrate_noise_multiplier(
+    noise_multiplier = calibrate_noise_multiplier(
         target_epsilon=privacy.target_epsilon,
         target_delta=privacy.target_delta,
         sampling_prob=privacy.sampling_prob,
         steps=settings.finetune.steps,
     )
-    return settings.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": found})})
+    return settings.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": noise_multiplier})})
 
 
 def plan_of(settings: Settings, source: ImageSource, base: Weights) -> Plan:
-    """The job that these settings, this data set and these starting weights make.
+    """The job of these settings, this data set and these starting weights.
 
     Raises:
         ConfigError: ``target_delta`` is larger than 1/n.
@@ -121,12 +122,11 @@ def plan_of(settings: Settings, source: ImageSource, base: Weights) -> Plan:
         1,
         finetune.learning_rate,
     )
-    named = ("optimizer", "momentum", "precision", "device")
     facts = {
         "release": output_id(task, NAME, manifest.num_train),
         "model": settings.model.model_dump(mode="json"),
         "image_size": settings.data.image_size,
-        **{name: getattr(finetune, name) for name in named},
+        **{name: getattr(finetune, name) for name in ("optimizer", "momentum", "precision", "device")},
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Plan(digest, task, manifest.num_train)
@@ -134,12 +134,12 @@ def plan_of(settings: Settings, source: ImageSource, base: Weights) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a job ended, as rank 0 tells it.
+    """The result of a job on one rank.
 
     Attributes:
-        images_per_s: expected images a second, over all ranks; what was really drawn is private.
-        evaluation: on the data set's test images; of rank 0 only.
-        error: why it ended before its last step.
+        images_per_s: expected images a second over all ranks; the number of drawn images is private.
+        evaluation: on the data set's test images; on rank 0 only.
+        error: the reason if the job ended before its last step.
     """
 
     steps: int
@@ -151,12 +151,13 @@ class Outcome:
 
 
 class Finetuning:
-    """A job on one rank, ready to go.
+    """A job on one rank.
 
     Args:
-        settings: with a noise multiplier; paths as this process sees them.
-        charge: writes charges to the ledger; asked on rank 0 only.
-        keep: given a checkpoint's files by name, on rank 0, and nothing on the others; called equally often by all.
+        settings: with a noise multiplier; paths must be valid in this process.
+        charge: writes charges to the ledger; called on rank 0 only.
+        save: saves the checkpoint's files, by name, after a step; called equally often on all ranks, with no files on
+            others than rank 0.
     """
 
     def __init__(
@@ -165,63 +166,64 @@ class Finetuning:
         ranks: Ranks,
         *,
         charge: Callable[[Sequence[Charge]], object],
-        keep: Callable[[int, Mapping[str, bytes]], None],
+        save: Callable[[int, Mapping[str, bytes]], None],
     ) -> None:
-        self._config, self._ranks, self._charge, self._keep = settings.finetune, ranks, charge, keep
+        self._config, self._ranks, self._charge, self._save = settings.finetune, ranks, charge, save
         self._source = open_source(settings.data)
         model = build_model(settings.model, len(self._source.classes), settings.data.image_size)
         self._base = trainable_weights(model)
         self.plan = plan_of(settings, self._source, self._base)
         self._secret = derive_secret(load_or_create_root_secret(settings.home), f"{NAME}/{self.plan.digest}")
         self._model = model.to(ranks.device)
-        self._features = DrawnFeatures(self._model, self._source, self._source.train)
+        self._features = LazyFeatures(self._model, self._source, self._source.train)
         self._labels = torch.tensor([record.label for record in self._source.train])
         self._trainer = RankedTrainer(
             self._model,
             ranks,
             physical_batch_size=settings.training.physical_batch_size,
             bfloat16=self._config.precision == "bfloat16",
-            inner=partial(_inner, self._config),
+            inner=partial(_inner_optimizer, self._config),
         )
         self._seconds: list[float] = []
 
     def run(self, checkpoint: Mapping[str, bytes] | None = None) -> Outcome:
-        """Take the steps that are left, from a checkpoint's files or from the beginning.
+        """Take the remaining steps, from a checkpoint's files or from the beginning.
 
-        A range that may not be charged is not taken: the job ends before it, on all ranks, and the outcome says why.
+        If a range cannot be charged, the job ends before it on all ranks, and the outcome has the reason.
 
         Raises:
             StateError: ranks have different data, settings or keys.
-            IntegrityError: the checkpoint is damaged, or another job's.
+            IntegrityError: the checkpoint is damaged, or belongs to another job.
             DataError: an image cannot be read or decoded.
         """
         self._check_agreed()
-        step, optimizer = self._resumed(checkpoint)
+        step, optimizer = self._resume(checkpoint)
         error = None
         while step < self._config.steps:
             last = min(step + self._config.checkpoint_every_steps, self._config.steps)
-            if (error := self._charged(step, last)) is not None:
+            if (error := self._charge_range(step, last)) is not None:
                 break
-            self._take(optimizer, step, last)
+            self._take_steps(optimizer, step, last)
             step = last
-            self._keep(step, self._files(optimizer, step))
-        shown = None if self._ranks.index else self._shown()
-        return Outcome(step, self._ranks.count, device_name(self._ranks.device), self._speed(), shown, error)
+            self._save(step, self._files(optimizer, step))
+        evaluation = None if self._ranks.index else self._evaluate()
+        device = _device_name(self._ranks.device)
+        return Outcome(step, self._ranks.count, device, self._images_per_s(), evaluation, error)
 
-    def _resumed(self, checkpoint: Mapping[str, bytes] | None) -> tuple[int, RankedDPOptimizer]:
+    def _resume(self, files: Mapping[str, bytes] | None) -> tuple[int, RankedDPOptimizer]:
         step, weights = 0, cast("Weights", self._base)
-        memory: Memory = {}
-        if checkpoint is not None:
-            position, weights, memory = unpack(checkpoint, self.plan.digest)
-            step = position.step
+        states: OptimizerState = {}
+        if files is not None:
+            checkpoint = Checkpoint.from_files(files, self.plan.digest)
+            step, weights, states = checkpoint.step, checkpoint.weights, checkpoint.optimizer_state
         load_weights(self._trainer.parameters, weights)
         task, count = self.plan.task, self.plan.num_examples
-        optimizer = self._trainer.optimizer(task, count, self._secret, self.plan.release, first_step=step)
-        remind(optimizer, list(self._trainer.parameters), memory)
+        optimizer = self._trainer.optimizer(task, count, self._secret, self.plan.output, first_step=step)
+        load_optimizer_state(optimizer, list(self._trainer.parameters), states)
         return step, optimizer
 
-    def _charged(self, first: int, last: int) -> FedvitError | None:
-        """None once the range is on the ledger; on rank 0 the reason why it is not, on the others a hint to it."""
+    def _charge_range(self, first: int, last: int) -> FedvitError | None:
+        """None once the range is in the ledger; otherwise the reason on rank 0, and a general error on the others."""
         error: FedvitError | None = None
         if self._ranks.index == 0:
             try:
@@ -229,13 +231,13 @@ class Finetuning:
             except FedvitError as refusal:
                 error = refusal
         if self._ranks.any(error is not None):
-            return error or FedvitError("The range was not charged; rank 0 knows why.")
+            return error or FedvitError("The range was not charged; rank 0 has the reason.")
         return None
 
-    def _take(self, optimizer: RankedDPOptimizer, first: int, last: int) -> None:
+    def _take_steps(self, optimizer: RankedDPOptimizer, first: int, last: int) -> None:
         started_s = time.perf_counter()
         for step in range(first, last):
-            drawn = drawn_records(self.plan.task, self._labels, self._secret, self.plan.release, step)
+            drawn = drawn_records(self.plan.task, self._labels, self._secret, self.plan.output, step)
             self._trainer.step(optimizer, self._features, self._labels, drawn)
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize(self._ranks.device)
@@ -244,49 +246,49 @@ class Finetuning:
     def _files(self, optimizer: RankedDPOptimizer, step: int) -> Mapping[str, bytes]:
         if self._ranks.index:
             return {}
-        names = list(self._trainer.parameters)
-        return pack(Position(self.plan.digest, step, self.plan.job), self._weights(), memory_of(optimizer, names))
+        states = optimizer_state(optimizer, list(self._trainer.parameters))
+        return Checkpoint(self.plan.digest, step, self.plan.job, self._weights(), states).to_files()
 
     def _weights(self) -> Weights:
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self._trainer.parameters.items()}
 
-    def _speed(self) -> float | None:
+    def _images_per_s(self) -> float | None:
         # The first range reads and decodes the images.
         seconds = self._seconds[1:] or self._seconds
         expected = self.plan.task.sampling_prob * self.plan.num_examples
         return expected * len(seconds) / sum(seconds) if seconds else None
 
-    def _shown(self) -> Evaluation:
+    def _evaluate(self) -> Evaluation:
         load_trainable_weights(self._model, self._weights())
         test = self._source.test
-        index = torch.arange(len(test)).split(_EVALUATED_AT_ONCE)
-        features = DrawnFeatures(self._model, self._source, test)
+        index = torch.arange(len(test)).split(_EVALUATION_BATCH)
+        features = LazyFeatures(self._model, self._source, test)
         labels = torch.tensor([record.label for record in test], device=self._ranks.device)
         whole = torch.cat([features[part].to(self._ranks.device) for part in index])
         return evaluate(self._model, whole, labels, self._source.classes)
 
     def _check_agreed(self) -> None:
         self._ranks.check_agreed("data set or configuration", bytes.fromhex(self.plan.digest))
-        # One way only: what the ranks tell each other is no secret.
+        # Derived by a one-way function: the digest that ranks exchange is no secret.
         self._ranks.check_agreed("secret key", derive_secret(self._secret, "told to other ranks"))
 
 
-def _inner(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """What takes the noised gradient; nothing of it is private any more."""
+def _inner_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of the noised gradient, which is no longer private."""
     if config.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=config.learning_rate)
     return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
 
 
-def device_name(device: torch.device) -> str:
-    """What computes, as its maker calls it."""
+def _device_name(device: torch.device) -> str:
+    """The vendor's name of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} threads a rank"
 
 
 def _processor() -> str:
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

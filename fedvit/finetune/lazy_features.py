@@ -1,4 +1,4 @@
-"""The records of a data set as a model's body reads them, each image read when it is drawn for the first time."""
+"""Lazy features: a data set's records as inputs of a model's body, each image being read on first use."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedvit.data.images import load_images
-from fedvit.data.sources import ImageSource, Record
+from fedvit.data.records import ImageSource, Record, load_images
 from fedvit.models.vision import VisionModel
 
-# Neighbours by index that are read together, whoever of them is drawn: which images share a pass through the prefix
-# shows in the last bits, and a step that is repeated has to find the same features.
+# Records are read in fixed groups of neighbours: the images that share a pass through the prefix affect the last bits
+# of its output, and a repeated step must get the same features.
 _GROUP = 64
 
 
-class DrawnFeatures:
+class LazyFeatures:
     """Implements :class:`fedvit.clients.local.Features`.
 
-    Where the frozen prefix has weights its output is kept, because computing it again is dear; else the pixels are, in
-    a quarter of the memory. Either way on the host, not on a GPU.
+    If the frozen prefix has weights, its output is cached, because it is expensive to compute. Otherwise the pixels are
+    cached, which need a quarter of the memory. The cache is in host memory, not on a GPU.
 
     Args:
-        model: on the device that is to compute the prefix.
-        records: those of ``source`` that are counted by index.
+        model: on the device that computes the prefix.
+        records: of ``source``; an index refers to this sequence.
     """
 
     def __init__(self, model: VisionModel, source: ImageSource, records: Sequence[Record]) -> None:
         self._model, self._source, self._records = model, source, tuple(records)
         self._device = next(model.body.parameters()).device
-        self._keeps_output = any(True for _ in model.prefix.parameters())
-        self._known = np.zeros(-(-len(self._records) // _GROUP), np.bool_)
-        self._kept: Tensor | None = None
+        self._caches_output = any(True for _ in model.prefix.parameters())
+        self._loaded = np.zeros(-(-len(self._records) // _GROUP), np.bool_)
+        self._cache: Tensor | None = None
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
         """Features [B, ...] of the records of these indices [B].
@@ -42,23 +41,23 @@ class DrawnFeatures:
             DataError: an image cannot be read or decoded; the message names its key.
         """
         for group in np.unique(index.numpy() // _GROUP):
-            if not self._known[group]:
-                self._read(int(group))
-        if self._kept is None:
+            if not self._loaded[group]:
+                self._load(int(group))
+        if self._cache is None:
             return self._model.features(self._pixels(range(0)).to(self._device))
-        kept = self._kept[index]
-        return kept if self._keeps_output else self._model.features(kept.to(self._device))
+        values = self._cache[index]
+        return values if self._caches_output else self._model.features(values.to(self._device))
 
-    def _read(self, group: int) -> None:
+    def _load(self, group: int) -> None:
         members = range(group * _GROUP, min((group + 1) * _GROUP, len(self._records)))
-        fresh = self._pixels(members)
-        if self._keeps_output:
-            fresh = self._model.features(fresh.to(self._device)).cpu()
-        if self._kept is None:
-            self._kept = torch.empty((len(self._records), *fresh.shape[1:]), dtype=fresh.dtype)
-        self._kept[members.start : members.stop] = fresh
-        self._known[group] = True
+        values = self._pixels(members)
+        if self._caches_output:
+            values = self._model.features(values.to(self._device)).cpu()
+        if self._cache is None:
+            self._cache = torch.empty((len(self._records), *values.shape[1:]), dtype=values.dtype)
+        self._cache[members.start : members.stop] = values
+        self._loaded[group] = True
 
     def _pixels(self, members: range) -> Tensor:
-        chosen = [self._records[index] for index in members]
-        return torch.from_numpy(load_images(self._source, chosen, self._model.image_size))
+        records = [self._records[index] for index in members]
+        return torch.from_numpy(load_images(self._source, records, self._model.image_size))

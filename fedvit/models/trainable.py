@@ -1,8 +1,7 @@
-"""Which weights are trained, how they leave a model and enter it again."""
+"""Trainable part of a model: selection, reading and loading of its weights."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Literal
 
 import numpy as np
@@ -20,20 +19,20 @@ _ADAPTED = ("attn.qkv", "attn.proj", "attn.q_proj", "attn.k_proj", "attn.v_proj"
 
 
 def apply_trainable(model: VisionModel, mode: TrainableMode, rank: int, *, seed: int = 0) -> None:
-    """Say what of the body is trained: ``all`` of it, its ``head``, or the head and ``biases`` or ``adapters``.
+    """Select the trainable part of the body: ``all``, the ``head``, or the head and ``biases`` or ``adapters``.
 
-    Biases are all that add a constant vector (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199; privately, Bu et al.
-    2022, arXiv:2210.00036). Adapters are LoRA (Hu et al. 2021, arXiv:2106.09685) of ``rank`` on the attention
+    Biases are all parameters that add a constant vector (BitFit, Ben Zaken et al. 2022, arXiv:2106.10199; with privacy,
+    Bu et al. 2022, arXiv:2210.00036). Adapters are LoRA (Hu et al. 2021, arXiv:2106.09685) of ``rank`` on the attention
     projections of the blocks.
 
     Raises:
-        ModelError: a part to be trained holds a BatchNorm, or there is nothing to adapt.
+        ModelError: the trainable part has a BatchNorm, or no layer can have an adapter.
     """
     model.body.requires_grad_(mode == "all")
     model.body.classifier().requires_grad_(True)
     if mode == "biases":
         for name, parameter in model.body.named_parameters():
-            # Position biases are tables [distances, heads], no vectors.
+            # Position biases are tables [distances, heads], not vectors.
             parameter.requires_grad_(parameter.requires_grad or (name.endswith("bias") and parameter.ndim == 1))
     if mode == "adapters":
         _add_adapters(model, rank, seed)
@@ -54,7 +53,7 @@ def _add_adapters(model: VisionModel, rank: int, seed: int) -> None:
     for name, _ in linears:
         attention: Any = model.body.get_submodule(name.rpartition(".")[0])
         if hasattr(attention, "qkv_bias_separate"):
-            # Or BEiT and EVA read the projection's weight past the adapter, to multiply and add in one call.
+            # Otherwise BEiT and EVA read the weight directly and bypass the adapter.
             attention.qkv_bias_separate = True
     generator = torch.Generator().manual_seed(seed)
     replace_modules(model.body, linears, (LoraLinear(linear, rank, generator) for _, linear in linears))
@@ -76,9 +75,9 @@ def trainable_weights(model: VisionModel) -> dict[str, FloatArray]:
 
 
 def frozen_weights(model: VisionModel) -> dict[str, FloatArray]:
-    """Copies of everything else that computes: frozen parameters and float buffers, float32.
+    """Copies of all other weights: frozen parameters and float buffers, float32.
 
-    BatchNorm's integer step counters are left out: in eval mode nothing reads them.
+    BatchNorm's integer step counters are left out: they are not used in eval mode.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     state = model.state_dict()
@@ -108,16 +107,6 @@ def load_weights(parameters: dict[str, nn.Parameter], weights: Weights) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
-
-
-def weights_digest(weights: Weights) -> str:
-    """SHA-256, hex, over names in order, shapes, and raw little-endian float32 values."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        values = np.ascontiguousarray(weights[name], dtype="<f4")
-        digest.update(f"{name}\n{list(np.shape(weights[name]))}\n".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()
 
 
 def _to_numpy(tensor: torch.Tensor) -> FloatArray:

@@ -63,13 +63,13 @@ MUTANTS = (
         "every step the same noise",
         "clients/local.py",
         NOISE,
-        (('_stream(secret, "noise", release, step)', '_stream(secret, "noise", release, 0)'),),
+        (('_stream(secret, "noise", output, step)', '_stream(secret, "noise", output, 0)'),),
     ),
     Mutant(
         "every release the same noise",
         "clients/local.py",
         NOISE,
-        (('{"release": release, "step": step}', '{"step": step}'),),
+        (('{"release": output, "step": step}', '{"step": step}'),),
     ),
     Mutant(
         "every round of clients the same noise",
@@ -123,9 +123,9 @@ MUTANTS = (
         RECORDS,
         (
             (
-                "parts = drawn.split(self._physical_batch_size)",
+                "parts = drawn.split(self.physical_batch_size)",
                 "optimizer.expected_batch_size = max(1, len(drawn))\n"
-                "        parts = drawn.split(self._physical_batch_size)",
+                "        parts = drawn.split(self.physical_batch_size)",
             ),
         ),
     ),
@@ -226,7 +226,7 @@ MUTANTS = (
         "ranks without a record stay away",
         "finetune/ranks.py",
         RANKS,
-        (("        super()._step(", "        if len(self._ranks.own(drawn)):\n            super()._step("),),
+        (("        super().step(", "        if len(self._ranks.own(drawn)):\n            super().step("),),
     ),
     Mutant(
         "ranks that all divide the noise",

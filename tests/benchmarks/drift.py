@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
-from fedvit.data.images import load_images
+from fedvit.data.records import load_images
 from fedvit.drift.client import embedded
 from fedvit.drift.comparison import Comparison, compare
 from fedvit.drift.measures import measures, risk_of, spec_of

@@ -16,7 +16,7 @@ import pytest
 import torch
 from command import environment
 
-from fedvit.finetune.checkpoint import unpack
+from fedvit.finetune.checkpoint import Checkpoint
 from fedvit.finetune.job import Finetuning, with_noise
 from fedvit.finetune.ranks import Ranks
 from fedvit.incidents.drills.processes import below
@@ -71,9 +71,9 @@ def without_ray(home: Path, tree: dict[str, Any]) -> Weights:
     """The same job, undisturbed, on one rank that is this process; its ledger is not looked at."""
     settings = with_noise(load_settings(environ={}, overrides={**tree, "home": home}))
     kept = []
-    job = Finetuning(settings, Ranks(), charge=lambda charges: None, keep=lambda step, files: kept.append(files))
+    job = Finetuning(settings, Ranks(), charge=lambda charges: None, save=lambda step, files: kept.append(files))
     assert job.run().steps == STEPS
-    return unpack(kept[-1], job.plan.digest)[1]
+    return Checkpoint.from_files(kept[-1], job.plan.digest).weights
 
 
 def flat(weights: Weights) -> FloatArray:

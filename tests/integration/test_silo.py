@@ -14,7 +14,8 @@ import torch
 from actors.client_proxy import ClientProxy
 from actors.handles import fetch
 from actors.spawn import connect, spawn
-from fedvit.clients.host import ClientHost, Trainer
+from fedvit.clients.host import ClientHost
+from fedvit.clients.local import Trainer
 from fedvit.config import Settings
 from fedvit.evaluation.server_model import ServerModel
 from fedvit.finetune.ranks import RankedTrainer, Ranks
@@ -29,16 +30,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.campaign]
 CLIENT, TIMEOUT_S = "vehicle-00", 240.0
 
 
-class _Unled(RankedTrainer):
-    def lead(self, drift: object, learning_rate: float) -> None:
-        assert drift is None
-
-
 class OneRank(ClientHost):
     """The silo's host on a single rank, without Ray."""
 
     def _trainer_of(self, settings: Settings) -> Trainer:
-        return _Unled(self._model, Ranks(), physical_batch_size=settings.training.physical_batch_size)
+        return RankedTrainer(self._model, Ranks(), physical_batch_size=settings.training.physical_batch_size)
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from fedvit.clients.local import LocalTrainer
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import DataError, ModelError
 from fedvit.models.models import build_model
-from fedvit.models.trainable import load_trainable_weights, trainable_weights, weights_digest
+from fedvit.models.trainable import load_trainable_weights, trainable_weights
 from fedvit.models.vision import VisionModel
 from fedvit.types import FloatArray, TrainTask
+from fedvit.wire.tensors import weights_digest
 
 # The same bits are promised on one thread only.
 torch.set_num_threads(1)

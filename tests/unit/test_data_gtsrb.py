@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 
 from fedvit.config import DataConfig, PartitionConfig
-from fedvit.data.images import load_images
 from fedvit.data.manifest import build_manifest
 from fedvit.data.partition import partition
-from fedvit.data.records import ImageSource, Record
+from fedvit.data.records import ImageSource, Record, load_images
 from fedvit.data.sources import open_source
 from fedvit.errors import DataError
 

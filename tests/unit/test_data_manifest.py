@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 from PIL import Image
 
-from fedvit.data.inspect import inspect
-from fedvit.data.manifest import build_manifest
+from fedvit.data.manifest import build_manifest, inspect
 from fedvit.data.records import Record
 from fedvit.errors import DataError
 

@@ -19,8 +19,7 @@ import pytest
 from PIL import Image
 
 from fedvit.config import DataConfig
-from fedvit.data.images import load_images
-from fedvit.data.records import ImageSource, Record
+from fedvit.data.records import ImageSource, Record, load_images
 from fedvit.data.sources import open_source
 from fedvit.errors import DataError
 
@@ -392,9 +391,7 @@ class TestDottedNames:
 
 
 def test_no_torch_at_import() -> None:
-    modules = (
-        "fedvit.data.sources, fedvit.data.inspect, fedvit.data.partition, fedvit.data.images, fedvit.tools.report.page"
-    )
+    modules = "fedvit.data.sources, fedvit.data.manifest, fedvit.data.partition, fedvit.tools.report.page"
     code = f"import sys, {modules}; print({{'torch', 'torchvision', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -15,7 +15,7 @@ from PIL import Image
 from fedvit.config import Settings
 from fedvit.data.sources import open_source
 from fedvit.errors import BudgetExhaustedError, ConfigError, IntegrityError
-from fedvit.finetune.checkpoint import POSITION, unpack
+from fedvit.finetune.checkpoint import HEADER, Checkpoint
 from fedvit.finetune.job import Finetuning, Outcome, plan_of, with_noise
 from fedvit.finetune.ranks import Ranks
 from fedvit.models.models import build_model
@@ -70,9 +70,9 @@ class Job:
         self.charged: list[tuple[int, int]] = []
 
     def run(self, ranks: Ranks | None = None, checkpoint: Files | None = None, fail_at: int | None = None) -> Outcome:
-        """To its end, or to a keep that fails: then the range's steps were taken and its checkpoint is lost."""
+        """To its end, or to a save that fails: then the range's steps were taken and its checkpoint is lost."""
 
-        def keep(step: int, files: Files) -> None:
+        def save(step: int, files: Files) -> None:
             if step == fail_at:
                 raise ConnectionError("killed")
             if files:
@@ -86,12 +86,12 @@ class Job:
                 accountant.write(charges)
 
             with BUILDING:
-                job = Finetuning(self.settings, ranks or Ranks(), charge=charge, keep=keep)
+                job = Finetuning(self.settings, ranks or Ranks(), charge=charge, save=save)
             return job.run(checkpoint)
 
     def weights(self) -> Weights:
         plan = plan_for(self.settings)
-        return unpack(self.kept[-1], plan.digest)[1]
+        return Checkpoint.from_files(self.kept[-1], plan.digest).weights
 
     def ledger(self) -> list[Charge]:
         with Store.open(self.settings.home) as store:
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_job_or_a_damaged_one_is_refused(make: Make) -> 
     job.run()
     with pytest.raises(IntegrityError, match="The checkpoint is of job"):
         other.run(checkpoint=job.kept[-1])
-    damaged = {**job.kept[-1], POSITION: b"{"}
+    damaged = {**job.kept[-1], HEADER: b"{"}
     with pytest.raises(IntegrityError, match="cannot be read"):
         job.run(checkpoint=damaged)
 

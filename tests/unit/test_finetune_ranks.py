@@ -14,7 +14,7 @@ import torch
 
 from fedvit.clients.local import LocalTrainer
 from fedvit.errors import StateError
-from fedvit.finetune.ranks import NOISE_BLOCK, OwnNoise, RankedTrainer, Ranks
+from fedvit.finetune.ranks import NOISE_BLOCK, RankedTrainer, RankNoise, Ranks
 from fedvit.models.trainable import TrainableMode
 from fedvit.models.vision import VisionModel
 from fedvit.privacy.randomness import SecretStream
@@ -136,7 +136,7 @@ def test_every_number_of_the_noise_comes_from_one_rank_whatever_their_number() -
     size = 4 * NOISE_BLOCK + 5
 
     def noise(ranks: Ranks) -> FloatArray:
-        drawn = OwnNoise(ranks, lambda block: SecretStream(SECRET, "test", {"block": block})).normal(size, np.float32)
+        drawn = RankNoise(ranks, lambda block: SecretStream(SECRET, "test", {"block": block})).normal(size, np.float32)
         return np.asarray(drawn)
 
     alone = noise(Ranks())

@@ -15,8 +15,9 @@ from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
 from fedvit.models.hybrid import STEM_WHEEL, LiteStem
 from fedvit.models.models import build_model
-from fedvit.models.trainable import frozen_weights, trainable_weights, weights_digest
+from fedvit.models.trainable import frozen_weights, trainable_weights
 from fedvit.models.vision import VisionModel
+from fedvit.wire.tensors import weights_digest
 
 # Torch threads that wait for each other on shared cores take ten times as long.
 torch.set_num_threads(1)

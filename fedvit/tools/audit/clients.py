@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fedvit.aggregation.registry import rule_for
-from fedvit.aggregation.rule import Drift
+from fedvit.aggregation.rule import GradientCorrection
 from fedvit.clients.client_state import ClientState
-from fedvit.clients.gradient_correction import CorrectedPlainTrainer
 from fedvit.clients.host import ClientHost, Shard
 from fedvit.config import Settings
 from fedvit.privacy import mechanism
@@ -47,17 +46,21 @@ class _Model(PointModel):
         return {**super().initial_weights(), "scale": np.zeros((), np.float32)}
 
 
-class _Told(CorrectedPlainTrainer):
-    """Comes back with the updates that it is told to."""
+class _FixedUpdates:
+    """A trainer that returns given updates."""
 
     def __init__(self, updates: Mapping[str, Update]) -> None:
         self._updates = updates
 
-    def lead(self, drift: Drift | None, learning_rate: float) -> None:
-        """There are no steps."""
-
     def train(
-        self, task: TrainTask, base: Weights, features: Tensor, labels: Tensor, secret: bytes, client_id: str
+        self,
+        task: TrainTask,
+        base: Weights,
+        features: Tensor,
+        labels: Tensor,
+        secret: bytes,
+        client_id: str,
+        correction: GradientCorrection | None = None,
     ) -> dict[str, FloatArray]:
         """The client's update."""
         return dict(self._updates[client_id])
@@ -73,7 +76,7 @@ class _Host(ClientHost):
         self._root_secret = bytes(SECRET_BYTES)
         # Whole clients are clipped here and noised at the aggregator.
         self._noised = False
-        self._trainer = _Told(updates)
+        self._trainer = _FixedUpdates(updates)
         self._shards = {c: Shard(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), "0" * 64) for c in updates}
 
 

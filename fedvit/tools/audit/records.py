@@ -106,7 +106,7 @@ class _Neighbours:
 
     def faults(self, case: Case) -> Iterator[str]:
         """What the case does that no accountant assumes, in words."""
-        self._trainer._physical_batch_size = case.physical_batch_size
+        self._trainer.physical_batch_size = case.physical_batch_size
         precision = torch.autocast("cpu", torch.bfloat16) if case.bfloat16 else nullcontext()
         furthest = 0.0
         everybody, together = list(range(len(self._labels))), None

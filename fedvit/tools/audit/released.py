@@ -107,7 +107,7 @@ class _StepReleases:
         canary[0, 5] = 1e3
         self._with = torch.cat([features, canary]), torch.cat([labels, torch.tensor([2])])
         self._without = features, labels
-        self._engine = self._trainer._gradients
+        self._engine = self._trainer.gradients
         self._engine.clear()
         whole, rest = self._sum(*self._with), self._sum(*self._without)
         self._known = rest

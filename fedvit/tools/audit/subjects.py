@@ -116,14 +116,13 @@ def trainer_of(model: VisionModel, engine: str | None = None, physical_batch_siz
     Raises:
         ModelError: the engine cannot do the model.
     """
-    trainer = LocalTrainer(model, physical_batch_size=physical_batch_size)
-    if engine == BookKeeping.engine != trainer._gradients.engine:
-        trainer._gradients = BookKeeping(model.body, "body.")
-    if engine == OpacusGradients.engine != trainer._gradients.engine:
-        gradients: PerExampleGradients = OpacusGradients(model.body, "body.")
+    gradients: PerExampleGradients | None = None
+    if engine == BookKeeping.engine:
+        gradients = BookKeeping(model.body, "body.")
+    elif engine == OpacusGradients.engine:
+        gradients = OpacusGradients(model.body, "body.")
         check_per_example_gradients(gradients, ordinary_records(model, 2)[0])
-        trainer._gradients = gradients
-    return trainer
+    return LocalTrainer(model, physical_batch_size=physical_batch_size, gradients=gradients)
 
 
 def weights_of(model: VisionModel) -> dict[str, FloatArray]:

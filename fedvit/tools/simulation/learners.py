@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from fedvit.clients.gradient_correction import CorrectedPlainTrainer
-from fedvit.clients.host import ClientHost, Holdings, Shard, Trainer
+from fedvit.clients.host import ClientHost, Holdings, Shard
+from fedvit.clients.local import PlainTrainer, Trainer
 from fedvit.config import Settings
 from fedvit.models.vision import VisionModel
 from fedvit.tools.simulation.faults import Faults
@@ -63,7 +63,7 @@ class SimulatedClients(ClientHost):
     def _trainer_of(self, settings: Settings) -> Trainer:
         if settings.simulation.private:
             return super()._trainer_of(settings)
-        return CorrectedPlainTrainer(self._model, physical_batch_size=settings.training.physical_batch_size)
+        return PlainTrainer(self._model, physical_batch_size=settings.training.physical_batch_size)
 
     def _shard(self, client_id: str) -> Shard:
         shard = super()._shard(client_id)
