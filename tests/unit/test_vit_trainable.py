@@ -21,9 +21,9 @@ from fedvit.models.trainable import (
     frozen_weights,
     load_trainable_weights,
     trainable_weights,
-    weights_digest,
 )
 from fedvit.models.vision import VisionModel
+from fedvit.wire.tensors import weights_digest
 
 # Torch threads that wait for each other on shared cores take ten times as long.
 torch.set_num_threads(1)
