@@ -98,10 +98,10 @@ class RayFleet:
         stranded = self._affinity.at([index for index, good in enumerate(alive) if not good])
         return ProxyReport({proxy_name(index): good for index, good in enumerate(alive)}, stranded)
 
-    def request_histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> None:
+    def request_histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> None:
         """One call a proxy; it ends before calls that are made after it."""
         for index, group in self._affinity.assign(client_ids, Counter()).items():
-            self._histogram_calls.append(self._proxies[index].histograms.remote(order, group))
+            self._histogram_calls.append(self._proxies[index].histograms.remote(request, group))
 
     def histograms(self) -> list[ClientHistogram]:
         """Those of a proxy that died are lost."""

@@ -1,4 +1,7 @@
-"""The doors between the library and what runs it: narrow protocols, implemented by Ray handles and by test doubles."""
+"""Ports: narrow protocols between the library and what runs it, implemented on Ray, in simulations and by test doubles.
+
+The docstrings here hold for every implementation, which states only what differs.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,13 @@ from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramS
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """One privacy spend of one unit's data, identified so that a retry is harmless.
+    """The privacy cost of one output for one unit, identified so that a repeated charge is harmless.
 
-    ``output_id`` is the SHA-256 of everything that determines the released value (task, client, data). The spend is
-    ``steps`` Poisson-sampled Gaussian steps, unless ``event`` says otherwise: the canonical JSON of a
-    :mod:`fedvit.privacy.events`, of which the three numbers are then a summary. The unit :data:`POPULATION` is
-    everybody: such a charge counts for every unit.
+    Attributes:
+        output_id: SHA-256 of everything that determines the released value (task, client, data).
+        unit_id: the client, or :data:`POPULATION`, whose charges count for every client.
+        steps: so many Poisson-sampled Gaussian steps are charged, unless ``event`` is given.
+        event: canonical JSON of an event of :mod:`fedvit.privacy.events`; the three numbers are then a summary.
     """
 
     run_id: str
@@ -46,12 +50,12 @@ class Charge:
 
 
 POPULATION = "*"
-"""The unit of a charge that every client bears. No client can be called that."""
+"""The unit of a charge that counts for every client. No client can have this id."""
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """A line of the privacy ledger, as history shows it."""
+    """A line of the privacy ledger."""
 
     sequence: int
     at: datetime
@@ -62,31 +66,27 @@ class AccountantPort(Protocol):
     """The privacy accountant: one writer of one ledger."""
 
     def charge(self, charges: Sequence[Charge]) -> BudgetReport | None:
-        """Write the charges, all or none, before anything is released; those already written are skipped.
+        """Write the charges, all or none, before anything is released; charges already written are skipped.
 
         Raises:
-            BudgetExhaustedError: with them the budget would be exceeded; nothing was written.
-            LedgerFrozenError: nothing may be charged at all; nothing was written.
+            BudgetExhaustedError: the charges would exceed the budget; nothing was written.
+            LedgerFrozenError: an incident froze the ledger; nothing was written.
         """
-        ...
 
     def check(self, charges: Sequence[Charge]) -> None:
-        """Whether the charges could be written now; nothing is.
+        """Raise what :meth:`charge` would raise now; write nothing.
+
+        Raises:
+            BudgetExhaustedError: the charges would exceed the budget.
+            LedgerFrozenError: an incident froze the ledger.
+        """
+
+    def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
+        """The units whose own charge alone would fit into the budget now; nothing is written.
 
         Raises:
             LedgerFrozenError: an incident froze the ledger.
-            BudgetExhaustedError: with them the budget would be exceeded.
-            LedgerFrozenError: nothing may be charged at all.
         """
-        ...
-
-    def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
-        """The units that each could bear its own of the charges now; nothing is written.
-
-        Raises:
-            LedgerFrozenError: nothing may be charged at all.
-        """
-        ...
 
     def reset_budget(
         self,
@@ -97,24 +97,21 @@ class AccountantPort(Protocol):
         *,
         call_key: str | None = None,
     ) -> BudgetReport:
-        """Begin a new budget period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger.
+        """Begin a new budget period in which ``new_epsilon`` may be spent. The ledger keeps all earlier charges.
 
         A repetition with an equal ``call_key`` grants once.
         """
-        ...
 
     def budget(self, *, outlook: bool = False) -> BudgetReport:
-        """What was spent and what is left; with ``outlook``, also what the next round costs and how many are left."""
-        ...
+        """The spent and the remaining budget; with ``outlook`` also the cost of the next round and the rounds left."""
 
     def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
-        """Ledger entries from ``since`` on, oldest first."""
-        ...
+        """Ledger entries from ``since`` on, oldest first, at most ``limit``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyReport:
-    """Which client proxies answer, by name. ``stranded`` are the clients that live on one that does not."""
+    """Which client proxies answer, by name. ``stranded`` clients were last trained on a proxy that does not."""
 
     alive: Mapping[str, bool]
     stranded: frozenset[str] = frozenset()
@@ -125,44 +122,38 @@ class ProxyReport:
         return not self.stranded and any(self.alive.values())
 
     def reaches(self, client_id: str) -> bool:
-        """Whether a proxy would train this client; one that trained nowhere yet goes to any that answers."""
+        """Whether a proxy would train this client; a client that was never trained goes to any proxy that answers."""
         return client_id not in self.stranded and any(self.alive.values())
 
 
 class FleetPort(Protocol):
-    """The clients, wherever they run."""
+    """The clients of a system, in whatever process they run."""
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
     ) -> Iterator[UpdateMessage | None]:
-        """Hand the task to the cohort and yield one message a proxy and task, as they arrive, late ones as well.
+        """Send the task to the cohort and yield answers as they arrive, late ones to earlier tasks included.
 
-        Ends when nobody is in flight any more, or after ``timeout_s`` of silence; until then None comes now and then,
-        so that the caller can think again, and may come as soon as the task is handed out. Whoever has not answered
-        when the caller leaves, or when it ends, stays in flight. A client that failed is an outcome with an error, not
-        an exception.
+        Ends when no client is in flight, or after ``timeout_s`` without an answer. Until then it also yields None, once
+        the task is sent and from time to time, so that the caller can act. Clients that have not answered when it ends,
+        or when the caller stops iterating, stay in flight. A client that failed is an outcome with an error, not an
+        exception.
         """
-        ...
 
     def in_flight(self) -> frozenset[str]:
-        """The clients that were handed a task and have not answered; they may not be handed another."""
-        ...
+        """The clients that were sent a task and have not answered; they may not be sent another one."""
 
     def give_up(self, reason: str) -> list[ClientFailures]:
-        """Wait for nobody any more: each in flight is an outcome with the error ``reason``; later answers are lost."""
-        ...
+        """Stop waiting: a client in flight becomes an outcome with the error ``reason``, and its answer is lost."""
 
     def proxies_alive(self) -> ProxyReport:
-        """Which client proxies answer now, also in the middle of training; takes seconds at most."""
-        ...
+        """Which client proxies answer now, also during training; takes a few seconds at most."""
 
-    def request_histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> None:
-        """Ask these clients for a histogram of their data, and do not wait for it."""
-        ...
+    def request_histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> None:
+        """Ask these clients for a histogram of their data, without waiting for the answers."""
 
     def histograms(self) -> list[ClientHistogram]:
-        """The histograms that have arrived since the last time; who has none to give stays silent."""
-        ...
+        """The histograms that have arrived since the last call; a client that cannot give one sends none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +171,8 @@ class ExportedModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """An ONNX file on held-out images, one at a time, ONNX Runtime on one thread: answers, and time an image."""
+class ModelBenchmark:
+    """Predictions and latency of an ONNX model on held-out images: one image at a time, one thread."""
 
     predicted: tuple[int, ...]
     p50_ms: float
@@ -189,90 +180,81 @@ class Trial:
 
 
 class ClientHostPort(Protocol):
-    """What a client proxy hosts: the virtual clients that live behind it."""
+    """The clients of one client proxy, and their training."""
 
     def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
-        """Train these clients from ``weights``; one message. Repeating the call repeats the very same message.
+        """Train these clients from ``weights``; return one message. A repeated call returns the same message.
 
         A client that fails is an outcome with an error, not an exception.
 
         Raises:
-            IntegrityError: these are not the weights that the task was made for.
+            IntegrityError: the task names other weights.
         """
-        ...
 
-    def histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
-        """Noised histograms of these clients' data, of those that can give one. Repeating the call repeats them."""
-        ...
+    def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
+        """Noised histograms of those clients' data that can be counted. A repeated call returns the same ones."""
 
 
 class ServerModelPort(Protocol):
-    """The global model, on the server's side: where it starts, how good it is, how it is exported."""
+    """The global model on the server: initial weights, evaluation, export."""
 
     exports: bool
-    """Whether :meth:`export` makes something that replicas and vehicles can run; without it nothing is released."""
+    """Whether the model can be exported; without it nothing is released."""
 
     def initial_weights(self) -> Weights:
         """The trainable weights that a run starts from; equal settings give equal weights."""
-        ...
 
     def frozen_weights(self) -> Weights:
-        """The weights that never travel."""
-        ...
+        """The weights that are not trained and never sent."""
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
-        """The model with these weights on held-out data; None where there are none."""
-        ...
+        """Evaluate the model with these weights on held-out data; None where there is no such data."""
 
     def histogram_spec(self) -> HistogramSpec | None:
-        """What clients are asked to count of their data; None where there are no images that could say so."""
-        ...
+        """What clients shall count of their data; None where there are no images to choose the bins by."""
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:
         """ONNX bytes of one variant, checked against torch."""
-        ...
 
-    def try_out(self, content: bytes, limit: int | None = None) -> Trial:
+    def benchmark(self, content: bytes, limit: int | None = None) -> ModelBenchmark:
         """Run an exported model on the first ``limit`` held-out images, or on all."""
-        ...
 
 
 class AggregatorPort(Protocol):
-    """The training loop, as the control API and the command line see it."""
+    """The training loop, long operations and model changes, for the control API and the command line."""
 
     def start_training(self) -> TrainingProgress:
-        """Begin, or continue, the run that the settings describe; harmless when it is under way.
+        """Begin or continue the run that the settings describe; harmless while it is under way.
 
         Raises:
-            ConflictError: the system is shutting down.
+            ConflictError: the system is shutting down, or the fleet is larger than the settings allow.
         """
-        ...
 
     def stop_training(self) -> TrainingProgress:
         """Ask the loop to end after the round under way."""
-        ...
 
     def progress(self) -> TrainingProgress:
-        """Where the loop stands."""
-        ...
+        """The state of the training loop.
+
+        Raises:
+            Exception: the unexpected error that ended the loop.
+        """
 
     def wait(self, timeout_s: float) -> TrainingProgress:
-        """Return when the loop rests, or after ``timeout_s``."""
-        ...
+        """Return when the loop has ended, or after ``timeout_s``."""
 
     def proxies_alive(self) -> ProxyReport:
-        """Which client proxies answer now."""
-        ...
+        """See :meth:`FleetPort.proxies_alive`."""
 
     def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
         """Queue a long operation: ``optimize``, ``retrain`` or ``restart``; ``shutdown`` begins at once.
 
-        An equal ``call_key`` gives the same one.
+        A repetition with an equal ``call_key`` returns the same operation.
 
         Raises:
-            ConflictError, BudgetExhaustedError: it could not do anything as things are.
+            NotFoundError: no such kind.
+            ConflictError, BudgetExhaustedError: the operation would have no effect in the present state.
         """
-        ...
 
     def cancel_operation(self, operation_id: str) -> Operation:
         """End a long operation early; harmless when it has ended.
@@ -280,38 +262,34 @@ class AggregatorPort(Protocol):
         Raises:
             NotFoundError: no such operation.
         """
-        ...
 
     def await_shutdown(self, timeout_s: float) -> str | None:
         """Block until a ``shutdown`` of this running system has succeeded; its mode, or None after ``timeout_s``.
 
-        One of a system that ran on the same state before does not count.
+        A shutdown of an earlier system on the same state folder does not count.
         """
-        ...
 
     def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
         """Make an older version's content current again, as a new version; return its name.
 
         Raises:
             NotFoundError: no such version.
-            ConflictError: it is the current one, or the gate refuses it and ``force`` is not given.
+            ConflictError: it is the current version, or the release gate refuses it and ``force`` is not given.
         """
-        ...
 
     def switch_variant(self, variant: Variant) -> str:
-        """Move the fleet to another variant of the current version; return the version's name.
+        """Let the fleet serve another variant of the current version; return the version's name.
 
         Raises:
             ConflictError: the current version has no such variant.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class SystemUrls:
-    """Where a running system answers. ``edges`` in the order of the configured ports.
+    """The URLs of a running system; ``edges`` in the order of the configured ports.
 
-    ``ca_file`` is the certificate (PEM) by which control and inference are known, where they speak TLS.
+    ``ca_file`` is the certificate (PEM) of control and inference servers that use TLS.
     """
 
     control: str
@@ -323,16 +301,16 @@ class SystemUrls:
 
 @dataclass(frozen=True, slots=True)
 class FinetuneReport:
-    """What ``fedvit finetune`` made.
+    """The result of ``fedvit finetune``.
 
     Attributes:
-        job: names it on the ledger and in ``finetune`` of the state folder; other data or settings are another job.
+        job: its name on the ledger and in ``finetune`` of the state folder; other data or settings are another job.
         steps: so many of ``steps_total`` were taken and charged.
         images_per_s: expected images a second, over all ranks; None where no step was left to take.
-        epsilon: what the job's steps cost together, at ``target_delta``.
-        epsilon_spent: what the ledger says of the whole state folder.
+        epsilon: the cost of the job's steps together, at ``target_delta``.
+        epsilon_spent: the spent budget of the whole state folder.
         weights: the file of the trained weights; None before the first checkpoint.
-        stopped: why it ended before its last step.
+        stopped: why the job ended before its last step.
     """
 
     job: str
@@ -354,53 +332,47 @@ class FinetuneReport:
 
 
 class SystemPort(Protocol):
-    """A whole running system, found by the command line through the entry point group ``fedvit.system``."""
+    """A whole system; the command line finds it through the entry point group ``fedvit.system``."""
 
     def __init__(self, settings: Settings) -> None: ...
 
     def running(
         self, on_step: Callable[[str], None], on_shutdown: Callable[[], None], *, train: bool
     ) -> AbstractContextManager[SystemUrls]:
-        """Start everything, yield where it answers, stop gracefully what was started.
+        """Start the system, yield its URLs, and stop it gracefully when the block ends.
 
         Args:
-            on_step: told each step.
-            on_shutdown: called, from another thread, when the control API was asked to shut the system down and all is
-                safe; it makes the block end.
-            train: begin or continue training; who starts a system needs no token for that.
+            on_step: called with the description of each step.
+            on_shutdown: called from another thread after a shutdown through the control API; it has to end the block.
+            train: begin or continue training.
         """
-        ...
 
     def finetune(self, on_step: Callable[[str], None]) -> FinetuneReport:
-        """Train one model on the whole data set, on several ranks; what was kept before is gone on with.
+        """Train one model on the whole data set, on several ranks, from the last checkpoint if there is one.
 
         Raises:
-            UsageError: the settings, the data, the model, the state or the cluster stand in the way.
+            UsageError: the settings, the data, the model, the state or the cluster do not allow it.
         """
-        ...
 
     def sweep(self, folder: Path, on_trial: Callable[[Any], None]) -> None:
-        """Run the trials that the settings plan and that the journal in ``folder`` does not have yet.
+        """Run the planned trials that the journal in ``folder`` does not have yet.
 
         Args:
-            on_trial: told every :class:`fedvit.tools.sweep.outcome.TrialOutcome` after it is in the journal.
+            on_trial: called with each :class:`fedvit.tools.sweep.outcome.TrialOutcome` after it is in the journal.
 
         Raises:
             PlacementError: there is no room for so many trials at a time.
         """
-        ...
 
 
 class ClockPort(Protocol):
-    """Time as an argument; :data:`fedvit.clock.SYSTEM_CLOCK` is the machine's, tests and simulations pass their own."""
+    """Wall and monotonic time; :data:`fedvit.clock.SYSTEM_CLOCK` is the machine's, tests pass their own."""
 
     def now(self) -> datetime:
         """The present moment, timezone-aware."""
-        ...
 
     def monotonic(self) -> float:
         """Seconds since an arbitrary moment; never goes back."""
-        ...
 
 
 class BlobStorePort(Protocol):
@@ -408,11 +380,9 @@ class BlobStorePort(Protocol):
 
     def put(self, content: bytes) -> str:
         """Store ``content``; return its SHA-256, hex. Idempotent."""
-        ...
 
     def put_pieces(self, pieces: Sequence[bytes | memoryview]) -> str:
         """Store large pieces as one blob without joining them first."""
-        ...
 
     def get(self, digest: str) -> bytes:
         """The bytes of ``digest``, verified.
@@ -421,11 +391,6 @@ class BlobStorePort(Protocol):
             NotFoundError: no such blob.
             IntegrityError: the stored bytes no longer match.
         """
-        ...
 
     def path(self, digest: str) -> Path:
-        """Where the blob lies on this machine, for a reader that wants a file."""
-        ...
-
-
-JsonObject = dict[str, Any]
+        """The file of the blob on this machine."""

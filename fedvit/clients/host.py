@@ -145,9 +145,9 @@ class ClientHost:
         """A single answer as it arrived, with what shows of the client in it."""
         return self._conduct.seen(task, base, answer) if self._noised else answer
 
-    def histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
+    def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
         """See :class:`fedvit.ports.ClientHostPort`."""
-        return self._sketcher.histograms(order, client_ids)
+        return self._sketcher.histograms(request, client_ids)
 
     @cached_property
     def _conduct(self) -> UpdateStatisticsMonitor:

@@ -21,7 +21,7 @@ from fedvit.clients.partial_aggregator import PartialAggregator, check_base, fai
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, ModelError, UpdateRejectedError
 from fedvit.exact_sums import Sums, largest, subtract
-from fedvit.ports import ClientHostPort, ExportedModel, ServerModelPort, Trial
+from fedvit.ports import ClientHostPort, ExportedModel, ModelBenchmark, ServerModelPort
 from fedvit.privacy.mechanism import clip_factor
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.types import (
@@ -175,7 +175,7 @@ class OwnHost:
                 summing.add(own, scale, peak=peak)
         return UpdateBundle(task.round_index, tuple(parts)) if single else summing.message()
 
-    def histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
+    def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
         """None: what a workload's examples are, only it knows."""
         return []
 
@@ -253,7 +253,7 @@ class OwnModel:
         """Raises ModelError."""
         raise _no_export()
 
-    def try_out(self, content: bytes, limit: int | None = None) -> Trial:
+    def benchmark(self, content: bytes, limit: int | None = None) -> ModelBenchmark:
         """Raises ModelError."""
         raise _no_export()
 

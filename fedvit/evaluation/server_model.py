@@ -18,7 +18,7 @@ from fedvit.models.export import complexity, export_variant, make_variant, run_o
 from fedvit.models.models import build_model
 from fedvit.models.trainable import frozen_weights, load_trainable_weights, trainable_weights
 from fedvit.models.vision import FEATURE_BATCH
-from fedvit.ports import ExportedModel, Trial
+from fedvit.ports import ExportedModel, ModelBenchmark
 from fedvit.types import Evaluation, ImageArray, LabelArray, Variant, Weights
 from fedvit.wire.histograms import HistogramSpec
 
@@ -77,13 +77,13 @@ class ServerModel:
             complexity=size,
         )
 
-    def try_out(self, content: bytes, limit: int | None = None) -> Trial:
+    def benchmark(self, content: bytes, limit: int | None = None) -> ModelBenchmark:
         """Run an exported model on held-out images, spread evenly over the data set."""
         count = len(self._images) if limit is None else min(limit, len(self._images))
         chosen = np.linspace(0, len(self._images) - 1, count).round().astype(np.int64)
         logits, elapsed_ms = time_onnx(content, self._images[chosen])
         p50_ms, p95_ms = np.percentile(elapsed_ms, [50, 95])
-        return Trial(tuple(logits.argmax(axis=1).tolist()), float(p50_ms), float(p95_ms))
+        return ModelBenchmark(tuple(logits.argmax(axis=1).tolist()), float(p50_ms), float(p95_ms))
 
     def histogram_spec(self) -> HistogramSpec:
         """Edges by the held-out images, spread evenly over the data set where they are many."""

@@ -12,7 +12,7 @@ from typing import Any
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, ModelError, ReleaseRefusedError
 from fedvit.operations.runner import Task
-from fedvit.ports import ExportedModel, ServerModelPort, Trial
+from fedvit.ports import ExportedModel, ModelBenchmark, ServerModelPort
 from fedvit.registry.publisher import Publisher, artifacts_of, served_variant
 from fedvit.registry.weights import stored_weights
 from fedvit.store.store import Release, Store
@@ -30,14 +30,14 @@ class Candidate:
 
     variant: Variant
     export: ExportedModel
-    trial: Trial
+    benchmark: ModelBenchmark
 
     def figures(self) -> dict[str, Any]:
         """What is reported of it."""
         return {
             "variant": self.variant.value,
-            "p50_ms": round(self.trial.p50_ms, 4),
-            "p95_ms": round(self.trial.p95_ms, 4),
+            "p50_ms": round(self.benchmark.p50_ms, 4),
+            "p95_ms": round(self.benchmark.p95_ms, 4),
             "size_bytes": len(self.export.content),
             "accuracy": self.export.accuracy,
             "agreement": self.export.agreement,
@@ -79,14 +79,14 @@ class Optimizer:
             "target_latency_ms": task.params["target_latency_ms"],
             "measured": "the model alone on this machine, one thread, one held-out image at a time",
             "from_version": release.version,
-            "serving": self._served_figures(release, served, self._model.try_out(content)),
+            "serving": self._served_figures(release, served, self._model.benchmark(content)),
         }
         candidates, unbuilt = self._measured(task, release)
-        fit = [c for c in candidates if c.trial.p95_ms <= task.params["target_latency_ms"]]
-        fit.sort(key=lambda c: (-c.export.accuracy, c.trial.p95_ms))
+        fit = [c for c in candidates if c.benchmark.p95_ms <= task.params["target_latency_ms"]]
+        fit.sort(key=lambda c: (-c.export.accuracy, c.benchmark.p95_ms))
         outcome, turned_down = self._first_that_passes(task, release, served, content, fit)
         figures = [c.figures() | {"rejected": turned_down.get(c.variant)} for c in candidates]
-        best = min(candidates, key=lambda c: c.trial.p95_ms).figures() if candidates else None
+        best = min(candidates, key=lambda c: c.benchmark.p95_ms).figures() if candidates else None
         return result | {"target_met": bool(fit), "best": best, "candidates": figures + unbuilt} | outcome
 
     def _measured(self, task: Task, release: Release) -> tuple[list[Candidate], list[dict[str, Any]]]:
@@ -100,7 +100,7 @@ class Optimizer:
             except ModelError as error:
                 unbuilt.append({"variant": variant.value, "rejected": error.message})
                 continue
-            candidates.append(Candidate(variant, export, self._model.try_out(export.content)))
+            candidates.append(Candidate(variant, export, self._model.benchmark(export.content)))
         return candidates, unbuilt
 
     def _first_that_passes(
@@ -130,7 +130,7 @@ class Optimizer:
     def _canary(self, candidate: bytes, serving: bytes) -> float:
         """The share of held-out images to which both give the same answer."""
         images = self._settings.release.canary_images
-        answers = [self._model.try_out(content, images).predicted for content in (candidate, serving)]
+        answers = [self._model.benchmark(content, images).predicted for content in (candidate, serving)]
         candidate_says, serving_says = answers
         return sum(a == b for a, b in zip(candidate_says, serving_says, strict=True)) / len(serving_says)
 
@@ -153,12 +153,12 @@ class Optimizer:
             "reason": reason,
         }
 
-    def _served_figures(self, release: Release, served: str, trial: Trial) -> dict[str, Any]:
+    def _served_figures(self, release: Release, served: str, benchmark: ModelBenchmark) -> dict[str, Any]:
         artifact = artifacts_of(release)[served]
         return {
             "variant": served,
-            "p50_ms": round(trial.p50_ms, 4),
-            "p95_ms": round(trial.p95_ms, 4),
+            "p50_ms": round(benchmark.p50_ms, 4),
+            "p95_ms": round(benchmark.p95_ms, 4),
             "size_bytes": artifact.size_bytes,
             "accuracy": artifact.metrics.get("accuracy"),
             "agreement": artifact.metrics.get("agreement"),

@@ -85,12 +85,12 @@ class MixedFleet:
         """Of the virtual clients; a remote one shows by itself that it is there."""
         return self._virtual.proxies_alive()
 
-    def request_histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> None:
-        """Virtual clients by their fleet; for a remote one the order is left, and what it tells is kept as it comes."""
+    def request_histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> None:
+        """A remote client gets the request with its next poll, and its histogram is stored as it arrives."""
         remote = {client.client_id: client for client in self._store.remote_clients(client_ids)}
         for client in remote.values():
-            self._work.leave_sketch(order, client)
-        self._virtual.request_histograms(order, [client_id for client_id in client_ids if client_id not in remote])
+            self._work.leave_sketch(request, client)
+        self._virtual.request_histograms(request, [client_id for client_id in client_ids if client_id not in remote])
 
     def histograms(self) -> list[ClientHistogram]:
         """Of virtual clients."""

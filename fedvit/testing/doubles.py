@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedvit.aggregation.rule import Rule
-from fedvit.ports import ExportedModel, ProxyReport, Trial
+from fedvit.ports import ExportedModel, ModelBenchmark, ProxyReport
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import (
@@ -91,12 +91,12 @@ class PointModel:
         accuracy = self.evaluate(weights).accuracy * self.relative_accuracy.get(variant, 1.0)
         return ExportedModel(content, agreement=1.0, accuracy=accuracy, complexity={"parameters": self._target.size})
 
-    def try_out(self, content: bytes, limit: int | None = None) -> Trial:
+    def benchmark(self, content: bytes, limit: int | None = None) -> ModelBenchmark:
         """As fast as ``latency_ms`` says of the variant; ``canary_disagrees`` answers another class."""
         variant = Variant(content.split(b":", 1)[0].decode())
         latency_ms = self.latency_ms.get(variant, 1.0)
         answer = int(variant in self.canary_disagrees)
-        return Trial((answer,) * (limit or 8), p50_ms=latency_ms / 2, p95_ms=latency_ms)
+        return ModelBenchmark((answer,) * (limit or 8), p50_ms=latency_ms / 2, p95_ms=latency_ms)
 
 
 class FakeFleet:
@@ -114,7 +114,7 @@ class FakeFleet:
     Attributes:
         tamper: what becomes of a client's own update on its way, by client; its group's sum has it in it.
         held: clients that do not answer, and with each of them its group; a test adds and takes away.
-        orders: the histograms that were asked for, and of whom.
+        histogram_requests: requested histograms, with the clients asked.
         counts_of: what a client's histogram holds.
     """
 
@@ -139,9 +139,9 @@ class FakeFleet:
         self._pending: list[UpdateMessage] = []
         self.tasks: list[tuple[TrainTask, Cohort]] = []
         self.timeouts_s: list[float | None] = []
-        self.orders: list[tuple[HistogramRequest, tuple[str, ...]]] = []
-        self.counts_of: Callable[[HistogramRequest, str], Sequence[int]] = lambda order, _: (0,) * order.spec.cells
-        self._sketches: list[ClientHistogram] = []
+        self.histogram_requests: list[tuple[HistogramRequest, tuple[str, ...]]] = []
+        self.counts_of: Callable[[HistogramRequest, str], Sequence[int]] = lambda request, _: (0,) * request.spec.cells
+        self._histograms: list[ClientHistogram] = []
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
@@ -182,15 +182,15 @@ class FakeFleet:
         free = (a for a in self._pending if self.held.isdisjoint(o.client_id for o in a.outcomes))
         return next(free, None)
 
-    def request_histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> None:
+    def request_histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> None:
         """They arrive with ``counts_of``, which a test sets."""
-        self.orders.append((order, tuple(client_ids)))
-        place = (order.run_id, order.round_index, 10, order.spec.digest, order.deviation)
-        self._sketches += [ClientHistogram(c, *place, tuple(self.counts_of(order, c))) for c in client_ids]
+        self.histogram_requests.append((request, tuple(client_ids)))
+        place = (request.run_id, request.round_index, 10, request.spec.digest, request.deviation)
+        self._histograms += [ClientHistogram(c, *place, tuple(self.counts_of(request, c))) for c in client_ids]
 
     def histograms(self) -> list[ClientHistogram]:
         """All that were asked for, once."""
-        found, self._sketches = self._sketches, []
+        found, self._histograms = self._histograms, []
         return found
 
     def proxies_alive(self) -> ProxyReport:

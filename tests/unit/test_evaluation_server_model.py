@@ -47,17 +47,17 @@ def test_every_variant_is_exported_and_tried_out(model: ServerModel) -> None:
     assert 0 < light.complexity["multiply_adds"] < standard.complexity["multiply_adds"]
     assert len(exports[Variant.STANDARD_INT8].content) < len(standard.content)
     for export in exports.values():
-        trial = model.try_out(export.content)
+        trial = model.benchmark(export.content)
         assert len(trial.predicted) == PER_CLASS
         assert 0 < trial.p50_ms <= trial.p95_ms
 
 
 def test_a_trial_may_be_limited_and_takes_images_of_every_class(model: ServerModel) -> None:
     content = model.export(model.initial_weights(), Variant.STANDARD).content
-    everything = model.try_out(content).predicted
-    assert len(model.try_out(content, 5).predicted) == 5
-    assert model.try_out(content, 1000).predicted == everything
-    assert model.try_out(content, 2).predicted == (everything[0], everything[-1])
+    everything = model.benchmark(content).predicted
+    assert len(model.benchmark(content, 5).predicted) == 5
+    assert model.benchmark(content, 1000).predicted == everything
+    assert model.benchmark(content, 2).predicted == (everything[0], everything[-1])
 
 
 def test_threads_do_not_see_each_other_s_weights(model: ServerModel) -> None:

@@ -118,12 +118,12 @@ def test_votes_stay_the_references_while_the_model_errs_in_the_same_classes(tmp_
     first, alike, other = ((8, 0), (8, 0)), ((6, 2), (7, 1)), ((1, 7), (1, 7))
 
     def shown(weights: Weights) -> Evaluation:
-        asked = len(loop.fleet.orders)
+        asked = len(loop.fleet.histogram_requests)
         return replace(evaluate(weights), confusion=(first, alike, other, other)[asked])
 
     loop.model.evaluate = shown  # type: ignore[method-assign]
     loop.run()
-    votes = {order.round_index: order.spec.risk_votes for order, _ in loop.fleet.orders}
+    votes = {order.round_index: order.spec.risk_votes for order, _ in loop.fleet.histogram_requests}
     assert votes == {1: (-4, 4), 3: (-4, 4), 5: (3, -3)}
     assert data_health.histograms(loop.store).spec == SPEC.with_risks(other)
     assert loop.store.latest_sketches().keys() == {f"vehicle-{i:04d}" for i in range(CLIENTS)}
@@ -135,9 +135,9 @@ def test_a_round_that_is_tried_again_charges_and_keeps_a_sketch_once(tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         loop.run()
     assert loop.run().status is RunStatus.COMPLETED
-    assert [order.round_index for order, _ in loop.fleet.orders] == [1, 3, 3, 5]
+    assert [order.round_index for order, _ in loop.fleet.histogram_requests] == [1, 3, 3, 5]
     assert len(loop.sketch_charges()) == len(set(loop.sketch_charges())) == 3 * CLIENTS
-    (order, _) = loop.fleet.orders[0]
+    (order, _) = loop.fleet.histogram_requests[0]
     again = ClientHistogram("vehicle-0000", "run-0001", 5, 400, SPEC.digest, order.deviation, (7,) * SPEC.cells)
     assert loop.store.add_sketches([again], SPEC) == 0
     assert loop.store.latest_sketches()["vehicle-0000"].counts == counting(order, "vehicle-0000")
@@ -149,7 +149,7 @@ def test_a_client_whose_budget_the_rest_of_the_run_needs_is_not_asked(tmp_path: 
     enough = epsilon_pld({event: n for event, n in run_spend(config).items() if event != Gaussian(8.0)}, 1e-5)
     loop = Loop(settings(tmp_path, epsilon=enough + 1e-3))
     assert loop.run().status is RunStatus.COMPLETED
-    assert (loop.fleet.orders, loop.sketch_charges()) == ([], [])
+    assert (loop.fleet.histogram_requests, loop.sketch_charges()) == ([], [])
     one = Loop(settings(tmp_path / "one", epsilon=epsilon_pld(run_spend(config), 1e-5) + 1e-3))
     assert one.run().status is RunStatus.COMPLETED
     assert len(one.sketch_charges()) == 3 * CLIENTS
@@ -161,7 +161,7 @@ def test_nobody_is_asked_where_there_is_nothing_to_count_or_the_setting_says_so(
     off = Loop(settings(tmp_path / "off", histograms={"every_rounds": None}))
     for loop in (blind, off):
         assert loop.run().status is RunStatus.COMPLETED
-        assert (loop.fleet.orders, loop.sketch_charges()) == ([], [])
+        assert (loop.fleet.histogram_requests, loop.sketch_charges()) == ([], [])
 
 
 def test_a_secret_sample_is_not_asked_for_sketches(tmp_path: Path) -> None:

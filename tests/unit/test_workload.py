@@ -189,7 +189,7 @@ def test_a_workload_s_model_has_no_export(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no export"):
         model.export(model.initial_weights(), Variant.STANDARD)
     with pytest.raises(ModelError, match="no export"):
-        model.try_out(b"")
+        model.benchmark(b"")
 
 
 def test_a_class_without_an_evaluation_says_nothing(tmp_path: Path) -> None:

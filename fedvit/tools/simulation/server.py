@@ -9,7 +9,7 @@ from typing import Protocol
 
 from fedvit.config import Settings
 from fedvit.errors import ConflictError
-from fedvit.ports import Charge, ExportedModel, LedgerEntry, Trial
+from fedvit.ports import Charge, ExportedModel, LedgerEntry, ModelBenchmark
 from fedvit.types import BudgetReport, Evaluation, Variant, Weights
 from fedvit.wire.histograms import HistogramSpec
 
@@ -69,7 +69,7 @@ class SimulatedServer:
         """
         raise ConflictError("A simulation exports nothing.")
 
-    def try_out(self, content: bytes, limit: int | None = None) -> Trial:
+    def benchmark(self, content: bytes, limit: int | None = None) -> ModelBenchmark:
         """Never asked for, since nothing is released.
 
         Raises:
