@@ -25,9 +25,10 @@ from edge_runtime.engine import InferenceEngine
 from edge_runtime.heartbeat import HeartbeatLoop
 from edge_runtime.mailbox import MailboxSender, read_mailbox_key
 from edge_runtime.server import ServingOptions, ServingProcess
+from fedvit.api.transport import open_http, read_token
 from fedvit.errors import FedvitError, InterruptedRunError, NotFoundError, PortInUseError, UsageError
 from fedvit.registry.client import ReleaseClient
-from fedvit.registry.feed import control_client, open_feed, read_token
+from fedvit.registry.feed import open_feed
 from fedvit.types import Variant
 from fedvit.wire.folders import open_folder
 from fedvit.wire.manifest import parse_public_key
@@ -198,8 +199,9 @@ def _beating(
         yield
         return
     options = process.options
-    with control_client(HEARTBEAT_TIMEOUT_S, token_file=token_file, ca_file=ca_file) as http:
-        loop = HeartbeatLoop(http, options.source, options.device_id, process.heartbeat, sender)
+    token = read_token(token_file) if token_file else None
+    with open_http(options.source, timeout_s=HEARTBEAT_TIMEOUT_S, token=token, verify=ca_file or True) as http:
+        loop = HeartbeatLoop(http, options.device_id, process.heartbeat, sender)
         loop.start()
         try:
             yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -11,6 +10,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_runtime.problems import problem_of
+from fedvit.api.transport import is_loopback
 from fedvit.errors import UnauthorizedError, UsageError
 
 MIN_TOKEN_CHARACTERS = 16
@@ -46,7 +46,7 @@ def access_rules(host: str, token_file: Path | None) -> list[Middleware]:
         UsageError: the address is not loopback and there is no token, or the token is too short or unreadable.
     """
     if token_file is None:
-        if not _is_loopback(host):
+        if not is_loopback(host):
             raise UsageError(
                 f"Listening on {host} without a token would let anybody ask.",
                 cure="Give --token-file, or listen on 127.0.0.1.",
@@ -62,12 +62,3 @@ def access_rules(host: str, token_file: Path | None) -> list[Middleware]:
             cure=f"Use at least {MIN_TOKEN_CHARACTERS}, from a random source.",
         )
     return [Middleware(BearerToken, token=token)]
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

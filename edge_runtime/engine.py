@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from fedvit.errors import FedvitError, IntegrityError
+from fedvit.errors import InferenceError, IntegrityError
 from fedvit.types import ImageArray
 from fedvit.wire.images import decode_image
 from fedvit.wire.manifest import ReleaseManifest
@@ -19,12 +19,6 @@ INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
 _ERRORS_ONLY = 3
 _ONE_PIXEL = b"P6 1 1 255\n\0\0\0"
-
-
-class InferenceError(FedvitError):
-    """The model ran and gave no usable answer."""
-
-    code = "inference-failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +87,7 @@ class InferenceEngine:
             raise InferenceError(
                 f"Model {self.manifest.version} answered with {list(logits.shape)} logits that are not all finite or "
                 f"not {len(self.manifest.classes)}.",
-                cure="EligiblePool back to the previous version.",
+                cure="Roll back to the previous version.",
             )
         return np.asarray(logits[0], dtype=np.float64)
 

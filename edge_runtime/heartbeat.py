@@ -1,4 +1,4 @@
-"""A vehicle shows that it is there: to the control server, or, when that does not answer, through the mailbox."""
+"""Heartbeats of a vehicle: to the control server, or through the mailbox when that does not answer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ class HeartbeatLoop:
     """Beats as often as the server asks for.
 
     Args:
-        http: speaks to the control server.
-        source: its URL.
+        http: connection to the control server.
         client_id: as whom the vehicle is registered.
         describe: what a beat says; see ``POST /api/clients/{client_id}/heartbeat``.
         mailbox: the second way.
@@ -40,14 +39,13 @@ class HeartbeatLoop:
     def __init__(
         self,
         http: httpx.Client,
-        source: str,
         client_id: str,
         describe: Callable[[], Mapping[str, Any]],
         mailbox: MailboxSender,
     ) -> None:
         self._http, self._describe, self._mailbox = http, describe, mailbox
-        self._url = f"{source.rstrip('/')}/api/clients/{quote(client_id, safe='')}/heartbeat"
-        self._interval_s = FIRST_INTERVAL_S
+        self._path = f"/api/clients/{quote(client_id, safe='')}/heartbeat"
+        self.interval_s = FIRST_INTERVAL_S
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -65,25 +63,25 @@ class HeartbeatLoop:
         """Beat once. An answer is an answer, also one that refuses; only silence and a broken server are none."""
         body = dict(self._describe())
         try:
-            answer = self._http.post(self._url, json=body)
+            answer = self._http.post(self._path, json=body)
             if answer.status_code < 500:
                 self._heed(answer)
                 return Way.API
-            _LOG.warning("%s answered %d", self._url, answer.status_code)
+            _LOG.warning("%s answered %d", answer.url, answer.status_code)
         except httpx.HTTPError as error:
-            _LOG.warning("%s does not answer: %s", self._url, error)
+            _LOG.warning("%s does not answer: %s", self._http.base_url, error)
         return Way.MAILBOX if self._mailbox.heartbeat(body) else Way.NONE
 
     def _heed(self, answer: httpx.Response) -> None:
         if answer.status_code != httpx.codes.OK:
-            _LOG.warning("%s refused a heartbeat: %d", self._url, answer.status_code)
+            _LOG.warning("%s refused a heartbeat: %d", answer.url, answer.status_code)
             return
         try:
             interval_s = float(answer.json()["interval_s"])
         except (ValueError, KeyError, TypeError):
             return
         if 1 <= interval_s <= 3600:
-            self._interval_s = interval_s
+            self.interval_s = interval_s
 
     def _run(self) -> None:
         while True:
@@ -91,5 +89,5 @@ class HeartbeatLoop:
                 self.beat()
             except Exception:  # A vehicle beats on whatever happens.
                 _LOG.exception("a heartbeat failed")
-            if self._stop.wait(self._interval_s):
+            if self._stop.wait(self.interval_s):
                 return

@@ -1,48 +1,38 @@
-"""Errors as RFC 9457 problem documents, for a process that carries no FastAPI."""
+"""Starlette's handlers of errors in a process without FastAPI: problem documents of :mod:`fedvit.api.problems`."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from fedvit.api.problems import MEDIA_TYPE, problem, problem_document, problem_headers
 from fedvit.errors import FedvitError
 
-MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
 
 
 def problem_of(error: FedvitError) -> JSONResponse:
-    """The problem document of an error; one that will pass says when to try again."""
-    title = type(error).__name__.removesuffix("Error")
-    body: dict[str, Any] = {"type": f"/problems/{error.code}", "title": title, "status": error.http_status}
-    body |= {"detail": error.message, **error.details}
-    if error.cure:
-        body["cure"] = error.cure
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.http_status == 503 else None
-    return JSONResponse(body, status_code=error.http_status, headers=headers, media_type=MEDIA_TYPE)
+    """The problem document of an error; a status of 503 says when to try again."""
+    headers = problem_headers(error)
+    if error.http_status == 503:
+        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+    return JSONResponse(problem_document(error), error.http_status, headers, MEDIA_TYPE)
 
 
 async def on_fedvit_error(_: Request, error: Exception) -> JSONResponse:
-    """Starlette's handler for :class:`FedvitError`."""
+    """The handler of :class:`FedvitError`."""
     assert isinstance(error, FedvitError)
     return problem_of(error)
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
-    """Starlette's handler for its own errors: no such path, no such method."""
+    """The handler of Starlette's own errors: no such path, no such method."""
     assert isinstance(error, HTTPException)
-    body = {
-        "type": "/problems/http",
-        "title": error.detail,
-        "status": error.status_code,
-        "detail": f"{request.method} {request.url.path}: {error.detail}.",
-    }
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers, media_type=MEDIA_TYPE)
+    body = problem(error.status_code, "http", error.detail, f"{request.method} {request.url.path}: {error.detail}.")
+    return JSONResponse(body, error.status_code, error.headers, MEDIA_TYPE)
 
 
 async def on_surprise(_: Request, error: Exception) -> JSONResponse:
-    """Starlette's handler for everything else; what went wrong goes to the log, not to the caller."""
+    """The handler of everything else. The log says what went wrong; the response does not."""
     return problem_of(FedvitError(f"The server failed ({type(error).__name__}); its log says more."))

@@ -23,7 +23,7 @@ from edge_runtime.engine import InferenceEngine, Prediction
 from edge_runtime.problems import on_fedvit_error, on_http_error, on_surprise
 from edge_runtime.service import ModelService
 from edge_runtime.stats import ProcessMeter, RequestStats
-from fedvit.errors import DataError, FedvitError, UsageError
+from fedvit.errors import DataError, FedvitError, OverloadedError, PayloadTooLargeError, SlowBodyError
 from fedvit.metrics.metrics import render
 from fedvit.registry.client import ReleaseClient
 from fedvit.wire.images import MAX_IMAGE_BYTES
@@ -32,27 +32,6 @@ from fedvit.wire.images import MAX_IMAGE_BYTES
 WORKERS = 2
 MAX_IN_FLIGHT = 64
 BODY_TIMEOUT_S = 30.0
-
-
-class PayloadTooLargeError(UsageError):
-    """The body is larger than an image may be."""
-
-    code = "payload-too-large"
-    http_status = 413
-
-
-class SlowBodyError(UsageError):
-    """The body does not arrive in time."""
-
-    code = "slow-body"
-    http_status = 408
-
-
-class OverloadedError(FedvitError):
-    """More requests wait than can be answered in time."""
-
-    code = "overloaded"
-    http_status = 503
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,13 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from edge_runtime.engine import InferenceEngine
-from fedvit.errors import FedvitError
+from fedvit.errors import FedvitError, NoModelError
 from fedvit.registry.client import LoadedRelease, ReleaseClient
 from fedvit.types import utc_now
 from fedvit.wire.manifest import ReleaseManifest
 
 _LOG = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 2.0
-
-
-class NoModelError(FedvitError):
-    """There is no model to serve yet."""
-
-    code = "no-model"
-    http_status = 503
 
 
 @dataclass(frozen=True, slots=True)

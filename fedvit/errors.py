@@ -8,6 +8,8 @@
     |   +-- DataError           a data set is missing, empty, undecodable or lacks a class
     |   +-- ModelError          a model is unknown or cannot be trained or exported as asked
     |   +-- StateError          the state folder is unreadable, corrupt, in use or another fleet's
+    |   |   +-- StateUnavailableError  the state cannot be written now; the same request may succeed later (HTTP 503)
+    |   |   +-- MailboxError           the mailbox cannot be reached (HTTP 503)
     |   +-- PortInUseError      a port that must be listened on is taken
     |   +-- PlacementError      Ray cannot place an actor or a replica
     |   +-- NotFoundError       the named thing does not exist (HTTP 404)
@@ -18,16 +20,32 @@
     |   +-- UnauthorizedError   the request does not prove who asks (HTTP 401)
     |   +-- ForbiddenError      who asks may not do this (HTTP 403)
     |   +-- RateLimitedError    who asks does so too often (HTTP 429)
+    |   +-- InvalidRequestError a field is missing, unknown or out of range (HTTP 422)
+    |   +-- PayloadTooLargeError  the body is larger than an image may be (HTTP 413)
+    |   +-- SlowBodyError       the image does not arrive in time (HTTP 408)
+    +-- HttpFaultError          the HTTP exchange itself is at fault; a client raises ControlApiError for it
+    |   +-- BodyTooLargeError   the body is too large (HTTP 413)
+    |   +-- CompressedBodyError the body is compressed (HTTP 415)
+    |   +-- InvalidJsonError    the body is not JSON (HTTP 400)
+    |   +-- InvalidIdempotencyKeyError  the Idempotency-Key is malformed (HTTP 400)
+    |   +-- BodyTimeoutError    the body does not arrive in time (HTTP 408)
+    |   +-- ResponseTimeoutError  the request is not answered in time (HTTP 504)
     +-- BudgetExhaustedError    the privacy budget does not admit the release (HTTP 409)
     +-- UpdateRejectedError     an update failed update validation (HTTP 422)
     +-- IntegrityError          content does not match its hash or its signature (HTTP 502)
+    +-- FeedUnavailableError    the source of releases does not answer, or not as it should (HTTP 503)
+    +-- InferenceError          the model ran and gave no usable answer
+    +-- NoModelError            there is no model to serve yet (HTTP 503)
+    +-- OverloadedError         more requests wait than can be answered in time (HTTP 503)
     +-- ControlApiError         the control API answered with something that has no class here
     +-- ControlUnreachableError the control API does not answer
     +-- DrillError              a drill did not show what it has to show
     +-- StillRunningError       a long operation has not ended within the time that was given
     +-- InterruptedRunError     the user or a signal ended the work early (exit status 130)
 
-Each message is one sentence that names what was wrong; ``cure`` is one that names what would be right.
+Each message is one sentence that names what was wrong; ``cure`` is one that names what would be right. ``code``,
+``title`` and ``http_status`` of a class are the ``type``, ``title`` and ``status`` of its problem document; see
+:mod:`fedvit.api.problems`.
 """
 
 from __future__ import annotations
@@ -45,8 +63,13 @@ class FedvitError(Exception):
     """
 
     code: ClassVar[str] = "internal-error"
+    title: ClassVar[str] = "Internal error"
     http_status: ClassVar[int] = 500
     exit_status: ClassVar[int] = 1
+
+    def __init_subclass__(cls) -> None:
+        if "title" not in vars(cls):
+            cls.title = cls.__name__.removesuffix("Error")
 
     def __init__(self, message: str, *, cure: str | None = None, **details: Any) -> None:
         super().__init__(message)
@@ -100,6 +123,20 @@ class StateError(UsageError):
 
     code = "invalid-state"
     http_status = 409
+
+
+class StateUnavailableError(StateError):
+    """The state cannot be read or written now; the same request may succeed later."""
+
+    title = "State unavailable"
+    http_status = 503
+
+
+class MailboxError(StateError):
+    """The mailbox cannot be reached."""
+
+    code = "mailbox-unreachable"
+    http_status = 503
 
 
 class PortInUseError(UsageError):
@@ -170,6 +207,79 @@ class RateLimitedError(UsageError):
     http_status = 429
 
 
+class InvalidRequestError(UsageError):
+    """A field of a request is missing, unknown or out of range."""
+
+    title = "Invalid request"
+    http_status = 422
+
+
+class PayloadTooLargeError(UsageError):
+    """The body is larger than an image may be."""
+
+    code = "payload-too-large"
+    http_status = 413
+
+
+class SlowBodyError(UsageError):
+    """The image does not arrive in time."""
+
+    code = "slow-body"
+    http_status = 408
+
+
+class HttpFaultError(FedvitError):
+    """The HTTP exchange itself is at fault. A client raises :class:`ControlApiError` for it."""
+
+
+class BodyTooLargeError(HttpFaultError):
+    """The body is too large."""
+
+    code = "body-too-large"
+    title = "Body too large"
+    http_status = 413
+
+
+class CompressedBodyError(HttpFaultError):
+    """The body is compressed."""
+
+    code = "compressed-body"
+    title = "Unsupported encoding"
+    http_status = 415
+
+
+class InvalidJsonError(HttpFaultError):
+    """The body is not JSON, or nests too deeply."""
+
+    code = "invalid-json"
+    title = "Invalid JSON"
+    http_status = 400
+
+
+class InvalidIdempotencyKeyError(HttpFaultError):
+    """The Idempotency-Key is malformed, or there are several."""
+
+    code = "invalid-idempotency-key"
+    title = "Invalid key"
+    http_status = 400
+
+
+class BodyTimeoutError(HttpFaultError):
+    """The body does not arrive in time."""
+
+    code = "request-timeout"
+    title = "Request timeout"
+    http_status = 408
+
+
+class ResponseTimeoutError(HttpFaultError):
+    """The request is not answered in time; it may still take effect."""
+
+    code = "timeout"
+    title = "Timeout"
+    http_status = 504
+
+
 class BudgetExhaustedError(FedvitError):
     """The privacy budget does not admit the release that was asked for."""
 
@@ -189,6 +299,33 @@ class IntegrityError(FedvitError):
 
     code = "integrity"
     http_status = 502
+
+
+class FeedUnavailableError(FedvitError):
+    """The source of releases does not answer, or not as it should; a later poll may succeed."""
+
+    code = "feed-unavailable"
+    http_status = 503
+
+
+class InferenceError(FedvitError):
+    """The model ran and gave no usable answer."""
+
+    code = "inference-failed"
+
+
+class NoModelError(FedvitError):
+    """There is no model to serve yet."""
+
+    code = "no-model"
+    http_status = 503
+
+
+class OverloadedError(FedvitError):
+    """More requests wait than can be answered in time."""
+
+    code = "overloaded"
+    http_status = 503
 
 
 class ControlApiError(FedvitError):
@@ -215,8 +352,8 @@ class ControlApiError(FedvitError):
     @property
     def request_id(self) -> str | None:
         """What the server's log knows the request by."""
-        found = self.details.get("request_id")
-        return None if found is None else str(found)
+        request_id = self.details.get("request_id")
+        return None if request_id is None else str(request_id)
 
 
 class ControlUnreachableError(FedvitError):

@@ -1,9 +1,8 @@
-"""Errors as RFC 9457 problem documents: the one mapping from :mod:`fedvit.errors` to HTTP."""
+"""FastAPI's handlers of errors: problem documents of :mod:`fedvit.api.problems`, and their OpenAPI schema."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,10 +11,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from fedvit.errors import FedvitError, ForbiddenError, UnauthorizedError
+from fedvit.api.problems import MEDIA_TYPE, problem, problem_document, problem_headers
+from fedvit.errors import FedvitError, InvalidRequestError
 from serve_apps.logs import redact, request_id
 
-MEDIA_TYPE = "application/problem+json"
 _LOG = logging.getLogger("fedvit.control")
 
 
@@ -56,53 +55,22 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
 
 
-class ProblemError(Exception):
-    """A fault of HTTP itself, which the library has no word for: a body too large, a precondition that failed.
-
-    Args:
-        status: the HTTP status.
-        code: names the kind of problem; the end of its ``type``.
-        title: the kind, in words.
-        detail: one sentence: what was wrong here, and what would be right.
-        more: further members of the problem document; JSON types only.
-    """
-
-    def __init__(self, status: int, code: str, title: str, detail: str, **more: Any) -> None:
-        super().__init__(detail)
-        self.status, self.code, self.title, self.detail, self.more = status, code, title, detail, more
-
-
-def problem(
-    status: int, code: str, title: str, detail: str, headers: Mapping[str, str] | None = None, **more: object
-) -> JSONResponse:
-    """A problem document (RFC 9457); ``type`` is stable and ends in the error's code."""
-    body = {"type": f"/problems/{code}", "title": title, "status": status, "detail": redact(detail), **more}
-    if request_id.get():
-        body["request_id"] = request_id.get()
-    return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE, headers=dict(headers or {}))
-
-
 def problem_of(error: Exception) -> JSONResponse:
-    """The problem document of any error; one that nobody foresaw is logged and not shown."""
-    match error:
-        case FedvitError():
-            title = type(error).__name__.removesuffix("Error")
-            more = {"cure": error.cure, **error.details}
-            return problem(error.http_status, error.code, title, error.message, _headers_of(error), **more)
-        case RequestValidationError():
-            return _invalid(error)
-        case ProblemError():
-            return problem(error.status, error.code, error.title, error.detail, **error.more)
-        case HTTPException():
-            return problem(error.status_code, "http", str(error.detail), str(error.detail), error.headers)
-    _LOG.error("A request failed", exc_info=error)
-    detail = "The request failed for a reason nobody foresaw; the log has it under this request_id."
-    return problem(500, "internal-error", "Internal error", detail)
+    """The problem document of any error; an unforeseen one is logged and not shown."""
+    if isinstance(error, HTTPException):
+        detail = str(error.detail)
+        return _response(problem(error.status_code, "http", detail, detail), dict(error.headers or {}))
+    if isinstance(error, RequestValidationError):
+        error = _invalid(error)
+    if not isinstance(error, FedvitError):
+        _LOG.error("A request failed", exc_info=error)
+        error = FedvitError("The request failed for a reason nobody foresaw; the log has it under this request_id.")
+    return _response(problem_document(error), problem_headers(error))
 
 
 def install_problem_handlers(api: FastAPI) -> None:
     """Answer every foreseen error with a problem document."""
-    for kind in (FedvitError, RequestValidationError, ProblemError, HTTPException):
+    for kind in (FedvitError, RequestValidationError, HTTPException):
         api.add_exception_handler(kind, _answer)
 
 
@@ -120,21 +88,14 @@ def _methods_at(request: Request) -> set[str]:
     return {method for route in at_path for method in getattr(route, "methods", None) or ()}
 
 
-def _headers_of(error: FedvitError) -> dict[str, str]:
-    """What RFC 6750 and RFC 9110 want beside the status."""
-    headers = {}
-    if "retry_after_s" in error.details:
-        headers["Retry-After"] = str(error.details["retry_after_s"])
-    if isinstance(error, UnauthorizedError):
-        known = error.details.get("reason") == "missing"
-        headers["WWW-Authenticate"] = 'Bearer realm="fedvit"' + ("" if known else ', error="invalid_token"')
-    if isinstance(error, ForbiddenError) and "required" in error.details:
-        scope = " ".join(error.details["required"])
-        headers["WWW-Authenticate"] = f'Bearer realm="fedvit", error="insufficient_scope", scope="{scope}"'
-    return headers
+def _response(document: dict[str, Any], headers: dict[str, str]) -> JSONResponse:
+    document["detail"] = redact(document["detail"])
+    if request_id.get():
+        document["request_id"] = request_id.get()
+    return JSONResponse(document, document["status"], headers, MEDIA_TYPE)
 
 
-def _invalid(error: RequestValidationError) -> JSONResponse:
+def _invalid(error: RequestValidationError) -> InvalidRequestError:
     faults = [{"field": ".".join(map(str, fault["loc"])), "message": fault["msg"]} for fault in error.errors()]
     detail = "; ".join(f"{fault['field']}: {fault['message']}" for fault in faults)
-    return problem(422, "invalid-request", "Invalid request", detail, errors=faults)
+    return InvalidRequestError(detail, errors=faults)

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
-
+from fedvit.api.transport import is_loopback
 from fedvit.config import Settings
 from fedvit.errors import ConfigError
 
 _EVERYWHERE = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared, not listened on
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``. Names other than ``localhost`` are not looked up and count as no."""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def check_exposure(settings: Settings) -> None:

@@ -34,7 +34,7 @@ def control_client(
 
     with FedvitClient(
         base_url,
-        _token(),
+        user_token(),
         verify=trusted_certificate(settings) or True,
         transport=TRANSPORT,
         before_change=before_change,
@@ -51,17 +51,12 @@ def check_token(settings: Settings) -> None:
     Raises:
         UnauthorizedError: one is demanded, and the user has set none.
     """
-    if settings.access.mode == "tokens" and _token() is None:
+    if settings.access.mode == "tokens" and user_token() is None:
         raise UnauthorizedError("This system demands a token.", cure=_CURE, reason="missing")
 
 
-def bearer() -> dict[str, str]:
-    """The header that carries the user's token, for what is not the control API but listens beside it."""
-    token = _token()
-    return {} if token is None else {"Authorization": f"Bearer {token}"}
-
-
-def _token() -> str | None:
+def user_token() -> str | None:
+    """The user's bearer token, from the environment."""
     return os.environ.get("FEDVIT_TOKEN", "").strip() or None
 
 

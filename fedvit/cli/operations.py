@@ -71,7 +71,7 @@ def _ask(url: str, certificate: Path | None) -> str:
     from fedvit.tools.report.probe import Target
 
     try:
-        with Target(url, ca_file=certificate).client(timeout=10) as http:
+        with Target(url, ca_file=certificate).client(timeout_s=10) as http:
             response = http.get(url)
     except httpx.HTTPError as error:
         return f"no answer: {error}"

@@ -23,7 +23,7 @@ from fedvit.cli.common import (
     running_system,
     settings_from,
 )
-from fedvit.cli.control import bearer, check_token, follow_training, sentence
+from fedvit.cli.control import check_token, follow_training, sentence, user_token
 from fedvit.cli.facts import facts_of
 from fedvit.cli.supervisor import (
     end_this_process,
@@ -61,7 +61,7 @@ def run(
                 raise FedvitError(f"Training failed: {progress.message}", cure="Mend the cause, then run again.")
             from fedvit.tools.report.measure import measure
 
-            summary = measure(settings, urls, seconds, quiet=as_json, headers=bearer())
+            summary = measure(settings, urls, seconds, quiet=as_json, token=user_token())
         if as_json:
             print_json(summary)
 

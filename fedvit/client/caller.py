@@ -1,8 +1,7 @@
-"""The way of every request: token, repetitions, and errors that fedvit understands."""
+"""Requests of the client: idempotency keys, repetitions, typed responses, errors."""
 
 from __future__ import annotations
 
-import ssl
 import uuid
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -13,17 +12,15 @@ from urllib.parse import quote
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
-import fedvit.errors
-from fedvit.access.exposure import is_loopback
-from fedvit.errors import ControlApiError, ControlUnreachableError, FedvitError, UsageError
+from fedvit.api.problems import error_of
+from fedvit.api.transport import open_http
+from fedvit.errors import ControlApiError, ControlUnreachableError, UsageError
 
 T = TypeVar("T")
 # A little more than the server's own limit, so that its answer arrives.
 TIMEOUT_S = 70.0
 PAUSES_S = (0.2, 1.0, 2.0)
 _BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
-# Members that are arguments of an error, or whose names would collide with them.
-_NO_DETAILS = frozenset({"title", "detail", "cure", "message", "self"})
 
 
 class Caller:
@@ -50,15 +47,7 @@ class Caller:
         before_change: Callable[[httpx.Request], None] | None,
     ) -> None:
         self.base_url, self.sleep, self._before_change = base_url.rstrip("/"), sleep, before_change
-        self._http = httpx.Client(
-            base_url=self.base_url,
-            timeout=timeout_s,
-            verify=_trust(verify),
-            headers=_bearer(token),
-            transport=transport,
-            # A proxy from the environment would stand between this machine and itself.
-            trust_env=not is_loopback(_host_of(base_url)),
-        )
+        self._http = open_http(base_url, timeout_s=timeout_s, token=token, verify=verify, transport=transport)
 
     def close(self) -> None:
         """Give connections back."""
@@ -165,31 +154,7 @@ def segment(name: str) -> str:
 def _checked(response: httpx.Response) -> httpx.Response:
     if response.is_success:
         return response
-    raise error_of(response)
-
-
-def error_of(response: httpx.Response) -> FedvitError:
-    """The error that an answer tells of, as the class that its problem ``type`` names."""
-    try:
-        told = dict(response.json())
-    except (ValueError, TypeError):
-        told = {}
-    details = {name: value for name, value in told.items() if name not in _NO_DETAILS}
-    details["status"] = response.status_code
-    kind = _kinds().get(str(details.pop("type", "")).rpartition("/")[2])
-    detail = str(told.get("detail") or response.text[:200] or response.reason_phrase)
-    if kind is not None:
-        return kind(detail, cure=told.get("cure"), **details)
-    details["type"] = told.get("type", "about:blank")
-    return ControlApiError(
-        f"The control API answered {response.status_code}: {detail}", cure=told.get("cure"), **details
-    )
-
-
-@lru_cache(maxsize=1)
-def _kinds() -> dict[str, type[FedvitError]]:
-    found = [kind for kind in vars(fedvit.errors).values() if isinstance(kind, type) and issubclass(kind, FedvitError)]
-    return {kind.code: kind for kind in found if kind is not FedvitError}
+    raise error_of(response.status_code, response.text, response.reason_phrase)
 
 
 @lru_cache
@@ -200,30 +165,3 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _is_under_way(response: httpx.Response) -> bool:
     """Whether it says that the same request, sent before, is still being worked on."""
     return response.status_code == httpx.codes.CONFLICT and "Retry-After" in response.headers
-
-
-def _bearer(token: str | None) -> dict[str, str]:
-    if token is None:
-        return {}
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise UsageError("The token is none: it has other characters than a token's.", cure="Give one token, bare.")
-    return {"Authorization": f"Bearer {token}"}
-
-
-def _trust(verify: Path | bool) -> ssl.SSLContext | bool:
-    if isinstance(verify, bool):
-        return verify
-    try:
-        return ssl.create_default_context(cafile=verify)
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"{verify} holds no certificate to trust: {error}.", cure="Name a PEM file.") from None
-
-
-def _host_of(base_url: str) -> str:
-    try:
-        url = httpx.URL(base_url)
-    except httpx.InvalidURL:
-        url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UsageError(f"{base_url!r} is no http or https URL.", cure="Give http://HOST:PORT of a control API.")
-    return url.host

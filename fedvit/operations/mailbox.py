@@ -20,7 +20,7 @@ from typing import Any
 
 from fedvit.api.clients import ReceiptStatus
 from fedvit.config import Settings
-from fedvit.errors import DataError, FedvitError, IntegrityError, NotFoundError, StateError
+from fedvit.errors import DataError, FedvitError, IntegrityError, MailboxError, NotFoundError, StateError
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.rounds.remote import Receipt, RemoteWork
 from fedvit.store.store import Store
@@ -44,13 +44,6 @@ WINDOW = timedelta(days=1)
 AHEAD = timedelta(minutes=5)
 PER_CLIENT, PER_PASS = 20, 2_000
 _KEY = "mailbox"
-
-
-class MailboxError(StateError):
-    """The mailbox cannot be reached."""
-
-    code = "mailbox-unreachable"
-    http_status = 503
 
 
 @dataclass(frozen=True, slots=True)

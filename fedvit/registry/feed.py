@@ -5,26 +5,19 @@ A feed is not trusted with anything: what it hands out is checked by :class:`fed
 
 from __future__ import annotations
 
-import ssl
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
 
 import httpx
 
-from fedvit.errors import FedvitError, IntegrityError, NotFoundError, UsageError
+from fedvit.api.transport import open_http, read_limited, read_token
+from fedvit.errors import FeedUnavailableError, IntegrityError, NotFoundError, UsageError
 from fedvit.wire.manifest import MAX_ENVELOPE_BYTES
 
 ENVELOPE_FILE = "release.json"
 MODEL_FILE = "model.onnx"
 TRUSTED_KEY_FILE = "trusted_key.txt"
-
-
-class FeedUnavailableError(FedvitError):
-    """The source of releases does not answer, or not as it should; a later poll may succeed."""
-
-    code = "feed-unavailable"
-    http_status = 503
 
 
 class Feed(Protocol):
@@ -75,22 +68,6 @@ def open_feed(
     return FolderFeed(Path(source))
 
 
-def control_client(
-    timeout_s: float,
-    transport: httpx.BaseTransport | None = None,
-    *,
-    token_file: Path | None = None,
-    ca_file: Path | None = None,
-) -> httpx.Client:
-    """An HTTP client that speaks to a control server as :class:`HttpFeed` does.
-
-    Raises:
-        UsageError: a file cannot be used.
-    """
-    headers = {} if token_file is None else {"Authorization": f"Bearer {read_token(token_file)}"}
-    return httpx.Client(timeout=timeout_s, transport=transport, headers=headers, verify=_trust(ca_file))
-
-
 class HttpFeed:
     """Releases of a control server: ``GET /api/model/release`` and ``GET /api/model/blobs/{digest}``.
 
@@ -113,14 +90,9 @@ class HttpFeed:
         token_file: Path | None = None,
         ca_file: Path | None = None,
     ) -> None:
-        try:
-            url = httpx.URL(base_url)
-        except httpx.InvalidURL:
-            url = httpx.URL("")
-        if url.scheme not in ("http", "https") or not url.host:
-            raise UsageError(f"The source {base_url!r} is no http or https URL.", cure="Give http://HOST:PORT.")
+        token = None if token_file is None else read_token(token_file)
         self._base_url = base_url.rstrip("/")
-        self._http = control_client(timeout_s, transport, token_file=token_file, ca_file=ca_file)
+        self._http = open_http(base_url, timeout_s=timeout_s, token=token, verify=ca_file or True, transport=transport)
 
     def current(self, variant: str | None) -> str | None:
         """See :class:`Feed`."""
@@ -141,48 +113,17 @@ class HttpFeed:
 
     def _get(self, path: str, max_bytes: int) -> bytes | None:
         try:
-            with self._http.stream("GET", self._base_url + path) as response:
+            with self._http.stream("GET", path) as response:
                 if response.status_code == httpx.codes.NOT_FOUND:
                     return None
                 if response.status_code != httpx.codes.OK:
                     raise FeedUnavailableError(f"{self._base_url}{path} answered {response.status_code}.")
-                return self._read(response, max_bytes)
+                return read_limited(response, max_bytes)
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise FeedUnavailableError(
                 f"{self._base_url} does not answer: {reason}.", cure="See that the control server runs."
             ) from None
-
-    def _read(self, response: httpx.Response, max_bytes: int) -> bytes:
-        """Stop at the first byte too many: a hostile server may send for ever."""
-        content = bytearray()
-        for chunk in response.iter_bytes():
-            content += chunk
-            if len(content) > max_bytes:
-                raise IntegrityError(f"{response.url} sends more than {max_bytes} bytes.")
-        return bytes(content)
-
-
-def read_token(path: Path) -> str:
-    """The one bearer token in a file.
-
-    Raises:
-        UsageError: there is none.
-    """
-    try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"The token file {path} cannot be read: {error}.") from None
-    if not token or not token.isprintable():
-        raise UsageError(f"The token file {path} holds no token.", cure="Put one token in it, on one line.")
-    return token
-
-
-def _trust(ca_file: Path | None) -> ssl.SSLContext | bool:
-    try:
-        return True if ca_file is None else ssl.create_default_context(cafile=ca_file)
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"{ca_file} holds no certificate to trust: {error}.", cure="Name a PEM file.") from None
 
 
 class FolderFeed:

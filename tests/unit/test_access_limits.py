@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from fedvit.access import limits
-from fedvit.access.exposure import check_exposure, is_loopback
+from fedvit.access.exposure import check_exposure
 from fedvit.access.limits import FailureWindow, TokenBuckets, whole_seconds
+from fedvit.api.transport import is_loopback
 from fedvit.errors import ConfigError
 from fedvit.settings import load_settings
 

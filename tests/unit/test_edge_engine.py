@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny_release import CLASSES, IMAGE_SIZE, manifest_of, png, tiny_model
 
-from edge_runtime.engine import InferenceEngine, InferenceError
-from fedvit.errors import DataError, IntegrityError
+from edge_runtime.engine import InferenceEngine
+from fedvit.errors import DataError, InferenceError, IntegrityError
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_release import MemoryFeed, png, tiny_model
 
-from edge_runtime.service import ModelService, NoModelError
+from edge_runtime.service import ModelService
+from fedvit.errors import FeedUnavailableError, NoModelError
 from fedvit.registry.client import ReleaseClient
-from fedvit.registry.feed import FeedUnavailableError
 
 
 @pytest.fixture

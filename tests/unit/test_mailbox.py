@@ -19,9 +19,10 @@ from fastapi.testclient import TestClient
 from edge_runtime.heartbeat import HeartbeatLoop, Way
 from edge_runtime.mailbox import MailboxSender, read_mailbox_key
 from fedvit.access.tokens import create_token
+from fedvit.api.transport import open_http
 from fedvit.config import Settings
-from fedvit.errors import ConfigError, DataError, NotFoundError, PlacementError, UsageError
-from fedvit.operations.mailbox import PER_CLIENT, Mailbox, MailboxError
+from fedvit.errors import ConfigError, DataError, MailboxError, NotFoundError, PlacementError, UsageError
+from fedvit.operations.mailbox import PER_CLIENT, Mailbox
 from fedvit.operations.periodic_tasks import PeriodicTasks
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
@@ -342,9 +343,11 @@ def test_a_vehicle_that_gets_no_answer_leaves_one_heartbeat_in_the_mailbox(post:
     sender = MailboxSender(post.folder, "truck-1", post.mailbox.key_of("truck-1"), post.clock.now)
     line = Outage(200, 0, 503, 404)
     body = {"status": "ok", "model_version": "v1.1.2"}
-    loop = HeartbeatLoop(httpx.Client(transport=line), "http://control:8000/", "truck-1", lambda: body, sender)
+    loop = HeartbeatLoop(
+        open_http("http://control:8000/", timeout_s=1, transport=line), "truck-1", lambda: body, sender
+    )
     assert loop.beat() is Way.API
-    assert (loop._interval_s, post.counts()[0]) == (7, 0)
+    assert (loop.interval_s, post.counts()[0]) == (7, 0)
     assert loop.beat() is Way.MAILBOX
     post.clock.advance(7)
     assert loop.beat() is Way.MAILBOX

@@ -44,7 +44,7 @@ def measure(
     seconds: dict[str, float],
     *,
     quiet: bool,
-    headers: Mapping[str, str] | None = None,
+    token: str | None = None,
 ) -> dict[str, Any]:
     """Probe the inference application and the edges with every test image and write the report.
 
@@ -52,7 +52,7 @@ def measure(
 
     Args:
         seconds: how long each phase took so far; the measuring is added.
-        headers: what the inference application wants to see, a token for instance.
+        token: the bearer token of the inference application, where it demands one.
 
     Raises:
         NotFoundError: nothing is released, or a target does not serve the current release in time.
@@ -64,7 +64,7 @@ def measure(
     reference = _reference(settings, store)
     images = [source.read(record) for record in source.test]
     labels = [record.label for record in source.test]
-    results = _probe_all(_targets(settings, urls, headers or {}), images, reference.version.version, quiet)
+    results = _probe_all(_targets(settings, urls, token), images, reference.version.version, quiet)
     seconds["measuring"] = time.monotonic() - started_s
     run = store.run(reference.version.run_id)
     manifest = build_manifest(source)
@@ -93,9 +93,9 @@ def measure(
     return summary
 
 
-def _targets(settings: Settings, urls: SystemUrls, headers: Mapping[str, str]) -> dict[str, Target]:
+def _targets(settings: Settings, urls: SystemUrls, token: str | None) -> dict[str, Target]:
     # The token is the control API's, which shares its port with the inference application, and no edge's.
-    inference = Target(urls.inference, headers, settings.access.tls_cert)
+    inference = Target(urls.inference, token, settings.access.tls_cert)
     return {"inference": inference} | {f"edge-{i}": Target(url) for i, url in enumerate(urls.edges, start=1)}
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from ipaddress import ip_address
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 
+from fedvit.api.transport import open_http
 from fedvit.errors import DataError, FedvitError
 
 REQUEST_TIMEOUT_S = 30.0
@@ -57,14 +56,12 @@ class Target:
     """Where images are sent. ``ca_file`` is trusted instead of the machine's certificates (PEM)."""
 
     url: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    token: str | None = None
     ca_file: Path | None = None
 
-    def client(self, **options: Any) -> httpx.Client:
-        """An HTTP client for this target."""
-        verify = True if self.ca_file is None else ssl.create_default_context(cafile=self.ca_file)
-        # A proxy from the environment would stand between this machine and itself.
-        return httpx.Client(headers=self.headers, verify=verify, trust_env=not _is_loopback(self.url), **options)
+    def client(self, timeout_s: float = REQUEST_TIMEOUT_S, **options: Any) -> httpx.Client:
+        """An HTTP client for this target; ``options`` are those of :class:`httpx.Client`."""
+        return open_http(self.url, timeout_s=timeout_s, token=self.token, verify=self.ca_file or True, **options)
 
 
 def probe(
@@ -84,7 +81,7 @@ def probe(
     answers: list[_Answer] = []
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     with (
-        target.client(limits=limits, timeout=REQUEST_TIMEOUT_S) as client,
+        target.client(limits=limits) as client,
         ThreadPoolExecutor(concurrency) as pool,
     ):
         for answer in pool.map(lambda image: _ask(client, infer_url, image), images):
@@ -97,14 +94,6 @@ def probe(
         versions=frozenset(answer.model_version for answer in answers),
         server_latencies_s=tuple(answer.server_latency_s for answer in answers),
     )
-
-
-def _is_loopback(url: str) -> bool:
-    host = httpx.URL(url).host
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _ask(client: httpx.Client, url: str, image: bytes) -> _Answer:

@@ -14,10 +14,10 @@ from fastapi import Depends, Request, params
 from fastapi.security import HTTPBearer
 from starlette.requests import HTTPConnection
 
-from fedvit.access.exposure import is_loopback
 from fedvit.access.identity import ANONYMOUS, Identity, Scope
 from fedvit.access.limits import FailureWindow, TokenBuckets, whole_seconds
 from fedvit.access.tokens import PREFIX, verify_token
+from fedvit.api.transport import is_loopback
 from fedvit.config import AccessConfig, Settings
 from fedvit.errors import FedvitError, ForbiddenError, RateLimitedError, UnauthorizedError
 from fedvit.metrics.metrics import counter

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from fastapi import Request
 from pydantic import BaseModel
 
-from serve_apps.problems import ProblemError
+from fedvit.errors import BodyTooLargeError, CompressedBodyError, InvalidJsonError, InvalidRequestError
 
 # What documentation writes where a value belongs.
 _PLACEHOLDER = re.compile(r"\{\s*(\.\.\.|…)\s*\}|\[\s*(\.\.\.|…)\s*\]|:\s*(\.\.\.|…)")
@@ -21,10 +21,11 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """The whole body.
 
     Raises:
-        ProblemError: it is too large (413), or compressed (415).
+        BodyTooLargeError: it has more than ``max_bytes``.
+        CompressedBodyError: it is compressed.
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise ProblemError(415, "compressed-body", "Unsupported encoding", "Send the body without a Content-Encoding.")
+        raise CompressedBodyError("Send the body without a Content-Encoding.")
     declared = request.headers.get("content-length", "")
     content = bytearray()
     if not (declared.isdecimal() and int(declared[:20]) > max_bytes):
@@ -34,19 +35,19 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
                 break
         else:
             return bytes(content)
-    raise ProblemError(413, "body-too-large", "Body too large", f"A request body may have {max_bytes} bytes at most.")
+    raise BodyTooLargeError(f"A request body may have {max_bytes} bytes at most.")
 
 
 def parse_json(content: bytes, max_depth: int, example: Callable[[], Any]) -> Any:
     """The JSON value in a body.
 
     Raises:
-        ProblemError: it is none, or nests too deeply; ``example`` is then asked for what would be right.
+        InvalidJsonError: it is none, or nests too deeply; ``example`` is then asked for what would be right.
     """
 
     def refuse(why: str) -> NoReturn:
         shown = example()
-        raise ProblemError(400, "invalid-json", "Invalid JSON", why, **({} if shown is None else {"example": shown}))
+        raise InvalidJsonError(why, **({} if shown is None else {"example": shown}))
 
     try:
         text = content.decode("utf-8-sig")
@@ -69,12 +70,12 @@ def check_no_fields(value: Any) -> None:
     """A route that takes no body admits ``{}``.
 
     Raises:
-        ProblemError: there are fields, which are named, or there is something else (422).
+        InvalidRequestError: there are fields, which are named, or there is something else (422).
     """
     if value == {}:
         return
     found = f"the unknown fields {', '.join(map(repr, list(value)[:10]))}" if isinstance(value, dict) else "no object"
-    raise ProblemError(422, "invalid-request", "Invalid request", f"This route takes no body and was sent {found}.")
+    raise InvalidRequestError(f"This route takes no body and was sent {found}.")
 
 
 def with_body(request: Request, content: bytes) -> Request:

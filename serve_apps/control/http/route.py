@@ -23,7 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedvit.access.identity import Identity
-from fedvit.errors import FedvitError
+from fedvit.errors import BodyTimeoutError, FedvitError, InvalidIdempotencyKeyError, ResponseTimeoutError
 from fedvit.metrics.catalogue import BY_NAME, OTHER
 from fedvit.metrics.metrics import gauge, histogram
 from fedvit.store.store import RequestKey, Store, StoredAnswer
@@ -33,7 +33,7 @@ from serve_apps.control.http.audit import facts_of
 from serve_apps.control.http.bodies import check_no_fields, example_of, parse_json, read_body, with_body
 from serve_apps.control.system.in_process_client import ACTING
 from serve_apps.logs import request_id
-from serve_apps.problems import ProblemError, documented, problem_of
+from serve_apps.problems import documented, problem_of
 
 LOG = logging.getLogger("fedvit.control")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -201,8 +201,7 @@ class _Call:
         try:
             content = await asyncio.wait_for(read_body(self._request, max_bytes), limit_s)
         except TimeoutError:
-            detail = f"The body did not arrive within {limit_s:g} s."
-            raise ProblemError(408, "request-timeout", "Request timeout", detail) from None
+            raise BodyTimeoutError(f"The body did not arrive within {limit_s:g} s.") from None
         if self._route.max_bytes is not None:
             return content, None
         takes_body = self._route.body_field is not None
@@ -252,21 +251,23 @@ class _Call:
         if done:
             return task.result()
         task.add_done_callback(_forget_result)
-        detail = f"No answer within {limit_s:g} s; the request may still take effect. See the audit trail."
-        raise ProblemError(504, "timeout", "Timeout", detail)
+        raise ResponseTimeoutError(
+            f"No answer within {limit_s:g} s; the request may still take effect. See the audit trail."
+        )
 
     def _key(self, identity: Identity, content: bytes) -> RequestKey | None:
         """The request's idempotency key.
 
         Raises:
-            ProblemError: it is not 1 to 200 visible ASCII characters, or there are several (400).
+            InvalidIdempotencyKeyError: it is not 1 to 200 visible ASCII characters, or there are several (400).
         """
         given = self._request.headers.getlist("idempotency-key")
         if not given:
             return None
         if len(given) > 1 or not _KEY.fullmatch(given[0]):
-            detail = "An Idempotency-Key has 1 to 200 visible ASCII characters, and is sent once."
-            raise ProblemError(400, "invalid-idempotency-key", "Invalid key", detail)
+            raise InvalidIdempotencyKeyError(
+                "An Idempotency-Key has 1 to 200 visible ASCII characters, and is sent once."
+            )
         url = self._request.url
         return RequestKey(identity.actor, self._action, given[0], _digest(url.path, url.query, content))
 

@@ -20,7 +20,7 @@ from fedvit.api.incidents import (
     RemediationOutcome,
     TimelineEntry,
 )
-from fedvit.errors import StateError
+from fedvit.errors import StateError, StateUnavailableError
 from fedvit.incidents.log import timeline
 from fedvit.incidents.playbook import RUNBOOK, play_of
 from fedvit.incidents.remediation import Order, Proposal, orders, proposals
@@ -32,7 +32,7 @@ from serve_apps.control.http.parameters import Limit, Offset
 from serve_apps.control.incidents.alerts import to_alerts
 from serve_apps.control.services import Services
 from serve_apps.control.system.in_process_client import REMEDIATION, call_as
-from serve_apps.problems import ProblemError, documented
+from serve_apps.problems import documented
 
 LOG = logging.getLogger("fedvit.control")
 # Telemetry: Alertmanager repeats it every few minutes. What is done about it is on the audit trail.
@@ -54,7 +54,7 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
             return found, [order for name in found for order in orders(store, settings, name, now)]
         except StateError as error:
             # Alertmanager tries again what was answered with 5xx, and nothing else.
-            raise ProblemError(503, error.code, "State unavailable", str(error)) from error
+            raise StateUnavailableError(str(error)) from error
 
     @api.post("/api/incidents/alerts", tags=["incidents"], dependencies=_ALERTS, responses=documented(503))
     async def receive(message: AlertmanagerMessage) -> ReceivedView:
