@@ -62,7 +62,7 @@ chaos: setup  ## Campaigns against a running system: releases under load, proces
 chaos-ledger: setup  ## kill -9 an accountant and an aggregator CHAOS_KILLS (200) times; the ledger is checked each time
 	CHAOS_KILLS=$(or $(CHAOS_KILLS),200) $(BIN)/python -m pytest tests/unit/test_ledger_killed.py -s $(ARGS)
 
-audit-mutants: setup  ## Build faults into scratch copies; `fedvit audit` must see each; writes docs/privacy-audit.md
+audit-mutants: setup  ## Build faults into scratch copies; `fedvit privacy audit` must see each; writes docs/privacy-audit.md
 	$(BIN)/python -m tests.audit.gate
 
 lint: setup  ## Check style, types and the arrows between packages

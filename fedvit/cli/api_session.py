@@ -1,4 +1,4 @@
-"""One command's conversation with a control API: which one, what it may change, and how long work is awaited."""
+"""One command's session with a control API: its address, token, confirmation, dry run and waiting."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from fedvit.cli.common import console, errors, explained, print_json, running_system, settings_from
-from fedvit.cli.control import control_client
-from fedvit.cli.output import show, show_fields
-from fedvit.errors import FedvitError, InterruptedRunError, StateError, UsageError
+from fedvit.cli.options import Options, report_errors, with_options
+from fedvit.cli.output import console, errors, plain, print_json, show, show_fields
+from fedvit.cli.running import required_system, trusted_certificate
+from fedvit.errors import FedvitError, InterruptedRunError, UnauthorizedError, UsageError
 
 if TYPE_CHECKING:
     import httpx
@@ -24,12 +23,19 @@ if TYPE_CHECKING:
     from fedvit.api.operations import OperationView
     from fedvit.client import FedvitClient
     from fedvit.config import Settings
+    from fedvit.store.store import Store
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+POLL_S = 0.25
+_TOKEN_CURE = "Set FEDVIT_TOKEN to a token of `fedvit token create`."  # noqa: S105 - no secret
+# Another way than the network; tests put an application here.
+TRANSPORT: httpx.BaseTransport | None = None
 
 
-class _RehearsedError(Exception):
-    """Carries the request that a dry run holds back."""
+class _HeldBackError(Exception):
+    """Carries the request that a dry run does not send."""
 
     def __init__(self, request: httpx.Request) -> None:
         super().__init__(str(request.url))
@@ -38,115 +44,170 @@ class _RehearsedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ApiSession:
-    """The client, and how the user wants to be served."""
+    """The client of the control API, the settings, and the options of the command."""
 
     client: FedvitClient
     settings: Settings
-    as_json: bool
-    dry_run: bool
-    yes: bool
+    options: Options
 
-    def change(
-        self,
-        call: Callable[[], T],
-        *,
-        present: Callable[[], Mapping[str, Any]],
-        question: str | None = None,
-    ) -> T:
-        """Make a change, if the user means it.
+    @property
+    def as_json(self) -> bool:
+        """Whether the command prints one JSON document."""
+        return self.options.as_json
+
+    def change(self, call: Callable[[], T], *, present: Callable[[], Any], question: str | None = None) -> T:
+        """Make a change: show it in a dry run, ask for confirmation where there is a question, then call.
 
         Args:
-            call: makes it.
-            present: what it would change; asked for a dry run and for a question, never in the way of ``--yes``.
-            question: what a user is asked before; none for a change that does no harm.
+            call: makes the change.
+            present: reads what the change affects; called for a dry run and before a question, never with ``--yes``.
+            question: the confirmation; None for a harmless change.
 
         Raises:
-            UsageError: it must be confirmed, and nobody is there to ask.
+            UsageError: a confirmation is needed, and standard input is no terminal.
         """
-        if self.dry_run:
-            self._rehearse(call, present())
-        if question is not None and not self.yes:
-            _confirm(question, present)
+        if self.options.dry_run:
+            self._show_dry_run(call, plain(present()))
+        if question is not None and not self.options.yes:
+            _confirm(question, lambda: plain(present()))
         return call()
 
-    def show(self, found: Any, *columns: str) -> None:
-        """Print an answer."""
-        show(found, self.as_json, *columns)
+    def show(self, value: Any, *columns: str) -> None:
+        """Print a response."""
+        show(value, self.as_json, *columns)
 
     def finish(self, operation: OperationView, *, no_wait: bool = False, timeout_s: float | None = None) -> None:
         """Follow an operation to its end, and print it; status 1 when it did not succeed."""
-        ended = operation if no_wait else self._followed(operation, timeout_s)
-        self.show(ended)
-        if ended.status.ended and ended.status != "succeeded":
-            errors.print(f"[bold red]Error:[/] The operation {ended.operation_id} is {ended.status}.", highlight=False)
+        result = operation if no_wait else self._follow(operation, timeout_s)
+        self.show(result)
+        if result.status.ended and result.status != "succeeded":
+            errors.print(
+                f"[bold red]Error:[/] The operation {result.operation_id} is {result.status}.", highlight=False
+            )
             raise typer.Exit(1)
 
-    def _followed(self, operation: OperationView, timeout_s: float | None) -> OperationView:
+    def _follow(self, operation: OperationView, timeout_s: float | None) -> OperationView:
         name = operation.operation_id
-        with _progress_line(quiet=self.as_json) as tell:
+        with _progress_line(quiet=self.as_json) as on_progress:
             try:
-                return self.client.operations.wait(operation, timeout_s, tell)
+                return self.client.operations.wait(operation, timeout_s, on_progress)
             except KeyboardInterrupt:
                 cure = f"`fedvit operation wait {name}` waits again, `fedvit operation cancel {name}` ends it."
                 raise InterruptedRunError(f"The operation {name} goes on.", cure=cure) from None
 
-    def _rehearse(self, call: Callable[[], object], facts: Mapping[str, Any]) -> NoReturn:
+    def _show_dry_run(self, call: Callable[[], object], present: Mapping[str, Any]) -> NoReturn:
         try:
             call()
-        except _RehearsedError as held:
-            self._show_rehearsal(held.request, facts)
-            raise typer.Exit from None
-        raise AssertionError("a dry run holds every change back")
-
-    def _show_rehearsal(self, request: httpx.Request, facts: Mapping[str, Any]) -> None:
-        told: dict[str, Any] = {"method": request.method, "url": str(request.url)}
-        told |= {"body": json.loads(request.content)} if request.content else {}
-        told |= {"if_match": request.headers["If-Match"]} if "If-Match" in request.headers else {}
+        except _HeldBackError as error:
+            request = error.request
+        else:
+            raise AssertionError("a dry run sent its request")
+        facts: dict[str, Any] = {"method": request.method, "url": str(request.url)}
+        facts |= {"body": json.loads(request.content)} if request.content else {}
+        facts |= {"if_match": request.headers["If-Match"]} if "If-Match" in request.headers else {}
         if self.as_json:
-            print_json({"dry_run": True, "request": told, "present": facts})
-            return
-        console.print("[bold]At present[/]")
-        show_fields(facts)
-        console.print("\n[bold]Would be sent[/] (nothing was)")
-        typer.echo(f"{told.pop('method')} {told.pop('url')}")
-        show_fields(told)
+            print_json({"dry_run": True, "request": facts, "present": present})
+        else:
+            console.print("[bold]At present[/]")
+            show_fields(present)
+            console.print("\n[bold]Would be sent[/] (nothing was)")
+            typer.echo(f"{facts.pop('method')} {facts.pop('url')}")
+            show_fields(facts)
+        raise typer.Exit
+
+
+def api_command(
+    *columns: str, change: bool = False, confirm: bool = False
+) -> Callable[[Callable[Concatenate[ApiSession, P], object]], Callable[..., None]]:
+    """Decorator of a command that calls the control API: adds the shared options and prints what it returns.
+
+    The command receives an :class:`ApiSession` as its first argument. It returns the response to print, or None when
+    it has printed itself.
+
+    Args:
+        columns: columns of the table, where a sequence is printed; all by default.
+        change: the command changes something; adds ``--dry-run``.
+        confirm: the change is confirmed before it is made; adds ``--yes``, too.
+    """
+    names = [*(["yes"] if confirm else []), *(["dry_run"] if change or confirm else [])]
+
+    def decorate(function: Callable[Concatenate[ApiSession, P], object]) -> Callable[..., None]:
+        def invoke(options: Options, values: dict[str, Any]) -> None:
+            with api_session(options) as session:
+                response = function(session, **values)  # type: ignore[call-arg]
+                if response is not None:
+                    session.show(response, *columns)
+
+        return with_options(function, [*names, "home", "url", "config", "as_json"], invoke)
+
+    return decorate
 
 
 @contextlib.contextmanager
-def asking(
-    home: Path | None,
-    url: str | None,
-    config: Path | None,
-    as_json: bool,
-    *,
-    dry_run: bool = False,
-    yes: bool = False,
-) -> Iterator[ApiSession]:
-    """A conversation with the control API at ``url``, or with that of the system on ``home``; errors are explained."""
-    with explained(as_json):
-        settings = settings_from(config, home)
-        base_url = url_given(home, url) or _url_of_running(settings)
-        with control_client(base_url, settings, _hold_back if dry_run else None) as client:
-            yield ApiSession(client, settings, as_json, dry_run, yes)
+def api_session(options: Options) -> Iterator[ApiSession]:
+    """A session with the control API that the user named, or with that of the system on --home; reports errors."""
+    with report_errors(options.as_json):
+        settings = options.settings()
+        base_url = options.named_url
+        if base_url is None:
+            cure = "Start it with `fedvit up`, or name a control API with --url."
+            base_url = required_system(settings.home, cure).urls.control
+        with control_client(base_url, settings, _hold_back if options.dry_run else None) as client:
+            yield ApiSession(client, settings, options)
 
 
-def url_given(home: Path | None, url: str | None) -> str | None:
-    """The control API that the user named. What he typed goes before what the environment says."""
-    named = url if url is not None or home is not None else os.environ.get("FEDVIT_URL", "")
-    return (named or "").strip() or None
+def read_api_or_store(
+    options: Options, from_api: Callable[[FedvitClient], object], from_store: Callable[[Store, Settings], Any]
+) -> Any:
+    """JSON types from the control API that the user named; without one, from the state folder."""
+    if options.named_url is not None:
+        with api_session(options) as session:
+            return plain(from_api(session.client))
+    from fedvit.cli.state import open_existing_store
+
+    settings = options.settings()
+    with open_existing_store(settings) as store:
+        return from_store(store, settings)
 
 
-def _url_of_running(settings: Settings) -> str:
-    running = running_system(settings.home)
-    if running is None:
-        raise StateError(
-            f"Nothing runs on {settings.home}.", cure="Start it with `fedvit up`, or name a control API with --url."
-        )
-    return running.urls.control
+@contextlib.contextmanager
+def control_client(
+    base_url: str, settings: Settings, before_change: Callable[[httpx.Request], None] | None = None
+) -> Iterator[FedvitClient]:
+    """A client of a control API, with the token of FEDVIT_TOKEN and the certificate of the system."""
+    # Imported here to keep `fedvit --help` fast.
+    from fedvit.client import FedvitClient
+
+    with FedvitClient(
+        base_url,
+        environment_token(),
+        verify=trusted_certificate(settings) or True,
+        transport=TRANSPORT,
+        before_change=before_change,
+    ) as client:
+        try:
+            yield client
+        except UnauthorizedError as error:
+            raise UnauthorizedError(error.message, cure=_TOKEN_CURE, **error.details) from None
+
+
+def check_token(settings: Settings) -> None:
+    """Check, before anything is started, that there is a token for a control API that demands one.
+
+    Raises:
+        UnauthorizedError: a token is demanded, and FEDVIT_TOKEN is empty.
+    """
+    if settings.access.mode == "tokens" and environment_token() is None:
+        raise UnauthorizedError("This system demands a token.", cure=_TOKEN_CURE, reason="missing")
+
+
+def environment_token() -> str | None:
+    """The user's token, from FEDVIT_TOKEN."""
+    return os.environ.get("FEDVIT_TOKEN", "").strip() or None
 
 
 def _hold_back(request: httpx.Request) -> NoReturn:
-    raise _RehearsedError(request)
+    raise _HeldBackError(request)
 
 
 def _confirm(question: str, present: Callable[[], Mapping[str, Any]]) -> None:
@@ -161,7 +222,7 @@ def _confirm(question: str, present: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def is_terminal() -> bool:
-    """Whether somebody can be asked."""
+    """Whether standard input is a terminal."""
     return sys.stdin.isatty()
 
 
@@ -176,10 +237,10 @@ def _progress_line(quiet: bool) -> Iterator[Callable[[OperationView], None]]:
         TextColumn("{task.fields[stage]}", markup=False),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=errors, disable=quiet) as line:
-        task = line.add_task("", total=1.0, kind="", stage="")
+    with Progress(*columns, console=errors, disable=quiet) as progress:
+        task = progress.add_task("", total=1.0, kind="", stage="")
 
-        def tell(operation: OperationView) -> None:
-            line.update(task, completed=operation.progress, kind=operation.kind, stage=operation.stage)
+        def on_progress(operation: OperationView) -> None:
+            progress.update(task, completed=operation.progress, kind=operation.kind, stage=operation.stage)
 
-        yield tell
+        yield on_progress

@@ -1,4 +1,4 @@
-"""``fedvit clients``: who learns, who is heard, whose data can be trusted."""
+"""``fedvit clients | backup-channel``: the clients, and the mailbox for vehicles that cannot reach the control API."""
 
 from __future__ import annotations
 
@@ -7,208 +7,163 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fedvit.cli.api_session import asking
-from fedvit.cli.common import (
-    ConfigOption,
-    DryRunOption,
-    HomeOption,
-    JsonOption,
-    LimitOption,
-    OffsetOption,
-    UrlOption,
-    YesOption,
-    console,
-)
-from fedvit.cli.output import plain, show_rows
+from fedvit.cli.api_session import ApiSession, api_command
+from fedvit.cli.options import LimitOption, OffsetOption
+from fedvit.cli.output import console, plain, show_rows
 from fedvit.errors import UsageError
 
-app = typer.Typer(help="The clients: who learns, who is heard, whose data can be trusted.", no_args_is_help=True)
+app = typer.Typer(help="List, register, validate and reinstate clients.", no_args_is_help=True)
+channel = typer.Typer(help="The mailbox for vehicles that cannot reach the control API.", no_args_is_help=True)
 
 ClientArgument = Annotated[str, typer.Argument(help="The client's id, as `fedvit clients list` shows it.")]
 COLUMNS = ("client_id", "kind", "num_examples", "validated", "active", "last_seen_at", "quarantined_at")
 
 
 @app.command("list")
-def list_clients(
-    limit: LimitOption = 100,
-    offset: OffsetOption = 0,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """A page of clients, and how many there are, are active and are validated."""
-    with asking(home, url, config, as_json) as ask:
-        found = ask.client.clients.status(limit, offset)
-        if as_json:
-            ask.show(found)
-            return
-        show_rows(plain(found.clients), *COLUMNS)
-        console.print(f"[dim]{found.total} clients, {found.active} active, {found.validated} validated.[/]")
+@api_command()
+def list_clients(session: ApiSession, limit: LimitOption = 100, offset: OffsetOption = 0) -> object:
+    """A page of clients, and the numbers of all, active and validated clients."""
+    page = session.client.clients.status(limit, offset)
+    if session.as_json:
+        return page
+    show_rows(plain(page.clients), *COLUMNS)
+    console.print(f"[dim]{page.total} clients, {page.active} active, {page.validated} validated.[/]")
+    return None
 
 
 @app.command("show")
-def show_client(
-    client_id: ClientArgument,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@api_command()
+def show_client(session: ApiSession, client_id: ClientArgument) -> object:
     """One client and its conditions: connected, validated, active, quarantined."""
-    with asking(home, url, config, as_json) as ask:
-        ask.show(ask.client.clients.get(client_id))
+    return session.client.clients.get(client_id)
 
 
 @app.command("register")
+@api_command(change=True)
 def register(
+    session: ApiSession,
     device_id: Annotated[str, typer.Argument(help="The vehicle's own id.")],
     kind: Annotated[Literal["remote", "silo"], typer.Option("--kind", help="A vehicle, or a depot.")] = "remote",
-    num_examples: Annotated[int, typer.Option("--num-examples", min=0, help="How many images it holds.")] = 0,
+    num_examples: Annotated[int, typer.Option("--num-examples", min=0, help="Number of images it holds.")] = 0,
     capabilities: Annotated[str, typer.Option("--capabilities", help="A JSON object: what it can do.")] = "{}",
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> object:
     """Add a vehicle, or bring one back; registering twice is harmless."""
-    with asking(home, url, config, as_json, dry_run=dry_run) as ask:
-        clients, able = ask.client.clients, _json_object(capabilities)
-        client = ask.change(
-            lambda: clients.register(device_id, kind=kind, num_examples=num_examples, capabilities=able),
-            present=lambda: {"clients": clients.status(limit=1).total},
-        )
-        ask.show(client)
+    clients, parsed = session.client.clients, _json_object(capabilities)
+    return session.change(
+        lambda: clients.register(device_id, kind=kind, num_examples=num_examples, capabilities=parsed),
+        present=lambda: {"clients": clients.status(limit=1).total},
+    )
 
 
 @app.command("receipt")
+@api_command()
 def receipt(
+    session: ApiSession,
     client_id: ClientArgument,
     run_id: Annotated[str, typer.Argument(help="The run, as `fedvit training status` shows it.")],
-    round_index: Annotated[int, typer.Argument(min=1, help="The round that the client was asked in.")],
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """What became of a client's update to a round: accepted, refused and why, or not taken."""
-    with asking(home, url, config, as_json) as ask:
-        ask.show(ask.client.clients.receipt(client_id, run_id, round_index))
+    round_index: Annotated[int, typer.Argument(min=1, help="The round of the client's task.")],
+) -> object:
+    """Result of a client's update to a round: accepted, refused and why, or not taken."""
+    return session.client.clients.receipt(client_id, run_id, round_index)
 
 
 @app.command("remove")
-def remove(
-    client_id: ClientArgument,
-    yes: YesOption = False,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@api_command(confirm=True)
+def remove(session: ApiSession, client_id: ClientArgument) -> object:
     """Take a client out of the active list; its record and its privacy spend remain."""
-    with asking(home, url, config, as_json, dry_run=dry_run, yes=yes) as ask:
-        client = ask.change(
-            lambda: ask.client.clients.remove(client_id),
-            present=lambda: plain(ask.client.clients.get(client_id)),
-            question=f"Take {client_id} out of the active clients?",
-        )
-        ask.show(client)
+    clients = session.client.clients
+    return session.change(
+        lambda: clients.remove(client_id),
+        present=lambda: clients.get(client_id),
+        question=f"Take {client_id} out of the active clients?",
+    )
 
 
 @app.command("validate")
+@api_command(change=True)
 def validate(
+    session: ApiSession,
     client_id: ClientArgument,
-    validated: Annotated[bool, typer.Option("--good/--bad", help="Whether its data may be learned from.")] = True,
+    validated: Annotated[bool, typer.Option("--good/--bad", help="Whether its data may be used for training.")] = True,
     reason: Annotated[str | None, typer.Option("--reason", help="Why; kept in the audit trail.")] = None,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Say that a client's data was checked, and how that came out."""
-    with asking(home, url, config, as_json, dry_run=dry_run) as ask:
-        client = ask.change(
-            lambda: ask.client.clients.validate(client_id, validated, reason=reason),
-            present=lambda: plain(ask.client.clients.get(client_id)),
-        )
-        ask.show(client)
+) -> object:
+    """Record the result of a check of a client's data."""
+    clients = session.client.clients
+    return session.change(
+        lambda: clients.validate(client_id, validated, reason=reason), present=lambda: clients.get(client_id)
+    )
 
 
 @app.command("reinstate")
+@api_command(change=True)
 def reinstate(
+    session: ApiSession,
     client_id: ClientArgument,
-    justification: Annotated[str, typer.Option("--justification", help="Why it may learn again.")],
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+    justification: Annotated[str, typer.Option("--justification", help="Why it may train again.")],
+) -> object:
     """Lift a client's quarantine."""
-    with asking(home, url, config, as_json, dry_run=dry_run) as ask:
-        client = ask.change(
-            lambda: ask.client.clients.reinstate(client_id, justification),
-            present=lambda: plain(ask.client.clients.get(client_id)),
-        )
-        ask.show(client)
+    clients = session.client.clients
+    return session.change(lambda: clients.reinstate(client_id, justification), present=lambda: clients.get(client_id))
 
 
 @app.command("heartbeat")
+@api_command(change=True)
 def heartbeat(
+    session: ApiSession,
     client_id: ClientArgument,
-    status: Annotated[Literal["ok", "degraded"], typer.Option("--status", help="How the vehicle is.")] = "ok",
-    model_version: Annotated[str | None, typer.Option("--model-version", help="Which model it runs.")] = None,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Say in a vehicle's name that it is there; vehicles do so themselves."""
-    with asking(home, url, config, as_json, dry_run=dry_run) as ask:
-        heard = ask.change(
-            lambda: ask.client.clients.heartbeat(client_id, status=status, model_version=model_version),
-            present=lambda: plain(ask.client.clients.get(client_id)),
-        )
-        ask.show(heard)
+    status: Annotated[Literal["ok", "degraded"], typer.Option("--status", help="State of the vehicle.")] = "ok",
+    model_version: Annotated[str | None, typer.Option("--model-version", help="The model that it runs.")] = None,
+) -> object:
+    """Send a heartbeat in a vehicle's name; vehicles send their own."""
+    clients = session.client.clients
+    return session.change(
+        lambda: clients.heartbeat(client_id, status=status, model_version=model_version),
+        present=lambda: clients.get(client_id),
+    )
 
 
 @app.command("connectivity")
-def connectivity(
-    limit: LimitOption = 100,
-    offset: OffsetOption = 0,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Who is heard and who is not, and whether that looks like a network partition."""
-    with asking(home, url, config, as_json) as ask:
-        ask.show(ask.client.clients.connectivity(limit, offset))
+@api_command()
+def connectivity(session: ApiSession, limit: LimitOption = 100, offset: OffsetOption = 0) -> object:
+    """Which clients are reachable, and whether the losses look like a network partition."""
+    return session.client.clients.connectivity(limit, offset)
 
 
 @app.command("data-quality")
-def data_quality(
-    limit: LimitOption = 100,
-    offset: OffsetOption = 0,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@api_command()
+def data_quality(session: ApiSession, limit: LimitOption = 100, offset: OffsetOption = 0) -> object:
     """How far the clients' contributions can be trusted, and why not."""
-    with asking(home, url, config, as_json) as ask:
-        ask.show(ask.client.clients.data_quality(limit, offset))
+    return session.client.clients.data_quality(limit, offset)
 
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        value = None
+    if not isinstance(value, dict):
         raise UsageError(f"--capabilities {text!r} is no JSON object.", cure="""Write '{"camera": "front"}'.""")
-    return found
+    return value
+
+
+@channel.command("status")
+@api_command()
+def channel_status(session: ApiSession) -> object:
+    """Whether the mailbox is open, and what went through it."""
+    return session.client.communication.backup()
+
+
+@channel.command("enable")
+@api_command(change=True)
+def enable(session: ApiSession) -> object:
+    """Open the mailbox; harmless when repeated."""
+    communication = session.client.communication
+    return session.change(communication.enable_backup, present=communication.backup)
+
+
+@channel.command("disable")
+@api_command(change=True)
+def disable(session: ApiSession) -> object:
+    """Close the mailbox; harmless when repeated."""
+    communication = session.client.communication
+    return session.change(communication.disable_backup, present=communication.backup)

@@ -1,43 +1,40 @@
-"""``fedvit config``: the settings that are in force."""
+"""``fedvit config | data``: the settings in force, and the data set that they name."""
 
 from __future__ import annotations
 
 import typer
 
-from fedvit.cli.common import (
-    ConfigOption,
-    DataOption,
-    HomeOption,
-    JsonOption,
-    SetOption,
-    explained,
-    print_json,
-    settings_from,
-)
+from fedvit.cli.options import Options, local_command
+from fedvit.cli.output import console, print_json
 
 app = typer.Typer(help="The settings.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep ``config`` a group while it has one command."""
+data = typer.Typer(help="The data set and its partition over clients.", no_args_is_help=True)
 
 
 @app.command("show")
-def show(
-    config: ConfigOption = None,
-    home: HomeOption = None,
-    data: DataOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@local_command("home", "config", "data", "assignments", "as_json")
+def show_settings(options: Options) -> None:
     """Every setting as ``fedvit up`` would use it now: defaults, then the file, then the environment, then options."""
-    with explained(as_json):
-        import yaml
+    import yaml
 
-        settings = settings_from(config, home, data, assignments).model_dump(mode="json")
-        if as_json:
-            print_json(settings)
-        else:
-            # YAML, so that it can be saved and given to --config.
-            typer.echo(yaml.safe_dump(settings, sort_keys=False), nl=False)
+    settings = options.settings().model_dump(mode="json")
+    if options.as_json:
+        print_json(settings)
+    else:
+        # YAML, so that it can be saved and given to --config.
+        typer.echo(yaml.safe_dump(settings, sort_keys=False), nl=False)
+
+
+@data.command("inspect")
+@local_command("config", "data", "assignments", "as_json")
+def inspect_data(options: Options) -> None:
+    """Classes, sizes, clients, label skew, duplicates and the content hash of the configured data set."""
+    from fedvit.data.fleet import VirtualFleet
+    from fedvit.data.manifest import inspect
+
+    fleet = VirtualFleet.open(options.settings().data)
+    facts = inspect(fleet.source, tuple(fleet.parts.values()))
+    if options.as_json:
+        print_json(facts)
+    else:
+        console.print_json(data=facts)

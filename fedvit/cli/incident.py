@@ -1,28 +1,28 @@
-"""``fedvit incident``: what went wrong, what was done about it, and the report."""
+"""``fedvit incident | emergency``: the incident log, and acting on a privacy breach."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedvit.cli.api_session import asking
-from fedvit.cli.common import (
-    ConfigOption,
-    DryRunOption,
-    HomeOption,
-    JsonOption,
-    LimitOption,
-    OffsetOption,
-    UrlOption,
-    console,
-)
-from fedvit.cli.output import plain, show_fields, show_rows
+from fedvit.cli.api_session import ApiSession, api_command
+from fedvit.cli.options import LimitOption, OffsetOption
+from fedvit.cli.output import console, plain, show_fields, show_rows
+from fedvit.errors import NotFoundError
 
-app = typer.Typer(help="The incident log.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from fedvit.client import FedvitClient
+
+app = typer.Typer(help="The incident log: what went wrong, and what was done about it.", no_args_is_help=True)
+emergency = typer.Typer(
+    help="Contain a privacy breach, and end it. Needs a token of scope emergency.", no_args_is_help=True
+)
 
 IncidentArgument = Annotated[str, typer.Argument(help="The incident, such as INC-2026-1124-001.")]
+BreachArgument = Annotated[str, typer.Argument(help="The incident's name, such as PB-20250131-0300.")]
+_AUTOMATIC = {"allowed": "automatic", "not_allowed": "not automatic", "never": "never automatic"}
 
 
 class Status(StrEnum):
@@ -33,7 +33,7 @@ class Status(StrEnum):
 
 
 class Section(StrEnum):
-    """Where in the report a note goes; a remark goes into the timeline."""
+    """Section of the report that a note belongs to; a remark belongs to the timeline."""
 
     REMARK = "remark"
     ROOT_CAUSE = "root_cause"
@@ -43,89 +43,149 @@ class Section(StrEnum):
     ACTION_ITEM = "action_item"
 
 
+class Action(StrEnum):
+    """An immediate action against a breach."""
+
+    STOP_TRAINING = "stop_training"
+    ISOLATE_DATA = "isolate_data"
+    ROLLBACK_MODEL = "rollback_model"
+    FREEZE_LEDGER = "freeze_ledger"
+    REVOKE_CREDENTIALS = "revoke_credentials"
+
+
+DEFAULT_ACTIONS = (Action.STOP_TRAINING, Action.ISOLATE_DATA)
+
+
 @app.command("list")
-def list_(
+@api_command("incident_id", "severity", "status", "alertname", "opened_at", "resolved_at", "firing", "summary")
+def list_incidents(
+    session: ApiSession,
     status: Annotated[Status | None, typer.Option("--status", help="Only open, or only resolved ones.")] = None,
     limit: LimitOption = 50,
     offset: OffsetOption = 0,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> object:
     """Incidents, newest first."""
-    with asking(home, url, config, as_json) as ask:
-        columns = ("incident_id", "severity", "status", "alertname", "opened_at", "resolved_at", "firing", "summary")
-        ask.show(ask.client.incidents.list(status, limit, offset), *columns)
+    return session.client.incidents.list(status, limit, offset)
 
 
 @app.command("show")
-def show(
-    incident_id: IncidentArgument,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """One incident: its timeline, and what the runbook says to do about it."""
-    with asking(home, url, config, as_json) as ask:
-        found = ask.client.incidents.get(incident_id)
-        if as_json:
-            ask.show(found)
-            return
-        facts = plain(found)
-        steps, lines = facts.pop("proposals"), facts.pop("timeline")
-        show_fields(facts)
-        console.print("\n[bold]what the runbook says[/]")
-        for step in steps:
-            _show_step(step)
-        console.print("\n[bold]timeline[/]")
-        show_rows([line | {"at": line["at"][:19]} for line in lines], "at", "kind", "actor", "text")
+@api_command()
+def show_incident(session: ApiSession, incident_id: IncidentArgument) -> object:
+    """One incident: its timeline, and the commands that the runbook proposes."""
+    incident = session.client.incidents.get(incident_id)
+    if session.as_json:
+        return incident
+    facts = plain(incident)
+    steps, timeline = facts.pop("proposals"), facts.pop("timeline")
+    show_fields(facts)
+    console.print("\n[bold]what the runbook says[/]")
+    for step in steps:
+        outcome = f"; {step['outcome']}: {step['detail'] or 'under way'}" if step["outcome"] else ""
+        console.print(f"[bold]{step['name']}[/] ({_AUTOMATIC[step['automatic']]}{outcome})", highlight=False)
+        # To be copied: a table would break the lines.
+        typer.echo(step["command"])
+    console.print("\n[bold]timeline[/]")
+    show_rows([entry | {"at": entry["at"][:19]} for entry in timeline], "at", "kind", "actor", "text")
+    return None
 
 
 @app.command("note")
+@api_command(change=True)
 def note(
+    session: ApiSession,
     incident_id: IncidentArgument,
-    text: Annotated[str, typer.Argument(help="What you know.")],
-    section: Annotated[Section, typer.Option("--section", help="Where in the report it goes.")] = Section.REMARK,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write down what only people know; notes are added, never changed."""
-    with asking(home, url, config, as_json, dry_run=dry_run) as ask:
-        noted = ask.change(
-            lambda: ask.client.incidents.add_note(incident_id, text, section=section),
-            present=lambda: {"status": ask.client.incidents.get(incident_id).status},
-        )
-        if as_json:
-            ask.show(noted)
-        else:
-            console.print(f"Noted for {noted.incident_id}.", highlight=False)
+    text: Annotated[str, typer.Argument(help="The text of the note.")],
+    section: Annotated[Section, typer.Option("--section", help="Section of the report.")] = Section.REMARK,
+) -> object:
+    """Add a note; notes are never changed."""
+    incidents = session.client.incidents
+    noted = session.change(
+        lambda: incidents.add_note(incident_id, text, section=section),
+        present=lambda: {"status": incidents.get(incident_id).status},
+    )
+    if session.as_json:
+        return noted
+    console.print(f"Noted for {noted.incident_id}.", highlight=False)
+    return None
 
 
 @app.command("report")
-def report(
-    incident_id: IncidentArgument,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """The runbook's template in Markdown, filled with what is known and blank where only people know."""
-    with asking(home, url, config, as_json) as ask:
-        text = ask.client.incidents.report(incident_id)
-        if as_json:
-            ask.show({"report": text})
-        else:
-            typer.echo(text, nl=False)
+@api_command()
+def report(session: ApiSession, incident_id: IncidentArgument) -> object:
+    """The runbook's report template in Markdown, filled with what is known; the rest is left blank."""
+    text = session.client.incidents.report(incident_id)
+    if session.as_json:
+        return {"report": text}
+    typer.echo(text, nl=False)
+    return None
 
 
-def _show_step(step: dict[str, str | None]) -> None:
-    """As it can be typed: a table would break its lines."""
-    told = {"allowed": "automatic", "not_allowed": "not automatic", "never": "never automatic"}[str(step["automatic"])]
-    became = f"; {step['outcome']}: {step['detail'] or 'under way'}" if step["outcome"] else ""
-    console.print(f"[bold]{step['name']}[/] ({told}{became})", highlight=False)
-    typer.echo(step["command"])
+@emergency.command("status")
+@api_command()
+def emergency_status(session: ApiSession) -> object:
+    """Whether an incident is in force, which clients are in quarantine, and whether training runs."""
+    return _emergency_facts(session.client)
+
+
+@emergency.command("privacy-breach")
+@api_command(confirm=True)
+def privacy_breach(
+    session: ApiSession,
+    incident_id: BreachArgument,
+    clients: Annotated[list[str] | None, typer.Option("--client", help="An affected client (repeatable).")] = None,
+    breach_type: Annotated[str, typer.Option("--breach-type", help="What happened, in a word.")] = "data_exposure",
+    actions: Annotated[
+        list[Action] | None,
+        typer.Option("--action", help="An immediate action (repeatable; default: stop_training and isolate_data)."),
+    ] = None,
+    description: Annotated[str | None, typer.Option("--description", help="What happened, in words.")] = None,
+) -> object:
+    """Contain a privacy breach, and collect the evidence; harmless when repeated.
+
+    The ledger is frozen, training ends, and the clients are quarantined and their tokens revoked, whatever --action
+    says. The model is rolled back, to the last version without their contributions, only when --action asks for it.
+    """
+    client, affected = session.client, clients or []
+    return session.change(
+        lambda: client.emergency.privacy_breach(
+            incident_id,
+            affected_clients=affected,
+            breach_type=breach_type,
+            immediate_actions=actions or DEFAULT_ACTIONS,
+            description=description,
+        ),
+        present=lambda: {
+            **_emergency_facts(client),
+            "affected": [name for name in affected if _is_known(client, name)],
+            "unknown_clients": [name for name in affected if not _is_known(client, name)],
+        },
+        question=f"Act on the breach {incident_id} now?",
+    )
+
+
+@emergency.command("stand-down")
+@api_command(confirm=True)
+def stand_down(
+    session: ApiSession,
+    incident_id: BreachArgument,
+    justification: Annotated[str, typer.Option("--justification", help="Why it is over.")],
+) -> object:
+    """End an incident: the ledger thaws; clients stay in quarantine until each is reinstated."""
+    client = session.client
+    return session.change(
+        lambda: client.emergency.stand_down(incident_id, justification),
+        present=lambda: _emergency_facts(client),
+        question=f"Declare the incident {incident_id} over, so that the ledger may be charged again?",
+    )
+
+
+def _emergency_facts(client: FedvitClient) -> dict[str, Any]:
+    return {**plain(client.emergency.status()), "training": client.training.status().status}
+
+
+def _is_known(client: FedvitClient, name: str) -> bool:
+    try:
+        client.clients.get(name)
+    except NotFoundError:
+        return False
+    return True

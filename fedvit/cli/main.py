@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from typing import Annotated
+
 import typer
 
 from fedvit.cli import (
-    aggregation,
-    audit,
-    backup_channel,
+    access,
     clients,
     config,
-    data,
     drill,
-    emergency,
     finetune,
     incident,
+    maintenance,
     model,
     monitoring,
     operation,
-    operations,
     privacy,
-    privacy_audit,
-    shutdown,
     simulate,
     sweep,
     system,
-    token,
     training,
 )
 
@@ -36,38 +32,59 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("run")(system.run)
-app.command("up")(system.up)
-app.command("down")(system.down)
-app.command("status")(system.status)
-app.command("train")(system.train)
-app.command("shutdown")(shutdown.shutdown)
-app.command("health-check")(operations.health_check)
-app.command("backup")(operations.backup)
-app.command("restore")(operations.restore)
-app.command("diagnostics")(operations.diagnostics)
-app.command("logs")(operations.logs)
-app.command("finetune")(finetune.finetune)
-app.command("simulate")(simulate.simulate)
-app.command("sweep")(sweep.sweep)
-app.command("audit")(privacy_audit.audit)
-app.command("drill")(drill.drill)
-app.command("drift")(monitoring.drift)
-app.command("metrics")(monitoring.metrics)
-app.add_typer(config.app, name="config")
-app.add_typer(data.app, name="data")
-app.add_typer(clients.app, name="clients")
-app.add_typer(training.app, name="training")
-app.add_typer(aggregation.app, name="aggregation")
-app.add_typer(model.app, name="model")
-app.add_typer(privacy.app, name="privacy")
-app.add_typer(backup_channel.app, name="backup-channel")
-app.add_typer(emergency.app, name="emergency")
-app.add_typer(incident.app, name="incident")
-app.add_typer(operation.app, name="operation")
-app.add_typer(monitoring.app, name="monitoring")
-app.add_typer(token.app, name="token")
-app.add_typer(audit.app, name="audit-log")
+
+TRAIN = "Train"
+OPERATE = "Operate a running system"
+MONITOR = "Monitor and respond to incidents"
+PRIVACY = "Privacy and access"
+FLEET = "Fleet"
+STATE = "State and settings"
+RESEARCH = "Research"
+
+app.command("run", rich_help_panel=TRAIN)(system.run)
+app.add_typer(training.app, name="training", rich_help_panel=TRAIN)
+app.add_typer(training.aggregation, name="aggregation", rich_help_panel=TRAIN)
+app.command("finetune", rich_help_panel=TRAIN)(finetune.finetune)
+app.command("up", rich_help_panel=OPERATE)(system.up)
+app.command("down", rich_help_panel=OPERATE)(system.down)
+app.command("status", rich_help_panel=OPERATE)(system.status)
+app.command("health-check", rich_help_panel=OPERATE)(maintenance.health_check)
+app.command("logs", rich_help_panel=OPERATE)(maintenance.logs)
+app.command("diagnostics", rich_help_panel=OPERATE)(maintenance.diagnostics)
+app.add_typer(model.app, name="model", rich_help_panel=OPERATE)
+app.add_typer(operation.app, name="operation", rich_help_panel=OPERATE)
+app.add_typer(monitoring.app, name="monitoring", rich_help_panel=MONITOR)
+app.command("metrics", rich_help_panel=MONITOR)(monitoring.metrics)
+app.command("drift", rich_help_panel=MONITOR)(monitoring.drift)
+app.add_typer(incident.app, name="incident", rich_help_panel=MONITOR)
+app.add_typer(incident.emergency, name="emergency", rich_help_panel=MONITOR)
+app.command("drill", rich_help_panel=MONITOR)(drill.drill)
+app.add_typer(privacy.app, name="privacy", rich_help_panel=PRIVACY)
+app.add_typer(access.token, name="token", rich_help_panel=PRIVACY)
+app.add_typer(access.audit_log, name="audit-log", rich_help_panel=PRIVACY)
+app.add_typer(clients.app, name="clients", rich_help_panel=FLEET)
+app.add_typer(clients.channel, name="backup-channel", rich_help_panel=FLEET)
+app.command("backup", rich_help_panel=STATE)(maintenance.backup)
+app.command("restore", rich_help_panel=STATE)(maintenance.restore)
+app.add_typer(config.app, name="config", rich_help_panel=STATE)
+app.add_typer(config.data, name="data", rich_help_panel=STATE)
+app.command("simulate", rich_help_panel=RESEARCH)(simulate.simulate)
+app.command("sweep", rich_help_panel=RESEARCH)(sweep.sweep)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"fedvit {importlib.metadata.version('fedvit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the ``fedvit`` command itself."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``fedvit drift | metrics | monitoring``: what is watched, and by whom."""
+"""``fedvit drift | metrics | monitoring``: data drift, metrics, and Prometheus with its alerts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from fedvit.cli.api_session import asking
-from fedvit.cli.common import ConfigOption, HomeOption, JsonOption, UrlOption, explained, settings_from
+from fedvit.cli.api_session import ApiSession, api_command
+from fedvit.cli.options import Options, local_command, report_errors
 
-app = typer.Typer(help="Prometheus and Alertmanager beside the system.", no_args_is_help=True)
+app = typer.Typer(help="Prometheus, Alertmanager and Grafana beside the system.", no_args_is_help=True)
 
 
 @app.command()
@@ -23,21 +23,21 @@ def catalogue() -> None:
 
 @app.command()
 def rules(
-    factor: Annotated[float, typer.Option(help="How many times as fast as in service: for drills.")] = 1.0,
-    table: Annotated[bool, typer.Option(help="Print them as a table of docs/monitoring.md instead.")] = False,
+    factor: Annotated[float, typer.Option(help="Speed of the alert rules against service: for drills.")] = 1.0,
+    table: Annotated[bool, typer.Option(help="Print the table of docs/monitoring.md instead.")] = False,
 ) -> None:
     """Print the alert rules of the checkout, for Prometheus."""
     import yaml
 
     from fedvit.metrics.alert_rules import RULES, markdown, read_groups, shortened
 
-    with explained():
+    with report_errors():
         groups = shortened(read_groups(RULES), factor)
         typer.echo(markdown(groups) if table else yaml.safe_dump({"groups": groups}, sort_keys=False, width=120))
 
 
 @app.command()
-def dashboards(folder: Annotated[Path, typer.Argument(help="Where Grafana looks for them.")]) -> None:
+def dashboards(folder: Annotated[Path, typer.Argument(help="Folder that Grafana reads.")]) -> None:
     """Write the Grafana dashboards: training, privacy, fleet, edge, serving."""
     from fedvit.metrics.dashboards import write_dashboards
 
@@ -46,14 +46,14 @@ def dashboards(folder: Annotated[Path, typer.Argument(help="Where Grafana looks 
 
 
 @app.command()
+@local_command("home", "config")
 def run(
-    home: HomeOption = None,
-    config: ConfigOption = None,
+    options: Options,
     factor: Annotated[
-        float, typer.Option(help="How many times as fast as in service: for drills.", envvar="MONITORING_FACTOR")
+        float, typer.Option(help="Speed of the alert rules against service: for drills.", envvar="MONITORING_FACTOR")
     ] = 1.0,
-    prometheus_port: Annotated[int, typer.Option(help="Where Prometheus listens, on loopback.")] = 9090,
-    alertmanager_port: Annotated[int, typer.Option(help="Where Alertmanager listens, on loopback.")] = 9093,
+    prometheus_port: Annotated[int, typer.Option(help="Port of Prometheus, on loopback.")] = 9090,
+    alertmanager_port: Annotated[int, typer.Option(help="Port of Alertmanager, on loopback.")] = 9093,
 ) -> None:
     """Run Prometheus and Alertmanager with the alerts of the checkout, until Ctrl-C."""
     from fedvit.cli.supervisor import sigterm_unwinds
@@ -61,28 +61,24 @@ def run(
 
     watchers = Watchers(factor, prometheus_port, alertmanager_port)
     try:
-        with explained(), sigterm_unwinds(), watching(settings_from(config, home), watchers) as attend:
+        with sigterm_unwinds(), watching(options.settings(), watchers) as attend:
             typer.echo(f"Prometheus: http://{watchers.prometheus}\nAlertmanager: http://{watchers.alertmanager}")
             attend()
     except KeyboardInterrupt:
         typer.echo("Stopped.")
 
 
-def drift(
-    home: HomeOption = None, url: UrlOption = None, config: ConfigOption = None, as_json: JsonOption = False
-) -> None:
-    """Whether what vehicles see has moved away from what the model learned, signal by signal."""
-    with asking(home, url, config, as_json) as ask:
-        ask.show(ask.client.monitoring.data_drift())
+@api_command()
+def drift(session: ApiSession) -> object:
+    """Whether the vehicles' images have moved away from the training data, signal by signal."""
+    return session.client.monitoring.data_drift()
 
 
-def metrics(
-    home: HomeOption = None, url: UrlOption = None, config: ConfigOption = None, as_json: JsonOption = False
-) -> None:
-    """The metrics of every process of the node, as Prometheus reads them."""
-    with asking(home, url, config, as_json) as ask:
-        text = ask.client.system.metrics()
-        if as_json:
-            ask.show({"exposition": text})
-        else:
-            typer.echo(text, nl=False)
+@api_command()
+def metrics(session: ApiSession) -> object:
+    """The metrics of every process of the node, in the format of Prometheus."""
+    text = session.client.system.metrics()
+    if session.as_json:
+        return {"exposition": text}
+    typer.echo(text, nl=False)
+    return None

@@ -1,29 +1,48 @@
-"""Printing what the control API answered, whatever it is: JSON for a program, tables for people."""
+"""Output of the commands: JSON for a program, tables and text for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedvit.cli.common import console, print_json
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
+console = Console()
+errors = Console(stderr=True)
 
 
-def plain(found: Any) -> Any:
-    """A view, or a sequence of them, as JSON types."""
-    if isinstance(found, tuple):
-        return [plain(each) for each in found]
-    return found.model_dump(mode="json") if hasattr(found, "model_dump") else found
+def print_json(value: Any) -> None:
+    """Print one JSON document on standard output."""
+    typer.echo(json.dumps(value, indent=2, default=str))
 
 
-def show(found: BaseModel | Sequence[BaseModel] | Mapping[str, Any], as_json: bool, *columns: str) -> None:
-    """Print it; ``columns`` are those of a table, all where there are none."""
-    facts = plain(found)
+def print_step(step: str, *, quiet: bool = False) -> None:
+    """Print one step of a longer command."""
+    if not quiet:
+        console.print(f"[dim]•[/] {step}")
+
+
+def stdout_for_json(as_json: bool) -> AbstractContextManager[object]:
+    """Send what libraries print (Ray does) to standard error, where standard output is for one JSON document."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def plain(value: Any) -> Any:
+    """A response model, or a sequence of them, as JSON types."""
+    if isinstance(value, tuple):
+        return [plain(each) for each in value]
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+def show(value: Any, as_json: bool, *columns: str) -> None:
+    """Print response models, mappings or rows; ``columns`` are those of a table, all columns by default."""
+    facts = plain(value)
     if as_json:
         print_json(facts)
     elif isinstance(facts, list):
@@ -32,8 +51,16 @@ def show(found: BaseModel | Sequence[BaseModel] | Mapping[str, Any], as_json: bo
         show_fields(facts)
 
 
+def show_text(text: str, value: Any, as_json: bool) -> None:
+    """Print ``value`` as JSON, or else ``text`` as it is."""
+    if as_json:
+        print_json(value)
+    else:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def show_fields(facts: Mapping[str, Any], to: Console = console) -> None:
-    """Names and values, one a line; what is a table in itself follows."""
+    """Print names and values, one a line; values that are tables follow below."""
     from rich.table import Table
 
     tables = {name: value for name, value in facts.items() if _is_rows(value)}
@@ -48,19 +75,24 @@ def show_fields(facts: Mapping[str, Any], to: Console = console) -> None:
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], *columns: str, to: Console = console) -> None:
-    """One line a row."""
-    from rich.table import Table
-
+    """Print a table with one line a row."""
     if not rows:
         to.print("[dim]There are none.[/]")
         return
     names = columns or tuple(rows[0])
+    show_table(map(_title, names), ([_cell(row.get(name)) for name in names] for row in rows), to=to)
+
+
+def show_table(titles: Iterable[str], rows: Iterable[Iterable[str]], to: Console = console) -> None:
+    """Print a table of cells, which may contain Rich markup."""
+    from rich.table import Table
+
     table = Table(box=None)
-    for index, name in enumerate(names):
-        # What a row is called is to be copied, and so stays on one line.
-        table.add_column(_title(name), no_wrap=index == 0)
+    for index, title in enumerate(titles):
+        # The first column is an identifier to copy, so it stays on one line.
+        table.add_column(title, no_wrap=index == 0)
     for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in names))
+        table.add_row(*row)
     to.print(table)
 
 

@@ -1,200 +1,182 @@
-"""``fedvit privacy``: what is spent and what is left, and answering for a state that came from a backup."""
+"""``fedvit privacy``: the privacy budget, its ledger, and the audit of the installation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from fedvit.cli.api_session import asking
-from fedvit.cli.common import (
-    ConfigOption,
-    DryRunOption,
-    HomeOption,
-    JsonOption,
-    SetOption,
-    UrlOption,
-    YesOption,
-    console,
-    explained,
-    print_json,
-    settings_from,
-)
-from fedvit.cli.output import plain
+from fedvit.cli.api_session import ApiSession, api_command, read_api_or_store
+from fedvit.cli.options import Options, local_command
+from fedvit.cli.output import print_json, show, show_table, show_text
 
-app = typer.Typer(help="The privacy budget and its ledger.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from fedvit.config import Settings
+    from fedvit.store.store import Store
+    from fedvit.tools.audit.suite import Timed
+
+app = typer.Typer(help="The privacy budget, its ledger, and the privacy audit.", no_args_is_help=True)
 
 
 @app.command("show")
-def show(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """The budget as the state folder's ledger has it, whose hash chain is verified on the way."""
-    with explained(as_json):
-        from fedvit.cli.state import open_existing_store
+@local_command("home", "url", "config", "as_json")
+def show_budget(options: Options) -> None:
+    """The privacy budget of the most exposed client: spent, remaining, and the cost of the next round.
+
+    It is read from the ledger of the state folder, whose hash chain is verified, or from the system at --url.
+    """
+
+    def from_store(store: Store, settings: Settings) -> dict[str, Any]:
         from fedvit.privacy.accountant import PrivacyAccountant
 
-        settings = settings_from(config, home)
-        store = open_existing_store(settings)
         entries = store.verify_ledger()
         report = PrivacyAccountant(store, settings).budget(outlook=True)
-        facts = {**asdict(report), "epsilon_remaining": report.epsilon_remaining, "ledger_entries": entries}
-        if as_json:
-            print_json(facts)
-            return
-        _print(facts)
+        return {**asdict(report), "epsilon_remaining": report.epsilon_remaining, "ledger_entries": entries}
 
-
-def _print(facts: Mapping[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for key, value in facts.items():
-        table.add_row(f"[bold]{key.replace('_', ' ')}[/]", _shown(value))
-    console.print(table)
-
-
-def _shown(value: Any) -> str:
-    match value:
-        case float():
-            return f"{value:.4g}"
-        case {"incident_id": incident, "reason": reason}:
-            return escape(f"{incident}: {reason}")
-    return "–" if value is None else str(value)
-
-
-@app.command("selection-cost")
-def selection_cost(
-    trials: Annotated[float, typer.Option("--trials", min=1, help="How many trials a sweep has on average.")],
-    shape: Annotated[
-        float, typer.Option("--shape", min=0, help="Of the number of trials: 0 is logarithmic, 1 geometric.")
-    ] = 1.0,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """What a sweep over private data costs when only its best trial is published, beside what one trial costs.
-
-    A trial is a whole run with these settings. The promise needs a secret, random number of trials.
-    """
-    with explained(as_json):
-        from fedvit.privacy.round_cost import run_spend
-        from fedvit.privacy.selection import selection_cost as cost_of
-
-        settings = settings_from(config, assignments=assignments)
-        delta = settings.privacy.target_delta
-        facts = asdict(cost_of(run_spend(settings), mean_trials=trials, delta=delta, shape=shape))
-        if as_json:
-            print_json(facts)
-            return
-        _print(facts)
-
-
-@app.command("unfreeze")
-def unfreeze(
-    justification: Annotated[str, typer.Option("--justification", help="Who decided it, and how it is known.")],
-    home: HomeOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Answer for it that nothing was charged since the backup that this state comes from; it may be spent from again.
-
-    An incident's freeze is not lifted by it.
-    """
-    with explained(as_json):
-        from fedvit.api.justification import checked_justification
-        from fedvit.cli.state import audit_local, open_existing_store
-        from fedvit.errors import ConflictError, UsageError
-
-        try:
-            reason = checked_justification(justification)
-        except ValueError as error:
-            raise UsageError("That is no justification.", cure=f"With --justification {error}.") from None
-        with open_existing_store(settings_from(config, home)) as store:
-            lifted = store.thaw_restored_ledger()
-            if lifted is None:
-                raise ConflictError(
-                    "No backup's freeze is on this ledger.", cure="An incident's is lifted by its stand-down."
-                )
-            audit_local(store, "CLI privacy unfreeze", {"justification": reason, "frozen_at": lifted.at.isoformat()})
-            still = store.ledger_freeze()
-        if as_json:
-            print_json({"lifted": asdict(lifted), "still_frozen": asdict(still) if still else None})
-        else:
-            console.print("Lifted." if still is None else f"Lifted; incident {still.incident_id} still freezes it.")
-
-
-@app.command("budget")
-def budget(
-    home: HomeOption = None, url: UrlOption = None, config: ConfigOption = None, as_json: JsonOption = False
-) -> None:
-    """What a running system has spent and has left, for its most exposed client."""
-    with asking(home, url, config, as_json) as ask:
-        ask.show(ask.client.privacy.budget())
+    show(read_api_or_store(options, lambda client: client.privacy.budget(), from_store), options.as_json)
 
 
 @app.command("history")
+@api_command()
 def history(
-    hours: Annotated[float, typer.Option("--hours", min=0, help="How far back.")] = 24,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="How many lines at most.")] = 1000,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+    session: ApiSession,
+    hours: Annotated[float, typer.Option("--hours", min=0, help="How far back, in hours.")] = 24,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Largest number of lines.")] = 1000,
+) -> object:
     """The ledger's lines of the last hours, oldest first."""
-    with asking(home, url, config, as_json) as ask:
-        ask.show(ask.client.privacy.history(hours, limit))
+    return session.client.privacy.history(hours, limit)
 
 
 @app.command("periods")
-def periods(
-    home: HomeOption = None, url: UrlOption = None, config: ConfigOption = None, as_json: JsonOption = False
-) -> None:
-    """Every budget that was granted anew: what, why and by whom."""
-    with asking(home, url, config, as_json) as ask:
-        ask.show(ask.client.privacy.periods())
+@api_command()
+def periods(session: ApiSession) -> object:
+    """Every new budget that was granted: how much, why and by whom."""
+    return session.client.privacy.periods()
 
 
 @app.command("reset-budget")
+@api_command(confirm=True)
 def reset_budget(
+    session: ApiSession,
     new_epsilon: Annotated[float, typer.Argument(min=0, help="The epsilon of the new period.")],
-    justification: Annotated[str, typer.Option("--justification", help="Why, in words; kept for ever.")],
-    yes: YesOption = False,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+    justification: Annotated[str, typer.Option("--justification", help="Why, in words; kept forever.")],
+) -> object:
     """Begin a new period of the budget; clients lose more privacy by it. Needs a token of scope admin."""
-    with asking(home, url, config, as_json, dry_run=dry_run, yes=yes) as ask:
-        privacy = ask.client.privacy
-        outcome = ask.change(
-            lambda: privacy.reset_budget(new_epsilon, justification),
-            present=lambda: plain(privacy.budget()),
-            question=f"Let every client lose another epsilon of {new_epsilon:g}?",
-        )
-        ask.show(outcome)
+    privacy = session.client.privacy
+    return session.change(
+        lambda: privacy.reset_budget(new_epsilon, justification),
+        present=privacy.budget,
+        question=f"Let every client lose another epsilon of {new_epsilon:g}?",
+    )
 
 
 @app.command("approve")
+@api_command(confirm=True)
 def approve(
-    request_id: Annotated[str, typer.Argument(help="What `fedvit privacy reset-budget` answered.")],
-    yes: YesOption = False,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+    session: ApiSession,
+    request_id: Annotated[str, typer.Argument(help="The request that `fedvit privacy reset-budget` printed.")],
+) -> object:
     """Put another administrator's reset of the budget in force. Needs a token of scope admin."""
-    with asking(home, url, config, as_json, dry_run=dry_run, yes=yes) as ask:
-        privacy = ask.client.privacy
-        outcome = ask.change(
-            lambda: privacy.approve_reset(request_id),
-            present=lambda: plain(privacy.budget()),
-            question=f"Put the reset {request_id} in force?",
-        )
-        ask.show(outcome)
+    privacy = session.client.privacy
+    return session.change(
+        lambda: privacy.approve_reset(request_id),
+        present=privacy.budget,
+        question=f"Put the reset {request_id} in force?",
+    )
+
+
+@app.command("unfreeze")
+@local_command()
+def unfreeze(
+    options: Options,
+    justification: Annotated[str, typer.Option("--justification", help="Who decided it, and how it is known.")],
+) -> None:
+    """Lift the freeze of a restored ledger: you confirm that nothing was charged since the backup.
+
+    It does not lift an incident's freeze.
+    """
+    from fedvit.api.justification import checked_justification
+    from fedvit.cli.state import audit_local, open_existing_store
+    from fedvit.errors import ConflictError, UsageError
+
+    try:
+        reason = checked_justification(justification)
+    except ValueError as error:
+        raise UsageError("That is no justification.", cure=f"With --justification {error}.") from None
+    with open_existing_store(options.settings()) as store:
+        lifted = store.thaw_restored_ledger()
+        if lifted is None:
+            raise ConflictError(
+                "No backup's freeze is on this ledger.", cure="An incident's is lifted by its stand-down."
+            )
+        audit_local(store, "CLI privacy unfreeze", {"justification": reason, "frozen_at": lifted.at.isoformat()})
+        freeze = store.ledger_freeze()
+    text = "Lifted." if freeze is None else f"Lifted; incident {freeze.incident_id} still freezes it."
+    show_text(text, {"lifted": asdict(lifted), "still_frozen": asdict(freeze) if freeze else None}, options.as_json)
+
+
+@app.command("selection-cost")
+@local_command("config", "assignments", "as_json")
+def selection_cost(
+    options: Options,
+    trials: Annotated[float, typer.Option("--trials", min=1, help="Average number of trials of a sweep.")],
+    shape: Annotated[
+        float, typer.Option("--shape", min=0, help="Of the number of trials: 0 is logarithmic, 1 geometric.")
+    ] = 1.0,
+) -> None:
+    """Privacy cost of a sweep over private data that publishes its best trial only, beside the cost of one trial.
+
+    A trial is a whole run with these settings. The guarantee needs a secret, random number of trials.
+    """
+    from fedvit.privacy.round_cost import run_spend
+    from fedvit.privacy.selection import selection_cost as cost_of
+
+    settings = options.settings()
+    delta = settings.privacy.target_delta
+    show(asdict(cost_of(run_spend(settings), mean_trials=trials, delta=delta, shape=shape)), options.as_json)
+
+
+@app.command("audit")
+@local_command("config", "assignments", "as_json")
+def audit(
+    options: Options,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer models and modes: seconds instead of minutes.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="One check by its name (repeatable); see the first column.")
+    ] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first check that fails.")] = False,
+) -> None:
+    """Audit the privacy of the configured model and mechanism; status 1 when a check fails.
+
+    Neighbouring data sets, white-box audits of released values, a run with planted canaries, noise, samples, charges.
+    Trains models of its own in temporary folders, and touches neither data nor state.
+    """
+    import torch
+
+    from fedvit.tools.audit.findings import Scope
+    from fedvit.tools.audit.suite import audit as run_checks
+
+    # Threads only slow small models down.
+    torch.set_num_threads(1)
+    scope = Scope.of(options.settings(), quick=quick)
+    results: list[Timed] = []
+    for timed in run_checks(scope, only or ()):
+        results.append(timed)
+        if fail_fast and not timed.finding.passed:
+            break
+    passed = all(timed.finding.passed for timed in results)
+    if options.as_json:
+        print_json({"passed": passed, "findings": [asdict(t.finding) | {"seconds": t.seconds} for t in results]})
+    else:
+        show_table(("check", "", "claimed", "at least", "seen"), map(_audit_row, results))
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _audit_row(timed: Timed) -> tuple[str, ...]:
+    finding = timed.finding
+    verdict = "[green]pass[/]" if finding.passed else "[bold red]FAIL[/]"
+    claimed, bound = ("" if e is None else f"{e:.3f}" for e in (finding.claimed_epsilon, finding.lower_bound))
+    return escape(f"{finding.check}: {finding.subject}"), verdict, claimed, bound, escape(finding.detail)

@@ -1,4 +1,4 @@
-"""A state folder as the command line uses it: opened where it exists, changed on the audit trail."""
+"""A state folder on the command line: opened only where it exists, changed only with a line in the audit trail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedvit.store.store import AuditFacts, Store
 
 
 def open_existing_store(settings: Settings) -> Store:
-    """The store of a state folder that exists; a question must not make one.
+    """The store of a state folder that exists; reading must not make one.
 
     Raises:
         StateError: there is none, or it is corrupt.
@@ -26,7 +26,7 @@ def open_existing_store(settings: Settings) -> Store:
 
 
 def local_actor() -> str:
-    """Who uses this machine's command line, for the audit trail."""
+    """The user of this machine's command line, for the audit trail."""
     try:
         return f"local:{getpass.getuser()}"
     except (KeyError, OSError):  # In a container the user may have no name.

@@ -1,34 +1,40 @@
-"""The process that ``fedvit up`` leaves running: how it is started, what it does, how it is ended.
+"""Processes that run a system: the supervisor that ``fedvit up`` leaves running, or the command itself.
 
-As a module it is that process, and reads its settings from standard input; not for people.
+``python -m fedvit.cli.supervisor`` is the supervisor. It reads its settings from standard input and reports by JSON
+lines on standard output.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fedvit.cli.common import find_system
+from fedvit.cli.api_session import check_token
+from fedvit.cli.output import print_step, stdout_for_json
+from fedvit.cli.running import find_system, running_system
 from fedvit.errors import FedvitError, InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
     from fedvit.config import Settings
+    from fedvit.ports import SystemUrls
 
 DOWN_TIMEOUT_S = 60.0
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C, and both end with one sentence."""
+    """SIGTERM acts like Ctrl-C, and both end the command with one sentence."""
     try:
         with sigterm_unwinds():
             yield
@@ -40,7 +46,7 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigterm_unwinds() -> Iterator[None]:
-    """SIGTERM is Ctrl-C."""
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
 
     def interrupt(_: int, __: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
@@ -53,20 +59,47 @@ def sigterm_unwinds() -> Iterator[None]:
 
 
 def end_this_process() -> None:
-    """Take the way of ``fedvit down``: for a system that was asked over its API to shut down."""
+    """End this process by SIGTERM, as ``fedvit down`` does; for a system that its API shuts down."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@contextlib.contextmanager
+def temporary_system(
+    settings: Settings, *, quiet: bool, seconds: dict[str, float] | None = None
+) -> Iterator[SystemUrls]:
+    """The system that runs on this state folder already, or one that runs as long as the block.
+
+    Args:
+        settings: of the system.
+        quiet: print no steps; standard output is for one JSON document.
+        seconds: the time of the start is added as ``start``.
+    """
+    running = running_system(settings.home)
+    if running is not None:
+        yield running.urls
+        return
+    check_token(settings)
+    started_s = time.monotonic()
+    on_step = functools.partial(print_step, quiet=quiet)
+    with (
+        stdout_for_json(quiet),
+        find_system(settings).running(on_step, end_this_process, train=False) as urls,
+    ):
+        if seconds is not None:
+            seconds["start"] = time.monotonic() - started_s
+        yield urls
+
+
 def supervisor_log(settings: Settings) -> Path:
-    """Where the process that ``up`` leaves running writes what it has to say."""
+    """The log file of the supervisor."""
     return settings.home / "logs" / "supervisor.log"
 
 
 def spawn_supervisor(settings: Settings, on_step: Callable[[str], None]) -> None:
-    """Start the process and return once its system is ready; ``on_step`` is told each step.
+    """Start the supervisor and return once its system is ready; ``on_step`` is called with each step.
 
     Raises:
-        FedvitError: it could not start; its own sentence.
+        FedvitError: the system could not start; with the supervisor's own message.
     """
     log = supervisor_log(settings)
     command = [sys.executable, "-m", "fedvit.cli.supervisor"]
@@ -83,54 +116,58 @@ def spawn_supervisor(settings: Settings, on_step: Callable[[str], None]) -> None
     child.stdin.write(settings.model_dump_json())
     child.stdin.close()
     for line in child.stdout:
-        fact = _fact(line)
-        if "step" in fact:
-            on_step(fact["step"])
-        elif "error" in fact:
+        report = _report(line)
+        if "step" in report:
+            on_step(report["step"])
+        elif "error" in report:
             child.wait()
-            failure = UsageError if fact["exit_status"] == UsageError.exit_status else FedvitError
-            raise failure(fact["error"], cure=fact["cure"])
-        elif fact.get("ready"):
+            failure = UsageError if report["exit_status"] == UsageError.exit_status else FedvitError
+            raise failure(report["error"], cure=report["cure"])
+        elif report.get("ready"):
             return
     raise FedvitError(f"The system ended at its start with status {child.wait()}.", cure=f"See {log}.")
 
 
-def _fact(line: str) -> dict[str, Any]:
-    """A fact that the process told; nothing for what some library printed in between."""
+def _report(line: str) -> dict[str, Any]:
+    """A JSON object that the supervisor printed; empty for what some library printed in between."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def supervise(settings: Settings, on_ready: Callable[[], None] = lambda: None) -> None:
-    """What ``up`` leaves running: tell the steps as JSON lines, then wait for a signal.
+    """Run the system until a signal ends it, and report its steps as JSON lines.
 
     Raises:
-        FedvitError: the system could not start; told as a line, too.
+        FedvitError: the system could not start; reported as a line, too.
     """
 
-    def tell(**fact: Any) -> None:
-        # Whoever started us may be gone by the time we stop.
+    def report(**fields: Any) -> None:
+        # The parent process may be gone by the time the system stops.
         with contextlib.suppress(BrokenPipeError, ValueError):
-            print(json.dumps(fact), flush=True)
+            print(json.dumps(fields), flush=True)
 
     try:
         system = find_system(settings)
-        with interruptible(), system.running(lambda step: tell(step=step), end_this_process, train=True):
+        with interruptible(), system.running(lambda step: report(step=step), end_this_process, train=True):
             on_ready()
-            tell(ready=True)
+            report(ready=True)
             signal.pause()
     except InterruptedRunError:
         return
     except FedvitError as error:
-        tell(error=error.message, cure=error.cure, exit_status=error.exit_status)
+        report(error=error.message, cure=error.cure, exit_status=error.exit_status)
         raise
 
 
 def stop_process(pid: int) -> None:
-    """SIGTERM, then wait for the end of the process itself."""
+    """Send SIGTERM to a process and wait for its end.
+
+    Raises:
+        FedvitError: it did not end in time.
+    """
     try:
         handle = os.pidfd_open(pid)
         os.kill(pid, signal.SIGTERM)
@@ -147,7 +184,7 @@ def stop_process(pid: int) -> None:
 
 
 def main() -> int:
-    """Run the system until a signal ends it; the exit status of the error that did, otherwise."""
+    """Run the system until a signal ends it; return the exit status."""
     from fedvit.settings import settings_from_json
 
     settings = settings_from_json(sys.stdin.read())

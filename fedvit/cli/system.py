@@ -1,185 +1,196 @@
-"""``fedvit run | up | down | status | train``: the whole system."""
+"""``fedvit run | up | down | status``: the whole system."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
+import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from fedvit.cli.common import (
-    ConfigOption,
-    DataOption,
-    HomeOption,
-    JsonOption,
-    SetOption,
-    console,
-    explained,
-    find_system,
-    print_json,
-    running_system,
-    settings_from,
-)
-from fedvit.cli.control import check_token, follow_training, sentence, user_token
-from fedvit.cli.facts import facts_of
+from fedvit.cli.api_session import POLL_S, ApiSession, api_session, control_client, environment_token
+from fedvit.cli.options import NoWaitOption, Options, local_command
+from fedvit.cli.output import console, plain, print_json, print_step, show, show_text
+from fedvit.cli.running import named_edges, running_system
 from fedvit.cli.supervisor import (
-    end_this_process,
     interruptible,
     spawn_supervisor,
     stop_process,
     supervise,
     supervisor_log,
+    temporary_system,
 )
-from fedvit.errors import FedvitError, StateError
+from fedvit.cli.training import follow_training
+from fedvit.errors import ControlApiError, ControlUnreachableError, FedvitError, StateError
 
 if TYPE_CHECKING:
     from fedvit.config import Settings
-    from fedvit.ports import SystemUrls
+
+T = TypeVar("T")
+
+SHUTDOWN_TIMEOUT_S = 120.0
 
 
-def run(
-    config: ConfigOption = None,
-    home: HomeOption = None,
-    data: DataOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@local_command("home", "config", "data", "assignments", "as_json")
+def run(options: Options) -> None:
     """Train, publish, serve, query every test image, report; then stop what was started.
 
-    Run again, it continues the same state: an interrupted run goes on at its round, a finished one is reported again.
+    A second call continues the same state: an interrupted run goes on at its round, a finished one is reported again.
     """
-    with explained(as_json), interruptible():
-        settings = settings_from(config, home, data, assignments)
+    with interruptible():
+        settings = options.settings()
         seconds: dict[str, float] = {}
-        with _system(settings, quiet=as_json, seconds=seconds) as urls:
-            with _timed(seconds, "training"):
-                progress = follow_training(urls.control, settings, quiet=as_json)
+        with temporary_system(settings, quiet=options.as_json, seconds=seconds) as urls:
+            started_s = time.monotonic()
+            progress = follow_training(urls.control, settings, quiet=options.as_json)
+            seconds["training"] = time.monotonic() - started_s
             if progress.status == "failed":
                 raise FedvitError(f"Training failed: {progress.message}", cure="Mend the cause, then run again.")
             from fedvit.tools.report.measure import measure
 
-            summary = measure(settings, urls, seconds, quiet=as_json, token=user_token())
-        if as_json:
+            summary = measure(settings, urls, seconds, quiet=options.as_json, token=environment_token())
+        if options.as_json:
             print_json(summary)
 
 
-def train(
-    config: ConfigOption = None,
-    home: HomeOption = None,
-    data: DataOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Begin or continue the training run and follow it to its end; on a running system, or on one started for it."""
-    with explained(as_json), interruptible():
-        settings = settings_from(config, home, data, assignments)
-        with _system(settings, quiet=as_json, seconds={}) as urls:
-            progress = follow_training(urls.control, settings, quiet=as_json)
-        if as_json:
-            print_json(progress.model_dump(mode="json"))
-        else:
-            console.print(sentence(progress))
-        if progress.status == "failed":
-            raise typer.Exit(1)
-
-
+@local_command("home", "config", "data", "assignments", "as_json")
 def up(
-    config: ConfigOption = None,
-    home: HomeOption = None,
-    data: DataOption = None,
-    assignments: SetOption = None,
-    as_json: JsonOption = False,
+    options: Options,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay attached; end with Ctrl-C.")] = False,
 ) -> None:
     """Start the system, begin or continue training, and leave it running."""
-    with explained(as_json):
-        settings = settings_from(config, home, data, assignments)
-        if foreground:
-            supervise(settings)
-            return
-        running = running_system(settings.home)
-        if running is None:
-            spawn_supervisor(settings, _teller(as_json))
-            running = running_system(settings.home)
-        if running is None:
-            raise StateError("The system ended right after its start.", cure=f"See {supervisor_log(settings)}.")
-        _tell_urls(running.urls, as_json)
-
-
-def down(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Stop the running system gracefully: after the round under way, with everything saved."""
-    with explained(as_json):
-        settings = settings_from(config, home)
-        running = running_system(settings.home)
-        if running is None:
-            stopped = False
-        else:
-            stop_process(running.pid)
-            stopped = True
-        if as_json:
-            print_json({"stopped": stopped})
-        else:
-            console.print("Stopped." if stopped else f"Nothing runs on {settings.home}.")
-
-
-def status(home: HomeOption = None, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Whether the system runs, where training stands and what is left of the privacy budget."""
-    with explained(as_json):
-        settings = settings_from(config, home)
-        facts = facts_of(settings)
-        if as_json:
-            print_json(facts)
-            return
-        from rich.table import Table
-
-        table = Table(show_header=False, box=None)
-        for key, value in facts.items():
-            table.add_row(f"[bold]{key.replace('_', ' ')}[/]", str(value))
-        console.print(table)
-
-
-@contextlib.contextmanager
-def _system(settings: Settings, *, quiet: bool, seconds: dict[str, float]) -> Iterator[SystemUrls]:
-    """The system that runs on this state folder already, or one that lives as long as the block."""
+    settings = options.settings()
+    if foreground:
+        supervise(settings)
+        return
     running = running_system(settings.home)
-    if running is not None:
-        yield running.urls
+    if running is None:
+        spawn_supervisor(settings, functools.partial(print_step, quiet=options.as_json))
+        running = running_system(settings.home)
+    if running is None:
+        raise StateError("The system ended right after its start.", cure=f"See {supervisor_log(settings)}.")
+    urls = running.urls
+    addresses = {"control": urls.control, "inference": urls.inference, **named_edges(urls)}
+    addresses |= {"dashboard": urls.dashboard} if urls.dashboard else {}
+    if options.as_json:
+        print_json(addresses)
         return
-    check_token(settings)
-    started_s = time.monotonic()
-    # Ray prints what it thinks its user should know; where a program reads, standard output holds one JSON document.
-    aside = contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext()
-    with aside, find_system(settings).running(_teller(quiet), end_this_process, train=False) as urls:
-        seconds["start"] = time.monotonic() - started_s
-        yield urls
-
-
-def _teller(quiet: bool) -> Callable[[str], None]:
-    def tell(step: str) -> None:
-        if not quiet:
-            console.print(f"[dim]•[/] {step}")
-
-    return tell
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    started_s = time.monotonic()
-    yield
-    seconds[phase] = time.monotonic() - started_s
-
-
-def _tell_urls(urls: SystemUrls, as_json: bool) -> None:
-    places = {"control": urls.control, "inference": urls.inference}
-    places |= {f"edge-{i}": url for i, url in enumerate(urls.edges, start=1)}
-    if urls.dashboard:
-        places["dashboard"] = urls.dashboard
-    if as_json:
-        print_json(places)
-        return
-    for name, url in places.items():
+    for name, url in addresses.items():
         console.print(f"[bold]{name:<10}[/] {url}")
-    console.print("[dim]`fedvit status` tells where training stands; `fedvit down` stops everything.[/]")
+    console.print("[dim]`fedvit status` shows the state of training; `fedvit down` stops everything.[/]")
+
+
+@local_command("yes", "dry_run", "home", "url", "config", "as_json")
+def down(
+    options: Options,
+    mode: Annotated[
+        Literal["graceful", "force"] | None,
+        typer.Option("--mode", help="Shut down through the control API: after the present round, or at once."),
+    ] = None,
+    save_state: Annotated[bool, typer.Option("--save-state/--no-save-state", help="Save the state first.")] = True,
+    no_wait: NoWaitOption = False,
+) -> None:
+    """Stop the running system after the present round, with everything saved.
+
+    By default it sends a signal to the process on --home, which needs no token and is harmless when nothing runs. With
+    --url, --mode, --no-save-state, --no-wait or --dry-run the control API shuts the system down, after a confirmation.
+    """
+    if options.named_url or mode or no_wait or options.dry_run or not save_state:
+        with api_session(options) as session:
+            _shut_down(session, mode or "graceful", save_state, no_wait)
+        return
+    home = options.settings().home
+    running = running_system(home)
+    if running is not None:
+        stop_process(running.pid)
+    show_text(
+        f"Nothing runs on {home}." if running is None else "Stopped.", {"stopped": bool(running)}, options.as_json
+    )
+
+
+def _shut_down(session: ApiSession, mode: Literal["graceful", "force"], save_state: bool, no_wait: bool) -> None:
+    client = session.client
+    operation = session.change(
+        lambda: client.system.shutdown(mode, save_state=save_state),
+        present=lambda: {
+            "system": (health := client.system.health()).status,
+            "training": plain(health.training),
+            "operations_under_way": plain(tuple(each for each in client.operations.iterate() if not each.status.ended)),
+        },
+        question=f"Shut the whole system down ({mode})?",
+    )
+    if no_wait:
+        session.show(operation)
+        return
+    # The system may end before it can report that the operation did.
+    result = _answer(lambda: client.operations.wait(operation))
+    if result is not None and result.status != "succeeded":
+        session.finish(result)
+    deadline_s = time.monotonic() + SHUTDOWN_TIMEOUT_S
+    while _answer(client.system.healthz) is not None or (
+        session.options.named_url is None and running_system(session.settings.home) is not None
+    ):
+        if time.monotonic() > deadline_s:
+            raise FedvitError(
+                f"The system still runs {SHUTDOWN_TIMEOUT_S:g} s after its shutdown.", cure="See `fedvit logs`."
+            )
+        time.sleep(POLL_S)
+    session.show({"stopped": True, "operation_id": operation.operation_id})
+
+
+def _answer(call: Callable[[], T]) -> T | None:
+    """What the control API answers, or None when it is gone."""
+    try:
+        return call()
+    except (ControlUnreachableError, ControlApiError):
+        return None
+
+
+@local_command()
+def status(options: Options) -> None:
+    """Whether the system runs, the state of training, and what is left of the privacy budget."""
+    show(system_facts(options.settings()), options.as_json)
+
+
+def system_facts(settings: Settings) -> dict[str, Any]:
+    """Status, rounds, release and epsilon, from the running system or else from the state folder; JSON types only."""
+    running = running_system(settings.home)
+    if running is None:
+        return {"system": "down", **_stored_facts(settings)}
+    try:
+        with control_client(running.urls.control, settings) as client:
+            health, budget = client.system.health(), client.privacy.budget()
+    except FedvitError as error:
+        return {"system": f"not answering ({error})", "pid": running.pid, **_stored_facts(settings)}
+    training = health.training
+    return {
+        "system": health.status,
+        "pid": running.pid,
+        "control": running.urls.control,
+        "parts": dict(health.parts),
+        "training": (training and training.status) or "not started",
+        "rounds": f"{training.rounds_done} of {training.rounds_total}" if training else "0 of 0",
+        "accuracy": training.accuracy if training else None,
+        "release": health.release,
+        "epsilon_spent": budget.epsilon_spent,
+        "epsilon_remaining": budget.epsilon_remaining,
+    }
+
+
+def _stored_facts(settings: Settings) -> dict[str, Any]:
+    if not (settings.home / "state.db").exists():
+        return {"state": f"none at {settings.home}"}
+    from fedvit.privacy.accountant import PrivacyAccountant
+    from fedvit.store.store import Store
+
+    store = Store.open(settings.home)
+    run, release = store.latest_run(), store.current_release()
+    budget = PrivacyAccountant(store, settings).budget()
+    return {
+        "training": run.status.value if run else "not started",
+        "rounds": f"{run.rounds_done} of {run.rounds_total}" if run else "0",
+        "release": release.version if release else None,
+        "epsilon_spent": budget.epsilon_spent,
+        "epsilon_remaining": budget.epsilon_remaining,
+    }

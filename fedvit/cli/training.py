@@ -1,133 +1,194 @@
-"""``fedvit training``: the training loop of a running system."""
+"""``fedvit training | aggregation``: the training loop, and whether its rounds wait for their cohort."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedvit.cli.api_session import ApiSession, asking
-from fedvit.cli.common import (
-    ConfigOption,
-    DryRunOption,
-    HomeOption,
-    IfMatchOption,
-    JsonOption,
-    NoWaitOption,
-    UrlOption,
-    YesOption,
-)
-from fedvit.cli.control import POLL_S
-from fedvit.cli.output import plain
+from fedvit.cli.api_session import POLL_S, ApiSession, api_command, control_client
+from fedvit.cli.options import IfMatchOption, NoWaitOption, Options, local_command
+from fedvit.cli.output import console, show_text
+from fedvit.cli.supervisor import interruptible, temporary_system
+from fedvit.errors import UsageError
 
 if TYPE_CHECKING:
     from fedvit.api.training import ProgressView
+    from fedvit.config import Settings
 
-app = typer.Typer(
-    help="The training loop of a running system. `fedvit train` starts it and follows it to its end.",
-    no_args_is_help=True,
-)
+app = typer.Typer(help="Run, follow, stop and configure training.", no_args_is_help=True)
+aggregation = typer.Typer(help="How client updates become a model.", no_args_is_help=True)
+
+
+@app.command("run")
+@local_command("home", "config", "data", "assignments", "as_json")
+def run(options: Options) -> None:
+    """Begin or continue the training run and follow it to its end.
+
+    It uses the system that runs on --home; without one, it starts a system and stops it afterwards.
+    """
+    with interruptible():
+        settings = options.settings()
+        with temporary_system(settings, quiet=options.as_json) as urls:
+            progress = follow_training(urls.control, settings, quiet=options.as_json)
+        text = f"Training {progress.status} after {progress.rounds_done} of {progress.rounds_total} rounds"
+        text += f": accuracy {_number(progress.accuracy)}, epsilon {_number(progress.epsilon)}."
+        text += f" {progress.message}" if progress.message else ""
+        show_text(text, progress.model_dump(mode="json"), options.as_json)
+        if progress.status == "failed":
+            raise typer.Exit(1)
 
 
 @app.command("status")
-def status(
-    home: HomeOption = None, url: UrlOption = None, config: ConfigOption = None, as_json: JsonOption = False
-) -> None:
-    """Where the loop stands: run, round, loss, accuracy, epsilon."""
-    with asking(home, url, config, as_json) as ask:
-        ask.show(ask.client.training.status())
+@api_command()
+def status(session: ApiSession) -> object:
+    """State of the training loop: run, round, loss, accuracy, epsilon."""
+    return session.client.training.status()
 
 
 @app.command("start")
-def start(
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Begin or continue the run that the settings describe; harmless when it is under way."""
-    with asking(home, url, config, as_json, dry_run=dry_run) as ask:
-        training = ask.client.training
-        ask.show(ask.change(training.start, present=lambda: plain(training.status())))
+@api_command(change=True)
+def start(session: ApiSession) -> object:
+    """Begin or continue the run that the settings describe; harmless while it is under way."""
+    training = session.client.training
+    return session.change(training.start, present=training.status)
 
 
 @app.command("stop")
-def stop(
-    no_wait: NoWaitOption = False,
-    yes: YesOption = False,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """End the loop after the round under way; `fedvit training start` continues it."""
-    with asking(home, url, config, as_json, dry_run=dry_run, yes=yes) as ask:
-        training = ask.client.training
-        progress = ask.change(
-            training.stop, present=lambda: plain(training.status()), question="Stop training after this round?"
-        )
-        ask.show(progress if no_wait else _rested(ask, progress))
+@api_command(confirm=True)
+def stop(session: ApiSession, no_wait: NoWaitOption = False) -> object:
+    """End the loop after the present round; `fedvit training start` continues it."""
+    training = session.client.training
+    progress = session.change(training.stop, present=training.status, question="Stop training after this round?")
+    while not no_wait and progress.phase != "resting":
+        time.sleep(POLL_S)
+        progress = training.status()
+    return progress
 
 
 @app.command("restart")
+@api_command(confirm=True)
 def restart(
+    session: ApiSession,
     client_selection: Annotated[
         Literal["validated_only", "any"] | None,
-        typer.Option("--client-selection", help="Who may be drawn in the new run; left out, whoever may be now."),
+        typer.Option("--client-selection", help="Which clients may be drawn in the new run (default: unchanged)."),
     ] = None,
     no_wait: NoWaitOption = False,
-    yes: YesOption = False,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     """End the present run after its round and begin another from the base weights."""
-    with asking(home, url, config, as_json, dry_run=dry_run, yes=yes) as ask:
-        training = ask.client.training
-        operation = ask.change(
-            lambda: training.restart(client_selection),
-            present=lambda: plain(training.status()),
-            question="End this run and begin another from the base weights?",
-        )
-        ask.finish(operation, no_wait=no_wait)
+    training = session.client.training
+    operation = session.change(
+        lambda: training.restart(client_selection),
+        present=training.status,
+        question="End this run and begin another from the base weights?",
+    )
+    session.finish(operation, no_wait=no_wait)
 
 
 @app.command("config")
+@api_command(change=True)
 def configure(
+    session: ApiSession,
     min_clients: Annotated[
-        int | None, typer.Option("--min-clients", min=1, help="How many clients a round needs.")
+        int | None, typer.Option("--min-clients", min=1, help="Number of clients that a round needs.")
     ] = None,
     wait_timeout: Annotated[
         float | None, typer.Option("--wait-timeout", min=0, help="Seconds that a round waits for them.")
     ] = None,
     if_match: IfMatchOption = None,
-    dry_run: DryRunOption = False,
-    home: HomeOption = None,
-    url: UrlOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """What the next round goes by; with an option, change it for that round and all after it."""
-    with asking(home, url, config, as_json, dry_run=dry_run) as ask:
-        training = ask.client.training
-        if min_clients is None and wait_timeout is None:
-            ask.show(training.config())
-            return
-        etag = None if if_match is None else f'"{if_match}"'
-        changed = ask.change(
-            lambda: training.configure(min_clients=min_clients, wait_timeout=wait_timeout, if_match=etag),
-            present=lambda: plain(training.config()),
+) -> object:
+    """Show the parameters of the next round; with an option, change them for that round and all after it."""
+    training = session.client.training
+    if min_clients is None and wait_timeout is None:
+        return training.config()
+    return session.change(
+        lambda: training.configure(min_clients=min_clients, wait_timeout=wait_timeout, if_match=_etag(if_match)),
+        present=training.config,
+    )
+
+
+@aggregation.command("mode")
+@api_command(change=True)
+def mode(
+    session: ApiSession,
+    new_mode: Annotated[
+        Literal["synchronous", "asynchronous"] | None,
+        typer.Argument(metavar="[MODE]", help="The mode to change to; without it, the present one is shown."),
+    ] = None,
+    staleness_tolerance: Annotated[
+        int | None,
+        typer.Option("--staleness-tolerance", min=0, max=1000, help="Largest age of an update, in model versions."),
+    ] = None,
+    buffer_size: Annotated[
+        int | None, typer.Option("--buffer-size", min=1, help="Number of updates that are folded at a time.")
+    ] = None,
+    if_match: IfMatchOption = None,
+) -> object:
+    """Whether rounds wait for their cohort (synchronous) or fold updates as they arrive (asynchronous)."""
+    group = session.client.aggregation
+    if new_mode is not None:
+        return session.change(
+            lambda: group.set_mode(
+                new_mode,
+                staleness_tolerance=staleness_tolerance,
+                buffer_size=buffer_size,
+                if_match=_etag(if_match),
+            ),
+            present=group.mode,
         )
-        ask.show(changed)
+    if (staleness_tolerance, buffer_size, if_match) != (None, None, None):
+        raise UsageError("The mode to change to is missing.", cure="Name synchronous or asynchronous.")
+    return group.mode()
 
 
-def _rested(ask: ApiSession, progress: ProgressView) -> ProgressView:
-    while progress.phase != "resting":
-        time.sleep(POLL_S)
-        progress = ask.client.training.status()
+def _etag(revision: int | None) -> str | None:
+    return None if revision is None else f'"{revision}"'
+
+
+def follow_training(base_url: str, settings: Settings, *, quiet: bool) -> ProgressView:
+    """Start training over the control API and follow it, with a progress bar, until it rests."""
+    with control_client(base_url, settings) as client, _progress_bar(quiet) as on_progress:
+        progress = client.training.start()
+        on_progress(progress)
+        while progress.status in (None, "running") or progress.phase != "resting":
+            time.sleep(POLL_S)
+            progress = client.training.status()
+            on_progress(progress)
     return progress
+
+
+@contextlib.contextmanager
+def _progress_bar(quiet: bool) -> Iterator[Callable[[ProgressView], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("[bold]round"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}  epsilon {task.fields[epsilon]}"),
+        TextColumn("[dim]{task.fields[phase]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=quiet) as bar:
+        task = bar.add_task("", total=None, loss="–", accuracy="–", epsilon="–", phase="")
+
+        def on_progress(progress: ProgressView) -> None:
+            bar.update(
+                task,
+                total=progress.rounds_total,
+                completed=progress.rounds_done,
+                phase=progress.phase,
+                loss=_number(progress.loss),
+                accuracy=_number(progress.accuracy),
+                epsilon=_number(progress.epsilon),
+            )
+
+        yield on_progress
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -62,7 +62,7 @@ def test_up_joins_serves_trains_answers_and_down_stops(fedvit: Fedvit, http: htt
     assert http.get(f"{control}/api/model/current", headers={"Authorization": "Bearer none"}).status_code == 401
     assert [places["edge-1"], places["edge-2"]] == fedvit.edges
     assert fedvit.json("up") == places
-    assert fedvit.json("train")["status"] == "completed"
+    assert fedvit.json("training", "run")["status"] == "completed"
 
     source = open_source(DataConfig())
     image = source.read(source.test[0])

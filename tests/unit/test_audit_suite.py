@@ -143,7 +143,7 @@ def test_an_unknown_check_is_refused_by_name() -> None:
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["audit", "--quick", *arguments])
+    return CliRunner().invoke(app, ["privacy", "audit", "--quick", *arguments])
 
 
 def test_the_command_prints_a_table_and_one_json_document() -> None:

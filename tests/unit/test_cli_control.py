@@ -16,7 +16,7 @@ from test_model_life_api import TARGET, WAIT_S, HeldFleet, System
 from typer.testing import CliRunner, Result
 
 from fedvit.api.operations import OperationView
-from fedvit.cli import api_session, control
+from fedvit.cli import api_session
 from fedvit.cli.main import app
 from fedvit.testing.doubles import FakeFleet, PointModel
 
@@ -51,9 +51,9 @@ HARMLESS = {
     "aggregation mode asynchronous --staleness-tolerance 5": "POST /api/aggregation/mode",
     "model info": "GET /api/model/info",
     "model current": "GET /api/model/current",
-    "model versions": "GET /api/model/versions",
+    "model list": "GET /api/model/versions",
     "model optimize --strategy quantization --target-latency 50": "POST /api/edge/optimize",
-    "privacy budget": "GET /api/privacy/budget",
+    "privacy show": "GET /api/privacy/budget",
     "privacy history": "GET /api/privacy/history",
     "privacy periods": "GET /api/privacy/periods",
     "backup-channel status": "GET /api/communication/backup",
@@ -83,7 +83,7 @@ DANGEROUS = {
     "privacy approve r-1": "POST /api/privacy/reset-budget/{request_id}/approve",
     "emergency privacy-breach PB-1 --client truck-7": "POST /api/emergency/privacy-breach",
     f"emergency stand-down PB-1 {WHY[0]} over": "POST /api/emergency/stand-down",
-    "shutdown": "POST /api/system/shutdown",
+    "down": "POST /api/system/shutdown",
 }
 # Asks two routes that are asked by another verb, too.
 COMPOSED = {"health-check": "GET /api/system/health"}
@@ -99,7 +99,7 @@ def fedvit(*words: str, url: str | None = URL, answer: str | None = None) -> Res
 @pytest.fixture
 def way(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Where the command line's requests go."""
-    return lambda transport: monkeypatch.setattr(control, "TRANSPORT", transport)
+    return lambda transport: monkeypatch.setattr(api_session, "TRANSPORT", transport)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_a_rollback_is_rehearsed_asked_for_and_done(
     assert present["target"]["accuracy"] < present["current"]["accuracy"]
     declined = fedvit("model", "rollback", "v1.1.2", answer="n\n")
     assert declined.exit_code == 1
-    assert "EligiblePool the whole fleet back to v1.1.2?" in declined.stderr
+    assert "Roll the whole fleet back to v1.1.2?" in declined.stderr
     assert "Nothing was sent." in declined.stderr
     assert through.changes == []
     assert fedvit("model", "rollback", "v1.1.2", answer="y\n").exit_code == 0
@@ -327,7 +327,7 @@ def test_a_shutdown_is_over_when_nobody_answers_any_more(way: Callable[[Any], No
         return httpx.Response(404, text="Path not found")
 
     way(httpx.MockTransport(answer))
-    assert told(fedvit("shutdown", "--yes", "--json")) == {"stopped": True, "operation_id": "op-1"}
+    assert told(fedvit("down", "--yes", "--json")) == {"stopped": True, "operation_id": "op-1"}
     assert asked == ["POST /api/system/shutdown", "GET /api/operations/op-1", "GET /healthz"]
 
 
@@ -345,7 +345,7 @@ def announced(make: Callable[..., tuple[System, Through]], tmp_path: Path) -> It
 
 
 def test_training_on_a_running_system_is_followed(announced: System, tmp_path: Path) -> None:
-    done = told(fedvit("train", "--home", str(tmp_path / "home"), "--json", url=None))
+    done = told(fedvit("training", "run", "--home", str(tmp_path / "home"), "--json", url=None))
     assert (done["status"], done["rounds_done"]) == ("completed", 4)
     facts = told(fedvit("status", "--home", str(tmp_path / "home"), "--json", url=None))
     assert (facts["system"], facts["training"], facts["rounds"]) == ("ok", "completed", "4 of 4")

@@ -17,7 +17,7 @@ from control_client import URL, Through
 from incident_site import Site
 from typer.testing import CliRunner, Result
 
-from fedvit.cli import control
+from fedvit.cli import api_session
 from fedvit.cli.main import app
 from fedvit.incidents.report import TEMPLATE
 from fedvit.types import utc_now
@@ -305,7 +305,7 @@ def fedvit(*words: str) -> Result:
 
 
 def test_the_command_line_shows_notes_and_reports(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "TRANSPORT", Through(site.http))
+    monkeypatch.setattr(api_session, "TRANSPORT", Through(site.http))
     monkeypatch.setenv("COLUMNS", "200")
     (name,) = told(site, alert(starts_at=ago(1), client_id="vehicle-0003"))
     assert name in fedvit("list", "--status", "open").stdout

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from fedvit.cli.main import app
-from fedvit.cli.simulate import _planned
+from fedvit.cli.simulate import planned_runs
 from fedvit.errors import ConfigError
 
 torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def test_a_private_simulation_is_noised_and_shows_what_it_cost(config: Path, tmp
 
 def test_every_combination_is_planned_under_a_name_of_its_own(config: Path) -> None:
     vary = ["training.aggregation=fedavg,median", "simulation.faults=[[], [{share: 0.2, kinds: [nan]}]]"]
-    planned = list(_planned([config], None, None, vary, 1))
+    planned = list(planned_runs([config], None, (), vary, 1))
     assert [name for name, _ in planned] == [
         f"aggregation={rule} faults={faults}"
         for rule in ("fedavg", "median")
@@ -94,10 +94,10 @@ def test_every_combination_is_planned_under_a_name_of_its_own(config: Path) -> N
     assert [len(s.simulation.faults) for _, s in planned] == [0, 1, 0, 1]
     other = config.with_name("other.yaml")
     other.write_text(config.read_text())
-    assert [name for name, _ in _planned([config, other], None, None, None, 1)] == ["toy", "other"]
+    assert [name for name, _ in planned_runs([config, other], None, (), (), 1)] == ["toy", "other"]
 
 
 @pytest.mark.parametrize("vary", ["training.rounds", "training.rounds=", "training.rounds=[1"])
 def test_a_setting_without_values_is_refused_by_name(config: Path, vary: str) -> None:
     with pytest.raises(ConfigError, match=r"--vary 'training.rounds.*has no values"):
-        list(_planned([config], None, None, [vary], 1))
+        list(planned_runs([config], None, (), [vary], 1))

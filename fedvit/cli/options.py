@@ -1,0 +1,166 @@
+"""Shared command-line options, and the decorator that adds them to a command."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, get_type_hints
+
+import typer
+from rich.markup import escape
+
+from fedvit.cli.output import errors, print_json
+from fedvit.errors import ConfigError, FedvitError
+
+if TYPE_CHECKING:
+    from fedvit.config import Settings
+
+P = ParamSpec("P")
+
+NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Return at once instead of waiting for the end.")]
+LimitOption = Annotated[int, typer.Option("--limit", min=1, max=1000, help="Largest number of rows.")]
+OffsetOption = Annotated[int, typer.Option("--offset", min=0, help="Number of rows to skip first.")]
+IfMatchOption = Annotated[
+    int | None, typer.Option("--if-match", min=0, help="Change only if the current revision is this one.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The values of the shared options of one call.
+
+    A command offers the options that it names in :func:`local_command`; the others keep their defaults.
+    """
+
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the present state and the request; change nothing.")
+    ] = False
+    home: Annotated[Path | None, typer.Option("--home", help="State folder (default: FEDVIT_HOME, or ./var).")] = None
+    url: Annotated[
+        str | None,
+        typer.Option("--url", help="Address of a control API (default: FEDVIT_URL, or the system on --home)."),
+    ] = None
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file of settings.", envvar="FEDVIT_CONFIG")
+    ] = None
+    data: Annotated[Path | None, typer.Option("--data", help="The data set: a folder, a zip or a wheel.")] = None
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one setting: --set training.rounds=5 (repeatable).")
+    ] = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False
+
+    @property
+    def named_url(self) -> str | None:
+        """The control API that the user named: --url, or FEDVIT_URL where neither --url nor --home is given."""
+        url = self.url if self.url is not None or self.home is not None else os.environ.get("FEDVIT_URL", "")
+        return (url or "").strip() or None
+
+    def settings(self, *assignments: str) -> Settings:
+        """Settings from --config, --home, --data and --set; ``assignments`` follow those of --set.
+
+        Raises:
+            ConfigError: see :func:`fedvit.settings.load_settings`.
+        """
+        return settings_from(self.config, self.home, self.data, [*(self.assignments or []), *assignments])
+
+
+def settings_from(
+    config: Path | None, home: Path | None = None, data: Path | None = None, assignments: Sequence[str] = ()
+) -> Settings:
+    """Settings from a file, overridden by a state folder, a data set and assignments (``section.key=value``).
+
+    Raises:
+        ConfigError: see :func:`fedvit.settings.load_settings`.
+    """
+    # Imported here to keep `fedvit --help` fast.
+    from fedvit.settings import load_settings
+
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        _assign(overrides, assignment)
+    if home is not None:
+        overrides["home"] = home
+    if data is not None:
+        overrides.setdefault("data", {})["path"] = data.absolute()
+    return load_settings(config, overrides=overrides)
+
+
+def _assign(tree: dict[str, Any], assignment: str) -> None:
+    import yaml
+
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {assignment!r} has no value.", cure="Write --set section.key=value.")
+    *sections, key = path.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[key] = yaml.safe_load(text)
+
+
+@contextmanager
+def report_errors(as_json: bool = False) -> Iterator[None]:
+    """Print a :class:`FedvitError` as one sentence, without a stack trace, and exit with its status."""
+    try:
+        yield
+    except FedvitError as error:
+        if as_json:
+            print_json({"error": error.code, "message": error.message, "cure": error.cure})
+        # A message may contain square brackets, which are markup to Rich.
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_status) from None
+
+
+def local_command(*names: str) -> Callable[[Callable[Concatenate[Options, P], None]], Callable[..., None]]:
+    """Decorator of a command that needs no control API: adds shared options and reports errors.
+
+    Args:
+        names: fields of :class:`Options` that the command offers; without any: home, config and as_json. The command
+            receives their values as its first argument.
+    """
+
+    def decorate(function: Callable[Concatenate[Options, P], None]) -> Callable[..., None]:
+        def invoke(options: Options, values: dict[str, Any]) -> None:
+            with report_errors(options.as_json):
+                function(options, **values)  # type: ignore[call-arg]
+
+        return with_options(function, names or ("home", "config", "as_json"), invoke)
+
+    return decorate
+
+
+def with_options(
+    function: Callable[..., object], names: Sequence[str], invoke: Callable[[Options, dict[str, Any]], None]
+) -> Callable[..., None]:
+    """A Typer command with the parameters of ``function`` but its first, and the shared options called ``names``.
+
+    Args:
+        function: gives the name, the help text and the parameters.
+        names: fields of :class:`Options`.
+        invoke: runs the command on the shared options and the values of the other parameters.
+    """
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    parameters = [*own, *(_PARAMETERS[name] for name in names)]
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        invoke(Options(**{name: values.pop(name) for name in names}), values)
+
+    # Typer reads both.
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+_ANNOTATIONS = get_type_hints(Options, include_extras=True)
+_PARAMETERS = {
+    field.name: inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_ANNOTATIONS[field.name]
+    )
+    for field in fields(Options)
+}

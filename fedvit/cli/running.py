@@ -1,0 +1,89 @@
+"""The system on a state folder: its installed implementation, and the one that runs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedvit.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from fedvit.config import Settings
+    from fedvit.ports import SystemPort, SystemUrls
+
+
+def find_system(settings: Settings) -> SystemPort:
+    """The installed implementation of a whole system.
+
+    Raises:
+        ConfigError: only the library or the edge runtime is installed.
+    """
+    found = list(entry_points(group="fedvit.system"))
+    try:
+        return found[0].load()(settings)  # type: ignore[no-any-return]
+    except (IndexError, ModuleNotFoundError) as error:
+        raise ConfigError(
+            f"This installation cannot run a whole system ({error}).", cure="Install fedvit[server,edge]."
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSystem:
+    """The process and the addresses of a system that runs, as it wrote them into its state folder."""
+
+    pid: int
+    urls: SystemUrls
+
+
+def running_system(home: Path) -> RunningSystem | None:
+    """The system that runs on this state folder, or None."""
+    from fedvit.ports import SystemUrls
+
+    if not _is_locked(home / "system.lock"):
+        return None
+    try:
+        facts = json.loads((home / "run" / "system.json").read_text())
+        pid = int(facts.pop("pid"))
+    except (OSError, ValueError, KeyError):
+        return None
+    return RunningSystem(pid, SystemUrls(**{**facts, "edges": tuple(facts["edges"])}))
+
+
+def required_system(home: Path, cure: str = "Start it with `fedvit up`.") -> RunningSystem:
+    """The system that runs on this state folder.
+
+    Raises:
+        StateError: none runs.
+    """
+    running = running_system(home)
+    if running is None:
+        raise StateError(f"Nothing runs on {home}.", cure=cure)
+    return running
+
+
+def named_edges(urls: SystemUrls) -> dict[str, str]:
+    """The addresses of the edges, as edge-1, edge-2, ..."""
+    return {f"edge-{number}": url for number, url in enumerate(urls.edges, start=1)}
+
+
+def trusted_certificate(settings: Settings) -> Path | None:
+    """The certificate (PEM) of the system on this state folder: the one it announced, or that of the settings."""
+    running = running_system(settings.home)
+    announced = running.urls.ca_file if running else None
+    return settings.access.tls_cert if announced is None else Path(announced)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock; unlike a process id, it cannot outlive its holder."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
