@@ -71,8 +71,8 @@ class Aggregator:
             self._metrics.publish(
                 progress,
                 self._accountant.budget(),
-                active=store.count_clients(active=True, quarantined=False),
-                total=store.count_clients(active=True),
+                active=store.clients.count(active=True, quarantined=False),
+                total=store.clients.count(active=True),
             )
 
         local = LocalAggregator(

@@ -59,7 +59,7 @@ def finetune(settings: Settings, on_step: Callable[[str], None]) -> FinetuneRepo
 
 def _check_folder(home: Path, plan: Plan, source: ImageSource) -> None:
     with Store.open(home) as store:
-        bound = store.fleet()
+        bound = store.metadata.fleet()
     if bound is not None and bound.data_digest != plan.task.data_digest:
         raise StateError(
             f"The state folder {home} belongs to data {bound.data_digest[:12]}, and {source.name} is "

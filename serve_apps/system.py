@@ -144,7 +144,7 @@ class RaySystem:
         known = trained = None
         if (self._home / "state.db").exists():
             with Store.open(self._home) as store:
-                known, trained = store.fleet(), store.latest_run()
+                known, trained = store.metadata.fleet(), store.runs.latest()
         if known is None:
             # Every image once, so that a broken one is named now and not in the middle of a round.
             load_images(fleet.source, (*fleet.source.train, *fleet.source.test), settings.data.image_size)
@@ -154,12 +154,12 @@ class RaySystem:
 
         def write() -> None:
             with Store.open(self._home) as store:
-                store.bind_fleet(
+                store.metadata.bind_fleet(
                     data_digest=manifest.digest,
                     partition={**settings.data.partition.model_dump(mode="json"), "digest": fleet.parts_digest()},
                     classes=manifest.classes,
                 )
-                store.register_clients(fleet.clients())
+                store.clients.register(fleet.clients())
                 begin_in_initial_mode(store, settings)
 
         return write
@@ -355,8 +355,8 @@ def _checked_workload(settings: Settings) -> Callable[[], None]:
 
     def write() -> None:
         with Store.open(settings.home) as store:
-            store.bind_fleet(data_digest=hashlib.sha256(named.encode()).hexdigest(), partition={}, classes=())
-            store.register_clients(own_clients(settings).registered())
+            store.metadata.bind_fleet(data_digest=hashlib.sha256(named.encode()).hexdigest(), partition={}, classes=())
+            store.clients.register(own_clients(settings).registered())
             begin_in_initial_mode(store, settings)
 
     return write

@@ -91,8 +91,8 @@ class System:
             },
         )
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=list(CLASSES))
-        self.store.register_clients(seeded_fleet(5))
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=list(CLASSES))
+        self.store.clients.register(seeded_fleet(5))
         accountant = PrivacyAccountant(self.store, self.settings)
         self.local = LocalAggregator(
             settings=self.settings, store=self.store, accountant=accountant, fleet=fleet, model=model

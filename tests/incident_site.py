@@ -72,8 +72,8 @@ class Site:
             },
         )
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        self.store.register_clients(seeded_fleet(4))
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.clients.register(seeded_fleet(4))
         accountant = PrivacyAccountant(self.store, self.settings)
         self.local: LocalAggregator = LocalAggregator(
             settings=self.settings,

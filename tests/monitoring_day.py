@@ -109,7 +109,7 @@ class Day:
     def _come_and_go(self, share: float) -> None:
         new = range(self._registered, int(self._clients * share))
         names = [f"truck-{number}" for number in new]
-        self._store.register_clients(
+        self._store.clients.register(
             Client(name, ClientKind.REMOTE, 10, registered_at=self._clock.now()) for name in names
         )
         self._registered += len(names)
@@ -117,7 +117,7 @@ class Day:
         leaving = self._there[: max(0, len(self._there) - int(self._clients * STAY))]
         self._there = self._there[len(leaving) :]
         for name in leaving[:20]:
-            self._store.set_client(name, active=False)
+            self._store.clients.update(name, active=False)
 
     def _beat(self) -> None:
         beats = counter("heartbeats_total")
@@ -153,7 +153,7 @@ class Day:
             counter("update_bytes_total").labels(str(encoding)).inc(1000)
         if passed % READ_EVERY < self._step:
             fleet = connectivity(
-                self._store.last_contacts(), None, self._clock.now(), FleetConfig().heartbeat_timeout_s
+                self._store.clients.last_contacts(), None, self._clock.now(), FleetConfig().heartbeat_timeout_s
             )
             self._training.publish_connected(fleet.connected)
         progress = TrainingProgress("run-0001", RunStatus.RUNNING, "training", 9999, 1, 0.5, 0.9, 1.0, "v1.1.1")

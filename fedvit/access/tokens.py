@@ -19,7 +19,8 @@ from pathlib import Path
 
 from fedvit.access.identity import Identity, Scope, parse_scopes
 from fedvit.errors import ConfigError, NotFoundError, UnauthorizedError
-from fedvit.store.store import Store, Token
+from fedvit.store.records import Token
+from fedvit.store.store import Store
 from fedvit.types import CLIENT_ID, utc_now
 
 PREFIX = "fvt_"
@@ -77,16 +78,16 @@ def create_token(
         expires_at=None if lifetime is None else now + lifetime,
         client_id=client_id,
     )
-    store.add_token(token)
+    store.tokens.add(token)
     return NewToken(token, f"{PREFIX}{token_id}_{secret}")
 
 
 @contextmanager
 def lent_token(store: Store, name: str, scope: Scope, path: Path) -> Iterator[None]:
     """A token in a file that only its owner reads, good until this ends; one that was left behind is revoked."""
-    for token in store.tokens():
+    for token in store.tokens.all():
         if token.name == name and token.revoked_at is None:
-            store.revoke_token(token.token_id, utc_now())
+            store.tokens.revoke(token.token_id, utc_now())
     made = create_token(store, name, [scope], now=utc_now())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
@@ -96,7 +97,7 @@ def lent_token(store: Store, name: str, scope: Scope, path: Path) -> Iterator[No
         yield
     finally:
         path.unlink(missing_ok=True)
-        store.revoke_token(made.token.token_id, utc_now())
+        store.tokens.revoke(made.token.token_id, utc_now())
 
 
 def verify_token(
@@ -124,7 +125,7 @@ def verify_token(
         raise _refusal("expired")
     if token.last_used_at is None or token.last_used_at <= now - _TOUCH_EVERY:
         if used is None:
-            store.touch_tokens({token.token_id: now})
+            store.tokens.set_last_used({token.token_id: now})
         else:
             used(token.token_id, now)
     return Identity(
@@ -150,7 +151,7 @@ def _check_binding(client_id: str | None, scopes: frozenset[Scope]) -> None:
 
 def _find(store: Store, token_id: str) -> Token | None:
     try:
-        return store.token(token_id)
+        return store.tokens.get(token_id)
     except NotFoundError:
         return None
 

@@ -14,7 +14,8 @@ from fedvit.cli.output import print_json, show, show_table, show_text
 
 if TYPE_CHECKING:
     from fedvit.config import Settings
-    from fedvit.store.store import Store, Token
+    from fedvit.store.records import Token
+    from fedvit.store.store import Store
 
 token = typer.Typer(help="Create, list and revoke bearer tokens of the control API.", no_args_is_help=True)
 audit_log = typer.Typer(help="The audit trail of the control API and of this command line.", no_args_is_help=True)
@@ -58,7 +59,7 @@ def list_tokens(options: Options) -> None:
     from fedvit.cli.state import open_existing_store
 
     with open_existing_store(options.settings()) as store:
-        tokens = [_token_facts(token) for token in store.tokens()]
+        tokens = [_token_facts(token) for token in store.tokens.all()]
     if options.as_json:
         print_json(tokens)
         return
@@ -81,7 +82,7 @@ def revoke(
     from fedvit.types import utc_now
 
     with open_existing_store(options.settings()) as store:
-        revoked = store.revoke_token(token_id, utc_now())
+        revoked = store.tokens.revoke(token_id, utc_now())
         audit_local(store, "CLI token revoke", _audited(revoked))
     show_text(f"{revoked.token_id} ({revoked.name}) is revoked.", _token_facts(revoked), options.as_json)
 
@@ -113,7 +114,7 @@ def show_log(
     """The last lines, or those after a sequence, oldest first: of the state folder, or of the system at --url."""
 
     def from_store(store: Store, settings: Settings) -> list[dict[str, Any]]:
-        entries = store.latest_audit(limit) if after is None else store.audit(after, limit)
+        entries = store.audit.latest(limit) if after is None else store.audit.entries(after, limit)
         return [{"sequence": entry.sequence, "at": entry.at, **asdict(entry.facts)} for entry in entries]
 
     lines = read_api_or_store(options, lambda client: client.audit.lines(limit, after), from_store)
@@ -127,5 +128,5 @@ def verify(options: Options) -> None:
     from fedvit.cli.state import open_existing_store
 
     with open_existing_store(options.settings()) as store:
-        lines = store.verify_audit()
+        lines = store.audit.verify()
     show_text(f"The audit trail is intact: {lines} lines.", {"ok": True, "lines": lines}, options.as_json)

@@ -30,14 +30,14 @@ def list_versions(options: Options, limit: LimitOption = 50, offset: OffsetOptio
     """Model versions, newest first: of the state folder, whether its system runs or not, or of the system at --url."""
 
     def from_store(store: Store, settings: Settings) -> list[dict[str, Any]]:
-        release = store.current_release()
+        release = store.releases.current()
         return [
             {
                 **asdict(version),
                 "released": version.released,
                 "current": release is not None and release.version == version.version,
             }
-            for version in store.versions(offset, limit)
+            for version in store.versions.all(offset, limit)
         ]
 
     versions = read_api_or_store(options, lambda client: client.model.versions(limit, offset), from_store)
@@ -61,7 +61,7 @@ def export_release(
     from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
     store = open_existing_store(options.settings())
-    release = store.current_release()
+    release = store.releases.current()
     if release is None or variant.value not in release.artifacts:
         raise NotFoundError(f"No release has a variant {variant.value!r}.", cure="Train first: `fedvit run`.")
     content = store.blobs.get(release.artifacts[variant.value])

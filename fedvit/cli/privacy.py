@@ -31,7 +31,7 @@ def show_budget(options: Options) -> None:
     def from_store(store: Store, settings: Settings) -> dict[str, Any]:
         from fedvit.privacy.accountant import PrivacyAccountant
 
-        entries = store.verify_ledger()
+        entries = store.ledger.verify()
         report = PrivacyAccountant(store, settings).budget(outlook=True)
         return {**asdict(report), "epsilon_remaining": report.epsilon_remaining, "ledger_entries": entries}
 
@@ -106,13 +106,13 @@ def unfreeze(
     except ValueError as error:
         raise UsageError("That is no justification.", cure=f"With --justification {error}.") from None
     with open_existing_store(options.settings()) as store:
-        lifted = store.thaw_restored_ledger()
+        lifted = store.ledger.unfreeze_copy()
         if lifted is None:
             raise ConflictError(
                 "No backup's freeze is on this ledger.", cure="An incident's is lifted by its stand-down."
             )
         audit_local(store, "CLI privacy unfreeze", {"justification": reason, "frozen_at": lifted.at.isoformat()})
-        freeze = store.ledger_freeze()
+        freeze = store.ledger.current_freeze()
     text = "Lifted." if freeze is None else f"Lifted; incident {freeze.incident_id} still freezes it."
     show_text(text, {"lifted": asdict(lifted), "still_frozen": asdict(freeze) if freeze else None}, options.as_json)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from fedvit.config import Settings
 from fedvit.errors import StateError
-from fedvit.store.store import AuditFacts, Store
+from fedvit.store.records import AuditFacts
+from fedvit.store.store import Store
 
 
 def open_existing_store(settings: Settings) -> Store:
@@ -35,7 +36,7 @@ def local_actor() -> str:
 
 def audit_local(store: Store, action: str, params: Mapping[str, Any]) -> None:
     """Write one change that was made on the command line to the audit trail; ``action`` begins with ``CLI``."""
-    store.append_audit(
+    store.audit.append(
         AuditFacts(
             actor=local_actor(),
             scopes=(),

@@ -185,7 +185,7 @@ def _stored_facts(settings: Settings) -> dict[str, Any]:
     from fedvit.store.store import Store
 
     store = Store.open(settings.home)
-    run, release = store.latest_run(), store.current_release()
+    run, release = store.runs.latest(), store.releases.current()
     budget = PrivacyAccountant(store, settings).budget()
     return {
         "training": run.status.value if run else "not started",

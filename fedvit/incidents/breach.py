@@ -17,8 +17,8 @@ from fedvit.errors import ConflictError, FedvitError, PlacementError
 from fedvit.incidents.forensics import bundle_path, write_bundle
 from fedvit.ports import AggregatorPort
 from fedvit.registry.contributions import last_release_without
-from fedvit.store.store import LedgerFreeze, Store
-from fedvit.types import RunStatus
+from fedvit.store.store import Store
+from fedvit.types import LedgerFreeze, RunStatus
 
 _LOG = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -136,7 +136,7 @@ class BreachResponse:
     def _freeze(self) -> str:
         breach = self._breach
         reason = breach.breach_type + (f": {breach.description}" if breach.description else "")
-        first = self._store.freeze_ledger(LedgerFreeze(breach.incident_id, reason, breach.reported_by, breach.at))
+        first = self._store.ledger.freeze(LedgerFreeze(breach.incident_id, reason, breach.reported_by, breach.at))
         told = "Nothing can be charged and no trained version released until POST /api/emergency/stand-down."
         if first.incident_id == breach.incident_id:
             return told
@@ -154,7 +154,7 @@ class BreachResponse:
     def _isolate(self) -> str:
         breach = self._breach
         reason = f"incident {breach.incident_id}: {breach.breach_type}"
-        self._quarantined = self._store.quarantine_clients(breach.affected_clients, reason, breach.at)
+        self._quarantined = self._store.clients.quarantine(breach.affected_clients, reason, breach.at)
         return (
             f"{len(self._quarantined)} clients are in quarantine: they get no task, whoever asks for one, and with "
             "their tokens revoked no release. Only POST /api/clients/{client_id}/reinstate lifts it."
@@ -162,16 +162,16 @@ class BreachResponse:
 
     def _revoke(self) -> str:
         affected = set(self._breach.affected_clients)
-        for token in self._store.tokens():
+        for token in self._store.tokens.all():
             if token.client_id in affected:
-                self._store.revoke_token(token.token_id, self._breach.at)
+                self._store.tokens.revoke(token.token_id, self._breach.at)
                 self._revoked.append(token.token_id)
         return f"{len(self._revoked)} tokens are bound to them and revoked. Tokens bound to no client stay good."
 
     def _roll_back(self) -> str:
         """Keeps clear of who is in quarantine for other incidents, too: what they withdrew must not come back."""
-        avoided = {*self._breach.affected_clients, *self._store.quarantined_clients()}
-        current = self._store.current_release()
+        avoided = {*self._breach.affected_clients, *self._store.clients.quarantined()}
+        current = self._store.releases.current()
         if current is None:
             raise ConflictError("Nothing is released, so nothing was rolled back.")
         clean = last_release_without(self._store, avoided)
@@ -180,7 +180,7 @@ class BreachResponse:
                 f"There is no release without them: they contributed to every one, and {current.version} still serves."
             )
         if clean.version == current.version:
-            self._rolled_back_to = self._store.version(current.version).lineage.get("rollback_of")
+            self._rolled_back_to = self._store.versions.get(current.version).lineage.get("rollback_of")
             return f"{current.version} serves, and none of them contributed to it."
         reason = f"incident {self._breach.incident_id}"
         version = self._in_time(

@@ -65,22 +65,22 @@ def _parts(store: Store, settings: Settings, incident: Mapping[str, Any]) -> _Pa
     affected = incident["affected_clients"]
     return {
         "incident.jsonl": lambda: [incident],
-        "audit.jsonl": store.audit_lines,
-        "ledger.jsonl": store.ledger_lines,
-        "budget_periods.jsonl": store.budget_period_lines,
+        "audit.jsonl": store.audit.lines,
+        "ledger.jsonl": store.ledger.lines,
+        "budget_periods.jsonl": store.budget.lines,
         "verification.jsonl": lambda: _verifications(store),
-        "runs.jsonl": lambda: map(asdict, store.runs()),
-        "versions.jsonl": lambda: map(asdict, store.versions()),
-        "releases.jsonl": lambda: map(asdict, store.releases()),
+        "runs.jsonl": lambda: map(asdict, store.runs.all()),
+        "versions.jsonl": lambda: map(asdict, store.versions.all()),
+        "releases.jsonl": lambda: map(asdict, store.releases.all()),
         "contributions.jsonl": lambda: _contributions(store, affected),
-        "clients.jsonl": lambda: map(asdict, store.clients()),
-        "tokens.jsonl": lambda: (_without_secret(asdict(token)) for token in store.tokens()),
+        "clients.jsonl": lambda: map(asdict, store.clients.all()),
+        "tokens.jsonl": lambda: (_without_secret(asdict(token)) for token in store.tokens.all()),
         "settings.jsonl": lambda: [settings.model_dump(mode="json")],
     }
 
 
 def _verifications(store: Store) -> Iterator[dict[str, Any]]:
-    for name, verify in {"audit trail": store.verify_audit, "privacy ledger": store.verify_ledger}.items():
+    for name, verify in {"audit trail": store.audit.verify, "privacy ledger": store.ledger.verify}.items():
         try:
             yield {"chain": name, "intact": True, "lines": verify()}
         except IntegrityError as error:
@@ -88,7 +88,7 @@ def _verifications(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _contributions(store: Store, client_ids: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for version, found in contributions(store.versions(), set(client_ids)).items():
+    for version, found in contributions(store.versions.all(), set(client_ids)).items():
         yield {"version": version, "affected_clients": sorted(found)}
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from fedvit.api.incidents import RemediationOutcome
 from fedvit.incidents.playbook import BREACH_ALERT, client_of
-from fedvit.store.store import Alert, AuditEntry, Incident, LoggedAlert, Remediation, Store
+from fedvit.store.records import Alert, AuditEntry, Incident, LoggedAlert, Remediation
+from fedvit.store.store import Store
 from fedvit.types import Severity
 
 AFTERMATH = timedelta(minutes=1)
@@ -42,11 +43,11 @@ def timeline(store: Store, incident: Incident, now: datetime) -> list[Entry]:
     """All that is known of an incident, in order; of one that is open, as of ``now``."""
     since, until = span(incident, now)
     lines = [
-        *_alert_lines(store.incident_alerts(incident.incident_id)),
+        *_alert_lines(store.incidents.alerts(incident.incident_id)),
         *_own_lines(store, incident.incident_id),
-        *_command_lines(store.audit_between(since, until, MAX_COMMANDS)),
-        *_remediation_lines(store.remediations(incident.incident_id)),
-        *(Entry(found.at, "state", None, found.text) for found in store.timeline_events(since, until)),
+        *_command_lines(store.audit.between(since, until, MAX_COMMANDS)),
+        *_remediation_lines(store.remediations.of_incident(incident.incident_id)),
+        *(Entry(found.at, "state", None, found.text) for found in store.timeline.events(since, until)),
     ]
     return sorted(lines, key=lambda entry: entry.at)
 
@@ -66,19 +67,19 @@ def log_breach(
     A breach goes on until :func:`log_stand_down`.
     """
     fingerprint = _fingerprint(breach_id)
-    for known in store.incidents(is_open=True):
-        alerts = store.incident_alerts(known.incident_id)
+    for known in store.incidents.all(is_open=True):
+        alerts = store.incidents.alerts(known.incident_id)
         if any(one.alert.fingerprint == fingerprint and one.alert.ends_at is None for one in alerts):
             return known.incident_id
     told = f"{breach_id} ({breach_type}), reported by {reported_by}: {clients} clients affected"
     labels = {"alertname": BREACH_ALERT, "severity": Severity.P0.value, "incident_id": breach_id[:200]}
     alert = Alert(BREACH_ALERT, Severity.P0, fingerprint, at, None, labels, {"summary": told})
-    return store.record_alerts([alert], reopen_within=reopen_within, at=at)[0]
+    return store.incidents.record_alerts([alert], reopen_within=reopen_within, at=at)[0]
 
 
 def log_stand_down(store: Store, breach_id: str, at: datetime) -> list[str]:
     """A breach is over; return the incidents that it belonged to."""
-    return store.end_alerts(_fingerprint(breach_id), at)
+    return store.incidents.end_alerts(_fingerprint(breach_id), at)
 
 
 def what_was_asked(entry: AuditEntry) -> str:
@@ -110,7 +111,7 @@ def _alert_lines(alerts: list[LoggedAlert]) -> Iterator[Entry]:
 
 
 def _own_lines(store: Store, incident_id: str) -> Iterator[Entry]:
-    for event in store.incident_events(incident_id):
+    for event in store.incidents.events(incident_id):
         if event.kind == "opened":
             continue  # Its first alert says so.
         if event.kind in ("reopened", "resolved"):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Literal
 from urllib.parse import quote
 
@@ -13,7 +12,8 @@ from fedvit.api.incidents import RemediationOutcome
 from fedvit.config import RemediationConfig, Settings
 from fedvit.incidents.playbook import DEVICE, Call, Step, client_of, play_of
 from fedvit.rounds.steering import round_settings
-from fedvit.store.store import Alert, LoggedAlert, Remediation, Standing, Store
+from fedvit.store.records import Alert, LoggedAlert, Remediation, Standing
+from fedvit.store.store import Store
 from fedvit.types import RemediationAction
 
 HOUR = timedelta(hours=1)
@@ -66,7 +66,7 @@ def orders(store: Store, settings: Settings, incident_id: str, at: datetime) -> 
     """
     found: list[Order] = []
     exhausted: set[RemediationAction] = set()
-    for logged in store.incident_alerts(incident_id):
+    for logged in store.incidents.alerts(incident_id):
         for step in play_of(logged.alert.alertname).steps if logged.alert.ends_at is None else ():
             action, call = step.action, step.call
             if action is None or call is None or action not in settings.remediation.allow or action in exhausted:
@@ -131,13 +131,11 @@ def _claim(
     alert = logged.alert
     target = client_of(alert.labels) if call.about_a_client else None
     needless = _why_needless(store, settings, action, call)
-    wish = Remediation(logged.incident_id, alert.fingerprint, alert.starts_at, action, target, at)
-    allowed = partial(why_withheld, settings.remediation, action, target, at)
-    return store.claim_remediation(wish, partial(_first_reason, needless, allowed))
-
-
-def _first_reason(known: str | None, check: Callable[[Standing], str | None], standing: Standing) -> str | None:
-    return check(standing) if known is None else known
+    remediation = Remediation(logged.incident_id, alert.fingerprint, alert.starts_at, action, target, at)
+    with store.transaction() as transaction:
+        state = transaction.remediations.state(target)
+        reason = needless or why_withheld(settings.remediation, action, target, at, state)
+        return transaction.remediations.claim(remediation, reason)
 
 
 def _why_needless(store: Store, settings: Settings, action: RemediationAction, call: Call) -> str | None:

@@ -15,7 +15,8 @@ from fedvit.errors import FedvitError
 from fedvit.incidents.log import Entry, span, timeline
 from fedvit.incidents.playbook import client_of
 from fedvit.privacy.accountant import epsilon_spent_at
-from fedvit.store.store import Incident, LoggedAlert, RoundTally, Store
+from fedvit.store.records import Incident, LoggedAlert, RoundTally
+from fedvit.store.store import Store
 
 TEMPLATE = """\
 # Incident Report: [INC-YYYY-MMDD-XXX]
@@ -77,15 +78,15 @@ def collect(store: Store, settings: Settings, incident_id: str, now: datetime) -
     Raises:
         NotFoundError: no such incident.
     """
-    incident = store.incident(incident_id)
+    incident = store.incidents.get(incident_id)
     since, until = span(incident, now)
-    events = store.incident_events(incident_id)
+    events = store.incidents.events(incident_id)
     return Facts(
         incident=incident,
-        alerts=store.incident_alerts(incident_id),
+        alerts=store.incidents.alerts(incident_id),
         timeline=timeline(store, incident, now),
-        quarantined=store.quarantined_between(since, until),
-        rounds=store.round_tally(since, until),
+        quarantined=store.clients.quarantined_between(since, until),
+        rounds=store.rounds.tally(since, until),
         epsilons=_epsilons(store, settings, since, until),
         target_delta=settings.privacy.target_delta,
         now=now,

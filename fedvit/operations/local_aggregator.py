@@ -91,7 +91,7 @@ class LocalAggregator:
 
     def resume(self) -> None:
         """Take up what the last process was doing: the run under way, and long operations."""
-        latest = self._store.latest_run()
+        latest = self._store.runs.latest()
         if latest is not None and latest.status is RunStatus.RUNNING:
             self.start_training()
         self._operations.start()
@@ -171,9 +171,9 @@ class LocalAggregator:
     def _count_connected(self) -> None:
         timeout_s = self._settings.fleet.heartbeat_timeout_s
         proxies = self.proxies_alive()
-        fleet = connectivity(self._store.last_contacts(hosted=False), proxies, utc_now(), timeout_s)
+        fleet = connectivity(self._store.clients.last_contacts(hosted=False), proxies, utc_now(), timeout_s)
         # Of virtual clients there may be a million: they are counted, not looked at.
-        hosted = self._store.count_hosted() if any(proxies.alive.values()) else 0
+        hosted = self._store.clients.count_virtual() if any(proxies.alive.values()) else 0
         self._on_connected(fleet.connected + max(0, hosted - len(proxies.stranded)))
 
     def _count_messages(self) -> None:
@@ -182,7 +182,7 @@ class LocalAggregator:
 
     def _name_vehicles(self) -> None:
         """Keep the list of vehicles that Prometheus is to ask."""
-        said = self._store.metrics_addresses() if self._settings.fleet.scrape_vehicles else {}
+        said = self._store.clients.metrics_addresses() if self._settings.fleet.scrape_vehicles else {}
         good = {client_id: address for client_id, address in said.items() if ADDRESS.fullmatch(address)}
         # The name is the series' instance, not the address: that may be anybody's.
         targets = [Target(good[name], {"instance": name, "device": name}) for name in sorted(good)]
@@ -240,7 +240,7 @@ class LocalAggregator:
 
     def _restarted(self, order: RunRequest) -> Run:
         with self._lock:
-            run = self._coordinator.begin(order) if self._rests() else self._store.latest_run()
+            run = self._coordinator.begin(order) if self._rests() else self._store.runs.latest()
             self._start()
         assert run is not None
         return run
@@ -256,7 +256,7 @@ class LocalAggregator:
     def _order(self, operation_id: str, params: Mapping[str, Any]) -> RunRequest:
         base = None
         if params.get("strategy") == "fine_tune":
-            current = self._store.current_release()
+            current = self._store.releases.current()
             if current is None:
                 raise ConflictError("There is no release to fine-tune.", cure='Ask for "full_retrain".')
             base = current.version
@@ -306,7 +306,7 @@ class LocalAggregator:
 
     def _shutdown_mode(self) -> str | None:
         # Read from the state: this process may have been restarted after the operation was given its end.
-        for operation in self._store.operations(OperationStatus.SUCCEEDED):
+        for operation in self._store.operations.all(OperationStatus.SUCCEEDED):
             result = operation.result or {}
             if operation.kind == SHUTDOWN and result.get("system_id") == self._system_id:
                 return str(result["mode"])

@@ -116,18 +116,18 @@ class Mailbox:
                 self._folder.write(f"{name}/.about", b"fedvit mailbox\n")
         except OSError as error:
             raise _unreachable(self.url, error) from error
-        at = self._now().isoformat()
-
-        def change(found: Any) -> dict[str, Any]:
-            facts = _read(found)
-            return facts if facts["enabled"] else {**facts, "enabled": True, "enabled_at": at}
-
-        self._store.change_meta(_KEY, change)
+        with self._store.transaction() as transaction:
+            facts = _read(transaction.metadata.get(_KEY))
+            if not facts["enabled"]:
+                facts |= {"enabled": True, "enabled_at": self._now().isoformat()}
+                transaction.metadata.set(_KEY, facts)
         return self.state()
 
     def disable(self) -> MailboxState:
         """Take no more messages; what is in the mailbox stays there. Harmless when done twice."""
-        self._store.change_meta(_KEY, lambda found: {**_read(found), "enabled": False, "enabled_at": None})
+        with self._store.transaction() as transaction:
+            facts = _read(transaction.metadata.get(_KEY))
+            transaction.metadata.set(_KEY, {**facts, "enabled": False, "enabled_at": None})
         return self.state()
 
     def state(self) -> MailboxState:
@@ -181,7 +181,7 @@ class Mailbox:
         for client, name in self._arrived(INBOX):
             self._look(client, name, found)
         # Told to the store first: a message moved and then forgotten would be lost; one told twice does no harm.
-        self._store.touch_clients(found.seen)
+        self._store.clients.set_last_seen(found.seen)
         for path, target in found.moves:
             if target in found.reasons:
                 self._folder.write(f"{target}.reason", found.reasons[target].encode())
@@ -272,7 +272,7 @@ class Mailbox:
         """
         if not _is_client_id(client) or not is_message_id(name):
             raise NotFoundError("No client, or no message, is called so.")
-        self._store.client(client)
+        self._store.clients.get(client)
         now, at = self._now(), sent_at(name)
         if not now - WINDOW <= at <= now + AHEAD:
             raise StateError(f"The message was sent at {at.isoformat()} and arrived at {now.isoformat()}.")
@@ -294,15 +294,13 @@ class Mailbox:
         return sum(name.endswith(".json") for client in clients for name in self._folder.files(f"{place}/{client}"))
 
     def _count_up(self, found: _Pass) -> None:
-        def change(before: Any) -> dict[str, Any]:
-            facts = _read(before)
+        with self._store.transaction() as transaction:
+            facts = _read(transaction.metadata.get(_KEY))
             delivered, rejected = facts["delivered"] + found.delivered, facts["rejected"] + len(found.reasons)
-            return {**facts, "delivered": delivered, "rejected": rejected}
-
-        self._store.change_meta(_KEY, change)
+            transaction.metadata.set(_KEY, {**facts, "delivered": delivered, "rejected": rejected})
 
     def _facts(self) -> dict[str, Any]:
-        return _read(self._store.get_meta(_KEY))
+        return _read(self._store.metadata.get(_KEY))
 
 
 def _read(found: Any) -> dict[str, Any]:

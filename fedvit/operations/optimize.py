@@ -15,7 +15,8 @@ from fedvit.operations.runner import Task
 from fedvit.ports import ExportedModel, ModelBenchmark, ServerModelPort
 from fedvit.registry.publisher import Publisher, artifacts_of, served_variant
 from fedvit.registry.weights import stored_weights
-from fedvit.store.store import Release, Store
+from fedvit.store.records import Release
+from fedvit.store.store import Store
 from fedvit.types import Variant
 
 CANDIDATES: Mapping[str, tuple[Variant, ...]] = {
@@ -90,7 +91,7 @@ class Optimizer:
         return result | {"target_met": bool(fit), "best": best, "candidates": figures + unbuilt} | outcome
 
     def _measured(self, task: Task, release: Release) -> tuple[list[Candidate], list[dict[str, Any]]]:
-        weights = stored_weights(self._store, self._store.version(release.version).weights_digest)
+        weights = stored_weights(self._store, self._store.versions.get(release.version).weights_digest)
         variants = CANDIDATES[task.params["strategy"]]
         candidates, unbuilt = [], []
         for index, variant in enumerate(variants):
@@ -165,7 +166,7 @@ class Optimizer:
         }
 
     def _current(self) -> Release:
-        release = self._store.current_release()
+        release = self._store.releases.current()
         if release is None:
             raise ConflictError("No model version is released yet.", cure="Start training: POST /api/training/start.")
         return release

@@ -44,7 +44,7 @@ class Task:
             OperationCancelled: the operation was asked to end.
         """
         self.check()
-        self._store.advance_operation(self.operation.operation_id, progress, stage)
+        self._store.operations.advance(self.operation.operation_id, progress, stage)
 
     def check(self) -> None:
         """Pass, unless the operation was asked to end.
@@ -86,7 +86,7 @@ class OperationRunner:
 
     def start(self) -> None:
         """Settle what the last process left behind, then work."""
-        for operation in reversed(self._store.operations(*_UNFINISHED)):
+        for operation in reversed(self._store.operations.all(*_UNFINISHED)):
             self._settle(operation)
         self._thread.start()
 
@@ -103,7 +103,7 @@ class OperationRunner:
         known = self._known(call_key)
         if not known:
             self._kinds[kind].admit(params)
-        operation, created = self._store.create_operation(kind, params, call_key=call_key)
+        operation, created = self._store.operations.create(kind, params, call_key=call_key)
         if created and self._kinds[kind].urgent:
             threading.Thread(target=self._see_through, args=(operation.operation_id,), daemon=True).start()
         elif created:
@@ -117,7 +117,7 @@ class OperationRunner:
             NotFoundError: no such operation.
         """
         with self._lock:
-            operation = self._store.cancel_operation(operation_id)
+            operation = self._store.operations.cancel(operation_id)
             if operation_id in self._cancelled:
                 self._cancelled[operation_id].set()
         return operation
@@ -128,8 +128,8 @@ class OperationRunner:
         Raises:
             NotFoundError: no such operation.
         """
-        self.wait_until(lambda: self._store.operation(operation_id).status.ended, timeout_s)
-        return self._store.operation(operation_id)
+        self.wait_until(lambda: self._store.operations.get(operation_id).status.ended, timeout_s)
+        return self._store.operations.get(operation_id)
 
     def wait_until(self, true: Callable[[], _Fact], timeout_s: float) -> _Fact:
         """What ``true()`` says once that is something, or after ``timeout_s``; asked when an operation has ended."""
@@ -144,17 +144,17 @@ class OperationRunner:
             self._thread.join(STOP_TIMEOUT_S)
 
     def _known(self, call_key: str | None) -> bool:
-        return call_key is not None and self._store.operation_key_exists(call_key)
+        return call_key is not None and self._store.operations.key_exists(call_key)
 
     def _settle(self, operation: Operation) -> None:
         kind = self._kinds.get(operation.kind)
         if operation.cancel_requested:
-            self._store.end_operation(operation.operation_id, OperationStatus.CANCELLED)
+            self._store.operations.end(operation.operation_id, OperationStatus.CANCELLED)
         elif kind is not None and not kind.urgent and (kind.repeatable or operation.status is OperationStatus.QUEUED):
             self._queue.put(operation.operation_id)
         else:
             error = ConflictError("The process ended in the middle of the operation.", cure="Ask for it again.")
-            self._store.end_operation(
+            self._store.operations.end(
                 operation.operation_id, OperationStatus.FAILED, error=_described(error, "interrupted")
             )
 
@@ -172,13 +172,13 @@ class OperationRunner:
 
     def _perform(self, operation_id: str) -> None:
         with self._lock:
-            operation = self._store.begin_operation(operation_id)
+            operation = self._store.operations.begin(operation_id)
             cancelled = self._cancelled[operation_id] = threading.Event()
         try:
             if operation.status is OperationStatus.RUNNING and not operation.cancel_requested:
                 self._work(Task(operation, self._store, cancelled))
             else:
-                self._store.end_operation(operation_id, OperationStatus.CANCELLED)
+                self._store.operations.end(operation_id, OperationStatus.CANCELLED)
         finally:
             with self._lock:
                 del self._cancelled[operation_id]
@@ -188,15 +188,15 @@ class OperationRunner:
         try:
             result = self._kinds[task.operation.kind].work(task)
         except OperationCancelled:
-            self._store.end_operation(name, OperationStatus.CANCELLED)
+            self._store.operations.end(name, OperationStatus.CANCELLED)
         except FedvitError as error:
-            self._store.end_operation(name, OperationStatus.FAILED, error=_described(error))
+            self._store.operations.end(name, OperationStatus.FAILED, error=_described(error))
         except Exception as error:
             _LOG.exception("operation %s (%s)", name, task.operation.kind)
             told = FedvitError(f"{type(error).__name__}: {error}", cure="See the aggregator's log.")
-            self._store.end_operation(name, OperationStatus.FAILED, error=_described(told))
+            self._store.operations.end(name, OperationStatus.FAILED, error=_described(told))
         else:
-            self._store.end_operation(name, OperationStatus.SUCCEEDED, result=result)
+            self._store.operations.end(name, OperationStatus.SUCCEEDED, result=result)
 
 
 def _described(error: FedvitError, code: str | None = None) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from fedvit.privacy.accountants import Composition, epsilon_pld, epsilon_rdp, ro
 from fedvit.privacy.events import Event
 from fedvit.privacy.round_cost import round_event, spend_of
 from fedvit.settings import environment_settings
-from fedvit.store.store import BudgetPeriod, Store
+from fedvit.store.records import BudgetPeriod
+from fedvit.store.store import Repositories, Store
 from fedvit.types import BudgetReport
 
 Spent: TypeAlias = frozenset[tuple[Event, int]]
@@ -60,7 +61,7 @@ class PrivacyAccountant:
         self._spends = self._lifetime
         self._lock = threading.RLock()
         self._reported: tuple[int, BudgetReport] | None = None
-        self._read_ledger()
+        self._read_ledger(self._store)
 
     def charge(self, charges: Sequence[Charge]) -> BudgetReport:
         """Write the charges, all or none, before anything is released; see :class:`fedvit.ports.AccountantPort`.
@@ -78,8 +79,12 @@ class PrivacyAccountant:
         Raises:
             BudgetExhaustedError, LedgerFrozenError: see :meth:`charge`.
         """
-        with self._lock:
-            self._store.append_charges(charges, self._check)
+        with self._lock, self._store.transaction() as transaction:
+            new = transaction.ledger.not_yet_written(charges)
+            if new:
+                transaction.ledger.check_not_frozen()
+                self._check(transaction, new)
+                transaction.ledger.append(new)
 
     def check(self, charges: Sequence[Charge]) -> None:
         """Whether the charges could be written now; see :class:`fedvit.ports.AccountantPort`.
@@ -88,9 +93,9 @@ class PrivacyAccountant:
             BudgetExhaustedError: with them some unit would pass the period's budget.
             LedgerFrozenError: nothing may be charged at all.
         """
-        self._store.check_not_frozen()
+        self._store.ledger.check_not_frozen()
         with self._lock:
-            self._check(charges)
+            self._check(self._store, charges)
 
     def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
         """The units that each could bear its own of the charges now; see :class:`fedvit.ports.AccountantPort`.
@@ -98,9 +103,9 @@ class PrivacyAccountant:
         Raises:
             LedgerFrozenError: nothing may be charged at all.
         """
-        self._store.check_not_frozen()
+        self._store.ledger.check_not_frozen()
         with self._lock:
-            self._read_ledger()
+            self._read_ledger(self._store)
             fits: dict[Spent, bool] = {}
             units = set()
             for charge in charges:
@@ -121,7 +126,7 @@ class PrivacyAccountant:
         call_key: str | None = None,
     ) -> BudgetReport:
         """Begin a new period with its own budget; see :class:`fedvit.ports.AccountantPort`."""
-        self._store.grant_budget(new_epsilon, justification, requested_by, approved_by, call_key=call_key)
+        self._store.budget.grant(new_epsilon, justification, requested_by, approved_by, call_key=call_key)
         return self.budget(outlook=True)
 
     def budget(self, *, outlook: bool = False) -> BudgetReport:
@@ -140,16 +145,16 @@ class PrivacyAccountant:
     def get_remaining_epsilon(self) -> float:
         """What may be spent now, never below zero."""
         with self._lock:
-            self._read_ledger()
+            self._read_ledger(self._store)
             spent = _most_exposed(self._spends.all(), self._settings.privacy.target_delta, epsilon_pld)
-            return 0.0 if self._store.ledger_freeze() else max(0.0, self._target_epsilon - spent)
+            return 0.0 if self._store.ledger.current_freeze() else max(0.0, self._target_epsilon - spent)
 
     def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
         """Ledger entries from ``since`` on, oldest first, at most ``limit``."""
-        return self._store.ledger(since=since, limit=limit)
+        return self._store.ledger.entries(since=since, limit=limit)
 
     def _report(self) -> BudgetReport:
-        self._read_ledger()
+        self._read_ledger(self._store)
         privacy, period, spends = self._settings.privacy, self._period, self._spends
         self._lifetime.read(self._store)
         everybody = bool(spends.population)
@@ -161,14 +166,14 @@ class PrivacyAccountant:
             epsilon_spent_rdp=_most_exposed(spends.all(), privacy.target_delta, epsilon_rdp),
             lifetime_epsilon=_most_exposed(self._lifetime.all(), privacy.target_delta, epsilon_pld),
             rounds_charged=len(spends.rounds),
-            clients_charged=max(len(spends.own), self._store.population() if everybody else 0),
+            clients_charged=max(len(spends.own), self._store.clients.population() if everybody else 0),
             period=period.period if period else 1,
             period_started_at=period.at if period else None,
-            frozen=self._store.ledger_freeze(),
+            frozen=self._store.ledger.current_freeze(),
         )
 
     def _with_outlook(self, report: BudgetReport) -> BudgetReport:
-        run = self._store.latest_run()
+        run = self._store.runs.latest()
         noise_multiplier = self._settings.privacy.noise_multiplier or (run.noise_multiplier if run else None)
         if noise_multiplier is None:
             return report
@@ -186,9 +191,9 @@ class PrivacyAccountant:
     def _target_epsilon(self) -> float:
         return self._period.target_epsilon if self._period else self._settings.privacy.target_epsilon
 
-    def _check(self, charges: Sequence[Charge]) -> None:
+    def _check(self, store: Repositories, charges: Sequence[Charge]) -> None:
         # Another process may have charged, or granted a new budget; inside the writing transaction this is the truth.
-        self._read_ledger()
+        self._read_ledger(store)
         epsilon = self._epsilon_if_above_target(self._spends.after(charges))
         if epsilon is not None:
             raise BudgetExhaustedError(
@@ -208,12 +213,12 @@ class PrivacyAccountant:
         epsilon = _most_exposed(spends, delta, epsilon_pld)
         return epsilon if epsilon > target else None
 
-    def _read_ledger(self) -> None:
-        period = self._store.budget_period()
+    def _read_ledger(self, store: Repositories) -> None:
+        period = store.budget.current()
         if period is not None and period != self._period:
             self._period = period
             self._spends = _Spends(self._settings.privacy.privacy_unit, after=period.ledger_sequence)
-        self._spends.read(self._store)
+        self._spends.read(store)
 
 
 def epsilon_spent_at(store: Store, settings: Settings, at: datetime) -> float:
@@ -222,7 +227,7 @@ def epsilon_spent_at(store: Store, settings: Settings, at: datetime) -> float:
     Raises:
         StateError: the ledger has a charge that cannot be interpreted.
     """
-    started = [period.ledger_sequence for period in store.budget_periods() if period.at <= at]
+    started = [period.ledger_sequence for period in store.budget.periods() if period.at <= at]
     spends = _Spends(settings.privacy.privacy_unit, after=started[-1] if started else 0)
     spends.read(store, until=at)
     return _most_exposed(spends.all(), settings.privacy.target_delta, epsilon_pld)
@@ -255,9 +260,9 @@ class _Spends:
         self._privacy_unit = privacy_unit
         self._last_sequence = after
 
-    def read(self, store: Store, until: datetime | None = None) -> None:
+    def read(self, store: Repositories, until: datetime | None = None) -> None:
         """Take in the lines that came since the last time, those behind ``until`` left out."""
-        for entry in store.ledger(after=self._last_sequence):
+        for entry in store.ledger.entries(after=self._last_sequence):
             if until is not None and entry.at > until:
                 return
             self.take(entry.charge)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from fedvit.store.store import Release, Store
+from fedvit.store.records import Release
+from fedvit.store.store import Store
 from fedvit.types import ModelVersion
 
 
@@ -34,5 +35,5 @@ def contributions(versions: Iterable[ModelVersion], client_ids: Collection[str])
 
 def last_release_without(store: Store, client_ids: Collection[str]) -> Release | None:
     """The newest release to which none of these clients contributed, or None."""
-    found = contributions(store.versions(), client_ids)
-    return next((release for release in reversed(store.releases()) if not found[release.version]), None)
+    found = contributions(store.versions.all(), client_ids)
+    return next((release for release in reversed(store.releases.all()) if not found[release.version]), None)

@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, ModelError, ReleaseRefusedError
 from fedvit.ports import ExportedModel
-from fedvit.store.store import Derivation, Release, Sign, Store
+from fedvit.store.records import Derivation, Release
+from fedvit.store.store import Repositories, Store
 from fedvit.types import ModelVersion, Variant
 from fedvit.wire.manifest import ReleaseManifest, load_or_create_signing_key, public_key_text, sign_manifest
 
@@ -68,12 +69,12 @@ class Publisher:
     def variants(self) -> tuple[Variant, ...]:
         """The variants that a release must have: the configured ones, and the one that the fleet runs."""
         configured = self._settings.release.variants
-        served = Variant(served_variant(self._store.current_release(), self._settings))
+        served = Variant(served_variant(self._store.releases.current(), self._settings))
         return configured if served in configured else (*configured, served)
 
     def accuracy_floor(self) -> float | None:
         """The least held-out accuracy that may take the current release's place; None when anything may."""
-        current = self._store.current_release()
+        current = self._store.releases.current()
         served = served_variant(current, self._settings)
         artifact = artifacts_of(current).get(served) if current else None
         accuracy = artifact.metrics.get("accuracy") if artifact else None
@@ -93,18 +94,11 @@ class Publisher:
                 self._check_agreement(version, exports)
                 self._check_accuracy(version.version, exports[serve].accuracy)
             except (ModelError, ReleaseRefusedError) as error:
-                self._store.refuse_release(version.version, error.message)
+                self._store.versions.refuse(version.version, error.message)
                 raise
             artifacts = self._stored(exports)
-            sequence = self._store.next_release_sequence()
-            return self._store.release(
-                version.version,
-                _digests(artifacts),
-                self._signer(artifacts)(version, sequence),
-                reason,
-                sequence=sequence,
-                serve_variant=serve.value,
-            )
+            with self._store.transaction() as transaction:
+                return self._release(transaction, version, artifacts, reason, serve.value)
 
     def rollback(
         self, name: str, *, force: bool, reason: str | None, export: Callable[[ModelVersion], Exports]
@@ -123,24 +117,24 @@ class Publisher:
             IntegrityError: a stored artifact no longer matches its hash.
         """
         with self._lock:
-            target, current = self._store.version(name), self._current()
+            target, current = self._store.versions.get(name), self._current()
             if current.version == name:
                 raise ConflictError(f"{name} is what serves now.", cure="Name another version.")
-            serving = self._store.version(current.version)
+            serving = self._store.versions.get(current.version)
             if serving.derived_from == name and serving.lineage.get("rollback_of") == name:
                 # Asked twice, or repeated because an answer got lost.
                 return current
-            past = self._store.release_of(name)
+            past = self._store.releases.of_version(name)
             if not force:
                 self._check_target(target, past)
             artifacts = artifacts_of(past) if past else self._stored_checked(target, export(target))
             for artifact in artifacts.values():
                 self._store.blobs.get(artifact.digest)
             lineage = {"rollback_of": name, "replaces": current.version, "reason": reason, "forced": force}
-            derivation = Derivation(name, lineage, _digests(artifacts), target.metrics)
+            derivation = Derivation(name, lineage, target.metrics)
             serve = self._kept(artifacts, served_variant(current, self._settings), served_variant(past, self._settings))
             why = f"roll-back to {name}" + (f": {reason}" if reason else "")
-            return self._store.release_derived(derivation, self._signer(artifacts), why, serve)
+            return self._release_derived(derivation, artifacts, why, serve)
 
     def switch(self, variant: Variant) -> Release:
         """Move everybody who follows the fleet to another variant of the current version; harmless when repeated.
@@ -159,8 +153,10 @@ class Publisher:
             if served_variant(current, self._settings) == variant.value:
                 return current
             self._store.blobs.get(current.artifacts[variant.value])
-            sign = self._signer(artifacts_of(current))
-            return self._store.release_again(variant.value, sign, f"switch to {variant.value}")
+            with self._store.transaction() as transaction:
+                version, artifacts = transaction.versions.get(current.version), artifacts_of(current)
+                reason = f"switch to {variant.value}"
+                return self._release(transaction, version, artifacts, reason, variant.value, while_frozen=True)
 
     def adopt(
         self, origin: str, variant: Variant, export: ExportedModel, lineage: Mapping[str, object], reason: str
@@ -179,18 +175,18 @@ class Publisher:
                 )
             self._check_accuracy(f"{variant.value} of {origin}", export.accuracy)
             artifacts = artifacts_of(current) | self._stored({variant: export})
-            metrics = {**self._store.version(origin).metrics, "accuracy": export.accuracy}
-            derivation = Derivation(origin, lineage, _digests(artifacts), metrics)
-            return self._store.release_derived(derivation, self._signer(artifacts), reason, variant.value)
+            metrics = {**self._store.versions.get(origin).metrics, "accuracy": export.accuracy}
+            derivation = Derivation(origin, lineage, metrics)
+            return self._release_derived(derivation, artifacts, reason, variant.value)
 
     def _current(self) -> Release:
-        current = self._store.current_release()
+        current = self._store.releases.current()
         if current is None:
             raise ConflictError("No model version is released yet.", cure="Start training: POST /api/training/start.")
         return current
 
     def _served_of(self, exports: Exports) -> Variant:
-        served = served_variant(self._store.current_release(), self._settings)
+        served = served_variant(self._store.releases.current(), self._settings)
         return Variant(self._kept({v.value: e for v, e in exports.items()}, served))
 
     def _kept(self, offered: Mapping[str, object], *wishes: str) -> str:
@@ -242,18 +238,39 @@ class Publisher:
             for variant, export in exports.items()
         }
 
-    def _signer(self, artifacts: Mapping[str, Artifact]) -> Sign:
-        """Signs all artifacts for a version and a sequence number; reads the store now and not later."""
-        fleet = self._store.fleet()
+    def _release_derived(
+        self, derivation: Derivation, artifacts: Mapping[str, Artifact], reason: str, serve_variant: str
+    ) -> Release:
+        with self._store.transaction() as transaction:
+            version = transaction.versions.derive(derivation)
+            return self._release(transaction, version, artifacts, reason, serve_variant, while_frozen=True)
+
+    def _release(
+        self,
+        transaction: Repositories,
+        version: ModelVersion,
+        artifacts: Mapping[str, Artifact],
+        reason: str,
+        serve_variant: str,
+        *,
+        while_frozen: bool = False,
+    ) -> Release:
+        """Sign all artifacts under the next sequence number and release them."""
+        sequence, fleet = transaction.releases.next_sequence(), transaction.metadata.fleet()
         classes = tuple(fleet.classes) if fleet else ()
-
-        def sign(version: ModelVersion, sequence: int) -> dict[str, str]:
-            return {
-                variant: sign_manifest(self._manifest(version, variant, artifact, classes, sequence), self._key)
-                for variant, artifact in artifacts.items()
-            }
-
-        return sign
+        envelopes = {
+            variant: sign_manifest(self._manifest(version, variant, artifact, classes, sequence), self._key)
+            for variant, artifact in artifacts.items()
+        }
+        return transaction.releases.add(
+            version.version,
+            {variant: artifact.digest for variant, artifact in artifacts.items()},
+            envelopes,
+            reason,
+            sequence=sequence,
+            serve_variant=serve_variant,
+            while_frozen=while_frozen,
+        )
 
     def _manifest(
         self, version: ModelVersion, variant: str, artifact: Artifact, classes: tuple[str, ...], sequence: int
@@ -276,7 +293,3 @@ class Publisher:
             created_at=version.created_at.isoformat(),
             metrics=artifact.metrics,
         )
-
-
-def _digests(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
-    return {variant: artifact.digest for variant, artifact in artifacts.items()}

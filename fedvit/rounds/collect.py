@@ -91,7 +91,7 @@ class Collector:
         return replace(self._judged(answers, order, task), rejected_answers=keeper.rejected_answers)
 
     def _keeper(self, task: TrainTask, base: Weights, client_ids: Sequence[str]) -> UpdateAdmission:
-        sizes = self._store.num_examples(client_ids)
+        sizes = self._store.clients.num_examples(client_ids)
         validator = UpdateValidator.of(self._settings, self._protection.rule, base, sizes)
         return UpdateAdmission(validator, self._store, task.run_id, task.round_index)
 
@@ -140,7 +140,7 @@ class Collector:
             order.cohort.round_index,
             settings.mode,
             0 if self._protection.rule.needs_one_base else settings.staleness_tolerance,
-            frozenset(self._store.quarantined_clients()),
+            frozenset(self._store.clients.quarantined()),
             lambda update: self._protection.fault_of(update, task.run_id),
             self._settings.training.staleness,
         )

@@ -53,7 +53,8 @@ from fedvit.rounds.steering import (
     run_request,
 )
 from fedvit.rounds.update_admission import count_refusals
-from fedvit.store.store import RoundCommit, Store
+from fedvit.store.records import RoundCommit
+from fedvit.store.store import Store
 from fedvit.store.versions import RULE_STATE
 from fedvit.types import (
     ClientOutcome,
@@ -153,7 +154,7 @@ class Coordinator:
             ConflictError: ``target_delta`` is larger than 1/n.
         """
         try:
-            check_units(self._settings, *self._store.count_units())
+            check_units(self._settings, *self._store.clients.count_units())
         except ConfigError as error:
             # Whoever asks for a run did not write the settings: it is the fleet, as it is now, that they do not fit.
             raise ConflictError(error.message, cure=error.cure) from error
@@ -192,7 +193,7 @@ class Coordinator:
         return found if len(found) >= needed else roll.forgiving().draw(self._cohort_secret).client_ids
 
     def _count_eligible(self, config: CohortConfig, at_most: int | None = None) -> int:
-        return self._store.count_eligible(
+        return self._store.clients.count_eligible(
             validated_only=config.client_selection == "validated_only",
             heard_since=self._heard_since(),
             at_most=at_most,
@@ -229,14 +230,14 @@ class Coordinator:
             self._collector.give_up("another run began")
         self._run = run
         if run.status is not RunStatus.COMPLETED:
-            self._store.set_run_status(run.run_id, RunStatus.RUNNING)
+            self._store.runs.set_status(run.run_id, RunStatus.RUNNING)
         self._load_weights(run)
         training = self._settings.training
         release_every = self._settings.release.every_rounds
         plan = Plan(run.rounds_total, training.cohort.min_clients, release_every, self._protection.sampled)
         state = LoopState(plan)
         self._drive(state, machine.Started(run.rounds_done, self._unreleased_version(run)))
-        return self._store.run(run.run_id)
+        return self._store.runs.get(run.run_id)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -261,7 +262,7 @@ class Coordinator:
         except FedvitError as error:
             return machine.Failed(str(error))
         except Exception as error:
-            self._store.set_run_status(self._current.run_id, RunStatus.FAILED, f"{type(error).__name__}: {error}")
+            self._store.runs.set_status(self._current.run_id, RunStatus.FAILED, f"{type(error).__name__}: {error}")
             raise
 
     def _perform(self, effect: machine.Effect) -> machine.Event | None:
@@ -277,16 +278,16 @@ class Coordinator:
             case machine.ReleaseVersion(version):
                 return self._release(version)
             case machine.Rest(status, reason):
-                self._store.set_run_status(self._current.run_id, status, reason)
+                self._store.runs.set_status(self._current.run_id, status, reason)
                 return None
 
     def _draw(self, round_index: int) -> machine.Event:
         # Not left to the charge alone: a round that was charged before it was interrupted is not charged again.
-        self._store.check_not_frozen()
+        self._store.ledger.check_not_frozen()
         run_id, config = self._current.run_id, self._cohort_config(self._selection())
         if self._protection.sampled:
             self._collector.give_up("a sampled round waits for nobody")
-        in_flight, kept_out = self._collector.in_flight(), set(self._store.quarantined_clients())
+        in_flight, kept_out = self._collector.in_flight(), set(self._store.clients.quarantined())
         min_clients = round_settings(self._store, self._settings).min_clients
         min_clients = max(min_clients, self._protection.rule.least_updates)
         roll = self._roll(self._task(round_index), config)
@@ -296,7 +297,7 @@ class Coordinator:
             return machine.ChargeRefused(str(error))
         if self._protection.sampled and (count := self._count_eligible(config, min_clients)) < min_clients:
             return machine.Failed(f"{count} clients may be drawn; at least {min_clients} are needed.")
-        record = self._store.open_round(run_id, round_index, drawn)
+        record = self._store.rounds.open(run_id, round_index, drawn)
         # A retry gets the recorded cohort, but an incident since then keeps its clients out.
         cohort = Cohort(round_index, tuple(c for c in record.cohort if c not in kept_out))
         return machine.CohortDrawn(cohort, min_clients, len(in_flight.difference(cohort.client_ids)))
@@ -354,21 +355,21 @@ class Coordinator:
         """The weights that an earlier round of this run handed out."""
         if round_index == 1:
             return self._start_weights(run_request(self._store))
-        version = self._store.round(self._current.run_id, round_index - 1).version
-        return stored_weights(self._store, self._store.version(str(version)).weights_digest)
+        version = self._store.rounds.get(self._current.run_id, round_index - 1).version
+        return stored_weights(self._store, self._store.versions.get(str(version)).weights_digest)
 
     def _left_out(self, record: RoundRecord, told: Sequence[ClientOutcome]) -> tuple[ClientOutcome, ...]:
         """The outcomes of those who were recorded for the round, came into quarantine, and were not asked again."""
         # One that is still at it from an earlier attempt may yet answer, late.
         silent = set(record.cohort).difference((o.client_id for o in told), self._collector.in_flight())
-        caught = silent.intersection(self._store.quarantined_clients())
+        caught = silent.intersection(self._store.clients.quarantined())
         return tuple(ClientOutcome(client_id, 0, QUARANTINED) for client_id in sorted(caught))
 
     def _commit(self, round_index: int) -> machine.Event:
         work = self._work
         if work is None:
             raise machine.ImpossibleEventError("a round is committed that was not trained")
-        record = self._store.round(self._current.run_id, round_index)
+        record = self._store.rounds.get(self._current.run_id, round_index)
         weights = work.folded.weights
         storing = self._disk.submit(self._store.blobs.put_pieces, encoded_pieces(weights))
         evaluation = self._evaluated(round_index, weights)
@@ -376,7 +377,7 @@ class Coordinator:
         digest = storing.result()
         remembered = self._remembered(work.folded.state)
         left_out = self._left_out(record, work.buffer.outcomes)
-        version = self._store.commit_round(
+        version = self._store.rounds.commit(
             self._current.run_id,
             round_index,
             RoundCommit(
@@ -430,10 +431,10 @@ class Coordinator:
 
     def _release(self, version: str) -> machine.Event:
         if not self._model.exports:
-            self._store.refuse_release(version, "Its model has no export.")
+            self._store.versions.refuse(version, "Its model has no export.")
             return machine.ReleaseRefused()
         exports = {variant: self._model.export(self._weights, variant) for variant in self.publisher.variants()}
-        record = self._store.version(version)
+        record = self._store.versions.get(version)
         try:
             self.publisher.release(record, exports, f"round {record.round_index} of {record.run_id}")
         except (ReleaseRefusedError, LedgerFrozenError):
@@ -454,8 +455,8 @@ class Coordinator:
         """
         order = run_request(self._store)
         identity, digest = run_identity(self._settings, order)
-        latest = self._store.latest_run()
-        check_units(self._settings, *self._store.count_units())
+        latest = self._store.runs.latest()
+        check_units(self._settings, *self._store.clients.count_units())
         check_mode(self._protection.rule, aggregation_settings(self._store).mode)
         if latest is not None and latest.config_digest == digest:
             return latest
@@ -469,8 +470,8 @@ class Coordinator:
         if latest is not None and latest.status.resumable:
             ordered = order is not None and latest.config.get("order") != identity.get("order")
             reason = order.reason if order and ordered else "The training settings changed."
-            self._store.set_run_status(latest.run_id, RunStatus.SUPERSEDED, reason)
-        return self._store.create_run(
+            self._store.runs.set_status(latest.run_id, RunStatus.SUPERSEDED, reason)
+        return self._store.runs.create(
             rounds_total=self._settings.training.rounds,
             noise_multiplier=self._noise_multiplier,
             config=identity | facts,
@@ -483,14 +484,14 @@ class Coordinator:
         return round_noise_multiplier(self._settings)
 
     def _fleet_digest(self) -> str:
-        fleet = self._store.fleet()
+        fleet = self._store.metadata.fleet()
         return fleet.data_digest if fleet else ""
 
     def _load_weights(self, run: Run) -> None:
         """The weights after the last committed round, or the ones that a run starts from."""
         self._frozen_digest = self._store.blobs.put(encode_weights(self._model.frozen_weights()))
-        self._store.set_meta(FROZEN_DIGEST, self._frozen_digest)
-        version = self._store.latest_version(run.run_id)
+        self._store.metadata.set(FROZEN_DIGEST, self._frozen_digest)
+        version = self._store.versions.latest(run.run_id)
         if version is None:
             weights = self._start_weights(run_request(self._store))
             self._continue_from(weights, self._store.blobs.put(encode_weights(weights)), {})
@@ -512,10 +513,10 @@ class Coordinator:
         if order is None or order.base_version is None:
             return initial
         shapes = {name: array.shape for name, array in initial.items()}
-        return stored_weights(self._store, self._store.version(order.base_version).weights_digest, shapes)
+        return stored_weights(self._store, self._store.versions.get(order.base_version).weights_digest, shapes)
 
     def _unreleased_version(self, run: Run) -> str | None:
-        version = self._store.latest_version(run.run_id)
+        version = self._store.versions.latest(run.run_id)
         if version is None or version.released or version.refusal is not None:
             return None
         return version.version
@@ -565,8 +566,8 @@ class Coordinator:
 
     def _resting_progress(self) -> TrainingProgress:
         """What the store remembers, for a loop that has not begun."""
-        run = self._store.latest_run()
-        version = self._store.latest_version(run.run_id) if run else None
+        run = self._store.runs.latest()
+        version = self._store.versions.latest(run.run_id) if run else None
         return TrainingProgress(
             run_id=run.run_id if run else None,
             status=run.status if run else None,

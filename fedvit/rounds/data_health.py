@@ -13,7 +13,8 @@ from fedvit.drift.quality import Doubt, FleetQuality
 from fedvit.drift.signals import Drift, Signal, histogram_signals, loss_signal
 from fedvit.drift.validation_status import Standing
 from fedvit.errors import FedvitError
-from fedvit.store.store import Store, Validation
+from fedvit.store.records import Validation
+from fedvit.store.store import Store
 from fedvit.types import ClientOutcome, ModelVersion, utc_now
 from fedvit.wire.histograms import ClientHistogram, HistogramSpec
 
@@ -37,17 +38,17 @@ def histograms(store: Store) -> FleetHistograms:
     The reference is what every client had told when the released model was trained: a roll-back brings the window of
     the older model back with it.
     """
-    newest, release = store.latest_sketches(), store.current_release()
+    newest, release = store.histograms.latest(), store.releases.current()
     if not newest:
         return FleetHistograms({}, None, None)
     # Another data set or model has other edges; what most have told last is what is looked at.
     digest, _ = Counter(histogram.spec_digest for histogram in newest.values()).most_common(1)[0]
-    spec = store.histogram_spec(digest)
+    spec = store.histograms.spec(digest)
     if release is None or spec is None:
         return FleetHistograms(newest, spec, None)
-    reference = store.latest_sketches(until=_trained(store, release.version).created_at)
+    reference = store.histograms.latest(until=_trained(store, release.version).created_at)
     meant = {
-        digest: store.histogram_spec(digest) for digest in {histogram.spec_digest for histogram in reference.values()}
+        digest: store.histograms.spec(digest) for digest in {histogram.spec_digest for histogram in reference.values()}
     }
     same_basis = {digest for digest, told in meant.items() if told is not None and told.basis == spec.basis}
     return FleetHistograms(newest, spec, compare(reference, newest, spec, same_basis))
@@ -55,26 +56,26 @@ def histograms(store: Store) -> FleetHistograms:
 
 def reference_spec(store: Store) -> HistogramSpec | None:
     """What the latest histograms of the reference mean; None where there are none."""
-    release = store.current_release()
-    return None if release is None else store.latest_sketch_spec(_trained(store, release.version).created_at)
+    release = store.releases.current()
+    return None if release is None else store.histograms.latest_spec(_trained(store, release.version).created_at)
 
 
 def doubts(store: Store, told: FleetHistograms) -> dict[str, list[Doubt]]:
     """What was seen of clients' data that speaks against them."""
-    return quality.seen(store.conduct(quality.CONDUCT_ROUNDS), told.newest, told.spec, told.comparison)
+    return quality.seen(store.rounds.update_statistics(quality.CONDUCT_ROUNDS), told.newest, told.spec, told.comparison)
 
 
 def drift(store: Store, told: FleetHistograms, *others: Signal) -> Drift:
     """The held-out loss of the latest run, whatever ``others`` know, and what clients' histograms say."""
-    run = store.latest_run()
-    rounds = store.rounds(run.run_id) if run else []
+    run = store.runs.latest()
+    rounds = store.rounds.of_run(run.run_id) if run else []
     losses = [found.loss for found in rounds if found.committed and found.loss is not None]
     return Drift((loss_signal(losses), *others, *histogram_signals(told.comparison, len(told.newest))))
 
 
 def fleet_quality(store: Store, against: Mapping[str, list[Doubt]]) -> FleetQuality:
     """Of the active clients, as the store knows them."""
-    return quality.fleet_quality(store.clients(active=True), store.participation(), against)
+    return quality.fleet_quality(store.clients.all(active=True), store.rounds.participation(), against)
 
 
 def judge(store: Store, client_ids: Collection[str], against: Mapping[str, list[Doubt]]) -> dict[str, bool]:
@@ -85,27 +86,27 @@ def judge(store: Store, client_ids: Collection[str], against: Mapping[str, list[
     Returns:
         What became of those whose verdict changed.
     """
-    kept: dict[str, dict[str, int]] = store.get_meta(_STANDING) or {}
+    kept: dict[str, dict[str, int]] = store.metadata.get(_STANDING) or {}
     # Most clients are fine for ever: of these nothing is kept, and nobody looks at them.
     concerned = sorted(c for c in client_ids if c in kept or c in against)
-    decided, changed, standings = store.validations(concerned), {}, dict(kept)
+    decided, changed, standings = store.clients.validations(concerned), {}, dict(kept)
     for client_id in concerned:
         if client_id in decided and not decided[client_id].automatic:
             standings.pop(client_id, None)
             continue
         found = against.get(client_id, [])
         standing = Standing.from_json(kept.get(client_id)).after(quality.score_of(found))
-        validated = store.client(client_id).validated
+        validated = store.clients.get(client_id).validated
         verdict = standing.verdict(validated)
         if verdict is not None:
             reason = " ".join(words for words, _ in found) or "Nothing speaks against its data any more."
-            store.validate_client(client_id, Validation(verdict, reason, utc_now(), automatic=True))
+            store.clients.validate(client_id, Validation(verdict, reason, utc_now(), automatic=True))
             changed[client_id] = verdict
         standings[client_id] = asdict(standing)
         if verdict or (validated and not standing.against):
             del standings[client_id]
     if standings != kept:
-        store.set_meta(_STANDING, standings)
+        store.metadata.set(_STANDING, standings)
     return changed
 
 
@@ -144,11 +145,11 @@ class DataWatch:
                 against.get(client_id),
             )
         # Of a very large fleet only those are counted who ask: see GET /api/clients/data-quality.
-        if self._store.population() <= _COUNTED:
+        if self._store.clients.population() <= _COUNTED:
             found = drift(self._store, told)
             self._on_health(fleet_quality(self._store, against).score, found.score)
 
 
 def _trained(store: Store, name: str) -> ModelVersion:
-    version = store.version(name)
+    version = store.versions.get(name)
     return version if version.derived_from is None else _trained(store, version.derived_from)

@@ -33,7 +33,7 @@ class EligibleClients:
         self._store, self._protection, self._accountant = store, protection, accountant
         self._task, self._config, self._heard_since = task, config, heard_since
         self._validated_only = config.client_selection == "validated_only"
-        self._size = store.population()
+        self._size = store.clients.population()
         self._forgiving = False
         self._eligible = self._not_worn_out = self._affordable = self._too_dear = 0
 
@@ -43,7 +43,9 @@ class EligibleClients:
 
     def admitted(self, positions: Sequence[int]) -> Mapping[int, str]:
         """See :class:`fedvit.cohort.selection.EligiblePool`."""
-        found = self._store.eligible_at(positions, validated_only=self._validated_only, heard_since=self._heard_since)
+        found = self._store.clients.eligible_at(
+            positions, validated_only=self._validated_only, heard_since=self._heard_since
+        )
         rest = self._protection.may_be_drawn(self._task.run_id, self._task.round_index, list(found.values()))
         within = self._within_budget(rest.rested)
         self._eligible += len(found)

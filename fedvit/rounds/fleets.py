@@ -87,7 +87,7 @@ class MixedFleet:
 
     def request_histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> None:
         """A remote client gets the request with its next poll, and its histogram is stored as it arrives."""
-        remote = {client.client_id: client for client in self._store.remote_clients(client_ids)}
+        remote = {client.client_id: client for client in self._store.clients.remote(client_ids)}
         for client in remote.values():
             self._work.leave_sketch(request, client)
         self._virtual.request_histograms(request, [client_id for client_id in client_ids if client_id not in remote])
@@ -97,7 +97,7 @@ class MixedFleet:
         return self._virtual.histograms()
 
     def _remote(self, cohort: Cohort) -> dict[str, Client]:
-        return {client.client_id: client for client in self._store.remote_clients(cohort.client_ids)}
+        return {client.client_id: client for client in self._store.clients.remote(cohort.client_ids)}
 
     def _ask(self, task: TrainTask, weights: Weights, clients: Collection[Client]) -> ClientFailures:
         """Leave the task for each; who could not be asked."""

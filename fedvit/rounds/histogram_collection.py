@@ -43,7 +43,7 @@ class HistogramCollection:
             return ()
         noise_multiplier, unit = self._settings.histograms.noise_multiplier, self._settings.privacy.privacy_unit
         order = HistogramRequest(run.run_id, round_index, noise_multiplier, unit, spec)
-        sizes = self._store.num_examples(client_ids)
+        sizes = self._store.clients.num_examples(client_ids)
         try:
             able = self._accountant.within_budget(self._charges(order, sizes, self._with_the_rest(run, round_index)))
             asked = {client_id: size for client_id, size in sizes.items() if client_id in able}
@@ -60,7 +60,7 @@ class HistogramCollection:
         for histogram in self._fleet.histograms():
             by_spec.setdefault(histogram.spec_digest, []).append(histogram)
         return sum(
-            self._store.add_sketches([histogram for histogram in by_spec[digest] if _fits(histogram, spec)], spec)
+            self._store.histograms.add([histogram for histogram in by_spec[digest] if _fits(histogram, spec)], spec)
             for digest, spec in self._ordered.items()
             if digest in by_spec
         )

@@ -146,7 +146,7 @@ class RecordLevel:
 
     def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
         """One a client."""
-        sizes = self._store.num_examples(client_ids)
+        sizes = self._store.clients.num_examples(client_ids)
         event = round_event(self._settings, task.noise_multiplier)
         return [_charge(event, task, c, output_id(task, c, sizes[c])) for c in client_ids]
 
@@ -288,9 +288,9 @@ class ClientLevel:
     def _facts(self, run_id: str) -> list[Mapping[str, Any]]:
         """What the mechanism did in each committed round of the run, from the first on."""
         known = self._history[1] if self._history[0] == run_id else []
-        committed = [record for record in self._store.rounds(run_id) if record.version is not None]
+        committed = [record for record in self._store.rounds.of_run(run_id) if record.version is not None]
         for record in committed[len(known) :]:
-            known.append(self._store.version(str(record.version)).lineage[FACTS])
+            known.append(self._store.versions.get(str(record.version)).lineage[FACTS])
         self._history = run_id, known
         return known
 
@@ -310,7 +310,7 @@ def _rested(settings: Settings, store: Store, run_id: str, round_index: int, cli
     cohort = settings.training.cohort
     if cohort.max_participations is None and cohort.min_separation == 1:
         return Rest(frozenset(client_ids), len(client_ids))
-    engaged = store.engagements(run_id, round_index, client_ids)
+    engaged = store.rounds.engagements(run_id, round_index, client_ids)
     times = {client_id: engaged.get(client_id, (0, 0)) for client_id in client_ids}
     most = cohort.max_participations or round_index
     left = [client_id for client_id in client_ids if times[client_id][0] < most]

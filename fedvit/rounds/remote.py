@@ -112,7 +112,7 @@ class RemoteWork:
         if not self._is_charged(offer):
             return None
         # Before old answers go: without them, old tasks would seem to wait for some.
-        self._store.set_meta(_TASK_KEY + client.client_id, offer.to_json())
+        self._store.metadata.set(_TASK_KEY + client.client_id, offer.to_json())
         keep = self._place(client.client_id, task.run_id, task.round_index)
         for path in keep.parent.glob("*"):
             if path != keep:
@@ -122,16 +122,15 @@ class RemoteWork:
     def leave_sketch(self, order: HistogramRequest, client: Client) -> None:
         """Ask a client for a histogram that is charged; an order that it has not followed is forgotten."""
         told = {"order": order.to_json(), "num_examples": client.num_examples}
-        self._store.set_meta(_SKETCH_KEY + client.client_id, told)
+        self._store.metadata.set(_SKETCH_KEY + client.client_id, told)
 
     def close(self, offer: Offer, reason: str) -> None:
         """Wait for this answer no more."""
-
-        def change(found: Any) -> Any:
-            mine = found is not None and Offer.from_json(found).is_for(offer.task.run_id, offer.task.round_index)
-            return {**found, "closed": reason} if mine else found
-
-        self._store.change_meta(_TASK_KEY + offer.client_id, change)
+        key = _TASK_KEY + offer.client_id
+        with self._store.transaction() as transaction:
+            value = transaction.metadata.get(key)
+            if value is not None and Offer.from_json(value).is_for(offer.task.run_id, offer.task.round_index):
+                transaction.metadata.set(key, {**value, "closed": reason})
 
     def answer(self, offer: Offer) -> EncodedUpdate | None:
         """What the client answered, if it has."""
@@ -146,7 +145,7 @@ class RemoteWork:
         Raises:
             NotFoundError: no such client.
         """
-        client, offer, run = self._store.client(client_id), self._offer(client_id), self._store.latest_run()
+        client, offer, run = self._store.clients.get(client_id), self._offer(client_id), self._store.runs.latest()
         if offer is None or offer.closed or client.quarantined or not client.active or run is None:
             return None
         under_way = run.run_id == offer.task.run_id and run.status is RunStatus.RUNNING
@@ -159,7 +158,7 @@ class RemoteWork:
         Raises:
             NotFoundError: no such client.
         """
-        client, found = self._store.client(client_id), self._store.get_meta(_SKETCH_KEY + client_id)
+        client, found = self._store.clients.get(client_id), self._store.metadata.get(_SKETCH_KEY + client_id)
         if found is None or client.quarantined or not client.active:
             return None
         return HistogramRequest.from_json(found["order"]), int(found["num_examples"])
@@ -177,8 +176,8 @@ class RemoteWork:
         order, size = found
         told = checked_counts(order.spec, counts)
         histogram = ClientHistogram(client_id, run_id, round_index, size, order.spec.digest, order.deviation, told)
-        self._store.add_sketches([histogram], order.spec)
-        self._store.set_meta(_SKETCH_KEY + client_id, None)
+        self._store.histograms.add([histogram], order.spec)
+        self._store.metadata.set(_SKETCH_KEY + client_id, None)
         return True
 
     def receive(self, client_id: str, run_id: str, round_index: int, content: bytes) -> Receipt:
@@ -205,17 +204,17 @@ class RemoteWork:
         Raises:
             NotFoundError: no such client.
         """
-        self._store.client(client_id)
+        self._store.clients.get(client_id)
         of = (client_id, run_id, round_index)
         offer, content = self._offer(client_id), _read(self._place(*of))
         if offer is not None and offer.closed and offer.is_for(run_id, round_index):
             reason = f"round {round_index} of {run_id} went on without it: {offer.closed}"
             return Receipt(*of, ReceiptStatus.REJECTED, reason)
-        taken = self._store.answer_of(*of)
+        taken = self._store.rounds.answer_of(*of)
         if taken is not None:
             folded_in, error = taken
             status = ReceiptStatus.REFUSED if error else ReceiptStatus.ACCEPTED
-            return Receipt(*of, status, error, folded_in, self._store.round(run_id, folded_in).version)
+            return Receipt(*of, status, error, folded_in, self._store.rounds.get(run_id, folded_in).version)
         if offer is None or not offer.is_for(run_id, round_index):
             return Receipt(*of, ReceiptStatus.REJECTED, self._why_not(*of))
         if content is None:
@@ -229,7 +228,7 @@ class RemoteWork:
         if task.privacy_unit == "client":
             units = {offer.client_id: 1, POPULATION: 1}
         releases = ((unit, output_id(task, unit, size)) for unit, size in units.items())
-        return any(self._store.is_charged(task.run_id, task.round_index, *release) for release in releases)
+        return any(self._store.ledger.is_charged(task.run_id, task.round_index, *release) for release in releases)
 
     def _compared(self, known: Receipt, content: bytes) -> Receipt:
         first = _read(self._place(known.client_id, known.run_id, known.round_index))
@@ -240,7 +239,7 @@ class RemoteWork:
 
     def _why_not(self, client_id: str, run_id: str, round_index: int) -> str:
         try:
-            asked = client_id in self._store.round(run_id, round_index).cohort
+            asked = client_id in self._store.rounds.get(run_id, round_index).cohort
         except NotFoundError:
             asked = False
         return f"round {round_index} of {run_id} {'went on without it' if asked else 'did not ask it'}"
@@ -263,7 +262,7 @@ class RemoteWork:
         return {name: array.shape for name, array in weights.items() if not name.startswith(BROADCAST)}
 
     def _offer(self, client_id: str) -> Offer | None:
-        found = self._store.get_meta(_TASK_KEY + client_id)
+        found = self._store.metadata.get(_TASK_KEY + client_id)
         return None if found is None else Offer.from_json(found)
 
     def _place(self, client_id: str, run_id: str, round_index: int) -> Path:

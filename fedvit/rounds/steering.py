@@ -37,21 +37,21 @@ class RunRequest:
 
 def run_request(store: Store) -> RunRequest | None:
     """The order in force, if there ever was one."""
-    found = store.get_meta(_ORDER_KEY)
+    found = store.metadata.get(_ORDER_KEY)
     return None if found is None else RunRequest(**found)
 
 
 def place_run_request(store: Store, wish: RunRequest) -> RunRequest:
     """Put ``wish`` in force under the next number; the same operation places one order, however often it tries."""
-
-    def change(found: Any | None) -> dict[str, Any]:
-        before = RunRequest(**found) if found else None
+    with store.transaction() as transaction:
+        value = transaction.metadata.get(_ORDER_KEY)
+        before = RunRequest(**value) if value else None
         if before is not None and before.operation_id == wish.operation_id:
-            return asdict(before)
+            return before
         selection = wish.client_selection or (before.client_selection if before else None)
-        return asdict(replace(wish, number=before.number + 1 if before else 1, client_selection=selection))
-
-    return RunRequest(**store.change_meta(_ORDER_KEY, change))
+        request = replace(wish, number=before.number + 1 if before else 1, client_selection=selection)
+        transaction.metadata.set(_ORDER_KEY, asdict(request))
+        return request
 
 
 def run_identity(settings: Settings, order: RunRequest | None) -> tuple[dict[str, Any], str]:
@@ -77,7 +77,7 @@ class RoundSettings:
 
 def round_settings(store: Store, settings: Settings) -> RoundSettings:
     """What is in force now."""
-    return _round_settings(store.get_meta(_ROUND_KEY), settings)
+    return _round_settings(store.metadata.get(_ROUND_KEY), settings)
 
 
 def change_round_settings(
@@ -93,18 +93,17 @@ def change_round_settings(
     Raises:
         StaleRequestError: ``expected_revisions`` are given and the present one is not among them.
     """
-
-    def change(found: Any | None) -> dict[str, Any]:
-        now = _round_settings(found, settings)
+    with store.transaction() as transaction:
+        now = _round_settings(transaction.metadata.get(_ROUND_KEY), settings)
         _check_revision("training configuration", now.revision, expected_revisions)
         wanted = replace(
             now,
             min_clients=now.min_clients if min_clients is None else min_clients,
             wait_timeout_s=now.wait_timeout_s if wait_timeout_s is None else wait_timeout_s,
         )
-        return asdict(now if wanted == now else replace(wanted, revision=now.revision + 1))
-
-    return RoundSettings(**store.change_meta(_ROUND_KEY, change))
+        changed = now if wanted == now else replace(wanted, revision=now.revision + 1)
+        transaction.metadata.set(_ROUND_KEY, asdict(changed))
+        return changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,7 @@ class AggregationSettings:
 
 def aggregation_settings(store: Store) -> AggregationSettings:
     """What is in force now."""
-    return AggregationSettings(**store.get_meta(_AGGREGATION_KEY) or {})
+    return AggregationSettings(**store.metadata.get(_AGGREGATION_KEY) or {})
 
 
 def begin_in_initial_mode(store: Store, settings: Settings) -> AggregationSettings:
@@ -154,14 +153,13 @@ def change_aggregation_settings(
     Raises:
         StaleRequestError: ``expected_revisions`` are given and the present one is not among them.
     """
-
-    def change(found: Any | None) -> dict[str, Any]:
-        now = AggregationSettings(**found or {})
+    with store.transaction() as transaction:
+        now = AggregationSettings(**transaction.metadata.get(_AGGREGATION_KEY) or {})
         _check_revision("aggregation mode", now.revision, expected_revisions)
         wanted = wish(now)
-        return asdict(now if wanted == now else replace(wanted, revision=now.revision + 1))
-
-    return AggregationSettings(**store.change_meta(_AGGREGATION_KEY, change))
+        changed = now if wanted == now else replace(wanted, revision=now.revision + 1)
+        transaction.metadata.set(_AGGREGATION_KEY, asdict(changed))
+        return changed
 
 
 def _check_revision(what: str, revision: int, expected: Collection[int] | None) -> None:

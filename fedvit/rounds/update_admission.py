@@ -86,7 +86,7 @@ class UpdateAdmission:
 
     def _awaited(self, started: int) -> tuple[set[str], set[str]]:
         if started not in self._asked:
-            self._asked[started] = self.store.awaited(self.run_id, started, self.round_index)
+            self._asked[started] = self.store.rounds.awaited(self.run_id, started, self.round_index)
         return self._asked[started]
 
 
@@ -125,16 +125,16 @@ def count_refusals(
             reason = (
                 f"{count} of its updates were refused; the last in round {round_index} of {run_id}: {outcome.error}"
             )
-            caught += store.quarantine_clients([outcome.client_id], reason, utc_now())
-            store.set_meta(_KEY + outcome.client_id, {"count": 0, "last": [run_id, round_index]})
+            caught += store.clients.quarantine([outcome.client_id], reason, utc_now())
+            store.metadata.set(_KEY + outcome.client_id, {"count": 0, "last": [run_id, round_index]})
     return caught
 
 
 def _counted(store: Store, run_id: str, round_index: int, client_id: str) -> int:
-    def change(found: dict[str, object] | None) -> dict[str, object]:
-        before = found or {"count": 0, "last": None}
-        if before["last"] == [run_id, round_index]:
-            return before
-        return {"count": int(str(before["count"])) + 1, "last": [run_id, round_index]}
-
-    return int(store.change_meta(_KEY + client_id, change)["count"])
+    with store.transaction() as transaction:
+        counted = transaction.metadata.get(_KEY + client_id) or {"count": 0, "last": None}
+        count = int(counted["count"])
+        if counted["last"] != [run_id, round_index]:
+            count += 1
+            transaction.metadata.set(_KEY + client_id, {"count": count, "last": [run_id, round_index]})
+        return count

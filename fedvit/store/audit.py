@@ -1,58 +1,67 @@
-"""The audit trail, on a hash chain. Functions of an open session."""
+"""The audit trail, on a hash chain."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Row
-from sqlalchemy.orm import Session
 
-from fedvit.store.chain import Chain
+from fedvit.store.chain import AUDIT_CHAIN
+from fedvit.store.database import Repository
 from fedvit.store.records import AuditEntry, AuditFacts
 from fedvit.store.tables import AuditRow
-from fedvit.types import utc_now
-
-_FIELDS = tuple(field.name for field in fields(AuditFacts))
 
 
-def append_audit(session: Session, facts: AuditFacts) -> int:
-    """Write one line; return its sequence.
+class Audit(Repository):
+    """The audit trail: who asked for what, and what it changed."""
 
-    Raises:
-        IntegrityError: lines are missing at the end of the trail.
-    """
-    line = {name: getattr(facts, name) for name in _FIELDS}
-    return CHAIN.append(session, [line | {"scopes": list(facts.scopes), "params": dict(facts.params)}], utc_now())
+    def append(self, facts: AuditFacts) -> int:
+        """Write one line; return its sequence.
+
+        Raises:
+            IntegrityError: the end of the trail is not where it was left.
+        """
+        line = {field.name: getattr(facts, field.name) for field in fields(facts)}
+        with self._write() as session:
+            line |= {"scopes": list(facts.scopes), "params": dict(facts.params)}
+            return AUDIT_CHAIN.append(session, [line], self._now())
+
+    def entries(self, after: int = 0, limit: int | None = None) -> list[AuditEntry]:
+        """Lines behind sequence ``after``, oldest first."""
+        query = AUDIT_CHAIN.lines.where(AuditRow.sequence > after).order_by(AuditRow.sequence).limit(limit)
+        with self._read() as session:
+            return [_to_entry(row) for row in session.execute(query)]
+
+    def latest(self, limit: int) -> list[AuditEntry]:
+        """The last lines, oldest of them first."""
+        query = AUDIT_CHAIN.lines.order_by(AuditRow.sequence.desc()).limit(limit)
+        with self._read() as session:
+            return [_to_entry(row) for row in session.execute(query)][::-1]
+
+    def between(self, since: datetime, until: datetime, limit: int) -> list[AuditEntry]:
+        """Lines from ``since`` to ``until``, both included, oldest first, at most ``limit``."""
+        query = AUDIT_CHAIN.lines.where(AuditRow.at.between(since, until)).order_by(AuditRow.sequence).limit(limit)
+        with self._read() as session:
+            return [_to_entry(row) for row in session.execute(query)]
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """The audit trail as it is stored, hashes included, oldest line first; read to the end, or closed."""
+        with self._read() as session:
+            yield from AUDIT_CHAIN.dump(session)
+
+    def verify(self) -> int:
+        """Recompute the hash chain; return the number of lines.
+
+        Raises:
+            IntegrityError: naming the first sequence that is not as it was written.
+        """
+        with self._read() as session:
+            return AUDIT_CHAIN.verify(session)
 
 
-def audit(session: Session, after: int, limit: int | None) -> list[AuditEntry]:
-    """Lines behind sequence ``after``, oldest first."""
-    query = CHAIN.lines.where(AuditRow.sequence > after).order_by(AuditRow.sequence).limit(limit)
-    return [AuditEntry(row.sequence, row.at, _to_facts(_columns(row))) for row in session.execute(query)]
-
-
-def audit_between(session: Session, since: datetime, until: datetime, limit: int) -> list[AuditEntry]:
-    """Lines from ``since`` to ``until``, both included, oldest first."""
-    query = CHAIN.lines.where(AuditRow.at.between(since, until)).order_by(AuditRow.sequence).limit(limit)
-    return [AuditEntry(row.sequence, row.at, _to_facts(_columns(row))) for row in session.execute(query)]
-
-
-def latest_audit(session: Session, limit: int) -> list[AuditEntry]:
-    """The last lines, oldest of them first."""
-    query = CHAIN.lines.order_by(AuditRow.sequence.desc()).limit(limit)
-    newest_first = [AuditEntry(row.sequence, row.at, _to_facts(_columns(row))) for row in session.execute(query)]
-    return newest_first[::-1]
-
-
-def _columns(row: Row[Any]) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in _FIELDS}
-
-
-def _to_facts(columns: Mapping[str, Any]) -> AuditFacts:
-    return AuditFacts(**(dict(columns) | {"scopes": tuple(columns["scopes"])}))
-
-
-CHAIN = Chain("audit trail", "audit_head", AuditRow, _columns)
+def _to_entry(row: Row[Any]) -> AuditEntry:
+    facts = AUDIT_CHAIN.facts(row)
+    return AuditEntry(row.sequence, row.at, AuditFacts(**(facts | {"scopes": tuple(facts["scopes"])})))

@@ -20,12 +20,9 @@ from datetime import datetime
 from pathlib import Path
 
 from fedvit.errors import StateError, UsageError
-from fedvit.store import versions
 from fedvit.store.archive import CHECKSUMS, DATABASE, WRITE_AHEAD_LOG
-from fedvit.store.budget import REQUESTS_KEY
-from fedvit.store.database import open_database
-from fedvit.store.fleet import set_meta
-from fedvit.store.ledger import mark_as_copy
+from fedvit.store.releases import RELEASE_MARGIN
+from fedvit.store.store import Store
 from fedvit.types import utc_now
 
 KEPT_FOLDERS = ("blobs", "keys")
@@ -72,13 +69,10 @@ def sha256_of(path: Path) -> str:
 def _copy_database(source: Path, target: Path, at: datetime) -> None:
     with closing(sqlite3.connect(source)) as live, closing(sqlite3.connect(target)) as copy:
         live.backup(copy)
-    database = open_database(target.parent)
-    with database.write() as session:
-        mark_as_copy(session, at)
-        versions.leave_room(session)
-        # Its original may approve one meanwhile, and a request grants one budget at most.
-        set_meta(session, REQUESTS_KEY, None)
-    database.close()
+    with Store.open(target.parent) as store, store.transaction() as transaction:
+        transaction.ledger.freeze_as_copy(at)
+        transaction.releases.reserve(RELEASE_MARGIN)
+        transaction.budget.withdraw_requests()
 
 
 def _write_archive(path: Path, home: Path, scratch: Path) -> None:

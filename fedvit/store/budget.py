@@ -1,13 +1,13 @@
-"""Privacy budgets granted anew, on a hash chain, and those that wait for a second person. Functions of an open session.
+"""Privacy budgets that were granted, on a hash chain, and requests that wait for a second person.
 
-Nothing that was spent is ever deleted: a period only says from which ledger line on charges count against it.
+Nothing that was spent is ever deleted: a period only names the ledger line from which on charges count against it.
 """
 
 from __future__ import annotations
 
-import secrets
 import unicodedata
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,115 +15,124 @@ from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ForbiddenError, NotFoundError
-from fedvit.store import ledger
-from fedvit.store.chain import Chain
-from fedvit.store.fleet import get_meta, set_meta
+from fedvit.store.chain import BUDGET_CHAIN, LEDGER_CHAIN
+from fedvit.store.database import Repository
+from fedvit.store.ledger import Ledger
+from fedvit.store.metadata import BUDGET_CALL_KEY, BUDGET_REQUESTS_KEY, get_value, set_value
 from fedvit.store.records import BudgetPeriod, BudgetRequest
 from fedvit.store.tables import BudgetPeriodRow
-from fedvit.types import utc_now
 
-REQUESTS_KEY = "budget_requests"
-CALL_KEY = "budget_last_call"
 REQUEST_LIFETIME = timedelta(hours=24)
-_FACTS = tuple(field.name for field in fields(BudgetPeriod) if field.name not in ("sequence", "at"))
 
 
-def grant(
-    session: Session,
-    target_epsilon: float,
-    justification: str,
-    requested_by: str,
-    approved_by: str | None,
-    call_key: str | None,
-) -> BudgetPeriod:
-    """Begin a new period behind the ledger's last line; a repetition under the same ``call_key`` begins none.
+class Budget(Repository):
+    """The budget periods, and the requests for a new one."""
 
-    What a backup's original charged belongs to the period before, so the freeze of a restored state is lifted.
+    def grant(
+        self,
+        target_epsilon: float,
+        justification: str,
+        requested_by: str,
+        approved_by: str | None = None,
+        *,
+        call_key: str | None = None,
+    ) -> BudgetPeriod:
+        """Begin a new budget period: only what is charged from now on counts against it. Nothing spent is forgotten.
 
-    Raises:
-        IntegrityError: lines are missing at the end of the ledger or of the periods.
-    """
-    last = current(session)
-    if last is not None and call_key is not None and get_meta(session, CALL_KEY) == call_key:
-        return last
-    line: dict[str, Any] = {
-        "target_epsilon": float(target_epsilon),
-        "justification": justification,
-        "requested_by": requested_by,
-        "approved_by": approved_by,
-        "ledger_sequence": ledger.CHAIN.length(session),
-    }
-    at = utc_now()
-    sequence = CHAIN.append(session, [line], at)
-    set_meta(session, CALL_KEY, call_key)
-    ledger.thaw_copy(session)
-    return BudgetPeriod(sequence=sequence, at=at, **line)
+        A call repeated under the same ``call_key`` begins none. The freeze of a restored state is lifted: what its
+        original has charged belongs to the period before.
 
+        Raises:
+            IntegrityError: the end of the ledger, or of the list of periods, is not where it was left.
+        """
+        with self._sessions.transaction() as transaction, transaction.write() as session:
+            last = Budget(transaction).current()
+            if last is not None and call_key is not None and get_value(session, BUDGET_CALL_KEY) == call_key:
+                return last
+            line: dict[str, Any] = {
+                "target_epsilon": float(target_epsilon),
+                "justification": justification,
+                "requested_by": requested_by,
+                "approved_by": approved_by,
+                "ledger_sequence": LEDGER_CHAIN.length(session),
+            }
+            at = self._now()
+            sequence = BUDGET_CHAIN.append(session, [line], at)
+            set_value(session, BUDGET_CALL_KEY, call_key)
+            Ledger(transaction).unfreeze_copy()
+            return BudgetPeriod(sequence=sequence, at=at, **line)
 
-def current(session: Session) -> BudgetPeriod | None:
-    """The period in force; None in the first one, which is that of the settings."""
-    row = session.execute(CHAIN.lines.order_by(BudgetPeriodRow.sequence.desc()).limit(1)).one_or_none()
-    return None if row is None else _to_period(row)
+    def current(self) -> BudgetPeriod | None:
+        """The period in force; None in the first one, which is that of the settings."""
+        query = BUDGET_CHAIN.lines.order_by(BudgetPeriodRow.sequence.desc()).limit(1)
+        with self._read() as session:
+            row = session.execute(query).one_or_none()
+            return None if row is None else _to_period(row)
 
+    def periods(self) -> list[BudgetPeriod]:
+        """All periods that were granted, oldest first."""
+        with self._read() as session:
+            return [_to_period(row) for row in session.execute(BUDGET_CHAIN.lines.order_by(BudgetPeriodRow.sequence))]
 
-def periods(session: Session) -> list[BudgetPeriod]:
-    """All periods that were granted, oldest first."""
-    return [_to_period(row) for row in session.execute(CHAIN.lines.order_by(BudgetPeriodRow.sequence))]
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Every budget period with its hashes, oldest first, as it is stored."""
+        with self._read() as session:
+            yield from BUDGET_CHAIN.dump(session)
 
+    def request(self, new_epsilon: float, justification: str, requested_by: str, at: datetime) -> BudgetRequest:
+        """Keep a request for a second person to approve within 24 hours, under an id that nobody can guess."""
+        request_id = self._sessions.new_id(16)
+        request = BudgetRequest(request_id, new_epsilon, justification, requested_by, at + REQUEST_LIFETIME)
+        with self._write() as session:
+            _set_requests(session, [*_requests(session, at), request])
+        return request
 
-def ask(session: Session, new_epsilon: float, justification: str, requested_by: str, at: datetime) -> BudgetRequest:
-    """Keep a request for a second person, for 24 hours, under an id that nobody guesses."""
-    wish = BudgetRequest(secrets.token_hex(16), new_epsilon, justification, requested_by, at + REQUEST_LIFETIME)
-    _keep(session, [*_waiting(session, at), wish])
-    return wish
+    def approve(self, request_id: str, approved_by: str, at: datetime) -> BudgetRequest:
+        """Approve a request and take it off the list; it grants one budget at most.
 
+        Raises:
+            NotFoundError: no such request, or it has expired.
+            ForbiddenError: the same person asked for it, be it with another token.
+        """
+        with self._write() as session:
+            requests = {request.request_id: request for request in _requests(session, at)}
+            request = requests.pop(request_id, None)
+            if request is None:
+                raise NotFoundError(
+                    "No such request waits for approval.", cure="It was approved, or 24 hours have passed: ask again."
+                )
+            if person(request.requested_by) == person(approved_by):
+                raise ForbiddenError("Who asked for a budget cannot approve it.", cure="Let another admin approve it.")
+            _set_requests(session, list(requests.values()))
+            return request
 
-def take(session: Session, request_id: str, approved_by: str, at: datetime) -> BudgetRequest:
-    """Approve a request and take it off the list: whatever becomes of it then, it grants one budget at most.
-
-    Raises:
-        NotFoundError: no such request, or it has expired.
-        ForbiddenError: who approves is who asked, be it with another token.
-    """
-    waiting = {wish.request_id: wish for wish in _waiting(session, at)}
-    wish = waiting.pop(request_id, None)
-    if wish is None:
-        raise NotFoundError(
-            "No such request waits for approval.", cure="It was approved, or 24 hours have passed: ask again."
-        )
-    if person(wish.requested_by) == person(approved_by):
-        raise ForbiddenError("Who asked for a budget cannot approve it.", cure="Let another admin approve it.")
-    _keep(session, list(waiting.values()))
-    return wish
+    def withdraw_requests(self) -> None:
+        """Forget all requests: the original of a copied state may approve them, and each grants one budget."""
+        with self._write() as session:
+            _set_requests(session, [])
 
 
 def person(actor: str) -> str:
-    """Who an actor of the audit trail is: a token's holder, by the name it was made for, or the subject of an issuer.
+    """The person behind an actor of the audit trail: the name that a token was made for, or an issuer's subject.
 
-    Names are compared as people read them: case, width and spaces do not make another person. Two names are two
-    persons: whoever makes tokens answers for it that each bears its holder's name.
+    Names are compared as people read them: case, width and spaces do not make another person. Two different names are
+    two persons: the admin who makes tokens ensures that each bears its holder's name.
     """
     kind, _, rest = actor.partition(":")
     name = rest.partition(":")[2] if kind == "token" else actor
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
-def _waiting(session: Session, at: datetime) -> list[BudgetRequest]:
-    found = get_meta(session, REQUESTS_KEY) or []
-    wishes = [BudgetRequest(**{**wish, "expires_at": datetime.fromisoformat(wish["expires_at"])}) for wish in found]
-    return [wish for wish in wishes if wish.expires_at > at]
+def _requests(session: Session, at: datetime) -> list[BudgetRequest]:
+    values = get_value(session, BUDGET_REQUESTS_KEY) or []
+    requests = [BudgetRequest(**{**v, "expires_at": datetime.fromisoformat(v["expires_at"])}) for v in values]
+    return [request for request in requests if request.expires_at > at]
 
 
-def _keep(session: Session, wishes: list[BudgetRequest]) -> None:
-    set_meta(session, REQUESTS_KEY, [{**asdict(w), "expires_at": w.expires_at.isoformat()} for w in wishes])
-
-
-def _facts(row: Row[Any]) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in _FACTS}
+def _set_requests(session: Session, requests: list[BudgetRequest]) -> None:
+    values = [{**asdict(request), "expires_at": request.expires_at.isoformat()} for request in requests]
+    set_value(session, BUDGET_REQUESTS_KEY, values)
 
 
 def _to_period(row: Row[Any]) -> BudgetPeriod:
-    return BudgetPeriod(sequence=row.sequence, at=row.at, **_facts(row))
-
-
-CHAIN = Chain("list of budget periods", "budget_head", BudgetPeriodRow, _facts)
+    return BudgetPeriod(sequence=row.sequence, at=row.at, **BUDGET_CHAIN.facts(row))

@@ -1,14 +1,14 @@
-"""Append-only, hash-chained tables: privacy ledger, budget periods and audit trail. Functions of an open session.
+"""Append-only, hash-chained tables: privacy ledger, budget periods and audit trail.
 
-``hash = sha256(prev_hash + canonical JSON of the line)``; the first ``prev_hash`` is 64 zeros. The last line's number
-and hash are kept beside the table, so that lines cut off its end are missed as well.
+``hash = sha256(prev_hash + canonical JSON of the line)``; the first ``prev_hash`` is 64 zeros. The number and
+hash of the last line are stored beside the table, so that lines cut off its end are missed as well.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -18,10 +18,11 @@ from sqlalchemy import Row, Select, Table, insert, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import IntegrityError
-from fedvit.store.fleet import get_meta, set_meta
+from fedvit.store.metadata import get_value, set_value
 from fedvit.store.tables import AuditRow, BudgetPeriodRow, ChargeRow
 
-_SAID = object()
+_HASHED = object()
+_LINK = frozenset({"sequence", "at", "prev_hash", "hash"})
 _GENESIS: dict[str, Any] = {"sequence": 0, "hash": "0" * 64}
 
 
@@ -30,23 +31,25 @@ class Chain:
     """One chained table.
 
     Attributes:
-        name: what messages call it.
-        head_key: where the last line's number and hash are kept in ``meta``.
+        name: its name in messages.
+        head_key: the key in ``meta`` of the last line's number and hash.
         table: its rows, which have ``sequence``, ``at``, ``prev_hash`` and ``hash``.
-        facts: a row's other columns, exactly as :meth:`append` was given them.
-        unsaid: values that a hash does not name: of columns that came later than lines that lack them.
+        unhashed: column -> value that a hash leaves out: for columns that are younger than the first lines.
     """
 
     name: str
     head_key: str
     table: type[ChargeRow] | type[AuditRow] | type[BudgetPeriodRow]
-    facts: Callable[[Row[Any]], dict[str, Any]]
-    unsaid: Mapping[str, Any] = field(default_factory=dict)
+    unhashed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def lines(self) -> Select[Any]:
         """A query for plain rows instead of mapped objects: a ledger has one line a client and round."""
         return select(*self.table.__table__.columns)
+
+    def facts(self, row: Row[Any]) -> dict[str, Any]:
+        """A row's own columns, as :meth:`append` was given them."""
+        return {name: value for name, value in row._mapping.items() if name not in _LINK}
 
     def append(self, session: Session, lines: Sequence[Mapping[str, Any]], at: datetime) -> int:
         """Chain the lines (column -> value) to the end; return the last sequence.
@@ -59,7 +62,7 @@ class Chain:
         rows = self._chained(lines, head["sequence"], head["hash"], at)
         session.connection().execute(insert(typed(Table, self.table.__table__)), rows)
         sequence: int = rows[-1]["sequence"]
-        set_meta(session, self.head_key, {"sequence": sequence, "hash": rows[-1]["hash"]})
+        set_value(session, self.head_key, {"sequence": sequence, "hash": rows[-1]["hash"]})
         return sequence
 
     def length(self, session: Session) -> int:
@@ -68,14 +71,12 @@ class Chain:
         Raises:
             IntegrityError: lines are missing at the end of the table.
         """
-        sequence: int = self._checked_head(session)["sequence"]
-        return sequence
+        return int(self._checked_head(session)["sequence"])
 
     def hash_at(self, session: Session, sequence: int) -> str:
-        """The hash of one line; for 0 what the first line hangs on."""
+        """The hash of one line; for 0 the previous hash of the first line."""
         row = session.execute(self.lines.where(self.table.sequence == sequence)).one_or_none()
-        found: str = _GENESIS["hash"] if row is None else row.hash
-        return found
+        return str(_GENESIS["hash"] if row is None else row.hash)
 
     def adopt(self, session: Session, other: Session) -> int:
         """Append the lines that another state's chain has behind this one's end, as they are; return how many.
@@ -87,7 +88,7 @@ class Chain:
         for rows in other.execute(query).mappings().partitions(1000):
             session.execute(insert(self.table), [dict(row) for row in rows])
         head = self._head(other)
-        set_meta(session, self.head_key, head)
+        set_value(session, self.head_key, head)
         return int(head["sequence"]) - int(end)
 
     def verify(self, session: Session) -> int:
@@ -116,16 +117,16 @@ class Chain:
             yield {**row._mapping, "at": row.at.isoformat(timespec="microseconds")}
 
     def _head(self, session: Session) -> dict[str, Any]:
-        found: dict[str, Any] = get_meta(session, self.head_key) or _GENESIS
-        return found
+        head: dict[str, Any] = get_value(session, self.head_key) or _GENESIS
+        return head
 
     def _checked_head(self, session: Session) -> dict[str, Any]:
         """The head on record, if the last line is the one it names; a chain is never continued over a gap."""
         head = self._head(session)
         last = session.execute(self.lines.order_by(self.table.sequence.desc()).limit(1)).one_or_none()
-        found = _GENESIS if last is None else {"sequence": last.sequence, "hash": last.hash}
-        if head != found:
-            raise self._broken(min(found["sequence"], head["sequence"]) + 1)
+        end = _GENESIS if last is None else {"sequence": last.sequence, "hash": last.hash}
+        if head != end:
+            raise self._broken(min(end["sequence"], head["sequence"]) + 1)
         return head
 
     def _broken(self, sequence: int) -> IntegrityError:
@@ -147,10 +148,16 @@ class Chain:
         return rows
 
     def _content(self, sequence: int, at: datetime, facts: Mapping[str, Any]) -> str:
-        said = {name: value for name, value in facts.items() if self.unsaid.get(name, _SAID) != value}
-        line = {"sequence": sequence, "at": at.isoformat(timespec="microseconds"), **said}
+        hashed = {name: value for name, value in facts.items() if self.unhashed.get(name, _HASHED) != value}
+        line = {"sequence": sequence, "at": at.isoformat(timespec="microseconds"), **hashed}
         return json.dumps(line, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _link(prev_hash: str, content: str) -> str:
     return hashlib.sha256((prev_hash + content).encode()).hexdigest()
+
+
+# Ledger lines that are older than these two columns have a hash without them.
+LEDGER_CHAIN = Chain("privacy ledger", "ledger_head", ChargeRow, {"privacy_unit": "record", "event": None})
+BUDGET_CHAIN = Chain("list of budget periods", "budget_head", BudgetPeriodRow)
+AUDIT_CHAIN = Chain("audit trail", "audit_head", AuditRow)

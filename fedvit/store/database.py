@@ -7,21 +7,25 @@ when the process dies before, nothing of it is there.
 from __future__ import annotations
 
 import os
+import secrets
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from datetime import datetime
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import DataError, StateError
+from fedvit.ports import ClockPort
 from fedvit.store.blobs import fsync_folder
 from fedvit.store.locks import opening_lock
 
@@ -32,14 +36,45 @@ BUSY_TIMEOUT_S = 10.0
 _RESET = "Restore it from a backup, or run `make reset` to begin anew."
 
 
+NewId: TypeAlias = Callable[[int], str]
+"""Makes an identifier that nobody can guess, of so many random bytes, hex."""
+
+
+class Sessions(Protocol):
+    """Source of the sessions of a repository: a database, or a transaction that is already open."""
+
+    clock: ClockPort
+    new_id: NewId
+
+    def read(self) -> AbstractContextManager[Session]:
+        """A session on one consistent snapshot."""
+        ...
+
+    def write(self) -> AbstractContextManager[Session]:
+        """A session that holds the write lock."""
+        ...
+
+    def transaction(self) -> AbstractContextManager[Sessions]:
+        """One transaction, for several repositories: committed at the end, rolled back by any exception."""
+        ...
+
+    def change_counter(self) -> int | None:
+        """A number that every commit changes; None inside a transaction, where nothing may be cached."""
+        ...
+
+
 class Database:
-    """One open state database; its threads share a small pool of connections.
+    """One open state database; its threads share a small pool of connections. Implements :class:`Sessions`.
 
     Args:
         path: an existing, migrated file.
+        clock: dates what is written.
+        new_id: makes identifiers.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: ClockPort = SYSTEM_CLOCK, new_id: NewId = secrets.token_hex) -> None:
+        self.clock = clock
+        self.new_id = new_id
         self._path = path
         self._engine = make_engine(path)
         # Shares the pool; only the word behind BEGIN differs.
@@ -64,9 +99,19 @@ class Database:
         Raises:
             StateError: the file cannot be written, or another process held the lock for ten seconds.
         """
-        with _explained(self._path), Session(self._writer) as session, session.begin():
+        with _explained(self._path), Session(self._writer, close_resets_only=False) as session, session.begin():
             session.connection()  # Takes the lock now, so that nothing is read before it.
             yield session
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """See :meth:`Sessions.transaction`. It holds the write lock from its beginning: what it reads stays true.
+
+        Raises:
+            StateError: see :meth:`write`.
+        """
+        with self.write() as session:
+            yield Transaction(session, self.clock, self.new_id)
 
     def change_counter(self) -> int:
         """A number that differs from an earlier one if anything was committed in between, by whatever process.
@@ -97,7 +142,52 @@ class Database:
         self._engine.dispose()
 
 
-def open_database(home: Path) -> Database:
+class Transaction:
+    """An open session that several repositories share. Implements :class:`Sessions`."""
+
+    def __init__(self, session: Session, clock: ClockPort, new_id: NewId) -> None:
+        self.clock = clock
+        self.new_id = new_id
+        self._session = session
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """The open session."""
+        yield self._session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """The open session. What was written is read anew afterwards: bulk statements bypass its mapped objects."""
+        yield self._session
+        self._session.flush()
+        self._session.expire_all()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """This transaction: what is done inside is committed with everything else."""
+        yield self
+
+    def change_counter(self) -> None:
+        """Nothing: this transaction sees its own writes, which no counter counts."""
+
+
+class Repository:
+    """Base of the classes that read and write one subject in the state database."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    def _read(self) -> AbstractContextManager[Session]:
+        return self._sessions.read()
+
+    def _write(self) -> AbstractContextManager[Session]:
+        return self._sessions.write()
+
+    def _now(self) -> datetime:
+        return self._sessions.clock.now()
+
+
+def open_database(home: Path, clock: ClockPort = SYSTEM_CLOCK, new_id: NewId = secrets.token_hex) -> Database:
     """Check, or create, ``home/state.db`` and migrate it to the newest schema.
 
     Raises:
@@ -109,7 +199,7 @@ def open_database(home: Path) -> Database:
             _migrate_existing(path)
         else:
             _create(path)
-    return Database(path)
+    return Database(path, clock, new_id)
 
 
 def make_engine(path: Path, *, foreign_keys: bool = True) -> Engine:

@@ -1,4 +1,4 @@
-"""Requests that name an idempotency key, and the answers they got. Functions of an open session."""
+"""Requests that name an idempotency key, and the answers they got."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError
+from fedvit.store.database import Repository
 from fedvit.store.records import RequestKey, StoredAnswer
 from fedvit.store.tables import IdempotencyRow
 
@@ -16,40 +17,41 @@ KEPT = timedelta(hours=24)
 UNDER_WAY = timedelta(minutes=10)
 
 
-def begin_request(session: Session, request: RequestKey, at: datetime, repeatable: bool) -> StoredAnswer | None:
-    """Claim the key, or give the answer that it already got.
+class Idempotency(Repository):
+    """Requests that name an idempotency key, and the answers they got."""
 
-    What is ``repeatable`` is not kept waiting for a request under way, whose process may have died.
+    def begin(self, request: RequestKey, at: datetime, *, repeatable: bool = False) -> StoredAnswer | None:
+        """Claim an idempotency key (None), or give the answer that its request already got.
 
-    Raises:
-        ConflictError: the key was used for something else, or its request is still under way.
-    """
-    session.execute(delete(IdempotencyRow).where(IdempotencyRow.at < at - KEPT))
-    row = _row(session, request)
-    if row is not None and row.status is None and _may_repeat(row, request, at, repeatable):
-        session.delete(row)
-        session.flush()
-        row = None
-    if row is None:
-        session.add(
-            IdempotencyRow(
-                actor=request.actor, route=request.route, key=request.key, request_hash=request.request_hash, at=at
-            )
-        )
-        return None
-    return _answer(row, request)
+        A ``repeatable`` request does not wait for one that is under way, whose process may have died.
 
+        Raises:
+            ConflictError: the key was used for something else, or its request is still under way.
+        """
+        with self._write() as session:
+            session.execute(delete(IdempotencyRow).where(IdempotencyRow.at < at - KEPT))
+            row = _row(session, request)
+            if row is not None and row.status is None and _may_repeat(row, request, at, repeatable):
+                session.delete(row)
+                session.flush()
+                row = None
+            if row is not None:
+                return _answer(row, request)
+            key = {"actor": request.actor, "route": request.route, "key": request.key}
+            session.add(IdempotencyRow(**key, request_hash=request.request_hash, at=at))
+            return None
 
-def finish_request(session: Session, request: RequestKey, answer: StoredAnswer | None) -> None:
-    """Keep the answer; None forgets the request, so that it may be tried again."""
-    row = _row(session, request)
-    if row is None:
-        return
-    if answer is None:
-        session.delete(row)
-    else:
-        row.status, row.body = answer.status, answer.body
-        row.media_type, row.headers = answer.media_type, dict(answer.headers)
+    def finish(self, request: RequestKey, answer: StoredAnswer | None) -> None:
+        """Keep the answer for repetitions; None forgets the request, so that it may be tried again."""
+        with self._write() as session:
+            row = _row(session, request)
+            if row is None:
+                return
+            if answer is None:
+                session.delete(row)
+            else:
+                row.status, row.body = answer.status, answer.body
+                row.media_type, row.headers = answer.media_type, dict(answer.headers)
 
 
 def _may_repeat(row: IdempotencyRow, request: RequestKey, at: datetime, repeatable: bool) -> bool:

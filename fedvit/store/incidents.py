@@ -1,8 +1,8 @@
-"""The incident log as rows. Functions of an open session.
+"""The incident log: alerts as they fire and end, the incidents that they make, and their history.
 
 An alert that fires while an incident of its name is open joins it; with the end of its last alert an incident is
-resolved; one that fires soon after reopens it. A firing is known by fingerprint and start, so that a repeated message
-changes nothing.
+resolved; one that fires soon after reopens it. A firing is identified by fingerprint and start, so that a repeated
+message changes nothing.
 """
 
 from __future__ import annotations
@@ -14,84 +14,85 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import NotFoundError
+from fedvit.store.database import Repository
 from fedvit.store.records import Alert, Incident, IncidentEvent, LoggedAlert
 from fedvit.store.tables import IncidentAlertRow, IncidentEventRow, IncidentRow
 from fedvit.types import Severity
 
 MONITORING = "monitoring"
-"""The actor of what nobody did: an alert fired, or ended."""
+"""The actor of an event that no person caused: an alert fired, or ended."""
 
 
-def record_alerts(session: Session, alerts: Iterable[Alert], reopen_within: timedelta, at: datetime) -> list[str]:
-    """Take in what fires and what has ended; return the incidents concerned, each once, in the order of the alerts."""
-    # First what fires: an incident that one alert leaves and another joins has not ended in between.
-    ordered = sorted(alerts, key=lambda alert: (alert.ends_at is not None, alert.starts_at))
-    return list(dict.fromkeys(_record(session, alert, reopen_within, at) for alert in ordered))
+class Incidents(Repository):
+    """Incidents, their alerts and their events."""
 
+    def record_alerts(self, alerts: Iterable[Alert], *, reopen_within: timedelta, at: datetime) -> list[str]:
+        """Record alerts that fire or have ended, each once however often it is sent; return the incidents concerned.
 
-def end_alerts(session: Session, fingerprint: str, at: datetime) -> list[str]:
-    """End whatever fires under this fingerprint; return the incidents concerned."""
-    query = select(IncidentAlertRow).where(
-        IncidentAlertRow.fingerprint == fingerprint, IncidentAlertRow.ends_at.is_(None)
-    )
-    found = list(session.scalars(query))
-    for row in found:
-        _end(session, row, at, at)
-    return [row.incident_id for row in found]
+        Each incident is returned once, in the order of the alerts.
+        """
+        # First those that fire: an incident that one alert leaves and another joins has not ended in between.
+        ordered = sorted(alerts, key=lambda alert: (alert.ends_at is not None, alert.starts_at))
+        with self._write() as session:
+            return list(dict.fromkeys(_record(session, alert, reopen_within, at) for alert in ordered))
 
+    def end_alerts(self, fingerprint: str, at: datetime) -> list[str]:
+        """End every alert that fires under a fingerprint; return the incidents concerned."""
+        firing = select(IncidentAlertRow).where(
+            IncidentAlertRow.fingerprint == fingerprint, IncidentAlertRow.ends_at.is_(None)
+        )
+        with self._write() as session:
+            rows = list(session.scalars(firing))
+            for row in rows:
+                _end(session, row, at, at)
+            return [row.incident_id for row in rows]
 
-def note(session: Session, incident_id: str, event: IncidentEvent) -> None:
-    """Add a line to an incident's history.
+    def add_event(self, incident_id: str, event: IncidentEvent) -> None:
+        """Add a line to an incident's history.
 
-    Raises:
-        NotFoundError: no such incident.
-    """
-    _row(session, incident_id)
-    _tell(session, incident_id, event)
+        Raises:
+            NotFoundError: no such incident.
+        """
+        with self._write() as session:
+            _row(session, incident_id)
+            _add_event(session, incident_id, event)
 
+    def get(self, incident_id: str) -> Incident:
+        """One incident.
 
-def incident(session: Session, incident_id: str) -> Incident:
-    """One incident.
+        Raises:
+            NotFoundError: no such incident.
+        """
+        with self._read() as session:
+            return _to_incident(session, _row(session, incident_id))
 
-    Raises:
-        NotFoundError: no such incident.
-    """
-    return _to_incident(session, _row(session, incident_id))
+    def all(self, *, is_open: bool | None = None, offset: int = 0, limit: int | None = None) -> list[Incident]:
+        """Incidents, newest first; None filters nothing."""
+        query = select(IncidentRow).order_by(IncidentRow.ordinal.desc()).offset(offset).limit(limit)
+        if is_open is not None:
+            query = query.where(IncidentRow.resolved_at.is_(None) if is_open else IncidentRow.resolved_at.is_not(None))
+        with self._read() as session:
+            return [_to_incident(session, row) for row in session.scalars(query)]
 
+    def count_open(self) -> dict[Severity, int]:
+        """How many incidents are open, for every severity."""
+        query = select(IncidentRow.severity, func.count()).where(IncidentRow.resolved_at.is_(None))
+        with self._read() as session:
+            counts = dict(session.execute(query.group_by(IncidentRow.severity)).tuples().all())
+        return {severity: counts.get(severity.value, 0) for severity in Severity}
 
-def incidents(session: Session, is_open: bool | None, offset: int, limit: int | None) -> list[Incident]:
-    """Incidents, newest first; None filters nothing."""
-    query = select(IncidentRow).order_by(IncidentRow.ordinal.desc()).offset(offset).limit(limit)
-    if is_open is not None:
-        query = query.where(IncidentRow.resolved_at.is_(None) if is_open else IncidentRow.resolved_at.is_not(None))
-    return [_to_incident(session, row) for row in session.scalars(query)]
+    def alerts(self, incident_id: str) -> list[LoggedAlert]:
+        """The alerts of an incident, in the order in which they began."""
+        query = select(IncidentAlertRow).where(IncidentAlertRow.incident_id == incident_id)
+        with self._read() as session:
+            return [_to_logged(row) for row in session.scalars(query.order_by(IncidentAlertRow.starts_at))]
 
-
-def open_by_severity(session: Session) -> dict[Severity, int]:
-    """How many incidents are open, for every severity."""
-    query = (
-        select(IncidentRow.severity, func.count())
-        .where(IncidentRow.resolved_at.is_(None))
-        .group_by(IncidentRow.severity)
-    )
-    found = dict(session.execute(query).tuples().all())
-    return {severity: found.get(severity.value, 0) for severity in Severity}
-
-
-def incident_alerts(session: Session, incident_id: str) -> list[LoggedAlert]:
-    """The alerts of an incident, in the order in which they began."""
-    query = select(IncidentAlertRow).where(IncidentAlertRow.incident_id == incident_id)
-    return [_to_logged(row) for row in session.scalars(query.order_by(IncidentAlertRow.starts_at))]
-
-
-def incident_events(session: Session, incident_id: str) -> list[IncidentEvent]:
-    """The history of an incident, as it was told."""
-    query = select(IncidentEventRow).where(IncidentEventRow.incident_id == incident_id)
-    rows = session.scalars(query.order_by(IncidentEventRow.sequence))
-    return [IncidentEvent(row.at, row.kind, row.actor, row.text) for row in rows]
-
-
-# --- one alert -------------------------------------------------------------------------------------------------------
+    def events(self, incident_id: str) -> list[IncidentEvent]:
+        """The history of an incident, in the order of recording."""
+        query = select(IncidentEventRow).where(IncidentEventRow.incident_id == incident_id)
+        with self._read() as session:
+            rows = session.scalars(query.order_by(IncidentEventRow.sequence))
+            return [IncidentEvent(row.at, row.kind, row.actor, row.text) for row in rows]
 
 
 def _record(session: Session, alert: Alert, reopen_within: timedelta, at: datetime) -> str:
@@ -105,7 +106,7 @@ def _record(session: Session, alert: Alert, reopen_within: timedelta, at: dateti
 
 def _incident_for(session: Session, alert: Alert, reopen_within: timedelta, at: datetime) -> IncidentRow:
     """The incident that a firing belongs to: one that is open, one that has just ended, or another."""
-    # Whoever runs ahead of our clock must not open incidents in the future.
+    # A sender whose clock runs ahead must not open incidents in the future.
     began = min(alert.starts_at, at)
     newest = select(IncidentRow).where(IncidentRow.alertname == alert.alertname).order_by(IncidentRow.ordinal.desc())
     row = session.scalar(newest.limit(1))
@@ -113,7 +114,9 @@ def _incident_for(session: Session, alert: Alert, reopen_within: timedelta, at: 
         return _open(session, alert, began)
     if row.resolved_at is not None and alert.ends_at is None:
         row.resolved_at = None
-        _tell(session, row.incident_id, IncidentEvent(began, "reopened", MONITORING, f"{alert.alertname} fired again"))
+        _add_event(
+            session, row.incident_id, IncidentEvent(began, "reopened", MONITORING, f"{alert.alertname} fired again")
+        )
     row.opened_at = min(row.opened_at, began)
     row.severity = min(row.severity, alert.severity.value)
     return row
@@ -130,7 +133,7 @@ def _open(session: Session, alert: Alert, began: datetime) -> IncidentRow:
     )
     session.add(row)
     session.flush()
-    _tell(session, row.incident_id, IncidentEvent(began, "opened", MONITORING, f"{alert.alertname} fired"))
+    _add_event(session, row.incident_id, IncidentEvent(began, "opened", MONITORING, f"{alert.alertname} fired"))
     return row
 
 
@@ -168,8 +171,8 @@ def _end(session: Session, row: IncidentAlertRow, ends_at: datetime, at: datetim
     if session.scalar(still) == 0:
         was_open, incident.resolved_at = incident.resolved_at is None, _last_end(session, row.incident_id)
         if was_open:
-            told = IncidentEvent(incident.resolved_at, "resolved", MONITORING, "All its alerts have cleared")
-            _tell(session, row.incident_id, told)
+            event = IncidentEvent(incident.resolved_at, "resolved", MONITORING, "All its alerts have cleared")
+            _add_event(session, row.incident_id, event)
 
 
 def _last_end(session: Session, incident_id: str) -> datetime:
@@ -177,10 +180,7 @@ def _last_end(session: Session, incident_id: str) -> datetime:
     return max(ends_at for ends_at in session.scalars(query) if ends_at is not None)
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def _tell(session: Session, incident_id: str, event: IncidentEvent) -> None:
+def _add_event(session: Session, incident_id: str, event: IncidentEvent) -> None:
     last = select(func.max(IncidentEventRow.sequence)).where(IncidentEventRow.incident_id == incident_id)
     session.add(
         IncidentEventRow(

@@ -83,7 +83,6 @@ class Derivation:
 
     origin: str
     lineage: Mapping[str, Any]
-    artifacts: Mapping[str, str]
     metrics: Mapping[str, float]
 
 

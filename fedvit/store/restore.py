@@ -19,15 +19,16 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import FedvitError, IntegrityError, StateError, UsageError
-from fedvit.store import audit, budget, ledger, versions
 from fedvit.store.archive import DATABASE, refused, unpack
 from fedvit.store.backup import KEPT_FOLDERS, sha256_of
 from fedvit.store.blobs import FileBlobStore, fsync_folder
-from fedvit.store.chain import Chain
+from fedvit.store.chain import AUDIT_CHAIN, BUDGET_CHAIN, LEDGER_CHAIN, Chain
 from fedvit.store.database import Database, open_database
-from fedvit.store.fleet import set_meta
 from fedvit.store.locks import opening_lock, system_lock
+from fedvit.store.metadata import COPY_KEY, FREEZE_KEY, RELEASE_FLOOR_KEY, get_value, set_value
 from fedvit.store.records import AuditFacts
+from fedvit.store.releases import next_sequence
+from fedvit.store.store import Repositories
 from fedvit.store.tables import ClientRow, TokenRow
 from fedvit.types import LedgerFreeze, utc_now
 
@@ -116,10 +117,10 @@ def _verify_chains(folder: Path, *chains: Chain) -> None:
 
 def _verify(folder: Path) -> None:
     """Raises FedvitError when the unpacked state is not whole: database, schema, chains, blobs."""
-    _verify_chains(folder, ledger.CHAIN, budget.CHAIN, audit.CHAIN)
-    with _opened(folder) as database, database.read() as session:
+    _verify_chains(folder, LEDGER_CHAIN, BUDGET_CHAIN, AUDIT_CHAIN)
+    with _opened(folder) as database:
         blobs = FileBlobStore(folder / "blobs")
-        for digest in versions.blob_digests(session):
+        for digest in Repositories(database).versions.blob_digests():
             # Its content was hashed when it was unpacked.
             blobs.path(digest)
 
@@ -133,24 +134,25 @@ def _prepare(
     """Make the unpacked state what it shall be: nothing of what may never be undone is undone by it."""
     with ExitStack() as stack:
         present = _present_session(home, staging / "present", stack)
-        session = stack.enter_context(stack.enter_context(_opened(staging)).write())
-        ledger.mark_as_copy(session, utc_now())
+        transaction = stack.enter_context(stack.enter_context(_opened(staging)).transaction())
+        session, restored = stack.enter_context(transaction.write()), Repositories(transaction)
+        restored.ledger.freeze_as_copy(utc_now())
         carried = 0
         if present is not None and _goes_on(session, present, _same_key(home, staging)):
             carried = _carry_over(session, present)
         elif nothing_since:
-            ledger.thaw_copy(session)
-        frozen = ledger.frozen(session)
-        told = {
+            restored.ledger.unfreeze_copy()
+        frozen = restored.ledger.current_freeze()
+        params = {
             "archive": archive.name,
             "sha256": sha256_of(archive),
             "nothing_since": nothing_since,
             "carried_ledger_lines": carried,
             "frozen": frozen is not None,
         }
-        audit.append_audit(session, AuditFacts(actor, (), "local", "cli", "CLI restore", told, None, None, 200))
-        budget.CHAIN.verify(session)
-        return ledger.CHAIN.verify(session), carried, frozen
+        restored.audit.append(AuditFacts(actor, (), "local", "cli", "CLI restore", params, None, None, 200))
+        BUDGET_CHAIN.verify(session)
+        return LEDGER_CHAIN.verify(session), carried, frozen
 
 
 def _present_session(home: Path, folder: Path, stack: ExitStack) -> Session | None:
@@ -163,7 +165,7 @@ def _present_session(home: Path, folder: Path, stack: ExitStack) -> Session | No
         return None
     try:
         _copy_exclusively(home / DATABASE, folder)
-        _verify_chains(folder, ledger.CHAIN, budget.CHAIN)
+        _verify_chains(folder, LEDGER_CHAIN, BUDGET_CHAIN)
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):
             return None
@@ -189,7 +191,7 @@ def _goes_on(session: Session, present: Session, same_key: bool) -> bool:
         StateError: the two have charged different things.
     """
     ends = []
-    for chain in (ledger.CHAIN, budget.CHAIN):
+    for chain in (LEDGER_CHAIN, BUDGET_CHAIN):
         ours, theirs = chain.length(session), chain.length(present)
         common = min(ours, theirs)
         if chain.hash_at(session, common) != chain.hash_at(present, common):
@@ -214,12 +216,12 @@ def _parted() -> StateError:
 def _trail_goes_on(session: Session, present: Session) -> bool:
     """Whether the present audit trail, if it is intact, holds all of the backup's, which is not empty."""
     try:
-        audit.CHAIN.verify(present)
+        AUDIT_CHAIN.verify(present)
     except IntegrityError:
         return False
-    end = audit.CHAIN.length(session)
-    return 0 < end <= audit.CHAIN.length(present) and (
-        audit.CHAIN.hash_at(session, end) == audit.CHAIN.hash_at(present, end)
+    end = AUDIT_CHAIN.length(session)
+    return 0 < end <= AUDIT_CHAIN.length(present) and (
+        AUDIT_CHAIN.hash_at(session, end) == AUDIT_CHAIN.hash_at(present, end)
     )
 
 
@@ -231,10 +233,11 @@ def _same_key(home: Path, staging: Path) -> bool:
 def _carry_over(session: Session, present: Session) -> int:
     """Take from the present state what going back must not undo; return the number of ledger lines."""
     if _trail_goes_on(session, present):
-        audit.CHAIN.adopt(session, present)
-    ledger.adopt_freezes(session, present)
-    budget.CHAIN.adopt(session, present)
-    set_meta(session, versions.RELEASE_FLOOR_KEY, versions.next_release_sequence(present) - 1)
+        AUDIT_CHAIN.adopt(session, present)
+    for key in (FREEZE_KEY, COPY_KEY):
+        set_value(session, key, get_value(present, key))
+    BUDGET_CHAIN.adopt(session, present)
+    set_value(session, RELEASE_FLOOR_KEY, next_sequence(present) - 1)
     for token in present.scalars(select(TokenRow).where(TokenRow.revoked_at.is_not(None))):
         ours = session.get(TokenRow, token.token_id)
         if ours is not None:
@@ -243,7 +246,7 @@ def _carry_over(session: Session, present: Session) -> int:
         known = session.get(ClientRow, client.client_id)
         if known is not None and known.quarantined_at is None:
             known.quarantined_at, known.quarantine_reason = client.quarantined_at, client.quarantine_reason
-    return ledger.CHAIN.adopt(session, present)
+    return LEDGER_CHAIN.adopt(session, present)
 
 
 # --- putting it in force ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the state records of a span of time: runs, releases, operations, quarantines. Functions of an open session."""
+"""Timeline events: runs, releases, operations, budgets, freezes and quarantines of a span of time, in words."""
 
 from __future__ import annotations
 
@@ -8,64 +8,29 @@ from datetime import datetime
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from fedvit.store.ledger import frozen
-from fedvit.store.records import RoundTally, TimelineEvent
-from fedvit.store.runs import RESUMABLE
-from fedvit.store.tables import (
-    BudgetPeriodRow,
-    ClientRoundRow,
-    ClientRow,
-    OperationRow,
-    ReleaseRow,
-    RoundRow,
-    RunRow,
-)
+from fedvit.store.database import Repository
+from fedvit.store.ledger import Ledger
+from fedvit.store.records import TimelineEvent
+from fedvit.store.tables import BudgetPeriodRow, ClientRow, OperationRow, ReleaseRow, RunRow
+from fedvit.types import LedgerFreeze
 
 
-def timeline_events(session: Session, since: datetime, until: datetime) -> list[TimelineEvent]:
-    """Everything from ``since`` to ``until``, both included, in order."""
-    found = [
-        *_runs(session, since, until),
-        *_releases(session, since, until),
-        *_operations(session, since, until),
-        *_privacy(session, since, until),
-        *_quarantines(session, since, until),
-    ]
-    return sorted(found, key=lambda happening: happening.at)
+class Timeline(Repository):
+    """What happened in a span of time."""
 
-
-def round_tally(session: Session, since: datetime, until: datetime) -> RoundTally:
-    """What became of the rounds that began, or were committed, from ``since`` to ``until``."""
-    committed = RoundRow.committed_at.between(since, until)
-    rounds = select(func.count()).select_from(RoundRow)
-    open_ = (
-        rounds.join(RunRow, RunRow.run_id == RoundRow.run_id)
-        .where(RoundRow.opened_at.between(since, until), RoundRow.committed_at.is_(None))
-        .where
-    )
-    answers = (
-        select(func.count(), func.count(ClientRoundRow.error))
-        .join_from(
-            ClientRoundRow,
-            RoundRow,
-            (ClientRoundRow.run_id == RoundRow.run_id) & (ClientRoundRow.round_index == RoundRow.round_index),
-        )
-        .where(committed)
-    )
-    given, refused = session.execute(answers).one()
-    return RoundTally(
-        committed=session.scalar(rounds.where(committed)) or 0,
-        under_way=session.scalar(open_(RunRow.status.in_(RESUMABLE))) or 0,
-        lost=session.scalar(open_(RunRow.status.not_in(RESUMABLE))) or 0,
-        answers=given,
-        refused=refused,
-    )
-
-
-def quarantined_between(session: Session, since: datetime, until: datetime) -> list[str]:
-    """The clients that came into quarantine then, sorted; those that are out of it again are not on record."""
-    query = select(ClientRow.client_id).where(ClientRow.quarantined_at.between(since, until))
-    return list(session.scalars(query.order_by(ClientRow.client_id)))
+    def events(self, since: datetime, until: datetime) -> list[TimelineEvent]:
+        """Everything from ``since`` to ``until``, both included, in order."""
+        freeze = Ledger(self._sessions).current_freeze()
+        with self._read() as session:
+            events = [
+                *_runs(session, since, until),
+                *_releases(session, since, until),
+                *_operations(session, since, until),
+                *_budgets(session, since, until),
+                *([_frozen(freeze)] if freeze is not None and since <= freeze.at <= until else []),
+                *_quarantines(session, since, until),
+            ]
+        return sorted(events, key=lambda event: event.at)
 
 
 def _runs(session: Session, since: datetime, until: datetime) -> Iterator[TimelineEvent]:
@@ -74,8 +39,8 @@ def _runs(session: Session, since: datetime, until: datetime) -> Iterator[Timeli
     for row in session.scalars(select(RunRow).where(RunRow.ended_at.between(since, until))):
         assert row.ended_at is not None
         why = f": {row.reason}" if row.reason else ""
-        told = f"{row.run_id} {row.status.replace('_', ' ')} after {row.rounds_done} of {row.rounds_total} rounds{why}"
-        yield TimelineEvent(row.ended_at, told)
+        text = f"{row.run_id} {row.status.replace('_', ' ')} after {row.rounds_done} of {row.rounds_total} rounds{why}"
+        yield TimelineEvent(row.ended_at, text)
 
 
 def _releases(session: Session, since: datetime, until: datetime) -> Iterator[TimelineEvent]:
@@ -91,13 +56,14 @@ def _operations(session: Session, since: datetime, until: datetime) -> Iterator[
         yield TimelineEvent(row.ended_at, f"operation {row.operation_id} ({row.kind}) {row.status}{why}")
 
 
-def _privacy(session: Session, since: datetime, until: datetime) -> Iterator[TimelineEvent]:
+def _budgets(session: Session, since: datetime, until: datetime) -> Iterator[TimelineEvent]:
     for row in session.scalars(select(BudgetPeriodRow).where(BudgetPeriodRow.at.between(since, until))):
-        told = f"a new privacy budget of epsilon {row.target_epsilon:g} was granted to {row.requested_by}"
-        yield TimelineEvent(row.at, told)
-    freeze = frozen(session)
-    if freeze is not None and since <= freeze.at <= until:
-        yield TimelineEvent(freeze.at, f"the privacy ledger was frozen by {freeze.incident_id}: {freeze.reason}")
+        text = f"a new privacy budget of epsilon {row.target_epsilon:g} was granted to {row.requested_by}"
+        yield TimelineEvent(row.at, text)
+
+
+def _frozen(freeze: LedgerFreeze) -> TimelineEvent:
+    return TimelineEvent(freeze.at, f"the privacy ledger was frozen by {freeze.incident_id}: {freeze.reason}")
 
 
 def _quarantines(session: Session, since: datetime, until: datetime) -> Iterator[TimelineEvent]:

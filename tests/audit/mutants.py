@@ -136,7 +136,8 @@ MUTANTS = (
         (
             (
                 "self._lifetime = _Spends(self._settings.privacy.privacy_unit, after=0)",
-                "self._lifetime = _Spends(self._settings.privacy.privacy_unit, after=len(self._store.ledger()))",
+                "unit, lines = self._settings.privacy.privacy_unit, len(self._store.ledger.entries())\n"
+                "        self._lifetime = _Spends(unit, after=lines)",
             ),
         ),
     ),

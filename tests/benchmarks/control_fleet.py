@@ -43,8 +43,10 @@ def serving(access: dict[str, Any] | None = None, clients: int = CLIENTS) -> Ite
         }
         settings = load_settings(environ={}, overrides=overrides)
         with Store.open(settings.home) as store:
-            store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["red", "yellow", "green"])
-            store.register_clients([Client(name, ClientKind.REMOTE, 40) for name in client_names(clients)])
+            store.metadata.bind_fleet(
+                data_digest="d" * 64, partition={"scheme": "iid"}, classes=["red", "yellow", "green"]
+            )
+            store.clients.register([Client(name, ClientKind.REMOTE, 40) for name in client_names(clients)])
             _start(settings)
             try:
                 yield settings, store

@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = load_settings()
     store = open_existing_store(settings)
-    release = store.current_release()
+    release = store.releases.current()
     if release is None:
         raise SystemExit("Nothing is released yet: run `make run` first.")
     source = open_source(settings.data)
@@ -41,7 +41,7 @@ def main() -> None:
     trusted = [load_or_create_signing_key(store.home / "keys").public_key()]
 
     model = build_model(settings.model, len(source.classes), settings.data.image_size)
-    weights = store.blobs.get(store.version(release.version).weights_digest)
+    weights = store.blobs.get(store.versions.get(release.version).weights_digest)
     load_trainable_weights(model, decode_weights(weights, max_bytes=MAX_WEIGHTS_BYTES))
 
     @torch.inference_mode()

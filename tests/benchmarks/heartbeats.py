@@ -66,7 +66,7 @@ def _check_all_were_heard(store: Store, devices: int) -> None:
     """A replica tells the store about once a second."""
     heard = 0
     for _ in range(100):
-        heard = sum(client.last_seen_at is not None for client in store.clients())
+        heard = sum(client.last_seen_at is not None for client in store.clients.all())
         if heard >= devices:
             return
         time.sleep(0.1)

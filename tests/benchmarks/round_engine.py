@@ -54,8 +54,8 @@ def settings_for(
 def running(settings: Settings) -> Iterator[Actors]:
     """The system's actors on a Ray of their own, over a registered fleet; everything ends with the block."""
     with Store.open(settings.home) as store:
-        store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["none"])
-        store.register_clients(own_clients(settings).registered())
+        store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["none"])
+        store.clients.register(own_clients(settings).registered())
     metrics = settings.home / "run" / "metrics"
     metrics.mkdir(parents=True, exist_ok=True)
     logging.getLogger("ray").setLevel(logging.ERROR)

@@ -58,18 +58,18 @@ class Caller:
 
 def one_more(store: Store, before: int) -> Operation:
     """The operation that was queued since; there is one at most, ever."""
-    operations = store.operations()
+    operations = store.operations.all()
     assert len(operations) == before + 1
     return operations[0]
 
 
 def interrupted(fedvit: Fedvit, store: Store, kind: str, part: str) -> Operation:
     """One operation whose ``part`` is killed as soon as it is on record, asked for again until somebody answers."""
-    before = len(store.operations())
+    before = len(store.operations.all())
     caller = Caller(fedvit, kind, key=f"{kind}-{part}")
     first = threading.Thread(target=caller.ask)
     first.start()
-    await_true(lambda: len(store.operations()) > before, f"{kind} on record", every_s=0.005)
+    await_true(lambda: len(store.operations.all()) > before, f"{kind} on record", every_s=0.005)
     kill(fedvit.home, part)
     first.join()
     named = caller.insist()
@@ -83,19 +83,19 @@ def test_an_operation_survives_the_death_of_who_runs_it(running: Fedvit) -> None
     with Store.open(fedvit.home) as store:
         for kind, part in CASES:
             await_true(lambda: _rests(fedvit), "the end of training", limit_s=RESTARTED_S)
-            runs, releases = len(store.runs()), len(store.releases())
+            runs, releases = len(store.runs.all()), len(store.releases.all())
             ended = interrupted(fedvit, store, kind, part)
             # All three kinds are repeated from their beginning by the next process.
             assert ended.status is OperationStatus.SUCCEEDED, (kind, part, ended.error)
             if kind == "optimize":
-                assert len(store.runs()) == runs
-                assert len(store.releases()) <= releases + 1
+                assert len(store.runs.all()) == runs
+                assert len(store.releases.all()) <= releases + 1
             else:
-                assert len(store.runs()) == runs + 1
-                assert store.runs()[-1].run_id == (ended.result or {})["run_id"]
+                assert len(store.runs.all()) == runs + 1
+                assert store.runs.all()[-1].run_id == (ended.result or {})["run_id"]
             print(f"{kind}, {part} killed: {ended.status}")
-        store.verify_ledger()
-        store.verify_audit()
+        store.ledger.verify()
+        store.audit.verify()
 
 
 @pytest.mark.campaign
@@ -106,7 +106,7 @@ def test_a_shutdown_survives_too_and_ends_the_system_once(fedvit: Fedvit, part: 
     asking = threading.Thread(target=caller.ask)
     asking.start()
     with Store.open(fedvit.home) as store:
-        await_true(lambda: bool(store.operations()), "the shutdown on record", every_s=0.005)
+        await_true(lambda: bool(store.operations.all()), "the shutdown on record", every_s=0.005)
         kill(fedvit.home, part)
         asking.join()
         await_true(lambda: one_more(store, 0).status.ended, "the end of the operation", limit_s=RESTARTED_S)
@@ -116,11 +116,11 @@ def test_a_shutdown_survives_too_and_ends_the_system_once(fedvit: Fedvit, part: 
             assert caller.insist() == one_more(store, 0).operation_id
             Caller(fedvit, "shutdown", key=f"shutdown-{part}-again").ask()
         await_true(lambda: not Path(f"/proc/{first}").exists(), "the end of the system", limit_s=RESTARTED_S)
-        asked = len(store.operations())
+        asked = len(store.operations.all())
         fedvit.json("up")
         second = supervisor(fedvit.home)
-        assert caller.insist() == store.operations()[-1].operation_id
-        assert len(store.operations()) == asked
+        assert caller.insist() == store.operations.all()[-1].operation_id
+        assert len(store.operations.all()) == asked
         # The repetition ended nothing.
         await_true(lambda: _rests(fedvit), "the end of training", limit_s=RESTARTED_S)
         assert supervisor(fedvit.home) == second != first

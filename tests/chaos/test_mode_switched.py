@@ -134,15 +134,15 @@ def test_whatever_the_mode_no_update_is_lost_or_counted_twice(fedvit: Fedvit) ->
 def check_the_books(fedvit: Fedvit, told: list[dict[str, Any]]) -> None:
     """Every charge was for an update, and every update is in one round, with what became of it."""
     with Store.open(fedvit.home) as store, Store.open(fedvit.home.parent / "truck") as own:
-        run = store.latest_run()
+        run = store.runs.latest()
         assert run is not None
         assert (run.ordinal, run.status, run.rounds_done) == (1, RunStatus.COMPLETED, ROUNDS)
-        lineages = [dict(version.lineage) for version in store.versions()]
-        assert store.verify_ledger() == len(store.ledger())
+        lineages = [dict(version.lineage) for version in store.versions.all()]
+        assert store.ledger.verify() == len(store.ledger.entries())
         # FleetHistograms are charged beside the updates, as events of their own.
-        sent = Counter(entry.charge.unit_id for entry in store.ledger() if entry.charge.event is None)
-        charged = [entry.charge for entry in store.ledger() if entry.charge.unit_id == TRUCK]
-        assert [entry.charge for entry in own.ledger()] == charged
+        sent = Counter(entry.charge.unit_id for entry in store.ledger.entries() if entry.charge.event is None)
+        charged = [entry.charge for entry in store.ledger.entries() if entry.charge.unit_id == TRUCK]
+        assert [entry.charge for entry in own.ledger.entries()] == charged
     accepted, late, refused = Counter[str](), Counter[str](), Counter[str]()
     for lineage in lineages:
         aggregation = lineage.get("aggregation", {})

@@ -13,7 +13,8 @@ from load import Key, Load, await_true
 
 from fedvit.config import DataConfig
 from fedvit.data.sources import open_source
-from fedvit.store.store import Release, Store
+from fedvit.store.records import Release
+from fedvit.store.store import Store
 
 FULL = os.environ.get("CHAOS") == "full"
 # What is done in turn: 10 releases, 5 roll-backs, 3 switches; in short 2, 1 and 1.
@@ -36,7 +37,7 @@ class Operator:
         self._store, self._load = store, load
 
     def current(self) -> Release:
-        release = self._store.current_release()
+        release = self._store.releases.current()
         assert release is not None
         return release
 
@@ -45,11 +46,11 @@ class Operator:
         if step == "release":
             self._post("/api/model/retrain", {"strategy": "fine_tune"}, 202)
         elif step == "rollback":
-            self._post("/api/model/rollback", {"version": self._store.releases()[0].version, "force": True}, 200)
+            self._post("/api/model/rollback", {"version": self._store.releases.all()[0].version, "force": True}, 200)
         else:
             self._post("/api/model/switch", {"variant": OTHER[before.serve_variant or "standard"]}, 200)
         await_true(lambda: self.current().sequence > before.sequence, f"{step} after {before.version}")
-        self._load.settle(key_of(self.current()), len(self._store.releases()) - 1)
+        self._load.settle(key_of(self.current()), len(self._store.releases.all()) - 1)
 
     def _post(self, path: str, body: dict[str, Any], status: int) -> None:
         answer = self.http.post(path, json=body)
@@ -72,17 +73,17 @@ def test_nobody_notices_releases_rollbacks_and_switches(running: Fedvit) -> None
     places = running.json("up")
     targets = {name: places[name] for name in ("inference", "edge-1", "edge-2")}
     with Store.open(running.home) as store:
-        await_true(lambda: store.current_release() is not None, "the first release")
+        await_true(lambda: store.releases.current() is not None, "the first release")
         await_true(lambda: all(_serves(base) for base in targets.values()), "a model everywhere")
         with Load(targets, _image()) as load:
-            operator, before = Operator(running, store, load), len(store.releases())
+            operator, before = Operator(running, store, load), len(store.releases.all())
             load.settle(key_of(operator.current()), before - 1)
             for step in STEPS:
                 operator.do(step)
             check_damage_is_refused(operator, store, load)
-        check_answers(load, store.releases())
-        assert [r.sequence for r in store.releases()] == list(range(1, len(store.releases()) + 1))
-        assert len(store.releases()) >= before + len(STEPS)
+        check_answers(load, store.releases.all())
+        assert [r.sequence for r in store.releases.all()] == list(range(1, len(store.releases.all()) + 1))
+        assert len(store.releases.all()) >= before + len(STEPS)
     print(f"{len(load.answers)} answers by {len({answer.key for answer in load.answers})} models, none failed")
 
 

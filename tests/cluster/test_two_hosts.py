@@ -108,10 +108,10 @@ def test_a_worker_cut_off_in_the_middle_of_a_round_costs_no_round(cluster: Clust
 
 def test_no_round_was_lost_no_client_missing_and_none_counted_twice(cluster: Cluster) -> None:
     with Store.open(cluster.shared) as store:
-        tally = store.round_tally(datetime(2000, 1, 1, tzinfo=UTC), datetime.now(UTC))
-        run = store.latest_run()
+        tally = store.rounds.tally(datetime(2000, 1, 1, tzinfo=UTC), datetime.now(UTC))
+        run = store.runs.latest()
         assert run is not None
-        cohorts = [len(record.cohort) for record in store.rounds(run.run_id)]
+        cohorts = [len(record.cohort) for record in store.rounds.of_run(run.run_id)]
     print(f"\n{tally}")
     assert (tally.committed, tally.lost, tally.under_way, tally.refused) == (ROUNDS, 0, 0, 0)
     assert tally.answers == sum(cohorts)
@@ -165,8 +165,8 @@ def charged(cluster: Cluster, home: str) -> list[tuple[int, int]]:
     if not (cluster.shared / home / "state.db").exists():
         return []
     with Store.open(cluster.shared / home) as store:
-        assert store.verify_ledger() == len(store.ledger())
-        return [(entry.charge.round_index, entry.charge.steps) for entry in store.ledger()]
+        assert store.ledger.verify() == len(store.ledger.entries())
+        return [(entry.charge.round_index, entry.charge.steps) for entry in store.ledger.entries()]
 
 
 def until(holds: Callable[[], bool], limit_s: float, told: Callable[[], object] = lambda: "") -> None:

@@ -59,7 +59,7 @@ class Target:
         past = now - timedelta(days=2)
         texts["expired"] = create_token(store, "old", ["admin"], now=past, lifetime=timedelta(days=1)).text
         revoked = create_token(store, "lost", ["admin"], now=now)
-        store.revoke_token(revoked.token.token_id, now)
+        store.tokens.revoke(revoked.token.token_id, now)
         texts["revoked"] = revoked.text
         with Store.open(home / "elsewhere") as other:
             texts["foreign"] = create_token(other, "admin", ["admin"], now=now).text

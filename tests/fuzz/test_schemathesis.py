@@ -118,5 +118,5 @@ def test_every_route_keeps_to_its_document(system: System) -> None:
     assert len(findings.examples) == len(documented)
     assert findings.phases["stateful"] > 0
     assert {"ignored_auth", "use_after_free", "not_a_server_error"} <= set(findings.checks)
-    assert system.store.verify_audit() > 0
-    system.store.verify_ledger()
+    assert system.store.audit.verify() > 0
+    system.store.ledger.verify()

@@ -140,13 +140,15 @@ def test_alertmanager_opens_repeats_and_resolves_and_remediation_acts_once(make:
     store = stand.site.store
     stand.serve()
     stand.tell("PrivacyBudgetExhausted", began_s=90)
-    (incident,) = awaited("an incident", lambda: store.incidents(is_open=True))
+    (incident,) = awaited("an incident", lambda: store.incidents.all(is_open=True))
     assert (incident.alertname, incident.severity) == ("PrivacyBudgetExhausted", "P0")
-    lines = awaited("an action", store.audit)
+    lines = awaited("an action", store.audit.entries)
     awaited("repetitions", lambda: stand.count("notifications_total") >= 3)
     stand.tell("PrivacyBudgetExhausted", began_s=90, ended_s=1)
-    awaited("its end", lambda: store.incident(incident.incident_id).resolved_at)
-    assert [line.facts.actor for line in store.audit()] == ["remediation"] == [line.facts.actor for line in lines]
+    awaited("its end", lambda: store.incidents.get(incident.incident_id).resolved_at)
+    assert (
+        [line.facts.actor for line in store.audit.entries()] == ["remediation"] == [line.facts.actor for line in lines]
+    )
 
 
 def test_what_fired_while_the_control_api_was_down_is_logged_when_it_is_back(make: Callable[..., Stand]) -> None:
@@ -155,7 +157,7 @@ def test_what_fired_while_the_control_api_was_down_is_logged_when_it_is_back(mak
     # It has been tried, and refused, before there is anybody to take it.
     awaited("a try", lambda: stand.count("notification_requests_failed_total") >= 1)
     stand.serve()
-    (incident,) = awaited("an incident", stand.site.store.incidents)
+    (incident,) = awaited("an incident", stand.site.store.incidents.all)
     assert utc_now() - incident.opened_at > timedelta(seconds=299)
-    (logged,) = stand.site.store.incident_alerts(incident.incident_id)
+    (logged,) = stand.site.store.incidents.alerts(incident.incident_id)
     assert logged.received_at - logged.alert.starts_at > timedelta(seconds=299)

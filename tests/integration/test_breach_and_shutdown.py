@@ -122,8 +122,8 @@ def test_a_breach_is_contained_and_the_system_shut_down(fedvit: Fedvit) -> None:
         httpx.get(f"{fedvit.control}/healthz")
     assert fedvit.json("status", configured=False)["system"] == "down"
     with Store.open(fedvit.home) as store:
-        operation = store.operation(wish.json()["operation_id"])
-        run = store.latest_run()
+        operation = store.operations.get(wish.json()["operation_id"])
+        run = store.runs.latest()
     assert (operation.kind, operation.status) == ("shutdown", OperationStatus.SUCCEEDED)
     assert operation.result is not None
     assert run is not None

@@ -55,7 +55,7 @@ def await_round(fedvit: Fedvit, process: subprocess.Popen[str], rounds_done: int
 def stored_run(fedvit: Fedvit) -> Run:
     """The run as the state folder remembers it."""
     with Store.open(fedvit.home) as store:
-        run = store.latest_run()
+        run = store.runs.latest()
     assert run is not None
     return run
 
@@ -63,16 +63,16 @@ def stored_run(fedvit: Fedvit) -> Run:
 def check_everything_counted_once(fedvit: Fedvit) -> None:
     """One run, one charge a client and round, no version twice."""
     with Store.open(fedvit.home) as store:
-        run = store.latest_run()
+        run = store.runs.latest()
         assert run is not None
         assert (run.ordinal, run.status, run.rounds_done) == (1, RunStatus.COMPLETED, ROUNDS)
-        versions = [v.version for v in store.versions()]
+        versions = [v.version for v in store.versions.all()]
         assert versions == [f"v1.1.{n}" for n in range(ROUNDS, 0, -1)]
-        store.verify_ledger()
-        updates = [e.charge for e in store.ledger() if e.charge.event is None]
+        store.ledger.verify()
+        updates = [e.charge for e in store.ledger.entries() if e.charge.event is None]
         charges = collections.Counter((charge.round_index, charge.unit_id) for charge in updates)
         # And one histogram of each client, of the first round.
-        assert len(store.ledger()) == len(updates) + CLIENTS
+        assert len(store.ledger.entries()) == len(updates) + CLIENTS
         assert len(charges) == ROUNDS * CLIENTS
         assert set(charges.values()) == {1}
 

@@ -62,7 +62,7 @@ def await_charges(home: Path, process: subprocess.Popen[str], count: int) -> Non
         time.sleep(0.05)
         if (home / "state.db").exists():
             with Store.open(home) as store:
-                if len(store.ledger()) >= count:
+                if len(store.ledger.entries()) >= count:
                     return
     raise AssertionError(f"{count} ranges were not charged; exit status {process.poll()}")
 
@@ -96,8 +96,8 @@ def test_a_killed_rank_is_replaced_and_the_ledger_is_exact(tmp_path: Path, setti
     assert process.returncode == 0
     assert (report["steps"], report["ranks"], report["stopped"]) == (STEPS, 2, None)
     with Store.open(home) as store:
-        charges = [entry.charge for entry in store.ledger()]
-        assert store.verify_ledger() == len(charges)
+        charges = [entry.charge for entry in store.ledger.entries()]
+        assert store.ledger.verify() == len(charges)
     assert [(charge.round_index, charge.steps) for charge in charges] == [(i, RANGE) for i in range(0, STEPS, RANGE)]
     assert report["epsilon_spent"] == pytest.approx(epsilon_pld({PoissonGaussian(2.0, 0.25): STEPS}, DELTA))
     torch.set_num_threads(1)

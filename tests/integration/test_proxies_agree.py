@@ -57,7 +57,7 @@ def trained(home: Path, unit: str, proxies: int) -> list[str]:
     ]
     try:
         with Store.open(home) as store:
-            store.register_clients(own_clients(settings).registered())
+            store.clients.register(own_clients(settings).registered())
             loop = Coordinator(
                 settings=settings,
                 store=store,
@@ -67,7 +67,7 @@ def trained(home: Path, unit: str, proxies: int) -> list[str]:
             )
             run = loop.run()
             assert (run.status, run.reason) == (RunStatus.COMPLETED, None)
-            return [version.weights_digest for version in reversed(store.versions())]
+            return [version.weights_digest for version in reversed(store.versions.all())]
     finally:
         for actor in actors:
             ray.kill(actor)

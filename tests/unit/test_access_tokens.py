@@ -47,7 +47,7 @@ def test_two_tokens_share_nothing(store: Store) -> None:
     assert len({first.text, second.text}) == 2
     assert first.text.startswith(f"fvt_{first.token.token_id}_")
     assert len(first.text) == len("fvt_") + 12 + len("_") + 43
-    assert {token.token_id for token in store.tokens()} == {first.token.token_id, second.token.token_id}
+    assert {token.token_id for token in store.tokens.all()} == {first.token.token_id, second.token.token_id}
 
 
 def test_the_secret_is_nowhere_in_the_state(store: Store) -> None:
@@ -107,11 +107,11 @@ def test_a_token_ends_at_its_expiry(store: Store) -> None:
 
 def test_a_token_ends_when_it_is_revoked(store: Store) -> None:
     made = create_token(store, "Ana", ["viewer"], now=NOW)
-    revoked = store.revoke_token(made.token.token_id, NOW)
-    assert store.revoke_token(made.token.token_id, NOW + timedelta(days=1)) == revoked
+    revoked = store.tokens.revoke(made.token.token_id, NOW)
+    assert store.tokens.revoke(made.token.token_id, NOW + timedelta(days=1)) == revoked
     assert refusal(store, made.text) == "revoked"
     with pytest.raises(NotFoundError, match="nobody"):
-        store.revoke_token("nobody", NOW)
+        store.tokens.revoke("nobody", NOW)
 
 
 def test_a_hash_tampered_with_in_the_file_is_no_longer_matched(store: Store) -> None:
@@ -142,14 +142,14 @@ def test_last_use_is_remembered_once_a_minute(store: Store) -> None:
     made = create_token(store, "Ana", ["viewer"], now=NOW)
     for seconds, expected in ((0, 0), (59, 0), (60, 60), (61, 60)):
         verify_token(store, made.text, NOW + timedelta(seconds=seconds))
-        assert store.token(made.token.token_id).last_used_at == NOW + timedelta(seconds=expected)
+        assert store.tokens.get(made.token.token_id).last_used_at == NOW + timedelta(seconds=expected)
 
 
 @pytest.mark.parametrize("name", ["", " a", "a" * 65, "a\nb", "a\x00", "<b>", "a/b"])
 def test_a_name_that_would_confuse_a_log_is_refused(store: Store, name: str) -> None:
     with pytest.raises(ConfigError, match="no name for a token"):
         create_token(store, name, ["viewer"], now=NOW)
-    assert store.tokens() == []
+    assert store.tokens.all() == []
 
 
 def test_scopes_and_lifetimes_must_be_some(store: Store) -> None:
@@ -159,7 +159,7 @@ def test_scopes_and_lifetimes_must_be_some(store: Store) -> None:
         create_token(store, "Ana", [], now=NOW)
     with pytest.raises(ConfigError, match="live for"):
         create_token(store, "Ana", ["viewer"], now=NOW, lifetime=timedelta(0))
-    assert store.tokens() == []
+    assert store.tokens.all() == []
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ class System:
             },
         )
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        self.store.register_clients(seeded_fleet(4))
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.clients.register(seeded_fleet(4))
         accountant = PrivacyAccountant(self.store, settings)
         self.local = LocalAggregator(
             settings=settings, store=self.store, accountant=accountant, fleet=self.fleet, model=PointModel(TARGET)
@@ -84,7 +84,7 @@ def test_the_runbooks_call_ends_a_round_that_hangs_and_the_run_goes_on(system: S
     answers = [c for lineage in versions.values() for c in lineage["clients"]]
     assert SLOW not in versions[1]["clients"]
     assert SLOW in answers
-    assert len(answers) == len(system.store.ledger())
+    assert len(answers) == len(system.store.ledger.entries())
 
 
 def test_turned_back_the_rounds_are_synchronous_again(system: System) -> None:
@@ -138,6 +138,6 @@ def test_a_bad_mode_is_refused_by_field(system: System, body: dict[str, Any], wo
 
 def test_a_change_is_audited_with_before_and_after(system: System) -> None:
     system.http.post(MODE, json={"mode": "asynchronous", "buffer_size": 2})
-    (facts,) = (entry.facts for entry in system.store.audit())
+    (facts,) = (entry.facts for entry in system.store.audit.entries())
     assert (facts.action, facts.status) == (f"POST {MODE}", 200)
     assert (facts.before["mode"], facts.after["mode"], facts.after["buffer_size"]) == ("synchronous", "asynchronous", 2)

@@ -48,8 +48,8 @@ def test_the_documents_rule_trains_by_its_name(tmp_path: Path, monkeypatch: pyte
     settings.write_text(block("yaml") + "  rounds: 3\nprivacy: {noise_multiplier: 4.0}\nrelease: {every_rounds: 99}\n")
     config = load_settings(settings, environ={}, overrides={"home": tmp_path / "home"})
     store = Store.open(config.home)
-    store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-    store.register_clients(seeded_fleet(4))
+    store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+    store.clients.register(seeded_fleet(4))
     loop = Coordinator(
         settings=config,
         store=store,
@@ -59,10 +59,10 @@ def test_the_documents_rule_trains_by_its_name(tmp_path: Path, monkeypatch: pyte
     )
     run = loop.run()
     assert run.status is RunStatus.COMPLETED, run.reason
-    version = store.version("v1.1.3")
+    version = store.versions.get("v1.1.3")
     np.testing.assert_allclose(stored_weights(store, version.weights_digest)["point"], [0.15, -0.15], rtol=1e-5)
     assert "majority_vote" in rule_names()
-    assert version.lineage["rule_state"] in store.blob_digests()
+    assert version.lineage["rule_state"] in store.versions.blob_digests()
 
 
 def test_a_shipped_rules_name_cannot_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

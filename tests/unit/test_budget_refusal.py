@@ -50,8 +50,8 @@ class Served:
         privacy = {**overrides["privacy"], "target_epsilon": target_epsilon}
         self.settings: Settings = load_settings(environ={}, overrides={**overrides, "privacy": privacy, "home": home})
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        self.store.register_clients(seeded_fleet(5))
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.clients.register(seeded_fleet(5))
         self.accountant = PrivacyAccountant(self.store, self.settings)
         self.local = LocalAggregator(
             settings=self.settings,
@@ -108,7 +108,7 @@ def test_a_budget_for_r_rounds_ends_the_run_after_exactly_r(
         assert told["next_round_epsilon"] == epsilon_pld({a_round: ADMITTED + 1}, 1e-5) > budget
         # The ledger, read by somebody who knows nothing of all this.
         with Store.open(tmp_path) as store:
-            assert len({e.charge.round_index for e in store.ledger()}) == ADMITTED
+            assert len({e.charge.round_index for e in store.ledger.entries()}) == ADMITTED
             assert PrivacyAccountant(store, served.settings).budget().epsilon_spent == pytest.approx(spent, abs=1e-9)
         # Asked again, it stays where it is, and charges nothing.
         assert served.train()["rounds_done"] == ADMITTED
@@ -125,7 +125,7 @@ def test_a_client_without_budget_is_left_out_and_the_others_go_on(tmp_path: Path
         served.accountant.charge([earlier])
         ended = served.train()
         assert (ended["status"], ended["rounds_done"]) == ("budget_exhausted", ADMITTED)
-        charged = Counter(e.charge.unit_id for e in served.store.ledger() if e.charge.run_id != earlier.run_id)
+        charged = Counter(e.charge.unit_id for e in served.store.ledger.entries() if e.charge.run_id != earlier.run_id)
         assert charged == {f"vehicle-000{i}": ADMITTED for i in (0, 1, 3, 4)}
     finally:
         served.close()

@@ -157,7 +157,7 @@ def test_a_dry_run_changes_nothing(make: Callable[..., tuple[System, Through]]) 
         assert through.sent, verb
         assert through.changes == [], verb
         assert result.exit_code == 0 or result.stderr.startswith("Error: "), verb
-    assert system.store.audit() == []
+    assert system.store.audit.entries() == []
 
 
 # --- what a user sees ------------------------------------------------------------------------------------------------

@@ -101,10 +101,10 @@ def test_answers_are_frozen_values_and_a_change_shows_in_the_next_reading(make: 
 
 def test_lists_are_iterated_page_by_page(make: Make) -> None:
     system = make().trained()
-    system.store.register_clients(seeded_fleet(12)[5:])
+    system.store.clients.register(seeded_fleet(12)[5:])
     client = client_of(system)
     ids = [each.client_id for each in client.clients.iterate(page_size=5)]
-    assert ids == [each.client_id for each in system.store.clients()]
+    assert ids == [each.client_id for each in system.store.clients.all()]
     assert way_of(client).sent == ["GET /api/clients/status"] * 3
     assert [each.version for each in client.model.iterate_versions(page_size=2)] == [
         "v1.1.4",
@@ -214,7 +214,7 @@ def test_a_change_whose_answer_is_lost_is_repeated_and_made_once(make: Make) -> 
     operation = client.model.retrain("full_retrain")
     assert way_of(client).sent == ["POST /api/model/retrain"] * 3
     assert len(set(way_of(client).keys)) == 1
-    assert [each.operation_id for each in system.store.operations()] == [operation.operation_id]
+    assert [each.operation_id for each in system.store.operations.all()] == [operation.operation_id]
 
 
 def test_each_call_is_another_request_unless_it_is_given_the_same_key(make: Make) -> None:

@@ -49,7 +49,7 @@ class House:
         self.stores = [Store.open(home), Store.open(home)]
         self.store = self.stores[0]
         vehicles = [Client(f"truck-{i}", ClientKind.REMOTE, 10) for i in range(2)]
-        self.store.register_clients([*seeded_fleet(3), *vehicles, Client("depot", ClientKind.SILO, 500)])
+        self.store.clients.register([*seeded_fleet(3), *vehicles, Client("depot", ClientKind.SILO, 500)])
         settings = load_settings(environ={}, overrides={"home": home})
 
         def nobody() -> Any:
@@ -116,13 +116,13 @@ def test_a_change_shows_in_the_very_next_page_of_every_replica(house: House) -> 
 
 def test_a_page_is_read_once_while_nothing_changes(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[int, int]] = []
-    page = house.store.client_page
-    monkeypatch.setattr(house.store, "client_page", lambda *place: reads.append(place) or page(*place))
+    page = house.store.clients.page
+    monkeypatch.setattr(house.store.clients, "page", lambda *place: reads.append(place) or page(*place))
     first = house.http.get("/api/clients/status?limit=2").content
     assert house.http.get("/api/clients/status?limit=2").content == first
     assert house.http.get("/api/clients/status?limit=2&offset=1").content != first
     assert reads == [(0, 2), (1, 2)]
-    house.store.set_meta("anything", 1)
+    house.store.metadata.set("anything", 1)
     house.get("/api/clients/status?limit=2")
     assert len(reads) == 3
 
@@ -248,7 +248,7 @@ def test_a_verdict_is_kept_with_its_reason(house: House) -> None:
 
 def test_a_quarantine_is_lifted_with_a_justification(house: House) -> None:
     at = utc_now() - timedelta(hours=1)
-    house.store.quarantine_clients(["truck-0"], "incident PB-1", at)
+    house.store.clients.quarantine(["truck-0"], "incident PB-1", at)
     shown = house.get("/api/clients/truck-0")
     assert shown["quarantine_reason"] == "incident PB-1"
     assert house.condition("truck-0", "Quarantined")["last_transition_at"] == shown["quarantined_at"]
@@ -256,8 +256,8 @@ def test_a_quarantine_is_lifted_with_a_justification(house: House) -> None:
     answer = house.post("/api/clients/truck-0/reinstate", justification="It was somebody else's key.")
     assert (answer["quarantined_at"], answer["quarantine_reason"]) == (None, None)
     assert house.condition("truck-0", "Quarantined")["status"] == "False"
-    assert house.store.client("truck-0").quarantined is False
-    line = house.store.audit()[-1].facts
+    assert house.store.clients.get("truck-0").quarantined is False
+    line = house.store.audit.entries()[-1].facts
     assert (line.before["quarantine_reason"], line.after["quarantine_reason"]) == ("incident PB-1", None)
     assert line.params["body"] == {"justification": "It was somebody else's key."}
 

@@ -18,21 +18,28 @@ SECRET = bytes(32)
 
 def test_only_active_clients_with_data_are_eligible(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
-        store.register_clients(
+        store.clients.register(
             [client("c"), client("b", active=False), client("a"), client("d", num_examples=0), client("e")]
         )
-        store.quarantine_clients(["e"], "an incident", utc_now())
-        assert (store.population(), store.count_eligible(), store.count_eligible(at_most=1)) == (5, 2, 1)
-        assert store.eligible_at(range(5)) == {0: "c", 2: "a"}
-        assert store.eligible_at([1, 2, 99]) == {2: "a"}
+        store.clients.quarantine(["e"], "an incident", utc_now())
+        assert (
+            store.clients.population(),
+            store.clients.count_eligible(),
+            store.clients.count_eligible(at_most=1),
+        ) == (5, 2, 1)
+        assert store.clients.eligible_at(range(5)) == {0: "c", 2: "a"}
+        assert store.clients.eligible_at([1, 2, 99]) == {2: "a"}
 
 
 def test_validated_only_leaves_the_others_out(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
-        store.register_clients([client("a"), client("b", validated=False)])
-        assert store.eligible_at(range(2), validated_only=True) == {0: "a"}
-        assert store.eligible_at(range(2)) == {0: "a", 1: "b"}
-        assert (store.count_eligible(validated_only=True), store.count_units()) == (1, (2, 20))
+        store.clients.register([client("a"), client("b", validated=False)])
+        assert store.clients.eligible_at(range(2), validated_only=True) == {0: "a"}
+        assert store.clients.eligible_at(range(2)) == {0: "a", 1: "b"}
+        assert (store.clients.count_eligible(validated_only=True), store.clients.count_units()) == (
+            1,
+            (2, 20),
+        )
 
 
 class CountingRoll(ListedPool):
@@ -77,7 +84,7 @@ def test_of_remote_clients_only_those_that_train_and_were_heard_are_eligible(tmp
     now = utc_now()
     late = now - timedelta(seconds=1)
     with Store.open(tmp_path) as store:
-        store.register_clients(
+        store.clients.register(
             [
                 Client("heard", ClientKind.REMOTE, 10, capabilities=able),
                 Client("silent", ClientKind.REMOTE, 10, capabilities=able),
@@ -87,10 +94,10 @@ def test_of_remote_clients_only_those_that_train_and_were_heard_are_eligible(tmp
                 client("virtual"),
             ]
         )
-        store.touch_clients({"heard": now, "silent": late, "edge": now, "plain": now})
-        found = [set(store.eligible_at(range(6), heard_since=since).values()) for since in (None, now, late)]
+        store.clients.set_last_seen({"heard": now, "silent": late, "edge": now, "plain": now})
+        found = [set(store.clients.eligible_at(range(6), heard_since=since).values()) for since in (None, now, late)]
         assert found == [{"virtual"}, {"heard", "virtual"}, {"heard", "silent", "virtual"}]
-        assert [store.count_eligible(heard_since=since) for since in (None, now, late)] == [1, 2, 3]
+        assert [store.clients.count_eligible(heard_since=since) for since in (None, now, late)] == [1, 2, 3]
 
 
 def test_a_draw_is_repeatable_and_changes_with_round_and_secret() -> None:

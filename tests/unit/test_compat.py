@@ -34,8 +34,8 @@ def python(code: str, **environment: object) -> subprocess.CompletedProcess[str]
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     with Store.open(tmp_path / "home") as store:
-        store.register_clients(seeded_fleet(3))
-        store.append_charges([Charge("run-0001", 1, "a", "1" * 64, 4.0, 1.0, 1)], lambda _: None)
+        store.clients.register(seeded_fleet(3))
+        store.ledger.append([Charge("run-0001", 1, "a", "1" * 64, 4.0, 1.0, 1)])
     return tmp_path / "home"
 
 

@@ -94,8 +94,8 @@ class House:
     def __init__(self, home: Path, **access: Any) -> None:
         self.settings: Settings = load_settings(environ={}, overrides={"home": home, "access": access})
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        self.store.register_clients(seeded_fleet(2))
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.clients.register(seeded_fleet(2))
         self.clock, self.aggregator = Clock(), IdleAggregator()
         accountant = PrivacyAccountant(self.store, self.settings)
         services = Services(self.settings, self.store, lambda: self.aggregator, lambda: accountant)
@@ -225,7 +225,7 @@ def test_no_token_that_is_not_good_opens_a_route(guarded: House, kind: str) -> N
     lifetime = timedelta(days=1) if kind == "expired" else None
     made = create_token(guarded.store, kind, [Scope.ADMIN, Scope.EMERGENCY, Scope.DEVICE], now=past, lifetime=lifetime)
     if kind == "revoked":
-        guarded.store.revoke_token(made.token.token_id, utc_now())
+        guarded.store.tokens.revoke(made.token.token_id, utc_now())
     text = f"{made.text[:-43]}{'A' * 43}" if kind == "invented" else made.text
     # One after another they would only be told to wait.
     for method, path, facts in operations(guarded.api):
@@ -234,7 +234,7 @@ def test_no_token_that_is_not_good_opens_a_route(guarded: House, kind: str) -> N
         answer = guarded.ask(method, path.replace("{", "").replace("}", ""), headers=headers)
         assert (answer.status_code == 401) == bool(facts["x-scope"]), (method, path)
     assert guarded.aggregator.starts == 0
-    assert guarded.store.audit() == []
+    assert guarded.store.audit.entries() == []
 
 
 def test_the_matrix_knows_every_scope() -> None:
@@ -282,7 +282,7 @@ def test_revoked_and_expired_tokens_say_so(guarded: House) -> None:
     made = create_token(guarded.store, "old", ["admin"], now=utc_now() - timedelta(days=2), lifetime=timedelta(days=1))
     guarded.tokens[Scope.ADMIN] = made.text
     assert "expired" in guarded.ask("GET", "/api/audit", "admin").json()["detail"]
-    guarded.store.revoke_token(made.token.token_id, utc_now())
+    guarded.store.tokens.revoke(made.token.token_id, utc_now())
     assert "revoked" in guarded.ask("GET", "/api/audit", "admin").json()["detail"]
 
 
@@ -368,7 +368,7 @@ def test_json_is_json_whatever_its_content_type_says(house: House, content_type:
     headers = {} if content_type is None else {"Content-Type": content_type}
     answer = house.ask("POST", "/api/clients/register", content=json.dumps(BODY).encode(), headers=headers)
     assert answer.status_code == 201
-    assert house.store.client("truck-7").capabilities == {"camera": "front"}
+    assert house.store.clients.get("truck-7").capabilities == {"camera": "front"}
 
 
 @pytest.mark.parametrize("value", ["{...}", "{ … }", "[...]", "..."])
@@ -405,7 +405,7 @@ def test_what_is_no_json_is_refused_and_changes_nothing(house: House, body: byte
     answer = house.ask("POST", "/api/clients/register", content=body)
     assert (answer.status_code, answer.headers["content-type"]) == (400, PROBLEM)
     assert word in answer.json()["detail"]
-    assert house.store.count_clients() == 2
+    assert house.store.clients.count() == 2
 
 
 @pytest.mark.parametrize("value", ["true", '"12"', "1.5", "-1", "null"])
@@ -414,7 +414,7 @@ def test_a_value_of_another_type_is_not_translated(house: House, value: str) -> 
     answer = house.ask("POST", "/api/clients/register", content=body.encode())
     assert answer.status_code == 422
     assert "num_examples" in answer.json()["detail"]
-    assert house.store.count_clients() == 2
+    assert house.store.clients.count() == 2
 
 
 @pytest.mark.parametrize("body", [b"null", b"[]", b'"text"', b"7"])
@@ -483,14 +483,14 @@ def test_any_other_request_id_is_replaced(house: House, given: bytes) -> None:
 def test_what_takes_too_long_is_answered_and_still_audited(tmp_path: Path) -> None:
     house = House(tmp_path, request_timeout_s=0.05)
     may_end, audited = threading.Event(), threading.Event()
-    append = house.store.append_audit
+    append = house.store.audit.append
 
     def append_and_tell(facts: Any) -> int:
         sequence = append(facts)
         audited.set()
         return sequence
 
-    house.store.append_audit = append_and_tell  # type: ignore[method-assign]
+    house.store.audit.append = append_and_tell  # type: ignore[method-assign]
 
     @house.api.post("/api/slow", dependencies=[requires(Scope.OPERATOR)])
     def slow(note: Note) -> str:
@@ -505,7 +505,7 @@ def test_what_takes_too_long_is_answered_and_still_audited(tmp_path: Path) -> No
         assert client.post("/api/slow", headers=key).status_code == 409
         may_end.set()
         assert audited.wait(30)
-    (entry,) = house.store.audit()
+    (entry,) = house.store.audit.entries()
     assert (entry.facts.status, entry.facts.after) == (200, {"done": True})
     house.store.close()
 
@@ -536,7 +536,7 @@ def test_a_key_makes_a_repeated_request_harmless(guarded: House) -> None:
     guarded.ask("POST", "/api/training/start", "admin", headers=key)
     guarded.ask("POST", "/api/training/start", "operator", headers={"Idempotency-Key": "2030-05-01/2"})
     assert guarded.aggregator.starts == 3
-    assert guarded.store.verify_audit() == 3
+    assert guarded.store.audit.verify() == 3
 
 
 def test_a_key_used_for_another_request_is_refused(house: House) -> None:
@@ -544,7 +544,7 @@ def test_a_key_used_for_another_request_is_refused(house: House) -> None:
     assert house.ask("POST", "/api/clients/register", json=BODY, headers=key).status_code == 201
     other = house.ask("POST", "/api/clients/register", json=BODY | {"device_id": "truck-8"}, headers=key)
     assert (other.status_code, other.headers["content-type"]) == (409, PROBLEM)
-    assert house.store.count_clients() == 3
+    assert house.store.clients.count() == 3
 
 
 def test_a_refusal_is_repeated_and_a_failure_may_be_tried_again(house: House) -> None:
@@ -596,7 +596,7 @@ def test_every_change_is_audited_with_before_and_after(guarded: House) -> None:
     assert lines[1]["params"] == {"path": {"client_id": "truck-7"}}
     assert guarded.ask("GET", "/api/audit?limit=1", "admin").json() == lines[-1:]
     assert guarded.ask("GET", "/api/audit?after=2&limit=1", "admin").json() == lines[2:3]
-    assert guarded.store.verify_audit() == 4
+    assert guarded.store.audit.verify() == 4
 
 
 def test_secrets_reach_neither_trail_nor_log_nor_answer(guarded: House, tmp_path: Path) -> None:
@@ -618,7 +618,7 @@ def test_secrets_reach_neither_trail_nor_log_nor_answer(guarded: House, tmp_path
         logger.propagate = True
     assert [a.status_code for a in (answer, unknown, wrong)] == [201, 404, 422]
     log = (tmp_path / "logs" / "control.log").read_text()
-    trail = json.dumps([entry.facts.params for entry in guarded.store.audit()])
+    trail = json.dumps([entry.facts.params for entry in guarded.store.audit.entries()])
     line = json.loads(log.splitlines()[0])
     assert (line["request_id"], line["route"], line["status"]) == ("r-2", "/api/clients/register", 201)
     assert line["actor"].endswith(":operator")
@@ -637,10 +637,10 @@ def test_the_trail_stays_small_whatever_is_sent(house: House) -> None:
 
     for value in ("x" * 100_000, ["x" * 400] * 1000, {str(i): i for i in range(1000)}, "a\x00b"):
         assert house.ask("POST", "/api/anything", content=json.dumps({"value": value}).encode()).status_code == 200
-    for entry in house.store.audit():
+    for entry in house.store.audit.entries():
         assert len(json.dumps(entry.facts.params)) < 10_000
         assert entry.facts.before == "inf"
-    assert house.store.verify_audit() == 4
+    assert house.store.audit.verify() == 4
 
 
 def test_a_change_that_could_not_be_audited_says_so(house: House) -> None:

@@ -47,8 +47,8 @@ class InlineAggregator:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store.open(tmp_path) as opened:
-        opened.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        opened.register_clients(seeded_fleet(5))
+        opened.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        opened.clients.register(seeded_fleet(5))
         yield opened
 
 
@@ -106,7 +106,7 @@ def test_model_info_answers_what_the_runbook_reads(client: TestClient, store: St
 
 def test_a_release_is_handed_out_as_it_was_signed(client: TestClient, store: Store) -> None:
     client.post("/api/training/start")
-    release = store.current_release()
+    release = store.releases.current()
     assert release is not None
     assert client.get("/api/model/release?variant=standard").text == release.envelopes["standard"]
     digest = release.artifacts["standard"]
@@ -115,7 +115,7 @@ def test_a_release_is_handed_out_as_it_was_signed(client: TestClient, store: Sto
 
 def test_weights_are_not_handed_out(client: TestClient, store: Store) -> None:
     client.post("/api/training/start")
-    version = store.latest_version()
+    version = store.versions.latest()
     assert version is not None
     assert client.get(f"/api/model/blobs/{version.weights_digest}").status_code == 404
 

@@ -81,7 +81,7 @@ def test_a_silent_proxy_a_dead_accountant_and_a_lost_artifact_are_told(
         artifacts = {"standard": "f" * 64}
 
     aggregator.silent = True
-    monkeypatch.setattr(services.store, "current_release", Lost)
+    monkeypatch.setattr(services.store.releases, "current", Lost)
     HealthMetrics(Services(services.settings, services.store, services.aggregator, nobody), ()).publish()
     assert healthy() == {"store": 1, "registry": 0, "accountant": 0, "aggregator": 1, "client_proxies": 0}
 

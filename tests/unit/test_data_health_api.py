@@ -34,8 +34,8 @@ class TwoClassModel(PointModel):
 @pytest.fixture
 def http(tmp_path: Path) -> Iterator[TestClient]:
     with Store.open(tmp_path) as store:
-        store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near", "far"])
-        store.register_clients(seeded_fleet(4))
+        store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near", "far"])
+        store.clients.register(seeded_fleet(4))
         overrides = {"training": {"rounds": 2}, "privacy": {"noise_multiplier": 4.0}, "home": tmp_path}
         settings = load_settings(environ={}, overrides=overrides)
         accountant = PrivacyAccountant(store, settings)

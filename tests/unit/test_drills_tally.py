@@ -82,7 +82,7 @@ def test_a_run_that_went_well_costs_what_it_released(system: System) -> None:
 def test_an_update_that_is_gone_is_lost_and_was_paid_for(system: System) -> None:
     before = mark(system.store)
     system.trained()
-    client_id = system.store.clients()[0].client_id
+    client_id = system.store.clients.all()[0].client_id
     alter(system, f"DELETE FROM client_rounds WHERE round_index = 2 AND client_id = '{client_id}'")
     found = tally(system.store, system.settings, before)
     assert (found.updates, found.updates_lost) == (19, 1)
@@ -90,7 +90,7 @@ def test_an_update_that_is_gone_is_lost_and_was_paid_for(system: System) -> None
     assert found.epsilon_difference == 0.0
     alter(system, "DELETE FROM client_rounds WHERE round_index = 2")
     found = tally(system.store, system.settings, before)
-    charges = [entry.charge for entry in system.store.ledger()]
+    charges = [entry.charge for entry in system.store.ledger.entries()]
     released = [charge for charge in charges if charge.round_index != 2]
     assert found.updates_lost == 5
     assert found.epsilon_difference == epsilon_of(charges, system.settings) - epsilon_of(released, system.settings) > 0
@@ -122,14 +122,14 @@ def test_a_round_that_is_committed_while_it_is_counted_is_not_lost(
     system.trained()
     alter(system, "UPDATE rounds SET committed_at = NULL WHERE round_index = 4")
     alter(system, "UPDATE runs SET status = 'running'")
-    read = system.store.rounds
+    read = system.store.rounds.of_run
 
     def committed_meanwhile(run_id: str) -> list[RoundRecord]:
         found = read(run_id)
         alter(system, "UPDATE rounds SET committed_at = '2026-01-01 00:00:00' WHERE round_index = 4")
         return found
 
-    monkeypatch.setattr(system.store, "rounds", committed_meanwhile)
+    monkeypatch.setattr(system.store.rounds, "of_run", committed_meanwhile)
     assert tally(system.store, system.settings, before).rounds_lost == 0
 
 

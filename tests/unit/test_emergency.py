@@ -20,7 +20,8 @@ from fedvit.access.tokens import create_token
 from fedvit.errors import LedgerFrozenError, PlacementError
 from fedvit.ports import Charge
 from fedvit.registry.contributions import contributions
-from fedvit.store.store import Derivation, RoundCommit, Store, Token
+from fedvit.store.records import Derivation, RoundCommit, Token
+from fedvit.store.store import Store
 from fedvit.types import ClientOutcome, Cohort, RunStatus, utc_now
 
 LITERAL = "PB-$(date +%Y%m%d-%H%M%S)"
@@ -63,7 +64,7 @@ def bundle(told: JsonObject) -> dict[str, list[JsonObject]]:
 
 def test_a_breach_in_the_middle_of_a_round_contains_everything(held: Site) -> None:
     bound = Token("0" * 12, "truck", "h" * 64, ("device",), utc_now(), client_id="vehicle-0001")
-    held.store.add_token(bound)
+    held.store.tokens.add(bound)
     held.http.post("/api/training/start")
     assert held.fleet.begun.wait(WAIT_S)
     told = held.breach("vehicle-0001", "nobody")
@@ -74,7 +75,7 @@ def test_a_breach_in_the_middle_of_a_round_contains_everything(held: Site) -> No
     assert (told["quarantined"], told["unknown_clients"]) == (["vehicle-0001"], ["nobody"])
     assert (told["revoked_tokens"], told["rolled_back_to"], told["ledger_frozen"]) == (["0" * 12], None, True)
     assert "Only when asked for: rollback_model" in told["policy"]
-    assert held.store.token("0" * 12).revoked_at is not None
+    assert held.store.tokens.get("0" * 12).revoked_at is not None
 
     held.fleet.let.set()
     progress = held.local.wait(WAIT_S)
@@ -94,7 +95,7 @@ def test_a_breach_in_the_middle_of_a_round_contains_everything(held: Site) -> No
 
 def test_the_bundle_holds_the_evidence_and_no_secret(site: Site) -> None:
     site.trained()
-    site.store.grant_budget(9.0, "The officer approved it today.", "token:a:Ana", None)
+    site.store.budget.grant(9.0, "The officer approved it today.", "token:a:Ana", None)
     told = site.breach("vehicle-0001", incident=LITERAL)
     path = Path(told["forensic_bundle"])
     assert path.parent == site.settings.home / "forensics"
@@ -161,7 +162,7 @@ def test_a_repeated_report_is_harmless_and_makes_another_bundle(site: Site) -> N
     assert site.get("/api/emergency") == state
     assert first["forensic_bundle"] != again["forensic_bundle"]
     assert (first["rolled_back_to"], again["rolled_back_to"]) == ("v1.1.2", "v1.1.2")
-    assert len(site.store.releases()) == 5
+    assert len(site.store.releases.all()) == 5
     assert bundle(first)["ledger.jsonl"] == bundle(again)["ledger.jsonl"]
 
 
@@ -225,7 +226,7 @@ def test_a_bundle_that_cannot_be_written_is_reported_with_its_place(site: Site) 
 
 def test_the_last_release_without_the_clients_serves_again(site: Site) -> None:
     site.trained()
-    old = site.store.version("v1.1.2")
+    old = site.store.versions.get("v1.1.2")
     told = site.breach("vehicle-0001", actions=("rollback_model",))
     assert told["rolled_back_to"] == "v1.1.2"
     assert action(told, "rollback_model")["done"]
@@ -255,7 +256,7 @@ def test_a_release_to_which_they_did_not_contribute_stays(site: Site) -> None:
     told = site.breach("nobody", actions=("rollback_model",))
     assert action(told, "rollback_model")["done"]
     assert told["rolled_back_to"] is None
-    assert len(site.store.releases()) == 4
+    assert len(site.store.releases.all()) == 4
 
 
 def test_a_second_incident_does_not_bring_back_what_the_first_withdrew(site: Site) -> None:
@@ -264,14 +265,14 @@ def test_a_second_incident_does_not_bring_back_what_the_first_withdrew(site: Sit
     site.http.post("/api/model/rollback", json={"version": "v1.1.4", "force": True})
     told = site.breach("nobody", actions=("rollback_model",), incident="PB-2")
     assert told["rolled_back_to"] == "v1.1.5"
-    assert site.store.version(site.get("/api/model/current")["version"]).weights_digest == (
-        site.store.version("v1.1.2").weights_digest
+    assert site.store.versions.get(site.get("/api/model/current")["version"]).weights_digest == (
+        site.store.versions.get("v1.1.2").weights_digest
     )
 
 
 def commit(store: Store, run_id: str, round_index: int, clients: list[str], base: str | None = None) -> str:
-    store.open_round(run_id, round_index, Cohort(round_index, tuple(clients)))
-    return store.commit_round(
+    store.rounds.open(run_id, round_index, Cohort(round_index, tuple(clients)))
+    return store.rounds.commit(
         run_id,
         round_index,
         RoundCommit(
@@ -293,27 +294,26 @@ def test_contributions_follow_rounds_runs_and_derivations(tmp_path: Path) -> Non
 
         def begin() -> str:
             facts: Any = {"rounds_total": 9, "noise_multiplier": 1.0, "config": {}, "data_digest": "d"}
-            return store.create_run(**facts, config_digest="c").run_id
+            return store.runs.create(**facts, config_digest="c").run_id
 
         first = begin()
         commit(store, first, 1, ["a"])
         commit(store, first, 2, ["b"])
         commit(store, first, 3, ["c"])
-        store.set_run_status(first, RunStatus.COMPLETED)
-        store.release_derived(
-            Derivation("v1.1.2", {"rollback_of": "v1.1.2"}, {"standard": "x"}, {}), lambda *_: {}, "back", None
-        )
+        store.runs.set_status(first, RunStatus.COMPLETED)
+        derived = store.versions.derive(Derivation("v1.1.2", {"rollback_of": "v1.1.2"}, {}))
+        store.releases.add(derived.version, {"standard": "x"}, {}, "back", while_frozen=True)
         tuned = begin()
         commit(store, tuned, 1, ["d"], base="v1.1.4")
         commit(store, tuned, 2, ["a"], base="v1.1.4")
-        store.set_run_status(tuned, RunStatus.COMPLETED)
+        store.runs.set_status(tuned, RunStatus.COMPLETED)
         commit(store, begin(), 1, ["b"])
-        found = {name: "".join(sorted(who)) for name, who in contributions(store.versions(), "abcd").items()}
+        found = {name: "".join(sorted(who)) for name, who in contributions(store.versions.all(), "abcd").items()}
         assert found == {
             **{"v1.1.1": "a", "v1.1.2": "ab", "v1.1.3": "abc", "v1.1.4": "ab"},
             **{"v1.2.1": "abd", "v1.2.2": "abd", "v1.3.1": "b"},
         }
-        assert contributions(store.versions(), ["c"])["v1.1.3"] == {"c"}
+        assert contributions(store.versions.all(), ["c"])["v1.1.3"] == {"c"}
 
 
 # --- quarantine and its end ------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_a_quarantined_client_cannot_register_itself_back(site: Site) -> None:
     site.http.post("/api/clients/register", json={"device_id": "truck-7", "num_examples": 12})
     site.breach("truck-7")
     assert site.http.post("/api/clients/register", json={"device_id": "truck-7", "num_examples": 99}).status_code == 201
-    assert site.store.client("truck-7").quarantined
+    assert site.store.clients.get("truck-7").quarantined
     assert site.http.delete("/api/clients/truck-7").status_code == 200
     site.http.post("/api/clients/register", json={"device_id": "truck-7"})
     assert site.get("/api/emergency")["quarantined"] == ["truck-7"]
@@ -408,7 +408,7 @@ def test_any_text_names_an_incident_and_none_leaves_the_folder(site: Site, name:
 
 def test_a_report_is_audited_with_what_it_did(site: Site) -> None:
     told = site.breach("vehicle-0001")
-    entry = site.store.latest_audit(1)[0].facts
+    entry = site.store.audit.latest(1)[0].facts
     assert (entry.action, entry.actor, entry.status) == (f"POST {BREACH}", site.actor, 200)
     assert entry.before == {"frozen_by": None, "quarantined": []}
     assert entry.after["quarantined"] == ["vehicle-0001"]
@@ -420,4 +420,4 @@ def test_charges_are_refused_while_it_lasts(site: Site) -> None:
     site.breach()
     charge = Charge("run-0001", 1, "vehicle-0000", "r" * 64, 4.0, 0.5, 1)
     with pytest.raises(LedgerFrozenError, match="PB-1"):
-        site.store.append_charges([charge], lambda _: None)
+        site.store.ledger.append([charge])

@@ -95,7 +95,7 @@ class Job:
 
     def ledger(self) -> list[Charge]:
         with Store.open(self.settings.home) as store:
-            return [entry.charge for entry in store.ledger()]
+            return [entry.charge for entry in store.ledger.entries()]
 
 
 def plan_for(settings: Settings) -> Any:

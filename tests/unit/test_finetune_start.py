@@ -53,7 +53,7 @@ def told(home: Path, pictures: Path, *more: str) -> str:
 
 def test_a_state_folder_of_other_data_is_refused(tmp_path: Path, pictures: Path) -> None:
     with Store.open(tmp_path) as store:
-        store.bind_fleet(data_digest="d" * 64, partition={}, classes=["dark", "light"])
+        store.metadata.bind_fleet(data_digest="d" * 64, partition={}, classes=["dark", "light"])
     assert f"belongs to data {'d' * 12}, and folder is" in told(tmp_path, pictures)
 
 

@@ -34,7 +34,7 @@ class Garage:
 
     def __init__(self, home: Path) -> None:
         self.store = Store.open(home)
-        self.store.register_clients([Client(f"truck-{i}", ClientKind.REMOTE, 10) for i in range(3)])
+        self.store.clients.register([Client(f"truck-{i}", ClientKind.REMOTE, 10) for i in range(3)])
         settings = load_settings(environ={}, overrides={"home": home})
 
         def nobody() -> NoReturn:
@@ -89,7 +89,7 @@ def test_beats_cost_no_write_and_no_line_in_the_trail(garage: Garage, writes: li
         assert garage.beat("truck-2").status_code == 200
     assert garage.beat("truck-2", token).status_code == 403
     assert writes == []
-    assert garage.store.audit() == []
+    assert garage.store.audit.entries() == []
 
 
 def test_an_application_that_ends_has_written_everything_in_two_transactions(garage: Garage, writes: list[str]) -> None:
@@ -98,10 +98,10 @@ def test_an_application_that_ends_has_written_everything_in_two_transactions(gar
     with garage.http:
         told = [garage.beat(name, token).json() for name in ["truck-1"] * 20]
         garage.beat("truck-2")
-    assert garage.store.client("truck-1").last_seen_at == datetime.fromisoformat(told[-1]["received_at"])
-    assert garage.store.client("truck-2").last_seen_at is not None
-    assert garage.store.client("truck-0").last_seen_at is None
-    assert garage.store.tokens()[0].last_used_at is not None
+    assert garage.store.clients.get("truck-1").last_seen_at == datetime.fromisoformat(told[-1]["received_at"])
+    assert garage.store.clients.get("truck-2").last_seen_at is not None
+    assert garage.store.clients.get("truck-0").last_seen_at is None
+    assert garage.store.tokens.all()[0].last_used_at is not None
     assert 0 < len(writes) < 10
 
 
@@ -119,13 +119,13 @@ def test_the_thread_writes_while_the_application_runs(garage: Garage, monkeypatc
     with garage.http:
         garage.beat("truck-1")
         assert written.wait(WAIT_S)
-        assert garage.store.client("truck-1").last_seen_at is not None
+        assert garage.store.clients.get("truck-1").last_seen_at is not None
 
 
 def test_an_unknown_vehicle_is_not_found_and_not_remembered(garage: Garage) -> None:
     for client_id in ("nobody", "..", "x" * 300, "truck-1 "):
         assert garage.beat(client_id).status_code in (404, 405), client_id
-    garage.store.register_clients([Client("nobody", ClientKind.REMOTE, 1)])
+    garage.store.clients.register([Client("nobody", ClientKind.REMOTE, 1)])
     assert garage.beat("nobody").status_code == 200
 
 
@@ -148,7 +148,7 @@ def test_only_a_device_is_bound_and_only_to_what_can_be_a_client(garage: Garage)
     for scope, client_id in (("operator", "truck-1"), ("device", "../x"), ("device", "a\n"), ("device", "")):
         with pytest.raises(ConfigError, match="client"):
             garage.token(scope, client_id)
-    assert garage.store.tokens() == []
+    assert garage.store.tokens.all() == []
 
 
 def test_a_beat_that_says_something_else_is_refused(garage: Garage) -> None:
@@ -183,11 +183,11 @@ def test_what_could_not_be_written_is_kept_and_newer_moments_win(caplog: pytest.
 
 def test_the_store_moves_only_forward(garage: Garage) -> None:
     now = utc_now()
-    garage.store.touch_clients({"truck-1": now, "nobody": now})
-    garage.store.touch_clients({"truck-1": now - timedelta(seconds=5), "truck-2": now})
-    assert garage.store.client("truck-1").last_seen_at == now
-    assert garage.store.client("truck-2").last_seen_at == now
-    assert garage.store.count_clients() == 3
+    garage.store.clients.set_last_seen({"truck-1": now, "nobody": now})
+    garage.store.clients.set_last_seen({"truck-1": now - timedelta(seconds=5), "truck-2": now})
+    assert garage.store.clients.get("truck-1").last_seen_at == now
+    assert garage.store.clients.get("truck-2").last_seen_at == now
+    assert garage.store.clients.count() == 3
 
 
 def test_a_replica_combines_what_it_heard_with_what_the_store_knows(garage: Garage) -> None:
@@ -205,7 +205,7 @@ def test_a_replica_combines_what_it_heard_with_what_the_store_knows(garage: Gara
 
 def test_an_arrival_is_a_vehicle_that_was_not_connected(garage: Garage) -> None:
     clock = ManualClock()
-    garage.store.touch_clients({"truck-2": clock.now() - timedelta(seconds=149)})
+    garage.store.clients.set_last_seen({"truck-2": clock.now() - timedelta(seconds=149)})
     heartbeats = Heartbeats(garage.store, FleetConfig(), clock.now)
     for name in ("truck-1", "truck-2"):
         heartbeats.learn(name)

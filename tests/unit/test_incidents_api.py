@@ -63,7 +63,7 @@ def test_an_alert_opens_an_incident_that_its_end_resolves(site: Site) -> None:
     found = site.get(f"/api/incidents/{name}")
     assert (found["status"], datetime.fromisoformat(found["resolved_at"])) == ("resolved", ended)
     assert site.get("/api/incidents?status=open") == []
-    assert site.store.audit() == []
+    assert site.store.audit.entries() == []
 
 
 def test_its_format_is_alertmanagers_to_write_and_to_extend(site: Site) -> None:
@@ -71,7 +71,7 @@ def test_its_format_is_alertmanagers_to_write_and_to_extend(site: Site) -> None:
     sent["alerts"][0] |= {"startsAt": "2026-03-01T03:15:00.123456789+02:00", "silenceURL": "http://x"}
     answer = site.http.post(WEBHOOK, json=sent | {"orgId": 1, "new": {"deep": []}})
     assert answer.status_code == 200, answer.text
-    (logged,) = site.store.incident_alerts("INC-2026-0301-001")
+    (logged,) = site.store.incidents.alerts("INC-2026-0301-001")
     assert logged.alert.starts_at == datetime(2026, 3, 1, 1, 15, 0, 123456, tzinfo=UTC)
     assert (len(logged.alert.labels["note"]), len(logged.alert.labels)) == (2000, 64)
 
@@ -91,7 +91,7 @@ def test_what_is_no_message_of_version_4_is_refused_by_name(site: Site, change: 
     answer = site.http.post(WEBHOOK, json=message() | change)
     assert answer.status_code == 422
     assert word in answer.json()["detail"]
-    assert site.store.incidents() == []
+    assert site.store.incidents.all() == []
 
 
 @pytest.mark.parametrize("name", ['x"; rm -rf /; "', "../vehicle-0001", "vehicle-0001\n", "$(id)", "a" * 65])
@@ -273,7 +273,9 @@ def test_what_only_people_know_is_blank_until_they_note_it(site: Site) -> None:
     assert part(text, "Prevention") == ["My prevention."]
     assert part(text, "Action Items")[-1] == "- [ ] My action_item."
     assert any(line.endswith("- remark: My remark., by anonymous") for line in part(text, "Timeline"))
-    assert [entry.facts.action for entry in site.store.audit()] == ["POST /api/incidents/{incident_id}/notes"] * 6
+    assert [entry.facts.action for entry in site.store.audit.entries()] == [
+        "POST /api/incidents/{incident_id}/notes"
+    ] * 6
 
 
 def test_a_round_that_was_lost_is_counted(site: Site) -> None:

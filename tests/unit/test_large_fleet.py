@@ -18,7 +18,7 @@ from fedvit.cohort.connectivity import connectivity
 from fedvit.errors import NotFoundError
 from fedvit.metrics.throttled_publisher import ThrottledPublisher
 from fedvit.ports import ProxyReport
-from fedvit.store import fleet
+from fedvit.store import clients
 from fedvit.store.blobs import FileBlobStore
 from fedvit.store.store import Store
 from fedvit.types import Client, ClientKind, utc_now
@@ -38,32 +38,32 @@ def vehicles(first: int, last: int) -> Iterator[Client]:
 
 
 def test_positions_have_no_gaps_and_stay(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "_BULK", 7)
-    assert store.register_clients(vehicles(0, 20)) == 20
+    monkeypatch.setattr(clients, "_BULK", 7)
+    assert store.clients.register(vehicles(0, 20)) == 20
     # Known ones among them, in another order, and in more than one piece.
-    assert store.register_clients([*vehicles(15, 40), *vehicles(0, 3)]) == 20
-    assert store.population() == 40
-    assert store.eligible_at(range(40)) == {i: f"v{i:05d}" for i in range(40)}
+    assert store.clients.register([*vehicles(15, 40), *vehicles(0, 3)]) == 20
+    assert store.clients.population() == 40
+    assert store.clients.eligible_at(range(40)) == {i: f"v{i:05d}" for i in range(40)}
 
 
 def test_virtual_clients_are_counted_and_the_others_looked_at(store: Store) -> None:
-    store.register_clients(
+    store.clients.register(
         [*vehicles(0, 5), Client("truck", ClientKind.REMOTE, 3), Client("depot", ClientKind.SILO, 3)]
     )
-    store.set_client("v00001", active=False)
-    store.touch_clients({"truck": utc_now() - timedelta(seconds=1)})
-    assert store.count_hosted() == 4
-    assert [s.client_id for s in store.last_contacts(hosted=False)] == ["depot", "truck"]
-    assert len(store.last_contacts()) == 6
+    store.clients.update("v00001", active=False)
+    store.clients.set_last_seen({"truck": utc_now() - timedelta(seconds=1)})
+    assert store.clients.count_virtual() == 4
+    assert [s.client_id for s in store.clients.last_contacts(hosted=False)] == ["depot", "truck"]
+    assert len(store.clients.last_contacts()) == 6
 
 
 def test_a_fleet_is_counted_as_it_is_when_looked_at(store: Store) -> None:
-    store.register_clients([*vehicles(0, 5), Client("truck", ClientKind.REMOTE, 3)])
-    store.touch_clients({"truck": utc_now()})
+    store.clients.register([*vehicles(0, 5), Client("truck", ClientKind.REMOTE, 3)])
+    store.clients.set_last_seen({"truck": utc_now()})
     proxies = ProxyReport({"a": True, "b": True})
-    looked_at = connectivity(store.last_contacts(), proxies, utc_now(), 60.0)
-    counted = connectivity(store.last_contacts(hosted=False), proxies, utc_now(), 60.0).with_hosted(
-        store.count_hosted()
+    looked_at = connectivity(store.clients.last_contacts(), proxies, utc_now(), 60.0)
+    counted = connectivity(store.clients.last_contacts(hosted=False), proxies, utc_now(), 60.0).with_hosted(
+        store.clients.count_virtual()
     )
     assert counted == looked_at
     assert (proxies.reaches_all, replace(proxies, stranded=frozenset({"v00001"})).reaches_all) == (True, False)
@@ -71,8 +71,8 @@ def test_a_fleet_is_counted_as_it_is_when_looked_at(store: Store) -> None:
 
 
 def test_examples_of_some_clients(store: Store) -> None:
-    store.register_clients(vehicles(0, 5))
-    assert store.num_examples(["v00003", "nobody"]) == {"v00003": 10}
+    store.clients.register(vehicles(0, 5))
+    assert store.clients.num_examples(["v00003", "nobody"]) == {"v00003": 10}
 
 
 def test_a_blob_in_pieces_is_the_blob_of_the_whole(tmp_path: Path) -> None:

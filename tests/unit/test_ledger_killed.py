@@ -101,7 +101,7 @@ def charge_for_ever(home: Path, unit: str, seed: int, told: Connection) -> None:
     released, rng = Released(home / "released", told), random.Random(seed)
     store = Store.open(home)
     accountant = PrivacyAccountant(store, settings(home, unit))
-    first = 1 + max((entry.charge.round_index for entry in store.ledger()), default=0)
+    first = 1 + max((entry.charge.round_index for entry in store.ledger.entries()), default=0)
     for round_index in range(first, first + ROUNDS):
         for wanted in {max(1, round_index - rng.randrange(3)), round_index}:
             units = [f"vehicle-{i}" for i in range(CLIENTS)]
@@ -118,8 +118,8 @@ def charge_for_ever(home: Path, unit: str, seed: int, told: Connection) -> None:
 def train_for_ever(home: Path, unit: str, seed: int, told: Connection) -> None:
     """The training loop without Ray."""
     store = Store.open(home)
-    store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-    store.register_clients(seeded_fleet(CLIENTS, seed=0))
+    store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+    store.clients.register(seeded_fleet(CLIENTS, seed=0))
     config = settings(home, unit)
     loop = Coordinator(
         settings=config,
@@ -157,11 +157,11 @@ def kill_one(context: ForkServerContext, target: Any, home: Path, unit: str, rng
 def check(home: Path) -> int:
     """The ledger against what was released; return how many lines it has."""
     with Store.open(home) as store:
-        entries = store.ledger()
-        assert store.verify_ledger() == len(entries)
+        entries = store.ledger.entries()
+        assert store.ledger.verify() == len(entries)
         times = Counter((e.charge.run_id, e.charge.round_index, e.charge.unit_id) for e in entries)
-        committed = [r for run in store.runs() for r in store.rounds(run.run_id) if r.committed]
-        versions = [version.version for version in store.versions()]
+        committed = [r for run in store.runs.all() for r in store.rounds.of_run(run.run_id) if r.committed]
+        versions = [version.version for version in store.versions.all()]
     assert set(times.values()) <= {1}, "a round was charged twice"
     for run_id, round_index, unit_id in Released(home / "released").read():
         paid = times[run_id, round_index, unit_id] or times[run_id, round_index, POPULATION]

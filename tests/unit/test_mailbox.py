@@ -41,7 +41,7 @@ class Post:
     def __init__(self, home: Path, url: str | None = None) -> None:
         self.settings: Settings = load_settings(environ={}, overrides={"home": home, "fleet": {"mailbox_url": url}})
         self.store = Store.open(home)
-        self.store.register_clients([Client(f"truck-{i}", ClientKind.REMOTE, 10) for i in (1, 2)])
+        self.store.clients.register([Client(f"truck-{i}", ClientKind.REMOTE, 10) for i in (1, 2)])
         self.clock = ManualClock()
         self.mailbox = Mailbox(self.settings, self.store, self.clock.now)
         self.folder: Folder = open_folder(self.mailbox.url)
@@ -80,8 +80,8 @@ def test_a_message_waits_until_the_channel_is_enabled_and_tells_when_it_was_sent
     state = post.mailbox.enable()
     assert (state.enabled, state.enabled_at) == (True, post.clock.now())
     assert (post.mailbox.take(), post.counts()) == (1, (0, 1, 0))
-    assert post.store.client("truck-1").last_seen_at == sent.sent_at
-    assert post.store.client("truck-2").last_seen_at is None
+    assert post.store.clients.get("truck-1").last_seen_at == sent.sent_at
+    assert post.store.clients.get("truck-2").last_seen_at is None
     assert post.folder.files("delivered/truck-1") == [f"{sent.message_id}.json"]
     post.clock.advance(5)
     assert post.mailbox.enable().enabled_at == state.enabled_at
@@ -105,7 +105,7 @@ def test_what_is_not_good_is_rejected_with_a_reason_and_counts_nothing(post: Pos
     post.folder.write("inbox/~truck/x.json", b"{}")
     assert post.mailbox.take() == 0
     assert post.counts() == (0, 0, 13)
-    assert [post.store.client(f"truck-{i}").last_seen_at for i in (1, 2)] == [None, None]
+    assert [post.store.clients.get(f"truck-{i}").last_seen_at for i in (1, 2)] == [None, None]
     reasons = "".join(post.reasons())
     for words in ("not sealed with the key", "no client 'nobody'", "another name", "larger than", "is called so"):
         assert words in reasons
@@ -175,7 +175,7 @@ def test_an_update_that_nobody_can_use_is_rejected_in_words(
     assert words in post.reasons()[0]
     assert post.folder.files("waiting/truck-1") == post.folder.files("inbox/truck-1") == []
     seen = update.sent_at if place == "inbox" else None
-    assert post.store.client("truck-1").last_seen_at == seen
+    assert post.store.clients.get("truck-1").last_seen_at == seen
 
 
 def test_links_lead_nowhere(post: Post, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_one_look_takes_a_bounded_number_of_each_client(post: Post) -> None:
         post.put(post.message())
     late = post.put(post.message("truck-2"))
     assert post.mailbox.take() == PER_CLIENT + 1
-    assert post.store.client("truck-2").last_seen_at == late.sent_at
+    assert post.store.clients.get("truck-2").last_seen_at == late.sent_at
     assert (post.mailbox.take(), post.counts()[0]) == (3, 0)
 
 
@@ -286,7 +286,7 @@ def test_the_channel_is_opened_and_closed_and_vehicles_are_told(post: Post, http
     assert http.get("/api/communication/backup").json()["delivered"] == 1
     assert http.post("/api/communication/disable-backup").json()["enabled"] is False
     assert told() is False
-    lines = [line.facts for line in post.store.audit()]
+    lines = [line.facts for line in post.store.audit.entries()]
     assert [(line.before["enabled"], line.after["enabled"]) for line in lines] == [(False, True), (True, False)]
 
 
@@ -352,8 +352,8 @@ def test_a_vehicle_that_gets_no_answer_leaves_one_heartbeat_in_the_mailbox(post:
     post.clock.advance(7)
     assert loop.beat() is Way.MAILBOX
     assert post.counts()[0] == 1
-    assert (post.mailbox.take(), post.store.client("truck-1").last_seen_at) != (0, None)
-    assert abs(post.store.client("truck-1").last_seen_at - post.clock.now()) < timedelta(seconds=1)  # type: ignore[operator]
+    assert (post.mailbox.take(), post.store.clients.get("truck-1").last_seen_at) != (0, None)
+    assert abs(post.store.clients.get("truck-1").last_seen_at - post.clock.now()) < timedelta(seconds=1)  # type: ignore[operator]
     assert (loop.beat(), line.bodies) == (Way.API, [body] * 4)
     assert post.counts() == (0, 1, 0)
 

@@ -43,7 +43,7 @@ def test_a_rollback_is_a_new_higher_version_with_the_old_bytes(make: Make, tmp_p
     system = make(max_accuracy_drop=0.5).trained()
     follower = system.follower(tmp_path / "cache")
     assert follower.poll().manifest.version == "v1.1.4"  # type: ignore[union-attr]
-    old = system.store.version("v1.1.2")
+    old = system.store.versions.get("v1.1.2")
     answer = system.http.post("/api/model/rollback", json={"version": "v1.1.2", "reason": "worse at night"})
     assert answer.status_code == 200
     assert (answer.json()["version"], answer.json()["sequence"]) == ("v1.1.5", 3)
@@ -53,7 +53,7 @@ def test_a_rollback_is_a_new_higher_version_with_the_old_bytes(make: Make, tmp_p
     assert current["derived_from"] == "v1.1.2"
     lineage = current["lineage"]
     assert (lineage["rollback_of"], lineage["replaces"], lineage["reason"]) == ("v1.1.2", "v1.1.4", "worse at night")
-    assert system.store.version("v1.1.5").weights_digest == old.weights_digest
+    assert system.store.versions.get("v1.1.5").weights_digest == old.weights_digest
     loaded = follower.poll()
     assert loaded is not None
     assert (loaded.manifest.version, loaded.manifest.sequence) == ("v1.1.5", 3)
@@ -61,7 +61,7 @@ def test_a_rollback_is_a_new_higher_version_with_the_old_bytes(make: Make, tmp_p
     again = system.http.post("/api/model/rollback", json={"version": "v1.1.2"})
     assert again.json() == answer.json()
     # The round still shows the version that it trained.
-    assert system.store.round("run-0001", 2).version == "v1.1.2"
+    assert system.store.rounds.get("run-0001", 2).version == "v1.1.2"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_rollback_that_harms_or_does_nothing_is_refused(make: Make, version: s
     assert answer.status_code == status
     assert words in answer.json()["detail"]
     assert system.get("/api/model/current")["version"] == "v1.1.4"
-    assert len(system.store.releases()) == 2
+    assert len(system.store.releases.all()) == 2
 
 
 @pytest.mark.parametrize("version", ["v1.1.2", "v1.1.3"])
@@ -97,7 +97,7 @@ def test_force_takes_a_worse_or_an_unreleased_version(make: Make, version: str) 
 
 def test_a_rollback_of_damaged_content_is_refused(make: Make) -> None:
     system = make(max_accuracy_drop=1.0).trained()
-    digest = system.store.version("v1.1.2").artifacts["standard"]
+    digest = system.store.versions.get("v1.1.2").artifacts["standard"]
     system.store.blobs.path(digest).write_bytes(b"damaged")
     assert system.http.post("/api/model/rollback", json={"version": "v1.1.2"}).status_code == 502
     assert system.get("/api/model/current")["version"] == "v1.1.4"
@@ -116,7 +116,7 @@ def test_training_after_a_rollback_goes_on_above_it(make: Make) -> None:
 def _point(system: System, version: str) -> Any:
     from fedvit.registry.weights import stored_weights
 
-    return stored_weights(system.store, system.store.version(version).weights_digest)["point"]
+    return stored_weights(system.store, system.store.versions.get(version).weights_digest)["point"]
 
 
 # --- switch ----------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_a_switch_moves_followers_without_a_failed_request_and_leaves_the_pinned
 
 def test_a_switch_to_damaged_content_is_refused(make: Make) -> None:
     system = make().trained()
-    digest = system.store.version("v1.1.4").artifacts["edge_optimized"]
+    digest = system.store.versions.get("v1.1.4").artifacts["edge_optimized"]
     system.store.blobs.path(digest).write_bytes(b"damaged")
     assert system.http.post("/api/model/switch", json={"variant": "edge_optimized"}).status_code == 502
     assert system.get("/api/model/info")["variant"] == "standard"
@@ -195,11 +195,11 @@ def test_a_worse_version_is_refused_with_its_reason_and_the_old_one_keeps_servin
     assert "held-out accuracy of 0.7619" in by_name["v1.2.2"]["refusal"]
     assert by_name["v1.2.2"]["released"] is False
     assert by_name["v1.2.4"]["refusal"] is None
-    assert [r.version for r in system.store.releases()] == ["v1.1.2", "v1.1.4", "v1.2.4"]
+    assert [r.version for r in system.store.releases.all()] == ["v1.1.2", "v1.1.4", "v1.2.4"]
     # A refused version is not offered again by the next start.
     assert system.http.post("/api/training/start").status_code == 202
     system.local.wait(WAIT_S)
-    assert len(system.store.releases()) == 3
+    assert len(system.store.releases.all()) == 3
 
 
 # --- optimise --------------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_the_gate_turns_a_fast_but_bad_candidate_down(make: Make) -> None:
     rejected = {c["variant"]: c["rejected"] for c in ended["result"]["candidates"]}
     assert "held-out accuracy" in rejected["edge_optimized"]
     assert ended["result"]["switched"] is False
-    assert len(system.store.releases()) == 2
+    assert len(system.store.releases.all()) == 2
 
 
 def test_an_optimised_variant_is_built_for_later_releases_too(make: Make) -> None:
@@ -325,16 +325,16 @@ def test_retraining_is_a_new_run_from_where_it_was_told(make: Make, strategy: st
     ended = system.done("/api/model/retrain", {"strategy": strategy})
     assert (ended["result"]["run_id"], ended["result"]["base_version"]) == ("run-0002", origin)
     assert system.local.wait(WAIT_S).status is RunStatus.COMPLETED
-    first, second = (system.store.run(f"run-000{n}") for n in (1, 2))
+    first, second = (system.store.runs.get(f"run-000{n}") for n in (1, 2))
     assert first.config_digest != second.config_digest
     start = _first_task(system.fleet, "run-0002").base_digest
     expected = _first_task(system.fleet, "run-0001").base_digest
     if origin is not None:
-        expected = system.store.version(origin).weights_digest
+        expected = system.store.versions.get(origin).weights_digest
     assert start == expected
     status = system.get("/api/training/status")
     assert (status["run_id"], status["rounds_done"]) == ("run-0002", 4)
-    assert system.store.version("v1.2.1").lineage["base_version"] == origin
+    assert system.store.versions.get("v1.2.1").lineage["base_version"] == origin
 
 
 def test_retraining_twice_is_two_runs(make: Make) -> None:
@@ -351,14 +351,14 @@ def test_without_budget_for_one_round_retraining_is_refused(make: Make) -> None:
     answer = system.http.post("/api/model/retrain", json={"strategy": "full_retrain"})
     assert (answer.status_code, answer.json()["type"]) == (409, "/problems/privacy-budget-exhausted")
     assert system.get("/api/privacy/budget") == spent
-    assert [run.run_id for run in system.store.runs()] == ["run-0001"]
+    assert [run.run_id for run in system.store.runs.all()] == ["run-0001"]
     assert system.get("/api/operations") == []
 
 
 def test_a_restart_ends_the_run_after_its_round_and_draws_validated_clients_only(make: Make) -> None:
     fleet = HeldFleet()
     system = make(fleet=fleet)
-    system.store.set_client("vehicle-0002", validated=False)
+    system.store.clients.update("vehicle-0002", validated=False)
     system.http.post("/api/training/start")
     assert fleet.begun.wait(WAIT_S)
     answer = system.http.post("/api/training/restart", json={"client_selection": "validated_only"})
@@ -374,7 +374,7 @@ def test_a_restart_ends_the_run_after_its_round_and_draws_validated_clients_only
         "client_selection": "validated_only",
         "rounds_total": 4,
     }
-    old = system.store.run("run-0001")
+    old = system.store.runs.get("run-0001")
     assert (old.status, old.rounds_done) == (RunStatus.SUPERSEDED, 1)
     assert "client_selection=validated_only" in (old.reason or "")
     cohorts = {run: _cohorts(fleet, run) for run in ("run-0001", "run-0002")}
@@ -391,12 +391,12 @@ def _cohorts(fleet: FakeFleet, run_id: str) -> list[Sequence[str]]:
 
 def test_a_restart_without_enough_validated_clients_is_refused(make: Make) -> None:
     system = make()
-    for client in system.store.clients():
-        system.store.set_client(client.client_id, validated=False)
+    for client in system.store.clients.all():
+        system.store.clients.update(client.client_id, validated=False)
     answer = system.http.post("/api/training/restart", json={"client_selection": "validated_only"})
     assert answer.status_code == 409
     assert "0 clients may take part" in answer.json()["detail"]
-    assert system.store.runs() == []
+    assert system.store.runs.all() == []
 
 
 def test_a_fleet_that_outgrew_delta_is_a_conflict_and_no_fault_of_the_request(make: Make) -> None:
@@ -408,7 +408,7 @@ def test_a_fleet_that_outgrew_delta_is_a_conflict_and_no_fault_of_the_request(ma
     answer = system.http.post("/api/training/start")
     assert (answer.status_code, "target_delta" in answer.text) == (409, True)
     assert system.get("/api/training/status")["status"] is None
-    assert system.store.runs() == []
+    assert system.store.runs.all() == []
 
 
 def test_a_cancelled_restart_lets_the_present_run_go_on(make: Make) -> None:
@@ -425,7 +425,7 @@ def test_a_cancelled_restart_lets_the_present_run_go_on(make: Make) -> None:
     system.local.wait(WAIT_S)
     system.http.post("/api/training/start")
     assert system.local.wait(WAIT_S).status is RunStatus.COMPLETED
-    assert [run.run_id for run in system.store.runs()] == ["run-0001"]
+    assert [run.run_id for run in system.store.runs.all()] == ["run-0001"]
 
 
 def test_a_restart_that_was_interrupted_begins_its_run_once(make: Make, tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ def test_a_restart_that_was_interrupted_begins_its_run_once(make: Make, tmp_path
     system = make()
     again = system.local.wait_operation(ended["operation_id"], WAIT_S)
     assert (again.status, again.result) == ("succeeded", ended["result"])
-    assert [run.run_id for run in system.store.runs()] == ["run-0001", "run-0002"]
+    assert [run.run_id for run in system.store.runs.all()] == ["run-0001", "run-0002"]
 
 
 # --- training config -------------------------------------------------------------------------------------------------
@@ -470,7 +470,7 @@ def test_the_training_config_is_live_kept_and_guarded(make: Make) -> None:
     system.local.wait(WAIT_S)
     # The round under way went by the old patience, the next ones by the new.
     assert fleet.timeouts_s == [600, 300, 300, 300]
-    system.store.set_client("vehicle-0000", active=False)
+    system.store.clients.update("vehicle-0000", active=False)
     answer = system.http.post("/api/training/restart", json={})
     assert answer.status_code == 409
     assert "4 clients may take part" in answer.json()["detail"]
@@ -530,10 +530,10 @@ def test_a_repeated_idempotency_key_gives_the_same_operation(make: Make) -> None
 def test_a_request_whose_process_died_before_it_answered_is_repeated_at_once(make: Make) -> None:
     system = make().trained()
     body, key = {"strategy": "quantization", "target_latency": 50}, {"Idempotency-Key": "once"}
-    finish = system.store.finish_request
-    system.store.finish_request = lambda *_: None  # type: ignore[method-assign]
+    finish = system.store.idempotency.finish
+    system.store.idempotency.finish = lambda *_: None  # type: ignore[method-assign]
     first = system.http.post("/api/edge/optimize", json=body, headers=key)
-    system.store.finish_request = finish  # type: ignore[method-assign]
+    system.store.idempotency.finish = finish  # type: ignore[method-assign]
     again = system.http.post("/api/edge/optimize", json=body, headers=key)
     assert (first.status_code, again.status_code) == (202, 202)
     assert first.json()["operation_id"] == again.json()["operation_id"]
@@ -556,7 +556,9 @@ def test_what_is_done_to_the_model_is_audited_with_before_and_after(make: Make) 
     system.http.post("/api/model/rollback", json={"version": "v1.1.2"})
     system.http.post("/api/model/switch", json={"variant": "edge_optimized"})
     system.http.post("/api/training/config", json={"min_clients": 2})
-    started, optimized, cancelled, rolled_back, switched, configured = (entry.facts for entry in system.store.audit())
+    started, optimized, cancelled, rolled_back, switched, configured = (
+        entry.facts for entry in system.store.audit.entries()
+    )
     assert started.action == "POST /api/training/start"
     assert optimized.before["version"] == "v1.1.4"
     assert optimized.after["operation_id"] == operation["operation_id"]

@@ -141,11 +141,11 @@ def test_the_store_tells_which_vehicles_have_an_address(tmp_path: Path) -> None:
             "truck-3": {"camera": "front"},
             "truck-4": {"metrics": "10.0.0.8:8081"},
         }
-        store.register_clients(
+        store.clients.register(
             Client(name, ClientKind.REMOTE, 0, capabilities=said) for name, said in capabilities.items()
         )
-        store.set_client("truck-4", active=False)
-        assert store.metrics_addresses() == {"truck-1": "10.0.0.7:8081"}
+        store.clients.update("truck-4", active=False)
+        assert store.clients.metrics_addresses() == {"truck-1": "10.0.0.7:8081"}
 
 
 def test_a_missing_program_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,8 +52,8 @@ def test_an_operation_is_done_and_its_result_stays(started: Callable[..., Operat
     assert ended.started_at is not None
     assert ended.ended_at is not None
     assert ended.created_at <= ended.started_at <= ended.ended_at
-    assert store.operations(OperationStatus.SUCCEEDED) == [ended]
-    assert store.operations(OperationStatus.QUEUED, OperationStatus.RUNNING) == []
+    assert store.operations.all(OperationStatus.SUCCEEDED) == [ended]
+    assert store.operations.all(OperationStatus.QUEUED, OperationStatus.RUNNING) == []
 
 
 def test_progress_is_seen_while_it_works(started: Callable[..., OperationRunner], store: Store) -> None:
@@ -68,7 +68,7 @@ def test_progress_is_seen_while_it_works(started: Callable[..., OperationRunner]
     runner = started(slow=OperationKind(work))
     operation = runner.submit("slow", {})
     assert reached.wait(WAIT_S)
-    seen = store.operation(operation.operation_id)
+    seen = store.operations.get(operation.operation_id)
     assert (seen.status, seen.progress, seen.stage) == (OperationStatus.RUNNING, 0.25, "a quarter")
     go_on.set()
     assert runner.wait(operation.operation_id, WAIT_S).status is OperationStatus.SUCCEEDED
@@ -133,7 +133,7 @@ def test_what_cannot_do_anything_is_refused_and_leaves_no_trace(
         runner.submit("sing", {})
     with pytest.raises(NotFoundError):
         runner.cancel("op-unknown")
-    assert store.operations() == []
+    assert store.operations.all() == []
 
 
 def test_a_repeated_key_starts_nothing_new(started: Callable[..., OperationRunner], store: Store) -> None:
@@ -146,22 +146,22 @@ def test_a_repeated_key_starts_nothing_new(started: Callable[..., OperationRunne
     assert len(admitted) == 1
     with pytest.raises(ConflictError, match="another request"):
         runner.submit("double", {"number": 2}, "key-1")
-    assert len(store.operations()) == 1
+    assert len(store.operations.all()) == 1
 
 
 def test_after_a_restart_every_operation_has_a_definite_end(
     started: Callable[..., OperationRunner], store: Store
 ) -> None:
     def left_behind(kind: str, *, running: bool) -> str:
-        name = store.create_operation(kind, {"number": 4})[0].operation_id
+        name = store.operations.create(kind, {"number": 4})[0].operation_id
         if running:
-            store.begin_operation(name)
+            store.operations.begin(name)
         return name
 
     once, again = left_behind("once", running=True), left_behind("double", running=True)
     cancelled, queued = left_behind("double", running=True), left_behind("once", running=False)
     gone = left_behind("forgotten", running=False)
-    store.cancel_operation(cancelled)
+    store.operations.cancel(cancelled)
     done: list[str] = []
 
     def once_only(task: Task) -> dict[str, Any]:
@@ -196,5 +196,5 @@ def test_a_closed_runner_leaves_the_queue_to_the_next(store: Store) -> None:
     closer.start()
     go_on.set()
     closer.join(WAIT_S)
-    assert store.operation(first.operation_id).status is OperationStatus.SUCCEEDED
-    assert store.operation(second.operation_id).status is OperationStatus.QUEUED
+    assert store.operations.get(first.operation_id).status is OperationStatus.SUCCEEDED
+    assert store.operations.get(second.operation_id).status is OperationStatus.QUEUED

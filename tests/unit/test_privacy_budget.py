@@ -30,10 +30,9 @@ from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant, epsilon_spent_at
 from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
 from fedvit.settings import load_settings, settings_to_json
-from fedvit.store import budget
-from fedvit.store.store import LedgerFreeze, Store
+from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import utc_now
+from fedvit.types import LedgerFreeze, utc_now
 from serve_apps.control.api import Services, create_api
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
@@ -80,7 +79,7 @@ def test_the_first_period_is_that_of_the_settings(store: Store) -> None:
     report = accountant(store).charge(charges(1))
     assert (report.period, report.period_started_at, report.target_epsilon) == (1, None, ADMITS_TWO)
     assert report.lifetime_epsilon == report.epsilon_spent == pytest.approx(cost(1))
-    assert store.budget_periods() == []
+    assert store.budget.periods() == []
 
 
 def test_a_new_budget_begins_at_nothing_spent_and_forgets_nothing(store: Store) -> None:
@@ -97,8 +96,8 @@ def test_a_new_budget_begins_at_nothing_spent_and_forgets_nothing(store: Store) 
     assert report.lifetime_epsilon == pytest.approx(cost(3))
     with pytest.raises(BudgetExhaustedError, match=str(cost(1) + 1e-6)):
         keeper.charge(charges(4))
-    assert len(store.ledger()) == 6
-    (period,) = store.budget_periods()
+    assert len(store.ledger.entries()) == 6
+    (period,) = store.budget.periods()
     assert (period.ledger_sequence, period.requested_by, period.approved_by) == (4, "token:a:Ana", "token:b:Bo")
     assert (period.justification, period.at) == (WHY, report.period_started_at)
 
@@ -139,10 +138,10 @@ def test_a_period_granted_by_another_process_is_seen_inside_the_transaction(stor
     for round_index in (1, 2):
         keeper.charge(charges(round_index))
     with Store.open(store.home) as other:
-        other.grant_budget(cost(1) + 1e-6, WHY, "Ana")
+        other.budget.grant(cost(1) + 1e-6, WHY, "Ana")
     keeper.charge(charges(3))
     with Store.open(store.home) as other:
-        other.grant_budget(1e-3, WHY, "Ana")
+        other.budget.grant(1e-3, WHY, "Ana")
     with pytest.raises(BudgetExhaustedError):
         keeper.charge(charges(4))
     assert (keeper.budget().period, keeper.budget().target_epsilon) == (3, 1e-3)
@@ -164,7 +163,7 @@ def test_a_call_that_ray_repeats_on_a_new_actor_grants_once(store: Store) -> Non
     text = settings_to_json(load_settings(environ={}, overrides={"home": store.home}))
     reports = [PrivacyAccountantActor(text).reset_budget(1.0, WHY, "Ana", "Bo", "k") for _ in range(2)]
     assert reports[0] == reports[1]
-    assert [period.approved_by for period in store.budget_periods()] == ["Bo"]
+    assert [period.approved_by for period in store.budget.periods()] == ["Bo"]
 
 
 def test_many_threads_count_each_charge_once(store: Store) -> None:
@@ -198,10 +197,10 @@ def test_a_period_that_was_changed_is_found(store: Store, statement: str) -> Non
     keeper = accountant(store)
     keeper.charge(charges(1))
     keeper.reset_budget(1.0, WHY, "Ana")
-    assert store.verify_ledger() == 2
+    assert store.ledger.verify() == 2
     tamper(store, statement)
     with pytest.raises(IntegrityError, match="budget periods is broken at sequence 1"):
-        store.verify_ledger()
+        store.ledger.verify()
 
 
 def test_no_budget_is_granted_over_a_ledger_with_its_end_cut_off(store: Store) -> None:
@@ -210,13 +209,13 @@ def test_no_budget_is_granted_over_a_ledger_with_its_end_cut_off(store: Store) -
     tamper(store, "DELETE FROM privacy_ledger WHERE sequence = 2")
     with pytest.raises(IntegrityError, match="sequence 2"):
         keeper.reset_budget(1.0, WHY, "Ana")
-    assert store.budget_periods() == []
+    assert store.budget.periods() == []
 
 
 def test_the_stores_own_keys_stay_its_own(store: Store) -> None:
-    for key in (budget.REQUESTS_KEY, budget.CALL_KEY, budget.CHAIN.head_key, "ledger_copy"):
+    for key in ("budget_requests", "budget_last_call", "budget_head", "ledger_copy"):
         with pytest.raises(ConflictError, match=key):
-            store.set_meta(key, None)
+            store.metadata.set(key, None)
 
 
 # --- a frozen ledger -------------------------------------------------------------------------------------------------
@@ -224,14 +223,14 @@ def test_the_stores_own_keys_stay_its_own(store: Store) -> None:
 
 def test_while_the_ledger_is_frozen_nothing_remains_and_a_new_budget_does_not_lift_an_incident(store: Store) -> None:
     keeper, freeze = accountant(store), LedgerFreeze("PB-1", "images leaked", "token:a:Ana", utc_now())
-    store.freeze_ledger(freeze)
+    store.ledger.freeze(freeze)
     assert (keeper.budget().frozen, keeper.budget().epsilon_remaining) == (freeze, 0.0)
     with pytest.raises(LedgerFrozenError, match="PB-1"):
         keeper.check(charges(1))
     keeper.reset_budget(5.0, WHY, "Ana")
     with pytest.raises(LedgerFrozenError, match="stand-down"):
         keeper.charge(charges(1))
-    store.thaw_ledger("PB-1")
+    store.ledger.unfreeze("PB-1")
     assert keeper.budget().epsilon_remaining == 5.0
 
 
@@ -240,18 +239,18 @@ def test_while_the_ledger_is_frozen_nothing_remains_and_a_new_budget_does_not_li
 
 def test_a_request_waits_for_24_hours_and_is_taken_once(store: Store) -> None:
     now = utc_now()
-    wish = store.ask_for_budget(1.0, WHY, "Ana", now)
+    wish = store.budget.request(1.0, WHY, "Ana", now)
     assert wish.expires_at == now + timedelta(hours=24)
     assert len(wish.request_id) == 32
-    assert store.ask_for_budget(2.0, WHY, "Ana", now).request_id != wish.request_id
+    assert store.budget.request(2.0, WHY, "Ana", now).request_id != wish.request_id
     with pytest.raises(NotFoundError):
-        store.take_budget_request("0" * 32, "Bo", now)
-    assert store.take_budget_request(wish.request_id, "Bo", now) == wish
+        store.budget.approve("0" * 32, "Bo", now)
+    assert store.budget.approve(wish.request_id, "Bo", now) == wish
     with pytest.raises(NotFoundError):
-        store.take_budget_request(wish.request_id, "Bo", now)
-    late = store.ask_for_budget(3.0, WHY, "Ana", now)
+        store.budget.approve(wish.request_id, "Bo", now)
+    late = store.budget.request(3.0, WHY, "Ana", now)
     with pytest.raises(NotFoundError, match="24 hours"):
-        store.take_budget_request(late.request_id, "Bo", late.expires_at)
+        store.budget.approve(late.request_id, "Bo", late.expires_at)
 
 
 # --- justifications --------------------------------------------------------------------------------------------------
@@ -303,8 +302,8 @@ class System:
         }
         settings = load_settings(environ={}, overrides=overrides)
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        self.store.register_clients(seeded_fleet(3))
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.clients.register(seeded_fleet(3))
         self.accountant = PrivacyAccountant(self.store, settings)
         self.local = LocalAggregator(
             settings=settings,
@@ -376,7 +375,7 @@ def test_a_run_that_the_budget_ended_goes_on_after_a_reset(system: System) -> No
     assert done["epsilon"] == pytest.approx(cost(2))
     # A version tells what its weights cost the data, whatever the budget's period.
     assert system.get("/api/model/current")["epsilon"] == pytest.approx(cost(4))
-    assert len(system.store.ledger()) == 4 * 3
+    assert len(system.store.ledger.entries()) == 4 * 3
 
 
 def test_periods_are_listed_for_any_viewer(system: System) -> None:
@@ -399,7 +398,7 @@ def test_periods_are_listed_for_any_viewer(system: System) -> None:
 
 def test_a_reset_is_on_the_audit_trail_with_before_and_after(system: System) -> None:
     system.post(RESET, "Ana", body(1.5))
-    (entry,) = system.store.audit()
+    (entry,) = system.store.audit.entries()
     assert (entry.facts.actor, entry.facts.status) == (system.actors["Ana"], 200)
     assert (entry.facts.before["target_epsilon"], entry.facts.after["target_epsilon"]) == (ADMITS_TWO, 1.5)
     assert entry.facts.params["body"]["justification"] == WHY
@@ -409,7 +408,7 @@ def test_a_reset_is_on_the_audit_trail_with_before_and_after(system: System) -> 
 def test_nobody_but_an_admin_with_a_token_grants_a_budget(system: System, who: str | None, status: int) -> None:
     assert system.post(RESET, who, body()).status_code == status
     assert system.post(f"{RESET}/{'0' * 32}/approve", who).status_code == status
-    assert system.store.budget_periods() == []
+    assert system.store.budget.periods() == []
 
 
 @pytest.mark.parametrize(
@@ -429,7 +428,7 @@ def test_what_is_no_reset_is_refused_and_says_what_would_be(system: System, sent
     answer = system.post(RESET, "Ana", sent)
     assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
     assert named in answer.json()["detail"]
-    assert system.store.budget_periods() == []
+    assert system.store.budget.periods() == []
 
 
 @pytest.mark.parametrize(
@@ -443,14 +442,14 @@ def test_what_is_no_reset_is_refused_and_says_what_would_be(system: System, sent
 )
 def test_what_is_no_json_grants_nothing(system: System, sent: bytes) -> None:
     assert system.post(RESET, "Ana", sent).status_code == 400
-    assert system.store.budget_periods() == []
+    assert system.store.budget.periods() == []
 
 
 def test_an_idempotency_key_makes_a_repeated_reset_harmless(system: System) -> None:
     headers = {"Authorization": f"Bearer {system.tokens['Ana']}", "Idempotency-Key": "k"}
     answers = [system.http.post(RESET, headers=headers, json=body()) for _ in range(2)]
     assert answers[0].content == answers[1].content
-    assert len(system.store.budget_periods()) == 1
+    assert len(system.store.budget.periods()) == 1
 
 
 def test_with_a_second_approver_a_reset_waits_for_another_admin(careful: System) -> None:
@@ -513,12 +512,12 @@ def test_what_protects_clients_makes_another_run() -> None:
     ],
 )
 def test_who_approves_is_another_person_whatever_the_token(store: Store, one: str, other: str, same: bool) -> None:
-    wish = store.ask_for_budget(1.0, WHY, one, utc_now())
+    wish = store.budget.request(1.0, WHY, one, utc_now())
     if same:
         with pytest.raises(ForbiddenError, match="Who asked"):
-            store.take_budget_request(wish.request_id, other, utc_now())
+            store.budget.approve(wish.request_id, other, utc_now())
     else:
-        assert store.take_budget_request(wish.request_id, other, utc_now()) == wish
+        assert store.budget.approve(wish.request_id, other, utc_now()) == wish
 
 
 def test_a_second_token_of_the_same_person_approves_nothing(careful: System) -> None:
@@ -526,5 +525,5 @@ def test_a_second_token_of_the_same_person_approves_nothing(careful: System) -> 
     asked = careful.post(RESET, "Ana", body(1.5))
     approve = f"{RESET}/{asked.json()['request_id']}/approve"
     assert careful.http.post(approve, headers={"Authorization": f"Bearer {second}"}).status_code == 403
-    assert careful.store.budget_periods() == []
+    assert careful.store.budget.periods() == []
     assert careful.post(approve, "Bo").status_code == 200

@@ -22,7 +22,8 @@ from fedvit.errors import ConfigError
 from fedvit.incidents.playbook import PLAYBOOK, Step
 from fedvit.incidents.remediation import orders, why_withheld
 from fedvit.settings import load_settings
-from fedvit.store.store import Alert, Remediation, Standing, Store
+from fedvit.store.records import Alert, Remediation, Standing
+from fedvit.store.store import Store
 from fedvit.testing.doubles import seeded_fleet
 from fedvit.types import NEVER_AUTOMATIC, RemediationAction, RunStatus, Severity
 
@@ -67,9 +68,8 @@ def proposals(site: Site, incident_id: str) -> dict[str, dict[str, Any]]:
 
 
 def done_by_itself(site: Site) -> list[tuple[str, int]]:
-    return [
-        (entry.facts.action, entry.facts.status) for entry in site.store.audit() if entry.facts.actor == "remediation"
-    ]
+    facts = [entry.facts for entry in site.store.audit.entries()]
+    return [(one.action, one.status) for one in facts if one.actor == "remediation"]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_without_a_list_everything_is_proposed_and_nothing_is_done(make: Make) -
     }
     assert found["stop_training"]["command"] == 'curl -X POST "http://localhost:8000/api/training/stop"'
     assert (found["stop_training"]["method"], found["stop_training"]["path"]) == ("POST", "/api/training/stop")
-    assert site.store.audit() == []
+    assert site.store.audit.entries() == []
 
 
 def test_what_is_allowed_is_done_once_although_alertmanager_repeats_itself(make: Make) -> None:
@@ -119,7 +119,7 @@ def test_what_is_allowed_is_done_once_although_alertmanager_repeats_itself(make:
     for _ in range(3):
         name = told(site, exhausted())
     assert done_by_itself(site) == [("POST /api/training/stop", 202)]
-    facts = site.store.latest_audit(1)[0].facts
+    facts = site.store.audit.latest(1)[0].facts
     assert (facts.actor, facts.scopes, facts.source) == ("remediation", ("operator",), "remediation")
     assert facts.before is not None
     step = proposals(site, name)["stop_training"]
@@ -150,7 +150,7 @@ def test_the_way_is_an_operators_bodies_and_all(make: Make) -> None:
     site.trained()
     told(site, alert("HighTrainingLoss", starts_at=NOON))
     assert done_by_itself(site) == [("POST /api/training/restart", 202)]
-    operation = site.store.operations()[0]
+    operation = site.store.operations.all()[0]
     assert (operation.kind, operation.params) == ("restart", {"client_selection": "validated_only"})
     assert site.local.wait_operation(operation.operation_id, 20).status.ended
     assert site.local.wait(20).status is RunStatus.COMPLETED
@@ -175,7 +175,7 @@ def test_a_cooldown_withholds_the_second_of_a_kind_and_says_so(make: Make) -> No
     site = make("remove_client", max_client_share=0.9)
     name = told(site, offline("vehicle-0000"))
     told(site, offline("vehicle-0001"))
-    assert [client.client_id for client in site.store.clients(active=False)] == ["vehicle-0000"]
+    assert [client.client_id for client in site.store.clients.all(active=False)] == ["vehicle-0000"]
     found = site.get(f"/api/incidents/{name}")["proposals"]
     assert [(step["target"], step["outcome"]) for step in found] == [
         ("vehicle-0000", "done"),
@@ -187,11 +187,11 @@ def test_a_cooldown_withholds_the_second_of_a_kind_and_says_so(make: Make) -> No
 def test_what_was_withheld_is_done_when_the_reason_has_passed(tmp_path: Path) -> None:
     settings = allowing("remove_client", cooldown_s=900, max_client_share=0.9)
     with Store.open(tmp_path) as store:
-        store.register_clients(seeded_fleet(4))
+        store.clients.register(seeded_fleet(4))
         name = recorded(store, edge("vehicle-0000"), edge("vehicle-0001"))
         first = orders(store, settings, name, NOON)
         assert [order.path for order in first] == ["/api/clients/vehicle-0000"]
-        store.finish_remediation(first[0].claimed, RemediationOutcome.DONE, "200")
+        store.remediations.finish(first[0].claimed, RemediationOutcome.DONE, "200")
         assert orders(store, settings, name, NOON + timedelta(seconds=899)) == []
         later = orders(store, settings, name, NOON + timedelta(seconds=900))
         assert [order.path for order in later] == ["/api/clients/vehicle-0001"]
@@ -218,16 +218,16 @@ def test_no_removal_takes_out_more_than_a_share_of_the_fleet(make: Make) -> None
 def test_removals_add_up_however_slowly_they_come(tmp_path: Path) -> None:
     settings = allowing("remove_client", max_client_share=0.25)
     with Store.open(tmp_path) as store:
-        store.register_clients(seeded_fleet(8))
+        store.clients.register(seeded_fleet(8))
         name = recorded(store, *(edge(f"vehicle-000{i}") for i in range(4)))
         taken = []
         for day in range(4):
             for order in orders(store, settings, name, NOON + timedelta(days=day)):
                 taken.append(order.claimed.target)
-                store.set_client(str(order.claimed.target), active=False)
-                store.finish_remediation(order.claimed, RemediationOutcome.DONE, "200")
+                store.clients.update(str(order.claimed.target), active=False)
+                store.remediations.finish(order.claimed, RemediationOutcome.DONE, "200")
         assert taken == ["vehicle-0000", "vehicle-0001"]
-        store.set_client("vehicle-0000", active=True)
+        store.clients.update("vehicle-0000", active=True)
         (order,) = orders(store, settings, name, NOON + timedelta(days=5))
         assert order.claimed.target == "vehicle-0002"
 
@@ -235,11 +235,13 @@ def test_removals_add_up_however_slowly_they_come(tmp_path: Path) -> None:
 def test_a_message_of_many_takes_out_no_more_either(tmp_path: Path) -> None:
     settings = allowing("remove_client", max_client_share=0.25, cooldown_s=1e-9, max_actions_per_hour=100)
     with Store.open(tmp_path) as store:
-        store.register_clients(seeded_fleet(8))
+        store.clients.register(seeded_fleet(8))
         name = recorded(store, *(edge(f"vehicle-000{i}") for i in range(8)))
         found = orders(store, settings, name, NOON + timedelta(seconds=1))
         assert [order.claimed.target for order in found] == ["vehicle-0000", "vehicle-0001"]
-        (withheld,) = (one for one in store.remediations(name) if one.outcome is RemediationOutcome.WITHHELD)
+        (withheld,) = (
+            one for one in store.remediations.of_incident(name) if one.outcome is RemediationOutcome.WITHHELD
+        )
         assert withheld.detail == "cap: it would leave out 3 of 8 clients, more than a share of 0.25"
 
 
@@ -306,7 +308,7 @@ def edge(client_id: str) -> Alert:
 
 
 def recorded(store: Store, *alerts: Alert) -> str:
-    return store.record_alerts(alerts, reopen_within=timedelta(hours=1), at=NOON)[0]
+    return store.incidents.record_alerts(alerts, reopen_within=timedelta(hours=1), at=NOON)[0]
 
 
 def test_what_was_begun_and_never_finished_is_not_begun_again(tmp_path: Path) -> None:
@@ -315,6 +317,6 @@ def test_what_was_begun_and_never_finished_is_not_begun_again(tmp_path: Path) ->
         name = recorded(store, Alert("PrivacyBudgetExhausted", Severity.P0, "a", NOON))
         (order,) = orders(store, allowing("stop_training"), name, NOON)
         assert orders(store, allowing("stop_training"), name, NOON + timedelta(days=1)) == []
-        (found,) = store.remediations(name)
+        (found,) = store.remediations.of_incident(name)
         assert found == Remediation(name, "a", NOON, STOP, None, NOON, RemediationOutcome.BEGUN, "")
         assert order.key == f"a:{NOON.isoformat()}:stop_training"

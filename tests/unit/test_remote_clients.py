@@ -57,14 +57,14 @@ class Yard:
             },
         )
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        self.store.register_clients(seeded_fleet(2))
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.clients.register(seeded_fleet(2))
         self.trucks = [f"truck-{i}" for i in range(trucks)]
         for truck in self.trucks:
-            self.store.register_clients(
+            self.store.clients.register(
                 [Client(truck, ClientKind.REMOTE, 30, capabilities={"training": {"encodings": list(encodings)}})]
             )
-        self.store.touch_clients(dict.fromkeys(self.trucks, utc_now()))
+        self.store.clients.set_last_seen(dict.fromkeys(self.trucks, utc_now()))
 
         def nobody() -> NoReturn:
             raise AssertionError("an actor was asked")
@@ -122,10 +122,10 @@ class Yard:
         return self.http.get(f"/api/clients/{truck}/updates/run-0001/{round_index}").json()
 
     def lineage(self, round_index: int = 1) -> dict[str, Any]:
-        return dict(self.store.version(f"v1.1.{round_index}").lineage)
+        return dict(self.store.versions.get(f"v1.1.{round_index}").lineage)
 
     def point(self, round_index: int = 1) -> Any:
-        return stored_weights(self.store, self.store.version(f"v1.1.{round_index}").weights_digest)["point"]
+        return stored_weights(self.store, self.store.versions.get(f"v1.1.{round_index}").weights_digest)["point"]
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_truck_and_virtual_clients_make_one_round(yard: Yard) -> None:
         task = yard.task("truck-0")
         # Before anybody can release anything, it is paid for.
         key = (task["run_id"], task["round_index"], "truck-0", task["output_id"])
-        seen.append((yard.store.is_charged(*key), yard.store.is_charged(*key[:3], "0" * 64)))
+        seen.append((yard.store.ledger.is_charged(*key), yard.store.ledger.is_charged(*key[:3], "0" * 64)))
         answer = yard.put("truck-0", yard.update("truck-0", task, step=1.0))
         seen.append((answer.status_code, answer.json()["status"], yard.task("truck-0")))
 
@@ -224,7 +224,7 @@ def test_what_the_door_does_not_let_in_is_refused_at_once_recorded_and_counted(
         assert yard.receipt("truck-0", index)["reason"] == recorded
         assert "truck-1" in yard.lineage(index)["clients"]
     np.testing.assert_allclose(yard.point(2), 0.75 * TARGET, rtol=1e-6)
-    assert yard.store.quarantined_clients() == ["truck-0"]
+    assert yard.store.clients.quarantined() == ["truck-0"]
     assert yard.task("truck-0") is None
 
 
@@ -308,20 +308,20 @@ def test_an_answer_too_old_is_refused_in_the_round_that_meets_it(tmp_path: Path)
 
 
 def test_an_answer_survives_the_death_of_the_aggregator(yard: Yard) -> None:
-    committed = yard.store.commit_round
+    committed = yard.store.rounds.commit
 
     def dies(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    yard.store.commit_round = dies  # type: ignore[assignment]
+    yard.store.rounds.commit = dies  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         yard.run()
-    yard.store.commit_round = committed  # type: ignore[method-assign]
+    yard.store.rounds.commit = committed  # type: ignore[method-assign]
     yard.process()
     yard.act = lambda: pytest.fail("the round waits for what it has")
     assert yard.run() is RunStatus.COMPLETED
     assert "truck-0" in yard.lineage()["clients"]
-    assert len(yard.store.ledger()) == 3
+    assert len(yard.store.ledger.entries()) == 3
 
 
 def test_a_truck_whose_data_changed_after_the_charge_is_not_asked(yard: Yard) -> None:
@@ -329,8 +329,8 @@ def test_a_truck_whose_data_changed_after_the_charge_is_not_asked(yard: Yard) ->
 
     def then_changed(charges: Any) -> Any:
         report = charge(charges)
-        known = yard.store.client("truck-0")
-        yard.store.register_clients([replace(known, num_examples=31)])
+        known = yard.store.clients.get("truck-0")
+        yard.store.clients.register([replace(known, num_examples=31)])
         return report
 
     yard.loop._accountant.charge = then_changed  # type: ignore[method-assign]

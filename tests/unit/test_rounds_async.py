@@ -52,8 +52,8 @@ class Training:
             },
         )
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        self.store.register_clients(seeded_fleet(4))
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.clients.register(seeded_fleet(4))
         self.steer(**steering)
         self.process(groups)
 
@@ -85,16 +85,16 @@ class Training:
         return self.loop.run().status
 
     def updates(self) -> list[int]:
-        return [record.num_updates for record in self.store.rounds("run-0001") if record.committed]
+        return [record.num_updates for record in self.store.rounds.of_run("run-0001") if record.committed]
 
     def lineage(self, round_index: int) -> dict[str, Any]:
-        return dict(self.store.version(f"v1.1.{round_index}").lineage)
+        return dict(self.store.versions.get(f"v1.1.{round_index}").lineage)
 
     def point(self, round_index: int) -> Any:
-        return stored_weights(self.store, self.store.version(f"v1.1.{round_index}").weights_digest)["point"]
+        return stored_weights(self.store, self.store.versions.get(f"v1.1.{round_index}").weights_digest)["point"]
 
     def charged(self) -> Counter[str]:
-        return Counter(entry.charge.unit_id for entry in self.store.ledger())
+        return Counter(entry.charge.unit_id for entry in self.store.ledger.entries())
 
     def answered(self) -> Counter[str]:
         """By client, how many of its updates were folded, refused or failed."""
@@ -275,7 +275,7 @@ def test_turning_synchronous_waits_for_all_in_flight_and_then_is_as_ever(tmp_pat
     share += (3 * 0.5 * (1 - share) + 3**-0.5 * 0.5) / 4
     np.testing.assert_allclose(training.point(3), share * TARGET, rtol=1e-6)
     # The round's own cohort is what was drawn for it; the late one belongs to an earlier one's.
-    assert training.store.round("run-0001", 3).cohort == (V1, V2, V3)
+    assert training.store.rounds.get("run-0001", 3).cohort == (V1, V2, V3)
     assert "aggregation" not in training.lineage(4)
     assert training.charged() == training.answered() == {V0: 2, V1: 4, V2: 4, V3: 4}
 
@@ -302,7 +302,7 @@ def test_a_mode_switched_at_random_loses_and_doubles_nothing(tmp_path: Path, see
     assert training.charged() == training.answered()
     started = Counter(client_id for _, cohort in fleet.tasks for client_id in cohort.client_ids)
     assert started == training.charged()
-    assert [v.version for v in training.store.versions()] == [f"v1.1.{n}" for n in range(rounds, 0, -1)]
+    assert [v.version for v in training.store.versions.all()] == [f"v1.1.{n}" for n in range(rounds, 0, -1)]
     modes = [training.lineage(n).get("aggregation", {}).get("mode") for n in range(1, rounds + 1)]
     assert {None, "asynchronous"} <= set(modes)
     refused = [training.lineage(n).get("aggregation", {}).get("refused") for n in range(1, rounds + 1)]
@@ -325,7 +325,7 @@ def test_when_all_are_silent_the_run_says_so_and_goes_on_later(tmp_path: Path) -
     training = Training(tmp_path, mode="asynchronous")
     training.fleet.held |= {V0, V1, V2, V3}
     assert training.run() is RunStatus.FAILED
-    reason = training.store.run("run-0001").reason
+    reason = training.store.runs.get("run-0001").reason
     assert reason is not None
     assert "0 updates (4 clients failed, the first with: no answer in 600 s)" in reason
     training.fleet.held.clear()
@@ -349,7 +349,7 @@ def test_what_is_in_flight_when_another_run_begins_is_not_folded_into_it(tmp_pat
     assert training.fleet.in_flight() == {V0, V1}
     training.loop.begin(RunRequest(0, "op-1", "again"))
     assert training.run() is RunStatus.COMPLETED
-    assert training.store.version("v1.2.1").lineage["clients"] == [V2, V3]
+    assert training.store.versions.get("v1.2.1").lineage["clients"] == [V2, V3]
     assert training.fleet.tasks[1][1].client_ids == (V0, V1, V2, V3)
     assert training.charged() - training.answered() == {V0: 1, V1: 1}
 
@@ -384,7 +384,7 @@ def test_a_crash_loses_what_is_in_flight_charged_and_never_folded(tmp_path: Path
         training.run()
     crashed, cohort = training.fleet.tasks[-1]
     assert (crashed.round_index, cohort.client_ids) == (2, (V1, V2, V3))
-    charged = len(training.store.ledger())
+    charged = len(training.store.ledger.entries())
     training.process()
     assert training.run() is RunStatus.COMPLETED
     assert training.fleet.tasks[0] == (crashed, cohort)
@@ -392,7 +392,7 @@ def test_a_crash_loses_what_is_in_flight_charged_and_never_folded(tmp_path: Path
     assert charged == 4 + 3
     assert training.charged() - training.answered() == {V0: 1}
     assert training.answered() - training.charged() == {}
-    assert training.store.verify_ledger() == len(training.store.ledger())
+    assert training.store.ledger.verify() == len(training.store.ledger.entries())
 
 
 @pytest.mark.parametrize(("groups", "refused"), [(4, {V0}), (2, {V0, V2})])
@@ -401,7 +401,7 @@ def test_a_client_quarantined_in_flight_is_kept_out(tmp_path: Path, groups: int,
     training.fleet.held.add(V0)
 
     def incident() -> None:
-        training.store.quarantine_clients([V0], "a breach", utc_now())
+        training.store.clients.quarantine([V0], "a breach", utc_now())
         training.fleet.held.clear()
 
     training.after(1, incident)
@@ -419,7 +419,7 @@ def test_a_synchronous_round_too_keeps_out_who_is_quarantined_while_it_trains(tm
     training.fleet.held.add(V0)
 
     def incident() -> None:
-        training.store.quarantine_clients([V0], "a breach", utc_now())
+        training.store.clients.quarantine([V0], "a breach", utc_now())
         training.fleet.held.clear()
 
     training.fleet.on_silence = incident
@@ -432,7 +432,7 @@ def test_a_retried_round_leaves_out_who_was_quarantined_since(tmp_path: Path) ->
     training.fleet._crash_in_round = 1
     with pytest.raises(KeyboardInterrupt):
         training.run()
-    training.store.quarantine_clients([V0], "a breach", utc_now())
+    training.store.clients.quarantine([V0], "a breach", utc_now())
     assert training.run() is RunStatus.COMPLETED
     assert [cohort.client_ids for _, cohort in training.fleet.tasks] == [(V0, V1, V2, V3), (V1, V2, V3)]
     assert training.lineage(1)["clients"] == [V1, V2, V3]

@@ -40,8 +40,8 @@ class Training:
             },
         )
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        self.store.register_clients([Client(f"v{i}", ClientKind.VIRTUAL, size) for i, size in enumerate(sizes)])
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.clients.register([Client(f"v{i}", ClientKind.VIRTUAL, size) for i, size in enumerate(sizes)])
         self.fleet = FakeFleet(TARGET, failing=failing or ())
         self.loop = Coordinator(
             settings=self.settings,
@@ -62,7 +62,7 @@ def test_clients_with_no_data_are_neither_drawn_nor_charged(tmp_path: Path) -> N
     training = Training(tmp_path, [10, 0, 10])
     assert training.run().status is RunStatus.COMPLETED
     assert training.drawn() == [("v0", "v2")] * 2
-    assert {entry.charge.unit_id for entry in training.store.ledger()} == {"v0", "v2"}
+    assert {entry.charge.unit_id for entry in training.store.ledger.entries()} == {"v0", "v2"}
 
 
 @pytest.mark.parametrize("sizes", [[], [0, 0]])
@@ -70,8 +70,8 @@ def test_a_fleet_without_any_data_is_said_and_costs_nothing(tmp_path: Path, size
     training = Training(tmp_path, sizes)
     with pytest.raises(ConflictError, match="No client may take part"):
         training.run()
-    assert (training.store.runs(), training.store.ledger()) == ([], [])
-    training.store.register_clients([Client("late", ClientKind.VIRTUAL, 10)])
+    assert (training.store.runs.all(), training.store.ledger.entries()) == ([], [])
+    training.store.clients.register([Client("late", ClientKind.VIRTUAL, 10)])
     assert training.run().status is RunStatus.COMPLETED
 
 
@@ -83,7 +83,7 @@ def test_one_client_only_is_its_own_mean(tmp_path: Path, mode: Any, aggregation:
     if aggregation == "fedavg":
         change_aggregation_settings(training.store, lambda now: replace(now, mode=mode))
     assert training.run().status is RunStatus.COMPLETED
-    point = stored_weights(training.store, training.store.version("v1.1.2").weights_digest)["point"]
+    point = stored_weights(training.store, training.store.versions.get("v1.1.2").weights_digest)["point"]
     np.testing.assert_allclose(point, 0.75 * TARGET, rtol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_one_client_is_too_few_where_a_rule_compares_them(tmp_path: Path, aggreg
     training = Training(tmp_path, [10], aggregation=aggregation)
     with pytest.raises(ConfigError, match=f"needs {needed} updates a round; cohorts have 1 clients"):
         training.run()
-    assert training.store.runs() == []
+    assert training.store.runs.all() == []
 
 
 def test_a_cohort_larger_than_the_population_is_everybody(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_more_clients_demanded_than_there_are_is_said_before_anybody_is_charged(
     training = Training(tmp_path, [10, 10], cohort={"min_clients": 3})
     run = training.run()
     assert (run.status, run.reason) == (RunStatus.FAILED, "Round 1 has 2 eligible clients; at least 3 are needed.")
-    assert training.store.ledger() == []
+    assert training.store.ledger.entries() == []
 
 
 def test_when_every_client_fails_the_first_reason_is_told_and_the_round_is_tried_again(tmp_path: Path) -> None:
@@ -115,12 +115,12 @@ def test_when_every_client_fails_the_first_reason_is_told_and_the_round_is_tried
     assert run.reason == "Round 1 has 0 updates (2 clients failed, the first with: it failed); at least 1 are needed."
     training.fleet._failing = frozenset()
     assert training.run().status is RunStatus.COMPLETED
-    assert len(training.store.ledger()) == 4
+    assert len(training.store.ledger.entries()) == 4
 
 
 def test_some_failing_clients_are_recorded_and_the_round_goes_on(tmp_path: Path) -> None:
     training = Training(tmp_path, [10, 10, 10], failing={"v1"})
     assert training.run().status is RunStatus.COMPLETED
-    assert training.store.version("v1.1.2").lineage["clients"] == ["v0", "v2"]
-    found = training.store.participation()["v1"]
+    assert training.store.versions.get("v1.1.2").lineage["clients"] == ["v0", "v2"]
+    found = training.store.rounds.participation()["v1"]
     assert (found.rounds, found.failures) == (2, 2)

@@ -65,8 +65,8 @@ class Recording(FakeFleet):
 
 def loop_over(config: Settings, fleet: FakeFleet | None = None, clients: int = 6) -> tuple[Coordinator, Store]:
     store = Store.open(config.home)
-    store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-    store.register_clients(seeded_fleet(clients))
+    store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+    store.clients.register(seeded_fleet(clients))
     loop = Coordinator(
         settings=config,
         store=store,
@@ -79,7 +79,7 @@ def loop_over(config: Settings, fleet: FakeFleet | None = None, clients: int = 6
 
 def charged(store: Store) -> dict[str, list[Event]]:
     found: dict[str, list[Event]] = {}
-    for entry in store.ledger():
+    for entry in store.ledger.entries():
         event, times = spend_of(entry.charge)
         assert entry.charge.privacy_unit == "client"
         found.setdefault(entry.charge.unit_id, []).extend([event] * times)
@@ -91,7 +91,7 @@ def test_a_poisson_round_is_charged_to_everybody_whoever_was_drawn(tmp_path: Pat
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.COMPLETED, 6)
     assert charged(store) == {POPULATION: [PoissonGaussian(5.0, 0.5)] * 6}
-    sizes = [len(record.cohort) for record in store.rounds(run.run_id)]
+    sizes = [len(record.cohort) for record in store.rounds.of_run(run.run_id)]
     assert len(set(sizes)) > 1, "a Poisson cohort has no fixed size"
     report = PrivacyAccountant(store, settings(tmp_path, POISSON)).budget()
     assert report.epsilon_spent == epsilon_pld({PoissonGaussian(5.0, 0.5): 6}, 1e-5)
@@ -104,7 +104,7 @@ def test_a_round_that_draws_nobody_is_noise_and_counts(tmp_path: Path) -> None:
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.COMPLETED, 2)
     assert fleet.answers == []
-    assert [record.num_updates for record in store.rounds(run.run_id)] == [0, 0]
+    assert [record.num_updates for record in store.rounds.of_run(run.run_id)] == [0, 0]
     assert len(charged(store)[POPULATION]) == 2
     assert np.any(loop._weights["point"] != 0)
 
@@ -122,14 +122,14 @@ def test_the_sum_of_clipped_updates_is_divided_by_the_expected_cohort(
     assert run.config["expected_cohort"] == 6.0
     # Four of six answered, each with a step of norm 2.5 clipped to 0.5: the sum is divided by six all the same.
     np.testing.assert_allclose(loop._weights["point"], 4 * 0.5 * np.array([0.6, -0.8]) / 6, rtol=1e-6)
-    assert store.round(run.run_id, 1).num_updates == 4
+    assert store.rounds.get(run.run_id, 1).num_updates == 4
 
 
 def test_noise_has_the_deviation_that_is_charged(tmp_path: Path) -> None:
     target = np.zeros(4000, dtype=np.float32)
     config = settings(tmp_path, POISSON, rounds=1, noise_multiplier=3.0, l2_clip_norm=0.2)
     store = Store.open(config.home)
-    store.register_clients(seeded_fleet(6))
+    store.clients.register(seeded_fleet(6))
     accountant = PrivacyAccountant(store, config)
     loop = Coordinator(
         settings=config, store=store, accountant=accountant, fleet=FakeFleet(target), model=PointModel(target)
@@ -163,9 +163,9 @@ def test_a_crash_changes_nothing_in_weights_or_ledger(
             loop, store = loop_over(config)
         run = loop.run()
         assert (run.status, run.rounds_done) == (RunStatus.COMPLETED, 4)
-        keys = Counter((e.charge.round_index, e.charge.unit_id) for e in store.ledger())
+        keys = Counter((e.charge.round_index, e.charge.unit_id) for e in store.ledger.entries())
         assert set(keys.values()) == {1}
-        version = store.latest_version()
+        version = store.versions.latest()
         assert version is not None
         digests.append((version.weights_digest, sorted(keys)))
     assert digests[0] == digests[1]
@@ -177,7 +177,7 @@ def test_no_client_takes_part_more_often_than_the_cap_or_sooner_than_it_rested(t
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.COMPLETED, 6)
     rounds: dict[str, list[int]] = {}
-    for record in store.rounds(run.run_id):
+    for record in store.rounds.of_run(run.run_id):
         assert len(record.cohort) == 2
         for client_id in record.cohort:
             rounds.setdefault(client_id, []).append(record.round_index)
@@ -193,7 +193,7 @@ def test_a_run_whose_clients_are_used_up_ends_and_says_so(tmp_path: Path) -> Non
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.BUDGET_EXHAUSTED, 2)
     assert "Each of 6 clients has taken part in 2 rounds of run-0001; the cap is 2." in str(run.reason)
-    assert store.latest_version() is not None
+    assert store.versions.latest() is not None
     assert loop.run().rounds_done == 2
 
 
@@ -222,7 +222,7 @@ def test_adaptive_clipping_moves_the_norm_and_charges_for_the_count(tmp_path: Pa
     # Every update is far longer than the bound: the norm grows by nearly exp(0.2 * 0.5) a round.
     assert norms[0] == 0.01
     assert all(1.05 < after / before < 1.11 for before, after in itertools.pairwise(norms))
-    facts = [store.version(str(r.version)).lineage["client_level"] for r in store.rounds(run.run_id)]
+    facts = [store.versions.get(str(r.version)).lineage["client_level"] for r in store.rounds.of_run(run.run_id)]
     assert [f["l2_clip_norm"] for f in facts] == norms
     # Continued by another process, it goes on where it was.
     assert loop_over(config)[0]._protection.l2_clip_norm(run.run_id, 5) == facts[-1]["next_l2_clip_norm"]
@@ -245,10 +245,10 @@ def test_a_partial_sum_that_is_too_long_is_refused_with_all_that_is_in_it(tmp_pa
     loop, store = loop_over(settings(tmp_path, {"selection": "all", "max_participations": 1}, rounds=1), Lying(TARGET))
     run = loop.run()
     assert run.status is RunStatus.COMPLETED
-    version = store.latest_version()
+    version = store.versions.latest()
     assert version is not None
     assert version.lineage["clients"] == ["vehicle-0001", "vehicle-0003", "vehicle-0005"]
-    assert store.participation()["vehicle-0002"].failures == 1
+    assert store.rounds.participation()["vehicle-0002"].failures == 1
 
 
 def test_a_client_in_quarantine_does_not_take_part_and_the_population_pays_once(tmp_path: Path) -> None:
@@ -259,12 +259,12 @@ def test_a_client_in_quarantine_does_not_take_part_and_the_population_pays_once(
         nonlocal quarantined
         if progress.rounds_done == 1 and not quarantined:
             quarantined = True
-            store.quarantine_clients(["vehicle-0003"], "incident", utc_now())
+            store.clients.quarantine(["vehicle-0003"], "incident", utc_now())
 
     loop._on_progress = quarantine_in_round_two
     run = loop.run()
     assert run.status is RunStatus.COMPLETED
-    assert [record.num_updates for record in store.rounds(run.run_id)] == [6, 5]
+    assert [record.num_updates for record in store.rounds.of_run(run.run_id)] == [6, 5]
     assert len(charged(store)[POPULATION]) == 2
 
 
@@ -272,7 +272,7 @@ def test_asynchronous_rounds_wait_for_a_poisson_sample_all_the_same(tmp_path: Pa
     loop, store = loop_over(settings(tmp_path, {"selection": "poisson", "sampling_prob": 1.0}, rounds=2))
     change_aggregation_settings(store, lambda now: AggregationSettings(mode="asynchronous", buffer_size=1))
     run = loop.run()
-    assert [record.num_updates for record in store.rounds(run.run_id)] == [6, 6]
+    assert [record.num_updates for record in store.rounds.of_run(run.run_id)] == [6, 6]
 
 
 def test_a_late_update_of_a_capped_run_is_clipped_discounted_and_rests_from_where_it_counted(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_late_update_of_a_capped_run_is_clipped_discounted_and_rests_from_wher
     loop._on_progress = let_go
     run = loop.run()
     assert run.status is RunStatus.COMPLETED
-    assert store.engagements(run.run_id, before=3)["vehicle-0000"][1] == 2
+    assert store.rounds.engagements(run.run_id, before=3)["vehicle-0000"][1] == 2
     assert len(charged(store)["vehicle-0000"]) < 3
 
 
@@ -318,18 +318,18 @@ def test_the_population_s_charge_is_refused_by_the_budget_of_its_most_exposed_me
         everybody = '{"kind":"poisson_gaussian","noise_multiplier":5.0,"sampling_prob":0.5}'
         with pytest.raises(BudgetExhaustedError):
             accountant.charge([Charge("run-0002", 1, POPULATION, "2" * 64, 5.0, 0.5, 1, "client", everybody)])
-        assert len(store.ledger()) == 1
+        assert len(store.ledger.entries()) == 1
 
 
 def test_a_ledger_of_records_has_no_answer_for_clients_and_one_of_clients_has_for_records(tmp_path: Path) -> None:
     config = settings(tmp_path, POISSON)
     with Store.open(tmp_path) as store:
-        store.append_charges([Charge("run-0001", 1, "a", "1" * 64, 4.0, 0.5, 1)], lambda _: None)
+        store.ledger.append([Charge("run-0001", 1, "a", "1" * 64, 4.0, 0.5, 1)])
         with pytest.raises(StateError, match="charged for single records"):
             PrivacyAccountant(store, config)
         records = load_settings(environ={}, overrides={"home": tmp_path})
         everybody = '{"kind":"gaussian","noise_multiplier":6.0}'
-        store.append_charges([Charge("run-0002", 1, "*", "2" * 64, 6.0, 1.0, 1, "client", everybody)], lambda _: None)
+        store.ledger.append([Charge("run-0002", 1, "*", "2" * 64, 6.0, 1.0, 1, "client", everybody)])
         spent = PrivacyAccountant(store, records).budget().epsilon_spent
         assert spent == epsilon_pld({PoissonGaussian(4.0, 0.5): 1, Gaussian(6.0): 1}, 1e-5)
 
@@ -337,7 +337,7 @@ def test_a_ledger_of_records_has_no_answer_for_clients_and_one_of_clients_has_fo
 def test_a_charge_of_an_unknown_event_is_refused_by_name(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         unknown = '{"kind":"laplace","noise_multiplier":1.0}'
-        store.append_charges([Charge("run-0001", 1, "a", "1" * 64, 1.0, 1.0, 1, "client", unknown)], lambda _: None)
+        store.ledger.append([Charge("run-0001", 1, "a", "1" * 64, 1.0, 1.0, 1, "client", unknown)])
         with pytest.raises(StateError, match="laplace"):
             PrivacyAccountant(store, settings(tmp_path, POISSON))
 
@@ -346,8 +346,8 @@ def test_delta_above_one_over_the_number_of_clients_is_refused_at_the_start(tmp_
     loop, store = loop_over(settings(tmp_path, POISSON, target_delta=0.2))
     with pytest.raises(ConfigError, match="n = 6 units"):
         loop.run()
-    assert store.runs() == []
-    assert store.ledger() == []
+    assert store.runs.all() == []
+    assert store.ledger.entries() == []
 
 
 def test_cohorts_that_cannot_rest_are_refused_at_the_start(tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def quiet_fleet(tmp_path: Path) -> tuple[Settings, Coordinator, Store]:
     target = np.zeros(4000, dtype=np.float32)
     config = settings(tmp_path, {"selection": "all", "max_participations": 2}, rounds=2)
     store = Store.open(config.home)
-    store.register_clients(seeded_fleet(6))
+    store.clients.register(seeded_fleet(6))
     accountant = PrivacyAccountant(store, config)
     loop = Coordinator(
         settings=config, store=store, accountant=accountant, fleet=FakeFleet(target), model=PointModel(target)
@@ -396,8 +396,8 @@ def test_no_two_rounds_share_noise(tmp_path: Path) -> None:
     _, loop, store = quiet_fleet(tmp_path)
     run = loop.run()
     first, second = (
-        stored_weights(store, store.version(str(record.version)).weights_digest)["point"]
-        for record in store.rounds(run.run_id)
+        stored_weights(store, store.versions.get(str(record.version)).weights_digest)["point"]
+        for record in store.rounds.of_run(run.run_id)
     )
     assert abs(np.corrcoef(first, second - first)[0, 1]) < 0.1
 

@@ -37,8 +37,8 @@ def settings(home: Path, **training: Any) -> Settings:
 
 def coordinator(config: Settings, fleet: FleetPort | None = None) -> tuple[Coordinator, Store]:
     store = Store.open(config.home)
-    store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-    store.register_clients(seeded_fleet(CLIENTS))
+    store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+    store.clients.register(seeded_fleet(CLIENTS))
     loop = Coordinator(
         settings=config,
         store=store,
@@ -55,14 +55,14 @@ def test_a_run_trains_commits_charges_and_releases(tmp_path: Path) -> None:
     loop._on_progress = seen.append
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.COMPLETED, 4)
-    records = store.rounds(run.run_id)
+    records = store.rounds.of_run(run.run_id)
     assert [r.version for r in records] == ["v1.1.1", "v1.1.2", "v1.1.3", "v1.1.4"]
     losses = [r.loss for r in records if r.loss is not None]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.05
-    assert len(store.ledger()) == 4 * CLIENTS
-    assert store.verify_ledger() == 4 * CLIENTS
-    assert [r.version for r in store.releases()] == ["v1.1.2", "v1.1.4"]
+    assert len(store.ledger.entries()) == 4 * CLIENTS
+    assert store.ledger.verify() == 4 * CLIENTS
+    assert [r.version for r in store.releases.all()] == ["v1.1.2", "v1.1.4"]
     assert [p.rounds_done for p in seen] == sorted(p.rounds_done for p in seen)
     assert {p.phase for p in seen} >= {"charging", "training", "committing", "releasing", "resting"}
 
@@ -70,7 +70,7 @@ def test_a_run_trains_commits_charges_and_releases(tmp_path: Path) -> None:
 def test_a_release_is_signed_and_names_its_content(tmp_path: Path) -> None:
     loop, store = coordinator(settings(tmp_path))
     loop.run()
-    release = store.current_release()
+    release = store.releases.current()
     assert release is not None
     key = load_or_create_signing_key(tmp_path / "keys").public_key()
     manifest = verify_manifest(release.envelopes["standard"], [key])
@@ -85,7 +85,7 @@ def test_epsilon_is_the_composition_of_the_committed_rounds(tmp_path: Path) -> N
     loop, store = coordinator(settings(tmp_path))
     run = loop.run()
     expected = [epsilon_pld({PoissonGaussian(4.0, 0.5): n}, 1e-5) for n in (1, 2, 3, 4)]
-    assert [r.epsilon for r in store.rounds(run.run_id)] == pytest.approx(expected)
+    assert [r.epsilon for r in store.rounds.of_run(run.run_id)] == pytest.approx(expected)
 
 
 def test_after_a_crash_the_round_is_repeated_and_charged_once(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_after_a_crash_the_round_is_repeated_and_charged_once(tmp_path: Path) ->
     loop, store = coordinator(config, fleet)
     with pytest.raises(KeyboardInterrupt):
         loop.run()
-    assert store.latest_run().rounds_done == 2  # type: ignore[union-attr]
-    charged = len(store.ledger())
+    assert store.runs.latest().rounds_done == 2  # type: ignore[union-attr]
+    charged = len(store.ledger.entries())
     assert charged == 3 * CLIENTS
     store.close()
 
@@ -104,8 +104,8 @@ def test_after_a_crash_the_round_is_repeated_and_charged_once(tmp_path: Path) ->
     assert (run.status, run.rounds_done, run.ordinal) == (RunStatus.COMPLETED, 4, 1)
     (crashed, _), (repeated, _) = [entry for entry in fleet.tasks if entry[0].round_index == 3]
     assert crashed == repeated
-    assert len(store.ledger()) == 4 * CLIENTS
-    versions = [v.version for v in store.versions()]
+    assert len(store.ledger.entries()) == 4 * CLIENTS
+    versions = [v.version for v in store.versions.all()]
     assert len(versions) == len(set(versions)) == 4
 
 
@@ -119,7 +119,7 @@ def test_a_crash_changes_nothing_in_the_final_weights(tmp_path: Path) -> None:
             with pytest.raises(KeyboardInterrupt):
                 loop.run()
         loop.run()
-        version = store.latest_version()
+        version = store.versions.latest()
         assert version is not None
         digests.append(version.weights_digest)
     assert digests[0] == digests[1]
@@ -132,7 +132,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     trained = len(fleet.tasks)
     assert loop.run().status is RunStatus.COMPLETED
     assert len(fleet.tasks) == trained
-    assert len(store.releases()) == 2
+    assert len(store.releases.all()) == 2
 
 
 def test_a_stop_is_continued(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_stop_is_continued(tmp_path: Path) -> None:
     loop._on_progress = stop_in_round_two
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.STOPPED, 2)
-    assert store.current_release().version == "v1.1.2"  # type: ignore[union-attr]
+    assert store.releases.current().version == "v1.1.2"  # type: ignore[union-attr]
     loop._on_progress = lambda _: None
     run = loop.run()
     assert (run.status, run.rounds_done, run.ordinal) == (RunStatus.COMPLETED, 4, 1)
@@ -164,8 +164,8 @@ def test_the_budget_ends_the_run_after_exactly_the_rounds_it_admits(tmp_path: Pa
     assert (run.status, run.rounds_done) == (RunStatus.BUDGET_EXHAUSTED, 2)
     assert run.reason is not None
     assert "above the budget" in run.reason
-    assert len(store.ledger()) == 2 * CLIENTS
-    assert store.current_release().version == "v1.1.2"  # type: ignore[union-attr]
+    assert len(store.ledger.entries()) == 2 * CLIENTS
+    assert store.releases.current().version == "v1.1.2"  # type: ignore[union-attr]
     report = PrivacyAccountant(store, config).budget()
     assert report.epsilon_spent <= report.target_epsilon
     assert loop.progress().epsilon == pytest.approx(report.epsilon_spent)
@@ -175,10 +175,10 @@ def test_failed_clients_are_recorded_and_the_round_goes_on(tmp_path: Path) -> No
     loop, store = coordinator(settings(tmp_path, rounds=1), FakeFleet(TARGET, failing=["vehicle-0001"]))
     run = loop.run()
     assert run.status is RunStatus.COMPLETED
-    version = store.latest_version()
+    version = store.versions.latest()
     assert version is not None
     assert version.lineage["clients"] == ["vehicle-0000", "vehicle-0002", "vehicle-0003"]
-    assert store.round(run.run_id, 1).num_updates == 3
+    assert store.rounds.get(run.run_id, 1).num_updates == 3
 
 
 def test_when_everybody_fails_the_run_says_so_and_can_go_on(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_when_everybody_fails_the_run_says_so_and_can_go_on(tmp_path: Path) -> N
     run = loop.run()
     assert run.status is RunStatus.FAILED
     assert run.reason == "Round 1 has 0 updates (4 clients failed, the first with: it failed); at least 1 are needed."
-    assert store.versions() == []
+    assert store.versions.all() == []
     store.close()
     loop, _ = coordinator(config)
     assert loop.run().status is RunStatus.COMPLETED
@@ -203,17 +203,17 @@ def test_changed_training_settings_begin_another_run(tmp_path: Path) -> None:
     loop, store = coordinator(settings(tmp_path, rounds=2))
     run = loop.run()
     assert (run.ordinal, run.status) == (2, RunStatus.COMPLETED)
-    assert store.run("run-0001").status is RunStatus.SUPERSEDED
-    assert [v.version for v in store.versions()] == ["v1.2.2", "v1.2.1", "v1.1.1"]
+    assert store.runs.get("run-0001").status is RunStatus.SUPERSEDED
+    assert [v.version for v in store.versions.all()] == ["v1.2.2", "v1.2.1", "v1.1.1"]
     # The budget belongs to the clients, not to the run: the first run's charges still count.
-    assert len(store.ledger()) == (2 + 2) * CLIENTS
+    assert len(store.ledger.entries()) == (2 + 2) * CLIENTS
 
 
 def test_a_cohort_of_validated_clients_only(tmp_path: Path) -> None:
     fleet = FakeFleet(TARGET)
     config = settings(tmp_path, rounds=1, cohort={"client_selection": "validated_only"})
     loop, store = coordinator(config, fleet)
-    store.set_client("vehicle-0002", validated=False)
+    store.clients.update("vehicle-0002", validated=False)
     loop.run()
     (_, cohort) = fleet.tasks[0]
     assert cohort.client_ids == ("vehicle-0000", "vehicle-0001", "vehicle-0003")

@@ -53,8 +53,8 @@ class Loop:
 
     def __init__(self, config: Settings, fleet: FakeFleet | None = None) -> None:
         self.store = Store.open(config.home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near", "far"])
-        self.store.register_clients(replace(c, num_examples=400) for c in seeded_fleet(CLIENTS))
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near", "far"])
+        self.store.clients.register(replace(c, num_examples=400) for c in seeded_fleet(CLIENTS))
         self.fleet = fleet or FakeFleet(TARGET)
         self.model = PointModel(TARGET)
         self.model.spec = SPEC
@@ -73,7 +73,7 @@ class Loop:
         return loop.run()
 
     def sketch_charges(self) -> list[tuple[int, str]]:
-        charges = [entry.charge for entry in self.store.ledger()]
+        charges = [entry.charge for entry in self.store.ledger.entries()]
         return [
             (charge.round_index, charge.unit_id)
             for charge in charges
@@ -95,18 +95,18 @@ def test_every_sketch_is_charged_before_it_is_asked_for_and_kept(tmp_path: Path)
     ask = loop.fleet.request_histograms
 
     def watched(order: HistogramRequest, client_ids: Any) -> None:
-        sizes = loop.store.num_examples(client_ids)
+        sizes = loop.store.clients.num_examples(client_ids)
         releases = [(order.run_id, order.round_index, c, order.output_id(c, sizes[c])) for c in client_ids]
-        asked.append(all(loop.store.is_charged(*release) for release in releases))
+        asked.append(all(loop.store.ledger.is_charged(*release) for release in releases))
         ask(order, client_ids)
 
     loop.fleet.request_histograms = watched  # type: ignore[method-assign]
     assert loop.run().status is RunStatus.COMPLETED
     assert asked == [True] * 3
     assert loop.sketch_charges() == [(r, f"vehicle-{i:04d}") for r in (1, 3, 5) for i in range(CLIENTS)]
-    kept = loop.store.latest_sketches()
+    kept = loop.store.histograms.latest()
     assert {histogram.round_index for histogram in kept.values()} == {5}
-    assert loop.store.histogram_spec(SPEC.digest) == SPEC
+    assert loop.store.histograms.spec(SPEC.digest) == SPEC
     assert kept["vehicle-0003"].deviation == 8.0 * SPEC.sensitivity("record")
 
 
@@ -126,7 +126,7 @@ def test_votes_stay_the_references_while_the_model_errs_in_the_same_classes(tmp_
     votes = {order.round_index: order.spec.risk_votes for order, _ in loop.fleet.histogram_requests}
     assert votes == {1: (-4, 4), 3: (-4, 4), 5: (3, -3)}
     assert data_health.histograms(loop.store).spec == SPEC.with_risks(other)
-    assert loop.store.latest_sketches().keys() == {f"vehicle-{i:04d}" for i in range(CLIENTS)}
+    assert loop.store.histograms.latest().keys() == {f"vehicle-{i:04d}" for i in range(CLIENTS)}
 
 
 def test_a_round_that_is_tried_again_charges_and_keeps_a_sketch_once(tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_a_round_that_is_tried_again_charges_and_keeps_a_sketch_once(tmp_path: P
     assert len(loop.sketch_charges()) == len(set(loop.sketch_charges())) == 3 * CLIENTS
     (order, _) = loop.fleet.histogram_requests[0]
     again = ClientHistogram("vehicle-0000", "run-0001", 5, 400, SPEC.digest, order.deviation, (7,) * SPEC.cells)
-    assert loop.store.add_sketches([again], SPEC) == 0
-    assert loop.store.latest_sketches()["vehicle-0000"].counts == counting(order, "vehicle-0000")
+    assert loop.store.histograms.add([again], SPEC) == 0
+    assert loop.store.histograms.latest()["vehicle-0000"].counts == counting(order, "vehicle-0000")
 
 
 def test_a_client_whose_budget_the_rest_of_the_run_needs_is_not_asked(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_validated_follows_from_what_was_seen_and_a_restart_leaves_the_liars_out
     answer = http.post("/api/training/restart", json={"client_selection": "validated_only"})
     local.wait_operation(answer.json()["operation_id"], WAIT_S)
     local.wait(WAIT_S)
-    cohorts = {r.cohort for r in store.rounds("run-0002")}
+    cohorts = {r.cohort for r in store.rounds.of_run("run-0002")}
     assert [set(cohort) & {"vehicle-0001", "vehicle-0002"} for cohort in cohorts] == [set()]
     local.close()
 
@@ -246,14 +246,14 @@ def test_validated_follows_from_what_was_seen_and_a_restart_leaves_the_liars_out
 def test_who_behaves_again_is_validated_again_but_not_against_an_operator(poisoned: Loop) -> None:
     poisoned.run()
     store = poisoned.store
-    assert [c.client_id for c in store.clients(validated=False)] == ["vehicle-0001", "vehicle-0002", "vehicle-0004"]
+    assert [c.client_id for c in store.clients.all(validated=False)] == ["vehicle-0001", "vehicle-0002", "vehicle-0004"]
     http = TestClient(create_api(Services(poisoned.settings, store, _nobody, _nobody)))
     http.post("/api/clients/vehicle-0004/validate", json={"validated": False, "reason": "Scrapped."})
     for client_id in ("vehicle-0001", "vehicle-0004"):
         poisoned.fleet.tamper[client_id] = misbehaving(0.7, 0.4)
     poisoned.settings = settings(poisoned.settings.home, training={"rounds": 12})
     poisoned.run()
-    assert [c.client_id for c in store.clients(validated=False)] == ["vehicle-0002", "vehicle-0004"]
+    assert [c.client_id for c in store.clients.all(validated=False)] == ["vehicle-0002", "vehicle-0004"]
 
 
 def _nobody() -> Any:

@@ -15,9 +15,9 @@ from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunRequest
 from fedvit.settings import load_settings
-from fedvit.store.store import LedgerFreeze, Store
+from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import Evaluation, RunStatus, Variant, Weights, utc_now
+from fedvit.types import Evaluation, LedgerFreeze, RunStatus, Variant, Weights, utc_now
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
 CAUGHT = "vehicle-0001"
@@ -45,8 +45,8 @@ class Interrupted(PointModel):
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store.open(tmp_path) as store:
-        store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        store.register_clients(seeded_fleet(4))
+        store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        store.clients.register(seeded_fleet(4))
         yield store
 
 
@@ -66,15 +66,15 @@ def loop_over(store: Store, fleet: FakeFleet, model: PointModel | None = None, *
 
 
 def quarantine(store: Store) -> None:
-    store.quarantine_clients([CAUGHT], "incident PB-1", utc_now())
+    store.clients.quarantine([CAUGHT], "incident PB-1", utc_now())
 
 
 def freeze(store: Store) -> None:
-    store.freeze_ledger(LedgerFreeze("PB-1", "images leaked", "Ana", utc_now()))
+    store.ledger.freeze(LedgerFreeze("PB-1", "images leaked", "Ana", utc_now()))
 
 
 def contributors(store: Store) -> list[list[str]]:
-    return [version.lineage["clients"] for version in reversed(store.versions())]
+    return [version.lineage["clients"] for version in reversed(store.versions.all())]
 
 
 def test_an_interrupted_round_is_repeated_without_who_was_quarantined_since(store: Store) -> None:
@@ -88,7 +88,7 @@ def test_an_interrupted_round_is_repeated_without_who_was_quarantined_since(stor
     assert contributors(store) == [everybody, *[list(OTHERS)] * 3]
     assert [cohort.client_ids for _, cohort in fleet.tasks[2:]] == [OTHERS] * 3
     # What was recorded for the round stays on record, with what became of it.
-    assert store.round(run.run_id, 2).cohort == tuple(everybody)
+    assert store.rounds.get(run.run_id, 2).cohort == tuple(everybody)
     assert outcome(store, run.run_id, 2) == "quarantined"
 
 
@@ -132,7 +132,7 @@ def test_under_a_frozen_ledger_no_round_begins_not_even_one_that_was_charged(sto
     assert len(fleet.tasks) == trained
     with pytest.raises(LedgerFrozenError, match="PB-1"):
         loop.check_new_run(RunRequest(0, "op-1", "another"))
-    store.thaw_ledger("PB-1")
+    store.ledger.unfreeze("PB-1")
     assert loop.run().status is RunStatus.COMPLETED
 
 
@@ -140,11 +140,11 @@ def test_a_version_that_an_incident_overtakes_is_not_released_until_it_is_over(s
     loop = loop_over(store, FakeFleet(TARGET), Interrupted(4, lambda: freeze(store)))
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.COMPLETED, 4)
-    assert [release.version for release in store.releases()] == ["v1.1.2"]
-    assert store.version("v1.1.4").refusal is None
-    store.thaw_ledger("PB-1")
+    assert [release.version for release in store.releases.all()] == ["v1.1.2"]
+    assert store.versions.get("v1.1.4").refusal is None
+    store.ledger.unfreeze("PB-1")
     loop.run()
-    assert [release.version for release in store.releases()] == ["v1.1.2", "v1.1.4"]
+    assert [release.version for release in store.releases.all()] == ["v1.1.2", "v1.1.4"]
 
 
 def test_a_run_that_an_incident_stops_is_stopped_and_not_failed(store: Store) -> None:
@@ -155,4 +155,4 @@ def test_a_run_that_an_incident_stops_is_stopped_and_not_failed(store: Store) ->
     loop = loop_over(store, FakeFleet(TARGET), Interrupted(2, breach))
     run = loop.run()
     assert (run.status, run.reason) == (RunStatus.STOPPED, "Stopped on request after round 2.")
-    assert store.releases() == []
+    assert store.releases.all() == []

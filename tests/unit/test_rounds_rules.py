@@ -55,8 +55,8 @@ class Training:
             },
         )
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        self.store.register_clients(seeded_fleet(clients))
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.clients.register(seeded_fleet(clients))
         self.fleet = FakeFleet(TARGET, groups=groups, rule=rule_for(self.settings))
         self.process()
 
@@ -74,7 +74,7 @@ class Training:
         return self.loop.run()
 
     def version(self, round_index: int) -> Any:
-        return self.store.version(f"v1.1.{round_index}")
+        return self.store.versions.get(f"v1.1.{round_index}")
 
     def told(self, round_index: int) -> dict[str, Any]:
         return dict(self.version(round_index).lineage.get("aggregation", {}))
@@ -100,7 +100,7 @@ def test_a_crash_changes_no_bit_of_weights_or_of_what_the_rule_remembers(tmp_pat
         versions = [training.version(n) for n in (1, 2, 3)]
         found.append([(version.weights_digest, version.lineage["rule_state"]) for version in versions])
         # A backup has to have them.
-        assert {state for _, state in found[-1]} <= training.store.blob_digests()
+        assert {state for _, state in found[-1]} <= training.store.versions.blob_digests()
     assert found[0] == found[1]
     assert len(set(found[0])) == 3
 
@@ -163,13 +163,13 @@ def test_an_asynchronous_buffer_holds_exactly_k_however_many_a_message_brings(tm
     training = Training(tmp_path, aggregation, rounds=6)
     change_aggregation_settings(training.store, lambda now: replace(now, mode="asynchronous", buffer_size=2))
     assert training.run().status is RunStatus.COMPLETED
-    sizes = [record.num_updates for record in training.store.rounds("run-0001")]
+    sizes = [record.num_updates for record in training.store.rounds.of_run("run-0001")]
     assert sizes[:-1] == [2] * 5
     # The last round takes all that are left, so that every charge was for something.
-    assert sum(sizes) == len(training.store.ledger())
+    assert sum(sizes) == len(training.store.ledger.entries())
     clients = [training.version(n).lineage["clients"] for n in range(1, 7)]
     assert all(len(set(buffer)) == len(buffer) for buffer in clients)
-    charged = Counter(entry.charge.unit_id for entry in training.store.ledger())
+    charged = Counter(entry.charge.unit_id for entry in training.store.ledger.entries())
     assert Counter(client for buffer in clients for client in buffer) == charged
     assert any(staleness for n in range(1, 7) for staleness in training.told(n)["staleness"].values())
 
@@ -225,7 +225,7 @@ def test_bad_updates_are_outcomes_with_their_reasons_and_the_round_goes_on(tmp_p
         found = training.told(1)["refused"][client_id]
         assert found.startswith("its update is refused: ")
         assert reason in found
-        assert training.store.participation()[client_id].failures == 1
+        assert training.store.rounds.participation()[client_id].failures == 1
     np.testing.assert_allclose(training.point(1), 0.5 * TARGET)
 
 
@@ -234,7 +234,7 @@ def test_a_partial_sum_with_a_fault_in_it_is_refused_and_held_against_nobody(tmp
     training.fleet.tamper[BAD] = with_point(np.array([np.nan, 0.0]))
     assert training.run().status is RunStatus.COMPLETED
     assert training.version(4).lineage["clients"] == [V[0], V[2], V[4]]
-    assert training.store.quarantined_clients() == []
+    assert training.store.clients.quarantined() == []
 
 
 def test_more_examples_than_registered_are_not_believed(tmp_path: Path) -> None:
@@ -322,38 +322,38 @@ def test_after_so_many_refusals_a_client_comes_into_quarantine_and_reinstated_it
     training.fleet.tamper[BAD] = with_point(np.array([np.nan, 0.0]))
 
     def reinstate(progress: Any) -> None:
-        if progress.rounds_done == 4 and training.store.client(BAD).quarantined:
-            training.store.reinstate_client(BAD)
+        if progress.rounds_done == 4 and training.store.clients.get(BAD).quarantined:
+            training.store.clients.reinstate(BAD)
 
     training.loop._on_progress = reinstate
     training.run()
     asked = [BAD in cohort.client_ids for _, cohort in training.fleet.tasks]
     assert asked == [True, True, False, False, True, True, False]
-    client = training.store.client(BAD)
+    client = training.store.clients.get(BAD)
     assert client.quarantined
     assert str(client.quarantine_reason).startswith("2 of its updates were refused; the last in round 6 of run-0001:")
-    assert training.store.participation()[BAD].failures == 4
+    assert training.store.rounds.participation()[BAD].failures == 4
 
 
 def test_a_round_tried_twice_counts_a_refusal_once_and_without_the_setting_nobody_is_kept_out(tmp_path: Path) -> None:
     training = Training(tmp_path, "median", rounds=1, validation={"quarantine_after_rejections": 2})
     training.fleet.tamper[BAD] = with_point(np.array([np.nan, 0.0]))
-    committed = training.store.commit_round
+    committed = training.store.rounds.commit
 
     def dies(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    training.store.commit_round = dies  # type: ignore[assignment]
+    training.store.rounds.commit = dies  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         training.run()
-    training.store.commit_round = committed  # type: ignore[method-assign]
+    training.store.rounds.commit = committed  # type: ignore[method-assign]
     assert training.run().status is RunStatus.COMPLETED
-    assert training.store.participation()[BAD].failures == 1
-    assert training.store.quarantined_clients() == []
+    assert training.store.rounds.participation()[BAD].failures == 1
+    assert training.store.clients.quarantined() == []
     lenient = Training(tmp_path / "lenient", "median", rounds=4, validation={"quarantine_after_rejections": None})
     lenient.fleet.tamper = dict(training.fleet.tamper)
     lenient.run()
-    assert lenient.store.quarantined_clients() == []
+    assert lenient.store.clients.quarantined() == []
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -399,14 +399,14 @@ def test_a_rule_that_needs_one_base_refuses_asynchronous_rounds_before_a_run_beg
     for begin in (training.run, lambda: training.loop.check_new_run(RunRequest(0, "op", "again"))):
         with pytest.raises(ConflictError, match=r"'krum' does not go with asynchronous rounds.*fedbuff"):
             begin()
-    assert training.store.runs() == []
+    assert training.store.runs.all() == []
 
 
 def test_cohorts_too_small_for_the_guarantee_are_refused_before_a_run_begins(tmp_path: Path) -> None:
     training = Training(tmp_path, "bulyan", clients=6, aggregation_options={"num_byzantine": 1})
     with pytest.raises(ConfigError, match="bulyan with num_byzantine 1 needs 7 updates a round; cohorts have 6"):
         training.run()
-    assert training.store.runs() == []
+    assert training.store.runs.all() == []
 
 
 def test_a_round_that_loses_too_many_for_the_guarantee_says_so(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_graceful_end_waits_for_the_round_and_saves_the_state(make: Make) -> N
     )
     archive = Path(result["archive"])
     assert (archive.parent, archive.is_file()) == (site.settings.home / "backups", True)
-    run = site.store.run("run-0001")
+    run = site.store.runs.get("run-0001")
     assert (run.status, run.rounds_done) == (RunStatus.STOPPED, 1)
     assert site.get("/api/model/current")["version"] == "v1.1.1"
 
@@ -111,7 +111,7 @@ def test_a_long_operation_under_way_is_left_to_the_next_start(make: Make, monkey
     assert begun.wait(WAIT_S)
     asked(site, "graceful")
     assert site.local.await_shutdown(WAIT_S) == "graceful"
-    assert site.store.operation(slow.operation_id).status is OperationStatus.RUNNING
+    assert site.store.operations.get(slow.operation_id).status is OperationStatus.RUNNING
     go_on.set()
 
 
@@ -130,7 +130,7 @@ def test_a_restart_under_way_trains_only_after_the_next_start(make: Make) -> Non
     site.close()
     after = make(system_id="second")
     after.local.wait(WAIT_S)
-    run = after.store.run("run-0002")
+    run = after.store.runs.get("run-0002")
     assert (run.status, run.rounds_done) == (RunStatus.COMPLETED, 4)
 
 
@@ -173,8 +173,8 @@ def test_a_shutdown_that_was_interrupted_is_not_taken_up_again(make: Make) -> No
     site.http.post("/api/training/start")
     assert site.fleet.begun.wait(WAIT_S)
     running = asked(site, "graceful")["operation_id"]
-    queued = site.store.create_operation("shutdown", {"mode": "force", "save_state": True})[0].operation_id
-    site.store.set_run_status("run-0001", RunStatus.STOPPED)
+    queued = site.store.operations.create("shutdown", {"mode": "force", "save_state": True})[0].operation_id
+    site.store.runs.set_status("run-0001", RunStatus.STOPPED)
     after = make(system_id="second")
     for operation_id in (running, queued):
         operation = after.get(f"/api/operations/{operation_id}")

@@ -15,7 +15,7 @@ from toy_world import ToyWorld
 from fedvit.config import Settings
 from fedvit.rounds import coordinator
 from fedvit.settings import load_settings
-from fedvit.store.store import RoundCommit
+from fedvit.store.records import RoundCommit
 from fedvit.tools.simulation.run import Simulated, simulate
 from fedvit.types import RunStatus
 

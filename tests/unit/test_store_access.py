@@ -13,7 +13,8 @@ import pytest
 
 from fedvit.errors import ConflictError, IntegrityError
 from fedvit.ports import Charge
-from fedvit.store.store import AuditFacts, RequestKey, Store, StoredAnswer
+from fedvit.store.records import AuditFacts, RequestKey, StoredAnswer
+from fedvit.store.store import Store
 
 NOW = datetime(2030, 5, 1, 12, 0, tzinfo=UTC)
 FACTS = AuditFacts(
@@ -45,12 +46,12 @@ def tamper(store: Store, statement: str) -> None:
 
 def test_lines_come_back_as_written_in_order_and_in_pages(store: Store) -> None:
     written = [replace(FACTS, request_id=f"r-{i}") for i in range(1, 6)]
-    assert [store.append_audit(facts) for facts in written] == [1, 2, 3, 4, 5]
-    assert [entry.facts for entry in store.audit()] == written
-    assert [entry.sequence for entry in store.audit(after=3)] == [4, 5]
-    assert [entry.sequence for entry in store.audit(limit=2)] == [1, 2]
-    assert [entry.sequence for entry in store.latest_audit(2)] == [4, 5]
-    assert store.verify_audit() == 5
+    assert [store.audit.append(facts) for facts in written] == [1, 2, 3, 4, 5]
+    assert [entry.facts for entry in store.audit.entries()] == written
+    assert [entry.sequence for entry in store.audit.entries(after=3)] == [4, 5]
+    assert [entry.sequence for entry in store.audit.entries(limit=2)] == [1, 2]
+    assert [entry.sequence for entry in store.audit.latest(2)] == [4, 5]
+    assert store.audit.verify() == 5
 
 
 @pytest.mark.parametrize(
@@ -68,58 +69,58 @@ def test_lines_come_back_as_written_in_order_and_in_pages(store: Store) -> None:
 )
 def test_tampering_is_found_and_named(store: Store, statement: str, sequence: int) -> None:
     for _ in range(4):
-        store.append_audit(FACTS)
+        store.audit.append(FACTS)
     tamper(store, statement)
     with pytest.raises(IntegrityError, match=rf"audit trail is broken at sequence {sequence}\b"):
-        store.verify_audit()
+        store.audit.verify()
 
 
 def test_a_trail_with_its_end_cut_off_is_not_continued(store: Store) -> None:
-    store.append_audit(FACTS)
-    store.append_audit(FACTS)
+    store.audit.append(FACTS)
+    store.audit.append(FACTS)
     tamper(store, "DELETE FROM audit WHERE sequence = 2")
     with pytest.raises(IntegrityError, match="sequence 2"):
-        store.append_audit(FACTS)
+        store.audit.append(FACTS)
 
 
 def test_trail_and_ledger_are_two_chains(store: Store) -> None:
-    store.append_audit(FACTS)
-    store.append_charges([Charge("run-0001", 1, "u", "r", 1.0, 0.5, 1)], lambda _: None)
-    store.append_audit(FACTS)
-    assert (store.verify_audit(), store.verify_ledger()) == (2, 1)
+    store.audit.append(FACTS)
+    store.ledger.append([Charge("run-0001", 1, "u", "r", 1.0, 0.5, 1)])
+    store.audit.append(FACTS)
+    assert (store.audit.verify(), store.ledger.verify()) == (2, 1)
 
 
 def test_a_repeated_request_gets_its_answer_again(store: Store) -> None:
-    assert store.begin_request(KEY, NOW) is None
-    store.finish_request(KEY, ANSWER)
-    assert store.begin_request(KEY, NOW + timedelta(hours=23)) == ANSWER
+    assert store.idempotency.begin(KEY, NOW) is None
+    store.idempotency.finish(KEY, ANSWER)
+    assert store.idempotency.begin(KEY, NOW + timedelta(hours=23)) == ANSWER
 
 
 def test_a_request_under_way_is_not_begun_twice(store: Store) -> None:
-    store.begin_request(KEY, NOW)
+    store.idempotency.begin(KEY, NOW)
     with pytest.raises(ConflictError, match="under way"):
-        store.begin_request(KEY, NOW + timedelta(minutes=9))
+        store.idempotency.begin(KEY, NOW + timedelta(minutes=9))
     # Its process died: it may be tried again.
-    assert store.begin_request(KEY, NOW + timedelta(minutes=11)) is None
+    assert store.idempotency.begin(KEY, NOW + timedelta(minutes=11)) is None
 
 
 def test_one_key_stands_for_one_request(store: Store) -> None:
-    store.begin_request(KEY, NOW)
-    store.finish_request(KEY, ANSWER)
+    store.idempotency.begin(KEY, NOW)
+    store.idempotency.finish(KEY, ANSWER)
     with pytest.raises(ConflictError, match="another request"):
-        store.begin_request(replace(KEY, request_hash="b" * 64), NOW)
+        store.idempotency.begin(replace(KEY, request_hash="b" * 64), NOW)
 
 
 @pytest.mark.parametrize("change", [{"actor": "token:2:Ben"}, {"route": "POST /b"}, {"key": "l"}])
 def test_keys_of_others_are_others(store: Store, change: dict[str, str]) -> None:
-    store.begin_request(KEY, NOW)
-    store.finish_request(KEY, ANSWER)
-    assert store.begin_request(replace(KEY, **change), NOW) is None
+    store.idempotency.begin(KEY, NOW)
+    store.idempotency.finish(KEY, ANSWER)
+    assert store.idempotency.begin(replace(KEY, **change), NOW) is None
 
 
 def test_a_forgotten_request_and_an_old_one_begin_anew(store: Store) -> None:
-    store.begin_request(KEY, NOW)
-    store.finish_request(KEY, None)
-    assert store.begin_request(KEY, NOW) is None
-    store.finish_request(KEY, ANSWER)
-    assert store.begin_request(KEY, NOW + timedelta(hours=25)) is None
+    store.idempotency.begin(KEY, NOW)
+    store.idempotency.finish(KEY, None)
+    assert store.idempotency.begin(KEY, NOW) is None
+    store.idempotency.finish(KEY, ANSWER)
+    assert store.idempotency.begin(KEY, NOW + timedelta(hours=25)) is None

@@ -28,7 +28,7 @@ def filled(home: Path) -> Path:
     """A closed state folder with 500 clients; the path of its database."""
     clients = [Client(f"c{i:04d}", ClientKind.VIRTUAL, 10) for i in range(500)]
     with Store.open(home) as store:
-        store.register_clients(clients)
+        store.clients.register(clients)
     return home / "state.db"
 
 
@@ -61,7 +61,7 @@ def test_a_state_of_the_newest_schema_is_opened_without_alembic(tmp_path: Path) 
     home = filled(tmp_path).parent
     script = (
         "import sys; from pathlib import Path; from fedvit.store.store import Store\n"
-        "with Store.open(Path(sys.argv[1])) as store: print(store.population(), 'alembic' in sys.modules)"
+        "with Store.open(Path(sys.argv[1])) as store: print(store.clients.population(), 'alembic' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(home)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["500", "False"]
@@ -71,45 +71,45 @@ def test_a_new_folder_is_created_with_its_parents_and_is_empty(tmp_path: Path) -
     home = tmp_path / "deep" / "va r?#%41"
     with Store.open(home) as store:
         assert store.home == home
-        assert store.fleet() is None
-        listings = (store.clients, store.runs, store.versions, store.releases, store.ledger)
+        assert store.metadata.fleet() is None
+        listings = (store.clients.all, store.runs.all, store.versions.all, store.releases.all, store.ledger.entries)
         assert [listing() for listing in listings] == [[]] * 5
-        assert [newest() for newest in (store.latest_run, store.latest_version, store.current_release)] == [None] * 3
-        assert store.verify_ledger() == 0
+        assert [newest() for newest in (store.runs.latest, store.versions.latest, store.releases.current)] == [None] * 3
+        assert store.ledger.verify() == 0
     assert sorted(path.name for path in home.iterdir()) == ["state.db", "state.lock"]
 
 
 def test_reopening_continues(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
-        store.set_meta("answer", {"is": [42, None, "é"]})
+        store.metadata.set("answer", {"is": [42, None, "é"]})
         digest = store.blobs.put(b"blob")
     with Store.open(tmp_path) as store:
-        assert store.get_meta("answer") == {"is": [42, None, "é"]}
+        assert store.metadata.get("answer") == {"is": [42, None, "é"]}
         assert store.blobs.get(digest) == b"blob"
-        store.set_meta("answer", 43)
-        assert store.get_meta("answer") == 43
-        assert store.get_meta("question") is None
+        store.metadata.set("answer", 43)
+        assert store.metadata.get("answer") == 43
+        assert store.metadata.get("question") is None
 
 
 def test_a_fact_that_is_polled_is_seen_as_soon_as_somebody_else_has_changed_it(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store, Store.open(tmp_path) as other:
-        assert store.get_meta("answer") is None
-        other.set_meta("answer", {"is": [42]})
-        found = store.get_meta("answer")
+        assert store.metadata.get("answer") is None
+        other.metadata.set("answer", {"is": [42]})
+        found = store.metadata.get("answer")
         assert found == {"is": [42]}
         # What a caller does to it is his own.
         found["is"].append(43)
-        assert store.get_meta("answer") == {"is": [42]}
-        other.set_meta("answer", 44)
-        assert store.get_meta("answer") == 44
+        assert store.metadata.get("answer") == {"is": [42]}
+        other.metadata.set("answer", 44)
+        assert store.metadata.get("answer") == 44
 
 
 def test_keys_of_the_store_itself_cannot_be_overwritten(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         for key in ("fleet", "ledger_head", "audit_head"):
             with pytest.raises(ConflictError, match=key):
-                store.set_meta(key, {})
-            assert store.get_meta(key) is None
+                store.metadata.set(key, {})
+            assert store.metadata.get(key) is None
 
 
 def test_connections_are_durable_and_enforce_references(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
             Store.open(tmp_path)
     assert not (tmp_path / "state.db").exists()
     with Store.open(tmp_path) as store:
-        assert store.runs() == []
+        assert store.runs.all() == []
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database at all" * 100, b"SQLite format 3\x00" + b"\xff" * 5000])
@@ -235,7 +235,7 @@ def test_a_database_that_vanished_beside_its_log_is_not_silently_begun_anew(tmp_
 def test_a_draft_left_by_a_killed_creator_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "state.db.new").write_bytes(b"half a database")
     with Store.open(tmp_path) as store:
-        assert store.runs() == []
+        assert store.runs.all() == []
     assert not (tmp_path / "state.db.new").exists()
 
 
@@ -257,7 +257,7 @@ def test_a_folder_that_somebody_else_is_opening_is_refused_after_a_while(
         with pytest.raises(StateError, match=r"state\.lock"):
             Store.open(tmp_path)
     with Store.open(tmp_path) as store:
-        assert store.runs() == []
+        assert store.runs.all() == []
 
 
 def test_a_write_lock_held_too_long_is_a_state_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,11 +266,11 @@ def test_a_write_lock_held_too_long_is_a_state_error(tmp_path: Path, monkeypatch
     with Store.open(tmp_path) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StateError, match="locked"):
-            store.set_meta("a", 1)
-        assert store.count_clients() == 500  # Readers do not wait for a writer.
+            store.metadata.set("a", 1)
+        assert store.clients.count() == 500  # Readers do not wait for a writer.
         other.execute("ROLLBACK")
-        store.set_meta("a", 1)
-        assert store.get_meta("a") == 1
+        store.metadata.set("a", 1)
+        assert store.metadata.get("a") == 1
 
 
 def test_threads_share_one_store(tmp_path: Path) -> None:
@@ -280,22 +280,22 @@ def test_threads_share_one_store(tmp_path: Path) -> None:
         def register(thread: int) -> None:
             barrier.wait()
             for i in range(10):
-                store.register_clients([Client(f"t{thread}-{i}", ClientKind.VIRTUAL, 1)])
-                store.count_clients()
+                store.clients.register([Client(f"t{thread}-{i}", ClientKind.VIRTUAL, 1)])
+                store.clients.count()
 
         threads = [threading.Thread(target=register, args=(thread,)) for thread in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert store.count_clients() == 80
+        assert store.clients.count() == 80
 
 
 def test_moments_come_back_aware_and_naive_ones_are_refused(tmp_path: Path) -> None:
     moment = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     with Store.open(tmp_path) as store:
-        store.register_clients([Client("a", ClientKind.SILO, 1, registered_at=moment)])
-        found = store.client("a").registered_at
+        store.clients.register([Client("a", ClientKind.SILO, 1, registered_at=moment)])
+        found = store.clients.get("a").registered_at
     assert found == moment
     assert found.tzinfo is UTC
     dialect = database.make_engine(tmp_path / "state.db").dialect

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,11 @@ from fedvit.settings import load_settings
 from fedvit.store import archive as archives
 from fedvit.store import restore as restoring
 from fedvit.store.backup import write_backup
+from fedvit.store.records import RoundCommit
 from fedvit.store.restore import Restored, restore_backup
-from fedvit.store.store import LedgerFreeze, RoundCommit, Store
+from fedvit.store.store import Store
 from fedvit.testing.doubles import seeded_fleet
-from fedvit.types import Cohort, utc_now
+from fedvit.types import Cohort, LedgerFreeze, utc_now
 
 WHY = "The privacy officer approved one more run."
 
@@ -48,27 +49,21 @@ def cost(rounds: int) -> float:
     return epsilon_pld({PoissonGaussian(4.0, 0.5): rounds}, 1e-5)
 
 
-def admit(_: Sequence[Charge]) -> None:
-    """A check that admits everything."""
-
-
 def charge(store: Store, round_index: int) -> None:
-    store.append_charges(
-        [Charge("run-0001", round_index, unit, f"{round_index:064x}", 4.0, 0.5, 1) for unit in "ab"], admit
-    )
+    store.ledger.append([Charge("run-0001", round_index, unit, f"{round_index:064x}", 4.0, 0.5, 1) for unit in "ab"])
 
 
 def trained(home: Path, rounds: int = 1) -> Path:
     """A closed state folder with a root key, a fleet, a released version and so many charged rounds."""
     load_or_create_root_secret(home)
     with Store.open(home) as store:
-        store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        store.register_clients(seeded_fleet(3))
-        store.create_run(rounds_total=9, noise_multiplier=4.0, config={}, config_digest="", data_digest="")
-        store.open_round("run-0001", 1, Cohort(1, ("a",)))
+        store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        store.clients.register(seeded_fleet(3))
+        store.runs.create(rounds_total=9, noise_multiplier=4.0, config={}, config_digest="", data_digest="")
+        store.rounds.open("run-0001", 1, Cohort(1, ("a",)))
         weights, frozen, model = (store.blobs.put(content) for content in (b"weights", b"frozen", b"model"))
-        store.commit_round("run-0001", 1, RoundCommit(weights, frozen, 0.5, 1.0, 0.5, {}, {}, (), 1.0))
-        store.release("v1.1.1", {"standard": model}, {"standard": "{}"}, "first")
+        store.rounds.commit("run-0001", 1, RoundCommit(weights, frozen, 0.5, 1.0, 0.5, {}, {}, (), 1.0))
+        store.releases.add("v1.1.1", {"standard": model}, {"standard": "{}"}, "first")
         for round_index in range(1, rounds + 1):
             charge(store, round_index)
     (home / "logs").mkdir()
@@ -87,7 +82,7 @@ def restore(home: Path, archive: Path, **more: Any) -> Restored:
 def remaining(home: Path, target_epsilon: float = 8.0) -> float:
     config = load_settings(environ={}, overrides={"privacy": {"target_epsilon": target_epsilon}})
     with Store.open(home) as store:
-        store.verify_ledger()
+        store.ledger.verify()
         return PrivacyAccountant(store, config).get_remaining_epsilon()
 
 
@@ -137,10 +132,10 @@ def test_after_a_disaster_all_is_back_and_nothing_may_be_charged(home: Path) -> 
     assert remaining(home) == 0.0
     with Store.open(home) as store:
         assert store.blobs.get(blob) == b"model"
-        assert (store.count_clients(), store.versions()[0].version) == (3, "v1.1.1")
+        assert (store.clients.count(), store.versions.all()[0].version) == (3, "v1.1.1")
         with pytest.raises(LedgerFrozenError, match="unfreeze"):
             charge(store, 2)
-        (line,) = store.audit()
+        (line,) = store.audit.entries()
         assert (line.facts.action, line.facts.actor, line.facts.params["frozen"]) == ("CLI restore", "local:test", True)
         assert line.facts.params["sha256"] == hashlib.sha256(archive.read_bytes()).hexdigest()
 
@@ -152,8 +147,8 @@ def test_who_answers_for_it_that_nothing_was_released_may_go_on(home: Path) -> N
     assert remaining(home) == pytest.approx(8 - cost(1))
     with Store.open(home) as store:
         charge(store, 2)
-        assert store.audit()[0].facts.params["nothing_since"] is True
-        assert store.verify_audit() == 1
+        assert store.audit.entries()[0].facts.params["nothing_since"] is True
+        assert store.audit.verify() == 1
 
 
 # --- over a present state --------------------------------------------------------------------------------------------
@@ -164,7 +159,7 @@ def test_what_the_present_state_spent_since_stays_spent(home: Path) -> None:
     with Store.open(home) as store:
         for round_index in (2, 3):
             charge(store, round_index)
-        store.register_clients(seeded_fleet(5))
+        store.clients.register(seeded_fleet(5))
     before = tree(home)
     restored = restore(home, archive)
     assert (restored.ledger_lines, restored.carried_lines, restored.frozen) == (6, 4, None)
@@ -176,45 +171,45 @@ def test_what_the_present_state_spent_since_stays_spent(home: Path) -> None:
     }
     assert (home / "logs" / "control.log").read_text() == "a line"
     with Store.open(home) as store, Store.open(restored.aside) as old:
-        assert (store.count_clients(), old.count_clients()) == (3, 5)
+        assert (store.clients.count(), old.clients.count()) == (3, 5)
         charge(store, 4)
-        assert store.verify_ledger() == 8
-        assert old.verify_ledger() == 6
+        assert store.ledger.verify() == 8
+        assert old.ledger.verify() == 6
 
 
 def test_what_must_not_be_undone_is_carried_over(home: Path) -> None:
     freeze = LedgerFreeze("PB-1", "images leaked", "token:a:Ana", utc_now())
     with Store.open(home) as store:
         made = [create_token(store, name, ["admin"], now=utc_now()).token.token_id for name in ("Ana", "Bo")]
-        wish = store.ask_for_budget(3.0, WHY, "Ana", utc_now())
+        wish = store.budget.request(3.0, WHY, "Ana", utc_now())
     archive = backed_up(home)
     with Store.open(home) as store:
-        store.take_budget_request(wish.request_id, "Bo", utc_now())
-        period = store.grant_budget(1.0, WHY, "Ana", "Bo")
+        store.budget.approve(wish.request_id, "Bo", utc_now())
+        period = store.budget.grant(1.0, WHY, "Ana", "Bo")
         charge(store, 2)
-        store.release("v1.1.1", {"standard": store.blobs.put(b"other")}, {"standard": "{}"}, "second")
-        store.freeze_ledger(freeze)
-        store.revoke_token(made[0], utc_now())
-        store.quarantine_clients(["vehicle-0001"], "it lied", utc_now())
+        store.releases.add("v1.1.1", {"standard": store.blobs.put(b"other")}, {"standard": "{}"}, "second")
+        store.ledger.freeze(freeze)
+        store.tokens.revoke(made[0], utc_now())
+        store.clients.quarantine(["vehicle-0001"], "it lied", utc_now())
     assert restore(home, archive).frozen == freeze
     with Store.open(home) as store:
-        assert store.budget_periods() == [period]
-        assert [bool(store.token(token_id).revoked_at) for token_id in made] == [True, False]
-        assert store.client("vehicle-0001").quarantine_reason == "it lied"
-        assert not store.client("vehicle-0000").quarantined
-        assert (len(store.releases()), store.next_release_sequence()) == (1, 3)
+        assert store.budget.periods() == [period]
+        assert [bool(store.tokens.get(token_id).revoked_at) for token_id in made] == [True, False]
+        assert store.clients.get("vehicle-0001").quarantine_reason == "it lied"
+        assert not store.clients.get("vehicle-0000").quarantined
+        assert (len(store.releases.all()), store.releases.next_sequence()) == (1, 3)
         with pytest.raises(NotFoundError):
-            store.take_budget_request(wish.request_id, "Bo", utc_now())
-        store.thaw_ledger("PB-1")
+            store.budget.approve(wish.request_id, "Bo", utc_now())
+        store.ledger.unfreeze("PB-1")
     assert remaining(home) == pytest.approx(1 - cost(1))
 
 
 def test_a_freeze_that_was_lifted_since_stays_lifted(home: Path) -> None:
     with Store.open(home) as store:
-        store.freeze_ledger(LedgerFreeze("PB-1", "images leaked", "Ana", utc_now()))
+        store.ledger.freeze(LedgerFreeze("PB-1", "images leaked", "Ana", utc_now()))
     archive = backed_up(home)
     with Store.open(home) as store:
-        store.thaw_ledger("PB-1")
+        store.ledger.unfreeze("PB-1")
     assert restore(home, archive).frozen is None
 
 
@@ -228,8 +223,8 @@ def test_the_audit_trail_does_not_go_back_either(home: Path) -> None:
         audit_local(store, "since", {})
     restore(home, archive)
     with Store.open(home) as store:
-        assert [line.facts.action for line in store.audit()] == ["before", "since", "CLI restore"]
-        assert store.verify_audit() == 3
+        assert [line.facts.action for line in store.audit.entries()] == ["before", "since", "CLI restore"]
+        assert store.audit.verify() == 3
 
 
 def test_a_present_state_with_another_history_is_refused_untouched(home: Path, tmp_path: Path) -> None:
@@ -245,7 +240,7 @@ def test_a_present_state_that_forked_is_refused(home: Path) -> None:
         charge(store, 2)
     shutil.copytree(home, home.parent / "fork")
     with Store.open(home) as store:
-        store.grant_budget(1.0, WHY, "Ana")
+        store.budget.grant(1.0, WHY, "Ana")
     with Store.open(home.parent / "fork") as store:
         charge(store, 3)
     with pytest.raises(StateError, match="two histories"):
@@ -309,7 +304,7 @@ def test_a_state_whose_process_was_killed_is_folded_in_first(home: Path, tmp_pat
     assert remaining(killed) == pytest.approx(8 - cost(2))
     assert restored.aside is not None
     with Store.open(restored.aside) as old:
-        assert old.verify_ledger() == 4
+        assert old.ledger.verify() == 4
 
 
 # --- in use ----------------------------------------------------------------------------------------------------------
@@ -327,7 +322,7 @@ def test_a_running_system_is_left_alone(home: Path) -> None:
 def test_a_state_that_some_process_has_open_is_left_alone(home: Path) -> None:
     archive = backed_up(home)
     with Store.open(home) as store:
-        assert store.count_clients() == 3
+        assert store.clients.count() == 3
         with pytest.raises(StateError, match="uses the state"):
             restore(home, archive)
         assert not list(home.glob("before-restore-*"))
@@ -538,7 +533,7 @@ def test_a_process_killed_in_the_middle_leaves_the_old_state(home: Path, step: i
     archive = backed_up(home)
     with Store.open(home) as store:
         charge(store, 2)
-        store.register_clients(seeded_fleet(5))
+        store.clients.register(seeded_fleet(5))
     before = tree(home)
     died = subprocess.run(
         [sys.executable, "-c", DIE_AT, str(home), str(archive), str(step)], check=False, capture_output=True, text=True
@@ -547,7 +542,7 @@ def test_a_process_killed_in_the_middle_leaves_the_old_state(home: Path, step: i
     after = tree(home)
     assert {name: after.get(name) for name in before} == before
     with Store.open(home) as store:
-        assert (store.count_clients(), store.verify_ledger()) == (5, 4)
+        assert (store.clients.count(), store.ledger.verify()) == (5, 4)
     assert restore(home, archive).carried_lines == 2
     assert not (home / restoring.STAGING).exists()
 
@@ -557,7 +552,7 @@ def test_whatever_rename_fails_the_folder_holds_the_old_state_or_the_new(
 ) -> None:
     archive = backed_up(home)
     with Store.open(home) as store:
-        store.register_clients(seeded_fleet(5))
+        store.clients.register(seeded_fleet(5))
     replace, done = os.replace, []
 
     def fail_at(step: int) -> Callable[[Any, Any], None]:
@@ -579,11 +574,11 @@ def test_whatever_rename_fails_the_folder_holds_the_old_state_or_the_new(
             except KeyboardInterrupt:
                 pass
         with Store.open(home) as store:
-            assert (store.count_clients(), store.verify_ledger()) == (5, 2)
-            assert all(store.blobs.get(digest) for digest in store.blob_digests())
+            assert (store.clients.count(), store.ledger.verify()) == (5, 2)
+            assert all(store.blobs.get(digest) for digest in store.versions.blob_digests())
     assert step == len(done) == 5
     with Store.open(home) as store:
-        assert store.count_clients() == 3
+        assert store.clients.count() == 3
 
 
 # --- plain tar -------------------------------------------------------------------------------------------------------
@@ -612,15 +607,15 @@ def test_plain_tar_gives_a_state_folder_that_spends_nothing_until_somebody_answe
     assert lifted.exit_code == 0, lifted.output
     assert remaining(data) == pytest.approx(8 - cost(1))
     with Store.open(data) as store:
-        assert [line.facts.action for line in store.audit()] == ["CLI privacy unfreeze"]
+        assert [line.facts.action for line in store.audit.entries()] == ["CLI privacy unfreeze"]
     assert fedvit(data, "privacy", "unfreeze", "--justification", "Ana wants to do it again.").exit_code == 2
 
 
 def test_a_new_budget_lifts_the_freeze_of_a_restored_state_but_not_an_incidents(home: Path, tmp_path: Path) -> None:
     with Store.open(untar(backed_up(home), tmp_path / "data")) as store:
-        store.freeze_ledger(LedgerFreeze("PB-1", "images leaked", "Ana", utc_now()))
-        store.thaw_ledger("PB-1")
-        freeze = store.ledger_freeze()
+        store.ledger.freeze(LedgerFreeze("PB-1", "images leaked", "Ana", utc_now()))
+        store.ledger.unfreeze("PB-1")
+        freeze = store.ledger.current_freeze()
         assert freeze is not None
         assert freeze.incident_id == "restore"
         assert PrivacyAccountant(store, load_settings(environ={})).reset_budget(1.0, WHY, "Ana").frozen is None
@@ -632,11 +627,11 @@ def test_plain_tar_over_a_killed_state_replays_none_of_its_log(home: Path, tmp_p
     archive = backed_up(home)
     with Store.open(home) as store:
         charge(store, 2)
-        store.register_clients(seeded_fleet(500))
+        store.clients.register(seeded_fleet(500))
         killed = shutil.copytree(home, tmp_path / "killed")
     assert (killed / "state.db-wal").stat().st_size > 0
     with Store.open(untar(archive, killed)) as store:
-        assert (store.count_clients(), store.verify_ledger()) == (3, 2)
+        assert (store.clients.count(), store.ledger.verify()) == (3, 2)
     assert remaining(killed) == 0.0
 
 
@@ -646,10 +641,10 @@ def test_a_backup_of_a_restored_state_keeps_the_first_mark_and_gives_no_release_
     once = untar(backed_up(home), tmp_path / "once")
     twice = untar(backed_up(once, tmp_path), tmp_path / "twice")
     with Store.open(once) as first, Store.open(twice) as second:
-        assert first.ledger_freeze() == second.ledger_freeze()
-        assert 2 + 100 < first.next_release_sequence() < second.next_release_sequence()
+        assert first.ledger.current_freeze() == second.ledger.current_freeze()
+        assert 2 + 100 < first.releases.next_sequence() < second.releases.next_sequence()
     with Store.open(home) as store:
-        assert (store.ledger_freeze(), store.next_release_sequence()) == (None, 2)
+        assert (store.ledger.current_freeze(), store.releases.next_sequence()) == (None, 2)
 
 
 def test_a_mark_of_the_present_state_is_not_lifted_by_going_back(home: Path, tmp_path: Path) -> None:
@@ -669,7 +664,7 @@ from fedvit.store.store import Store
 store = Store.open(Path(sys.argv[1]))
 for i in itertools.count(100):
     store.blobs.put(str(i).encode())
-    store.append_charges([Charge("run-0001", i, unit, f"{i}", 4.0, 0.5, 1) for unit in "ab"], lambda new: None)
+    store.ledger.append([Charge("run-0001", i, unit, f"{i}", 4.0, 0.5, 1) for unit in "ab"])
     print(i, flush=True)
 """
 
@@ -708,7 +703,7 @@ def test_the_command_says_what_it_did(home: Path, tmp_path: Path) -> None:
     bad = fedvit(home, "restore", str(tmp_path / "bad.tar.gz"))
     assert (bad.exit_code, bad.stderr.startswith("Error: ")) == (1, True)
     with Store.open(home) as store:
-        assert store.audit()[-1].facts.actor.startswith("local:")
+        assert store.audit.entries()[-1].facts.actor.startswith("local:")
 
 
 # --- whatever happens, in whatever order -----------------------------------------------------------------------------
@@ -732,12 +727,12 @@ def test_no_order_of_events_shows_more_budget_than_was_left(template: Path, step
             match step:
                 case "charge":
                     with Store.open(home) as store:
-                        if store.ledger_freeze() is None:
+                        if store.ledger.current_freeze() is None:
                             charge(store, 100 + number)
                             rounds += 1
                 case "grant":
                     with Store.open(home) as store:
-                        store.grant_budget(3.0, WHY, "Ana")
+                        store.budget.grant(3.0, WHY, "Ana")
                     target, rounds = 3.0, 0
                 case "backup":
                     archive = backed_up(home, Path(folder) / str(number))
@@ -753,6 +748,6 @@ def test_no_order_of_events_shows_more_budget_than_was_left(template: Path, step
                 case "attest":
                     if at_backup == (target, rounds):
                         with Store.open(home) as store:
-                            store.thaw_restored_ledger()
+                            store.ledger.unfreeze_copy()
             left = target - (cost(rounds) if rounds else 0.0)
             assert remaining(home) <= max(0.0, left) + 1e-9, steps[: number + 1]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from fedvit.errors import ConflictError, NotFoundError, StateError
-from fedvit.store import runs
-from fedvit.store.store import FleetInfo, RoundCommit, Store
+from fedvit.store import rounds
+from fedvit.store.records import FleetInfo, RoundCommit
+from fedvit.store.store import Store
 from fedvit.store.versions import insert_version
 from fedvit.types import Client, ClientKind, ClientOutcome, Cohort, ModelVersion, Run, RunStatus
 
@@ -43,17 +44,17 @@ def run(store: Store) -> Run:
 
 def new_run(store: Store) -> Run:
     config = {"training": {"rounds": 20}}
-    return store.create_run(
+    return store.runs.create(
         rounds_total=20, noise_multiplier=1.5, config=config, config_digest="c" * 64, data_digest="d" * 64
     )
 
 
 def commit(store: Store, run: Run, rounds: int) -> list[ModelVersion]:
-    first = store.run(run.run_id).rounds_done + 1
+    first = store.runs.get(run.run_id).rounds_done + 1
     versions = []
     for index in range(first, first + rounds):
-        store.open_round(run.run_id, index, Cohort(index, COHORT))
-        versions.append(store.commit_round(run.run_id, index, COMMIT))
+        store.rounds.open(run.run_id, index, Cohort(index, COHORT))
+        versions.append(store.rounds.commit(run.run_id, index, COMMIT))
     return versions
 
 
@@ -66,9 +67,9 @@ def test_a_folder_belongs_to_one_fleet(store: Store) -> None:
         "partition": {"scheme": "iid", "clients": 3},
         "classes": ["red", "green"],
     }
-    store.bind_fleet(**fleet)
-    store.bind_fleet(**fleet)
-    assert store.fleet() == FleetInfo("d" * 64, {"scheme": "iid", "clients": 3}, ("red", "green"))
+    store.metadata.bind_fleet(**fleet)
+    store.metadata.bind_fleet(**fleet)
+    assert store.metadata.fleet() == FleetInfo("d" * 64, {"scheme": "iid", "clients": 3}, ("red", "green"))
 
 
 @pytest.mark.parametrize(
@@ -76,72 +77,72 @@ def test_a_folder_belongs_to_one_fleet(store: Store) -> None:
 )
 def test_another_fleet_is_refused_by_name(store: Store, name: str, value: object) -> None:
     fleet: dict[str, Any] = {"data_digest": "d" * 64, "partition": {"clients": 3}, "classes": ["red", "green"]}
-    store.bind_fleet(**fleet)
+    store.metadata.bind_fleet(**fleet)
     other = fleet | {name: value}
     with pytest.raises(StateError, match="make reset") as caught:
-        store.bind_fleet(**other)
+        store.metadata.bind_fleet(**other)
     assert fleet["data_digest"] in caught.value.message
     assert other["data_digest"] in caught.value.message
     assert caught.value.details["differing"] == [name]
-    assert store.fleet() == FleetInfo("d" * 64, {"clients": 3}, ("red", "green"))
+    assert store.metadata.fleet() == FleetInfo("d" * 64, {"clients": 3}, ("red", "green"))
 
 
 def test_ten_thousand_clients_register_once(store: Store) -> None:
     clients = [Client(f"vehicle-{i:05d}", ClientKind.VIRTUAL, i) for i in range(10_000)]
-    assert store.register_clients(clients[:4_000]) == 4_000
-    assert store.register_clients(clients) == 6_000
-    assert store.register_clients(clients) == 0
-    assert store.count_clients() == 10_000
-    assert store.clients(offset=9_998) == clients[9_998:]
-    assert store.clients(offset=3, limit=2) == clients[3:5]
+    assert store.clients.register(clients[:4_000]) == 4_000
+    assert store.clients.register(clients) == 6_000
+    assert store.clients.register(clients) == 0
+    assert store.clients.count() == 10_000
+    assert store.clients.all(offset=9_998) == clients[9_998:]
+    assert store.clients.all(offset=3, limit=2) == clients[3:5]
 
 
 def test_registering_nobody_is_harmless(store: Store) -> None:
-    assert store.register_clients([]) == 0
-    assert store.clients() == []
+    assert store.clients.register([]) == 0
+    assert store.clients.all() == []
 
 
 def test_registering_again_refreshes_facts_but_not_an_operator_s_decisions(store: Store) -> None:
     first = Client("a", ClientKind.REMOTE, 10, validated=False, capabilities={"gpu": False})
-    store.register_clients([first])
-    store.set_client("a", validated=True, active=False)
+    store.clients.register([first])
+    store.clients.update("a", validated=True, active=False)
     again = replace(first, num_examples=12, capabilities={"gpu": True}, active=True, validated=False)
-    assert store.register_clients([again]) == 0
-    assert store.client("a") == replace(again, active=False, validated=True, registered_at=first.registered_at)
+    assert store.clients.register([again]) == 0
+    assert store.clients.get("a") == replace(again, active=False, validated=True, registered_at=first.registered_at)
 
 
 def test_a_client_given_twice_counts_once_and_the_last_word_holds(store: Store) -> None:
     twice = [Client("a", ClientKind.VIRTUAL, 1), Client("a", ClientKind.VIRTUAL, 2)]
-    assert store.register_clients(twice) == 1
-    assert store.client("a").num_examples == 2
+    assert store.clients.register(twice) == 1
+    assert store.clients.get("a").num_examples == 2
 
 
 def test_clients_are_filtered_and_ordered(store: Store) -> None:
     states = {"d": (True, True), "b": (True, False), "a": (False, True), "c": (False, False)}
-    store.register_clients(
+    store.clients.register(
         [Client(name, ClientKind.VIRTUAL, 1, active=act, validated=val) for name, (act, val) in states.items()]
     )
     for active in (None, True, False):
         for validated in (None, True, False):
             wanted = sorted(n for n, (a, v) in states.items() if active in (None, a) and validated in (None, v))
-            found = store.clients(active=active, validated=validated)
+            found = store.clients.all(active=active, validated=validated)
             assert [client.client_id for client in found] == wanted
-            assert store.count_clients(active=active, validated=validated) == len(wanted)
+            assert store.clients.count(active=active, validated=validated) == len(wanted)
 
 
 def test_set_client_changes_only_what_it_names(store: Store) -> None:
-    store.register_clients([Client("a", ClientKind.VIRTUAL, 1)])
-    assert store.set_client("a", active=False).active is False
-    changed = store.set_client("a", validated=False)
+    store.clients.register([Client("a", ClientKind.VIRTUAL, 1)])
+    assert store.clients.update("a", active=False).active is False
+    changed = store.clients.update("a", validated=False)
     assert (changed.active, changed.validated) == (False, False)
-    assert store.client("a") == changed
+    assert store.clients.get("a") == changed
 
 
 def test_an_unknown_client_is_not_found(store: Store) -> None:
     with pytest.raises(NotFoundError, match="'nobody'"):
-        store.client("nobody")
+        store.clients.get("nobody")
     with pytest.raises(NotFoundError, match="'nobody'"):
-        store.set_client("nobody", active=True)
+        store.clients.update("nobody", active=True)
 
 
 # --- runs ---
@@ -151,44 +152,44 @@ def test_a_run_is_remembered_as_it_was_begun(store: Store, run: Run) -> None:
     assert (run.run_id, run.ordinal, run.status, run.rounds_done) == ("run-0001", 1, RunStatus.RUNNING, 0)
     assert run.config == {"training": {"rounds": 20}}
     assert run.started_at.tzinfo is not None
-    assert store.run("run-0001") == store.latest_run() == run
+    assert store.runs.get("run-0001") == store.runs.latest() == run
 
 
 def test_only_one_run_can_be_continued(store: Store, run: Run) -> None:
     for status in filter(lambda status: status.resumable, RunStatus):
-        store.set_run_status(run.run_id, status)
+        store.runs.set_status(run.run_id, status)
         with pytest.raises(ConflictError, match="run-0001"):
             new_run(store)
-    store.set_run_status(run.run_id, RunStatus.COMPLETED)
+    store.runs.set_status(run.run_id, RunStatus.COMPLETED)
     second = new_run(store)
     assert second.run_id == "run-0002"
     with pytest.raises(ConflictError, match="run-0002"):
-        store.set_run_status(run.run_id, RunStatus.RUNNING)
-    assert [known.run_id for known in store.runs()] == ["run-0001", "run-0002"]
+        store.runs.set_status(run.run_id, RunStatus.RUNNING)
+    assert [known.run_id for known in store.runs.all()] == ["run-0001", "run-0002"]
 
 
 def test_a_status_carries_its_reason_and_its_end(store: Store, run: Run) -> None:
-    stopped = store.set_run_status(run.run_id, RunStatus.STOPPED, "asked to")
+    stopped = store.runs.set_status(run.run_id, RunStatus.STOPPED, "asked to")
     assert (stopped.status, stopped.reason) == (RunStatus.STOPPED, "asked to")
     assert stopped.ended_at is not None
-    assert store.run(run.run_id) == stopped
-    assert store.set_run_status(run.run_id, RunStatus.RUNNING) == run
+    assert store.runs.get(run.run_id) == stopped
+    assert store.runs.set_status(run.run_id, RunStatus.RUNNING) == run
 
 
 def test_an_unknown_run_is_not_found(store: Store) -> None:
-    for ask in (store.run, store.rounds, lambda name: store.set_run_status(name, RunStatus.FAILED)):
+    for ask in (store.runs.get, store.rounds.of_run, lambda name: store.runs.set_status(name, RunStatus.FAILED)):
         with pytest.raises(NotFoundError, match="run-0007"):
             ask("run-0007")
     with pytest.raises(NotFoundError, match="run-0007"):
-        store.open_round("run-0007", 1, Cohort(1, COHORT))
+        store.rounds.open("run-0007", 1, Cohort(1, COHORT))
 
 
 # --- rounds ---
 
 
 def test_a_retried_round_keeps_its_recorded_cohort(store: Store, run: Run) -> None:
-    first = store.open_round(run.run_id, 1, Cohort(1, ("c", "a", "b")))
-    again = store.open_round(run.run_id, 1, Cohort(1, ("x", "y")))
+    first = store.rounds.open(run.run_id, 1, Cohort(1, ("c", "a", "b")))
+    again = store.rounds.open(run.run_id, 1, Cohort(1, ("x", "y")))
     assert again == first
     assert first.cohort == ("c", "a", "b")
     assert (first.committed, first.version, first.loss) == (False, None, None)
@@ -198,14 +199,14 @@ def test_a_retried_round_keeps_its_recorded_cohort(store: Store, run: Run) -> No
 def test_only_the_next_round_can_be_opened(store: Store, run: Run, index: int) -> None:
     commit(store, run, 3)
     with pytest.raises(ConflictError, match="next round is 4"):
-        store.open_round(run.run_id, index, Cohort(index, COHORT))
-    assert len(store.rounds(run.run_id)) == 3
+        store.rounds.open(run.run_id, index, Cohort(index, COHORT))
+    assert len(store.rounds.of_run(run.run_id)) == 3
 
 
 def test_a_cohort_drawn_for_another_round_is_refused(store: Store, run: Run) -> None:
     with pytest.raises(ConflictError, match="cohort of round 2"):
-        store.open_round(run.run_id, 1, Cohort(2, COHORT))
-    assert store.rounds(run.run_id) == []
+        store.rounds.open(run.run_id, 1, Cohort(2, COHORT))
+    assert store.rounds.of_run(run.run_id) == []
 
 
 def test_a_commit_writes_everything(store: Store, run: Run) -> None:
@@ -213,47 +214,47 @@ def test_a_commit_writes_everything(store: Store, run: Run) -> None:
     assert (version.version, version.run_id, version.round_index) == ("v1.1.1", run.run_id, 1)
     assert (version.weights_digest, version.frozen_digest, version.epsilon) == ("1" * 64, "2" * 64, 0.5)
     assert (version.metrics, version.lineage, version.released) == (COMMIT.metrics, COMMIT.lineage, False)
-    assert store.version("v1.1.1") == store.latest_version() == version
-    assert store.run(run.run_id).rounds_done == 1
-    record = store.round(run.run_id, 1)
+    assert store.versions.get("v1.1.1") == store.versions.latest() == version
+    assert store.runs.get(run.run_id).rounds_done == 1
+    record = store.rounds.get(run.run_id, 1)
     assert (record.committed, record.version, record.num_updates) == (True, "v1.1.1", 2)
     assert (record.loss, record.accuracy, record.epsilon, record.duration_s) == (1.25, 0.75, 0.5, 2.5)
 
 
 def test_a_round_is_committed_once(store: Store, run: Run) -> None:
     commit(store, run, 1)
-    before = store.round(run.run_id, 1), store.versions(), store.run(run.run_id)
+    before = store.rounds.get(run.run_id, 1), store.versions.all(), store.runs.get(run.run_id)
     with pytest.raises(ConflictError, match="committed already"):
-        store.commit_round(run.run_id, 1, replace(COMMIT, loss=9.0))
-    assert (store.round(run.run_id, 1), store.versions(), store.run(run.run_id)) == before
+        store.rounds.commit(run.run_id, 1, replace(COMMIT, loss=9.0))
+    assert (store.rounds.get(run.run_id, 1), store.versions.all(), store.runs.get(run.run_id)) == before
 
 
 def test_a_round_that_was_not_opened_cannot_be_committed(store: Store, run: Run) -> None:
     with pytest.raises(NotFoundError, match="no round 1"):
-        store.commit_round(run.run_id, 1, COMMIT)
+        store.rounds.commit(run.run_id, 1, COMMIT)
     with pytest.raises(NotFoundError, match="no round 1"):
-        store.round(run.run_id, 1)
+        store.rounds.get(run.run_id, 1)
 
 
 @pytest.mark.parametrize(("names", "fault"), [("aba", "counts twice"), ("abz", "'z' is not in the cohort")])
 def test_no_update_counts_twice_or_comes_from_a_stranger(store: Store, run: Run, names: str, fault: str) -> None:
-    store.open_round(run.run_id, 1, Cohort(1, COHORT))
+    store.rounds.open(run.run_id, 1, Cohort(1, COHORT))
     outcomes = tuple(ClientOutcome(name, 1) for name in names)
     with pytest.raises(ConflictError, match=fault):
-        store.commit_round(run.run_id, 1, replace(COMMIT, outcomes=outcomes))
-    assert store.run(run.run_id).rounds_done == 0
+        store.rounds.commit(run.run_id, 1, replace(COMMIT, outcomes=outcomes))
+    assert store.runs.get(run.run_id).rounds_done == 0
 
 
 def test_a_late_outcome_belongs_to_the_cohort_that_it_started_in(store: Store, run: Run) -> None:
     fast = replace(COMMIT, outcomes=(ClientOutcome("a", 1), ClientOutcome("b", 1)))
-    store.open_round(run.run_id, 1, Cohort(1, COHORT))
-    store.commit_round(run.run_id, 1, fast)
-    store.open_round(run.run_id, 2, Cohort(2, ("a", "b")))
-    store.commit_round(run.run_id, 2, fast)
-    store.open_round(run.run_id, 3, Cohort(3, ("a",)))
-    store.commit_round(run.run_id, 3, replace(COMMIT, outcomes=(ClientOutcome("c", 1, staleness=2),)))
-    assert [record.num_updates for record in store.rounds(run.run_id)] == [2, 2, 1]
-    assert store.round(run.run_id, 3).cohort == ("a",)
+    store.rounds.open(run.run_id, 1, Cohort(1, COHORT))
+    store.rounds.commit(run.run_id, 1, fast)
+    store.rounds.open(run.run_id, 2, Cohort(2, ("a", "b")))
+    store.rounds.commit(run.run_id, 2, fast)
+    store.rounds.open(run.run_id, 3, Cohort(3, ("a",)))
+    store.rounds.commit(run.run_id, 3, replace(COMMIT, outcomes=(ClientOutcome("c", 1, staleness=2),)))
+    assert [record.num_updates for record in store.rounds.of_run(run.run_id)] == [2, 2, 1]
+    assert store.rounds.get(run.run_id, 3).cohort == ("a",)
 
 
 @pytest.mark.parametrize(
@@ -273,43 +274,43 @@ def test_a_late_outcome_of_a_stranger_or_one_answered_since_is_refused(
 ) -> None:
     fast = replace(COMMIT, outcomes=(ClientOutcome("a", 1), ClientOutcome("b", 1)))
     for index, cohort in ((1, COHORT), (2, ("a", "b"))):
-        store.open_round(run.run_id, index, Cohort(index, cohort))
-        store.commit_round(run.run_id, index, fast)
-    store.open_round(run.run_id, 3, Cohort(3, ("a", "b")))
+        store.rounds.open(run.run_id, index, Cohort(index, cohort))
+        store.rounds.commit(run.run_id, index, fast)
+    store.rounds.open(run.run_id, 3, Cohort(3, ("a", "b")))
     with pytest.raises(ConflictError, match=fault):
-        store.commit_round(run.run_id, 3, replace(COMMIT, outcomes=(ClientOutcome(name, 1, staleness=staleness),)))
-    assert store.run(run.run_id).rounds_done == 2
+        store.rounds.commit(run.run_id, 3, replace(COMMIT, outcomes=(ClientOutcome(name, 1, staleness=staleness),)))
+    assert store.runs.get(run.run_id).rounds_done == 2
 
 
 def test_a_round_opened_for_nobody_may_be_drawn_again(store: Store, run: Run) -> None:
-    assert store.open_round(run.run_id, 1, Cohort(1, ())).cohort == ()
-    assert store.open_round(run.run_id, 1, Cohort(1, ("a",))).cohort == ("a",)
-    assert store.open_round(run.run_id, 1, Cohort(1, ("b",))).cohort == ("a",)
+    assert store.rounds.open(run.run_id, 1, Cohort(1, ())).cohort == ()
+    assert store.rounds.open(run.run_id, 1, Cohort(1, ("a",))).cohort == ("a",)
+    assert store.rounds.open(run.run_id, 1, Cohort(1, ("b",))).cohort == ("a",)
 
 
 def test_a_commit_that_breaks_off_leaves_nothing(store: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = store.open_round(run.run_id, 1, Cohort(1, COHORT))
+    opened = store.rounds.open(run.run_id, 1, Cohort(1, COHORT))
 
     def insert_then_die(*arguments: Any) -> None:
         insert_version(*arguments)
         raise RuntimeError("the process died")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "insert_version", insert_then_die)
+        patch.setattr(rounds, "insert_version", insert_then_die)
         with pytest.raises(RuntimeError, match="died"):
-            store.commit_round(run.run_id, 1, COMMIT)
-    assert store.round(run.run_id, 1) == opened
-    assert store.run(run.run_id) == run
-    assert store.versions() == []
+            store.rounds.commit(run.run_id, 1, COMMIT)
+    assert store.rounds.get(run.run_id, 1) == opened
+    assert store.runs.get(run.run_id) == run
+    assert store.versions.all() == []
     # The retry writes the same keys, so that a half of the first attempt would collide with it.
-    assert store.commit_round(run.run_id, 1, COMMIT).version == "v1.1.1"
+    assert store.rounds.commit(run.run_id, 1, COMMIT).version == "v1.1.1"
 
 
 def test_numbers_that_are_not_finite_are_absent_and_do_not_stop_a_commit(store: Store, run: Run) -> None:
-    store.open_round(run.run_id, 1, Cohort(1, COHORT))
+    store.rounds.open(run.run_id, 1, Cohort(1, COHORT))
     bad = replace(COMMIT, loss=math.nan, accuracy=None, metrics={"loss": math.inf, "accuracy": 0.5}, outcomes=())
-    assert store.commit_round(run.run_id, 1, bad).metrics == {"accuracy": 0.5}
-    record = store.round(run.run_id, 1)
+    assert store.rounds.commit(run.run_id, 1, bad).metrics == {"accuracy": 0.5}
+    record = store.rounds.get(run.run_id, 1)
     assert (record.loss, record.accuracy, record.num_updates) == (None, None, 0)
 
 
@@ -318,21 +319,21 @@ def test_numbers_that_are_not_finite_are_absent_and_do_not_stop_a_commit(store: 
 
 def test_versions_are_ordered_as_numbers_and_never_reused(store: Store, run: Run) -> None:
     commit(store, run, 11)
-    store.set_run_status(run.run_id, RunStatus.COMPLETED)
+    store.runs.set_status(run.run_id, RunStatus.COMPLETED)
     second = new_run(store)
     commit(store, second, 2)
-    names = [version.version for version in store.versions()]
+    names = [version.version for version in store.versions.all()]
     assert names == ["v1.2.2", "v1.2.1", "v1.1.11", "v1.1.10", "v1.1.9", *(f"v1.1.{n}" for n in range(8, 0, -1))]
-    assert [version.version for version in store.versions(offset=2, limit=3)] == ["v1.1.11", "v1.1.10", "v1.1.9"]
-    newest = [store.latest_version(name) for name in (None, "run-0001", "run-0002", "run-0003")]
+    assert [version.version for version in store.versions.all(offset=2, limit=3)] == ["v1.1.11", "v1.1.10", "v1.1.9"]
+    newest = [store.versions.latest(name) for name in (None, "run-0001", "run-0002", "run-0003")]
     assert [version and version.version for version in newest] == ["v1.2.2", "v1.1.11", "v1.2.2", None]
 
 
 def test_an_unknown_version_is_not_found(store: Store) -> None:
     with pytest.raises(NotFoundError, match=r"v1\.9\.9"):
-        store.version("v1.9.9")
+        store.versions.get("v1.9.9")
     with pytest.raises(NotFoundError, match=r"v1\.9\.9"):
-        store.release("v1.9.9", {"standard": "a" * 64}, {}, "no such thing")
+        store.releases.add("v1.9.9", {"standard": "a" * 64}, {}, "no such thing")
 
 
 # --- releases ---
@@ -340,38 +341,38 @@ def test_an_unknown_version_is_not_found(store: Store) -> None:
 
 def test_a_release_is_a_step_with_its_artifacts(store: Store, run: Run) -> None:
     commit(store, run, 1)
-    assert (store.current_release(), store.next_release_sequence()) == (None, 1)
-    release = store.release("v1.1.1", {"standard": "a" * 64}, {"standard": "{}"}, "round 1")
+    assert (store.releases.current(), store.releases.next_sequence()) == (None, 1)
+    release = store.releases.add("v1.1.1", {"standard": "a" * 64}, {"standard": "{}"}, "round 1")
     assert (release.sequence, release.version, release.reason) == (1, "v1.1.1", "round 1")
     assert (release.artifacts, release.envelopes) == ({"standard": "a" * 64}, {"standard": "{}"})
-    assert store.current_release() == release
-    assert store.version("v1.1.1").released
-    assert store.next_release_sequence() == 2
+    assert store.releases.current() == release
+    assert store.versions.get("v1.1.1").released
+    assert store.releases.next_sequence() == 2
 
 
 def test_releasing_the_current_version_again_is_harmless(store: Store, run: Run) -> None:
     commit(store, run, 1)
-    first = store.release("v1.1.1", {"standard": "a" * 64}, {"standard": "{}"}, "round 1")
-    assert store.release("v1.1.1", {"standard": "a" * 64}, {"standard": "{ }"}, "retry", sequence=2) == first
-    assert store.releases() == [first]
+    first = store.releases.add("v1.1.1", {"standard": "a" * 64}, {"standard": "{}"}, "round 1")
+    assert store.releases.add("v1.1.1", {"standard": "a" * 64}, {"standard": "{ }"}, "retry", sequence=2) == first
+    assert store.releases.all() == [first]
 
 
 def test_a_roll_back_and_other_artifacts_are_new_steps(store: Store, run: Run) -> None:
     commit(store, run, 2)
     steps = [("v1.1.1", "a"), ("v1.1.2", "b"), ("v1.1.1", "a"), ("v1.1.1", "c")]
     for version, letter in steps:
-        store.release(version, {"standard": letter * 64}, {}, "because")
-    assert [release.sequence for release in store.releases()] == [1, 2, 3, 4]
-    assert [(release.version, release.artifacts["standard"][0]) for release in store.releases()] == steps
-    assert store.version("v1.1.1").artifacts == {"standard": "c" * 64}
+        store.releases.add(version, {"standard": letter * 64}, {}, "because")
+    assert [release.sequence for release in store.releases.all()] == [1, 2, 3, 4]
+    assert [(release.version, release.artifacts["standard"][0]) for release in store.releases.all()] == steps
+    assert store.versions.get("v1.1.1").artifacts == {"standard": "c" * 64}
 
 
 def test_a_release_without_artifacts_or_under_a_taken_number_is_refused(store: Store, run: Run) -> None:
     commit(store, run, 2)
-    store.release("v1.1.1", {"standard": "a" * 64}, {}, "first", sequence=1)
+    store.releases.add("v1.1.1", {"standard": "a" * 64}, {}, "first", sequence=1)
     with pytest.raises(ConflictError, match="without artifacts"):
-        store.release("v1.1.2", {}, {}, "nothing")
+        store.releases.add("v1.1.2", {}, {}, "nothing")
     with pytest.raises(ConflictError, match="the next one is 2"):
-        store.release("v1.1.2", {"standard": "b" * 64}, {}, "late", sequence=1)
-    assert len(store.releases()) == 1
-    assert not store.version("v1.1.2").released
+        store.releases.add("v1.1.2", {"standard": "b" * 64}, {}, "late", sequence=1)
+    assert len(store.releases.all()) == 1
+    assert not store.versions.get("v1.1.2").released

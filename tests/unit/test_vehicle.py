@@ -71,7 +71,7 @@ class Road:
             },
         )
         self.store = Store.open(self.settings.home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=CLASSES)
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=CLASSES)
 
         def nobody() -> NoReturn:
             raise AssertionError("an actor was asked")
@@ -106,7 +106,7 @@ class Road:
 
     def run(self) -> Run:
         self.vehicle.register()
-        self.store.touch_clients({TRUCK: utc_now()})
+        self.store.clients.set_last_seen({TRUCK: utc_now()})
         return self.loop.run()
 
 
@@ -128,12 +128,12 @@ def test_a_vehicle_trains_on_its_own_disk_and_both_ledgers_know(made: Callable[.
     road = made(rounds=2, training={"compression": {"encodings": ["int8"]}})
     assert road.run().status is RunStatus.COMPLETED
     assert [(step.round_index, step.status) for step in road.steps] == [(1, "received"), (2, "received")]
-    versions = [road.store.version(f"v1.1.{n}") for n in (1, 2)]
+    versions = [road.store.versions.get(f"v1.1.{n}") for n in (1, 2)]
     assert [v.lineage["clients"] for v in versions] == [[TRUCK]] * 2
     assert [v.lineage["sent"][TRUCK]["encoding"] for v in versions] == ["int8"] * 2
     assert len({v.weights_digest for v in versions}) == 2
     with Store.open(road.home) as own:
-        charges = [[entry.charge for entry in store.ledger()] for store in (own, road.store)]
+        charges = [[entry.charge for entry in store.ledger.entries()] for store in (own, road.store)]
     assert charges[0] == charges[1]
     kinds = [(charge.round_index, "gaussian" in str(charge.event)) for charge in charges[0]]
     assert kinds == [(1, False), (1, True), (2, False)]
@@ -153,18 +153,18 @@ def test_a_vehicle_sends_its_sketch_once_and_only_what_both_ledgers_hold(made: C
     assert road.run().status is RunStatus.COMPLETED
     assert [order is not None for order in asked] == [True, False]
     assert asked[0] is not None
-    (histogram,) = road.store.latest_sketches().values()
+    (histogram,) = road.store.histograms.latest().values()
     assert (histogram.client_id, histogram.round_index, histogram.num_examples) == (TRUCK, 1, 8)
-    spec = road.store.histogram_spec(histogram.spec_digest)
+    spec = road.store.histograms.spec(histogram.spec_digest)
     assert spec is not None
     assert len(histogram.counts) == spec.cells
     assert histogram.deviation == 5.25 * spec.sensitivity("record")
     with Store.open(road.home) as own:
-        assert own.is_charged("run-0001", 1, TRUCK, asked[0].output_id)
+        assert own.ledger.is_charged("run-0001", 1, TRUCK, asked[0].output_id)
     # Repeated, or brought for a round that asked for none, it changes nothing.
     for counts in (histogram.counts, (0,) * spec.cells):
         assert not road.client.clients.histogram(TRUCK, "run-0001", 1, counts).kept
-    assert road.store.latest_sketches() == {TRUCK: histogram}
+    assert road.store.histograms.latest() == {TRUCK: histogram}
 
 
 @pytest.mark.parametrize(
@@ -191,9 +191,9 @@ def test_a_sketch_that_was_not_charged_as_told_is_not_sent(
     monkeypatch.setattr(road.client.clients, "task", task)
     assert road.run().status is RunStatus.COMPLETED
     assert words in caplog.text
-    assert road.store.latest_sketches() == {}
+    assert road.store.histograms.latest() == {}
     with Store.open(road.home) as own:
-        assert len(own.ledger()) == 1
+        assert len(own.ledger.entries()) == 1
 
 
 def test_a_vehicle_that_begins_again_makes_the_same_bytes_of_a_task(made: Callable[..., Road]) -> None:
@@ -211,15 +211,15 @@ def test_a_vehicle_that_begins_again_makes_the_same_bytes_of_a_task(made: Callab
     road.act = act
     assert road.run().status is RunStatus.COMPLETED
     # The update, and the histogram that the first round of a run asks for.
-    assert len(road.store.ledger()) == 2
+    assert len(road.store.ledger.entries()) == 2
     with Store.open(road.home) as own:
-        assert len(own.ledger()) == 2
+        assert len(own.ledger.entries()) == 2
 
 
 def refused(road: Road) -> str:
     """Why the round got nothing from the truck."""
     assert road.run().status is RunStatus.FAILED
-    reason = str(road.store.latest_run().reason)  # type: ignore[union-attr]
+    reason = str(road.store.runs.latest().reason)  # type: ignore[union-attr]
     assert "0 updates (1 clients failed, the first with: " in reason
     return reason
 
@@ -228,7 +228,7 @@ def test_the_owners_budget_ends_it_whatever_the_server_charges(made: Callable[..
     road = made(policy=Policy(target_epsilon=0.01))
     assert "budget" in refused(road)
     with Store.open(road.home) as own:
-        assert own.ledger() == []
+        assert own.ledger.entries() == []
 
 
 def test_images_that_were_not_charged_are_not_trained_on(made: Callable[..., Road]) -> None:
@@ -246,7 +246,7 @@ def test_another_frozen_part_is_noticed(made: Callable[..., Road]) -> None:
     road = made()
 
     def act() -> None:
-        road.store.set_meta(FROZEN_DIGEST, "0" * 64)
+        road.store.metadata.set(FROZEN_DIGEST, "0" * 64)
         road.drive()
 
     road.act = act
@@ -296,7 +296,7 @@ def test_where_the_server_does_not_answer_the_update_goes_to_the_mailbox(
     road.act = act
     assert road.run().status is RunStatus.COMPLETED
     assert road.steps[0].status == "mailbox"
-    assert road.store.version("v1.1.1").lineage["clients"] == [TRUCK]
+    assert road.store.versions.get("v1.1.1").lineage["clients"] == [TRUCK]
 
 
 def test_it_goes_on_when_the_server_comes_back_and_ends_after_its_rounds(made: Callable[..., Road]) -> None:

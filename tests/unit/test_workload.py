@@ -154,7 +154,7 @@ def test_a_run_of_a_workload_is_committed_evaluated_now_and_then_and_not_release
     config = settings(tmp_path, evaluate_every_rounds=3)
     config = config.model_copy(update={"training": config.training.model_copy(update={"rounds": 5})})
     with Store.open(tmp_path) as store:
-        store.register_clients(own_clients(config).registered())
+        store.clients.register(own_clients(config).registered())
         loop = Coordinator(
             settings=config,
             store=store,
@@ -164,12 +164,12 @@ def test_a_run_of_a_workload_is_committed_evaluated_now_and_then_and_not_release
         )
         run = loop.run()
         assert run.status is RunStatus.COMPLETED
-        losses = [record.loss is not None for record in store.rounds(run.run_id)]
+        losses = [record.loss is not None for record in store.rounds.of_run(run.run_id)]
         # Every third, those that might have been released, and the last.
         assert losses == [False, True, True, True, True]
-        assert store.releases() == []
-        assert store.version("v1.1.2").refusal == "Its model has no export."
-        assert "held_out_answers" not in store.version("v1.1.1").lineage
+        assert store.releases.all() == []
+        assert store.versions.get("v1.1.2").refusal == "Its model has no export."
+        assert "held_out_answers" not in store.versions.get("v1.1.1").lineage
 
 
 class HostedFleet(FakeFleet):

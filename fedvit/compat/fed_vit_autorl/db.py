@@ -15,7 +15,7 @@ def test_connection() -> bool:
     """
     settings = environment_settings()
     with open_existing_store(settings) as store:
-        clients, run = store.count_clients(), store.latest_run()
+        clients, run = store.clients.count(), store.runs.latest()
     training = f"training {run.status}" if run else "no training yet"
     print(f"The state database at {settings.home} answers: {clients} clients, {training}.")
     return True

@@ -53,7 +53,7 @@ class Tally:
 
 def mark(store: Store) -> Mark:
     """Remember where the state stands."""
-    ledger = store.ledger()
+    ledger = store.ledger.entries()
     return Mark(ledger[-1].sequence if ledger else 0, _committed(store))
 
 
@@ -63,8 +63,8 @@ def tally(store: Store, settings: Settings, since: Mark) -> Tally:
     Raises:
         IntegrityError: the ledger is not whole.
     """
-    store.verify_ledger()
-    charges = [entry.charge for entry in store.ledger(after=since.ledger_sequence)]
+    store.ledger.verify()
+    charges = [entry.charge for entry in store.ledger.entries(after=since.ledger_sequence)]
     asked = [charge for charge in charges if not _is_sketch(charge)]
     # Before the committed ones: a round that is committed in between must be one or the other.
     going_on = _going_on(store)
@@ -75,7 +75,7 @@ def tally(store: Store, settings: Settings, since: Mark) -> Tally:
     counted = [charge for charge in settled if taken.get((*_place(charge), charge.unit_id))]
     fresh = {(run_id, index) for run_id, index, _ in committed - since.committed}
     accepted = {key: count for key, count in taken.items() if key[:2] in fresh}
-    paid = {(*_place(charge), charge.unit_id) for entry in store.ledger() if (charge := entry.charge)}
+    paid = {(*_place(charge), charge.unit_id) for entry in store.ledger.entries() if (charge := entry.charge)}
     histograms = [charge for charge in charges if _is_sketch(charge)]
     return Tally(
         rounds_committed=len(committed - since.committed),
@@ -108,10 +108,10 @@ def _taken(store: Store, run_ids: Iterable[str]) -> Counter[tuple[str, int, str]
     for run_id in run_ids:
         drawn: dict[str, list[int]] = defaultdict(list)
         answered: dict[str, list[tuple[int, bool]]] = defaultdict(list)
-        for record in store.rounds(run_id):
+        for record in store.rounds.of_run(run_id):
             for client_id in record.cohort:
                 drawn[client_id].append(record.round_index)
-        for index, client_id, counts in store.answers(run_id):
+        for index, client_id, counts in store.rounds.answers(run_id):
             answered[client_id].append((index, counts))
         for client_id, given in answered.items():
             for origin, count in match(drawn[client_id], given).items():
@@ -121,12 +121,12 @@ def _taken(store: Store, run_ids: Iterable[str]) -> Counter[tuple[str, int, str]
 
 def _going_on(store: Store) -> set[Place]:
     """The rounds that are not settled: not committed, in a run that may be continued."""
-    records = (record for run in store.runs() if run.status.resumable for record in store.rounds(run.run_id))
+    records = (record for run in store.runs.all() if run.status.resumable for record in store.rounds.of_run(run.run_id))
     return {(record.run_id, record.round_index) for record in records if not record.committed}
 
 
 def _committed(store: Store) -> frozenset[tuple[str, int, str | None]]:
-    records = (record for run in store.runs() for record in store.rounds(run.run_id))
+    records = (record for run in store.runs.all() for record in store.rounds.of_run(run.run_id))
     return frozenset((record.run_id, record.round_index, record.version) for record in records if record.committed)
 
 

@@ -34,7 +34,7 @@ class _Watchful(FakeFleet):
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
     ) -> Iterator[UpdateMessage | None]:
-        self.charged.append({entry.charge.round_index for entry in self._store.ledger()})
+        self.charged.append({entry.charge.round_index for entry in self._store.ledger.entries()})
         return super().train(task, weights, cohort, timeout_s=timeout_s)
 
     def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
@@ -68,7 +68,7 @@ def _order_faults(charged: Sequence[set[int]]) -> Iterator[str]:
 def _restart_faults(home: Path, rounds: Rounds, scope: Scope, before: float) -> Iterator[str]:
     with Store.open(home) as store:
         after = PrivacyAccountant(store, rounds.settings).budget().epsilon_spent
-        entries = store.verify_ledger()
+        entries = store.ledger.verify()
     event = PoissonGaussian(scope.noise_multiplier, 1.0)
     expected = epsilon_pld({event: _ROUNDS}, rounds.settings.privacy.target_delta)
     if entries != _ROUNDS:

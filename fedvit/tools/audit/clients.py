@@ -98,8 +98,8 @@ class Rounds:
         self.settings = client_settings(home, scope, rounds)
         settle_key(home)
         self.store = Store.open(home)
-        self.store.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
-        self.store.register_clients([Client(client_id, ClientKind.VIRTUAL, 10) for client_id in updates])
+        self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
+        self.store.clients.register([Client(client_id, ClientKind.VIRTUAL, 10) for client_id in updates])
         self.accountant = PrivacyAccountant(self.store, self.settings)
         size = max(np.size(update["point"]) for update in updates.values())
         self._point, self._updates = np.zeros(size, np.float32), updates

@@ -66,7 +66,7 @@ def measure(
     labels = [record.label for record in source.test]
     results = _probe_all(_targets(settings, urls, token), images, reference.version.version, quiet)
     seconds["measuring"] = time.monotonic() - started_s
-    run = store.run(reference.version.run_id)
+    run = store.runs.get(reference.version.run_id)
     manifest = build_manifest(source)
     summary = build_summary(
         evaluation=reference.evaluation,
@@ -82,7 +82,7 @@ def measure(
     write_page(
         folder / "index.html",
         summary,
-        curve=store.rounds(run.run_id),
+        curve=store.rounds.of_run(run.run_id),
         confusion=reference.evaluation.confusion,
         latencies={name: result.latencies_s for name, result in results.items()},
         manifest=manifest,
@@ -100,10 +100,10 @@ def _targets(settings: Settings, urls: SystemUrls, token: str | None) -> dict[st
 
 
 def _reference(settings: Settings, store: Store) -> _Reference:
-    release = store.current_release()
+    release = store.releases.current()
     if release is None:
         raise NotFoundError("No model version is released yet.", cure="Let training come to its first release.")
-    version = store.version(release.version)
+    version = store.versions.get(release.version)
     weights = decode_weights(store.blobs.get(version.weights_digest), max_bytes=MAX_WEIGHTS_BYTES)
     model = ServerModel(settings)
     return _Reference(version, model.evaluate(weights), model.predict(weights))

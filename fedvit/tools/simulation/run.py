@@ -146,8 +146,8 @@ def _simulated(
 def _prepare(store: Store, settings: Settings, world: World) -> None:
     simulation, partition = settings.simulation, settings.data.partition
     # Nothing is kept beyond this run, so there is nothing that other data could be mistaken for.
-    store.bind_fleet(data_digest="simulated", partition=partition.model_dump(mode="json"), classes=())
-    store.register_clients(world.clients)
+    store.metadata.bind_fleet(data_digest="simulated", partition=partition.model_dump(mode="json"), classes=())
+    store.clients.register(world.clients)
     change_aggregation_settings(
         store,
         lambda now: replace(
@@ -175,7 +175,7 @@ class _Watch:
     def __call__(self, progress: TrainingProgress) -> None:
         if progress.version is None or progress.rounds_done == len(self.points):
             return
-        version = self.store.version(progress.version)
+        version = self.store.versions.get(progress.version)
         told, accepted = version.lineage.get("aggregation", {}), version.lineage["clients"]
         self.outcomes["accepted"] += len(accepted)
         for reason in told.get("refused", {}).values():

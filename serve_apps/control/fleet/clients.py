@@ -21,7 +21,8 @@ from fedvit.api.clients import (
 )
 from fedvit.errors import ConflictError, FedvitError, NotFoundError
 from fedvit.operations.mailbox import Mailbox
-from fedvit.store.store import Store, Validation
+from fedvit.store.records import Validation
+from fedvit.store.store import Store
 from fedvit.types import Client, ClientKind, utc_now
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.fleet.liveness import Liveness
@@ -46,7 +47,7 @@ def _add_status(api: FastAPI, store: Store, liveness: Liveness, heartbeats: Hear
     pages = Pages(lambda: (store.change_counter(), heartbeats.arrivals), utc_now)
 
     def page_of(offset: int, limit: int) -> Page:
-        found = store.client_page(offset, limit)
+        found = store.clients.page(offset, limit)
         good_until = liveness.good_until(found.clients)
         view = ClientsStatus(
             total=found.total,
@@ -101,7 +102,7 @@ def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
             raise ConflictError(
                 f"{request.device_id!r} is a virtual client of this system.", cure="Choose another device_id."
             )
-        store.register_clients(
+        store.clients.register(
             [
                 Client(
                     client_id=request.device_id,
@@ -112,15 +113,15 @@ def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
             ]
         )
         note.before = _facts(known) if known else None
-        client = store.set_client(request.device_id, active=True)
+        client = store.clients.update(request.device_id, active=True)
         note.after = _facts(client)
         return liveness.view(client)
 
     @api.delete("/api/clients/{client_id}", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
     def remove(client_id: str, note: Note) -> ClientView:
         """Take a client out of the active list; its record and its privacy spend remain."""
-        note.before = _facts(store.client(client_id))
-        client = store.set_client(client_id, active=False)
+        note.before = _facts(store.clients.get(client_id))
+        client = store.clients.update(client_id, active=False)
         note.after = _facts(client)
         return liveness.view(client)
 
@@ -128,23 +129,23 @@ def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
     @api.get("/api/clients/{client_id}", tags=["clients"], dependencies=VIEWER, responses=documented(404))
     def client(client_id: str) -> ClientView:
         """One client, and what holds of it."""
-        return liveness.view(store.client(client_id))
+        return liveness.view(store.clients.get(client_id))
 
 
 def _add_verdicts(api: FastAPI, store: Store, liveness: Liveness) -> None:
     @api.post("/api/clients/{client_id}/reinstate", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
     def reinstate(client_id: str, request: ReinstateRequest, note: Note) -> ClientView:
         """Lift a client's quarantine; harmless where there is none. The justification stands in the audit trail."""
-        note.before = _facts(store.client(client_id))
-        client = store.reinstate_client(client_id)
+        note.before = _facts(store.clients.get(client_id))
+        client = store.clients.reinstate(client_id)
         note.after = _facts(client)
         return liveness.view(client)
 
     @api.post("/api/clients/{client_id}/validate", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
     def validate(client_id: str, request: ValidateRequest, note: Note) -> ClientView:
         """Record whether a client's data can be trusted; a run with ``validated_only`` draws no others."""
-        note.before = _facts(store.client(client_id))
-        client = store.validate_client(client_id, Validation(request.validated, request.reason, utc_now()))
+        note.before = _facts(store.clients.get(client_id))
+        client = store.clients.validate(client_id, Validation(request.validated, request.reason, utc_now()))
         note.after = _facts(client)
         return liveness.view(client)
 
@@ -165,6 +166,6 @@ def _facts(client: Client) -> dict[str, Any]:
 
 def _find_client(store: Store, client_id: str) -> Client | None:
     try:
-        return store.client(client_id)
+        return store.clients.get(client_id)
     except NotFoundError:
         return None

@@ -14,7 +14,7 @@ from fedvit.drift import quality, signals
 from fedvit.metrics.metrics import predictions_by_class
 from fedvit.metrics.training import DataMetrics
 from fedvit.rounds import data_health
-from fedvit.store.store import Release
+from fedvit.store.records import Release
 from serve_apps.control.fleet.liveness import Liveness
 from serve_apps.control.http.access import VIEWER
 from serve_apps.control.http.parameters import Limit, RowOffset
@@ -32,7 +32,7 @@ def add_data_health_routes(api: FastAPI, services: Services, liveness: Liveness)
     def data_quality(limit: Limit = 100, offset: RowOffset = 0) -> QualityView:
         """How far clients can be relied on: rounds, records, silence, and what noised histograms and updates show."""
         against = data_health.doubts(store, data_health.histograms(store))
-        found = quality.fleet_quality(liveness.active_clients(), store.participation(), against)
+        found = quality.fleet_quality(liveness.active_clients(), store.rounds.participation(), against)
         _GAUGES.publish(found.score, None)
         return QualityView(
             score=found.score,
@@ -45,7 +45,7 @@ def add_data_health_routes(api: FastAPI, services: Services, liveness: Liveness)
     @api.get("/api/monitoring/data-drift", tags=["monitoring"], dependencies=VIEWER)
     def data_drift() -> DriftView:
         """Whether held-out loss, the mix of answers of the inference replicas, or clients' histograms have moved."""
-        release, histograms = store.current_release(), data_health.histograms(store)
+        release, histograms = store.releases.current(), data_health.histograms(store)
         found, compared = data_health.drift(store, histograms, _mix(services, release)), histograms.comparison
         _GAUGES.publish(None, found.score)
         fleet = compared.fleet.values() if compared else ()
@@ -67,5 +67,5 @@ def add_data_health_routes(api: FastAPI, services: Services, liveness: Liveness)
 def _mix(services: Services, release: Release | None) -> signals.Signal:
     if release is None:
         return signals.mix_signal({}, None)
-    expected = services.store.version(release.version).lineage.get("held_out_answers")
+    expected = services.store.versions.get(release.version).lineage.get("held_out_answers")
     return signals.mix_signal(predictions_by_class(release.version, services.metrics_dir), expected)

@@ -39,7 +39,7 @@ class Heartbeats:
         self._store, self._now = store, now
         self._timeout = timedelta(seconds=config.heartbeat_timeout_s)
         self._last: dict[str, datetime | None] = {}
-        self.seen = WriteBehind(store.touch_clients)
+        self.seen = WriteBehind(store.clients.set_last_seen)
         self.arrivals = 0
 
     def knows(self, client_id: str) -> bool:
@@ -52,7 +52,7 @@ class Heartbeats:
         Raises:
             NotFoundError: no such client.
         """
-        self._last.setdefault(client_id, self._store.client(client_id).last_seen_at)
+        self._last.setdefault(client_id, self._store.clients.get(client_id).last_seen_at)
 
     def beat(self, client_id: str) -> datetime:
         """A known client is there now; return the moment."""

@@ -12,7 +12,7 @@ from fedvit.api.clients import ClientView
 from fedvit.cohort.conditions import client_conditions
 from fedvit.cohort.connectivity import Connection, Connectivity, connection_of, connectivity
 from fedvit.ports import ProxyReport
-from fedvit.store.store import Validation
+from fedvit.store.records import Validation
 from fedvit.types import Client, ClientKind, LastContact, utc_now
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.services import Services
@@ -37,17 +37,17 @@ class Liveness:
         store = self._services.store
         # Of virtual clients there may be a million: looked at one by one only when one of them may be lost.
         counted = proxies is not None and proxies.reaches_all
-        last_contacts = [self._sighted(sighting) for sighting in store.last_contacts(hosted=not counted)]
+        last_contacts = [self._sighted(sighting) for sighting in store.clients.last_contacts(hosted=not counted)]
         found = connectivity(last_contacts, proxies, self._now(), self._timeout_s)
-        return found.with_hosted(store.count_hosted()) if counted else found
+        return found.with_hosted(store.clients.count_virtual()) if counted else found
 
     def active_clients(self) -> list[Client]:
         """The active clients, with the newest sign of life of each."""
-        return [self._newest(client) for client in self._services.store.clients(active=True)]
+        return [self._newest(client) for client in self._services.store.clients.all(active=True)]
 
     def view(self, client: Client) -> ClientView:
         """One client."""
-        validations = self._services.store.validations([client.client_id])
+        validations = self._services.store.clients.validations([client.client_id])
         return self.shown(client, validations.get(client.client_id))
 
     def shown(self, client: Client, verdict: Validation | None) -> ClientView:

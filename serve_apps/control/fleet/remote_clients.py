@@ -142,13 +142,13 @@ def _check(receipt: Receipt) -> None:
 
 
 def _task_view(services: Services, offer: Offer) -> TaskView:
-    settings, fleet = services.settings, services.store.fleet()
+    settings, fleet = services.settings, services.store.metadata.fleet()
     return TaskView.of(
         offer.task,
         num_examples=offer.num_examples,
         output_id=offer.output_id,
         encoding=offer.encoding.value,
-        frozen_digest=str(services.store.get_meta(FROZEN_DIGEST)),
+        frozen_digest=str(services.store.metadata.get(FROZEN_DIGEST)),
         image_size=settings.data.image_size,
         classes=fleet.classes if fleet else (),
         settings=settings.training_identity(),

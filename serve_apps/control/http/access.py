@@ -138,7 +138,7 @@ class Guard:
         self.access = settings.access
         self._host = settings.serving.host
         self._store, self._now = store, now
-        self.tokens_used = WriteBehind(store.touch_tokens)
+        self.tokens_used = WriteBehind(store.tokens.set_last_used)
         self._buckets = TokenBuckets(self.access.requests_per_s, self.access.burst, monotonic)
         window_s = self.access.failed_attempts_window_s
         self._failures = FailureWindow(self.access.max_failed_attempts, window_s, monotonic)

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request
 
 from fedvit.access.identity import Identity
-from fedvit.store.store import AuditFacts
+from fedvit.store.records import AuditFacts
 from serve_apps.control.http.access import AuditNote
 from serve_apps.logs import redact
 

@@ -26,7 +26,8 @@ from fedvit.access.identity import Identity
 from fedvit.errors import BodyTimeoutError, FedvitError, InvalidIdempotencyKeyError, ResponseTimeoutError
 from fedvit.metrics.catalogue import BY_NAME, OTHER
 from fedvit.metrics.metrics import gauge, histogram
-from fedvit.store.store import RequestKey, Store, StoredAnswer
+from fedvit.store.records import RequestKey, StoredAnswer
+from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.control.http.access import AuditNote, Caller, Guard, call_key, requirement_of
 from serve_apps.control.http.audit import facts_of
@@ -216,7 +217,7 @@ class _Call:
         key = self._key(identity, content)
         self._request.state.call_key = None if key is None else _digest(*astuple(key))
         if key is not None:
-            begin = partial(self._store.begin_request, repeatable=self._route.repeatable)
+            begin = partial(self._store.idempotency.begin, repeatable=self._route.repeatable)
             stored = await run_in_threadpool(begin, key, utc_now())
             if stored is not None:
                 headers = {**stored.headers, "Idempotency-Replayed": "true"}
@@ -230,13 +231,13 @@ class _Call:
             response = problem_of(error)
         await self._audit(identity, body, response.status_code)
         if key is not None:
-            await run_in_threadpool(self._store.finish_request, key, _stored(response))
+            await run_in_threadpool(self._store.idempotency.finish, key, _stored(response))
         return response
 
     async def _audit(self, identity: Identity, body: Any, status: int) -> None:
         facts = facts_of(self._request, self._action, identity, self._caller.source, body, self._note, status)
         try:
-            await run_in_threadpool(self._store.append_audit, facts)
+            await run_in_threadpool(self._store.audit.append, facts)
         except FedvitError:
             LOG.critical("The audit trail could not be written", extra={"action": self._action, "status": status})
             raise

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from fedvit.api.incidents import AlertmanagerAlert, AlertmanagerMessage
-from fedvit.store.store import Alert
+from fedvit.store.records import Alert
 from fedvit.types import Severity
 
 MAX_LABELS = 64

@@ -25,7 +25,8 @@ from fedvit.incidents.log import timeline
 from fedvit.incidents.playbook import RUNBOOK, play_of
 from fedvit.incidents.remediation import Order, Proposal, orders, proposals
 from fedvit.incidents.report import collect, report
-from fedvit.store.store import Alert, Incident, IncidentEvent, Store
+from fedvit.store.records import Alert, Incident, IncidentEvent
+from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.control.http.access import VIEWER, CurrentIdentity, Note, requires
 from serve_apps.control.http.parameters import Limit, Offset
@@ -50,7 +51,7 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
     def record(message: AlertmanagerMessage) -> tuple[list[str], list[Order]]:
         now = utc_now()
         try:
-            found = store.record_alerts(to_alerts(message, now), reopen_within=window, at=now)
+            found = store.incidents.record_alerts(to_alerts(message, now), reopen_within=window, at=now)
             return found, [order for name in found for order in orders(store, settings, name, now)]
         except StateError as error:
             # Alertmanager tries again what was answered with 5xx, and nothing else.
@@ -77,21 +78,21 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
     ) -> list[IncidentSummary]:
         """Incidents, newest first."""
         is_open = None if status is None else status == "open"
-        return [_summary(found) for found in store.incidents(is_open=is_open, offset=offset, limit=limit)]
+        return [_summary(found) for found in store.incidents.all(is_open=is_open, offset=offset, limit=limit)]
 
     @api.get("/api/incidents/{incident_id}", tags=["incidents"], dependencies=_ON_CALL, responses=documented(404))
     def incident(incident_id: str) -> IncidentDetail:
         """One incident: alerts, commands and changes of state in order, and what the runbook says to do."""
-        return _detail(services, store.incident(incident_id))
+        return _detail(services, store.incidents.get(incident_id))
 
     @api.post(
         "/api/incidents/{incident_id}/notes", tags=["incidents"], dependencies=_ON_CALL, responses=documented(404)
     )
     def add_note(incident_id: str, request: NoteRequest, who: CurrentIdentity, note: Note) -> IncidentDetail:
         """Write down what only people know; notes are added, never changed."""
-        store.note_incident(incident_id, IncidentEvent(utc_now(), request.section.value, who.actor, request.text))
+        store.incidents.add_event(incident_id, IncidentEvent(utc_now(), request.section.value, who.actor, request.text))
         note.after = {"section": request.section.value}
-        return _detail(services, store.incident(incident_id))
+        return _detail(services, store.incidents.get(incident_id))
 
     @api.get(
         "/api/incidents/{incident_id}/report",
@@ -107,8 +108,8 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
 
 def _detail(services: Services, incident: Incident) -> IncidentDetail:
     store, name = services.store, incident.incident_id
-    alerts = [logged.alert for logged in store.incident_alerts(name)]
-    found = proposals(services.settings.remediation, incident.alertname, alerts, store.remediations(name))
+    alerts = [logged.alert for logged in store.incidents.alerts(name)]
+    found = proposals(services.settings.remediation, incident.alertname, alerts, store.remediations.of_incident(name))
     return IncidentDetail.of(
         incident,
         status=_status(incident),
@@ -155,7 +156,7 @@ async def _carry_out(api: FastAPI, store: Store, order: Order) -> None:
         LOG.exception("remediation %s", order.claimed.action)
         outcome, detail = RemediationOutcome.FAILED, f"{type(error).__name__}: {error}"
     LOG.warning("remediation", extra={"action": order.claimed.action.value, "outcome": outcome.value})
-    await run_in_threadpool(store.finish_remediation, order.claimed, outcome, detail[:500])
+    await run_in_threadpool(store.remediations.finish, order.claimed, outcome, detail[:500])
 
 
 def _problem(document: Any) -> str:

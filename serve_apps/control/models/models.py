@@ -21,7 +21,8 @@ from fedvit.api.operations import OperationView
 from fedvit.config import Settings
 from fedvit.errors import NotFoundError
 from fedvit.registry.publisher import artifacts_of, served_variant
-from fedvit.store.store import Release, Store
+from fedvit.store.records import Release
+from fedvit.store.store import Store
 from fedvit.types import Variant
 from serve_apps.control.http.access import FOLLOWER, OPERATOR, VIEWER, CallKey, Note
 from serve_apps.control.http.parameters import Limit, Offset
@@ -44,7 +45,7 @@ def _add_readings(api: FastAPI, services: Services) -> None:
         """The served model: size in bytes by variant, complexity of the variant that the fleet runs, classes."""
         release = _current_release(store)
         variant = served_variant(release, settings)
-        fleet = store.fleet()
+        fleet = store.metadata.fleet()
         return ModelInfo(
             name=settings.model.name,
             version=release.version,
@@ -52,7 +53,7 @@ def _add_readings(api: FastAPI, services: Services) -> None:
             size={variant: store.blobs.path(digest).stat().st_size for variant, digest in release.artifacts.items()},
             complexity={
                 "trainable": settings.model.trainable,
-                **_trainable(store, store.version(release.version).weights_digest),
+                **_trainable(store, store.versions.get(release.version).weights_digest),
                 **_complexity(release, variant),
             },
             classes=fleet.classes if fleet else (),
@@ -62,12 +63,12 @@ def _add_readings(api: FastAPI, services: Services) -> None:
     @api.get("/api/model/versions", tags=["model"], dependencies=VIEWER)
     def versions(limit: Limit = 50, offset: Offset = 0) -> list[ModelView]:
         """Model versions, newest first."""
-        return [ModelView.of(version) for version in store.versions(offset=offset, limit=limit)]
+        return [ModelView.of(version) for version in store.versions.all(offset=offset, limit=limit)]
 
     @api.get("/api/model/current", tags=["model"], dependencies=VIEWER, responses=documented(404))
     def current() -> ModelView:
         """The version that replicas and vehicles are offered."""
-        return ModelView.of(store.version(_current_release(store).version))
+        return ModelView.of(store.versions.get(_current_release(store).version))
 
     @api.get(
         "/api/model/release",
@@ -117,7 +118,7 @@ def _complexity(release: Release, variant: str) -> dict[str, int]:
 
 
 def _current_release(store: Store) -> Release:
-    release = store.current_release()
+    release = store.releases.current()
     if release is None:
         raise NotFoundError("No model version is released yet.", cure="Start training: POST /api/training/start.")
     return release
@@ -127,18 +128,18 @@ def _add_changes(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
 
     def release_facts() -> dict[str, Any] | None:
-        release = store.current_release()
+        release = store.releases.current()
         return None if release is None else _facts(release, settings)
 
     def current(version: str, note: Note) -> ReleaseView:
-        release = store.release_of(version)
+        release = store.releases.of_version(version)
         assert release is not None
         note.after = _facts(release, settings)
         return ReleaseView.of(
             release,
             variant=served_variant(release, settings),
             variants=sorted(release.artifacts),
-            lineage=store.version(version).lineage,
+            lineage=store.versions.get(version).lineage,
         )
 
     @api.post("/api/model/rollback", tags=["model"], dependencies=OPERATOR, responses=documented(404, 502, 503))

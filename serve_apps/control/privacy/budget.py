@@ -44,7 +44,7 @@ def _add_readings(api: FastAPI, services: Services) -> None:
     @api.get("/api/privacy/periods", tags=["privacy"], dependencies=VIEWER)
     def periods() -> list[PeriodView]:
         """Every budget that was granted anew, oldest first; the first period is that of the settings and not here."""
-        return [PeriodView.of(period) for period in services.store.budget_periods()]
+        return [PeriodView.of(period) for period in services.store.budget.periods()]
 
 
 def _add_reset(api: FastAPI, services: Services) -> None:
@@ -61,7 +61,7 @@ def _add_reset(api: FastAPI, services: Services) -> None:
         """Begin a new period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger."""
         if not require_second_approver:
             return _reset(services.accountant(), note, request.new_epsilon, request.justification, who.actor, None)
-        wish = store.ask_for_budget(request.new_epsilon, request.justification, who.actor, utc_now())
+        wish = store.budget.request(request.new_epsilon, request.justification, who.actor, utc_now())
         note.after = AwaitingApproval.of(wish).model_dump(mode="json")
         return JSONResponse(note.after, status_code=202)
 
@@ -73,7 +73,7 @@ def _add_reset(api: FastAPI, services: Services) -> None:
     )
     def approve(request_id: str, who: CurrentIdentity, note: Note) -> BudgetView:
         """Put a budget in force that another admin asked for within the last 24 hours."""
-        wish = store.take_budget_request(request_id, who.actor, utc_now())
+        wish = store.budget.approve(request_id, who.actor, utc_now())
         accountant = services.accountant()
         return _reset(accountant, note, wish.new_epsilon, wish.justification, wish.requested_by, who.actor)
 

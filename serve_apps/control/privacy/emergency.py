@@ -21,8 +21,8 @@ from fedvit.api.emergency import (
 from fedvit.errors import FedvitError
 from fedvit.incidents.breach import Breach, BreachReport, BreachResponse
 from fedvit.incidents.log import log_breach, log_stand_down
-from fedvit.store.store import LedgerFreeze, Store
-from fedvit.types import utc_now
+from fedvit.store.store import Store
+from fedvit.types import LedgerFreeze, utc_now
 from serve_apps.control.http.access import EMERGENCY, VIEWER, CurrentIdentity, Note
 from serve_apps.control.services import Services
 
@@ -38,9 +38,9 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
     @api.get("/api/emergency", tags=["emergency"], dependencies=VIEWER)
     def emergency() -> EmergencyView:
         """The incident in force (the first, where there are several), and the clients in quarantine."""
-        freeze = store.ledger_freeze()
+        freeze = store.ledger.current_freeze()
         incident = None if freeze is None else IncidentView.of(freeze)
-        return EmergencyView(incident=incident, quarantined=tuple(store.quarantined_clients()))
+        return EmergencyView(incident=incident, quarantined=tuple(store.clients.quarantined()))
 
     @api.post("/api/emergency/privacy-breach", tags=["emergency"], dependencies=EMERGENCY)
     def privacy_breach(request: BreachRequest, identity: CurrentIdentity, note: Note) -> BreachView:
@@ -77,13 +77,13 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
     def stand_down(request: StandDownRequest, note: Note) -> StandDownView:
         """Lift an incident's freeze of the ledger. Nobody's quarantine ends by it, and no training begins."""
         note.before = _state_facts(store)
-        left = store.thaw_ledger(request.incident_id)
+        left = store.ledger.unfreeze(request.incident_id)
         log_stand_down(store, request.incident_id, utc_now())
         note.after = _state_facts(store)
         return StandDownView(
             incident_id=request.incident_id,
             ledger_frozen=left is not None,
-            still_quarantined=tuple(store.quarantined_clients()),
+            still_quarantined=tuple(store.clients.quarantined()),
         )
 
 
@@ -104,8 +104,8 @@ def _log_incident(services: Services, breach: Breach) -> None:
 
 
 def _state_facts(store: Store) -> dict[str, Any]:
-    freeze: LedgerFreeze | None = store.ledger_freeze()
-    return {"frozen_by": freeze.incident_id if freeze else None, "quarantined": store.quarantined_clients()}
+    freeze: LedgerFreeze | None = store.ledger.current_freeze()
+    return {"frozen_by": freeze.incident_id if freeze else None, "quarantined": store.clients.quarantined()}
 
 
 def _report_facts(report: BreachReport) -> dict[str, Any]:

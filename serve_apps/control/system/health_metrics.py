@@ -57,15 +57,15 @@ class HealthMetrics:
 
 
 def _look_into(store: Store) -> None:
-    _DEPTH.labels("operations").set(len(store.operations(OperationStatus.QUEUED, OperationStatus.RUNNING)))
-    for severity, count in store.open_incidents().items():
+    _DEPTH.labels("operations").set(len(store.operations.all(OperationStatus.QUEUED, OperationStatus.RUNNING)))
+    for severity, count in store.incidents.count_open().items():
         _INCIDENTS.labels(severity.value).set(count)
     _STORE_BYTES.set(sum(path.stat().st_size for path in store.home.glob("state.db*")))
 
 
 def _check_artifacts(store: Store) -> None:
     """Raises NotFoundError where an artifact of the release is missing."""
-    release = store.current_release()
+    release = store.releases.current()
     for digest in release.artifacts.values() if release else ():
         store.blobs.path(digest)
 

@@ -38,11 +38,11 @@ def _add_health(api: FastAPI, services: Services, health_metrics: HealthMetrics)
     def health() -> HealthView:
         """Whether each part answers, where training stands, what is released."""
         parts = {
-            "store": _ailment(services.store.latest_run),
+            "store": _ailment(services.store.runs.latest),
             "aggregator": _ailment(lambda: services.aggregator().progress()),
             "accountant": _ailment(lambda: services.accountant().budget()),
         }
-        release = services.store.current_release()
+        release = services.store.releases.current()
         return HealthView(
             status="ok" if all(part == "ok" for part in parts.values()) else "degraded",
             parts=parts,
@@ -94,5 +94,5 @@ def _add_audit_routes(api: FastAPI, services: Services) -> None:
     ) -> list[AuditView]:
         """Lines of the audit trail, oldest first: those behind sequence ``after``, else the last ones."""
         store = services.store
-        entries = store.latest_audit(limit) if after is None else store.audit(after, limit)
+        entries = store.audit.latest(limit) if after is None else store.audit.entries(after, limit)
         return [AuditView.of(entry.facts, sequence=entry.sequence, at=entry.at) for entry in entries]

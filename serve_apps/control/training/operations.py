@@ -42,12 +42,12 @@ def add_operation_routes(api: FastAPI, services: Services) -> None:
         offset: Offset = 0,
     ) -> list[OperationView]:
         """Operations, newest first; ``status`` may be given several times."""
-        return [OperationView.of(found) for found in store.operations(*(status or ()), offset=offset, limit=limit)]
+        return [OperationView.of(found) for found in store.operations.all(*(status or ()), offset=offset, limit=limit)]
 
     @api.get("/api/operations/{operation_id}", tags=["operations"], dependencies=VIEWER, responses=documented(404))
     def operation(operation_id: str) -> OperationView:
         """One operation."""
-        return OperationView.of(store.operation(operation_id))
+        return OperationView.of(store.operations.get(operation_id))
 
     @api.delete(
         "/api/operations/{operation_id}",
@@ -58,7 +58,7 @@ def add_operation_routes(api: FastAPI, services: Services) -> None:
     )
     def cancel(operation_id: str, note: Note) -> OperationView:
         """End it early: at once while it is queued, at its next step while it runs; harmless after its end."""
-        note.before = _facts(store.operation(operation_id))
+        note.before = _facts(store.operations.get(operation_id))
         cancelled = services.aggregator().cancel_operation(operation_id)
         note.after = _facts(cancelled)
         return OperationView.of(cancelled)

@@ -96,7 +96,7 @@ def progress_view(services: Services, progress: TrainingProgress) -> ProgressVie
     budget = None
     with contextlib.suppress(Exception):
         budget = services.accountant().budget()
-    freeze, release = services.store.ledger_freeze(), services.store.current_release()
+    freeze, release = services.store.ledger.current_freeze(), services.store.releases.current()
     conditions = progress_conditions(
         progress,
         budget,

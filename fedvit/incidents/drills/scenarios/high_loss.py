@@ -60,7 +60,7 @@ def _named(course: Course, poisoned: list[str]) -> list[str] | None:
 def _losses(course: Course, run_id: str, poisoned: list[str]) -> list[float] | None:
     """The loss after each of the run's first rounds, in none of which a poisoned client took part."""
     with Store.open(course.site.home) as store:
-        rounds = [record for record in store.rounds(run_id) if record.committed][:WITHIN_ROUNDS]
+        rounds = [record for record in store.rounds.of_run(run_id) if record.committed][:WITHIN_ROUNDS]
     if joined := sorted({client for record in rounds for client in record.cohort}.intersection(poisoned)):
         raise DrillError(f"{', '.join(joined)} took part in {run_id}, which was to draw validated clients only.")
     losses = [record.loss for record in rounds if record.loss is not None]

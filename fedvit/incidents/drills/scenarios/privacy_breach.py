@@ -77,7 +77,7 @@ def _nothing_is_charged(course: Course) -> None:
 
 def _ledger_lines(site: Site) -> int:
     with Store.open(site.home) as store:
-        return store.verify_ledger()
+        return store.ledger.verify()
 
 
 DRILL = Drill(

@@ -49,18 +49,18 @@ def play(course: Course) -> None:
 def snapshot(site: Site) -> dict[str, Any]:
     """Everything that must come back: ledger, budgets, runs, rounds, models, clients, tokens, keys."""
     with Store.open(site.home) as store:
-        run = store.latest_run()
+        run = store.runs.latest()
         return {
-            "ledger": list(store.ledger_lines()),
-            "budgets": store.budget_periods(),
-            "runs": store.runs(),
-            "rounds": [store.rounds(run.run_id) for run in store.runs()],
-            "answers": [store.answers(run.run_id) for run in store.runs()],
-            "versions": store.versions(),
-            "releases": store.releases(),
-            "clients": store.clients(),
-            "tokens": store.tokens(),
-            "blobs": {digest: store.blobs.path(digest).stat().st_size for digest in store.blob_digests()},
+            "ledger": list(store.ledger.lines()),
+            "budgets": store.budget.periods(),
+            "runs": store.runs.all(),
+            "rounds": [store.rounds.of_run(run.run_id) for run in store.runs.all()],
+            "answers": [store.rounds.answers(run.run_id) for run in store.runs.all()],
+            "versions": store.versions.all(),
+            "releases": store.releases.all(),
+            "clients": store.clients.all(),
+            "tokens": store.tokens.all(),
+            "blobs": {digest: store.blobs.path(digest).stat().st_size for digest in store.versions.blob_digests()},
             "keys": {path.name: sha256_of(path) for path in sorted((site.home / "keys").iterdir())},
             "rounds_done": run.rounds_done if run else 0,
         }

@@ -1,0 +1,315 @@
+"""The registered clients: who takes part, who was heard from, who is validated and who is in quarantine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from itertools import islice
+from typing import Any, TypeVar
+from typing import cast as typed
+
+from sqlalchemy import ColumnElement, Integer, Select, Table, and_, bindparam, cast, func, insert, or_, select, update
+from sqlalchemy.orm import Session
+
+from fedvit.errors import NotFoundError
+from fedvit.store.database import Repository
+from fedvit.store.metadata import get_value, set_value
+from fedvit.store.records import ClientPage, Validation
+from fedvit.store.tables import ClientRow, MetaRow, among
+from fedvit.types import Client, ClientKind, LastContact
+
+# Followed by the client's id: a fleet of ten thousand must not rewrite one long value for each decision.
+_VALIDATION_KEY = "validation/"
+# Rows of a registration that are in memory at once.
+_BULK = 10_000
+_IN_QUARANTINE = ClientRow.quarantined_at.is_not(None)
+_IS_VIRTUAL = ClientRow.kind == ClientKind.VIRTUAL.value
+_Query = TypeVar("_Query", bound=Select[Any])
+
+
+class Clients(Repository):
+    """The registered clients. Each has a position from 0, without gaps, which it keeps."""
+
+    def register(self, clients: Iterable[Client]) -> int:
+        """Insert new clients, refresh kind, records and capabilities of known ones; return how many are new.
+
+        ``validated``, ``active`` and ``registered_at`` of a known client stay: an operator decides them. Clients are
+        read in portions, so that a million of them are never in memory at once.
+        """
+        with self._write() as session:
+            before = position = _population(session)
+            remaining = iter(clients)
+            while portion := {client.client_id: client for client in islice(remaining, _BULK)}:
+                known = _known_ids(session, list(portion)) if position else set()
+                new = [_to_columns(client) for client_id, client in portion.items() if client_id not in known]
+                if new:
+                    numbered = [columns | {"position": position + i} for i, columns in enumerate(new)]
+                    session.connection().execute(insert(typed(Table, ClientRow.__table__)), numbered)
+                    position += len(new)
+                if known:
+                    session.execute(update(ClientRow), [_refreshable(portion[client_id]) for client_id in known])
+            return position - before
+
+    def get(self, client_id: str) -> Client:
+        """One client.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        with self._read() as session:
+            return _to_client(_client_row(session, client_id))
+
+    def all(
+        self,
+        *,
+        active: bool | None = None,
+        validated: bool | None = None,
+        offset: int = 0,
+        limit: int | None = None,
+    ) -> list[Client]:
+        """Clients ordered by id; None filters nothing."""
+        query = _matching(select(ClientRow), active, validated).order_by(ClientRow.client_id)
+        with self._read() as session:
+            return [_to_client(row) for row in session.scalars(query.offset(offset).limit(limit))]
+
+    def page(self, offset: int, limit: int) -> ClientPage:
+        """Clients ordered by id, and the totals, as of one moment."""
+        flags = (func.count(), func.sum(cast(ClientRow.active, Integer)), func.sum(cast(ClientRow.validated, Integer)))
+        with self._read() as session:
+            total, active, validated = session.execute(select(*flags).select_from(ClientRow)).one()
+            rows = session.scalars(select(ClientRow).order_by(ClientRow.client_id).offset(offset).limit(limit))
+            clients = tuple(_to_client(row) for row in rows)
+            validations = _validations(session, [client.client_id for client in clients])
+            return ClientPage(total, active or 0, validated or 0, clients, validations)
+
+    def remote(self, client_ids: Sequence[str]) -> list[Client]:
+        """Those of these clients that are active and not virtual, ordered by id."""
+        query = select(ClientRow).where(ClientRow.active, ~_IS_VIRTUAL, among(ClientRow.client_id, client_ids))
+        with self._read() as session:
+            return [_to_client(row) for row in session.scalars(query.order_by(ClientRow.client_id))]
+
+    def population(self) -> int:
+        """How many clients are registered; each has a position below that."""
+        with self._read() as session:
+            return _population(session)
+
+    def count(
+        self, *, active: bool | None = None, validated: bool | None = None, quarantined: bool | None = None
+    ) -> int:
+        """How many clients match; None filters nothing."""
+        query = _matching(select(func.count()).select_from(ClientRow), active, validated)
+        if quarantined is not None:
+            query = query.where(_IN_QUARANTINE if quarantined else ~_IN_QUARANTINE)
+        with self._read() as session:
+            return session.scalar(query) or 0
+
+    def count_virtual(self) -> int:
+        """How many active clients are virtual."""
+        # The others are counted: they are few, and found without reading a large fleet.
+        others = select(func.count()).select_from(ClientRow).where(~ClientRow.active | ~_IS_VIRTUAL)
+        with self._read() as session:
+            return _population(session) - (session.scalar(others) or 0)
+
+    def count_units(self) -> tuple[int, int]:
+        """How many active clients there are, and how many examples they have together."""
+        totals = select(func.count(), func.sum(ClientRow.num_examples)).where(ClientRow.active)
+        with self._read() as session:
+            clients, examples = session.execute(totals).one()
+            return clients, examples or 0
+
+    def num_examples(self, client_ids: Sequence[str]) -> dict[str, int]:
+        """How many examples these clients are registered with; unknown ones are left out."""
+        query = select(ClientRow.client_id, ClientRow.num_examples).where(among(ClientRow.client_id, client_ids))
+        with self._read() as session:
+            return dict(session.execute(query).tuples().all())
+
+    def eligible_at(
+        self, positions: Sequence[int], *, validated_only: bool = False, heard_since: datetime | None = None
+    ) -> dict[int, str]:
+        """Those of the clients at these positions that may be selected, by position.
+
+        They are active, have data, are not in quarantine, and are validated where ``validated_only`` asks for it. A
+        client that is not virtual has a trainer and was heard since ``heard_since``: one that cannot answer is neither
+        selected nor charged.
+        """
+        query = select(ClientRow.position, ClientRow.client_id).where(among(ClientRow.position, positions))
+        with self._read() as session:
+            return dict(session.execute(query.where(*_eligibility(validated_only, heard_since))).tuples().all())
+
+    def count_eligible(
+        self, *, validated_only: bool = False, heard_since: datetime | None = None, at_most: int | None = None
+    ) -> int:
+        """How many clients may be selected; no more than ``at_most`` are counted."""
+        eligible = select(ClientRow.position).where(*_eligibility(validated_only, heard_since)).limit(at_most)
+        with self._read() as session:
+            return session.scalar(select(func.count()).select_from(eligible.subquery())) or 0
+
+    def metrics_addresses(self) -> dict[str, str]:
+        """The metrics addresses that active remote clients have registered, by client. They are not verified."""
+        address = func.json_extract(ClientRow.capabilities, "$.metrics")
+        is_text = func.json_type(ClientRow.capabilities, "$.metrics") == "text"
+        query = select(ClientRow.client_id, address).where(ClientRow.active.is_(True), ~_IS_VIRTUAL, is_text)
+        with self._read() as session:
+            rows = session.execute(query.order_by(ClientRow.client_id))
+            return {client_id: str(address) for client_id, address in rows}
+
+    def update(self, client_id: str, *, active: bool | None = None, validated: bool | None = None) -> Client:
+        """Change what is not None.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        with self._write() as session:
+            row = _client_row(session, client_id)
+            row.active = row.active if active is None else active
+            row.validated = row.validated if validated is None else validated
+            return _to_client(row)
+
+    def last_contacts(self, *, hosted: bool = True) -> list[LastContact]:
+        """When each active client was last heard, ordered by id; virtual ones only where ``hosted`` are asked for."""
+        query = select(ClientRow.client_id, ClientRow.kind, ClientRow.last_seen_at).where(ClientRow.active)
+        query = query if hosted else query.where(~_IS_VIRTUAL)
+        with self._read() as session:
+            rows = session.execute(query.order_by(ClientRow.client_id))
+            return [LastContact(client_id, ClientKind(kind), at) for client_id, kind, at in rows]
+
+    def set_last_seen(self, last_seen: Mapping[str, datetime]) -> None:
+        """Move ``last_seen_at`` of these clients forward, never back; unknown ones are ignored."""
+        at = bindparam("at", type_=ClientRow.last_seen_at.type)
+        later = or_(ClientRow.last_seen_at.is_(None), ClientRow.last_seen_at < at)
+        statement = update(typed(Table, ClientRow.__table__)).where(ClientRow.client_id == bindparam("id"), later)
+        with self._write() as session:
+            if last_seen:
+                rows = [{"id": client_id, "at": moment} for client_id, moment in last_seen.items()]
+                session.connection().execute(statement.values(last_seen_at=at), rows)
+
+    def validate(self, client_id: str, decision: Validation) -> Client:
+        """Record whether a client's data is trusted, and why. An automatic decision never replaces an operator's.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        key = _VALIDATION_KEY + client_id
+        value = {"validated": decision.validated, "reason": decision.reason, "at": decision.at.isoformat()}
+        with self._write() as session:
+            row = _client_row(session, client_id)
+            if decision.automatic:
+                # Read in this transaction: an operator may have decided while the data was judged.
+                if (present := get_value(session, key)) and not present.get("automatic"):
+                    return _to_client(row)
+                value["automatic"] = True
+            row.validated = decision.validated
+            set_value(session, key, value)
+            return _to_client(row)
+
+    def validations(self, client_ids: Sequence[str]) -> dict[str, Validation]:
+        """The last decision on each of these clients; a client that nobody decided on is left out."""
+        with self._read() as session:
+            return _validations(session, client_ids)
+
+    def quarantine(self, client_ids: Sequence[str], reason: str, at: datetime) -> list[str]:
+        """Keep these clients out of every round; return those that are registered. The first quarantine stands."""
+        with self._write() as session:
+            known = sorted(_known_ids(session, client_ids))
+            for client_id in known:
+                row = _client_row(session, client_id)
+                if row.quarantined_at is None:
+                    row.quarantined_at, row.quarantine_reason = at, reason
+            return known
+
+    def quarantined(self) -> list[str]:
+        """Ids of all clients in quarantine, sorted."""
+        with self._read() as session:
+            return list(
+                session.scalars(select(ClientRow.client_id).where(_IN_QUARANTINE).order_by(ClientRow.client_id))
+            )
+
+    def quarantined_between(self, since: datetime, until: datetime) -> list[str]:
+        """The clients that came into quarantine then and are still in it, sorted."""
+        query = select(ClientRow.client_id).where(ClientRow.quarantined_at.between(since, until))
+        with self._read() as session:
+            return list(session.scalars(query.order_by(ClientRow.client_id)))
+
+    def reinstate(self, client_id: str) -> Client:
+        """Lift a client's quarantine; harmless where there is none.
+
+        Raises:
+            NotFoundError: no such client.
+        """
+        with self._write() as session:
+            row = _client_row(session, client_id)
+            row.quarantined_at = row.quarantine_reason = None
+            return _to_client(row)
+
+
+def _population(session: Session) -> int:
+    last = session.scalar(select(func.max(ClientRow.position)))
+    return 0 if last is None else last + 1
+
+
+def _eligibility(validated_only: bool, heard_since: datetime | None) -> list[ColumnElement[bool]]:
+    reachable: ColumnElement[bool] = _IS_VIRTUAL
+    if heard_since is not None:
+        trains = func.json_type(ClientRow.capabilities, "$.training") == "object"
+        reachable = or_(reachable, and_(trains, ClientRow.last_seen_at >= heard_since))
+    always = [ClientRow.active.is_(True), ClientRow.num_examples > 0, ~_IN_QUARANTINE, reachable]
+    return [*always, ClientRow.validated.is_(True)] if validated_only else always
+
+
+def _validations(session: Session, client_ids: Sequence[str]) -> dict[str, Validation]:
+    keys = [_VALIDATION_KEY + client_id for client_id in client_ids]
+    rows = session.scalars(select(MetaRow).where(among(MetaRow.key, keys)))
+    return {row.key.removeprefix(_VALIDATION_KEY): _to_validation(row.value) for row in rows}
+
+
+def _known_ids(session: Session, client_ids: Sequence[str]) -> set[str]:
+    return set(session.scalars(select(ClientRow.client_id).where(among(ClientRow.client_id, client_ids))))
+
+
+def _matching(query: _Query, active: bool | None, validated: bool | None) -> _Query:
+    if active is not None:
+        query = query.where(ClientRow.active.is_(active))
+    if validated is not None:
+        query = query.where(ClientRow.validated.is_(validated))
+    return query
+
+
+def _client_row(session: Session, client_id: str) -> ClientRow:
+    row = session.get(ClientRow, client_id)
+    if row is None:
+        raise NotFoundError(f"There is no client {client_id!r}.", cure="Name a registered client.")
+    return row
+
+
+def _to_client(row: ClientRow) -> Client:
+    return Client(
+        client_id=row.client_id,
+        kind=ClientKind(row.kind),
+        num_examples=row.num_examples,
+        validated=row.validated,
+        active=row.active,
+        registered_at=row.registered_at,
+        capabilities=row.capabilities,
+        last_seen_at=row.last_seen_at,
+        quarantined_at=row.quarantined_at,
+        quarantine_reason=row.quarantine_reason,
+    )
+
+
+def _to_validation(value: Mapping[str, Any]) -> Validation:
+    at = datetime.fromisoformat(value["at"])
+    return Validation(value["validated"], value["reason"], at, value.get("automatic", False))
+
+
+def _refreshable(client: Client) -> dict[str, Any]:
+    return {
+        "client_id": client.client_id,
+        "kind": client.kind.value,
+        "num_examples": client.num_examples,
+        "capabilities": dict(client.capabilities),
+    }
+
+
+def _to_columns(client: Client) -> dict[str, Any]:
+    decided = {"validated": client.validated, "active": client.active, "registered_at": client.registered_at}
+    return _refreshable(client) | decided

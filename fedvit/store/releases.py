@@ -1,0 +1,138 @@
+"""The sequence of releases: which model version replicas and vehicles run, and as which variant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from fedvit.errors import ConflictError
+from fedvit.store.database import Repository
+from fedvit.store.ledger import Ledger
+from fedvit.store.metadata import RELEASE_FLOOR_KEY, get_value, set_value
+from fedvit.store.records import Release
+from fedvit.store.tables import ReleaseRow
+from fedvit.store.versions import version_row
+
+RELEASE_MARGIN = 10_000
+"""More releases than anybody makes between a backup and the loss of its original."""
+
+
+class Releases(Repository):
+    """The sequence of releases. Rows are never deleted, so no number is given twice."""
+
+    def add(
+        self,
+        version: str,
+        artifacts: Mapping[str, str],
+        envelopes: Mapping[str, str],
+        reason: str,
+        *,
+        sequence: int | None = None,
+        serve_variant: str | None = None,
+        while_frozen: bool = False,
+    ) -> Release:
+        """Offer a version to replicas and vehicles; harmless when it is the current one with the same artifacts.
+
+        Args:
+            version: a committed version; an older one is a roll-back.
+            artifacts: variant -> digest of its blob.
+            envelopes: variant -> signed manifest, JSON text.
+            reason: why, for the history.
+            sequence: the number that the manifests were signed under, to be sure that no other release took it.
+            serve_variant: what the fleet runs from now on; None leaves it on the variant that it runs.
+            while_frozen: release also while the ledger is frozen, as a roll-back or a switch of variants may.
+
+        Raises:
+            NotFoundError: no such version.
+            ConflictError: there are no artifacts, or ``sequence`` is no longer the next number.
+            LedgerFrozenError: an incident froze the ledger.
+        """
+        with self._sessions.transaction() as transaction, transaction.write() as session:
+            if not while_frozen:
+                Ledger(transaction).check_not_frozen()
+            row = version_row(session, version)
+            if not artifacts:
+                raise ConflictError(
+                    f"Version {version} was released without artifacts.", cure="Export at least one variant."
+                )
+            current = _current_row(session)
+            if serve_variant is None and current is not None:
+                serve_variant = current.serve_variant
+            offered = (version, dict(artifacts), serve_variant)
+            if current is not None and (current.version, current.artifacts, current.serve_variant) == offered:
+                return _to_release(current)
+            free = next_sequence(session)
+            if sequence not in (None, free):
+                raise ConflictError(
+                    f"Release {sequence} of version {version} comes too late: the next one is {free}.",
+                    cure="Sign the manifests again under that number.",
+                )
+            row.artifacts = dict(artifacts)
+            row.refusal = None
+            release = ReleaseRow(
+                sequence=free,
+                version=version,
+                at=self._now(),
+                reason=reason,
+                artifacts=dict(artifacts),
+                envelopes=dict(envelopes),
+                serve_variant=serve_variant,
+            )
+            session.add(release)
+            session.flush()
+            return _to_release(release)
+
+    def current(self) -> Release | None:
+        """The release that replicas and vehicles run now, or None."""
+        with self._read() as session:
+            row = _current_row(session)
+            return None if row is None else _to_release(row)
+
+    def of_version(self, version: str) -> Release | None:
+        """The last release of a version, or None."""
+        query = select(ReleaseRow).where(ReleaseRow.version == version).order_by(ReleaseRow.sequence.desc()).limit(1)
+        with self._read() as session:
+            row = session.scalar(query)
+            return None if row is None else _to_release(row)
+
+    def all(self) -> list[Release]:
+        """All releases, oldest first."""
+        with self._read() as session:
+            return [_to_release(row) for row in session.scalars(select(ReleaseRow).order_by(ReleaseRow.sequence))]
+
+    def next_sequence(self) -> int:
+        """The number that the next release gets, from 1."""
+        with self._read() as session:
+            return next_sequence(session)
+
+    def reserve(self, count: int) -> None:
+        """Leave out ``count`` numbers, which the original of a copied state may give meanwhile.
+
+        Vehicles follow no number below one that they have seen.
+        """
+        with self._write() as session:
+            set_value(session, RELEASE_FLOOR_KEY, next_sequence(session) - 1 + count)
+
+
+def next_sequence(session: Session) -> int:
+    """The number that the next release gets."""
+    last = session.scalar(select(func.max(ReleaseRow.sequence))) or 0
+    return 1 + max(last, get_value(session, RELEASE_FLOOR_KEY) or 0)
+
+
+def _current_row(session: Session) -> ReleaseRow | None:
+    return session.scalar(select(ReleaseRow).order_by(ReleaseRow.sequence.desc()).limit(1))
+
+
+def _to_release(row: ReleaseRow) -> Release:
+    return Release(
+        sequence=row.sequence,
+        version=row.version,
+        artifacts=row.artifacts,
+        envelopes=row.envelopes,
+        at=row.at,
+        reason=row.reason,
+        serve_variant=row.serve_variant,
+    )
