@@ -62,7 +62,7 @@ chaos: setup  ## Campaigns against a running system: releases under load, proces
 chaos-ledger: setup  ## kill -9 an accountant and an aggregator CHAOS_KILLS (200) times; the ledger is checked each time
 	CHAOS_KILLS=$(or $(CHAOS_KILLS),200) $(BIN)/python -m pytest tests/unit/test_ledger_killed.py -s $(ARGS)
 
-audit-mutants: setup  ## Build faults into scratch copies; `fedvit privacy audit` must see each; writes docs/privacy-audit.md
+audit-mutants: setup  ## Build faults into scratch copies; `fedvit privacy audit` must see each; writes docs/reference/privacy-audit.md
 	$(BIN)/python -m tests.audit.gate
 
 lint: setup  ## Check style, types and the arrows between packages
@@ -93,10 +93,10 @@ cluster-configs: setup  ## Write cluster_configs/ray/*.yaml anew from their temp
 test-cluster: setup  ## ray up on hosts that are network namespaces, the main job, a cable pulled, a host lost; needs root (9 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -s -rs $(ARGS)
 
-# DRILLS=short runs those that CI does; DRILLS="partition high-loss" runs these. All of them write docs/drills.md anew.
+# DRILLS=short runs those that CI does; DRILLS="partition high-loss" runs these. All of them write docs/reference/drills.md anew.
 drill: setup  ## Every command of docs/runbook.md, then the eight incidents: injected, detected, resolved, counted
 	$(BIN)/python -m pytest tests/drills $(ARGS)
-	$(BIN)/fedvit drill $(or $(DRILLS),all --docs docs)
+	$(BIN)/fedvit drill $(or $(DRILLS),all --docs docs/reference)
 
 bench-control: setup  ## The control API with 10,000 clients: a page of the fleet beside bare FastAPI, and heartbeats
 	$(BIN)/python -m tests.benchmarks.control_status

@@ -129,7 +129,8 @@ class TaskView(View):
 
 
 class HistogramRequestView(View):
-    """What the client shall count of its records, see docs/drift.md; the ledger holds the charge of ``output_id``."""
+    """What the client shall count of its records, see
+    docs/explanation/drift.md; the ledger holds the charge of ``output_id``."""
 
     num_examples: int
     output_id: str

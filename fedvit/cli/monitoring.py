@@ -15,7 +15,7 @@ app = typer.Typer(help="Prometheus, Alertmanager and Grafana beside the system."
 
 @app.command()
 def catalogue() -> None:
-    """Print docs/metrics.md: every metric, its labels and what it means."""
+    """Print docs/reference/metrics.md: every metric, its labels and what it means."""
     from fedvit.metrics.catalogue import markdown
 
     typer.echo(markdown(), nl=False)
@@ -24,7 +24,7 @@ def catalogue() -> None:
 @app.command()
 def rules(
     factor: Annotated[float, typer.Option(help="Speed of the alert rules against service: for drills.")] = 1.0,
-    table: Annotated[bool, typer.Option(help="Print the table of docs/monitoring.md instead.")] = False,
+    table: Annotated[bool, typer.Option(help="Print docs/reference/alerts.md instead.")] = False,
 ) -> None:
     """Print the alert rules of the checkout, for Prometheus."""
     import yaml

@@ -92,10 +92,17 @@ def alerts(groups: Sequence[dict[str, Any]]) -> Iterator[Alert]:
 
 
 def markdown(groups: Sequence[dict[str, Any]]) -> str:
-    """A table of the alerts; links are as seen from docs/."""
-    lines = ["| alert | severity | holds for | respond within | condition | runbook |", "|---|---|---|---|---|---|"]
+    """docs/reference/alerts.md: one row for each alert."""
+    lines = [
+        "# Alerts",
+        "",
+        "Generated from `cluster_configs/monitoring/rules` by `fedvit monitoring rules --table`.",
+        "",
+        "| alert | severity | holds for | respond within | condition | runbook |",
+        "|---|---|---|---|---|---|",
+    ]
     for alert in alerts(groups):
-        link = alert.runbook_url.removeprefix("docs/")
+        link = "../" + alert.runbook_url.removeprefix("docs/")
         condition = alert.condition.replace("|", "\\|")
         lines.append(
             f"| `{alert.name}` | {alert.severity} | {alert.waits or '–'} | {alert.respond_within} | `{condition}` "

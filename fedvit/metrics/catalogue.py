@@ -1,4 +1,4 @@
-"""Every metric that fedvit exports, in one table: the constructors, docs/metrics.md and the tests are made from it.
+"""Catalogue of metrics: the constructors, docs/reference/metrics.md and the tests are made from this table.
 
 A label has few values, and they are listed here or made by this program: nothing that a caller or a vehicle sends
 becomes one. Text that comes from outside is held against the list first, with :meth:`Label.of`.
@@ -254,12 +254,12 @@ BY_NAME = {metric.name: metric for metric in CATALOGUE}
 
 
 def markdown() -> str:
-    """docs/metrics.md."""
+    """docs/reference/metrics.md."""
     lines = [
         "# Metrics",
         "",
-        f"Generated from `fedvit/metrics/catalogue.py` (`fedvit monitoring catalogue`). Every name begins with "
-        f"`{PREFIX}`. A gauge has one value for all processes of a node, counters and histograms are summed over them.",
+        f"Generated from `fedvit/metrics/catalogue.py` by `fedvit monitoring catalogue`. Every name begins with "
+        f"`{PREFIX}`. A gauge has one value for all processes of a node. Counters and histograms are summed over them.",
         "",
     ]
     for group, metrics in groupby(CATALOGUE, lambda metric: metric.group):

@@ -1,6 +1,6 @@
 """What a client tells of its data as a whole: counts in histograms whose edges the server gave out, and nothing else.
 
-A histogram is a fixed number of bounded integers, one a bin, noised before it leaves its client. docs/drift.md says
+A histogram is a fixed number of bounded integers, one a bin, noised before it leaves its client. docs/explanation/drift.md says
 what the noise protects and what it costs. :mod:`fedvit.drift.measures` computes the counts,
 :mod:`fedvit.drift.comparison` compares them.
 """

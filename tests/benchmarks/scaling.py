@@ -1,4 +1,4 @@
-"""The cost model of docs/scaling.md: seconds and memory of a round as functions of cohort, parameters and proxies.
+"""The cost model of docs/explanation/scaling.md: seconds and memory of a round by cohort, parameters and proxies.
 
 ``python -m tests.benchmarks.scaling`` measures a grid and prints the fit; the document quotes it.
 """

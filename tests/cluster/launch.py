@@ -31,7 +31,7 @@ class Cluster:
         return self.operator.files.parent / "shared"
 
     def prepare(self) -> None:
-        """Give the operator what docs/cluster.md asks for: a wheel, a token, a configuration that names the hosts."""
+        """Write what docs/how-to/cluster.md asks for: a wheel, a token, a configuration that names the hosts."""
         files = self.operator.files
         build_wheel(files / "dist")
         shutil.copy(ROOT / "constraints.txt", files / "constraints.txt")

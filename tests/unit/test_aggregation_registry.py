@@ -20,7 +20,7 @@ from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import RunStatus
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "adding-a-rule.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/how-to/adding-a-rule.md"
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
 
 

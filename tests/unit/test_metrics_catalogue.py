@@ -29,7 +29,7 @@ def test_every_metric_is_made_and_rendered_under_its_name(metric: catalogue.Metr
 
 
 def test_the_document_is_current() -> None:
-    assert (ROOT / "docs" / "metrics.md").read_text() == catalogue.markdown(), "run: fedvit monitoring catalogue"
+    assert (ROOT / "docs/reference/metrics.md").read_text() == catalogue.markdown(), "run: fedvit monitoring catalogue"
 
 
 def test_names_follow_the_conventions_of_prometheus() -> None:
