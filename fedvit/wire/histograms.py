@@ -1,8 +1,8 @@
-"""What a client tells of its data as a whole: counts in histograms whose edges the server gave out, and nothing else.
+"""Message format of private histograms: noised counts of a client's records in bins that the server gives.
 
-A histogram is a fixed number of bounded integers, one a bin, noised before it leaves its client. docs/explanation/drift.md says
-what the noise protects and what it costs. :mod:`fedvit.drift.measures` computes the counts,
-:mod:`fedvit.drift.comparison` compares them.
+A histogram is a fixed number of bounded integers, one for each bin. The client adds the noise before it sends them.
+docs/explanation/drift.md says what the noise protects and what it costs. :mod:`fedvit.drift.measures` computes the
+counts, :mod:`fedvit.drift.comparison` compares them.
 """
 
 from __future__ import annotations
