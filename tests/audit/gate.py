@@ -168,7 +168,7 @@ def page(audit: list[str], mutants: list[str]) -> str:
         "",
         "## Mutants",
         "",
-        "Each row is a fault that was built into a scratch copy of the package. `fedvit privacy audit` must fail on it.",
+        "Each row is a fault in a scratch copy of the package, on which `fedvit privacy audit` must fail.",
         "",
     ]
     return "\n".join([*head, *audit, *middle, *mutants, ""])
