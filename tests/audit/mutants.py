@@ -90,7 +90,7 @@ MUTANTS = (
     ),
     Mutant(
         "cohorts of a fixed size",
-        "cohort/select.py",
+        "cohort/selection.py",
         SAMPLING,
         (
             (
