@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 
 from fedvit.errors import UsageError
 from fedvit.types import RoundRecord
@@ -128,7 +129,7 @@ def _millisecond_axis(axes: Axes) -> None:
     axes.set_xlabel("Latency seen by the client (ms, logarithmic); lines: p50 solid, p95 dashed")
 
 
-def svg_of(chart: str, description: str, height_in: float, draw: Callable[[Figure], None]) -> str:
+def svg_of(chart: str, description: str, height_in: float, draw: Callable[[Figure], None]) -> Markup:
     """What ``draw`` puts into a figure, as an ``svg`` element whose ids begin with ``chart``."""
     try:
         from matplotlib import rc_context
@@ -143,7 +144,7 @@ def svg_of(chart: str, description: str, height_in: float, draw: Callable[[Figur
     return _for_the_page(buffer.getvalue(), chart, description)
 
 
-def _for_the_page(document: str, chart: str, description: str) -> str:
+def _for_the_page(document: str, chart: str, description: str) -> Markup:
     """An SVG document as an element: no size of its own, the page's colours and font, ids that no other chart has."""
     text = document[document.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -153,7 +154,7 @@ def _for_the_page(document: str, chart: str, description: str) -> str:
     opening, rest = text.split(">", 1)
     view_box = re.search(r'viewBox="[^"]*"', opening)
     assert view_box is not None
-    return (
+    return Markup(  # noqa: S704 - Matplotlib escaped its texts.
         f'<svg role="img" aria-label="{description}" {view_box[0]} xmlns="http://www.w3.org/2000/svg" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink">{rest}'
     )

@@ -7,13 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fedvit.tools.report.page import write_from_template
+from fedvit.tools.report.html import write_html
 from fedvit.tools.report.simulation_charts import accuracy_chart, outcomes_chart, staleness_chart
 from fedvit.tools.report.summary import write_atomically
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 NOT_PRIVATE = (
     "Not private: clients trained by plain SGD, and nothing was clipped, noised or charged. "
-    "What such a run comes to says nothing of a private one."
+    "Its result says nothing about a private run."
 )
 SIMULATED_KEYS = (
     "Simulated: the clients' delays, drop-outs and faults, and time itself. Real: data, training, loop, rules."
@@ -35,11 +34,11 @@ def summary_of(runs: Sequence[Simulated], target_accuracy: float | None) -> dict
     return {
         "private": all(run.settings.simulation.private for run in runs),
         "target_accuracy": target_accuracy,
-        "runs": [_told(run, target_accuracy) for run in runs],
+        "runs": [_run_summary(run, target_accuracy) for run in runs],
     }
 
 
-def _told(run: Simulated, target_accuracy: float | None) -> dict[str, Any]:
+def _run_summary(run: Simulated, target_accuracy: float | None) -> dict[str, Any]:
     settings = run.settings.model_dump(mode="json", include={"data", "model", "training", "privacy", "simulation"})
     return {
         "name": run.name,
@@ -65,18 +64,20 @@ def write_report(folder: Path, runs: Sequence[Simulated], target_accuracy: float
     """
     summary = summary_of(runs, target_accuracy)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    private = summary["private"]
-    parts = {
-        "title": "fedvit: a simulation",
-        "subtitle": escape(SIMULATED_KEYS),
-        "warning": "" if private else f'<p class="card" id="not-private"><b>{escape(NOT_PRIVATE)}</b></p>',
-        "accuracy": accuracy_chart(runs, target=target_accuracy),
-        "outcomes": outcomes_chart(_by_name(runs, "outcomes")),
-        "staleness": staleness_chart(_by_name(runs, "staleness")),
-        "runs": _table(run_rows(summary)),
-        "facts": "".join(_facts(run) for run in _first_of_each(runs)),
-    }
-    write_from_template(folder / "index.html", "simulation.html", parts)
+    first_runs = list({run.name: run for run in reversed(runs)}.values())[::-1]
+    write_html(
+        folder / "index.html",
+        "simulation.html",
+        title="fedvit: a simulation",
+        subtitle=SIMULATED_KEYS,
+        warning=None if summary["private"] else NOT_PRIVATE,
+        accuracy=accuracy_chart(runs, target=target_accuracy),
+        outcomes=outcomes_chart(_by_name(runs, "outcomes")),
+        staleness=staleness_chart(_by_name(runs, "staleness")),
+        columns=COLUMNS,
+        rows=run_rows(summary),
+        settings=[(run.name, _settings_yaml(run)) for run in first_runs],
+    )
 
 
 def run_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -101,28 +102,13 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def _by_name(runs: Sequence[Simulated], what: str) -> dict[str, Counter[Any]]:
-    """Added up over the seeds of each name."""
-    found: dict[str, Counter[Any]] = {}
+def _by_name(runs: Sequence[Simulated], attribute: str) -> dict[str, Counter[Any]]:
+    """Counts added up over the seeds of each name."""
+    counts: dict[str, Counter[Any]] = {}
     for run in runs:
-        found.setdefault(run.name, Counter()).update(getattr(run, what))
-    return found
+        counts.setdefault(run.name, Counter()).update(getattr(run, attribute))
+    return counts
 
 
-def _first_of_each(runs: Sequence[Simulated]) -> list[Simulated]:
-    return list({run.name: run for run in reversed(runs)}.values())[::-1]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in COLUMNS)
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        for name, *cells in rows
-    )
-    return f'<div class="scroll"><table id="runs"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _facts(run: Simulated) -> str:
-    sections = run.settings.model_dump(mode="json", include={"training", "simulation"})
-    text = yaml.safe_dump(sections, sort_keys=False)
-    return f"<details><summary>{escape(run.name)}</summary><pre>{escape(text)}</pre></details>"
+def _settings_yaml(run: Simulated) -> str:
+    return yaml.safe_dump(run.settings.model_dump(mode="json", include={"training", "simulation"}), sort_keys=False)

@@ -10,7 +10,6 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import yaml
 from fedvit.config import Settings
 from fedvit.errors import UsageError
 from fedvit.store.blobs import write_atomically as write_bytes
-from fedvit.tools.report.page import write_from_template
+from fedvit.tools.report.html import write_html
 from fedvit.tools.report.simulation import NOT_PRIVATE, SIMULATED_KEYS
 from fedvit.tools.report.summary import write_atomically
 from fedvit.tools.report.sweep_charts import heat_chart, parallel_chart, pareto_chart, varied
@@ -42,17 +41,20 @@ def write_report(
         UsageError: matplotlib or pyarrow is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = candidates(outcomes)
-    chosen = choose(found, settings.privacy.target_epsilon, settings.sweep.margin)
-    front = pareto_front(found)
+    results = candidates(outcomes)
+    chosen = choose(results, settings.privacy.target_epsilon, settings.sweep.margin)
+    front = pareto_front(results)
     plan = next((p for p in plans if chosen is not None and p.trial_id == chosen.trial_ids[0]), None)
     summary = _summary(folder, settings, plans, outcomes, chosen, front, plan)
     write_bytes(folder / "trials.parquet", _parquet(outcomes, front, chosen))
     if plan is not None:
         write_atomically(folder / "best.yaml", best_yaml(plan, summary["cost"]["sentences"]))
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    write_from_template(
-        folder / "index.html", "sweep.html", _parts(settings, summary, outcomes, found, front, chosen, plan)
+    write_html(
+        folder / "index.html",
+        "sweep.html",
+        **_page(settings, summary, outcomes, results, front, chosen),
+        best_yaml=None if plan is None else best_yaml(plan, ()),
     )
     return summary
 
@@ -72,14 +74,14 @@ def _summary(
         "private": settings.simulation.private,
         "privacy_unit": settings.privacy.privacy_unit,
         "rungs": list(rungs_of(settings)),
-        "chosen": None if chosen is None else _told(chosen) | {"command": _command(folder)},
-        "pareto_front": [_told(one) for one in front],
+        "chosen": None if chosen is None else _configuration(chosen) | {"command": _command(folder)},
+        "pareto_front": [_configuration(one) for one in front],
         "cost": {**(asdict(cost) if cost else {}), "sentences": cost_sentences(cost, settings.privacy.privacy_unit)},
         "trials": [one.to_json() | {"mean_staleness": one.mean_staleness} for one in outcomes],
     }
 
 
-def _told(one: Candidate) -> JsonObject:
+def _configuration(one: Candidate) -> JsonObject:
     return {
         "trial_ids": list(one.trial_ids),
         "parameters": dict(one.parameters),
@@ -179,38 +181,38 @@ def _end(one: Mapping[str, Any]) -> str:
     return status if one["reason"] is None else f"{status}: {one['reason']}"
 
 
-def _parts(
+def _page(
     settings: Settings,
     summary: JsonObject,
     outcomes: Sequence[TrialOutcome],
-    found: Sequence[Candidate],
+    results: Sequence[Candidate],
     front: Sequence[Candidate],
     chosen: Candidate | None,
-    plan: TrialPlan | None,
-) -> dict[str, str]:
-    taken = chosen.trial_ids if chosen else ()
+) -> dict[str, Any]:
+    trial_ids = chosen.trial_ids if chosen else ()
     scored = any(one.score is not None for one in outcomes)
-    pareto = summary["private"] and bool(found)
+    names = varied([one.parameters for one in outcomes])
+    pair = _PREFERRED if set(_PREFERRED) <= set(names) else tuple(names[:2])
+    show_heat = scored and len(pair) == 2
     return {
-        "title": escape(f"fedvit: a sweep of {summary['planned']} trials on {settings.data.source}"),
-        "subtitle": escape(SIMULATED_KEYS),
-        "warning": "" if summary["private"] else f'<p class="card" id="not-private"><b>{escape(NOT_PRIVATE)}</b></p>',
+        "title": f"fedvit: a sweep of {summary['planned']} trials on {settings.data.source}",
+        "subtitle": SIMULATED_KEYS,
+        "warning": None if summary["private"] else NOT_PRIVATE,
         "figures": _figures(summary),
-        "pareto": pareto_chart(found, front, chosen) if pareto else _soft("No private trial ran to its end."),
-        **_heat(outcomes),
-        "parallel": parallel_chart(outcomes, taken) if scored else _soft("No trial was evaluated."),
-        "chosen": _chosen(summary, plan),
-        "cost": "".join(f"<p>{escape(sentence)}</p>" for sentence in summary["cost"]["sentences"]),
-        "ranking": "".join(f"<p>{escape(sentence)}</p>" for sentence in _ranking(settings, summary["rungs"])),
-        "trials": _table(summary, taken),
+        "pareto": pareto_chart(results, front, chosen) if summary["private"] and results else None,
+        "heat_title": " × ".join(pair).replace("_", " ").capitalize() if show_heat else "Two parameters",
+        "heat": heat_chart(outcomes, *pair) if show_heat else None,
+        "parallel": parallel_chart(outcomes, trial_ids) if scored else None,
+        "chosen": summary["chosen"],
+        "cost": summary["cost"]["sentences"],
+        "ranking": _ranking(settings, summary["rungs"]),
+        "columns": COLUMNS,
+        "rows": trial_rows(summary),
+        "marked": trial_ids,
     }
 
 
-def _soft(sentence: str) -> str:
-    return f'<p class="soft">{escape(sentence)}</p>'
-
-
-def _figures(summary: JsonObject) -> str:
+def _figures(summary: JsonObject) -> list[tuple[str, str]]:
     early = sum(one["status"] == "stopped_early" for one in summary["trials"])
     figures = [(str(len(summary["trials"])), "trials"), (str(early), "of them stopped early")]
     chosen = summary["chosen"]
@@ -220,31 +222,7 @@ def _figures(summary: JsonObject) -> str:
             figures.append((f"{chosen['epsilon']:.2f}", "epsilon of that run alone"))
     if "with_sweep" in summary["cost"]:
         figures.append((f"{summary['cost']['with_sweep']:.1f}", "epsilon with the whole sweep"))
-    return "".join(
-        f'<div class="card figure"><b>{escape(value)}</b><span class="soft">{escape(what)}</span></div>'
-        for value, what in figures
-    )
-
-
-def _heat(outcomes: Sequence[TrialOutcome]) -> dict[str, str]:
-    names = varied([one.parameters for one in outcomes])
-    pair = _PREFERRED if set(_PREFERRED) <= set(names) else tuple(names[:2])
-    if len(pair) < 2 or not any(one.score is not None for one in outcomes):
-        return {"heat_title": "Two parameters", "heat": _soft("Fewer than two parameters were varied.")}
-    across, up = (escape(name.replace("_", " ")) for name in pair)
-    note = _soft("Mean test accuracy; * where a trial was stopped early, and so of fewer rounds.")
-    return {"heat_title": f"{across} × {up}".capitalize(), "heat": heat_chart(outcomes, *pair) + note}
-
-
-def _chosen(summary: JsonObject, plan: TrialPlan | None) -> str:
-    chosen = summary["chosen"]
-    if chosen is None or plan is None:
-        return _soft("None: no trial ran to its end within the budget.")
-    text = f"{chosen['text']}: test accuracy {chosen['accuracy']:.4f} ± {chosen['standard_error']:.4f}."
-    return (
-        f"<p><b>{escape(text)}</b> Start it as a real run:</p><pre>{escape(chosen['command'])}</pre>"
-        f"<details><summary>best.yaml</summary><pre>{escape(best_yaml(plan, ()))}</pre></details>"
-    )
+    return figures
 
 
 def _ranking(settings: Settings, rungs: Sequence[int]) -> list[str]:
@@ -264,16 +242,5 @@ def _ranking(settings: Settings, rungs: Sequence[int]) -> list[str]:
         *sentences,
         f"After {after} rounds a trial went on if it was among the best {share} of those at least as private as "
         f"itself, or not clearly behind, by the same {sweep.margin:g} standard errors. "
-        "Trials with less noise were never held against it.",
+        "Trials with less noise were never compared with it.",
     ]
-
-
-def _table(summary: JsonObject, taken: Sequence[str]) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in COLUMNS)
-    body = "".join(_table_row(name, cells, name in taken) for name, *cells in trial_rows(summary))
-    return f'<div class="scroll"><table id="trials"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _table_row(name: str, cells: Sequence[str], taken: bool) -> str:
-    kind = ' class="right"' if taken else ""
-    return f'<tr{kind}><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
