@@ -51,9 +51,9 @@ def _host_of(settings: Settings) -> ClientHostPort:
 
         return rehearsed_host(settings)
     if settings.training.ranks > 1:
-        from actors.silo import SiloHost
+        from actors.silo import silo_host
 
-        return SiloHost(settings)
+        return silo_host(settings)
     from fedvit.clients.workload import client_host
 
     return client_host(settings)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from actors.trainer import absolute_paths, fit_ranks, rank_device
 from fedvit.aggregation.rule import GradientCorrection
-from fedvit.clients.host import ClientHost
+from fedvit.clients.host import ClientHost, vision_host
 from fedvit.clients.local import check_records
 from fedvit.config import Settings
 from fedvit.errors import ConfigError
@@ -23,11 +23,9 @@ from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.types import FloatArray, TrainTask, Weights
 
 
-class SiloHost(ClientHost):
-    """Implements :class:`fedvit.ports.ClientHostPort`: ``training.ranks`` ranks take each client's local steps."""
-
-    def _trainer_of(self, settings: Settings) -> SiloTrainer:
-        return SiloTrainer(settings)
+def silo_host(settings: Settings) -> ClientHost:
+    """A client host whose clients' local steps are taken by ``training.ranks`` ranks each."""
+    return vision_host(settings, trainer=SiloTrainer(settings))
 
 
 class SiloTrainer:

@@ -346,7 +346,7 @@ def follower_token(settings: Settings) -> Iterator[Path | None]:
 
 def _checked_workload(settings: Settings) -> Callable[[], None]:
     """Make the workload once, so that a fault of it is named now; the answer registers its clients."""
-    from fedvit.clients.workload import client_host, own_clients
+    from fedvit.clients.workload import client_host, load_workload
     from fedvit.rounds.steering import begin_in_initial_mode
     from fedvit.store.store import Store
 
@@ -356,7 +356,7 @@ def _checked_workload(settings: Settings) -> Callable[[], None]:
     def write() -> None:
         with Store.open(settings.home) as store:
             store.metadata.bind_fleet(data_digest=hashlib.sha256(named.encode()).hexdigest(), partition={}, classes=())
-            store.clients.register(own_clients(settings).registered())
+            store.clients.register(load_workload(settings).registered())
             begin_in_initial_mode(store, settings)
 
     return write

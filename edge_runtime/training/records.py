@@ -14,7 +14,7 @@ from fedvit.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class OwnRecords:
-    """One vehicle's data set; implements :class:`fedvit.clients.host.Holdings`."""
+    """One vehicle's data set; implements :class:`fedvit.clients.host.ClientRecords`."""
 
     source: TreeSource
 

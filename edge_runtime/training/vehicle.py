@@ -17,7 +17,7 @@ from edge_runtime.mailbox import MailboxSender
 from edge_runtime.training.records import OwnRecords, count_images
 from fedvit.api.clients import HistogramRequestView, TaskView
 from fedvit.client import FedvitClient
-from fedvit.clients.host import ClientHost
+from fedvit.clients.host import ClientHost, vision_host
 from fedvit.config import LEAST_NOISE_MULTIPLIER, Settings
 from fedvit.errors import (
     ConflictError,
@@ -30,6 +30,8 @@ from fedvit.errors import (
     RateLimitedError,
     UpdateRejectedError,
 )
+from fedvit.models.models import build_model
+from fedvit.models.trainable import frozen_weights
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.events import Gaussian
 from fedvit.privacy.outputs import output_id
@@ -39,7 +41,7 @@ from fedvit.store.store import Store
 from fedvit.types import Encoding, TrainTask
 from fedvit.updates import ClientFailures
 from fedvit.wire.histograms import HistogramRequest
-from fedvit.wire.tensors import decode_weights
+from fedvit.wire.tensors import decode_weights, weights_digest
 from fedvit.wire.updates import encode_update
 
 _LOG = logging.getLogger(__name__)
@@ -180,14 +182,17 @@ class Vehicle:
         content = self._client.clients.task_weights(self._client_id)
         weights = decode_weights(content, max_bytes=_MAX_WEIGHTS_BYTES)
         trainer.charge(task, self._store)
-        return trainer.host.train_alone(task, weights, self._client_id, Encoding(told.encoding)).content
+        return trainer.host.train_encoded(task, weights, self._client_id, Encoding(told.encoding)).content
 
     def _trainer_for(self, told: TaskView) -> _Trainer:
         wanted = (told.settings, told.image_size, told.classes)
         if self._trainer is None or self._trainer.made_for != wanted:
             settings = self._settings(told)
             records = OwnRecords.open(self._data, told.classes)
-            self._trainer = _Trainer(wanted, settings, self._client_id, records, ClientHost(settings, records))
+            model = build_model(settings.model, len(told.classes), told.image_size)
+            host = vision_host(settings, records=records, model=model)
+            digest = weights_digest(frozen_weights(model))
+            self._trainer = _Trainer(wanted, settings, self._client_id, records, host, digest)
         return self._trainer
 
     def _settings(self, told: TaskView) -> Settings:
@@ -223,6 +228,7 @@ class _Trainer:
     client_id: str
     records: OwnRecords
     host: ClientHost
+    frozen_digest: str
 
     def check(self, task: TrainTask, told: TaskView) -> None:
         """Make sure that what would be released is what was charged, and is protected here.
@@ -243,7 +249,7 @@ class _Trainer:
             raise IntegrityError("The task is not of the run whose settings came with it.")
         if output_id(task, self.client_id, count) != told.output_id:
             raise IntegrityError("The task is not the one that was charged.")
-        if self.host.frozen_digest != told.frozen_digest:
+        if self.frozen_digest != told.frozen_digest:
             raise IntegrityError("The weights that never travel are others here than on the server.")
 
     def charge(self, task: TrainTask, store: Store) -> None:

@@ -1,6 +1,6 @@
-"""What a client keeps for itself from one of its rounds to the next: control variates, a model of its own.
+"""State of clients between rounds: control variates, personal models, and values dropped by compression.
 
-It lies in ``clients/`` of the state folder, as on a vehicle's own disk: it is not sent, not backed up, not charged.
+It is stored in ``clients/`` of the state folder (on a vehicle: on its own disk) and is not sent, backed up or charged.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ _MAX_BYTES = 8 * 2**30
 
 
 class ClientState:
-    """The arrays of all clients of a run, by client and round.
+    """Arrays of one kind, by run, client and round.
 
-    A round reads what the round before it left, however often it is tried: a repeated round repeats its release.
+    A round reads the state after the client's previous round, also when it is repeated: its output is then the same.
 
     Args:
         home: the state folder.
-        kind: what is kept; kinds do not meet.
+        kind: name of the arrays; states of different kinds are separate.
     """
 
     def __init__(self, home: Path, kind: str) -> None:
         self._home = home / "clients"
         self._kind = kind
 
-    def before(self, run_id: str, round_index: int, client_id: str) -> tuple[Weights, str]:
-        """What the client's last round before this one left, and its SHA-256, hex; nothing at first."""
+    def load(self, run_id: str, round_index: int, client_id: str) -> tuple[Weights, str]:
+        """The state after the client's last round before this one, and its SHA-256, hex; no arrays at first."""
         earlier = [path for path in self._files(run_id, client_id) if path.stem < f"{round_index:08d}"]
         content = earlier[-1].read_bytes() if earlier else encode_weights({})
         return decode_weights(content, max_bytes=_MAX_BYTES), hashlib.sha256(content).hexdigest()
 
-    def leave(self, run_id: str, round_index: int, client_id: str, arrays: Weights) -> None:
-        """Keep ``arrays``, float32, as what this round left; of the rounds before, only the last one stays."""
+    def save(self, run_id: str, round_index: int, client_id: str, arrays: Weights) -> None:
+        """Store ``arrays``, float32, as the state after this round; of earlier rounds, only the last one is kept."""
         folder = self._folder(run_id, client_id)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = folder / f".{os.getpid()}"

@@ -1,11 +1,10 @@
-"""Many virtual clients behind one warm model: what a client proxy does, without Ray."""
+"""Client host: local training of many clients on one warm model, composed of data, trainer, encoder and monitor."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -21,32 +20,38 @@ from fedvit.clients.update_encoder import UpdateEncoder
 from fedvit.clients.update_statistics import UpdateStatisticsMonitor
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
-from fedvit.data.records import load_images
-from fedvit.data.sources import ImageSource, Record
+from fedvit.data.records import ImageSource, Record, load_images
 from fedvit.drift.client import HistogramClient
 from fedvit.errors import UpdateRejectedError
 from fedvit.models.models import build_model
-from fedvit.models.trainable import frozen_weights, trainable_weights
+from fedvit.models.trainable import trainable_weights
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.types import ClientOutcome, Encoding, FloatArray, TrainTask, Weights
-from fedvit.updates import ClientAnswer, ClientUpdate, EncodedUpdate, UpdateBundle, UpdateMessage
+from fedvit.updates import ClientAnswer, ClientUpdate, EncodedUpdate, SingleMessage, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
-from fedvit.wire.tensors import encode_weights
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """One client's records as the body reads them. ``digest`` is the SHA-256 of its images and labels."""
+class ClientData:
+    """One client's records as inputs of the model's body. ``digest`` is the SHA-256 of its images and labels."""
 
     features: torch.Tensor
     labels: torch.Tensor
     digest: str
 
 
-class Holdings(Protocol):
-    """Who holds which records of a data set."""
+class ClientDataSource(Protocol):
+    """The records of clients, for training."""
+
+    def load(self, client_id: str) -> ClientData:
+        """One client's records; the same object at every call."""
+        ...
+
+
+class ClientRecords(Protocol):
+    """A data set and its division among clients."""
 
     @property
     def source(self) -> ImageSource:
@@ -58,175 +63,219 @@ class Holdings(Protocol):
         ...
 
 
-class ClientHost:
-    """Trains virtual clients one after another on one model, keeping each client's frozen features.
+class FeatureCache:
+    """Clients' records as features of a model's frozen prefix; implements :class:`ClientDataSource`.
 
-    The raw images of a client are read when it first takes part; afterwards only the output of the model's frozen
-    prefix is kept, in memory.
+    The images of a client are read when it first takes part. Afterwards only the features are kept, in memory.
 
     Args:
-        holdings: whose records they are; by default those of the virtual fleet that the settings describe.
-        model: as the settings describe it, where it is built already; it is not changed.
+        cache: by client id; hosts of the same records and model may share one.
     """
 
-    def __init__(self, settings: Settings, holdings: Holdings | None = None, model: VisionModel | None = None) -> None:
-        self._fleet: Holdings = VirtualFleet.open(settings.data) if holdings is None else holdings
-        self._image_size = settings.data.image_size
-        classes = len(self._fleet.source.classes)
-        self._model = build_model(settings.model, classes, self._image_size) if model is None else model
-        self._settings = settings
-        self._rule = rule_for(settings)
-        self._trainer = self._trainer_of(settings)
-        self._root_secret = load_or_create_root_secret(settings.home)
-        self._kept = ClientState(settings.home, self._rule.name)
-        self._sender = UpdateEncoder(settings.home, self._root_secret, settings.training.compression.top_k_fraction)
-        self._shards: dict[str, Shard] = {}
-        # The model is never changed, and says where training starts.
-        self._noised = settings.simulation.private and settings.privacy.privacy_unit == "record"
+    def __init__(self, model: VisionModel, records: ClientRecords, cache: dict[str, ClientData] | None = None) -> None:
+        self._model, self._records = model, records
+        self._cache = {} if cache is None else cache
 
-    def _trainer_of(self, settings: Settings) -> Trainer:
-        """Who takes a client's steps: where records are protected, the client itself adds the noise."""
-        kind = LocalTrainer if settings.privacy.privacy_unit == "record" else PlainTrainer
-        return kind(self._model, physical_batch_size=settings.training.physical_batch_size)
-
-    @cached_property
-    def _personal_trainer(self) -> PlainTrainer:
-        return PlainTrainer(self._model, physical_batch_size=self._settings.training.physical_batch_size)
-
-    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
-        """Train each client from ``weights`` and sum their updates, or bundle them where the rule needs single updates.
-
-        They are weighted as the rule says; where the client is the privacy unit they are clipped, one by one and before
-        anything is summed, and have a weight of 1. A client that fails, or whose update fails validation, is
-        an outcome with the reason; it adds nothing to the sum.
-
-        Args:
-            weights: and what the rule hands out beside them.
-
-        Raises:
-            IntegrityError: these are not the weights that the task, and so the noise, was made for.
-        """
-        check_base(task, weights)
-        base = {name: array for name, array in weights.items() if not name.startswith(BROADCAST)}
-        handed = {name: array for name, array in weights.items() if name.startswith(BROADCAST)}
-        validator = UpdateValidator.of(self._settings, self._rule, base)
-        made = ((client_id, self._answer(task, base, handed, validator, client_id)) for client_id in sorted(client_ids))
-        answers = (self._seen(task, base, self._sent(client_id, answer)) for client_id, answer in made)
-        if self._rule.needs == "single_updates":
-            smaller = self._settings.training.compression.encodings[:1]
-            # Who has nothing to send says why as it is: bytes do not tell a refusal from a failure.
-            parts = tuple(
-                self._sender.encoded(task, a, smaller[0], validator) if smaller and isinstance(a, ClientUpdate) else a
-                for a in answers
-            )
-            return UpdateBundle(task.round_index, parts)
-        summing = PartialAggregator(task, validator.shapes)
-        for answer in answers:
-            summing.add(answer)
-        return summing.message()
-
-    def train_alone(self, task: TrainTask, weights: Weights, client_id: str, encoding: Encoding) -> EncodedUpdate:
-        """Train one client and give back its answer as bytes, whatever the rule, for one that travels by itself.
-
-        Raises:
-            IntegrityError: these are not the weights that the task was made for.
-        """
-        check_base(task, weights)
-        base = {name: array for name, array in weights.items() if not name.startswith(BROADCAST)}
-        handed = {name: array for name, array in weights.items() if name.startswith(BROADCAST)}
-        validator = UpdateValidator.of(self._settings, self._rule, base)
-        return self._sender.encoded(task, self._answer(task, base, handed, validator, client_id), encoding, validator)
-
-    def _sent(self, client_id: str, answer: ClientAnswer) -> ClientAnswer:
-        """What arrives of a client's own answer: all of it, unless somebody who hosts faulty clients says otherwise."""
-        return answer
-
-    def _seen(self, task: TrainTask, base: Weights, answer: ClientAnswer) -> ClientAnswer:
-        """A single answer as it arrived, with what shows of the client in it."""
-        return self._conduct.seen(task, base, answer) if self._noised else answer
-
-    def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
-        """See :class:`fedvit.ports.ClientHostPort`."""
-        return self._sketcher.histograms(request, client_ids)
-
-    @cached_property
-    def _conduct(self) -> UpdateStatisticsMonitor:
-        classifier = self._model.body.classifier()
-        names = [f"{name}.weight" for name, module in self._model.named_modules() if module is classifier]
-        initial = trainable_weights(self._model).get(names[0]) if names else None
-        return (
-            UpdateStatisticsMonitor(names[0], initial) if initial is not None else UpdateStatisticsMonitor(None, None)
-        )
-
-    @cached_property
-    def _sketcher(self) -> HistogramClient:
-        return HistogramClient(
-            self._model, self._fleet.source, self._image_size, self._fleet.records, self._root_secret
-        )
-
-    @cached_property
-    def frozen_digest(self) -> str:
-        """SHA-256, hex, of the weights that never travel: the server's have to be the same."""
-        return hashlib.sha256(encode_weights(frozen_weights(self._model))).hexdigest()
-
-    def _answer(
-        self, task: TrainTask, base: Weights, handed: Weights, validator: UpdateValidator, client_id: str
-    ) -> ClientAnswer:
-        try:
-            return self._train_one(task, base, handed, client_id, validator)
-        except Exception as error:
-            return failed(task, client_id, error)
-
-    def _train_one(
-        self, task: TrainTask, base: Weights, handed: Weights, client_id: str, validator: UpdateValidator
-    ) -> ClientUpdate:
-        """One client's own answer; what it keeps for itself is kept only when that may count.
-
-        Raises:
-            UpdateRejectedError: it may not.
-        """
-        shard, half = self._shard(client_id), self._rule.client
-        kept, kept_digest = self._kept.before(task.run_id, task.round_index, client_id)
-        # Bound to the very records, and to what leads the steps: changed data must never meet the noise of an earlier
-        # release, nor must another path.
-        bound_to = f"{shard.digest}/{kept_digest}" if half.keeps else shard.digest
-        secret = derive_secret(self._root_secret, f"{client_id}/{bound_to}")
-        correction = half.before_training(base, handed, kept)
-        delta = self._trainer.train(task, base, shard.features, shard.labels, secret, client_id, correction)
-        own = _own_update(task, self._rule, client_id, delta, len(shard.labels))
-        if fault := validator.fault_of(own):
-            raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
-        if half.keeps:
-            self._kept.leave(task.run_id, task.round_index, client_id, half.after_training(delta, handed, kept))
-        if half.personal_pull is not None:
-            self._train_personal(task, base, kept or base, shard, secret, client_id, half.personal_pull)
-        return own
-
-    def _train_personal(
-        self, task: TrainTask, base: Weights, own: Weights, shard: Shard, secret: bytes, client_id: str, pull: float
-    ) -> None:
-        """The client's own model takes its steps. Nobody sees it, so nothing of it is clipped, noised or charged."""
-        correction, coins = GradientCorrection(pull=pull, anchor=base), derive_secret(secret, "personal")
-        train = self._personal_trainer.train
-        delta = train(task, own, shard.features, shard.labels, coins, client_id, correction)
-        self._kept.leave(task.run_id, task.round_index, client_id, {n: own[n] + d for n, d in delta.items()})
-
-    def _shard(self, client_id: str) -> Shard:
-        if client_id not in self._shards:
-            records = self._fleet.records(client_id)
-            images = load_images(self._fleet.source, records, self._image_size)
+    def load(self, client_id: str) -> ClientData:
+        """See :class:`ClientDataSource`."""
+        if client_id not in self._cache:
+            records = self._records.records(client_id)
+            images = load_images(self._records.source, records, self._model.image_size)
             labels = torch.tensor([r.label for r in records])
             batches = torch.from_numpy(images).split(FEATURE_BATCH)
             features = torch.cat([self._model.features(batch) for batch in batches])
             digest = hashlib.sha256(images.tobytes() + labels.numpy().tobytes()).hexdigest()
-            self._shards[client_id] = Shard(features, labels, digest)
-        return self._shards[client_id]
+            self._cache[client_id] = ClientData(features, labels, digest)
+        return self._cache[client_id]
 
 
-def _own_update(
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """A task with its weights, separated from the broadcast state of the rule, and the validator of its updates."""
+
+    task: TrainTask
+    base: Weights
+    broadcast: Weights
+    validator: UpdateValidator
+
+
+class ClientHost:
+    """Trains clients one after another; implements :class:`fedvit.ports.ClientHostPort`.
+
+    Args:
+        settings: of the run.
+        data: the clients' records.
+        trainer: takes the local steps. Where records are the privacy unit, it clips and adds noise.
+        root_secret: the clients' keys are derived from it.
+        personal_trainer: for the clients' personal models, if the rule has such (Ditto).
+        monitor: adds statistics to the outcomes of noised updates; None if nothing is noised here.
+        histograms: the clients' histograms; None if they have none.
+        alter_answer: applied to each client's answer before it is summed or bundled; drills inject faults with it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        data: ClientDataSource,
+        trainer: Trainer,
+        root_secret: bytes,
+        personal_trainer: Trainer | None = None,
+        monitor: UpdateStatisticsMonitor | None = None,
+        histograms: HistogramClient | None = None,
+        alter_answer: Callable[[str, ClientAnswer], ClientAnswer] | None = None,
+    ) -> None:
+        self.data, self.monitor = data, monitor
+        self._settings, self._trainer, self._root_secret = settings, trainer, root_secret
+        self._personal_trainer, self._histograms, self._alter_answer = personal_trainer, histograms, alter_answer
+        self._rule = rule_for(settings)
+        self._states = ClientState(settings.home, self._rule.name)
+        self._encoder = UpdateEncoder(settings.home, root_secret, settings.training.compression.top_k_fraction)
+
+    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
+        """Train each client from ``weights`` and sum their updates, or bundle them where the rule needs single updates.
+
+        Updates are weighted as the rule says. Where the client is the privacy unit, each one is clipped before it is
+        summed and has weight 1. A client that fails, or whose update fails validation, is an outcome with the reason
+        and adds nothing to the sum.
+
+        Args:
+            weights: the round's weights, and the rule's broadcast state.
+
+        Raises:
+            IntegrityError: the task, and therefore the noise, is for other weights.
+        """
+        this_round = self._begin(task, weights)
+        answers = (self._monitored_answer(this_round, client_id) for client_id in sorted(client_ids))
+        if self._rule.needs == "single_updates":
+            return UpdateBundle(task.round_index, tuple(self._encoded(this_round, answer) for answer in answers))
+        aggregator = PartialAggregator(task, this_round.validator.shapes)
+        for answer in answers:
+            aggregator.add(answer)
+        return aggregator.message()
+
+    def train_encoded(self, task: TrainTask, weights: Weights, client_id: str, encoding: Encoding) -> EncodedUpdate:
+        """Train one client and encode its answer, whatever the rule needs.
+
+        Raises:
+            IntegrityError: the task is for other weights.
+        """
+        this_round = self._begin(task, weights)
+        return self._encoder.encode(task, self._answer(this_round, client_id), encoding, this_round.validator)
+
+    def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
+        """See :class:`fedvit.ports.ClientHostPort`."""
+        return self._histograms.histograms(request, client_ids) if self._histograms else []
+
+    def _begin(self, task: TrainTask, weights: Weights) -> _Round:
+        check_base(task, weights)
+        base = {name: array for name, array in weights.items() if not name.startswith(BROADCAST)}
+        broadcast = {name: array for name, array in weights.items() if name.startswith(BROADCAST)}
+        return _Round(task, base, broadcast, UpdateValidator.of(self._settings, self._rule, base))
+
+    def _monitored_answer(self, this_round: _Round, client_id: str) -> ClientAnswer:
+        answer = self._answer(this_round, client_id)
+        if self._alter_answer is not None:
+            answer = self._alter_answer(client_id, answer)
+        return answer if self.monitor is None else self.monitor.observe(this_round.task, this_round.base, answer)
+
+    def _encoded(self, this_round: _Round, answer: ClientAnswer) -> SingleMessage:
+        # A failure is not encoded: bytes do not distinguish a rejected update from other failures.
+        smaller = self._settings.training.compression.encodings[:1]
+        if not smaller or not isinstance(answer, ClientUpdate):
+            return answer
+        return self._encoder.encode(this_round.task, answer, smaller[0], this_round.validator)
+
+    def _answer(self, this_round: _Round, client_id: str) -> ClientAnswer:
+        try:
+            return self._train_one(this_round, client_id)
+        except Exception as error:
+            return failed(this_round.task, client_id, error)
+
+    def _train_one(self, this_round: _Round, client_id: str) -> ClientUpdate:
+        """One client's update; its state is saved only if the update is valid.
+
+        Raises:
+            UpdateRejectedError: it is not.
+        """
+        task, base, broadcast = this_round.task, this_round.base, this_round.broadcast
+        data, half = self.data.load(client_id), self._rule.client
+        state, state_digest = self._states.load(task.run_id, task.round_index, client_id)
+        # Derived from the records, and from the state that corrects the steps: the noise of an earlier output must not
+        # be used again with changed data or with other steps.
+        derived_from = f"{data.digest}/{state_digest}" if half.keeps else data.digest
+        secret = derive_secret(self._root_secret, f"{client_id}/{derived_from}")
+        correction = half.before_training(base, broadcast, state)
+        delta = self._trainer.train(task, base, data.features, data.labels, secret, client_id, correction)
+        update = _weighted_update(task, self._rule, client_id, delta, len(data.labels))
+        if fault := this_round.validator.fault_of(update):
+            raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
+        if half.keeps:
+            new_state = half.after_training(delta, broadcast, state)
+            self._states.save(task.run_id, task.round_index, client_id, new_state)
+        if half.personal_pull is not None and self._personal_trainer is not None:
+            # The personal model never leaves the client, so it is not clipped, noised or charged.
+            own, coins = state or base, derive_secret(secret, "personal")
+            pull = GradientCorrection(pull=half.personal_pull, anchor=base)
+            change = self._personal_trainer.train(task, own, data.features, data.labels, coins, client_id, pull)
+            personal = {name: own[name] + array for name, array in change.items()}
+            self._states.save(task.run_id, task.round_index, client_id, personal)
+        return update
+
+
+def vision_host(
+    settings: Settings,
+    *,
+    records: ClientRecords | None = None,
+    model: VisionModel | None = None,
+    data: ClientDataSource | None = None,
+    trainer: Trainer | None = None,
+    alter_answer: Callable[[str, ClientAnswer], ClientAnswer] | None = None,
+) -> ClientHost:
+    """The host of clients that train the configured Vision Transformer. Each argument replaces a default part.
+
+    Args:
+        records: by default those of the virtual fleet that the settings describe.
+        model: by default built from the settings; it is not changed.
+
+    Raises:
+        DataError, ModelError, ConfigError: a setting cannot be used.
+    """
+    records = VirtualFleet.open(settings.data) if records is None else records
+    if model is None:
+        model = build_model(settings.model, len(records.source.classes), settings.data.image_size)
+    root_secret = load_or_create_root_secret(settings.home)
+    physical_batch_size = settings.training.physical_batch_size
+    noised = settings.simulation.private and settings.privacy.privacy_unit == "record"
+    personal = rule_for(settings).client.personal_pull is not None
+    return ClientHost(
+        settings,
+        data=FeatureCache(model, records) if data is None else data,
+        trainer=_default_trainer(settings, model) if trainer is None else trainer,
+        root_secret=root_secret,
+        personal_trainer=PlainTrainer(model, physical_batch_size=physical_batch_size) if personal else None,
+        monitor=_monitor_of(model) if noised else None,
+        histograms=HistogramClient(model, records.source, settings.data.image_size, records.records, root_secret),
+        alter_answer=alter_answer,
+    )
+
+
+def _default_trainer(settings: Settings, model: VisionModel) -> Trainer:
+    kind = LocalTrainer if settings.privacy.privacy_unit == "record" else PlainTrainer
+    return kind(model, physical_batch_size=settings.training.physical_batch_size)
+
+
+def _monitor_of(model: VisionModel) -> UpdateStatisticsMonitor:
+    classifier = model.body.classifier()
+    names = [f"{name}.weight" for name, module in model.named_modules() if module is classifier]
+    initial = trainable_weights(model).get(names[0]) if names else None
+    return UpdateStatisticsMonitor(names[0] if initial is not None else None, initial)
+
+
+def _weighted_update(
     task: TrainTask, rule: Rule, client_id: str, delta: Mapping[str, FloatArray], num_examples: int
 ) -> ClientUpdate:
-    """What one client adds to the sum, with its weight, and whether it was within the bound before it was clipped.
+    """One client's update, multiplied by its weight, or clipped where the client is the privacy unit.
 
     Raises:
         UpdateRejectedError: the client is the privacy unit, and its update has no finite norm.
@@ -236,5 +285,5 @@ def _own_update(
         clipped, within = clip_update(delta, task.l2_clip_norm)
         return ClientUpdate(task.round_index, outcome, clipped, 1.0, int(within))
     weight = float(num_examples) if rule.weighting == "examples" else 1.0
-    addend = {name: weight * array.astype(np.float64) for name, array in delta.items()}
-    return ClientUpdate(task.round_index, outcome, addend, weight)
+    weighted = {name: weight * array.astype(np.float64) for name, array in delta.items()}
+    return ClientUpdate(task.round_index, outcome, weighted, weight)

@@ -1,4 +1,4 @@
-"""What a proxy makes of its clients' updates: partial sums whose bits do not depend on which proxy had which client."""
+"""Partial aggregation of clients' updates: exact sums, whose bits do not depend on the assignment to proxies."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fedvit.wire.tensors import weights_digest
 
 
 class PartialAggregator:
-    """Adds up the clients of one call; nothing of a client is kept once it is added.
+    """Sums the updates of one call; single updates are not kept.
 
-    Each sum is exact (:mod:`fedvit.exact_sums`), so the aggregator may add those of all proxies in any order. Where
-    updates are too large together to be summed without an error, the message is a bundle of several sums.
+    Each sum is exact (:mod:`fedvit.exact_sums`), so the aggregator may add those of all proxies in any order. If
+    updates are too large to be summed exactly, the message is a bundle of several sums.
 
     Args:
         shapes: of the trainable parameters, by name.
@@ -30,10 +30,10 @@ class PartialAggregator:
         self._begin()
 
     def add(self, own: ClientAnswer, scale: float = 1.0, *, peak: float | None = None) -> None:
-        """Add one client's answer, ``scale`` times its arrays; of a failure, the outcome.
+        """Add one client's answer, its arrays multiplied by ``scale``; of a failure, only the outcome.
 
         Args:
-            peak: the largest magnitude in its arrays, where that is known.
+            peak: the largest magnitude in its arrays, if known.
         """
         if isinstance(own, ClientFailures):
             self._outcomes += own.outcomes
@@ -52,7 +52,7 @@ class PartialAggregator:
         self._within_clip += own.within_clip
 
     def message(self) -> WeightedUpdate | UpdateBundle:
-        """All of it, in one message."""
+        """Everything that was added, as one message."""
         parts = tuple([*self._closed, self._end()] if self._outcomes or not self._closed else self._closed)
         if len(parts) == 1:
             return parts[0]
@@ -68,21 +68,21 @@ class PartialAggregator:
 
 
 def failed(task: TrainTask, client_id: str, error: Exception) -> ClientFailures:
-    """The answer of a client that has none: whatever ails one, the others' work must not be lost with it."""
+    """The answer of a client whose training failed; it does not affect the other clients of the call."""
     reason = str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"
     outcome = ClientOutcome(client_id, 0, reason, refused=isinstance(error, UpdateRejectedError))
     return ClientFailures(task.round_index, (outcome,))
 
 
 def check_base(task: TrainTask, weights: Weights) -> None:
-    """One release id, one base: two bases under the same noise would lay their gradients' difference bare.
+    """Check the weights against the task: two bases with the same noise would reveal the difference of gradients.
 
     Raises:
-        IntegrityError: these are not the weights that the task was made for.
+        IntegrityError: the task is for other weights.
     """
-    found = weights_digest(weights)
-    if found != task.base_digest:
+    digest = weights_digest(weights)
+    if digest != task.base_digest:
         raise IntegrityError(
-            f"Round {task.round_index} starts from weights {task.base_digest[:12]}, but {found[:12]} arrived.",
+            f"Round {task.round_index} starts from weights {task.base_digest[:12]}, but {digest[:12]} arrived.",
             cure="Nothing was trained; the round is repeated.",
         )

@@ -1,13 +1,11 @@
-"""One client's update on its way: in a smaller form, with error feedback where that form drops something."""
+"""Encoder of a client's update for transport, with error feedback if the encoding drops values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.client_state import ClientState
@@ -19,77 +17,66 @@ from fedvit.types import Encoding, TrainTask
 from fedvit.updates import ClientAnswer, ClientFailures, ClientUpdate, EncodedUpdate
 from fedvit.wire.updates import encode_smaller
 
-_Arrays = Mapping[str, npt.NDArray[np.floating]]
-
 
 class UpdateEncoder:
-    """Turns updates into bytes. What it does to them is post-processing of what was noised, by coins of its own.
+    """Encodes updates as bytes. It is post-processing of noised values, with random rounding of its own.
 
-    A repeated round repeats its bytes: coins are bound to the release, and what top-k dropped is read as the first
-    attempt read it.
+    A repeated round gives the same bytes: the rounding is derived from the id of the mechanism output, and values that
+    top-k dropped are added to the client's next round.
 
     Args:
-        home: where what was dropped waits for the client's next round.
-        root_secret: coins are derived from it.
-        top_k_fraction: of all values.
+        home: the state folder, which stores the dropped values.
+        root_secret: the random rounding is derived from it.
+        top_k_fraction: the fraction of all values that top-k sends.
     """
 
     def __init__(self, home: Path, root_secret: bytes, top_k_fraction: float) -> None:
         self._dropped = ClientState(home, "dropped")
         self._root_secret, self._fraction = root_secret, top_k_fraction
 
-    def encoded(
-        self, task: TrainTask, own: ClientAnswer, encoding: Encoding, validator: UpdateValidator
+    def encode(
+        self, task: TrainTask, answer: ClientAnswer, encoding: Encoding, validator: UpdateValidator
     ) -> EncodedUpdate:
-        """One client's answer as it travels; as float32 if validation would reject the smaller form."""
-        if isinstance(own, ClientFailures):
-            return _carried(own, self._bytes(task, own, encoding))
+        """One client's encoded answer; as float32 if validation would reject the smaller encoding."""
+        if isinstance(answer, ClientFailures):
+            return self._encoded(task, answer, encoding)
         try:
             if encoding is Encoding.TOP_K:
-                return self._with_feedback(task, own, validator)
-            sent = _carried(own, self._bytes(task, own, encoding))
-            _decoded(sent, validator)
-            return sent
+                return self._with_feedback(task, answer, validator)
+            encoded = self._encoded(task, answer, encoding)
+            _decoded(encoded, validator)
+            return encoded
         except UpdateRejectedError:
-            return _carried(own, self._bytes(task, own, Encoding.FLOAT32))
+            return self._encoded(task, answer, Encoding.FLOAT32)
 
-    def _with_feedback(self, task: TrainTask, own: ClientUpdate, validator: UpdateValidator) -> EncodedUpdate:
-        outcome = own.outcome
-        dropped, _ = self._dropped.before(task.run_id, task.round_index, outcome.client_id)
-        whole = {n: np.asarray(a + own.total_weight * dropped.get(n, 0.0)) for n, a in own.weighted_sum.items()}
-        content = self._bytes(task, replace(own, weighted_sum=whole), Encoding.TOP_K)
-        sent = _carried(own, content)
-        decoded = _decoded(sent, validator)
-        left = _difference(whole, decoded.weighted_sum, own.total_weight)
-        self._dropped.leave(task.run_id, task.round_index, outcome.client_id, left)
-        return sent
+    def _with_feedback(self, task: TrainTask, update: ClientUpdate, validator: UpdateValidator) -> EncodedUpdate:
+        client_id, weight = update.outcome.client_id, update.total_weight
+        dropped, _ = self._dropped.load(task.run_id, task.round_index, client_id)
+        whole = {n: np.asarray(a + weight * dropped.get(n, 0.0)) for n, a in update.weighted_sum.items()}
+        encoded = self._encoded(task, replace(update, weighted_sum=whole), Encoding.TOP_K)
+        sent = _decoded(encoded, validator).weighted_sum
+        remaining = {name: np.asarray((array - sent[name]) / weight, np.float32) for name, array in whole.items()}
+        self._dropped.save(task.run_id, task.round_index, client_id, remaining)
+        return encoded
 
-    def _bytes(self, task: TrainTask, own: ClientAnswer, encoding: Encoding) -> bytes:
-        (outcome,) = own.outcomes
+    def _encoded(self, task: TrainTask, answer: ClientAnswer, encoding: Encoding) -> EncodedUpdate:
+        (outcome,) = answer.outcomes
         secret = derive_secret(self._root_secret, f"{outcome.client_id}/rounding")
-        release = output_id(task, outcome.client_id, outcome.num_examples)
-        coins = SecretStream(secret, "rounding", {"release": release, "encoding": encoding.value})
-        return encode_smaller(own, encoding, coins.uniform, self._fraction)
+        output = output_id(task, outcome.client_id, outcome.num_examples)
+        coins = SecretStream(secret, "rounding", {"release": output, "encoding": encoding.value})
+        content = encode_smaller(answer, encoding, coins.uniform, self._fraction)
+        return EncodedUpdate(answer.round_index, outcome, content)
 
 
-def _carried(own: ClientAnswer, content: bytes) -> EncodedUpdate:
-    (outcome,) = own.outcomes
-    return EncodedUpdate(own.round_index, outcome, content)
-
-
-def _decoded(sent: EncodedUpdate, validator: UpdateValidator) -> ClientUpdate:
-    """The update as the receiver will read it.
+def _decoded(encoded: EncodedUpdate, validator: UpdateValidator) -> ClientUpdate:
+    """The update as the receiver will decode it.
 
     Raises:
         UpdateRejectedError: the receiver will reject it.
     """
-    update = validator.decoded(sent)
+    update = validator.decoded(encoded)
     if isinstance(update, ClientFailures):
         raise UpdateRejectedError("The update would be read as a failure.")
     if fault := validator.fault_of(update):
         raise UpdateRejectedError(f"The update would be refused: {fault}.")
     return update
-
-
-def _difference(whole: _Arrays, sent: _Arrays, weight: float) -> dict[str, npt.NDArray[np.float32]]:
-    return {name: np.asarray((array - sent[name]) / weight, np.float32) for name, array in whole.items()}

@@ -90,11 +90,11 @@ def client_host(settings: Settings) -> ClientHostPort:
     """
     host: ClientHostPort
     if settings.workload.clients_class is not None:
-        host = OwnHost(settings)
+        host = WorkloadHost(settings)
     else:
-        from fedvit.clients.host import ClientHost
+        from fedvit.clients.host import vision_host
 
-        host = ClientHost(settings)
+        host = vision_host(settings)
     limit_threads(settings)
     return host
 
@@ -107,7 +107,7 @@ def server_model(settings: Settings) -> ServerModelPort:
     """
     model: ServerModelPort
     if settings.workload.clients_class is not None:
-        model = OwnModel(settings)
+        model = WorkloadModel(settings)
     else:
         from fedvit.evaluation.server_model import ServerModel
 
@@ -116,7 +116,7 @@ def server_model(settings: Settings) -> ServerModelPort:
     return model
 
 
-def own_clients(settings: Settings) -> VirtualClients:
+def load_workload(settings: Settings) -> VirtualClients:
     """The workload that the settings name.
 
     Raises:
@@ -140,11 +140,11 @@ def own_clients(settings: Settings) -> VirtualClients:
     return kind(settings)
 
 
-class OwnHost:
+class WorkloadHost:
     """Implements :class:`fedvit.ports.ClientHostPort` for a workload."""
 
     def __init__(self, settings: Settings) -> None:
-        self._clients = own_clients(settings)
+        self._clients = load_workload(settings)
         self._settings = settings
         self._rule = rule_for(settings)
         if type(self._rule.client) is not ClientHalf:
@@ -224,13 +224,13 @@ class OwnHost:
         return int.from_bytes(derive_secret(self._root_secret, name)[:_SEED_BYTES], "big")
 
 
-class OwnModel:
+class WorkloadModel:
     """Implements :class:`fedvit.ports.ServerModelPort` for a workload, which has no export."""
 
     exports = False
 
     def __init__(self, settings: Settings) -> None:
-        self._clients = own_clients(settings)
+        self._clients = load_workload(settings)
         self._initial = {n: np.asarray(a, dtype=np.float32) for n, a in self._clients.initial_weights().items()}
 
     def initial_weights(self) -> Weights:
@@ -246,7 +246,7 @@ class OwnModel:
         return self._clients.evaluate(weights)
 
     def histogram_spec(self) -> HistogramSpec | None:
-        """None; see :meth:`OwnHost.histograms`."""
+        """None; see :meth:`WorkloadHost.histograms`."""
         return None
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:

@@ -20,7 +20,7 @@ from typing import Any
 import ray
 
 from actors.spawn import Actors, connect, spawn_actors
-from fedvit.clients.workload import own_clients
+from fedvit.clients.workload import load_workload
 from fedvit.config import Settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
@@ -55,7 +55,7 @@ def running(settings: Settings) -> Iterator[Actors]:
     """The system's actors on a Ray of their own, over a registered fleet; everything ends with the block."""
     with Store.open(settings.home) as store:
         store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["none"])
-        store.clients.register(own_clients(settings).registered())
+        store.clients.register(load_workload(settings).registered())
     metrics = settings.home / "run" / "metrics"
     metrics.mkdir(parents=True, exist_ok=True)
     logging.getLogger("ray").setLevel(logging.ERROR)

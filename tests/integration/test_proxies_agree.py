@@ -15,7 +15,7 @@ from actors.client_proxy import ClientProxy
 from actors.fleet import RayFleet
 from actors.names import proxy_name
 from actors.spawn import connect, spawn
-from fedvit.clients.workload import own_clients, server_model
+from fedvit.clients.workload import load_workload, server_model
 from fedvit.config import Settings
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.settings import load_settings, settings_to_json
@@ -57,7 +57,7 @@ def trained(home: Path, unit: str, proxies: int) -> list[str]:
     ]
     try:
         with Store.open(home) as store:
-            store.clients.register(own_clients(settings).registered())
+            store.clients.register(load_workload(settings).registered())
             loop = Coordinator(
                 settings=settings,
                 store=store,

@@ -14,11 +14,11 @@ import torch
 from actors.client_proxy import ClientProxy
 from actors.handles import fetch
 from actors.spawn import connect, spawn
-from fedvit.clients.host import ClientHost
-from fedvit.clients.local import Trainer
+from fedvit.clients.host import ClientHost, vision_host
 from fedvit.config import Settings
 from fedvit.evaluation.server_model import ServerModel
 from fedvit.finetune.ranks import RankedTrainer, Ranks
+from fedvit.models.models import build_model
 from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import load_settings, settings_to_json
 from fedvit.types import FloatArray, TrainTask
@@ -30,11 +30,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.campaign]
 CLIENT, TIMEOUT_S = "vehicle-00", 240.0
 
 
-class OneRank(ClientHost):
+def one_rank(settings: Settings) -> ClientHost:
     """The silo's host on a single rank, without Ray."""
-
-    def _trainer_of(self, settings: Settings) -> Trainer:
-        return RankedTrainer(self._model, Ranks(), physical_batch_size=settings.training.physical_batch_size)
+    model = build_model(settings.model, 2, settings.data.image_size)
+    trainer = RankedTrainer(model, Ranks(), physical_batch_size=settings.training.physical_batch_size)
+    return vision_host(settings, model=model, trainer=trainer)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_two_ranks_behind_a_proxy_give_the_answer_of_one(settings: Settings) -> 
     answer: PartialSum = fetch(proxy.train.remote(task, base, [CLIENT]), TIMEOUT_S)
     assert [outcome.error for outcome in answer.outcomes] == [None]
     torch.set_num_threads(1)
-    alone = OneRank(settings).train(task, base, [CLIENT])
+    alone = one_rank(settings).train(task, base, [CLIENT])
     assert answer.total_weight == alone.total_weight
     found, truth = flat(answer.weighted_sum), flat(alone.weighted_sum)
     assert np.linalg.norm(found - truth) / np.linalg.norm(truth) < 1e-5

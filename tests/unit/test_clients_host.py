@@ -1,4 +1,4 @@
-"""Virtual clients behind one model: sums, failures, and noise that is bound to base and data."""
+"""Client host: sums, failures, corrections, client state, and noise derived from base and data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from PIL import Image
 
 from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.validation import UpdateValidator
-from fedvit.clients.host import ClientHost
+from fedvit.clients.client_state import ClientState
+from fedvit.clients.host import ClientHost, vision_host
 from fedvit.config import CompressionConfig, Settings
+from fedvit.data.fleet import VirtualFleet
 from fedvit.errors import IntegrityError
 from fedvit.models.models import build_model
 from fedvit.models.trainable import load_trainable_weights, trainable_weights
@@ -74,7 +76,7 @@ def task_for(base: Weights, *, noise_multiplier: float = 1.0) -> TrainTask:
 
 
 def test_one_message_holds_what_the_clients_would_send_alone(settings: Settings) -> None:
-    host, base = ClientHost(settings), base_of(settings)
+    host, base = vision_host(settings), base_of(settings)
     together = host.train(task_for(base), base, CLIENTS)
     alone = [host.train(task_for(base), base, [client]) for client in CLIENTS]
     assert together.total_weight == sum(a.total_weight for a in alone) == 18
@@ -85,38 +87,38 @@ def test_one_message_holds_what_the_clients_would_send_alone(settings: Settings)
 
 def test_a_restarted_host_repeats_the_release_bit_for_bit(settings: Settings) -> None:
     base = base_of(settings)
-    first, second = (ClientHost(settings).train(task_for(base), base, CLIENTS) for _ in range(2))
+    first, second = (vision_host(settings).train(task_for(base), base, CLIENTS) for _ in range(2))
     for name, array in first.weighted_sum.items():
         np.testing.assert_array_equal(array, second.weighted_sum[name])
 
 
 def test_weights_that_the_noise_was_not_made_for_are_refused(settings: Settings) -> None:
-    host, base = ClientHost(settings), base_of(settings)
+    host, base = vision_host(settings), base_of(settings)
     other = {name: array + 1 for name, array in base.items()}
-    with pytest.raises(IntegrityError, match="arrived"):
+    with pytest.raises(IntegrityError):
         host.train(task_for(base), other, CLIENTS)
 
 
-def test_changed_data_never_meets_the_same_noise(settings: Settings) -> None:
+def test_changed_data_never_gets_the_same_noise(settings: Settings) -> None:
     base = base_of(settings)
-    # Clipped to nothing, a release is its noise alone.
+    # Clipped to almost zero, an update is noise alone.
     task = replace(task_for(base), l2_clip_norm=1e-6)
-    before = ClientHost(settings).train(task, base, CLIENTS[:1])
+    before = vision_host(settings).train(task, base, CLIENTS[:1])
     assert settings.data.path is not None
     for path in sorted(settings.data.path.glob("train/*/*.png")):
         with Image.open(path) as image:
             changed = np.asarray(image).copy()
         changed[0, 0] ^= 1
         Image.fromarray(changed).save(path)
-    after = ClientHost(settings).train(task, base, CLIENTS[:1])
+    after = vision_host(settings).train(task, base, CLIENTS[:1])
     noise = [np.concatenate([a.ravel() for a in update.weighted_sum.values()]) for update in (before, after)]
     assert abs(np.corrcoef(*noise)[0, 1]) < 0.5
 
 
-def test_one_client_s_fault_is_its_own(settings: Settings) -> None:
-    host, base = ClientHost(settings), base_of(settings)
+def test_an_unreadable_client_does_not_affect_the_others(settings: Settings) -> None:
+    host, base = vision_host(settings), base_of(settings)
     assert settings.data.path is not None
-    records = host._fleet.records("vehicle-01")
+    records = VirtualFleet.open(settings.data).records("vehicle-01")
     broken = next(settings.data.path.rglob(Path(records[0].key).name))
     for path in settings.data.path.rglob(broken.name):
         path.write_bytes(b"no image any more")
@@ -127,8 +129,8 @@ def test_one_client_s_fault_is_its_own(settings: Settings) -> None:
     assert update.total_weight == sum(o.num_examples for o in update.outcomes)
 
 
-def test_a_client_that_nobody_knows_is_an_outcome(settings: Settings) -> None:
-    host, base = ClientHost(settings), base_of(settings)
+def test_an_unknown_client_is_an_outcome(settings: Settings) -> None:
+    host, base = vision_host(settings), base_of(settings)
     update = host.train(task_for(base), base, ["vehicle-00", "vehicle-99"])
     assert [o.error is None for o in update.outcomes] == [True, False]
 
@@ -136,9 +138,9 @@ def test_a_client_that_nobody_knows_is_an_outcome(settings: Settings) -> None:
 def client_level(settings: Settings, l2_clip_norm: float) -> tuple[ClientHost, Weights, TrainTask]:
     privacy = settings.privacy.model_copy(update={"privacy_unit": "client"})
     base = base_of(settings)
-    # Every record is drawn: a client whose coins leave it without any would come back with nothing.
+    # Every record is drawn: otherwise a client without any drawn record would have an update of zero.
     task = replace(task_for(base), privacy_unit="client", sampling_prob=1.0, l2_clip_norm=l2_clip_norm)
-    return ClientHost(settings.model_copy(update={"privacy": privacy})), base, task
+    return vision_host(settings.model_copy(update={"privacy": privacy})), base, task
 
 
 def test_whole_updates_are_clipped_one_by_one_before_they_are_summed(settings: Settings) -> None:
@@ -157,8 +159,8 @@ def test_an_update_within_the_bound_is_plain_sgd_without_noise(settings: Setting
     update = host.train(replace(task, sampling_prob=1.0, learning_rate=0.25), base, CLIENTS[:1])
     assert update.within_clip == 1
     model = build_model(settings.model, 2, settings.data.image_size)
-    shard = host._shard(CLIENTS[0])
-    torch.nn.functional.cross_entropy(model.body(shard.features), shard.labels).backward()
+    data = host.data.load(CLIENTS[0])
+    torch.nn.functional.cross_entropy(model.body(data.features), data.labels).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     for name, array in update.weighted_sum.items():
         gradient = gradients[name]
@@ -178,7 +180,7 @@ def test_physical_batches_change_nothing_but_rounding(settings: Settings) -> Non
 
 def test_an_update_that_is_not_finite_is_an_outcome_and_adds_nothing(settings: Settings) -> None:
     host, base, task = client_level(settings, 1.0)
-    host._shard(CLIENTS[1]).features.fill_(torch.nan)
+    host.data.load(CLIENTS[1]).features.fill_(torch.nan)
     update = host.train(replace(task, sampling_prob=1.0), base, CLIENTS)
     assert [o.error is None for o in update.outcomes] == [True, False, True]
     assert "norm" in str(update.outcomes[1].error)
@@ -191,14 +193,14 @@ def ruled(settings: Settings, aggregation: str, **training: Any) -> Settings:
     return settings.model_copy(update={"training": settings.training.model_copy(update=changes)})
 
 
-def handing(task: TrainTask, handed: Weights) -> TrainTask:
-    return replace(task, base_digest=hashlib.sha256(encode_weights(handed)).hexdigest())
+def task_from(task: TrainTask, weights: Weights) -> TrainTask:
+    return replace(task, base_digest=hashlib.sha256(encode_weights(weights)).hexdigest())
 
 
 def test_single_updates_come_in_one_message_and_add_up_to_the_sum(settings: Settings) -> None:
     base = base_of(settings)
-    summed = ClientHost(settings).train(task_for(base), base, CLIENTS)
-    message = ClientHost(ruled(settings, "median")).train(task_for(base), base, [*CLIENTS, "vehicle-99"])
+    summed = vision_host(settings).train(task_for(base), base, CLIENTS)
+    message = vision_host(ruled(settings, "median")).train(task_for(base), base, [*CLIENTS, "vehicle-99"])
     assert isinstance(message, UpdateBundle)
     assert [o.client_id for o in message.outcomes] == [*CLIENTS, "vehicle-99"]
     assert [part.total_weight for part in message.parts[:3]] == [1.0, 1.0, 1.0]
@@ -210,9 +212,9 @@ def test_single_updates_come_in_one_message_and_add_up_to_the_sum(settings: Sett
 
 def test_single_updates_travel_in_the_form_that_is_set_and_come_out_nearly_as_they_were(settings: Settings) -> None:
     base = base_of(settings)
-    plain = ClientHost(ruled(settings, "median")).train(task_for(base), base, CLIENTS)
+    plain = vision_host(ruled(settings, "median")).train(task_for(base), base, CLIENTS)
     smaller = ruled(settings, "median", compression=CompressionConfig(encodings=(Encoding.INT8,)))
-    message, again = (ClientHost(smaller).train(task_for(base), base, [*CLIENTS, "vehicle-99"]) for _ in "ab")
+    message, again = (vision_host(smaller).train(task_for(base), base, [*CLIENTS, "vehicle-99"]) for _ in "ab")
     assert message == again
     validator = UpdateValidator.of(smaller, rule_for(smaller), base)
     for part, exact in zip(message.parts[:3], plain.parts, strict=True):
@@ -226,11 +228,11 @@ def test_single_updates_travel_in_the_form_that_is_set_and_come_out_nearly_as_th
     assert isinstance(message.parts[3], ClientFailures)
 
 
-def test_every_client_weighs_the_same_where_the_rule_says_so(settings: Settings) -> None:
-    base = base_of(settings)
-    host = ClientHost(ruled(settings, "scaffold"))
-    handed = {**base, **host._rule.handed(base, {})}
-    update = host.train(handing(task_for(base), handed), handed, CLIENTS)
+def test_uniform_weighting_gives_every_client_weight_one(settings: Settings) -> None:
+    base, scaffold = base_of(settings), ruled(settings, "scaffold")
+    host = vision_host(scaffold)
+    weights = {**base, **rule_for(scaffold).handed(base, {})}
+    update = host.train(task_from(task_for(base), weights), weights, CLIENTS)
     assert [o.error for o in update.outcomes] == [None] * 3
     assert update.total_weight == 3.0
     assert update.weighted_sum.keys() == base.keys()
@@ -243,27 +245,27 @@ def test_the_proximal_term_draws_every_step_back(settings: Settings, unit: str) 
     base = base_of(settings)
     task = replace(task_for(base), privacy_unit=unit, local_steps=3, learning_rate=0.5, l2_clip_norm=1e6)
     task = replace(task, sampling_prob=1.0)
-    plain, led = (
-        ClientHost(ruled(settings, name, aggregation_options=options)).train(task, base, CLIENTS[:1])
+    plain, corrected = (
+        vision_host(ruled(settings, name, aggregation_options=options)).train(task, base, CLIENTS[:1])
         for name, options in (("fedavg", {}), ("fedprox", {"proximal_mu": 2.0}))
     )
     # lr * mu = 1: whatever the first two steps did is taken back; what is left is the last one, and no more.
-    norms = [l2_norm(update.weighted_sum) for update in (plain, led)]
+    norms = [l2_norm(update.weighted_sum) for update in (plain, corrected)]
     assert norms[1] < norms[0]
-    one = ClientHost(ruled(settings, "fedprox", aggregation_options={"proximal_mu": 0.0}))
+    one = vision_host(ruled(settings, "fedprox", aggregation_options={"proximal_mu": 0.0}))
     for name, array in one.train(task, base, CLIENTS[:1]).weighted_sum.items():
         np.testing.assert_array_equal(array, plain.weighted_sum[name])
 
 
-def test_a_led_step_is_the_step_and_the_lead_exactly(settings: Settings) -> None:
-    base = base_of(settings)
-    host = ClientHost(ruled(settings, "scaffold"))
-    rest = {**base, **host._rule.handed(base, {})}
+def test_a_corrected_step_is_the_step_plus_the_correction_exactly(settings: Settings) -> None:
+    base, scaffold = base_of(settings), ruled(settings, "scaffold")
+    host = vision_host(scaffold)
+    rest = {**base, **rule_for(scaffold).handed(base, {})}
     shifted = {n: a + 0.25 if n.startswith("@") else a for n, a in rest.items()}
-    # Clipped to nothing and noised with nothing: what is left of two steps of rate 1 is the lead, twice -0.25.
+    # Clipped to nothing and noised with nothing: two steps of rate 1 apply the correction alone, twice -0.25.
     task = replace(task_for(base, noise_multiplier=1e-9), local_steps=2, l2_clip_norm=1e-6)
-    for handed, expected in ((rest, 0.0), (shifted, -0.5)):
-        update = host.train(handing(replace(task, run_id=f"run{expected}"), handed), handed, CLIENTS[:1])
+    for weights, expected in ((rest, 0.0), (shifted, -0.5)):
+        update = host.train(task_from(replace(task, run_id=f"run{expected}"), weights), weights, CLIENTS[:1])
         for array in update.weighted_sum.values():
             np.testing.assert_allclose(array, expected, atol=1e-4)
 
@@ -271,14 +273,14 @@ def test_a_led_step_is_the_step_and_the_lead_exactly(settings: Settings) -> None
 def test_a_control_variate_stays_with_the_client_and_a_repeated_round_reads_what_the_first_read(
     settings: Settings,
 ) -> None:
-    settings = ruled(settings, "scaffold", learning_rate=1.0)
+    scaffold = ruled(settings, "scaffold", learning_rate=1.0)
     base = base_of(settings)
 
     def train(round_index: int) -> PartialSum:
         # Another process each time.
-        host = ClientHost(settings)
-        handed = {**base, **host._rule.handed(base, {})}
-        return host.train(handing(replace(task_for(base), round_index=round_index), handed), handed, CLIENTS[:1])
+        host = vision_host(scaffold)
+        weights = {**base, **rule_for(scaffold).handed(base, {})}
+        return host.train(task_from(replace(task_for(base), round_index=round_index), weights), weights, CLIENTS[:1])
 
     first, second, again = train(1), train(2), train(2)
     folder = settings.home / "clients" / CLIENTS[0] / "run-0001" / "scaffold"
@@ -291,23 +293,23 @@ def test_a_control_variate_stays_with_the_client_and_a_repeated_round_reads_what
         np.testing.assert_allclose(kept[name], -array, rtol=1e-6)
 
 
-def test_noise_does_not_come_back_when_what_led_the_steps_is_lost(settings: Settings) -> None:
-    settings = ruled(settings, "scaffold")
+def test_noise_is_not_repeated_after_the_client_state_is_lost(settings: Settings) -> None:
+    scaffold = ruled(settings, "scaffold")
     base = base_of(settings)
-    host = ClientHost(settings)
-    handed = {**base, **host._rule.handed(base, {})}
-    task = handing(replace(task_for(base), l2_clip_norm=1e-6), handed)
-    host.train(task, handed, CLIENTS[:1])
+    host = vision_host(scaffold)
+    weights = {**base, **rule_for(scaffold).handed(base, {})}
+    task = task_from(replace(task_for(base), l2_clip_norm=1e-6), weights)
+    host.train(task, weights, CLIENTS[:1])
     second = replace(task, round_index=2)
-    with_it = host.train(second, handed, CLIENTS[:1])
+    with_it = host.train(second, weights, CLIENTS[:1])
     kept = settings.home / "clients" / CLIENTS[0] / "run-0001" / "scaffold" / "00000001.safetensors"
     before = decode_weights(kept.read_bytes(), max_bytes=10**6)
     kept.unlink()
-    without = host.train(second, handed, CLIENTS[:1])
-    # Two steps of one rate: take the lead (minus c_k) back off, and only clipped gradient and noise are left.
+    without = host.train(second, weights, CLIENTS[:1])
+    # Without the correction (minus c_k), only the clipped gradient and the noise remain.
     noise = [
-        np.concatenate([(u.weighted_sum[n] - lead[n]).ravel() for n in sorted(base)])
-        for u, lead in ((with_it, before), (without, {n: 0.0 * a for n, a in before.items()}))
+        np.concatenate([(u.weighted_sum[n] - shift[n]).ravel() for n in sorted(base)])
+        for u, shift in ((with_it, before), (without, {n: 0.0 * a for n, a in before.items()}))
     ]
     assert not np.array_equal(*noise)
     assert abs(np.corrcoef(*noise)[0, 1]) < 0.5
@@ -316,19 +318,19 @@ def test_noise_does_not_come_back_when_what_led_the_steps_is_lost(settings: Sett
 def test_a_personal_model_learns_on_and_its_release_is_fedavg_s(settings: Settings) -> None:
     base = base_of(settings)
     task = replace(task_for(base), sampling_prob=1.0, local_steps=5, learning_rate=0.5)
-    global_only = ClientHost(settings).train(task, base, CLIENTS[:1])
+    global_only = vision_host(settings).train(task, base, CLIENTS[:1])
     personal = ruled(settings, "ditto", aggregation_options={"personal_lambda": 0.0})
-    host = ClientHost(personal)
+    host = vision_host(personal)
     update = host.train(task, base, CLIENTS[:1])
     for name, array in update.weighted_sum.items():
         np.testing.assert_array_equal(array, global_only.weighted_sum[name])
-    shard = host._shard(CLIENTS[0])
+    data = host.data.load(CLIENTS[0])
 
     def loss(round_index: int) -> float:
-        own, _ = host._kept.before("run-0001", round_index, CLIENTS[0])
+        own, _ = ClientState(settings.home, "ditto").load("run-0001", round_index, CLIENTS[0])
         model = build_model(settings.model, 2, settings.data.image_size)
         load_trainable_weights(model, own or base)
-        return float(torch.nn.functional.cross_entropy(model.body(shard.features), shard.labels).detach())
+        return float(torch.nn.functional.cross_entropy(model.body(data.features), data.labels).detach())
 
     host.train(replace(task, round_index=2), base, CLIENTS[:1])
     assert loss(3) < loss(2) < loss(1)
@@ -340,22 +342,22 @@ def test_a_strong_pull_keeps_the_personal_model_at_the_global_one(settings: Sett
     away = []
     for pull in (0.0, 90.0):
         config = ruled(settings, "ditto", aggregation_options={"personal_lambda": pull})
-        host = ClientHost(config.model_copy(update={"home": settings.home.parent / f"pull-{pull}"}))
-        host.train(task, base, CLIENTS[:1])
-        own, _ = host._kept.before("run-0001", 2, CLIENTS[0])
+        home = settings.home.parent / f"pull-{pull}"
+        vision_host(config.model_copy(update={"home": home})).train(task, base, CLIENTS[:1])
+        own, _ = ClientState(home, "ditto").load("run-0001", 2, CLIENTS[0])
         away.append(l2_norm({n: own[n] - base[n] for n in base}))
     assert 0 < away[1] < away[0] / 3
 
 
-def test_an_update_that_the_door_refuses_is_its_client_s_alone(settings: Settings) -> None:
+def test_an_invalid_update_does_not_affect_the_other_clients(settings: Settings) -> None:
     validation = settings.training.validation.model_copy(update={"max_update_norm": 1e-3})
     base = base_of(settings)
-    bounded = ClientHost(ruled(settings, "fedavg", validation=validation))
+    bounded = vision_host(ruled(settings, "fedavg", validation=validation))
     # Every client's noise is far above the bound.
     update = bounded.train(task_for(base), base, CLIENTS)
     assert [(o.refused, "at most 0.001 is allowed" in str(o.error)) for o in update.outcomes] == [(True, True)] * 3
     assert update.total_weight == 0.0
-    host = ClientHost(settings)
-    host._shard(CLIENTS[1]).features.fill_(torch.nan)
+    host = vision_host(settings)
+    host.data.load(CLIENTS[1]).features.fill_(torch.nan)
     answer = host.train(task_for(base), base, CLIENTS)
     assert all(np.isfinite(array).all() for array in answer.weighted_sum.values())

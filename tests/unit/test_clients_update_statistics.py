@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fedvit.clients.host import FeatureCache
 from fedvit.clients.update_statistics import UpdateStatisticsMonitor, largest_norm, step_deviation
 from fedvit.config import FaultConfig, Settings
+from fedvit.data.fleet import VirtualFleet
 from fedvit.drift.quality import score_of, seen
 from fedvit.models.models import build_model
 from fedvit.models.trainable import trainable_weights
@@ -71,8 +73,10 @@ def task_for(base: Weights, round_index: int) -> TrainTask:
 def trained(settings: Settings, fault: FaultConfig | None, rounds: int) -> Iterator[dict[str, UpdateStatistics]]:
     """How the clients' updates looked while they, and those of a faulty group, trained one model by FedAvg."""
     faults = Faults([fault] if fault else [], CLIENTS, seed=1)
-    clients = SimulatedClients(settings, faults, {})
-    weights: dict[str, Any] = dict(trainable_weights(build_model(settings.model, 2, settings.data.image_size)))
+    fleet = VirtualFleet.open(settings.data)
+    model = build_model(settings.model, 2, settings.data.image_size)
+    clients = SimulatedClients(settings, faults, FeatureCache(model, fleet), fleet, model)
+    weights: dict[str, Any] = dict(trainable_weights(model))
     outcomes: dict[str, list[ClientOutcome]] = {client_id: [] for client_id in CLIENTS}
     for round_index in range(1, rounds + 1):
         answers = {c: clients.answer(task_for(weights, round_index), weights, c) for c in CLIENTS}
@@ -121,27 +125,27 @@ def test_scaled_updates_are_longer_than_training_makes_them(settings: Settings) 
 def test_nothing_is_looked_at_where_the_client_is_the_unit(settings: Settings) -> None:
     base = {"head": np.zeros((2, 3), np.float32)}
     own = ClientUpdate(1, ClientOutcome("a", 5), {"head": np.ones((2, 3))}, 1.0)
-    watch = UpdateStatisticsMonitor("head", base["head"])
-    assert watch.seen(replace(task_for(base, 1), privacy_unit="client"), base, own) == own
+    monitor = UpdateStatisticsMonitor("head", base["head"])
+    assert monitor.observe(replace(task_for(base, 1), privacy_unit="client"), base, own) == own
     failed = ClientFailures(1, (ClientOutcome("a", 5, "it failed"),))
-    assert watch.seen(task_for(base, 1), base, failed) == failed
+    assert monitor.observe(task_for(base, 1), base, failed) == failed
 
 
 def test_noise_alone_has_an_alignment_of_variance_one_and_a_norm_below_the_largest(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     initial = np.zeros((3, 200), np.float32)
     base = {"head": draw.normal(size=(3, 200)).astype(np.float32)}
-    task, watch = task_for(base, 1), UpdateStatisticsMonitor("head", initial)
-    seen_of = []
+    task, monitor = task_for(base, 1), UpdateStatisticsMonitor("head", initial)
+    alignments = []
     for _ in range(400):
         noise = {"head": 20 * step_deviation(task, 20) * draw.normal(size=(3, 200))}
-        (outcome,) = watch.seen(task, base, ClientUpdate(1, ClientOutcome("a", 20), noise, 20.0)).outcomes
+        (outcome,) = monitor.observe(task, base, ClientUpdate(1, ClientOutcome("a", 20), noise, 20.0)).outcomes
         assert outcome.alignment is not None
         assert outcome.update_norm is not None
         assert 0 < outcome.update_norm < 1
-        seen_of.append(outcome.alignment)
-    assert np.std(seen_of) == pytest.approx(1.0, abs=0.15)
-    assert np.mean(seen_of) == pytest.approx(0.0, abs=0.2)
+        alignments.append(outcome.alignment)
+    assert np.std(alignments) == pytest.approx(1.0, abs=0.15)
+    assert np.mean(alignments) == pytest.approx(0.0, abs=0.2)
     # Every record in every step along one direction, and no noise: still no longer than the bound.
     steps = replace(task, local_steps=4, sampling_prob=0.5)
     assert 4 * steps.learning_rate * steps.l2_clip_norm / steps.sampling_prob < largest_norm(steps, 20, base)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedvit.clients.host import ClientHost
+from fedvit.clients.host import ClientHost, vision_host
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, StateError
 from fedvit.models.models import build_model
@@ -88,7 +88,7 @@ def test_faulty_clients_lie_from_the_moment_that_the_drill_says_so(settings: Set
     allow_rehearsal(settings.home)
     (liar,) = faulty_clients(settings)
     honest_one = next(f"vehicle-{i:02d}" for i in range(9) if f"vehicle-{i:02d}" != liar)
-    host, plain = rehearsed_host(settings), ClientHost(settings)
+    host, plain = rehearsed_host(settings), vision_host(settings)
     truth = {client_id: update_of(plain, settings, client_id) for client_id in (liar, honest_one)}
     for client_id in truth:
         np.testing.assert_array_equal(update_of(host, settings, client_id), truth[client_id])

@@ -22,6 +22,7 @@ from edge_runtime.training.vehicle import Policy, Step, Vehicle
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.api.clients import HistogramRequestView
 from fedvit.client import FedvitClient
+from fedvit.clients.client_state import ClientState
 from fedvit.clients.update_encoder import UpdateEncoder
 from fedvit.errors import ControlUnreachableError, DataError
 from fedvit.evaluation.server_model import ServerModel
@@ -341,34 +342,33 @@ def own(step: np.ndarray[Any, Any], round_index: int) -> ClientUpdate:
     return ClientUpdate(round_index, ClientOutcome(TRUCK, 3), {"w": 3.0 * step}, 3.0)
 
 
-def test_what_top_k_drops_is_sent_later_and_a_repetition_repeats_it(tmp_path: Path) -> None:
+def test_values_dropped_by_top_k_are_sent_later_and_a_repetition_gives_the_same_bytes(tmp_path: Path) -> None:
     validator = UpdateValidator({"w": (SIZE,)}, by_examples=True, single=True)
-    sender = UpdateEncoder(tmp_path, bytes(32), 0.1)
+    encoder = UpdateEncoder(tmp_path, bytes(32), 0.1)
     draw, sent, made = np.random.default_rng(0), np.zeros(SIZE), np.zeros(SIZE)
     for index in range(1, 40):
         step = draw.normal(size=SIZE)
         made += step
         task = replace(TASK, round_index=index)
-        content = sender.encoded(task, own(step, index), Encoding.TOP_K, validator)
+        content = encoder.encode(task, own(step, index), Encoding.TOP_K, validator)
         # The process died and begins the round again.
         assert (
-            UpdateEncoder(tmp_path, bytes(32), 0.1).encoded(task, own(step, index), Encoding.TOP_K, validator)
-            == content
+            UpdateEncoder(tmp_path, bytes(32), 0.1).encode(task, own(step, index), Encoding.TOP_K, validator) == content
         )
         sent += validator.decoded(content).weighted_sum["w"] / 3.0
         left = made - sent
     # Stich et al.: what is left is bounded, however long it goes on; without feedback it would grow as the root of 39.
     assert np.linalg.norm(left) < 0.5 * np.linalg.norm(made) * np.sqrt(39)
-    kept, _ = sender._dropped.before("run-0001", 40, TRUCK)
-    np.testing.assert_allclose(kept["w"], left, atol=1e-5)
+    dropped, _ = ClientState(tmp_path, "dropped").load("run-0001", 40, TRUCK)
+    np.testing.assert_allclose(dropped["w"], left, atol=1e-5)
 
 
-def test_what_the_door_would_refuse_in_a_smaller_form_goes_as_it_is(tmp_path: Path) -> None:
+def test_an_update_that_would_be_rejected_in_a_smaller_encoding_is_sent_as_float32(tmp_path: Path) -> None:
     step = np.full(SIZE, 0.1)
     norm = float(np.linalg.norm(step))
     validator = UpdateValidator({"w": (SIZE,)}, by_examples=True, single=True, max_update_norm=norm)
-    sender = UpdateEncoder(tmp_path, bytes(32), 0.5)
-    sealed = sender.encoded(TASK, own(step, 1), Encoding.INT8, validator)
-    assert validator.fault_of(validator.decoded(sealed)) is None
-    overflow = sender.encoded(TASK, own(step * 1e7, 1), Encoding.FLOAT16, replace(validator, max_update_norm=None))
+    encoder = UpdateEncoder(tmp_path, bytes(32), 0.5)
+    encoded = encoder.encode(TASK, own(step, 1), Encoding.INT8, validator)
+    assert validator.fault_of(validator.decoded(encoded)) is None
+    overflow = encoder.encode(TASK, own(step * 1e7, 1), Encoding.FLOAT16, replace(validator, max_update_norm=None))
     assert validator.decoded(overflow).outcomes[0].encoding == "float32"

@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from generous_accountant import GenerousAccountant
 
-from fedvit.clients.workload import OwnHost, OwnModel, VirtualClients, client_host, own_clients, server_model
+from fedvit.clients.workload import (
+    VirtualClients,
+    WorkloadHost,
+    WorkloadModel,
+    client_host,
+    load_workload,
+    server_model,
+)
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, IntegrityError, ModelError
 from fedvit.privacy.mechanism import fault_of
@@ -49,7 +56,7 @@ def task_for(base: Weights, **changes: Any) -> TrainTask:
 
 
 def base_of(config: Settings) -> Weights:
-    return own_clients(config).initial_weights()
+    return load_workload(config).initial_weights()
 
 
 def total(message: PartialSum) -> dict[str, Any]:
@@ -59,7 +66,7 @@ def total(message: PartialSum) -> dict[str, Any]:
 def test_a_client_s_weights_become_an_update_weighed_by_its_examples(tmp_path: Path) -> None:
     config = settings(tmp_path)
     base = {name: array + np.float32(1) for name, array in base_of(config).items()}
-    clients, host = own_clients(config), OwnHost(config)
+    clients, host = load_workload(config), WorkloadHost(config)
     message = host.train(task_for(base), base, V)
     assert message.total_weight == sum(range(10, 16))
     seeds = {client_id: host._seed(task_for(base), client_id) for client_id in V}
@@ -73,8 +80,8 @@ def test_a_client_s_weights_become_an_update_weighed_by_its_examples(tmp_path: P
 def test_a_repeated_round_repeats_the_message_and_another_round_does_not(tmp_path: Path) -> None:
     config = settings(tmp_path)
     base = base_of(config)
-    first, again = (OwnHost(config).train(task_for(base), base, V) for _ in range(2))
-    other = OwnHost(config).train(task_for(base, round_index=2), base, V)
+    first, again = (WorkloadHost(config).train(task_for(base), base, V) for _ in range(2))
+    other = WorkloadHost(config).train(task_for(base, round_index=2), base, V)
     for name, array in first.weighted_sum.items():
         assert array.tobytes() == again.weighted_sum[name].tobytes()
         assert array.tobytes() != other.weighted_sum[name].tobytes()
@@ -83,7 +90,7 @@ def test_a_repeated_round_repeats_the_message_and_another_round_does_not(tmp_pat
 def test_one_client_s_fault_is_its_own(tmp_path: Path) -> None:
     config = settings(tmp_path, options={"failing": [V[1]]})
     base = base_of(config)
-    message = OwnHost(config).train(task_for(base), base, V)
+    message = WorkloadHost(config).train(task_for(base), base, V)
     assert {o.client_id: o.error for o in message.outcomes if o.error} == {V[1]: "RuntimeError: no data today"}
     assert message.total_weight == sum(range(10, 16)) - 11
 
@@ -100,7 +107,7 @@ def test_what_is_no_update_is_refused_at_the_door(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: dict[str, Any], fault: str
 ) -> None:
     config = settings(tmp_path)
-    base, host = base_of(config), OwnHost(config)
+    base, host = base_of(config), WorkloadHost(config)
     monkeypatch.setattr(host._clients, "fit", lambda *_: (returned, 10))
     message = host.train(task_for(base), base, V[:1])
     (outcome,) = message.outcomes
@@ -112,7 +119,7 @@ def test_what_is_no_update_is_refused_at_the_door(
 def test_where_clients_are_the_unit_the_host_clips_each_of_them(tmp_path: Path) -> None:
     config = settings(tmp_path, "own_clients:PullingClients", unit="client")
     base = base_of(config)
-    message = OwnHost(config).train(task_for(base, privacy_unit="client", l2_clip_norm=1e-3), base, V)
+    message = WorkloadHost(config).train(task_for(base, privacy_unit="client", l2_clip_norm=1e-3), base, V)
     assert (message.total_weight, message.within_clip) == (6.0, 0)
     assert fault_of(message, 1e-3) is None
 
@@ -120,7 +127,7 @@ def test_where_clients_are_the_unit_the_host_clips_each_of_them(tmp_path: Path) 
 def test_rules_that_look_at_single_updates_get_them(tmp_path: Path) -> None:
     config = settings(tmp_path, aggregation="median")
     base = base_of(config)
-    message = OwnHost(config).train(task_for(base), base, V)
+    message = WorkloadHost(config).train(task_for(base), base, V)
     assert [part.total_weight for part in message.parts] == [1.0] * 6
     apart = [part.weighted_sum["body"] for part in message.parts]
     assert len({array.tobytes() for array in apart}) == 6
@@ -130,7 +137,7 @@ def test_weights_that_the_task_was_not_made_for_are_refused(tmp_path: Path) -> N
     config = settings(tmp_path)
     base = base_of(config)
     with pytest.raises(IntegrityError, match="arrived"):
-        OwnHost(config).train(task_for(base), {name: array + 1 for name, array in base.items()}, V)
+        WorkloadHost(config).train(task_for(base), {name: array + 1 for name, array in base.items()}, V)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +161,7 @@ def test_a_run_of_a_workload_is_committed_evaluated_now_and_then_and_not_release
     config = settings(tmp_path, evaluate_every_rounds=3)
     config = config.model_copy(update={"training": config.training.model_copy(update={"rounds": 5})})
     with Store.open(tmp_path) as store:
-        store.clients.register(own_clients(config).registered())
+        store.clients.register(load_workload(config).registered())
         loop = Coordinator(
             settings=config,
             store=store,
@@ -177,14 +184,14 @@ class HostedFleet(FakeFleet):
 
     def __init__(self, config: Settings) -> None:
         super().__init__(np.zeros(1, np.float32), groups=1)
-        self._host = OwnHost(config)
+        self._host = WorkloadHost(config)
 
     def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
         return self._host.train(task, weights, client_ids)
 
 
 def test_a_workload_s_model_has_no_export(tmp_path: Path) -> None:
-    model = OwnModel(settings(tmp_path))
+    model = WorkloadModel(settings(tmp_path))
     assert model.frozen_weights() == {}
     with pytest.raises(ModelError, match="no export"):
         model.export(model.initial_weights(), Variant.STANDARD)
@@ -193,7 +200,7 @@ def test_a_workload_s_model_has_no_export(tmp_path: Path) -> None:
 
 
 def test_a_class_without_an_evaluation_says_nothing(tmp_path: Path) -> None:
-    assert VirtualClients.evaluate(own_clients(settings(tmp_path)), {}) is None
+    assert VirtualClients.evaluate(load_workload(settings(tmp_path)), {}) is None
 
 
 def test_a_workload_that_needs_no_torch_loads_none() -> None:

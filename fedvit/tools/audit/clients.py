@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import GradientCorrection
-from fedvit.clients.client_state import ClientState
-from fedvit.clients.host import ClientHost, Shard
+from fedvit.clients.host import ClientData, ClientHost
 from fedvit.config import Settings
 from fedvit.privacy import mechanism
 from fedvit.privacy.accountant import PrivacyAccountant
@@ -66,18 +64,17 @@ class _FixedUpdates:
         return dict(self._updates[client_id])
 
 
-class _Host(ClientHost):
-    """The real host, but for its data and what its trainer says."""
+class _OneRecord:
+    """Every client has one record, which is never read."""
 
-    def __init__(self, settings: Settings, updates: Mapping[str, Update]) -> None:
-        self._settings = settings
-        self._rule = rule_for(settings)
-        self._kept = ClientState(settings.home, self._rule.name)
-        self._root_secret = bytes(SECRET_BYTES)
-        # Whole clients are clipped here and noised at the aggregator.
-        self._noised = False
-        self._trainer = _FixedUpdates(updates)
-        self._shards = {c: Shard(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), "0" * 64) for c in updates}
+    def load(self, client_id: str) -> ClientData:
+        """The record of a client."""
+        return ClientData(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), "0" * 64)
+
+
+def _host(settings: Settings, updates: Mapping[str, Update]) -> ClientHost:
+    """The real host with given data and updates. Whole clients are clipped here and noised at the aggregator."""
+    return ClientHost(settings, data=_OneRecord(), trainer=_FixedUpdates(updates), root_secret=bytes(SECRET_BYTES))
 
 
 class _Fleet(FakeFleet):
@@ -85,7 +82,7 @@ class _Fleet(FakeFleet):
 
     def __init__(self, settings: Settings, updates: Mapping[str, Update], point: FloatArray) -> None:
         super().__init__(point)
-        self._host = _Host(settings, updates)
+        self._host = _host(settings, updates)
 
     def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
         return self._host.train(task, weights, client_ids)
@@ -240,6 +237,6 @@ def client_task(scope: Scope, round_index: int = 9) -> TrainTask:
 
 def _host_answer(settings: Settings, task: TrainTask, base: Weights, update: Update) -> PartialSum:
     based = replace(task, base_digest=hashlib.sha256(encode_weights(base)).hexdigest())
-    answer = _Host(settings, {"vehicle-0000": update}).train(based, base, ["vehicle-0000"])
+    answer = _host(settings, {"vehicle-0000": update}).train(based, base, ["vehicle-0000"])
     assert isinstance(answer, PartialSum)
     return answer

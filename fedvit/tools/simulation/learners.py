@@ -1,4 +1,4 @@
-"""Real local training for simulated clients, and what some of them make of it."""
+"""Simulated clients that train for real, some of them with faulty labels or updates."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from fedvit.clients.host import ClientHost, Holdings, Shard
-from fedvit.clients.local import PlainTrainer, Trainer
+from fedvit.clients.host import ClientData, ClientDataSource, ClientHost, FeatureCache, vision_host
+from fedvit.clients.local import PlainTrainer
 from fedvit.config import Settings
+from fedvit.data.fleet import VirtualFleet
+from fedvit.models.models import build_model
 from fedvit.models.vision import VisionModel
 from fedvit.tools.simulation.faults import Faults
 from fedvit.types import TrainTask, Weights
@@ -24,72 +26,80 @@ from fedvit.updates import (
 )
 
 
-class SimulatedClients(ClientHost):
-    """The host of virtual clients, one answer each. Where the simulation is not private, they train by plain SGD.
+class MislabelledData:
+    """Data of clients some of which have wrong labels; implements :class:`fedvit.clients.host.ClientDataSource`.
 
     Args:
-        settings: of the run; its ``home`` is the simulation's own.
-        faults: who errs, and how.
-        shards: what the clients hold, by id, as an earlier simulation of the same data and model has read it.
-        holdings: see :class:`fedvit.clients.host.ClientHost`, as ``model``.
+        active: whether labels are wrong at present.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        faults: Faults,
-        shards: dict[str, Shard],
-        holdings: Holdings | None = None,
-        model: VisionModel | None = None,
+        self, data: ClientDataSource, faults: Faults, num_classes: int, active: Callable[[], bool] = lambda: True
     ) -> None:
-        super().__init__(settings, holdings, model)
-        self._faults = faults
-        self._shards = shards
+        self._data, self._faults, self._num_classes, self._active = data, faults, num_classes, active
 
-    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> SingleMessage:
-        """One client's own answer, as it arrives."""
-        message = self.train(task, weights, [client_id])
-        own = message.parts[0] if isinstance(message, UpdateBundle) else message
-        if isinstance(own, EncodedUpdate):
-            return own
-        if isinstance(own, PartialSum):
-            own = _single(own)
-        return self._seen(task, weights, self._faults.sent(client_id, own))
-
-    def load(self, client_id: str) -> None:
-        """Read what a client holds, if nobody has yet."""
-        super()._shard(client_id)
-
-    def _trainer_of(self, settings: Settings) -> Trainer:
-        if settings.simulation.private:
-            return super()._trainer_of(settings)
-        return PlainTrainer(self._model, physical_batch_size=settings.training.physical_batch_size)
-
-    def _shard(self, client_id: str) -> Shard:
-        shard = super()._shard(client_id)
-        labels = torch.from_numpy(self._faults.labels(client_id, shard.labels.numpy(), self._model.num_classes))
-        if torch.equal(labels, shard.labels):
-            return shard
+    def load(self, client_id: str) -> ClientData:
+        """One client's records, with the labels that it trains on."""
+        data = self._data.load(client_id)
+        if not self._active():
+            return data
+        labels = torch.from_numpy(self._faults.labels(client_id, data.labels.numpy(), self._num_classes))
+        if torch.equal(labels, data.labels):
+            return data
         # Other records, so other noise.
-        return replace(shard, labels=labels, digest=f"{shard.digest}/flipped")
+        return replace(data, labels=labels, digest=f"{data.digest}/flipped")
 
 
-class LyingClients(SimulatedClients):
-    """The host of a real system's virtual clients in a drill.
+class SimulatedClients:
+    """Clients that answer one at a time; without noise if the simulation is not private.
 
     Args:
-        lies: whether they lie now.
+        settings: of the run; its ``home`` is the simulation's own.
+        faults: the faulty clients.
+        data: the clients' records, without faults.
+        records, model: see :func:`fedvit.clients.host.vision_host`.
     """
 
-    def __init__(self, settings: Settings, faults: Faults, lies: Callable[[], bool]) -> None:
-        super().__init__(settings, faults, {})
-        self._lies = lies
+    def __init__(
+        self, settings: Settings, faults: Faults, data: ClientDataSource, records: VirtualFleet, model: VisionModel
+    ) -> None:
+        self._faults = faults
+        batch = settings.training.physical_batch_size
+        self._host = vision_host(
+            settings,
+            records=records,
+            model=model,
+            data=MislabelledData(data, faults, model.num_classes),
+            trainer=None if settings.simulation.private else PlainTrainer(model, physical_batch_size=batch),
+        )
 
-    def _shard(self, client_id: str) -> Shard:
-        return super()._shard(client_id) if self._lies() else ClientHost._shard(self, client_id)
+    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> SingleMessage:
+        """One client's answer as the server receives it."""
+        message = self._host.train(task, weights, [client_id])
+        answer = message.parts[0] if isinstance(message, UpdateBundle) else message
+        if isinstance(answer, EncodedUpdate):
+            return answer
+        if isinstance(answer, PartialSum):
+            answer = _single(answer)
+        answer, monitor = self._faults.sent(client_id, answer), self._host.monitor
+        return answer if monitor is None else monitor.observe(task, weights, answer)
 
-    def _sent(self, client_id: str, answer: ClientAnswer) -> ClientAnswer:
-        return self._faults.sent(client_id, answer) if self._lies() else answer
+
+def faulty_host(settings: Settings, faults: Faults, active: Callable[[], bool]) -> ClientHost:
+    """The host of a real system's virtual clients in a drill; faults occur while ``active``."""
+    fleet = VirtualFleet.open(settings.data)
+    model = build_model(settings.model, len(fleet.source.classes), settings.data.image_size)
+
+    def alter_answer(client_id: str, answer: ClientAnswer) -> ClientAnswer:
+        return faults.sent(client_id, answer) if active() else answer
+
+    return vision_host(
+        settings,
+        records=fleet,
+        model=model,
+        data=MislabelledData(FeatureCache(model, fleet), faults, model.num_classes, active),
+        alter_answer=alter_answer,
+    )
 
 
 def _single(own: PartialSum) -> ClientAnswer:

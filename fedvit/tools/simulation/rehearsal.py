@@ -61,9 +61,9 @@ def rehearsed_host(settings: Settings) -> ClientHostPort:
     check_rehearsal(settings)
     # torch, only where clients train.
     from fedvit.clients.workload import limit_threads
-    from fedvit.tools.simulation.learners import LyingClients
+    from fedvit.tools.simulation.learners import faulty_host
 
-    host = LyingClients(settings, _faults(settings), (settings.home / BEGUN).exists)
+    host = faulty_host(settings, _faults(settings), (settings.home / BEGUN).exists)
     limit_threads(settings)
     return host
 

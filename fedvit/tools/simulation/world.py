@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 
-from fedvit.clients.host import Shard
+from fedvit.clients.host import FeatureCache
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.evaluation.server_model import ServerModel
@@ -43,7 +41,6 @@ class ImageWorld:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._shards: dict[str, Shard] = {}
 
     def fits(self, settings: Settings) -> bool:
         """Whether a run with these settings is of this world."""
@@ -51,11 +48,8 @@ class ImageWorld:
 
     def load(self) -> None:
         """Read everything now, so that processes forked afterwards share it."""
-        with tempfile.TemporaryDirectory(prefix="fedvit-simulation-") as folder:
-            own = self._settings.model_copy(update={"home": Path(folder)})
-            host = SimulatedClients(own, Faults((), (), 0), self._shards, self._fleet, self._model)
-            for client in self.clients:
-                host.load(client.client_id)
+        for client in self.clients:
+            self._data.load(client.client_id)
         self.server.evaluate(self.server.initial_weights())
 
     @cached_property
@@ -70,11 +64,15 @@ class ImageWorld:
 
     def learners(self, settings: Settings, faults: Faults) -> Learners:
         """Clients that train for real."""
-        return SimulatedClients(settings, faults, self._shards, self._fleet, self._model)
+        return SimulatedClients(settings, faults, self._data, self._fleet, self._model)
 
     @cached_property
     def _fleet(self) -> VirtualFleet:
         return VirtualFleet.open(self._settings.data)
+
+    @cached_property
+    def _data(self) -> FeatureCache:
+        return FeatureCache(self._model, self._fleet)
 
     @cached_property
     def _model(self) -> VisionModel:
