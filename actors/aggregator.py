@@ -12,7 +12,7 @@ from pathlib import Path
 from actors.fleet import RayFleet
 from actors.handles import connect_accountant, forwards
 from actors.ray_metrics import RayMirror
-from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE
+from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
 from fedvit.metrics.throttled_publisher import ThrottledPublisher
 from fedvit.metrics.training import DataMetrics, TrainingMetrics
 from fedvit.operations.local_aggregator import LocalAggregator

@@ -21,7 +21,7 @@ from fedvit.finetune.job import Outcome, Plan, plan_of, with_noise
 from fedvit.models.models import build_model
 from fedvit.models.trainable import trainable_weights
 from fedvit.ports import FinetuneReport
-from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
 from fedvit.store.locks import system_lock
 from fedvit.store.store import Store
 from fedvit.wire.tensors import encode_weights

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from fedvit.metrics.metrics import lasting_figures
+from fedvit.metrics.exposition import lasting_figures
 
 
 class Gauge(Protocol):

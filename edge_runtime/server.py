@@ -24,7 +24,7 @@ from edge_runtime.problems import on_fedvit_error, on_http_error, on_surprise
 from edge_runtime.service import ModelService
 from edge_runtime.stats import ProcessMeter, RequestStats
 from fedvit.errors import DataError, FedvitError, OverloadedError, PayloadTooLargeError, SlowBodyError
-from fedvit.metrics.metrics import render
+from fedvit.metrics.exposition import render
 from fedvit.registry.client import ReleaseClient
 from fedvit.wire.images import MAX_IMAGE_BYTES
 

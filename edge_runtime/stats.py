@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from fedvit.metrics.metrics import counter, gauge
+from fedvit.metrics.exposition import counter, gauge
 from fedvit.metrics.releases import ReleaseMetrics
 from fedvit.wire.manifest import ReleaseManifest
 

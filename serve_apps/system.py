@@ -22,7 +22,7 @@ from fedvit.access.exposure import check_exposure
 from fedvit.access.identity import Scope
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
-from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE
+from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
 from fedvit.metrics.targets import EDGES, RAY, SERVER, Target, link_targets, write_targets
 from fedvit.ports import AggregatorPort, FinetuneReport, SystemUrls
 from fedvit.processes import check_port_free, end_child, end_with_parent, why_taken

@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedvit.cohort.connectivity import connectivity
 from fedvit.config import FleetConfig
-from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE, counter, render
+from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE, counter, render
 from fedvit.metrics.releases import ReleaseMetrics
 from fedvit.metrics.training import RoundMetrics, TrainingMetrics
 from fedvit.privacy.accountant import PrivacyAccountant
@@ -48,7 +48,7 @@ CLASSES = 43
 # What another process of the node leaves when it ends.
 SHORT_LIFE = """
 from prometheus_client import CollectorRegistry
-from fedvit.metrics.metrics import counter, gauge
+from fedvit.metrics.exposition import counter, gauge
 from fedvit.metrics.releases import ReleaseMetrics
 import sys
 counter("heartbeats_total").labels("ok").inc()

@@ -1,4 +1,4 @@
-"""Histograms of a host's clients: images are measured once; each histogram is noised with the client's own key."""
+"""Noised histograms of the clients on one host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fedvit.data.records import load_images
 from fedvit.data.sources import ImageSource, Record
-from fedvit.drift.measures import Counts, Floats, Holding, embeddings_of, filtered, risk_of, sketched
+from fedvit.drift.measures import ClientRecords, Counts, Floats, embeddings_of, filtered, noised_histogram, risk_of
 from fedvit.errors import DataError
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.secrets import derive_secret
@@ -30,14 +30,13 @@ class _Counted:
 
 
 class HistogramClient:
-    """Makes histograms of clients whose records lie here.
+    """Computes histograms of clients whose records are on this host.
 
-    What was counted of a client is kept in memory, without noise, for its next histogram under the same edges;
-    images are not.
+    Counts of a client stay in memory, without noise, for its next histogram with the same edges; images do not.
 
     Args:
-        records: of a client.
-        root_secret: what clients' keys are derived from.
+        records: the records of a client.
+        root_secret: key from which clients' keys are derived.
     """
 
     def __init__(
@@ -52,41 +51,41 @@ class HistogramClient:
         self._records, self._root_secret = records, root_secret
         self._counted: dict[tuple[str, str], _Counted] = {}
 
-    def histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
-        """A histogram of each client that has one to give; another's fault is logged and is its own."""
-        found = []
+    def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
+        """Histograms of all clients that have records; failures are logged and affect no other client."""
+        results = []
         for client_id in sorted(client_ids):
             try:
-                found.append(self.histogram(order, client_id))
+                results.append(self.histogram(request, client_id))
             except Exception as error:
                 _LOG.warning("no histogram of %s: %s", client_id, error)
-        return found
+        return results
 
-    def histogram(self, order: HistogramRequest, client_id: str) -> ClientHistogram:
-        """One client's.
+    def histogram(self, request: HistogramRequest, client_id: str) -> ClientHistogram:
+        """The histogram of one client.
 
         Raises:
-            DataError: it has no records.
+            DataError: the client has no records.
         """
-        counted = self._count(order, client_id)
-        # Bound to the very records, as the noise of an update is.
+        counted = self._count(request, client_id)
+        # Bound to these records, like the noise of an update.
         secret = derive_secret(self._root_secret, f"{client_id}/histogram/{counted.digest}")
         counts = counted.counts.copy()
-        counts[order.spec.slices[RISK]] = risk_of(counted.labels, order.spec)
-        return sketched(order, client_id, counts, len(counted.labels), secret)
+        counts[request.spec.slices[RISK]] = risk_of(counted.labels, request.spec)
+        return noised_histogram(request, client_id, counts, len(counted.labels), secret)
 
-    def _count(self, order: HistogramRequest, client_id: str) -> _Counted:
-        key = client_id, order.spec.basis
+    def _count(self, request: HistogramRequest, client_id: str) -> _Counted:
+        key = client_id, request.spec.basis
         if key not in self._counted:
             records = self._records(client_id)
             if not records:
                 raise DataError(f"Client {client_id} has no records to histogram.")
-            held = self._held(records)
-            digest = hashlib.sha256(held.images.tobytes() + held.labels.tobytes()).hexdigest()
-            self._counted[key] = _Counted(held.counts(order.spec), held.labels, digest)
+            loaded = self._load(records)
+            digest = hashlib.sha256(loaded.images.tobytes() + loaded.labels.tobytes()).hexdigest()
+            self._counted[key] = _Counted(loaded.counts(request.spec), loaded.labels, digest)
         return self._counted[key]
 
-    def _held(self, records: Sequence[Record]) -> Holding:
+    def _load(self, records: Sequence[Record]) -> ClientRecords:
         images, sound, broken = [], [], []
         for record in records:
             try:
@@ -96,11 +95,11 @@ class HistogramClient:
                 broken.append(record.label)
         empty = np.empty((0, self._image_size, self._image_size, 3), np.uint8)
         whole = np.concatenate([*images, empty])
-        return Holding(whole, embedded(self._model, whole), np.array(sound + broken, dtype=np.int64))
+        return ClientRecords(whole, embedded(self._model, whole), np.array(sound + broken, dtype=np.int64))
 
 
 def embedded(model: VisionModel, images: ImageArray) -> Floats:
-    """Public embeddings [N, D] of images: by the model's frozen stem, or by fixed filters where it has none."""
+    """Public embeddings [N, D] of images: of the model's frozen stem, or of fixed filters without one."""
     if next(model.prefix.parameters(), None) is None:
         return filtered(images)
     batches = torch.from_numpy(images).split(FEATURE_BATCH)

@@ -1,26 +1,26 @@
-"""What the server makes of histograms: whether the fleet's data has moved since a reference window, where, and in what.
+"""Statistical tests for data drift between two windows of private histograms.
 
-Each client is compared with itself, so that it does not matter how unlike each other clients are. With shares ``c`` of
-its newest histogram over ``n`` records and ``r`` of its reference over ``m``, the difference ``d = c - r`` of a client
-whose data has not moved has mean 0 and the covariance
+Each client is compared with itself, so differences between clients do not matter. Let ``c`` be the shares of its newest
+histogram over ``n`` records, and ``r`` those of its reference over ``m``. Without drift ``d = c - r`` has mean 0 and
+covariance
 
     (1/n + 1/m) (diag(p) - p p') + s^2 (1/n^2 + 1/m^2) I
 
-of multinomial sampling and of the noise, of known deviation ``s`` in each count. So ``d' Sigma^-1 d`` is close to
-chi-squared with as many degrees of freedom as there are bins (Wald 1943), and thresholds follow from how often one may
-be wrong: :data:`FALSE_ALARMS` a window, shared out evenly (Bonferroni) over the fleet as a whole, clusters of clients,
-single clients, and features. A shift of no practical size is no drift however sure it is: the stability index of what
-moved must reach :data:`LEAST_INDEX`.
+of multinomial sampling and of noise with the known standard deviation ``s`` in each count. So ``d' Sigma^-1 d`` is
+close to chi-squared with as many degrees of freedom as there are bins (Wald 1943). Thresholds follow from the allowed
+rate of false alarms, :data:`FALSE_ALARMS` a window, divided evenly (Bonferroni) over the whole fleet, clusters of
+clients, single clients, and features. A significant shift counts only if its stability index reaches
+:data:`LEAST_INDEX`.
 
-Three quarters of those false alarms are for the risk: how many of its records the model is expected to get wrong, by
-their classes. It is one number a client, so that little noise is in it, and only its rise is of interest: with ``z`` a
-client's rise in standard deviations, the sum of ``max(z, 0)^2`` over the fleet sees what comes to a part of it. Of N
-clients that stay as they are it is a chi-bar-squared: a mixture of chi-squareds of k degrees of freedom by the chance
+Three quarters of the false alarms are for the risk: the number of records that the model is expected to get wrong, by
+their classes. It is one number a client, so it holds little noise, and only its rise matters. With ``z`` a client's
+rise in standard deviations, the sum of ``max(z, 0)^2`` over the fleet detects a shift in a part of the fleet. Without
+drift in N clients it is chi-bar-squared: a mixture of chi-squareds of k degrees of freedom, weighted by the probability
 that k of N signs are positive (Kudo 1963, Biometrika 50(3/4)).
 
 PSI: Siddiqi 2006, see :mod:`fedvit.drift.signals`. JS: Lin 1991, IEEE Trans. Inf. Theory 37(1). KS: Massey 1951.
-Embeddings: sliced Wasserstein, Rabin et al. 2011. Drift that comes to some clients before others, and clusters of them:
-Jothimurugesan et al. 2023 (arXiv:2206.00799).
+Embeddings: sliced Wasserstein, Rabin et al. 2011. Drift in clusters of clients: Jothimurugesan et al. 2023
+(arXiv:2206.00799).
 """
 
 from __future__ import annotations
@@ -37,28 +37,25 @@ from fedvit.wire.histograms import LABEL, RECORDS, RISK, RISK_VOTES, ClientHisto
 Floats = npt.NDArray[np.float64]
 
 FALSE_ALARMS = 0.008
-"""How often a window without drift may be called drifting: a little less than one in a hundred."""
+"""Rate of false alarms for a window without drift."""
 RISK_ALARMS = 0.75
-"""The share of them that is for the risk."""
+"""Share of the false alarms for the risk."""
 LEAST_RISE = 0.005
-"""A rise below it of the share of records that the model is expected to get wrong is no shift."""
+"""Smallest rise of the share of expected errors that counts as a shift."""
 LEAST_INDEX = 0.1
-"""A stability index below it is no shift, by the convention of where it comes from."""
+"""Smallest stability index that counts as a shift, by the convention of credit scoring."""
 SCOPES = 3
 """Fleet, clusters, clients."""
 CLUSTER_OF, MOST_CLUSTERS = 4, 8
-"""A cluster for every so many clients, and no more than that."""
+"""Clients for each cluster, and most clusters."""
 _LLOYD_STEPS = 10
 _NAMED = 0.1
-"""The share of the risk's false alarms that is for naming single clients."""
+"""Share of the risk's false alarms for naming single clients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far one histogram is from another, by four measures of the field; noise is in all of them.
-
-    ``psi`` and ``js`` (bits) look at bins one by one, ``ks`` and ``wasserstein`` (in bins) at their order.
-    """
+    """Distances between two noised histograms: ``js`` in bits, ``wasserstein`` in bins."""
 
     psi: float
     js: float
@@ -68,10 +65,7 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """What some clients' histogram of one feature did. ``score`` is 0.5 at the threshold and 1 at twice that.
-
-    The histogram of the risk is that of the records which the model is expected to get right, and wrong.
-    """
+    """Test result for one feature of some clients. The risk has two bins: records expected right, and wrong."""
 
     feature: str
     client_ids: tuple[str, ...]
@@ -81,28 +75,27 @@ class Shift:
 
     @property
     def size(self) -> tuple[float, float]:
-        """How large it is, and how large it has to be."""
+        """Practical size of the shift, and the least that counts."""
         return (self.distance.ks, LEAST_RISE) if self.feature == RISK else (self.distance.psi, LEAST_INDEX)
 
     @property
     def score(self) -> float:
-        """From 0 to 1; below 0.5 where the shift is of no practical size."""
+        """0.5 at the threshold and 1 at twice that; below 0.5 without practical size."""
         score = min(1.0, 0.5 * self.statistic / self.threshold)
         size, least = self.size
         return score if size >= least else min(score, 0.49)
 
     @property
     def drifts(self) -> bool:
-        """Whether it is more than noise and sampling make, and large enough to matter."""
+        """Whether the shift is significant and large enough to matter."""
         return self.score >= 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A window against its reference, feature by feature: the fleet as a whole, clusters of clients, single clients.
+    """A window against its reference, by feature: the whole fleet, clusters of clients, single clients.
 
-    ``clusters`` are of clients with alike label mixes in the reference. Of single clients there are those whose shift
-    is beyond the threshold.
+    ``clusters`` have similar label mixes in the reference. ``by_client`` has only shifts beyond the threshold.
     """
 
     client_ids: tuple[str, ...]
@@ -113,21 +106,21 @@ class Comparison:
 
     @property
     def drifting_clients(self) -> dict[str, tuple[str, ...]]:
-        """Which features moved at single clients, by client."""
-        found: dict[str, list[str]] = {}
+        """Features that drift at single clients, by client."""
+        by_client: dict[str, list[str]] = {}
         for feature, shifts in self.by_client.items():
             for shift in shifts:
                 if shift.drifts:
-                    found.setdefault(shift.client_ids[0], []).append(feature)
-        return {client_id: tuple(features) for client_id, features in sorted(found.items())}
+                    by_client.setdefault(shift.client_ids[0], []).append(feature)
+        return {client_id: tuple(features) for client_id, features in sorted(by_client.items())}
 
     @property
     def drifting_clusters(self) -> tuple[Shift, ...]:
-        """What moved in whole clusters."""
+        """Shifts of whole clusters."""
         return tuple(shift for shifts in self.by_cluster.values() for shift in shifts if shift.drifts)
 
     def worst(self, feature: str) -> Shift:
-        """The shift of a feature with the highest score, at whatever scope."""
+        """The shift of a feature with the highest score at any scope."""
         return max((self.fleet[feature], *self.by_cluster[feature], *self.by_client[feature]), key=lambda s: s.score)
 
     @property
@@ -143,13 +136,11 @@ def compare(
     same_basis: Collection[str] = (),
     false_alarms: float = FALSE_ALARMS,
 ) -> Comparison | None:
-    """The clients that have a histogram in both windows; None where there are none.
-
-    The order in which histograms came has no say: counts are whole numbers, and clients are taken by name.
+    """Compare the clients with a histogram in both windows; None without any. The order of histograms does not matter.
 
     Args:
-        spec: of the current ones; another's are left out.
-        same_basis: digests of specs that differ in the risk's votes alone, which is not compared then.
+        spec: of the current histograms; those of other specs are left out.
+        same_basis: digests of specs that differ in the risk's votes alone; their risk is not compared.
     """
     known = {spec.digest, *same_basis}
     ids = tuple(sorted(c for c in reference.keys() & current.keys() if _comparable(reference[c], current[c], known)))
@@ -178,7 +169,7 @@ def compare(
 
 
 def distance(reference: Sequence[float] | Floats, current: Sequence[float] | Floats) -> Distance:
-    """Of two histograms of the same bins; counts below 0, which noise makes, count as none."""
+    """Distances of two histograms of the same bins; negative counts, which noise makes, count as 0."""
     r, c = _smoothed(np.asarray(reference, dtype=np.float64)), _smoothed(np.asarray(current, dtype=np.float64))
     middle = (r + c) / 2
     js = 0.5 * np.sum(r * np.log2(r / middle)) + 0.5 * np.sum(c * np.log2(c / middle))
@@ -188,33 +179,25 @@ def distance(reference: Sequence[float] | Floats, current: Sequence[float] | Flo
     )
 
 
-def merged(histograms: Sequence[ClientHistogram]) -> npt.NDArray[np.int64]:
-    """The sum of histograms of one spec, count by count: exact, in whatever order."""
-    whole: npt.NDArray[np.int64] = np.sum(
-        [np.array(histogram.counts, dtype=np.int64) for histogram in histograms], axis=0
-    )
-    return whole
-
-
 def share_at_least(histogram: ClientHistogram, spec: HistogramSpec, kind: int, deviations: float = 3.0) -> float:
-    """Share of a client's records of one :data:`fedvit.wire.histograms.RECORD_KINDS` that noise does not explain."""
+    """Share of a client's records of one :data:`~fedvit.wire.histograms.RECORD_KINDS` beyond the noise."""
     count = histogram.counts[spec.slices[RECORDS].start + kind]
     return float(max(0.0, count - deviations * histogram.deviation)) / max(histogram.num_examples, 1)
 
 
 def clusters_of(shares: Floats) -> tuple[tuple[int, ...], ...]:
-    """Rows [N, B] that are alike, by k-means from the rows that lie furthest apart; the same every time."""
+    """Clusters of similar rows [N, B], by k-means seeded with the rows furthest apart; deterministic."""
     wanted = min(MOST_CLUSTERS, len(shares) // CLUSTER_OF)
     if wanted < 2:
         return ()
     centres = [shares[0]]
     while len(centres) < wanted:
         centres.append(shares[int(np.argmax(_squares(shares, np.array(centres)).min(axis=1)))])
-    found = np.array(centres)
+    means = np.array(centres)
     for _ in range(_LLOYD_STEPS):
-        nearest = np.argmin(_squares(shares, found), axis=1)
-        found = np.array(
-            [shares[nearest == i].mean(axis=0) if np.any(nearest == i) else found[i] for i in range(wanted)]
+        nearest = np.argmin(_squares(shares, means), axis=1)
+        means = np.array(
+            [shares[nearest == i].mean(axis=0) if np.any(nearest == i) else means[i] for i in range(wanted)]
         )
     groups = (tuple(int(i) for i in np.flatnonzero(nearest == k)) for k in range(wanted))
     return tuple(group for group in groups if len(group) > 1)
@@ -222,7 +205,7 @@ def clusters_of(shares: Floats) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """FleetHistograms of N clients: counts [N, cells], records [N], deviation of the noise [N]."""
+    """Histograms of N clients: counts [N, cells], records [N], standard deviations of the noise [N]."""
 
     counts: Floats
     records: Floats
@@ -242,7 +225,7 @@ class _Window:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """One feature in both windows, by client: differences of shares [N, B], and what their covariance is made of."""
+    """One feature in both windows, by client: shares [N, B] and the terms of their difference's covariance."""
 
     reference: Floats
     current: Floats
@@ -268,11 +251,10 @@ class _Pair:
         d, p, k = self.current - self.reference, self.expected, self.sampling
         a = k[:, None] * p + self.noise[:, None]
         across = np.sum(d * p / a, axis=1)
-        found: Floats = np.sum(d * d / a, axis=1) + k * across**2 / (1 - k * np.sum(p * p / a, axis=1))
-        return found
+        return np.asarray(np.sum(d * d / a, axis=1) + k * across**2 / (1 - k * np.sum(p * p / a, axis=1)))
 
     def statistic(self, group: Sequence[int]) -> float:
-        """The same of a group: each of its clients against itself, by what it weighs in the reference."""
+        """``d' Sigma^-1 d`` of a group, its clients weighted by their records in the reference."""
         at = list(group)
         w = self.weights[at] / self.weights[at].sum()
         d = w @ (self.current[at] - self.reference[at])
@@ -283,13 +265,13 @@ class _Pair:
     def distance(self, group: Sequence[int]) -> Distance:
         at = list(group)
         w = self.weights[at]
-        # In records, so that what keeps bins from being empty weighs little.
+        # In records, so that the smoothing of empty bins weighs little.
         return distance(w @ self.reference[at], w @ self.current[at])
 
 
 @dataclass(frozen=True, slots=True)
 class _Tests:
-    """Tests that together are wrong with probability ``level`` for each feature and scope."""
+    """Tests with a false-alarm probability of ``level`` for each feature and scope."""
 
     level: float
     ids: tuple[str, ...]
@@ -301,7 +283,7 @@ class _Tests:
         return Shift(name, names, pair.statistic(group), threshold, pair.distance(group))
 
     def clusters(self, name: str, pair: _Pair) -> tuple[Shift, ...]:
-        # Clusters are chosen by the very label counts of the reference: these would regress to their means.
+        # Clusters are chosen by the label counts of the reference, which would regress to their means.
         groups = () if name == LABEL else self.groups
         return tuple(self.group(name, pair, group, len(groups)) for group in groups)
 
@@ -316,7 +298,7 @@ class _Tests:
 
 @dataclass(frozen=True, slots=True)
 class _Risk:
-    """The share of N clients' records that the model is expected to get wrong, by their classes, and how it rose.
+    """Shares of records that the model is expected to get wrong, for N clients, and their rises.
 
     ``before`` and ``rises`` [N]; ``deviations`` [N] of the rises; ``weights`` [N], records in the reference.
     """
@@ -338,11 +320,10 @@ class _Risk:
 
     @staticmethod
     def _variance(old: _Window, new: _Window, spec: HistogramSpec) -> float:
-        """Of the votes of one record, by the fleet's label mix; more, up to the most there can be, the noisier that
-        is."""
+        """Variance of one record's votes by the fleet's label mix, raised towards its maximum by that mix's noise."""
         part = spec.slices[LABEL]
         counts = np.clip(old.counts[:, part].sum(axis=0) + new.counts[:, part].sum(axis=0), 0.0, None)
-        # Classes that share a bin have the mean of their votes; what they differ by is in the margin for noise.
+        # Classes that share a bin have the mean of their votes; the margin for noise covers their differences.
         bins = np.arange(spec.classes) * len(counts) // spec.classes
         votes = np.bincount(bins, spec.risk_votes) / np.bincount(bins)
         total = float(counts.sum())
@@ -359,8 +340,8 @@ class _Risk:
     def clients(self, names: tuple[str, ...], level: float) -> tuple[Shift, ...]:
         threshold = _one_sided_threshold(level / len(names), 1)
         z = self.rises / self.deviations
-        found = np.flatnonzero(np.clip(z, 0.0, None) ** 2 >= threshold)
-        return tuple(self._shift((names[i],), float(z[i] ** 2), threshold, np.array([i])) for i in found)
+        risen = np.flatnonzero(np.clip(z, 0.0, None) ** 2 >= threshold)
+        return tuple(self._shift((names[i],), float(z[i] ** 2), threshold, np.array([i])) for i in risen)
 
     def _shift(self, names: tuple[str, ...], statistic: float, threshold: float, at: npt.NDArray[np.int64]) -> Shift:
         w = self.weights[at]
@@ -371,7 +352,7 @@ class _Risk:
 
 @lru_cache(maxsize=1024)
 def _one_sided_threshold(level: float, count: int) -> float:
-    """What the sum of ``max(z, 0)^2`` of so many standard normals exceeds with this probability."""
+    """Upper quantile of the sum of ``max(z, 0)^2`` over ``count`` standard normals."""
     from scipy.optimize import brentq
     from scipy.stats import binom, chi2
 
@@ -379,13 +360,12 @@ def _one_sided_threshold(level: float, count: int) -> float:
     chances = binom.pmf(signs, count, 0.5)
     if chances.sum() <= level:
         return 0.0
-    found: float = brentq(lambda x: float(chances @ chi2.sf(x, signs)) - level, 0.0, 4.0 * count + 200.0)
-    return found
+    return float(brentq(lambda x: float(chances @ chi2.sf(x, signs)) - level, 0.0, 4.0 * count + 200.0))
 
 
 @lru_cache(maxsize=1024)
 def _threshold(level: float, bins: int) -> float:
-    # Imported here: half a second that no other answer of the control API need wait for.
+    # Imported here: it takes half a second, and most processes never need it.
     from scipy.stats import chi2
 
     return float(chi2.isf(level, bins))
@@ -402,5 +382,4 @@ def _smoothed(counts: Floats) -> Floats:
 
 
 def _squares(rows: Floats, centres: Floats) -> Floats:
-    found: Floats = ((rows[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2)
-    return found
+    return np.asarray(((rows[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2))

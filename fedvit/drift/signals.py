@@ -1,10 +1,10 @@
-"""Whether the world has moved away from what the model learnt, judged by the server's own things and by histograms.
+"""Drift signals: held-out loss, mix of predicted classes, and clients' histograms.
 
-Each signal has a score from 0 to 1; from :data:`THRESHOLD` on it says that there is drift. None: it cannot tell yet.
+Each signal has a score from 0 to 1, and says drift from :data:`THRESHOLD` on; None means unknown as yet.
 
-The population stability index compares two mixes over the same bins: ``sum((o - e) * ln(o / e))`` over the shares. It
-comes from credit scoring (Siddiqi, Credit Risk Scorecards, 2006), where below 0.1 is no shift and above 0.25 a large
-one; its distribution is in Yurdakul, Statistical Properties of Population Stability Index (2018).
+The population stability index of two mixes over the same bins is ``sum((o - e) * ln(o / e))`` over the shares. It comes
+from credit scoring (Siddiqi, Credit Risk Scorecards, 2006), where below 0.1 is no shift and above 0.25 a large one; for
+its distribution see Yurdakul, Statistical Properties of Population Stability Index (2018).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from fedvit.drift.comparison import Comparison, Shift
 from fedvit.wire.histograms import RISK
 
 THRESHOLD = 0.5
-# The latest loss this much (relatively) above the best of its run scores 1, half of it the threshold.
+# Relative rise of the latest loss above the best of its run that scores 1; half of it scores the threshold.
 LOSS_RISE = 1.0
-# Below it a relative rise means nothing.
+# Relative rises of smaller losses mean nothing.
 LOSS_FLOOR = 0.1
 # A stability index of 0.2 scores the threshold, twice that 1.
 INDEX_OF_THRESHOLD = 0.2
-# With fewer answers the index is mostly chance: its expectation without drift is about (classes - 1) / answers.
+# With fewer predictions the index is mostly chance: without drift it is about (classes - 1) / predictions.
 MIN_ANSWERS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """One thing that was measured, what it was compared with, and in words what that means."""
+    """One measured value, its reference, and a sentence that explains the score."""
 
     name: str
     value: float | None
@@ -39,24 +39,24 @@ class Signal:
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class DriftReport:
     """All signals; the highest score counts."""
 
     signals: tuple[Signal, ...]
 
     @property
     def score(self) -> float | None:
-        """The highest score; None where no signal can tell."""
+        """Highest score; None where all are unknown."""
         return max((signal.score for signal in self.signals if signal.score is not None), default=None)
 
     @property
     def drifting(self) -> bool:
-        """Whether a signal says so."""
+        """Whether any signal says drift."""
         return (self.score or 0.0) >= THRESHOLD
 
 
 def loss_signal(losses: Sequence[float]) -> Signal:
-    """The held-out loss of a run's latest version against the best of that run; ``losses`` round by round."""
+    """Held-out loss of a run's latest version against the best of that run; ``losses`` by round."""
     if not losses:
         return Signal("held_out_loss", None, None, None, "No version was evaluated yet.")
     latest, best = losses[-1], min(losses)
@@ -66,11 +66,11 @@ def loss_signal(losses: Sequence[float]) -> Signal:
 
 
 def mix_signal(answers: Mapping[int, int], expected: Sequence[float] | None) -> Signal:
-    """The classes that the inference replicas answer against those that the model answers on held-out images.
+    """Classes that the inference replicas predict against those that the model predicts on held-out images.
 
     Args:
-        answers: how often each class, by index, was answered since the version serves.
-        expected: how often each was on held-out images; None where that was not written down.
+        answers: number of predictions of each class, by index, since the version serves.
+        expected: those on held-out images; None where they were not recorded.
     """
     name, total = "prediction_mix", sum(answers.values())
     if expected is None or sum(expected) <= 0:
@@ -83,25 +83,21 @@ def mix_signal(answers: Mapping[int, int], expected: Sequence[float] | None) -> 
     return Signal(name, index, INDEX_OF_THRESHOLD, _capped(index / INDEX_OF_THRESHOLD * THRESHOLD), words)
 
 
-def histogram_signals(comparison: Comparison | None, told: int) -> tuple[Signal, ...]:
-    """Every feature of clients' histograms against the reference window: its stability index, and where it moved most.
-
-    Args:
-        told: how many clients have ever sent a histogram.
-    """
+def histogram_signals(comparison: Comparison | None, clients: int) -> tuple[Signal, ...]:
+    """One signal for each feature of clients' histograms; ``clients`` is how many have ever sent one."""
     if comparison is None:
         words = "No client has sent a histogram before the release and another after it."
-        return (Signal("histograms", None, None, None, f"{words} {told} have sent one."),)
+        return (Signal("histograms", None, None, None, f"{words} {clients} have sent one."),)
     return tuple(_histogram_signal(comparison, feature) for feature in comparison.fleet)
 
 
 def _histogram_signal(comparison: Comparison, feature: str) -> Signal:
     worst = comparison.worst(feature)
     size, least = comparison.fleet[feature].size
-    return Signal(f"sketch_{feature}", size, least, worst.score, _told(comparison, worst))
+    return Signal(f"histogram_{feature}", size, least, worst.score, _explanation(comparison, worst))
 
 
-def _told(comparison: Comparison, worst: Shift) -> str:
+def _explanation(comparison: Comparison, worst: Shift) -> str:
     if worst.feature == RISK and worst.drifts:
         return (
             "Records have moved to classes that the model is bad at: of the fleet's, it is expected to get "
@@ -113,17 +109,14 @@ def _told(comparison: Comparison, worst: Shift) -> str:
     if clients:
         few = ", ".join(clients[:5]) + (f" and {len(clients) - 5} more" if len(clients) > 5 else "")
         return f"It has moved at {len(clients)} of {len(comparison.client_ids)} clients: {few}."
-    whole = len(worst.client_ids) == len(comparison.client_ids)
-    where = (
-        "the fleet as a whole"
-        if whole
-        else f"a cluster of {len(worst.client_ids)} clients, {worst.client_ids[0]} among them"
-    )
+    where = "the fleet as a whole"
+    if len(worst.client_ids) < len(comparison.client_ids):
+        where = f"a cluster of {len(worst.client_ids)} clients, {worst.client_ids[0]} among them"
     return f"It has moved in {where}; at no single client is that certain."
 
 
 def stability_index(expected: Sequence[float], observed: Sequence[float]) -> float:
-    """The population stability index; one bin a class, half a count added to each so that none is empty."""
+    """Population stability index of two mixes; half a count is added to each bin so that none is empty."""
     return sum((o - e) * math.log(o / e) for e, o in zip(_shares(expected), _shares(observed), strict=True))
 
 

@@ -32,7 +32,7 @@ from fedvit.finetune.ranks import RankedDPOptimizer, RankedTrainer, Ranks
 from fedvit.models.models import build_model
 from fedvit.models.trainable import load_trainable_weights, load_weights, trainable_weights
 from fedvit.ports import POPULATION, Charge
-from fedvit.privacy.accountants import calibrate_noise_multiplier, check_delta
+from fedvit.privacy.epsilon import calibrate_noise_multiplier, check_delta
 from fedvit.privacy.outputs import output_id
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.types import Evaluation, TrainTask, Weights

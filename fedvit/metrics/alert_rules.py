@@ -1,8 +1,7 @@
-"""The alert rules as data: with every time divided by one factor for drills, and as a table for the documents.
+"""Prometheus alert rules: reading, shortening for drills, and a Markdown table.
 
-What is waited for (``for``, ``keep_firing_for``) and what is looked back on (ranges and offsets) shrink together, so
-that a drill shows the same rules in less time. Thresholds stay, counts among them: so many in a shorter time is more
-often.
+For a drill, waiting times (``for``, ``keep_firing_for``), ranges and offsets are divided by one factor. Thresholds
+stay, counts among them.
 """
 
 from __future__ import annotations
@@ -20,21 +19,20 @@ from fedvit.errors import ConfigError
 
 RULES = Path("cluster_configs") / "monitoring" / "rules"
 SCRAPE_INTERVAL_S = 5.0
-# Shorter, and scrapes would take a share of the machine that they are to watch, and end before the control API, which
-# gives its parts a second to say how they are, has answered.
+# Shorter intervals would load the machine, and end before the control API has asked its components for their health.
 LEAST_SCRAPE_INTERVAL_S = 3.0
 # rate() needs two samples, and one scrape may fail.
 SAMPLES_A_RANGE = 4
 LEAST_KEPT_S = 15
-"""More than Alertmanager's ``group_interval``: a webhook that is back is tried again before the alert ends."""
+"""More than Alertmanager's ``group_interval``: a webhook that recovers is tried again before the alert ends."""
 _UNITS_S = {"h": 3600, "m": 60, "s": 1}
 _RANGE = re.compile(r"(?<=\[)\d+[smh](?=\])")
 _OFFSET = re.compile(r"(?<=\boffset )\d+[smh]\b")
 
 
 @dataclass(frozen=True, slots=True)
-class Alert:
-    """One alert. ``waits`` is Prometheus' ``for``: how long its condition has to hold; "" for not at all."""
+class AlertRule:
+    """One alert rule. ``waits`` is Prometheus' ``for``, the time that its condition must hold; "" for none."""
 
     name: str
     severity: str
@@ -46,10 +44,10 @@ class Alert:
 
 
 def read_groups(folder: Path) -> list[dict[str, Any]]:
-    """The groups of all rule files in the folder.
+    """Groups of all rule files in the folder.
 
     Raises:
-        ConfigError: there are none, or one cannot be read.
+        ConfigError: there are no files, or one cannot be read.
     """
     try:
         files = [yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*.yml"))]
@@ -61,12 +59,12 @@ def read_groups(folder: Path) -> list[dict[str, Any]]:
 
 
 def scrape_interval_s(factor: float) -> float:
-    """How often targets are scraped in a drill that is ``factor`` times as fast, seconds."""
+    """Scrape interval of a drill that is ``factor`` times as fast, in seconds."""
     return max(LEAST_SCRAPE_INTERVAL_S, SCRAPE_INTERVAL_S / factor)
 
 
 def shortened(groups: Sequence[dict[str, Any]], factor: float) -> list[dict[str, Any]]:
-    """The same rules, ``factor`` times as fast, as far as scrapes allow.
+    """The rules ``factor`` times as fast, within what the scrape interval allows.
 
     Raises:
         ConfigError: the factor is below 1.
@@ -76,18 +74,18 @@ def shortened(groups: Sequence[dict[str, Any]], factor: float) -> list[dict[str,
     return [{**group, "rules": [_shortened(rule, factor) for rule in group["rules"]]} for group in groups]
 
 
-def alerts(groups: Sequence[dict[str, Any]]) -> Iterator[Alert]:
-    """The alerts of the groups."""
+def alerts(groups: Sequence[dict[str, Any]]) -> Iterator[AlertRule]:
+    """The alert rules of the groups."""
     for rule in (rule for group in groups for rule in group["rules"] if "alert" in rule):
-        told = rule["annotations"]
-        yield Alert(
+        annotations = rule["annotations"]
+        yield AlertRule(
             name=rule["alert"],
             severity=rule["labels"]["severity"],
             condition=" ".join(rule["expr"].split()),
             waits=str(rule.get("for", "")),
-            summary=told["summary"],
-            respond_within=told["respond_within"],
-            runbook_url=told["runbook_url"],
+            summary=annotations["summary"],
+            respond_within=annotations["respond_within"],
+            runbook_url=annotations["runbook_url"],
         )
 
 
@@ -116,15 +114,15 @@ def _shortened(rule: dict[str, Any], factor: float) -> dict[str, Any]:
 
     def shorter(text: str, least_s: int) -> str:
         long_s = int(text[:-1]) * _UNITS_S[text[-1]]
-        return _told(min(long_s, max(round(long_s / factor), least_s)))
+        return _duration(min(long_s, max(round(long_s / factor), least_s)))
 
-    expr = _RANGE.sub(lambda found: shorter(found[0], SAMPLES_A_RANGE * interval_s), rule["expr"])
-    expr = _OFFSET.sub(lambda found: shorter(found[0], interval_s), expr)
+    expr = _RANGE.sub(lambda match: shorter(match[0], SAMPLES_A_RANGE * interval_s), rule["expr"])
+    expr = _OFFSET.sub(lambda match: shorter(match[0], interval_s), expr)
     least_s = {"for": interval_s, "keep_firing_for": LEAST_KEPT_S}
     waits = {name: shorter(rule[name], least) for name, least in least_s.items() if name in rule}
     return {**rule, "expr": expr, **waits}
 
 
-def _told(seconds: int) -> str:
+def _duration(seconds: int) -> str:
     unit = next(unit for unit, length_s in _UNITS_S.items() if seconds % length_s == 0)
     return f"{seconds // _UNITS_S[unit]}{unit}"

@@ -16,20 +16,20 @@ RATE = "$__rate_interval"
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One graph. ``queries`` are PromQL by legend, where ``@`` stands for the prefix of our metrics."""
+    """One graph. ``queries`` are PromQL by legend; ``@`` stands for the prefix of fedvit's metrics."""
 
     title: str
     unit: str
     queries: dict[str, str]
 
     def expressions(self) -> list[str]:
-        """The queries as Prometheus is asked, but for Grafana's rate interval."""
+        """The queries with prefix, and with Grafana's variable for the rate interval."""
         return [query.replace("@", PREFIX) for query in self.queries.values()]
 
 
 @dataclass(frozen=True, slots=True)
 class Dashboard:
-    """One page of panels; its name is its file's and its address'."""
+    """One page of panels; the name is also that of its file and its URL."""
 
     name: str
     panels: tuple[Panel, ...]
@@ -63,7 +63,7 @@ DASHBOARDS = (
             Panel("Epsilon left", "none", {"{{privacy_unit}}": "@privacy_epsilon_remaining"}),
             Panel("Epsilon spent in this period", "none", {"{{privacy_unit}}": "@privacy_epsilon_spent"}),
             Panel(
-                "Share of the budget that is spent",
+                "Share of the budget spent",
                 "percentunit",
                 {
                     "{{privacy_unit}}": "@privacy_epsilon_spent "
@@ -76,7 +76,7 @@ DASHBOARDS = (
                 {"{{privacy_unit}}": "clamp_min(3600 * deriv(@privacy_epsilon_spent[10m]), 0)"},
             ),
             Panel(
-                "Requests refused for who asked",
+                "Requests refused by access control",
                 "reqps",
                 {"{{reason}}": _rate("unauthorized_requests_total", "reason")},
             ),
@@ -88,7 +88,7 @@ DASHBOARDS = (
             Panel(
                 "Clients",
                 "none",
-                {"listed": "@total_clients", "active": "@active_clients", "there": "@connected_clients"},
+                {"listed": "@total_clients", "active": "@active_clients", "connected": "@connected_clients"},
             ),
             Panel("Connected share", "percentunit", {"share": "@connected_clients / @total_clients"}),
             Panel("Heartbeats", "reqps", {"{{status}}": _rate("heartbeats_total", "status")}),
@@ -100,7 +100,7 @@ DASHBOARDS = (
     Dashboard(
         "edge",
         (
-            Panel("Edges that answer", "none", {"{{instance}}": 'up{job="fed-edge"}'}),
+            Panel("Reachable edges", "none", {"{{instance}}": 'up{job="fed-edge"}'}),
             Panel(
                 "Latency, p50",
                 "s",
@@ -108,7 +108,7 @@ DASHBOARDS = (
             ),
             Panel("Latency, p95", "s", {"{{instance}}": _p95("inference_duration_seconds", "instance")}),
             Panel(
-                "Latency since the release serves, p95",
+                "Latency since the start of the release, p95",
                 "s",
                 {"{{instance}} {{model_version}}": "histogram_quantile(0.95, @inference_duration_seconds_bucket)"},
             ),
@@ -122,7 +122,7 @@ DASHBOARDS = (
                 "none",
                 {"{{model_version}}": "count by (model_version) (@inference_duration_seconds_count)"},
             ),
-            Panel("Images waited for", "none", {"{{instance}}": '@queue_depth{queue="images"}'}),
+            Panel("Waiting images", "none", {"{{instance}}": '@queue_depth{queue="images"}'}),
         ),
     ),
     Dashboard(
@@ -135,7 +135,7 @@ DASHBOARDS = (
             ),
             Panel("Control API, p95", "s", {"{{route}}": _p95("request_duration_seconds", "route")}),
             Panel(
-                "Inference that fails",
+                "Failed inference requests",
                 "percentunit",
                 {
                     "share": f'sum(rate(@inference_requests_total{{outcome=~"unavailable|failed"}}[{RATE}])) '
@@ -143,19 +143,19 @@ DASHBOARDS = (
                 },
             ),
             Panel("Answers, by class", "reqps", {"{{label}}": _rate("predictions_total", "label")}),
-            Panel("Parts that are well", "bool_yes_no", {"{{component}}": "@component_healthy"}),
-            Panel("What waits", "none", {"{{queue}}": "sum by (queue) (@queue_depth)"}),
+            Panel("Healthy components", "bool_yes_no", {"{{component}}": "@component_healthy"}),
+            Panel("Queues", "none", {"{{queue}}": "sum by (queue) (@queue_depth)"}),
             Panel("State database", "bytes", {"size": "@store_bytes"}),
-            Panel("Alerts that fire", "none", {"{{severity}}": 'count by (severity) (ALERTS{alertstate="firing"})'}),
-            Panel("Incidents that are open", "none", {"{{severity}}": "sum by (severity) (@incidents_open)"}),
-            Panel("Reading the metrics takes", "s", {"{{job}} {{instance}}": "scrape_duration_seconds"}),
+            Panel("Firing alerts", "none", {"{{severity}}": 'count by (severity) (ALERTS{alertstate="firing"})'}),
+            Panel("Open incidents", "none", {"{{severity}}": "sum by (severity) (@incidents_open)"}),
+            Panel("Duration of scrapes", "s", {"{{job}} {{instance}}": "scrape_duration_seconds"}),
         ),
     ),
 )
 
 
 def as_json(dashboard: Dashboard) -> str:
-    """What Grafana imports."""
+    """The dashboard as Grafana imports it."""
     title = f"fedvit: {dashboard.name}"
     page = {
         "uid": f"fedvit-{dashboard.name}",

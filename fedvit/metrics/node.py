@@ -1,10 +1,9 @@
-"""The metrics of all processes of one node, and what becomes of those of a process that ended.
+"""Merged metrics of all processes of one node, ended processes included.
 
-Each process writes files of its own (``prometheus_client``'s multiprocess mode), so that what it counted outlives it.
-Files of processes that ended are folded into one a type: counters and histograms as sums, gauges by their newest value.
-However often an actor is restarted, no count is lost or doubled, and the folder stays small.
-
-The series of a release are in files of their own, see :mod:`fedvit.metrics.releases`. They go when nobody serves it.
+Each process writes its own files (``prometheus_client``'s multiprocess mode), which remain when it ends. Files of ended
+processes are folded into one for each type: counters and histograms as sums, gauges by their newest value. So no count
+is lost or doubled by restarts, and the folder stays small. The series of a release are in files of their own (see
+:mod:`fedvit.metrics.releases`), which are removed when no process serves it.
 """
 
 from __future__ import annotations
@@ -34,23 +33,23 @@ _Values = dict[str, tuple[float, float]]
 
 
 def release_file(kind: str, owner: str, sequence: int) -> str:
-    """What the file of one process for one release is called."""
+    """Name of the file of one process for one release."""
     return f"{kind}_{owner}r{sequence}.db"
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Alone in the folder: files are made, folded and read by one at a time."""
+    """Exclusive access to the folder: one process at a time creates, folds or reads files."""
     with (folder / LOCK).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 class NodeCollector(Collector):
-    """Collects what all processes of a node wrote into ``folder``, and folds the files of those that ended.
+    """Collects the metrics in ``folder`` of all processes of a node, and folds the files of ended ones.
 
     Raises:
-        ValueError: it is not a folder.
+        ValueError: ``folder`` is not a folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,12 +63,12 @@ class NodeCollector(Collector):
             tidy(self._folder)
             files = [str(path) for path in sorted(self._folder.glob("*.db"))]
             merged = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
-        # Ray's own processes find the variable in their environment, too.
+        # Ray's own processes have the variable in their environment, too.
         return [family for family in merged if family.name.startswith(PREFIX)]
 
 
 def tidy(folder: Path) -> None:
-    """Fold the files of ended processes and remove those of retired releases; whoever calls it holds the lock."""
+    """Fold the files of ended processes and remove those of retired releases; the caller holds the lock."""
     _finish_folding(folder)
     ended = defaultdict(list)
     for path in sorted(folder.glob("*.db")):
@@ -84,14 +83,14 @@ def tidy(folder: Path) -> None:
 
 
 def _of_releases(folder: Path) -> dict[str, list[Path]]:
-    """The files of ended processes about releases that serve, by archive; those about others are removed."""
+    """Files of ended processes for releases that serve, by archive; those for other releases are removed."""
     files = [(path, found) for path in folder.glob("*.db") if (found := _OF_RELEASE.fullmatch(path.name))]
     served = {found["sequence"] for path, found in files if _is_held(path)}
     ended = defaultdict(list)
     for path, found in sorted(files, key=lambda file: file[0]):
         if _is_held(path):
             continue
-        # While all replicas are away nobody knows what is retired.
+        # Without any living replica it is unknown which releases are retired.
         if served and found["sequence"] not in served:
             path.unlink()
         elif found["owner"] != ENDED:
@@ -110,10 +109,10 @@ def _fold(archive: Path, paths: list[Path]) -> None:
     draft.unlink(missing_ok=True)
     _write(draft, values)
     journal = archive.with_name(JOURNAL)
-    told = {"archive": archive.name, "draft": draft.name, "ended": [path.name for path in paths]}
-    # From here on it is seen through, whoever is killed: nothing is counted twice and nothing is lost.
+    entry = {"archive": archive.name, "draft": draft.name, "ended": [path.name for path in paths]}
+    # From here on any process completes the folding, so a kill neither loses nor doubles a count.
     aside = journal.with_suffix(".tmp")
-    aside.write_text(json.dumps(told))
+    aside.write_text(json.dumps(entry))
     aside.replace(journal)
     _finish_folding(archive.parent)
 
@@ -122,11 +121,11 @@ def _finish_folding(folder: Path) -> None:
     journal = folder / JOURNAL
     if not journal.exists():
         return
-    told = json.loads(journal.read_text())
-    draft = folder / told["draft"]
+    entry = json.loads(journal.read_text())
+    draft = folder / entry["draft"]
     if draft.exists():
-        draft.replace(folder / told["archive"])
-    for name in told["ended"]:
+        draft.replace(folder / entry["archive"])
+    for name in entry["ended"]:
         (folder / name).unlink(missing_ok=True)
     journal.unlink()
 
@@ -149,7 +148,7 @@ def _lives(pid: int) -> bool:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether the process that made the file lives; unlike its id, the lock is nobody else's later."""
+    """Whether the process that made the file lives; unlike its id, its lock is never reused."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,8 +1,9 @@
-"""What is measured about the release that serves, and about no other: its series begin and end with it.
+"""Metrics of the release that serves: series that begin and end with it.
 
-A quantile over a raw histogram is that since its beginning. So each release begins one: another version, and another
-variant of the same version as well. What ``prometheus_client`` offers cannot end a series that several processes write;
-therefore a server's replica keeps those of its release in files of its own and removes them when it serves another.
+A quantile over a raw histogram covers the time since its beginning, so each release begins one; another variant of the
+same version counts as another release. ``prometheus_client`` cannot end a series that several processes write.
+Therefore a server's replica keeps the series of its release in files of its own, and removes them when it serves
+another.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import INF, floatToGoString
 
 from fedvit.metrics.catalogue import BY_NAME
-from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE, counter, histogram
+from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE, counter, histogram
 from fedvit.metrics.node import locked, release_file
 
 DURATION, ANSWERS = "inference_duration_seconds", "predictions_total"
 
 
 class ReleaseMetrics(Collector):
-    """Latency, and where ``count_answers`` says so the classes that were answered, of what this process serves.
+    """Latency, and with ``count_answers`` the predicted classes, of the release that this process serves.
 
-    Thread-safe. In multiprocess mode whoever renders the folder sees it, else ``registry`` has it.
+    Thread-safe. In multiprocess mode the series are in the folder, otherwise in ``registry``.
     """
 
     def __init__(self, registry: CollectorRegistry, *, count_answers: bool = False) -> None:
@@ -44,7 +45,7 @@ class ReleaseMetrics(Collector):
         registry.register(self)
 
     def serve(self, model_version: str, sequence: int) -> None:
-        """From now on it is about this release; ``sequence`` is its number, which every switch raises. Repeatable."""
+        """Begin the series of this release, if it is another one; ``sequence`` rises with every switch."""
         with self._lock:
             if self._served == (model_version, sequence):
                 return
@@ -57,13 +58,13 @@ class ReleaseMetrics(Collector):
                 self._series = _InFiles(self._folder, model_version, sequence, self._count_answers)
 
     def answered(self, sequence: int, duration_s: float, class_index: int) -> None:
-        """Count one answer; one that a release gave before it was retired is not counted any more."""
+        """Count one prediction, unless its release has been replaced meanwhile."""
         with self._lock:
             if self._series is not None and self._served is not None and self._served[1] == sequence:
                 self._series.observe(duration_s, class_index)
 
     def collect(self) -> Iterable[Metric]:
-        """The series of this process, unless they are in files."""
+        """Series of this process that are not in files."""
         with self._lock:
             return self._series.collect() if self._series else []
 
@@ -90,7 +91,7 @@ class _InMemory:
         return [*self._durations.collect(), *(self._answers.collect() if self._answers else ())]
 
     def end(self) -> None:
-        """Nothing refers to it any more."""
+        """Nothing to do: the series go with this object."""
 
 
 class _InFiles:
@@ -99,7 +100,7 @@ class _InFiles:
         self._bounds = (*BY_NAME[DURATION].buckets, INF)
         self._le = {bound: str(floatToGoString(bound)) for bound in self._bounds}  # type: ignore[no-untyped-call]
         owner = secrets.token_hex(8)
-        # With the lock of the folder, so that nobody takes a file for abandoned before it is held.
+        # Under the lock of the folder, so that no process removes a file before it is locked.
         with locked(folder):
             self._durations = _File(folder / release_file("histogram", owner, sequence))
             self._answers = _File(folder / release_file("counter", owner, sequence)) if count_answers else None
@@ -126,19 +127,19 @@ class _InFiles:
     def _key(self, name: str, suffix: str, **labels: str) -> str:
         metric = BY_NAME[name]
         labels = {"model_version": self._version, **labels}
-        # As the library writes it: a counter's family is called without its ending.
+        # As the library writes it: the family of a counter is named without its suffix.
         family = metric.full_name.removesuffix("_total")
         return mmap_key(family, metric.full_name + suffix, list(labels), list(labels.values()), metric.meaning)
 
 
 class _File:
-    """A file of values by key, held while this process lives."""
+    """A file of values by key, locked while this process lives."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._values = MmapedDict(str(path))  # type: ignore[no-untyped-call]
-        self._held: IO[bytes] = path.open("rb")
-        fcntl.flock(self._held, fcntl.LOCK_EX)
+        self._locked: IO[bytes] = path.open("rb")
+        fcntl.flock(self._locked, fcntl.LOCK_EX)
 
     def add(self, key: str, amount: float) -> None:
         value, _ = self._values.read_value(key)  # type: ignore[no-untyped-call]
@@ -147,4 +148,4 @@ class _File:
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
         self._values.close()  # type: ignore[no-untyped-call]
-        self._held.close()
+        self._locked.close()

@@ -1,7 +1,7 @@
-"""What Prometheus is to scrape, as files that it reads again whenever they change (``file_sd``).
+"""Scrape targets for Prometheus, as ``file_sd`` files that it reads again when they change.
 
-The running system keeps them in its state folder, one a job. They outlive it where it did not end by itself: that its
-targets are gone is what an alert is for.
+The running system keeps one file for each job in its state folder. The files remain after a crash, so that an alert
+shows the missing targets.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ ADDRESS = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}):[0-9]{1,5}")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One address, host:port, with the labels that its series get."""
+    """One address, host:port, and the labels of its series."""
 
     address: str
     labels: dict[str, str] = field(default_factory=dict)
 
 
 def targets_file(home: Path, group: str) -> Path:
-    """Where the targets of a group are."""
+    """File with the targets of a group."""
     return home / FOLDER / f"{group}.json"
 
 
 def write_targets(home: Path, group: str, targets: Iterable[Target]) -> None:
-    """Replace a group, at once; nothing is written where nothing changed."""
+    """Replace the targets of a group atomically, if they changed."""
     path = targets_file(home, group)
     text = json.dumps([{"targets": [target.address], "labels": target.labels} for target in targets], indent=1)
     if path.is_file() and path.read_text() == text:
@@ -44,11 +44,11 @@ def write_targets(home: Path, group: str, targets: Iterable[Target]) -> None:
     draft.replace(path)
 
 
-def link_targets(home: Path, group: str, kept_elsewhere: Path) -> None:
-    """Let a group be what somebody else keeps in a file of the same form."""
+def link_targets(home: Path, group: str, source: Path) -> None:
+    """Let the file of a group be a link to another ``file_sd`` file."""
     path = targets_file(home, group)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.unlink(missing_ok=True)
-    os.symlink(kept_elsewhere, draft)
+    os.symlink(source, draft)
     draft.replace(path)

@@ -1,4 +1,4 @@
-"""Tells somebody the newest of many values, now and then, without keeping the one waiting who has them."""
+"""Rate-limited, non-blocking publisher of the latest value."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 _Value = TypeVar("_Value")
-_LOG = logging.getLogger("fedvit.monitoring")
+_LOG = logging.getLogger(__name__)
 
 
 class ThrottledPublisher(Generic[_Value]):
-    """Calls ``tell`` in a thread of its own: at once, and after that at most every ``every_s``; the last value always.
+    """Calls ``publish`` with the latest value in a thread of its own, at most once in ``interval_s`` seconds.
 
-    What ``tell`` raises is logged.
+    The first value is published at once, and the last one always. Exceptions of ``publish`` are logged.
     """
 
-    def __init__(self, tell: Callable[[_Value], None], every_s: float) -> None:
-        self._tell, self._every_s = tell, every_s
+    def __init__(self, publish: Callable[[_Value], None], interval_s: float) -> None:
+        self._publish, self._interval_s = publish, interval_s
         self._values: list[_Value] = []
         self._changed = threading.Condition()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="latest")
+        self._thread = threading.Thread(target=self._run, daemon=True, name="throttled-publisher")
         self._thread.start()
 
     def __call__(self, value: _Value) -> None:
-        """Have it told; a value that was not told yet is forgotten."""
+        """Publish this value as soon as the interval allows, in the place of one that still waits."""
         with self._changed:
             self._values = [value]
             self._changed.notify()
 
     def close(self) -> None:
-        """Tell what is left, and end."""
+        """Publish a value that still waits, and end the thread."""
         self._closed.set()
         with self._changed:
             self._changed.notify()
@@ -41,10 +41,10 @@ class ThrottledPublisher(Generic[_Value]):
     def _run(self) -> None:
         while (value := self._next()) is not None:
             try:
-                self._tell(value[0])
+                self._publish(value[0])
             except Exception as error:
                 _LOG.warning("%s: %s", type(error).__name__, error)
-            self._closed.wait(self._every_s)
+            self._closed.wait(self._interval_s)
 
     def _next(self) -> list[_Value] | None:
         with self._changed:

@@ -1,4 +1,4 @@
-"""The training side's metrics, set from the one place that knows: the aggregator."""
+"""Metrics of budget, rounds, data quality and training, set by the aggregator."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from functools import cached_property
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
 from fedvit.metrics.catalogue import PHASES
-from fedvit.metrics.metrics import counter, gauge, histogram
+from fedvit.metrics.exposition import counter, gauge, histogram
 from fedvit.types import BudgetReport, ClientOutcome, TrainingProgress
 
 
 class BudgetMetrics:
-    """The privacy budget, for whoever is asked for it: also where no training goes on that would tell."""
+    """The privacy budget, which is exported without a running training, too."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._registry = registry
 
-    # Made at their first value: a process that never tells must not export a budget of 0.
+    # Created with their first value: a process without one must not export a budget of 0.
     @cached_property
     def _spent(self) -> Gauge:
         return gauge("privacy_epsilon_spent", self._registry)
@@ -29,13 +29,13 @@ class BudgetMetrics:
         return gauge("privacy_epsilon_remaining", self._registry)
 
     def publish(self, budget: BudgetReport) -> None:
-        """Set both from one consistent view."""
+        """Set spent and remaining epsilon from one report."""
         self._spent.labels(budget.privacy_unit).set(budget.epsilon_spent)
         self._remaining.labels(budget.privacy_unit).set(budget.epsilon_remaining)
 
 
 class RoundMetrics:
-    """What rounds are made of: how long their phases took, and what became of the clients that they asked."""
+    """Durations of the phases of rounds, and outcomes of their clients."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._rounds = counter("training_rounds_total", registry)
@@ -45,20 +45,21 @@ class RoundMetrics:
         self._staleness = histogram("update_staleness", registry)
 
     def in_flight(self, clients: int) -> None:
-        """So many clients were handed a task and have not answered."""
+        """Set the number of clients that have a task and have not answered."""
         self._depth.set(clients)
 
     def phase_took(self, phase: str, seconds: float) -> None:
-        """One phase of a round is over; resting is none."""
+        """Record the duration of a phase; other states of the run are ignored."""
         if phase in PHASES:
             self._phases.labels(phase).observe(seconds)
 
     def committed(self, outcomes: Iterable[ClientOutcome], quarantined: int = 0, rejected_answers: int = 0) -> None:
-        """A round is durable.
+        """Count a committed round.
 
         Args:
-            outcomes: of those that were asked and not ``quarantined`` before they were.
-            rejected_answers: answers of clients that nobody waited for.
+            outcomes: of the clients that got a task.
+            quarantined: clients of the cohort that were in quarantine and got none.
+            rejected_answers: answers of clients that were not expected.
         """
         self._rounds.inc()
         tally = Tally({"quarantined": quarantined, "rejected_answers": rejected_answers})
@@ -71,12 +72,12 @@ class RoundMetrics:
 
 
 class DataMetrics:
-    """Quality and drift of the fleet's data, for whoever has just judged them."""
+    """Scores of the quality and the drift of the fleet's data."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._registry = registry
 
-    # Made at their first value: an unset gauge would export 0, a fleet that cannot be relied on.
+    # Created with their first value: an unset gauge would export 0, the worst quality.
     @cached_property
     def _quality(self) -> Gauge:
         return gauge("data_quality_score", self._registry)
@@ -86,7 +87,7 @@ class DataMetrics:
         return gauge("data_drift_score", self._registry)
 
     def publish(self, quality: float | None, drift: float | None) -> None:
-        """Set what is known."""
+        """Set the scores that are known."""
         if quality is not None:
             self._quality.set(quality)
         if drift is not None:
@@ -94,7 +95,7 @@ class DataMetrics:
 
 
 class TrainingMetrics:
-    """How the training loop stands."""
+    """State of the training loop."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._registry = registry
@@ -102,7 +103,7 @@ class TrainingMetrics:
         self._total_clients = gauge("total_clients", registry)
         self._budget = BudgetMetrics(registry)
 
-    # Made at their first value: an unset gauge would export 0, a perfect loss or a fleet that is gone.
+    # Created with their first value: an unset gauge would export 0, a perfect loss or no connected client.
     @cached_property
     def _loss(self) -> Gauge:
         return gauge("training_loss", self._registry)
@@ -116,11 +117,11 @@ class TrainingMetrics:
         return gauge("connected_clients", self._registry)
 
     def publish_connected(self, connected: int) -> None:
-        """Set how many clients are connected."""
+        """Set the number of connected clients."""
         self._connected_clients.set(connected)
 
     def publish(self, progress: TrainingProgress, budget: BudgetReport, *, active: int, total: int) -> None:
-        """Set everything from one consistent view."""
+        """Set all of them from one progress report and one budget report."""
         if progress.loss is not None:
             self._loss.set(progress.loss)
         if progress.accuracy is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from fedvit.cohort.connectivity import connectivity
 from fedvit.config import Settings
 from fedvit.errors import ConflictError
-from fedvit.metrics.metrics import gauge
+from fedvit.metrics.exposition import gauge
 from fedvit.metrics.targets import ADDRESS, VEHICLES, Target, write_targets
 from fedvit.operations.mailbox import Mailbox
 from fedvit.operations.optimize import Optimizer

@@ -17,7 +17,7 @@ from typing import TypeAlias
 from fedvit.config import Settings
 from fedvit.errors import BudgetExhaustedError, StateError
 from fedvit.ports import POPULATION, Charge, LedgerEntry
-from fedvit.privacy.accountants import Composition, epsilon_pld, epsilon_rdp, rounds_left
+from fedvit.privacy.epsilon import Composition, epsilon_pld, epsilon_rdp, rounds_left
 from fedvit.privacy.events import Event
 from fedvit.privacy.round_cost import round_event, spend_of
 from fedvit.settings import environment_settings

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fedvit.config import PrivacyConfig, Settings
 from fedvit.ports import Charge
-from fedvit.privacy.accountants import calibrate_noise_multiplier, check_delta
 from fedvit.privacy.adaptive_clip import AdaptiveClip
+from fedvit.privacy.epsilon import calibrate_noise_multiplier, check_delta
 from fedvit.privacy.events import (
     BandedGaussian,
     Composed,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 
 from fedvit.errors import ConfigError
-from fedvit.privacy.accountants import Composition, check_delta, dp_event_of, epsilon_pld, epsilon_rdp
+from fedvit.privacy.epsilon import Composition, check_delta, dp_event_of, epsilon_pld, epsilon_rdp
 from fedvit.privacy.events import simplified
 from fedvit.privacy.randomness import SecretStream
 
@@ -50,7 +50,7 @@ def selection_cost(trial: Composition, *, mean_trials: float, delta: float, shap
     Args:
         trial: all that one trial does to one unit's data.
         mean_trials: how many trials there are on average, above 1.
-        delta: as for :func:`fedvit.privacy.accountants.epsilon_pld`.
+        delta: as for :func:`fedvit.privacy.epsilon.epsilon_pld`.
         shape: of the truncated negative binomial: 0 is logarithmic, 1 geometric.
 
     Raises:

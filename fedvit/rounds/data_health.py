@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 
 from fedvit.drift import quality
 from fedvit.drift.comparison import Comparison, compare
-from fedvit.drift.quality import Doubt, FleetQuality
-from fedvit.drift.signals import Drift, Signal, histogram_signals, loss_signal
-from fedvit.drift.validation_status import Standing
+from fedvit.drift.quality import Concern, FleetQuality, ValidationStreak
+from fedvit.drift.signals import DriftReport, Signal, histogram_signals, loss_signal
 from fedvit.errors import FedvitError
 from fedvit.store.records import Validation
 from fedvit.store.store import Store
@@ -60,25 +59,26 @@ def reference_spec(store: Store) -> HistogramSpec | None:
     return None if release is None else store.histograms.latest_spec(_trained(store, release.version).created_at)
 
 
-def doubts(store: Store, told: FleetHistograms) -> dict[str, list[Doubt]]:
+def doubts(store: Store, told: FleetHistograms) -> dict[str, list[Concern]]:
     """What was seen of clients' data that speaks against them."""
-    return quality.seen(store.rounds.update_statistics(quality.CONDUCT_ROUNDS), told.newest, told.spec, told.comparison)
+    statistics = store.rounds.update_statistics(quality.STATISTICS_ROUNDS)
+    return quality.concerns_by_client(statistics, told.newest, told.spec, told.comparison)
 
 
-def drift(store: Store, told: FleetHistograms, *others: Signal) -> Drift:
+def drift(store: Store, told: FleetHistograms, *others: Signal) -> DriftReport:
     """The held-out loss of the latest run, whatever ``others`` know, and what clients' histograms say."""
     run = store.runs.latest()
     rounds = store.rounds.of_run(run.run_id) if run else []
     losses = [found.loss for found in rounds if found.committed and found.loss is not None]
-    return Drift((loss_signal(losses), *others, *histogram_signals(told.comparison, len(told.newest))))
+    return DriftReport((loss_signal(losses), *others, *histogram_signals(told.comparison, len(told.newest))))
 
 
-def fleet_quality(store: Store, against: Mapping[str, list[Doubt]]) -> FleetQuality:
+def fleet_quality(store: Store, against: Mapping[str, list[Concern]]) -> FleetQuality:
     """Of the active clients, as the store knows them."""
     return quality.fleet_quality(store.clients.all(active=True), store.rounds.participation(), against)
 
 
-def judge(store: Store, client_ids: Collection[str], against: Mapping[str, list[Doubt]]) -> dict[str, bool]:
+def judge(store: Store, client_ids: Collection[str], against: Mapping[str, list[Concern]]) -> dict[str, bool]:
     """Let a round count for or against the clients that took part, and record the verdicts that have ripened.
 
     What keeps a client's line bad, or its records few, is not its data: only what was seen of that counts here.
@@ -95,7 +95,7 @@ def judge(store: Store, client_ids: Collection[str], against: Mapping[str, list[
             standings.pop(client_id, None)
             continue
         found = against.get(client_id, [])
-        standing = Standing.from_json(kept.get(client_id)).after(quality.score_of(found))
+        standing = ValidationStreak.from_json(kept.get(client_id)).after(quality.score_of(found))
         validated = store.clients.get(client_id).validated
         verdict = standing.verdict(validated)
         if verdict is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.errors import UpdateRejectedError
-from fedvit.metrics.metrics import counter
+from fedvit.metrics.exposition import counter
 from fedvit.store.store import Store
 from fedvit.types import ClientOutcome, utc_now
 from fedvit.updates import ClientFailures, DecodedUpdate, EncodedUpdate, SingleMessage, UpdateBundle, UpdateMessage

@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 
 from edge_runtime.server import ServingOptions, ServingProcess
 from fedvit.config import Settings
-from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE
+from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
 from fedvit.registry.client import ReleaseClient
 from fedvit.registry.feed import HttpFeed
 from fedvit.settings import settings_from_json, settings_to_json

@@ -29,7 +29,7 @@ from fedvit.drift.comparison import Comparison, compare
 from fedvit.drift.measures import measures, risk_of, spec_of
 from fedvit.models.models import build_model
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.round_cost import histogram_spend, round_noise_multiplier, run_spend
 from fedvit.settings import load_settings
 from fedvit.tools.report.charts import BLUE, GREEN, ORANGE, PURPLE, svg_of

@@ -20,7 +20,7 @@ from fedvit.finetune.checkpoint import Checkpoint
 from fedvit.finetune.job import Finetuning, with_noise
 from fedvit.finetune.ranks import Ranks
 from fedvit.incidents.drills.processes import below
-from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import FloatArray, Weights

@@ -63,7 +63,7 @@ def test_the_issues_alerts_are_there_with_their_thresholds_and_times() -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
-def test_what_an_alert_tells_is_in_the_runbook(alert: alert_rules.Alert) -> None:
+def test_what_an_alert_tells_is_in_the_runbook(alert: alert_rules.AlertRule) -> None:
     within = re.search(rf"- \*\*{alert.severity}\*\*: .*?(\d+ \w+)\)?$", RUNBOOK, re.MULTILINE)
     assert within is not None, alert.severity
     assert within[1] == alert.respond_within

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import Event, Gaussian
 from fedvit.tools.audit.bounds import (
     Errors,

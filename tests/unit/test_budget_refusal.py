@@ -15,7 +15,7 @@ from fedvit.config import Settings
 from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import Event, Gaussian, PoissonGaussian
 from fedvit.settings import load_settings
 from fedvit.store.store import Store

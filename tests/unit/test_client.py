@@ -35,7 +35,7 @@ from fedvit.errors import (
     StillRunningError,
     UsageError,
 )
-from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
 from fedvit.types import OperationStatus
 from serve_apps.problems import problem_of

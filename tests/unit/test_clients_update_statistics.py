@@ -17,7 +17,7 @@ from fedvit.clients.host import FeatureCache
 from fedvit.clients.update_statistics import UpdateStatisticsMonitor, largest_norm, step_deviation
 from fedvit.config import FaultConfig, Settings
 from fedvit.data.fleet import VirtualFleet
-from fedvit.drift.quality import score_of, seen
+from fedvit.drift.quality import concerns_by_client, score_of
 from fedvit.models.models import build_model
 from fedvit.models.trainable import trainable_weights
 from fedvit.privacy.secrets import load_or_create_root_secret
@@ -101,7 +101,7 @@ def faulty(fault: FaultConfig) -> set[str]:
 
 def test_honest_clients_are_left_alone(settings: Settings) -> None:
     with trained(settings, None, 10) as conduct:
-        assert seen(conduct, {}, None, None) == {}
+        assert concerns_by_client(conduct, {}, None, None) == {}
         assert all(0 < norm < 1 for found in conduct.values() for norm in found.norms)
         # In the first round there is no head yet that anything could be held against.
         assert {(len(found.norms), len(found.alignments)) for found in conduct.values()} == {(10, 9)}
@@ -110,7 +110,7 @@ def test_honest_clients_are_left_alone(settings: Settings) -> None:
 def test_flipped_labels_pull_against_what_the_fleet_has_learned(settings: Settings) -> None:
     fault = FaultConfig(share=0.25, kinds=("label_flip",))
     with trained(settings, fault, 20) as conduct:
-        doubts = seen(conduct, {}, None, None)
+        doubts = concerns_by_client(conduct, {}, None, None)
         assert {client_id for client_id, found in doubts.items() if score_of(found) < 0.5} == faulty(fault)
         assert all("contradict" in words for found in doubts.values() for words, _ in found)
 
@@ -118,7 +118,7 @@ def test_flipped_labels_pull_against_what_the_fleet_has_learned(settings: Settin
 def test_scaled_updates_are_longer_than_training_makes_them(settings: Settings) -> None:
     fault = FaultConfig(share=0.25, kinds=("scale",), factor=10.0)
     with trained(settings, fault, 2) as conduct:
-        doubts = seen(conduct, {}, None, None)
+        doubts = concerns_by_client(conduct, {}, None, None)
         assert {client_id for client_id, found in doubts.items() if score_of(found) == 0.0} == faulty(fault)
 
 

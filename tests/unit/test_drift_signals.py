@@ -83,12 +83,12 @@ def test_an_index_of_a_fifth_is_drift() -> None:
     assert below.value is not None
     assert above.value is not None
     assert below.value < 0.2 < above.value
-    assert [signals.Drift((signal,)).drifting for signal in (below, above)] == [False, True]
+    assert [signals.DriftReport((signal,)).drifting for signal in (below, above)] == [False, True]
     assert mix(100_000).score == 1.0
 
 
 def test_the_worst_signal_counts_and_silence_is_no_drift() -> None:
     silent = signals.loss_signal([])
-    assert (signals.Drift((silent,)).score, signals.Drift((silent,)).drifting) == (None, False)
-    both = signals.Drift((silent, signals.loss_signal([0.4, 4.0]), signals.loss_signal([0.4])))
+    assert (signals.DriftReport((silent,)).score, signals.DriftReport((silent,)).drifting) == (None, False)
+    both = signals.DriftReport((silent, signals.loss_signal([0.4, 4.0]), signals.loss_signal([0.4])))
     assert (both.score, both.drifting) == (1.0, True)

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_runtime.stats import ProcessMeter, RequestStats
-from fedvit.metrics import metrics
+from fedvit.metrics import exposition
 from fedvit.metrics.catalogue import INFERENCE_BUCKETS_S
 from fedvit.wire.manifest import ReleaseManifest
 
@@ -18,7 +18,7 @@ DURATION = "fed_vit_autorl_inference_duration_seconds"
 WRITER = """
 import sys
 from prometheus_client import CollectorRegistry
-from fedvit.metrics.metrics import counter, gauge
+from fedvit.metrics.exposition import counter, gauge
 registry = CollectorRegistry()
 gauge("training_loss", registry).set(float(sys.argv[1]))
 counter("training_rounds_total", registry).inc()
@@ -67,24 +67,24 @@ def test_only_the_release_that_serves_is_exported() -> None:
         stats.succeeded(sequence, 0.01, 0)
     # An image that was still with the old model.
     stats.succeeded(1, 9.0, 0)
-    found = samples(metrics.render(None, registry)[0])
+    found = samples(exposition.render(None, registry)[0])
     assert {labels for name, labels in found if name == f"{DURATION}_count"} == {"v2"}
     assert found[f"{DURATION}_count", "v2"] == 1
     assert stats.requests_total == 3
 
 
 def test_processes_are_merged_counters_as_sums_and_gauges_by_the_latest(tmp_path: Path) -> None:
-    environment = {**os.environ, metrics.MULTIPROCESS_VARIABLE: str(tmp_path)}
+    environment = {**os.environ, exposition.MULTIPROCESS_VARIABLE: str(tmp_path)}
     for loss in ("0.75", "0.5"):
         subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", WRITER, loss], env=environment, check=True)
-    found = samples(metrics.render(tmp_path)[0])
+    found = samples(exposition.render(tmp_path)[0])
     assert found["fed_vit_autorl_training_loss", ""] == 0.5
     assert found["fed_vit_autorl_training_rounds_total", ""] == 2
 
 
 def test_a_folder_that_is_none_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a directory"):
-        metrics.render(tmp_path / "absent")
+        exposition.render(tmp_path / "absent")
 
 
 def test_latency_percentiles_are_of_the_window() -> None:

@@ -17,7 +17,7 @@ from edge_runtime.access import access_rules
 from edge_runtime.engine import InferenceEngine, Prediction
 from edge_runtime.server import ServingOptions, ServingProcess
 from fedvit.errors import UsageError
-from fedvit.metrics.metrics import predictions_by_class
+from fedvit.metrics.exposition import predictions_by_class
 from fedvit.registry.client import ReleaseClient
 from fedvit.wire.images import MAX_IMAGE_BYTES
 

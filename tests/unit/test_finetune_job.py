@@ -22,7 +22,7 @@ from fedvit.models.models import build_model
 from fedvit.models.trainable import trainable_weights
 from fedvit.ports import POPULATION, Charge
 from fedvit.privacy.accountant import PrivacyAccountant
-from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.ranks import on_ranks

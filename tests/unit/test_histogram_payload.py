@@ -16,17 +16,17 @@ from fedvit.data.sources import open_source
 from fedvit.drift.client import HistogramClient
 from fedvit.drift.measures import (
     PROJECTIONS,
-    Holding,
-    by_histogram,
+    ClientRecords,
+    Counts,
     embeddings_of,
     filtered,
     measures,
-    sketched,
+    noised_histogram,
     spec_of,
     votes,
 )
 from fedvit.errors import DataError, UpdateRejectedError
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import Gaussian
 from fedvit.settings import load_settings
 from fedvit.types import ImageArray
@@ -52,13 +52,17 @@ def pictures(count: int, seed: int = 0, *, brightness: float = 1.0) -> ImageArra
     return np.clip(brightness * smooth, 0, 255).astype(np.uint8)
 
 
-def holding(images: ImageArray, labels: list[int] | None = None, undecodable: int = 0) -> Holding:
+def holding(images: ImageArray, labels: list[int] | None = None, undecodable: int = 0) -> ClientRecords:
     told = labels if labels is not None else [i % CLASSES for i in range(len(images) + undecodable)]
-    return Holding(images, filtered(images), np.array(told, dtype=np.int64))
+    return ClientRecords(images, filtered(images), np.array(told, dtype=np.int64))
 
 
 HELD_OUT = pictures(400, 99)
 SPEC = replace(spec_of(HELD_OUT, filtered(HELD_OUT), CLASSES), risk_votes=(-RISK_VOTES, 1, RISK_VOTES))
+
+
+def by_histogram(counts: Counts, spec: HistogramSpec) -> dict[str, Counts]:
+    return {name: counts[part] for name, part in spec.slices.items()}
 
 
 def order(noise_multiplier: float = 4.0, unit: str = "record", round_index: int = 1) -> HistogramRequest:
@@ -124,7 +128,8 @@ def test_one_client_moves_the_counts_by_its_votes_however_much_it_holds() -> Non
 def test_the_noise_is_as_large_as_it_is_charged() -> None:
     counts = holding(pictures(50)).counts(SPEC)
     drawn = [
-        np.array(sketched(order(round_index=i), "vehicle", counts, 50, SECRET).counts) - counts for i in range(1, 201)
+        np.array(noised_histogram(order(round_index=i), "vehicle", counts, 50, SECRET).counts) - counts
+        for i in range(1, 201)
     ]
     deviation = float(np.std(drawn))
     assert order().deviation == 4.0 * math.sqrt(12 + RISK_VOTES**2)
@@ -147,16 +152,16 @@ def test_a_record_is_measured_once_and_votes_by_what_the_model_errs_in_now(image
         assert sum(counts[spec.slices[RECORDS]]) == 30
 
 
-def test_a_retry_repeats_the_sketch_and_nothing_else_does() -> None:
+def test_a_retry_repeats_the_histogram_and_nothing_else_does() -> None:
     counts = holding(pictures(50)).counts(SPEC)
-    first = sketched(order(), "vehicle", counts, 50, SECRET)
-    assert sketched(order(), "vehicle", counts, 50, SECRET) == first
+    first = noised_histogram(order(), "vehicle", counts, 50, SECRET)
+    assert noised_histogram(order(), "vehicle", counts, 50, SECRET) == first
     others = [
-        sketched(order(round_index=2), "vehicle", counts, 50, SECRET),
-        sketched(order(), "another", counts, 50, SECRET),
-        sketched(order(), "vehicle", counts, 51, SECRET),
-        sketched(order(), "vehicle", counts, 50, SECRET[::-1]),
-        sketched(replace(order(), run_id="run-0002"), "vehicle", counts, 50, SECRET),
+        noised_histogram(order(round_index=2), "vehicle", counts, 50, SECRET),
+        noised_histogram(order(), "another", counts, 50, SECRET),
+        noised_histogram(order(), "vehicle", counts, 51, SECRET),
+        noised_histogram(order(), "vehicle", counts, 50, SECRET[::-1]),
+        noised_histogram(replace(order(), run_id="run-0002"), "vehicle", counts, 50, SECRET),
     ]
     assert len({histogram.counts for histogram in (first, *others)}) == 6
 
@@ -164,7 +169,9 @@ def test_a_retry_repeats_the_sketch_and_nothing_else_does() -> None:
 def test_nothing_of_an_image_or_an_embedding_can_be_read_from_a_payload() -> None:
     """Integers only, of a length and a size that hang on no record, and too few of them for any picture."""
     images = pictures(40)
-    one, other = (sketched(order(), "vehicle", holding(i).counts(SPEC), len(i), SECRET) for i in (images, images[:1]))
+    one, other = (
+        noised_histogram(order(), "vehicle", holding(i).counts(SPEC), len(i), SECRET) for i in (images, images[:1])
+    )
     assert len(one.counts) == len(other.counts) == SPEC.cells
     assert all(type(count) is int and abs(count) <= CELL_LIMIT for count in one.counts)
     told = asdict(one)
@@ -192,7 +199,7 @@ def test_nothing_of_an_image_or_an_embedding_can_be_read_from_a_payload() -> Non
         [CELL_LIMIT + 1] + [0] * (SPEC.cells - 1),
     ],
 )
-def test_what_is_no_sketch_is_refused(counts: list[object]) -> None:
+def test_what_is_no_histogram_is_refused(counts: list[object]) -> None:
     with pytest.raises(UpdateRejectedError):
         checked_counts(SPEC, counts)
     assert checked_counts(SPEC, [-3] * SPEC.cells) == (-3,) * SPEC.cells
@@ -218,12 +225,12 @@ def test_a_spec_survives_json_and_has_no_more_bins_than_may_be_sent() -> None:
         with pytest.raises(UpdateRejectedError):
             HistogramSpec.from_json({"edges": {}, "classes": 3, "risk_votes": votes_of})
     with pytest.raises(DataError):
-        sketched(order(), "vehicle", np.zeros(3, dtype=np.int64), 1, SECRET)
+        noised_histogram(order(), "vehicle", np.zeros(3, dtype=np.int64), 1, SECRET)
 
 
 def test_labels_beyond_the_bins_share_them() -> None:
     spec = HistogramSpec({}, 1000)
-    counts = Holding(pictures(4), filtered(pictures(4)), np.array([0, 3, 4, 999])).counts(spec)
+    counts = ClientRecords(pictures(4), filtered(pictures(4)), np.array([0, 3, 4, 999])).counts(spec)
     label = by_histogram(counts, spec)["label"]
     assert (label[0], label[1], label[255], int(label.sum())) == (2, 1, 1, 4)
 

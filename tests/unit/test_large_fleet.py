@@ -119,7 +119,7 @@ def test_the_newest_value_is_told_and_older_ones_may_be_left_out() -> None:
         assert go_on.wait(WAIT_S)
         told.append(value)
 
-    latest = ThrottledPublisher(tell, every_s=0.0)
+    latest = ThrottledPublisher(tell, interval_s=0.0)
     latest(1)
     assert begun.wait(WAIT_S)
     for value in range(2, 10):
@@ -137,7 +137,7 @@ def test_a_fault_in_telling_ends_nothing(caplog: pytest.LogCaptureFixture) -> No
         if value == 1:
             raise RuntimeError("nobody there")
 
-    latest = ThrottledPublisher(tell, every_s=0.0)
+    latest = ThrottledPublisher(tell, interval_s=0.0)
     latest(1)
     while not told:
         pass

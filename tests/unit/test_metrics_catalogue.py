@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fedvit.metrics import catalogue, metrics
+from fedvit.metrics import catalogue, exposition
 from fedvit.metrics.catalogue import CATALOGUE, OTHER, Label
 from fedvit.rounds.machine import Phase
 
@@ -20,7 +20,7 @@ QUIET = {Phase.IDLE, Phase.RESTING}
 @pytest.mark.parametrize("metric", CATALOGUE, ids=lambda metric: metric.name)
 def test_every_metric_is_made_and_rendered_under_its_name(metric: catalogue.Metric) -> None:
     registry = CollectorRegistry()
-    made = getattr(metrics, metric.kind)(metric.name, registry)
+    made = getattr(exposition, metric.kind)(metric.name, registry)
     labels = next(catalogue.sample_labels(metric))
     series = made.labels(**labels) if labels else made
     getattr(series, {"counter": "inc", "gauge": "set", "histogram": "observe"}[metric.kind])(1.0)
@@ -55,7 +55,7 @@ def test_text_from_outside_becomes_no_label() -> None:
 
 def test_counters_begin_at_zero_for_every_label_that_is_known() -> None:
     registry = CollectorRegistry()
-    metrics.counter("client_updates_total", registry)
+    exposition.counter("client_updates_total", registry)
     values = {
         outcome: registry.get_sample_value("fed_vit_autorl_client_updates_total", {"outcome": outcome})
         for outcome in catalogue.UPDATE_OUTCOMES
@@ -66,7 +66,7 @@ def test_counters_begin_at_zero_for_every_label_that_is_known() -> None:
 @pytest.mark.parametrize("kind", ["counter", "gauge", "histogram"])
 def test_what_is_not_in_the_catalogue_cannot_be_made(kind: str) -> None:
     with pytest.raises(ValueError, match=f"no {kind} 'free_text'"):
-        getattr(metrics, kind)("free_text", CollectorRegistry())
+        getattr(exposition, kind)("free_text", CollectorRegistry())
 
 
 def test_no_module_makes_a_metric_of_its_own() -> None:
@@ -74,7 +74,7 @@ def test_no_module_makes_a_metric_of_its_own() -> None:
     made = re.compile(
         r"^\s*from prometheus_client(\.metrics)? import .*\b(Counter|Histogram|Summary|Info|Enum)\b", re.M
     )
-    allowed = {ROOT / "fedvit" / "metrics" / "metrics.py"}
+    allowed = {ROOT / "fedvit" / "metrics" / "exposition.py"}
     folders = ("fedvit", "actors", "serve_apps", "edge_runtime")
     found = {path for folder in folders for path in (ROOT / folder).rglob("*.py") if made.search(path.read_text())}
     assert found == allowed

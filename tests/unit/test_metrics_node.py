@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from actors.ray_metrics import RayMirror
 from fedvit.metrics import node
-from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE, predictions_by_class, render
+from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE, predictions_by_class, render
 
 DURATION = "fed_vit_autorl_inference_duration_seconds"
 
@@ -23,7 +23,7 @@ DURATION = "fed_vit_autorl_inference_duration_seconds"
 WORKER = """
 import os, sys
 from prometheus_client import REGISTRY, CollectorRegistry
-from fedvit.metrics.metrics import counter, gauge
+from fedvit.metrics.exposition import counter, gauge
 from fedvit.metrics.releases import ReleaseMetrics
 release = ReleaseMetrics(CollectorRegistry(), count_answers=True)
 def observe(sequence, seconds, times=1):

@@ -12,7 +12,7 @@ from house import TARGET, WAIT_S, HeldFleet, JsonObject, System, TinyModel
 from tiny_release import png
 
 from edge_runtime.server import ServingOptions, ServingProcess
-from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
 from fedvit.testing.doubles import FakeFleet, PointModel
 from fedvit.types import RunStatus, TrainTask, Variant
 

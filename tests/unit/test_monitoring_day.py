@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fedvit.metrics.metrics import MULTIPROCESS_VARIABLE
+from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 FULL = os.environ.get("MONITORING_DAY") == "full"

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_server import PrometheusServer, exporter, prometheus
 
 from edge_runtime.stats import RequestStats
-from fedvit.metrics import catalogue, metrics
+from fedvit.metrics import catalogue, exposition
 from fedvit.metrics.catalogue import CATALOGUE
 from fedvit.metrics.dashboards import DASHBOARDS, Panel, as_json
 from fedvit.wire.manifest import ReleaseManifest
@@ -34,11 +34,11 @@ class Everything:
 
     def __call__(self) -> bytes:
         for metric in CATALOGUE:
-            made = getattr(metrics, metric.kind)(metric.name, self._registry)
+            made = getattr(exposition, metric.kind)(metric.name, self._registry)
             count = {"counter": "inc", "gauge": "set", "histogram": "observe"}[metric.kind]
             for labels in catalogue.sample_labels(metric):
                 getattr(made.labels(**labels) if labels else made, count)(0.5)
-        return metrics.render(None, self._registry)[0]
+        return exposition.render(None, self._registry)[0]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_runbooks_queries_tell_the_truth_after_a_switch_of_variant(tmp_path:
     loss_query, latency_query = printed_queries()
     registry = CollectorRegistry()
     stats = RequestStats(registry)
-    metrics.gauge("training_loss", registry).set(0.25)
+    exposition.gauge("training_loss", registry).set(0.25)
 
     def p95_is(low_s: float, high_s: float) -> Any:
         return lambda found: len(found) == 1 and low_s < float(found[0]["value"][1]) <= high_s
@@ -125,7 +125,7 @@ def test_the_runbooks_queries_tell_the_truth_after_a_switch_of_variant(tmp_path:
             stats.succeeded(sequence, seconds, 0)
 
     with (
-        exporter(lambda: metrics.render(None, registry)[0]) as address,
+        exporter(lambda: exposition.render(None, registry)[0]) as address,
         prometheus(tmp_path, {"edge": address}) as asked,
     ):
         serve(1, "standard", 0.4, 1000)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fedvit.errors import ConfigError
-from fedvit.privacy.accountants import epsilon_pld
 from fedvit.privacy.adaptive_clip import AdaptiveClip
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import Composed, Gaussian
 
 CLIP = AdaptiveClip(target_quantile=0.5, learning_rate=0.2, count_noise_multiplier=10.0)

@@ -16,8 +16,8 @@ from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.accountants.utils import get_noise_multiplier
 
-from fedvit.privacy import accountants
-from fedvit.privacy.accountants import (
+from fedvit.privacy import epsilon as accountants
+from fedvit.privacy.epsilon import (
     PoissonGaussian,
     calibrate_noise_multiplier,
     epsilon_pld,

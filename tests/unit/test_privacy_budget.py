@@ -28,7 +28,7 @@ from fedvit.errors import (
 from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant, epsilon_spent_at
-from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
 from fedvit.settings import load_settings, settings_to_json
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from fedvit.errors import ConfigError
-from fedvit.privacy.accountants import epsilon_pld
 from fedvit.privacy.correlated import BandedNoise, band_coefficients, sensitivity, strategy_matrix
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import BandedGaussian, Gaussian
 
 Matrix = npt.NDArray[np.float64]

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fedvit.errors import ConfigError, StateError
-from fedvit.privacy.accountants import epsilon_pld, epsilon_rdp
+from fedvit.privacy.epsilon import epsilon_pld, epsilon_rdp
 from fedvit.privacy.events import (
     BandedGaussian,
     Composed,

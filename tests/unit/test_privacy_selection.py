@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fedvit.cli.main import app
 from fedvit.errors import ConfigError
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import Gaussian, PoissonGaussian
 from fedvit.privacy.randomness import SecretStream
 from fedvit.privacy.selection import draw_number_of_trials, number_of_trials, selection_cost

@@ -18,7 +18,7 @@ from fedvit.errors import BudgetExhaustedError, ConfigError, StateError
 from fedvit.ports import POPULATION, Charge
 from fedvit.privacy import mechanism
 from fedvit.privacy.accountant import PrivacyAccountant
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import BandedGaussian, Event, Gaussian, PoissonGaussian, SampledTogether
 from fedvit.privacy.round_cost import spend_of
 from fedvit.registry.weights import stored_weights

@@ -80,7 +80,7 @@ def test_a_release_is_signed_and_names_its_content(tmp_path: Path) -> None:
 
 
 def test_epsilon_is_the_composition_of_the_committed_rounds(tmp_path: Path) -> None:
-    from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+    from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
 
     loop, store = coordinator(settings(tmp_path))
     run = loop.run()
@@ -152,7 +152,7 @@ def test_a_stop_is_continued(tmp_path: Path) -> None:
 
 
 def test_the_budget_ends_the_run_after_exactly_the_rounds_it_admits(tmp_path: Path) -> None:
-    from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+    from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
 
     admits_two = epsilon_pld({PoissonGaussian(4.0, 0.5): 2}, 1e-5) + 1e-6
     config = settings(tmp_path)

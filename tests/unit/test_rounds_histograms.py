@@ -15,7 +15,7 @@ from fedvit.config import Settings
 from fedvit.errors import ConfigError
 from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.privacy.accountant import PrivacyAccountant
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import Gaussian, event_from_json
 from fedvit.privacy.round_cost import histogram_is_due, histogram_spend, round_noise_multiplier, run_spend
 from fedvit.rounds import data_health
@@ -283,8 +283,8 @@ def test_drift_since_the_release_is_told_with_where_it_is(tmp_path: Path) -> Non
     assert (found["compared"], found["reference_version"], found["drifting"]) == (CLIENTS, "v1.1.2", True)
     assert found["drifting_clients"] == {client_id: ["brightness"] for client_id in sorted(dark)}
     signals = {signal["name"]: signal for signal in found["signals"]}
-    assert "2 of 8 clients: vehicle-0005, vehicle-0006" in signals["sketch_brightness"]["reason"]
-    assert (signals["sketch_label"]["score"] < 0.5, signals["sketch_brightness"]["score"]) == (True, 1.0)
+    assert "2 of 8 clients: vehicle-0005, vehicle-0006" in signals["histogram_brightness"]["reason"]
+    assert (signals["histogram_label"]["score"] < 0.5, signals["histogram_brightness"]["score"]) == (True, 1.0)
     assert [f["feature"] for f in found["features"]] == ["brightness", "label", "records"]
     quality = {c["client_id"]: c for c in http.get("/api/clients/data-quality").json()["clients"]}
     assert "moved since the release: brightness" in " ".join(quality["vehicle-0005"]["reasons"])

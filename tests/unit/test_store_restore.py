@@ -30,7 +30,7 @@ from fedvit.cli.main import app
 from fedvit.errors import FedvitError, IntegrityError, LedgerFrozenError, NotFoundError, StateError, UsageError
 from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant
-from fedvit.privacy.accountants import PoissonGaussian, epsilon_pld
+from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
 from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import load_settings
 from fedvit.store import archive as archives

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedvit.privacy.accountant import PrivacyAccountant
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import PoissonGaussian
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet

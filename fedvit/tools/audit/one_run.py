@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import PoissonGaussian
 from fedvit.privacy.randomness import SecretStream
 from fedvit.tools.audit import subjects

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedvit.aggregation.rule import RoundFacts
 from fedvit.dp.dpsgd import SecretDPOptimizer
 from fedvit.finetune.ranks import RankedDPOptimizer, Ranks, block_noise
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import Event, Gaussian
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedvit.config import Settings
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import Event
 from fedvit.privacy.round_cost import run_spend
 from fedvit.privacy.selection import selection_cost
@@ -38,7 +38,7 @@ def sweep_cost(plans: Sequence[TrialPlan], chosen: Settings | None) -> SweepCost
     A trial that was stopped early counts as a whole one: when it ended depended on the data.
 
     Raises:
-        ConfigError: see :func:`fedvit.privacy.accountants.epsilon_pld`.
+        ConfigError: see :func:`fedvit.privacy.epsilon.epsilon_pld`.
     """
     if not all(plan.settings.simulation.private for plan in plans):
         return None

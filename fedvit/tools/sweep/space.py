@@ -16,7 +16,7 @@ import numpy as np
 
 from fedvit.config import LEAST_NOISE_MULTIPLIER, RangeConfig, Settings, SweepConfig
 from fedvit.errors import ConfigError, PlacementError
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.round_cost import run_spend
 from fedvit.settings import changed_settings
 

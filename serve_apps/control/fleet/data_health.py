@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from fedvit.api.data_health import ClientQualityView, ClusterView, DriftView, FeatureView, QualityView, SignalView
 from fedvit.drift import quality, signals
-from fedvit.metrics.metrics import predictions_by_class
+from fedvit.metrics.exposition import predictions_by_class
 from fedvit.metrics.training import DataMetrics
 from fedvit.rounds import data_health
 from fedvit.store.records import Release

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from fedvit.access.identity import Identity, Scope
 from fedvit.api.clients import HeartbeatRequest, HeartbeatView, MailboxAccess
 from fedvit.config import FleetConfig
-from fedvit.metrics.metrics import counter
+from fedvit.metrics.exposition import counter
 from fedvit.operations.mailbox import Mailbox
 from fedvit.store.store import Store
 from fedvit.types import utc_now

@@ -20,7 +20,7 @@ from fedvit.access.tokens import PREFIX, verify_token
 from fedvit.api.transport import is_loopback
 from fedvit.config import AccessConfig, Settings
 from fedvit.errors import FedvitError, ForbiddenError, RateLimitedError, UnauthorizedError
-from fedvit.metrics.metrics import counter
+from fedvit.metrics.exposition import counter
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.control.http.write_behind import WriteBehind

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fedvit.access.identity import Identity
 from fedvit.errors import BodyTimeoutError, FedvitError, InvalidIdempotencyKeyError, ResponseTimeoutError
 from fedvit.metrics.catalogue import BY_NAME, OTHER
-from fedvit.metrics.metrics import gauge, histogram
+from fedvit.metrics.exposition import gauge, histogram
 from fedvit.store.records import RequestKey, StoredAnswer
 from fedvit.store.store import Store
 from fedvit.types import utc_now

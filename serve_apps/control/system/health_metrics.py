@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from fedvit.metrics.metrics import gauge
+from fedvit.metrics.exposition import gauge
 from fedvit.metrics.training import BudgetMetrics
 from fedvit.store.store import Store
 from fedvit.types import OperationStatus

@@ -11,7 +11,7 @@ from fedvit.api.base import MAX_INTEGER
 from fedvit.api.emergency import ShutdownRequest
 from fedvit.api.operations import OperationView
 from fedvit.api.system import AuditView, HealthView
-from fedvit.metrics.metrics import render
+from fedvit.metrics.exposition import render
 from serve_apps.control.http.access import ADMIN, OPERATOR, VIEWER, CallKey, Note, public
 from serve_apps.control.http.parameters import Limit
 from serve_apps.control.services import Services

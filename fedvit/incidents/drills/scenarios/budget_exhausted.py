@@ -6,7 +6,7 @@ from fedvit.errors import DrillError
 from fedvit.incidents.drills.alerts import Alert
 from fedvit.incidents.drills.course import Course
 from fedvit.incidents.drills.drill import Drill, Stage
-from fedvit.privacy.accountants import epsilon_pld
+from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.round_cost import round_event, round_noise_multiplier
 
 SECTION = "4. Privacy Budget Exhausted"

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedvit.drift.quality import fleet_quality, score_of, seen
-from fedvit.drift.validation_status import Standing
+from fedvit.drift.quality import ValidationStreak, concerns_by_client, fleet_quality, score_of
 from fedvit.types import Client, ClientKind, Participation, UpdateStatistics
 from fedvit.wire.histograms import ClientHistogram, HistogramSpec
 
@@ -32,7 +31,7 @@ def fleet(rounds: int = 10, count: int = 12, **liars: UpdateStatistics) -> dict[
 
 
 def doubted(conduct: dict[str, UpdateStatistics]) -> dict[str, float]:
-    return {client_id: score_of(found) for client_id, found in seen(conduct, {}, None, None).items()}
+    return {client_id: score_of(found) for client_id, found in concerns_by_client(conduct, {}, None, None).items()}
 
 
 def test_labels_that_contradict_the_fleet_round_after_round_are_seen() -> None:
@@ -57,7 +56,7 @@ def test_a_model_that_contradicts_most_clients_is_no_measure_of_any() -> None:
 @pytest.mark.parametrize(("norm", "words"), [(7.9, "7.9 times as long as training"), (0.9, "times as long as most")])
 def test_an_update_that_is_too_long_is_seen_at_once(norm: float, words: str) -> None:
     few = {name: UpdateStatistics((0.2,)) for name in ("a", "b", "c")}
-    found = seen({**few, "liar": UpdateStatistics((norm,))}, {}, None, None)
+    found = concerns_by_client({**few, "liar": UpdateStatistics((norm,))}, {}, None, None)
     assert list(found) == ["liar"]
     assert words in found["liar"][0][0]
     assert score_of(found["liar"]) == 0.0
@@ -65,14 +64,14 @@ def test_an_update_that_is_too_long_is_seen_at_once(norm: float, words: str) -> 
 
 def test_short_updates_and_a_fleet_of_two_prove_nothing() -> None:
     tiny = {name: UpdateStatistics((0.001,)) for name in ("a", "b", "c")}
-    assert seen({**tiny, "d": UpdateStatistics((0.09,))}, {}, None, None) == {}
-    assert seen({"a": UpdateStatistics((0.01,)), "b": UpdateStatistics((0.9,))}, {}, None, None) == {}
+    assert concerns_by_client({**tiny, "d": UpdateStatistics((0.09,))}, {}, None, None) == {}
+    assert concerns_by_client({"a": UpdateStatistics((0.01,)), "b": UpdateStatistics((0.9,))}, {}, None, None) == {}
 
 
 def test_records_that_cannot_be_read_lower_the_score_by_their_share() -> None:
     spec = HistogramSpec({}, 3)
     histogram = ClientHistogram("broken", "run-0001", 1, 1000, spec.digest, 10.0, (400, 300, 300, 200, 0, 800))
-    found = seen({}, {"broken": histogram}, spec, None)
+    found = concerns_by_client({}, {"broken": histogram}, spec, None)
     assert score_of(found["broken"]) == pytest.approx(1 - 0.77)
     client = Client("broken", ClientKind.VIRTUAL, 1000)
     judged = fleet_quality([client], {"broken": Participation(3, 0)}, found).clients[0]
@@ -80,8 +79,8 @@ def test_records_that_cannot_be_read_lower_the_score_by_their_share() -> None:
     assert "77% of its records are undecodable" in judged.reasons[0]
 
 
-def after(*scores: float, standing: Standing | None = None) -> Standing:
-    found = standing or Standing()
+def after(*scores: float, standing: ValidationStreak | None = None) -> ValidationStreak:
+    found = standing or ValidationStreak()
     for score in scores:
         found = found.after(score)
     return found
@@ -107,7 +106,7 @@ def test_a_verdict_takes_its_time(scores: list[float], validated: bool, verdict:
 
 def test_a_score_that_hovers_about_one_bound_changes_nothing_for_ever() -> None:
     draw = np.random.default_rng(4)
-    validated, changes, standing = True, 0, Standing()
+    validated, changes, standing = True, 0, ValidationStreak()
     for score in 0.65 + 0.14 * draw.uniform(-1, 1, 1000):
         standing = standing.after(float(score))
         verdict: Any = standing.verdict(validated)

@@ -9,7 +9,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedvit.errors import ConfigError
-from fedvit.privacy.accountants import (
+from fedvit.privacy.epsilon import (
     PoissonGaussian,
     calibrate_noise_multiplier,
     epsilon_pld,

@@ -1,7 +1,7 @@
-"""Makes the metrics of the :mod:`~fedvit.metrics.catalogue`, and renders them.
+"""Prometheus counters, gauges and histograms of the :mod:`~fedvit.metrics.catalogue`, and their exposition.
 
-On the server every actor and replica of a node writes into ``PROMETHEUS_MULTIPROC_DIR`` and any of them renders the
-sum. That variable must be in the environment before ``prometheus_client`` is imported. An edge process does without.
+On the server every actor and replica of a node writes into ``PROMETHEUS_MULTIPROC_DIR``, and any of them renders the
+sum. That variable must be set before ``prometheus_client`` is imported. An edge process does not use it.
 """
 
 from __future__ import annotations
@@ -20,34 +20,32 @@ from fedvit.metrics.catalogue import BY_NAME, CATALOGUE, Kind, Metric
 from fedvit.metrics.node import NodeCollector
 
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-
-
-_Made = TypeVar("_Made", Counter, Gauge, Histogram)
-# A registry takes a name once; whoever asks for it again gets the same.
-_made: WeakKeyDictionary[CollectorRegistry, dict[str, Any]] = WeakKeyDictionary()
+_Instrument = TypeVar("_Instrument", Counter, Gauge, Histogram)
+# A registry accepts a name once; later calls return the same object.
+_registered: WeakKeyDictionary[CollectorRegistry, dict[str, Any]] = WeakKeyDictionary()
 _lock = threading.RLock()
 
 
 def counter(name: str, registry: CollectorRegistry | None = REGISTRY) -> Counter:
-    """The counter of the catalogue; all its series are there from the beginning, where their labels are known.
+    """The counter of that name in the catalogue, with all series whose labels are known.
 
     Raises:
         ValueError: the catalogue has no counter of that name.
     """
     metric = _known(name, "counter")
 
-    def make() -> Counter:
-        made = Counter(metric.full_name, metric.meaning, _label_names(metric), registry=registry)
+    def create() -> Counter:
+        instrument = Counter(metric.full_name, metric.meaning, _label_names(metric), registry=registry)
         # A series that begins with its first event hides that event from rate().
-        for values in _known_labels(metric):
-            made.labels(*values)
-        return made
+        for values in product(*(label.values for label in metric.labels)) if metric.labels else ():
+            instrument.labels(*values)
+        return instrument
 
-    return _once(name, registry, make)
+    return _once(name, registry, create)
 
 
 def gauge(name: str, registry: CollectorRegistry | None = REGISTRY) -> Gauge:
-    """The gauge of the catalogue. One without labels exports 0 until it is set: ask for it with its first value.
+    """The gauge of that name in the catalogue. Without labels it exports 0 until it is set: create it with a value.
 
     Raises:
         ValueError: the catalogue has no gauge of that name.
@@ -62,7 +60,7 @@ def gauge(name: str, registry: CollectorRegistry | None = REGISTRY) -> Gauge:
 
 
 def histogram(name: str, registry: CollectorRegistry | None = REGISTRY) -> Histogram:
-    """The histogram of the catalogue.
+    """The histogram of that name in the catalogue.
 
     Raises:
         ValueError: the catalogue has no histogram of that name.
@@ -77,7 +75,7 @@ def histogram(name: str, registry: CollectorRegistry | None = REGISTRY) -> Histo
 
 
 def render(multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:
-    """Exposition text and its content type: of all processes that write to the folder, else of ``registry``.
+    """Exposition text and its content type, of all processes that write to the folder, or of ``registry``.
 
     Raises:
         ValueError: ``multiprocess_dir`` is not a folder.
@@ -88,7 +86,7 @@ def render(multiprocess_dir: Path | None = None, registry: CollectorRegistry = R
 def predictions_by_class(
     model_version: str, multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY
 ) -> dict[int, int]:
-    """How often the replicas of this node answered each class, since that release serves."""
+    """Predictions of each class by this node's replicas since that release serves."""
     name = BY_NAME["predictions_total"].full_name
     return {
         int(sample.labels["label"]): int(sample.value)
@@ -99,7 +97,7 @@ def predictions_by_class(
 
 
 def lasting_figures(multiprocess_dir: Path) -> Iterator[tuple[Metric, dict[str, str], float]]:
-    """Every counter and gauge of a node, with labels and value, but for those that end with a release."""
+    """Counters and gauges of a node with labels and values, except those that end with a release."""
     lasting = {metric.full_name: metric for metric in CATALOGUE if metric.kind != "histogram" and not metric.of_release}
     for family in _source(multiprocess_dir, REGISTRY).collect():
         for sample in family.samples:
@@ -115,15 +113,15 @@ def _source(multiprocess_dir: Path | None, registry: CollectorRegistry) -> Colle
     return merged
 
 
-def _once(name: str, registry: CollectorRegistry | None, make: Callable[[], _Made]) -> _Made:
+def _once(name: str, registry: CollectorRegistry | None, create: Callable[[], _Instrument]) -> _Instrument:
     if registry is None:
-        return make()
+        return create()
     with _lock:
-        known = _made.setdefault(registry, {})
+        known = _registered.setdefault(registry, {})
         if name not in known:
-            known[name] = make()
-        made: _Made = known[name]
-        return made
+            known[name] = create()
+        instrument: _Instrument = known[name]
+        return instrument
 
 
 def _known(name: str, kind: Kind) -> Metric:
@@ -135,9 +133,3 @@ def _known(name: str, kind: Kind) -> Metric:
 
 def _label_names(metric: Metric) -> list[str]:
     return [label.name for label in metric.labels]
-
-
-def _known_labels(metric: Metric) -> list[tuple[str, ...]]:
-    if not metric.labels:
-        return []
-    return list(product(*(label.values for label in metric.labels)))
