@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedvit.access.identity import Scope as AccessScope
 from fedvit.errors import FedvitError
-from serve_apps.control.http.access import Caller, Guard, Requirement
+from serve_apps.control.http.access import Guard, RequestOrigin, Requirement
 from serve_apps.problems import problem_of
 
 # A prober holds no token and learns nothing but the version.
@@ -26,13 +26,13 @@ class InferenceGuard:
         """Pass a request on, or answer 401, 403 or 429 with a problem document."""
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] == "http" and path not in OPEN_PATHS:
-            caller = Caller.of(Request(scope), self._guard.access)
+            sender = RequestOrigin.of(Request(scope), self._guard.access)
             try:
-                await run_in_threadpool(self._check, caller)
+                await run_in_threadpool(self._check, sender)
             except FedvitError as error:
                 await problem_of(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, caller: Caller) -> None:
-        self._guard.check_scope(REQUIREMENT, self._guard.identify(REQUIREMENT, caller))
+    def _check(self, sender: RequestOrigin) -> None:
+        self._guard.check_scope(REQUIREMENT, self._guard.identify(REQUIREMENT, sender))

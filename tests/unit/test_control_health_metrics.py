@@ -87,10 +87,10 @@ def test_a_silent_proxy_a_dead_accountant_and_a_lost_artifact_are_told(
 
 
 def test_a_part_that_hangs_holds_nothing_up_and_is_asked_once(services: Services, aggregator: Aggregator) -> None:
-    vitals = HealthMetrics(services, (), answer_s=0.05)
+    health_metrics = HealthMetrics(services, (), answer_s=0.05)
     aggregator.let.clear()
     for _ in range(3):
-        vitals.publish()
+        health_metrics.publish()
         assert healthy()["aggregator"] == 0
     assert aggregator.asked == 1
     aggregator.let.set()

@@ -16,9 +16,8 @@ from fedvit.cli.supervisor import end_this_process, interruptible
 from fedvit.errors import InterruptedRunError, PlacementError, UsageError
 from fedvit.operations import local_aggregator
 from fedvit.operations.runner import OperationKind
-from fedvit.settings import load_settings
 from fedvit.types import OperationStatus, RunStatus
-from serve_apps.system import RaySystem
+from serve_apps.startup.cluster import ShutdownWatch
 
 SHUTDOWN = "/api/system/shutdown"
 Make = Callable[..., Site]
@@ -219,26 +218,25 @@ class Aggregator:
 
 
 @pytest.mark.parametrize(("mode", "forced"), [("graceful", False), ("force", True)])
-def test_the_watch_outlasts_silence_and_restarts_and_tells_once(
-    monkeypatch: pytest.MonkeyPatch, mode: str, forced: bool
-) -> None:
-    monkeypatch.setattr("serve_apps.system.SHUTDOWN_RETRY_S", 0.001)
-    system, told = RaySystem(load_settings(environ={})), []
+def test_the_watch_outlasts_silence_and_restarts_and_reports_once(mode: str, forced: bool) -> None:
+    reports: list[str] = []
+    watch = ShutdownWatch(lambda: reports.append("end"), retry_s=0.001)
     aggregator = Aggregator(None, PlacementError("It restarts."), RuntimeError("It died."), None, mode)
-    system._watch(aggregator, lambda: told.append("end"))  # type: ignore[arg-type]
-    assert (told, aggregator.answers, system._forced) == (["end"], [], forced)
+    watch.run(aggregator)  # type: ignore[arg-type]
+    assert (reports, aggregator.answers, watch.forced) == (["end"], [], forced)
 
 
-def test_a_system_that_stops_by_itself_is_not_told_again() -> None:
-    system, told = RaySystem(load_settings(environ={})), []
+def test_a_system_that_stops_by_itself_reports_no_shutdown() -> None:
+    reports: list[str] = []
+    watch = ShutdownWatch(lambda: reports.append("end"))
 
     class Stopping(Aggregator):
         def await_shutdown(self, timeout_s: float) -> str | None:
-            system._stopping.set()
+            watch.stop()
             return super().await_shutdown(timeout_s)
 
-    system._watch(Stopping("graceful"), lambda: told.append("end"))  # type: ignore[arg-type]
-    assert told == []
+    watch.run(Stopping("graceful"))  # type: ignore[arg-type]
+    assert reports == []
 
 
 def test_the_wish_takes_the_way_of_fedvit_down() -> None:

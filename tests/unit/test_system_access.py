@@ -14,7 +14,8 @@ from fedvit.errors import ConfigError, UnauthorizedError
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import utc_now
-from serve_apps.system import RaySystem, edge_environment, follower_token, http_options
+from serve_apps.startup.serving import edge_environment, follower_token, http_options
+from serve_apps.system import RaySystem
 
 
 def test_a_system_that_strangers_could_use_is_not_started(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def requirement_of(dependencies: list[Any]) -> Requirement | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class RequestOrigin:
     """What a request shows of who sent it."""
 
     source: str
@@ -102,7 +102,7 @@ class Caller:
     origin: str | None
 
     @classmethod
-    def of(cls, request: Request, access: AccessConfig) -> Caller:
+    def of(cls, request: Request, access: AccessConfig) -> RequestOrigin:
         """Read it off a request; behind an acknowledged proxy the source is what that proxy saw."""
         source = request.client.host if request.client else "local"
         # Only the last entry is the proxy's own; all before it are what the caller claims.
@@ -144,7 +144,7 @@ class Guard:
         self._failures = FailureWindow(self.access.max_failed_attempts, window_s, monotonic)
         self._oidc = _oidc_verifier(self.access)
 
-    def identify(self, requirement: Requirement, caller: Caller) -> Identity:
+    def identify(self, requirement: Requirement, sender: RequestOrigin) -> Identity:
         """Who asks.
 
         Raises:
@@ -154,13 +154,13 @@ class Guard:
         """
         if not requirement.scopes:
             return _NOBODY
-        if not caller.authorization:
-            return self._without_token(requirement, caller)
+        if not sender.authorization:
+            return self._without_token(requirement, sender)
         try:
-            return self._verified(caller)
+            return self._verified(sender)
         except UnauthorizedError as error:
             # A good token always passes: nobody guesses 256 bits, and neighbours behind one proxy share an address.
-            wait_s = self._failures.fail(caller.source)
+            wait_s = self._failures.fail(sender.source)
             if not wait_s:
                 raise _counted(error, error.details["reason"]) from None
             limited = RateLimitedError(
@@ -171,9 +171,9 @@ class Guard:
             raise _counted(limited, "too_many_failures") from None
 
     @staticmethod
-    def identifies_at_once(requirement: Requirement, caller: Caller) -> bool:
+    def identifies_at_once(requirement: Requirement, sender: RequestOrigin) -> bool:
         """Whether :meth:`identify` blocks on nothing: there is no token to look up."""
-        return not requirement.scopes or not caller.authorization
+        return not requirement.scopes or not sender.authorization
 
     def permit(self, requirement: Requirement, identity: Identity) -> None:
         """Make sure that ``identity`` may use the route now.
@@ -205,9 +205,9 @@ class Guard:
         )
         raise _counted(error, "scope")
 
-    def _verified(self, caller: Caller) -> Identity:
-        scheme, _, text = caller.authorization[0].partition(" ")
-        if len(caller.authorization) > 1 or scheme.lower() != "bearer":
+    def _verified(self, sender: RequestOrigin) -> Identity:
+        scheme, _, text = sender.authorization[0].partition(" ")
+        if len(sender.authorization) > 1 or scheme.lower() != "bearer":
             raise UnauthorizedError(
                 "The Authorization header is not one bearer token.",
                 cure="Send Authorization: Bearer TOKEN, once.",
@@ -217,13 +217,13 @@ class Guard:
             return self._oidc.verify(text.strip())
         return verify_token(self._store, text.strip(), self._now(), used=self.tokens_used.put)
 
-    def _without_token(self, requirement: Requirement, caller: Caller) -> Identity:
+    def _without_token(self, requirement: Requirement, sender: RequestOrigin) -> Identity:
         if requirement.token_always or self.access.mode != "open_loopback":
             error = UnauthorizedError(
                 "This route needs a bearer token.", cure="Send Authorization: Bearer TOKEN.", reason="missing"
             )
             raise _counted(error, "missing")
-        fault = self._foreign(caller)
+        fault = self._foreign(sender)
         if fault is not None:
             raise _counted(
                 ForbiddenError(f"{fault}, and without a token only this machine may ask.", cure="Send a token."),
@@ -231,15 +231,15 @@ class Guard:
             )
         return ANONYMOUS
 
-    def _foreign(self, caller: Caller) -> str | None:
+    def _foreign(self, sender: RequestOrigin) -> str | None:
         """Why an anonymous request is not from this machine's own user. A web page he visits may send some, too."""
-        if _is_address(caller.source) and not is_loopback(caller.source):
-            return f"The request comes from {caller.source}"
+        if _is_address(sender.source) and not is_loopback(sender.source):
+            return f"The request comes from {sender.source}"
         # A name with a dot can be somebody else's that was made to point here (DNS rebinding).
-        host = _host_name(f"//{caller.host}")
+        host = _host_name(f"//{sender.host}")
         if ("." in host or ":" in host) and not is_loopback(host) and host != self._host:
             return "The request was sent to another host's name"
-        if caller.origin is not None and not is_loopback(_host_name(caller.origin)):
+        if sender.origin is not None and not is_loopback(_host_name(sender.origin)):
             return "The request comes from a page of another site"
         return None
 

@@ -29,7 +29,7 @@ from fedvit.metrics.exposition import gauge, histogram
 from fedvit.store.records import RequestKey, StoredAnswer
 from fedvit.store.store import Store
 from fedvit.types import utc_now
-from serve_apps.control.http.access import AuditNote, Caller, Guard, call_key, requirement_of
+from serve_apps.control.http.access import AuditNote, Guard, RequestOrigin, call_key, requirement_of
 from serve_apps.control.http.audit import facts_of
 from serve_apps.control.http.bodies import check_no_fields, example_of, parse_json, read_body, with_body
 from serve_apps.control.system.in_process_client import ACTING
@@ -159,7 +159,7 @@ class _Call:
         control: Control = request.app.state.control
         self._guard, self._store, self._access = control.guard, control.store, control.guard.access
         self._route, self._inner, self._request = route, inner, request
-        self._caller = Caller.of(request, self._access)
+        self._sender = RequestOrigin.of(request, self._access)
         self._action = f"{request.method} {route.path}"
         self._note = AuditNote()
 
@@ -169,7 +169,7 @@ class _Call:
         request.state.identity, request.state.audit_note, request.state.source = (
             identity,
             self._note,
-            self._caller.source,
+            self._sender.source,
         )
         if request.method in _SAFE:
             self._guard.permit(requirement, identity)
@@ -192,9 +192,9 @@ class _Call:
         requirement, acting = self._route.requirement, self._request.scope.get(ACTING)
         if isinstance(acting, Identity):
             return acting
-        if self._guard.identifies_at_once(requirement, self._caller):
-            return self._guard.identify(requirement, self._caller)
-        return await run_in_threadpool(self._guard.identify, requirement, self._caller)
+        if self._guard.identifies_at_once(requirement, self._sender):
+            return self._guard.identify(requirement, self._sender)
+        return await run_in_threadpool(self._guard.identify, requirement, self._sender)
 
     async def _read(self) -> tuple[bytes, Any]:
         limit_s = self._access.request_timeout_s
@@ -235,7 +235,7 @@ class _Call:
         return response
 
     async def _audit(self, identity: Identity, body: Any, status: int) -> None:
-        facts = facts_of(self._request, self._action, identity, self._caller.source, body, self._note, status)
+        facts = facts_of(self._request, self._action, identity, self._sender.source, body, self._note, status)
         try:
             await run_in_threadpool(self._store.audit.append, facts)
         except FedvitError:

@@ -39,7 +39,7 @@ class HealthMetrics:
             "client_proxies": lambda: _check_proxies(services),
         }
         self._asked: dict[str, Future[object]] = {}
-        self._pool = ThreadPoolExecutor(len(self._checks), thread_name_prefix="vitals")
+        self._pool = ThreadPoolExecutor(len(self._checks), thread_name_prefix="health-metrics")
 
     def publish(self) -> None:
         """Export how everything is now; it takes at most ``answer_s``."""

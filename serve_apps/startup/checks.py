@@ -1,0 +1,112 @@
+"""Checks of ports, data and model before a system starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from fedvit.config import Settings
+from fedvit.processes import check_port_free, why_taken
+from fedvit.types import Client
+
+PORT_FREE_S = 20.0
+
+
+def check_ports(settings: Settings, *, joins: bool = False) -> None:
+    """Make sure that every port can be listened on.
+
+    Args:
+        joins: a running cluster is joined, whose Serve may hold ``serving.port`` already.
+
+    Raises:
+        PortInUseError: one is taken; it and its setting are named.
+    """
+    ports = [("edge.ports", settings.edge.host, port) for port in settings.edge.ports]
+    if not joins:
+        ports.insert(0, ("serving.port", settings.serving.host, settings.serving.port))
+    for key, host, port in ports:
+        check_port_free(host, port, key)
+
+
+def await_free_ports(settings: Settings) -> None:
+    """Wait for at most :data:`PORT_FREE_S` until every port is free."""
+    serving, edge = settings.serving, settings.edge
+    places = [(serving.host, serving.port), *((edge.host, port) for port in edge.ports)]
+    deadline_s = time.monotonic() + PORT_FREE_S
+    while any(why_taken(*place) for place in places) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+
+
+def check_training(settings: Settings) -> Callable[[], None]:
+    """Check the data, the clients and the model; return what writes the result into the state.
+
+    Raises:
+        DataError: an image cannot be read, or the data is of no use.
+        ModelError: the model cannot be built or exported.
+    """
+    from fedvit.data.records import load_images
+
+    from fedvit.data.fleet import VirtualFleet
+    from fedvit.data.manifest import build_manifest
+    from fedvit.store.store import Store
+
+    if settings.workload.clients_class is not None:
+        return _check_workload(settings)
+    fleet = VirtualFleet.open(settings.data)
+    manifest = build_manifest(fleet.source)
+    known = trained = None
+    if (settings.home / "state.db").exists():
+        with Store.open(settings.home) as store:
+            known, trained = store.metadata.fleet(), store.runs.latest()
+    if known is None:
+        # Every image once, so that a broken one is named now and not in the middle of a round.
+        load_images(fleet.source, (*fleet.source.train, *fleet.source.test), settings.data.image_size)
+        fleet.check_disjoint()
+    if trained is None or trained.config.get("model") != settings.training_identity()["model"]:
+        _check_model(settings, len(manifest.classes))
+    partition = {**settings.data.partition.model_dump(mode="json"), "digest": fleet.parts_digest()}
+    return lambda: _write(settings, manifest.digest, partition, manifest.classes, fleet.clients())
+
+
+def _check_workload(settings: Settings) -> Callable[[], None]:
+    """Build the workload once, so that a fault of it is named now; return what registers its clients."""
+    from fedvit.clients.workload import client_host, load_workload
+
+    client_host(settings)
+    named = json.dumps(settings.workload.model_dump(mode="json"), sort_keys=True)
+    digest = hashlib.sha256(named.encode()).hexdigest()
+    return lambda: _write(settings, digest, {}, (), load_workload(settings).registered())
+
+
+def _write(
+    settings: Settings,
+    data_digest: str,
+    partition: Mapping[str, Any],
+    classes: Sequence[str],
+    clients: Iterable[Client],
+) -> None:
+    """Bind the state folder to the data and register the clients."""
+    from fedvit.rounds.steering import begin_in_initial_mode
+    from fedvit.store.store import Store
+
+    with Store.open(settings.home) as store:
+        store.metadata.bind_fleet(data_digest=data_digest, partition=partition, classes=classes)
+        store.clients.register(clients)
+        begin_in_initial_mode(store, settings)
+
+
+def _check_model(settings: Settings, num_classes: int) -> None:
+    """Build the model and write it as ONNX: what cannot be released is refused before it is trained.
+
+    Raises:
+        ModelError: the model cannot be built or exported.
+    """
+    # torch and timm are imported here, after everything that can be said without them.
+    from fedvit.models.export import export_onnx
+    from fedvit.models.models import build_model
+
+    image_size = settings.data.image_size
+    export_onnx(build_model(settings.model, num_classes, image_size), image_size)
