@@ -1,84 +1,80 @@
-"""The vehicle's side of the mailbox: leaves messages where the server finds them when its API cannot be reached."""
+"""Mailbox client of the vehicle: a second channel for messages when the server's API cannot be reached."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import deque
-from collections.abc import Callable, Mapping
-from datetime import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import UsageError
-from fedvit.types import utc_now
+from fedvit.ports import ClockPort
 from fedvit.wire.folders import Folder
-from fedvit.wire.mailbox import Message, MessageKind, new_message_id, seal
+from fedvit.wire.mailbox import Message, MessageKind, new_message_id, sign_message
 
 _LOG = logging.getLogger(__name__)
-# A vehicle that reaches neither API nor mailbox for days must not fill its memory.
-MAX_WAITING = 100
 KEY_BYTES = 32
 
 
 class MailboxSender:
-    """Seals messages and puts them into the mailbox; what cannot be put there now is kept and tried again.
+    """Signs messages and writes them into the mailbox; a heartbeat that cannot be written is kept and tried again.
 
     Args:
         folder: the mailbox.
-        client_id: as whom the vehicle is registered.
-        key: its mailbox key, as the server told it.
+        client_id: the id under which the vehicle is registered.
+        key: its mailbox key, from the server.
     """
 
-    def __init__(self, folder: Folder, client_id: str, key: bytes, now: Callable[[], datetime] = utc_now) -> None:
-        self._folder, self._client_id, self._key, self._now = folder, client_id, key, now
-        self._waiting: deque[Message] = deque(maxlen=MAX_WAITING)
-        self._last_heartbeat: str | None = None
+    def __init__(self, folder: Folder, client_id: str, key: bytes, clock: ClockPort = SYSTEM_CLOCK) -> None:
+        self._folder, self._client_id, self._key, self._clock = folder, client_id, key, clock
+        self._unsent: Message | None = None
+        self._last_path: str | None = None
 
     def heartbeat(self, body: Mapping[str, Any]) -> bool:
-        """Leave a heartbeat in the place of all earlier ones; return whether everything is in the mailbox."""
-        for message in [old for old in self._waiting if old.kind is MessageKind.HEARTBEAT]:
-            self._waiting.remove(message)
-        self._waiting.append(Message(self._client_id, new_message_id(self._now()), MessageKind.HEARTBEAT, dict(body)))
+        """Write a heartbeat, which replaces all earlier ones; return whether it is in the mailbox."""
+        self._unsent = self._message(MessageKind.HEARTBEAT, body)
         return self.flush()
 
     def update(self, run_id: str, round_index: int, content: bytes) -> bool:
-        """Leave an update; return whether it is in the mailbox. It is not kept: whoever has it tries again."""
+        """Write an update; return whether it is in the mailbox. It is not kept, so that the caller has to try again."""
         digest = hashlib.sha256(content).hexdigest()
-        body = {"run_id": run_id, "round_index": round_index, "sha256": digest}
-        message = Message(self._client_id, new_message_id(self._now()), MessageKind.UPDATE, body)
+        message = self._message(MessageKind.UPDATE, {"run_id": run_id, "round_index": round_index, "sha256": digest})
+        weights_path = message.path.removesuffix(".json") + ".safetensors"
+        return self._write({weights_path: content, message.path: sign_message(message, self._key)})
+
+    def flush(self) -> bool:
+        """Write the last heartbeat if it is not in the mailbox yet; return whether it is there."""
+        message = self._unsent
+        if message is None:
+            return True
+        # The earlier heartbeat, if the server has not taken it, says nothing that the new one does not.
+        if not self._write({message.path: sign_message(message, self._key)}, remove=self._last_path):
+            return False
+        self._unsent, self._last_path = None, message.path
+        return True
+
+    def _message(self, kind: MessageKind, body: Mapping[str, Any]) -> Message:
+        return Message(self._client_id, new_message_id(self._clock.now()), kind, dict(body))
+
+    def _write(self, files: Mapping[str, bytes], remove: str | None = None) -> bool:
         try:
-            self._folder.write(message.path.removesuffix(".json") + ".safetensors", content)
-            self._folder.write(message.path, seal(message, self._key))
+            for path, content in files.items():
+                self._folder.write(path, content)
+            if remove is not None:
+                self._folder.remove(remove)
         except OSError as error:
             _LOG.warning("the mailbox cannot be reached: %s", error)
             return False
         return True
 
-    def flush(self) -> bool:
-        """Try to leave what waits; return whether nothing waits any more."""
-        try:
-            while self._waiting:
-                self._leave(self._waiting[0])
-                self._waiting.popleft()
-        except OSError as error:
-            _LOG.warning("the mailbox cannot be reached: %s", error)
-        return not self._waiting
-
-    def _leave(self, message: Message) -> None:
-        self._folder.write(message.path, seal(message, self._key))
-        if message.kind is MessageKind.HEARTBEAT:
-            if self._last_heartbeat is not None:
-                # Not taken yet, or gone already: either way the newer one says all.
-                self._folder.remove(self._last_heartbeat)
-            self._last_heartbeat = message.path
-
 
 def read_mailbox_key(path: Path) -> bytes:
-    """The mailbox key in a file, as hex.
+    """The mailbox key in a file, which holds it in hex.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the file holds no such key.
     """
     try:
         key = bytes.fromhex(path.read_text(encoding="ascii").strip())

@@ -10,9 +10,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fedvit.config import Settings
 from fedvit.types import (
     BudgetReport,
     Cohort,
@@ -25,6 +24,9 @@ from fedvit.types import (
 )
 from fedvit.updates import ClientFailures, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
+
+if TYPE_CHECKING:
+    from fedvit.config import Settings
 
 
 @dataclass(frozen=True, slots=True)

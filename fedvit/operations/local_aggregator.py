@@ -1,6 +1,6 @@
-"""The aggregator without Ray: training loop, long operations and the registry's changes in one process.
+"""The aggregator of one process: training loop, long operations and changes of the served model.
 
-The aggregator actor is a shell round it; tests use it as it is.
+The aggregator actor runs it on Ray; tests use it directly.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.cohort.connectivity import connectivity
 from fedvit.config import Settings
 from fedvit.errors import ConflictError
@@ -19,25 +20,26 @@ from fedvit.operations.mailbox import Mailbox
 from fedvit.operations.optimize import Optimizer
 from fedvit.operations.periodic_tasks import PeriodicTasks
 from fedvit.operations.runner import OperationCancelled, OperationKind, OperationRunner, Task
-from fedvit.ports import AccountantPort, ExportedModel, FleetPort, ProxyReport, ServerModelPort
+from fedvit.ports import AccountantPort, ClockPort, ExportedModel, FleetPort, ProxyReport, ServerModelPort
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunRequest, run_request
 from fedvit.store.backup import write_backup
 from fedvit.store.store import Store
-from fedvit.types import ModelVersion, Operation, OperationStatus, Run, RunStatus, TrainingProgress, Variant, utc_now
+from fedvit.types import ModelVersion, Operation, OperationStatus, Run, RunStatus, TrainingProgress, Variant
 
-LOOK_S = 0.1
+STOP_POLL_S = 0.1
 SHUTDOWN = "shutdown"
 
 
 class LocalAggregator:
-    """Implements :class:`fedvit.ports.AggregatorPort`; the loop has a thread of its own, and so have operations.
+    """Implements :class:`fedvit.ports.AggregatorPort`, with one thread for the training loop and one for operations.
 
     Args:
-        on_progress: told after every event of the loop, from its thread.
-        system_id: names the running system, over restarts of this process; a system that is started anew has another.
-        on_connected: told every few seconds how many clients are connected.
+        on_progress: called after every event of the loop, from its thread.
+        system_id: identifies the running system; it stays the same when this process is restarted, and a new start of
+            the system has another one.
+        on_connected: called every few seconds with the number of connected clients.
         on_health: see :class:`fedvit.rounds.coordinator.Coordinator`.
     """
 
@@ -53,6 +55,7 @@ class LocalAggregator:
         system_id: str = "local",
         on_connected: Callable[[int], None] = lambda _: None,
         on_health: Callable[[float | None, float | None], None] = lambda quality, drift: None,
+        clock: ClockPort = SYSTEM_CLOCK,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -74,9 +77,10 @@ class LocalAggregator:
         self._shutting_down = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-loop")
         self._on_connected = on_connected
-        self._mailbox = Mailbox(settings, store)
-        looks = (self._mailbox.take, self._count_connected, self._count_messages, self._name_vehicles)
-        self._watch = PeriodicTasks(settings.fleet.check_interval_s, *looks)
+        self._clock = clock
+        self._mailbox = Mailbox(settings, store, clock)
+        tasks = (self._mailbox.take, self._count_connected, self._count_messages, self._list_vehicles)
+        self._periodic_tasks = PeriodicTasks(settings.fleet.check_interval_s, *tasks)
         optimizer = Optimizer(settings, store, self._publisher, model)
         new_run = OperationKind(self._begin_run, self._admit_run, repeatable=True)
         self._operations = OperationRunner(
@@ -90,89 +94,71 @@ class LocalAggregator:
         )
 
     def resume(self) -> None:
-        """Take up what the last process was doing: the run under way, and long operations."""
+        """Continue the run and the long operations of the process before."""
         latest = self._store.runs.latest()
         if latest is not None and latest.status is RunStatus.RUNNING:
             self.start_training()
         self._operations.start()
-        self._watch.start()
+        self._periodic_tasks.start()
 
     def close(self) -> None:
-        """End all threads after what they are doing; a start of another process takes it up."""
-        self._watch.close()
+        """End all threads; the next process continues their work."""
+        self._periodic_tasks.close()
         self._coordinator.request_stop()
         self._operations.close()
         self._thread.shutdown()
 
     def start_training(self) -> TrainingProgress:
-        """Begin or continue the run that the settings describe; harmless when it is under way.
-
-        Raises:
-            ConflictError: the system is shutting down, or the fleet has outgrown what the settings promise it.
-        """
         if self._shutting_down.is_set():
             raise ConflictError("The system is shutting down.", cure="Start it again: `fedvit up`.")
         with self._lock:
-            if self._rests():
-                # Said to whoever asks for it, and not by a loop that ends with it to everybody who looks later.
+            if self._is_idle():
+                # Here, so that the caller gets the error, instead of in the loop, where it would end the run.
                 self._coordinator.check_fleet()
             self._start()
         return self._coordinator.progress()
 
     def stop_training(self) -> TrainingProgress:
-        """Ask the loop to end after the round under way."""
         self._coordinator.request_stop()
         return self.progress()
 
     def progress(self) -> TrainingProgress:
-        """Where the loop stands.
-
-        Raises:
-            Exception: the fault that ended the loop, where it was not one that fedvit foresees.
-        """
         if self._loop is not None and self._loop.done():
             self._loop.result()
         return self._coordinator.progress()
 
     def wait(self, timeout_s: float) -> TrainingProgress:
-        """Return when the loop rests, or after ``timeout_s``."""
         if self._loop is not None:
             wait([self._loop], timeout=timeout_s)
         return self.progress()
 
     def proxies_alive(self) -> ProxyReport:
-        """Which client proxies answer now."""
         return self._fleet.proxies_alive()
 
     def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
-        """Queue a long operation; see :class:`fedvit.ports.AggregatorPort`."""
         return self._operations.submit(kind, params, call_key)
 
     def cancel_operation(self, operation_id: str) -> Operation:
-        """End a long operation early; harmless when it has ended."""
         return self._operations.cancel(operation_id)
 
     def wait_operation(self, operation_id: str, timeout_s: float) -> Operation:
-        """The operation once it has ended, or as it stands after ``timeout_s``."""
+        """The operation once it has ended, or its state after ``timeout_s``."""
         return self._operations.wait(operation_id, timeout_s)
 
     def await_shutdown(self, timeout_s: float) -> str | None:
-        """Block until this system was told to go down; how, or None after ``timeout_s``."""
         return self._operations.wait_until(self._shutdown_mode, timeout_s)
 
     def rollback(self, version: str, *, force: bool = False, reason: str | None = None) -> str:
-        """Make an older version's content current again, as a new version; return its name."""
         return self._publisher.rollback(version, force=force, reason=reason, export=self._export).version
 
     def switch_variant(self, variant: Variant) -> str:
-        """Move the fleet to another variant of the current version; return the version's name."""
         return self._publisher.switch(variant).version
 
     def _count_connected(self) -> None:
         timeout_s = self._settings.fleet.heartbeat_timeout_s
         proxies = self.proxies_alive()
-        fleet = connectivity(self._store.clients.last_contacts(hosted=False), proxies, utc_now(), timeout_s)
-        # Of virtual clients there may be a million: they are counted, not looked at.
+        fleet = connectivity(self._store.clients.last_contacts(hosted=False), proxies, self._clock.now(), timeout_s)
+        # Counted in the database: there may be a million virtual clients.
         hosted = self._store.clients.count_virtual() if any(proxies.alive.values()) else 0
         self._on_connected(fleet.connected + max(0, hosted - len(proxies.stranded)))
 
@@ -180,11 +166,11 @@ class LocalAggregator:
         if self._mailbox.enabled():
             gauge("queue_depth").labels("mailbox").set(self._mailbox.state().pending)
 
-    def _name_vehicles(self) -> None:
-        """Keep the list of vehicles that Prometheus is to ask."""
-        said = self._store.clients.metrics_addresses() if self._settings.fleet.scrape_vehicles else {}
-        good = {client_id: address for client_id, address in said.items() if ADDRESS.fullmatch(address)}
-        # The name is the series' instance, not the address: that may be anybody's.
+    def _list_vehicles(self) -> None:
+        """Write the list of vehicles that Prometheus scrapes."""
+        addresses = self._store.clients.metrics_addresses() if self._settings.fleet.scrape_vehicles else {}
+        good = {client_id: address for client_id, address in addresses.items() if ADDRESS.fullmatch(address)}
+        # The label `instance` is the client's name: several vehicles may report the same address.
         targets = [Target(good[name], {"instance": name, "device": name}) for name in sorted(good)]
         write_targets(self._store.home, VEHICLES, targets)
 
@@ -195,41 +181,40 @@ class LocalAggregator:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        # A run that an operation begins while the system shuts down is taken up by the next start.
-        if self._rests() and not self._shutting_down.is_set():
+        # A run that an operation begins while the system shuts down is continued by the next start.
+        if self._is_idle() and not self._shutting_down.is_set():
             self._coordinator.announce()
             self._loop = self._thread.submit(self._coordinator.run)
 
-    def _rests(self) -> bool:
+    def _is_idle(self) -> bool:
         return self._loop is None or self._loop.done()
 
     # --- retrain and restart -----------------------------------------------------------------------------------------
 
     def _admit_run(self, params: Mapping[str, Any]) -> None:
-        self._coordinator.check_new_run(self._order("", params))
+        self._coordinator.check_new_run(self._run_request("", params))
 
     def _begin_run(self, task: Task) -> dict[str, Any]:
-        """End the present run after its round, then begin the one that was ordered."""
+        """End the present run after its round, then begin the requested one."""
         name = task.operation.operation_id
         before = run_request(self._store)
         if before is not None and before.operation_id == name:
             return self._result(before, self._restarted(before))
-        order = self._order(name, task.params)
+        request = self._run_request(name, task.params)
         task.report(0.1, "waiting for the round under way to end")
-        run = self._replace_run(task, order)
-        return self._result(order, run)
+        return self._result(request, self._replace_run(task, request))
 
-    def _replace_run(self, task: Task, order: RunRequest) -> Run:
-        was_running = not self._rests()
+    def _replace_run(self, task: Task, request: RunRequest) -> Run:
+        was_running = not self._is_idle()
         try:
             while True:
-                self._rest(task)
-                # Ordered before the lock is given back: nobody may start the old run in between.
+                self._stop_loop(task)
+                # Begun under the lock, so that no other thread can start the old run in between.
                 with self._lock:
-                    if self._rests():
-                        self._coordinator.check_new_run(order)
+                    if self._is_idle():
+                        self._coordinator.check_new_run(request)
                         task.report(0.8, "beginning the new run")
-                        run = self._coordinator.begin(order)
+                        run = self._coordinator.begin(request)
                         self._start()
                         return run
         except OperationCancelled:
@@ -238,36 +223,36 @@ class LocalAggregator:
                     self._start()
             raise
 
-    def _restarted(self, order: RunRequest) -> Run:
+    def _restarted(self, request: RunRequest) -> Run:
         with self._lock:
-            run = self._coordinator.begin(order) if self._rests() else self._store.runs.latest()
+            run = self._coordinator.begin(request) if self._is_idle() else self._store.runs.latest()
             self._start()
         assert run is not None
         return run
 
-    def _rest(self, task: Task) -> None:
-        while not self._rests():
+    def _stop_loop(self, task: Task) -> None:
+        while not self._is_idle():
             task.check()
-            # Asked again each time: a loop that was only just begun forgets what was asked before.
+            # Requested again each time: a loop that has just begun ignores earlier requests.
             self._coordinator.request_stop()
             assert self._loop is not None
-            wait([self._loop], timeout=LOOK_S)
+            wait([self._loop], timeout=STOP_POLL_S)
 
-    def _order(self, operation_id: str, params: Mapping[str, Any]) -> RunRequest:
+    def _run_request(self, operation_id: str, params: Mapping[str, Any]) -> RunRequest:
         base = None
         if params.get("strategy") == "fine_tune":
             current = self._store.releases.current()
             if current is None:
                 raise ConflictError("There is no release to fine-tune.", cure='Ask for "full_retrain".')
             base = current.version
-        told = ", ".join(f"{key}={value}" for key, value in params.items())
+        given = ", ".join(f"{key}={value}" for key, value in params.items())
         selection = params.get("client_selection")
-        return RunRequest(0, operation_id, f"Another run was ordered ({told}).", base, selection)
+        return RunRequest(0, operation_id, f"Another run was ordered ({given}).", base, selection)
 
-    def _result(self, order: RunRequest, run: Run) -> dict[str, Any]:
+    def _result(self, request: RunRequest, run: Run) -> dict[str, Any]:
         return {
             "run_id": run.run_id,
-            "base_version": order.base_version,
+            "base_version": request.base_version,
             "client_selection": run.config["order"]["client_selection"],
             "rounds_total": run.rounds_total,
         }
@@ -279,20 +264,20 @@ class LocalAggregator:
             raise ConflictError("The system is shutting down already.", cure='To wait no longer, ask for "force".')
 
     def _shut_down(self, task: Task) -> dict[str, Any]:
-        """Bring the state into safety. Once this has succeeded, whoever started the system ends it."""
+        """Save the state; after that the process that started the system ends it."""
         mode = task.params["mode"]
-        told: dict[str, Any] = {"mode": mode, "system_id": self._system_id, "archive": None, "sha256": None}
+        result: dict[str, Any] = {"mode": mode, "system_id": self._system_id, "archive": None, "sha256": None}
         if mode == "graceful":
-            told |= self._at_rest(task)
+            result |= self._save_state(task)
         progress = self._coordinator.progress()
-        return told | {"run_id": progress.run_id, "rounds_done": progress.rounds_done}
+        return result | {"run_id": progress.run_id, "rounds_done": progress.rounds_done}
 
-    def _at_rest(self, task: Task) -> dict[str, Any]:
-        was_running = not self._rests()
+    def _save_state(self, task: Task) -> dict[str, Any]:
+        was_running = not self._is_idle()
         self._shutting_down.set()
         try:
             task.report(0.1, "waiting for the round under way to end")
-            self._rest(task)
+            self._stop_loop(task)
             if not task.params["save_state"]:
                 return {}
             task.report(0.6, "writing the backup archive")
@@ -305,7 +290,7 @@ class LocalAggregator:
             raise
 
     def _shutdown_mode(self) -> str | None:
-        # Read from the state: this process may have been restarted after the operation was given its end.
+        # From the store: this process may have been restarted since the operation ended.
         for operation in self._store.operations.all(OperationStatus.SUCCEEDED):
             result = operation.result or {}
             if operation.kind == SHUTDOWN and result.get("system_id") == self._system_id:

@@ -1,6 +1,6 @@
-"""Finding a faster variant of the current release: build, measure, canary, release.
+"""Search for a faster variant of the current release: build, benchmark, canary, release.
 
-Latency is that of the model alone, on this machine, ONNX Runtime on one thread, one held-out image at a time.
+Latency is measured for the model alone, on this machine, with one thread and one held-out image at a time.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ CANDIDATES: Mapping[str, tuple[Variant, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """One variant, built and measured on all held-out images."""
+class VariantCandidate:
+    """One variant, exported and benchmarked on all held-out images."""
 
     variant: Variant
     export: ExportedModel
     benchmark: ModelBenchmark
 
     def figures(self) -> dict[str, Any]:
-        """What is reported of it."""
+        """Its part of the operation's result."""
         return {
             "variant": self.variant.value,
             "p50_ms": round(self.benchmark.p50_ms, 4),
@@ -85,12 +85,12 @@ class Optimizer:
         candidates, unbuilt = self._measured(task, release)
         fit = [c for c in candidates if c.benchmark.p95_ms <= task.params["target_latency_ms"]]
         fit.sort(key=lambda c: (-c.export.accuracy, c.benchmark.p95_ms))
-        outcome, turned_down = self._first_that_passes(task, release, served, content, fit)
-        figures = [c.figures() | {"rejected": turned_down.get(c.variant)} for c in candidates]
+        outcome, rejections = self._first_that_passes(task, release, served, content, fit)
+        figures = [c.figures() | {"rejected": rejections.get(c.variant)} for c in candidates]
         best = min(candidates, key=lambda c: c.benchmark.p95_ms).figures() if candidates else None
         return result | {"target_met": bool(fit), "best": best, "candidates": figures + unbuilt} | outcome
 
-    def _measured(self, task: Task, release: Release) -> tuple[list[Candidate], list[dict[str, Any]]]:
+    def _measured(self, task: Task, release: Release) -> tuple[list[VariantCandidate], list[dict[str, Any]]]:
         weights = stored_weights(self._store, self._store.versions.get(release.version).weights_digest)
         variants = CANDIDATES[task.params["strategy"]]
         candidates, unbuilt = [], []
@@ -101,41 +101,40 @@ class Optimizer:
             except ModelError as error:
                 unbuilt.append({"variant": variant.value, "rejected": error.message})
                 continue
-            candidates.append(Candidate(variant, export, self._model.benchmark(export.content)))
+            candidates.append(VariantCandidate(variant, export, self._model.benchmark(export.content)))
         return candidates, unbuilt
 
     def _first_that_passes(
-        self, task: Task, release: Release, served: str, serving: bytes, fit: list[Candidate]
+        self, task: Task, release: Release, served: str, serving: bytes, fit: list[VariantCandidate]
     ) -> tuple[dict[str, Any], dict[Variant, str]]:
-        """What came of it, and why earlier ones were turned down."""
-        turned_down: dict[Variant, str] = {}
+        """The outcome, and why earlier candidates were rejected."""
+        rejections: dict[Variant, str] = {}
         for candidate in fit:
             if candidate.variant.value == served:
-                return _unchanged(release, f"{served} serves already."), turned_down
+                return _unchanged(release, f"{served} serves already."), rejections
             task.report(0.75, f"canary of {candidate.variant.value}")
             agreement = self._canary(candidate.export.content, serving)
             if agreement < self._settings.release.min_canary_agreement:
-                turned_down[candidate.variant] = (
+                rejections[candidate.variant] = (
                     f"in the canary it agreed with {served} on {agreement:.2%} of the images; "
                     f"{self._settings.release.min_canary_agreement:.2%} are needed"
                 )
                 continue
             task.report(0.9, f"releasing {candidate.variant.value}")
             try:
-                return self._release(task, release, candidate, agreement), turned_down
+                return self._release(task, release, candidate, agreement), rejections
             except ReleaseRefusedError as error:
-                turned_down[candidate.variant] = error.message
+                rejections[candidate.variant] = error.message
         reason = "No candidate that is fast enough is good enough." if fit else "No candidate meets the target latency."
-        return _unchanged(release, reason), turned_down
+        return _unchanged(release, reason), rejections
 
     def _canary(self, candidate: bytes, serving: bytes) -> float:
-        """The share of held-out images to which both give the same answer."""
+        """The share of held-out images on which both predict the same class."""
         images = self._settings.release.canary_images
-        answers = [self._model.benchmark(content, images).predicted for content in (candidate, serving)]
-        candidate_says, serving_says = answers
-        return sum(a == b for a, b in zip(candidate_says, serving_says, strict=True)) / len(serving_says)
+        predicted, expected = (self._model.benchmark(content, images).predicted for content in (candidate, serving))
+        return sum(a == b for a, b in zip(predicted, expected, strict=True)) / len(expected)
 
-    def _release(self, task: Task, release: Release, candidate: Candidate, agreement: float) -> dict[str, Any]:
+    def _release(self, task: Task, release: Release, candidate: VariantCandidate, agreement: float) -> dict[str, Any]:
         lineage = {
             "optimized_from": release.version,
             "strategy": task.params["strategy"],
@@ -145,10 +144,10 @@ class Optimizer:
             **candidate.figures(),
         }
         reason = f"optimised for {task.params['target_latency_ms']:g} ms: {candidate.variant.value}"
-        made = self._publisher.adopt(release.version, candidate.variant, candidate.export, lineage, reason)
+        adopted = self._publisher.adopt(release.version, candidate.variant, candidate.export, lineage, reason)
         return {
             "switched": True,
-            "version": made.version,
+            "version": adopted.version,
             "variant": candidate.variant.value,
             "canary_agreement": agreement,
             "reason": reason,

@@ -1,4 +1,4 @@
-"""What is looked at again and again beside training: one thread, and no fault ends it."""
+"""Periodic tasks in one background thread; an error is logged and ends nothing."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ JOIN_S = 10.0
 
 
 class PeriodicTasks:
-    """Calls ``looks`` one after another, every ``every_s`` seconds; a look that fails is logged and tried again."""
+    """Calls ``tasks`` one after another, every ``interval_s`` seconds; a task that fails is called again next time."""
 
-    def __init__(self, every_s: float, *looks: Callable[[], object]) -> None:
-        self._every_s, self._looks = every_s, looks
+    def __init__(self, interval_s: float, *tasks: Callable[[], object]) -> None:
+        self._interval_s, self._tasks = interval_s, tasks
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fleet-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="periodic-tasks", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread; the first calls come after one interval."""
         self._thread.start()
 
     def close(self) -> None:
-        """End after the look under way; harmless when it never began."""
+        """Stop after the present calls; harmless when it was never started."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(JOIN_S)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._every_s):
-            for look in self._looks:
+        while not self._stop.wait(self._interval_s):
+            for task in self._tasks:
                 try:
-                    look()
+                    task()
                 except Exception:
-                    _LOG.exception("a look at the fleet failed")
+                    _LOG.exception("the periodic task %s failed", getattr(task, "__name__", task))

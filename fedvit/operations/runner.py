@@ -1,4 +1,4 @@
-"""Runs long operations one after another in a thread, and gives each a definite end, also across a restart."""
+"""Long operations: a thread that runs them one after another, and their recovery after a restart."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fedvit.types import Operation, OperationStatus
 _LOG = logging.getLogger(__name__)
 _UNFINISHED = (OperationStatus.QUEUED, OperationStatus.RUNNING)
 STOP_TIMEOUT_S = 5.0
-_Fact = TypeVar("_Fact")
+_Result = TypeVar("_Result")
 
 
 class OperationCancelled(Exception):
-    """The operation was asked to end; its work lets this pass."""
+    """The operation was cancelled; its work must not catch this."""
 
 
 class Task:
-    """What the work of an operation is handed: its parameters, and the line to those who watch it.
+    """A running operation: its parameters, progress reports and cancellation.
 
     Args:
-        operation: as it began.
-        cancelled: set when somebody asks the operation to end.
+        operation: its state at the beginning.
+        cancelled: set when the operation is cancelled.
     """
 
     def __init__(self, operation: Operation, store: Store, cancelled: threading.Event) -> None:
@@ -38,31 +38,29 @@ class Task:
         self._store = store
 
     def report(self, progress: float, stage: str) -> None:
-        """Say what begins now, and which share is done.
+        """Store the present stage and the share that is done.
 
         Raises:
-            OperationCancelled: the operation was asked to end.
+            OperationCancelled: the operation was cancelled.
         """
         self.check()
         self._store.operations.advance(self.operation.operation_id, progress, stage)
 
     def check(self) -> None:
-        """Pass, unless the operation was asked to end.
-
-        Raises:
-            OperationCancelled: it was.
-        """
+        """Raise OperationCancelled if the operation was cancelled."""
         if self.cancelled.is_set():
             raise OperationCancelled
 
 
 @dataclass(frozen=True, slots=True)
 class OperationKind:
-    """A kind of long work.
+    """A kind of operation.
 
-    ``work`` answers with the result, JSON types only. ``admit`` refuses at once what could not do anything. Work that
-    is ``repeatable`` may be run again from its beginning after the process died in the middle of it. Work that is
-    ``urgent`` waits for no other and is never taken up by another process, begun or not.
+    Attributes:
+        work: does the work and returns the result, JSON types only.
+        admit: raises the error of a request that would have no effect.
+        repeatable: the work may be run again from the beginning after the process died.
+        urgent: does not wait for other operations, and is not continued by another process.
     """
 
     work: Callable[[Task], Mapping[str, Any]]
@@ -72,7 +70,7 @@ class OperationKind:
 
 
 class OperationRunner:
-    """One thread, one operation at a time, in the order in which they were asked for; urgent ones beside it."""
+    """One thread that runs one operation at a time, in the order of submission; urgent ones run beside it."""
 
     def __init__(self, store: Store, kinds: Mapping[str, OperationKind]) -> None:
         self._store = store
@@ -85,33 +83,32 @@ class OperationRunner:
         self._thread = threading.Thread(target=self._run, name="operations", daemon=True)
 
     def start(self) -> None:
-        """Settle what the last process left behind, then work."""
+        """Queue or end the unfinished operations of the process before, then start the thread."""
         for operation in reversed(self._store.operations.all(*_UNFINISHED)):
-            self._settle(operation)
+            self._recover(operation)
         self._thread.start()
 
     def submit(self, kind: str, params: Mapping[str, Any], call_key: str | None = None) -> Operation:
-        """Queue an operation, or give back the one that was queued under the same key.
+        """Queue an operation, or return the one that was queued under the same key.
 
         Raises:
             NotFoundError: there is no such kind.
             ConflictError: the key was used for another request.
-            FedvitError: what the kind's ``admit`` refuses with; nothing was queued.
+            FedvitError: ``admit`` raised it; nothing was queued.
         """
         if kind not in self._kinds:
             raise NotFoundError(f"There is no operation {kind!r}.", cure=f"There are: {', '.join(self._kinds)}.")
-        known = self._known(call_key)
-        if not known:
+        if call_key is None or not self._store.operations.key_exists(call_key):
             self._kinds[kind].admit(params)
         operation, created = self._store.operations.create(kind, params, call_key=call_key)
         if created and self._kinds[kind].urgent:
-            threading.Thread(target=self._see_through, args=(operation.operation_id,), daemon=True).start()
+            threading.Thread(target=self._run_one, args=(operation.operation_id,), daemon=True).start()
         elif created:
             self._queue.put(operation.operation_id)
         return operation
 
     def cancel(self, operation_id: str) -> Operation:
-        """Cancel a queued operation at once, ask a running one to end at its next step; harmless after its end.
+        """Cancel a queued operation at once and a running one at its next step; harmless after its end.
 
         Raises:
             NotFoundError: no such operation.
@@ -123,7 +120,7 @@ class OperationRunner:
         return operation
 
     def wait(self, operation_id: str, timeout_s: float) -> Operation:
-        """The operation once it has ended, or as it stands after ``timeout_s``.
+        """The operation once it has ended, or its state after ``timeout_s``.
 
         Raises:
             NotFoundError: no such operation.
@@ -131,22 +128,19 @@ class OperationRunner:
         self.wait_until(lambda: self._store.operations.get(operation_id).status.ended, timeout_s)
         return self._store.operations.get(operation_id)
 
-    def wait_until(self, true: Callable[[], _Fact], timeout_s: float) -> _Fact:
-        """What ``true()`` says once that is something, or after ``timeout_s``; asked when an operation has ended."""
+    def wait_until(self, condition: Callable[[], _Result], timeout_s: float) -> _Result:
+        """The first true ``condition()``, evaluated whenever an operation ends, or its value after ``timeout_s``."""
         with self._ended:
-            return self._ended.wait_for(true, timeout_s)
+            return self._ended.wait_for(condition, timeout_s)
 
     def close(self) -> None:
-        """End the thread after the operation under way; what is queued, or takes longer, the next start settles."""
+        """End the thread after the present operation; the next start continues or ends all others."""
         self._closing.set()
         self._queue.put(None)
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
 
-    def _known(self, call_key: str | None) -> bool:
-        return call_key is not None and self._store.operations.key_exists(call_key)
-
-    def _settle(self, operation: Operation) -> None:
+    def _recover(self, operation: Operation) -> None:
         kind = self._kinds.get(operation.kind)
         if operation.cancel_requested:
             self._store.operations.end(operation.operation_id, OperationStatus.CANCELLED)
@@ -160,12 +154,12 @@ class OperationRunner:
 
     def _run(self) -> None:
         while (operation_id := self._queue.get()) is not None and not self._closing.is_set():
-            self._see_through(operation_id)
+            self._run_one(operation_id)
 
-    def _see_through(self, operation_id: str) -> None:
+    def _run_one(self, operation_id: str) -> None:
         try:
             self._perform(operation_id)
-        except Exception:  # The store is away: the next start settles the operation.
+        except Exception:  # The store cannot be used: the next start ends the operation.
             _LOG.exception("operation %s", operation_id)
         with self._ended:
             self._ended.notify_all()
@@ -193,8 +187,8 @@ class OperationRunner:
             self._store.operations.end(name, OperationStatus.FAILED, error=_described(error))
         except Exception as error:
             _LOG.exception("operation %s (%s)", name, task.operation.kind)
-            told = FedvitError(f"{type(error).__name__}: {error}", cure="See the aggregator's log.")
-            self._store.operations.end(name, OperationStatus.FAILED, error=_described(told))
+            unexpected = FedvitError(f"{type(error).__name__}: {error}", cure="See the aggregator's log.")
+            self._store.operations.end(name, OperationStatus.FAILED, error=_described(unexpected))
         else:
             self._store.operations.end(name, OperationStatus.SUCCEEDED, result=result)
 

@@ -1,10 +1,10 @@
-"""Messages that vehicles leave where the server finds them later: one small JSON file each, under a key of their own.
+"""Mailbox messages: small JSON files that vehicles sign with an HMAC and the server collects.
 
-A file ``<mailbox>/inbox/<client_id>/<message_id>.json`` holds ``{"payload": TEXT, "hmac": HEX}``. TEXT is the JSON
-of the message; the HMAC-SHA256 under the client's mailbox key covers its very bytes, so nothing has to be written
-canonically. A message id begins with the moment of sending in milliseconds: ids sort by time, and how old a message is
-can be told from its name. A message of kind ``update`` has its weights beside it, ``<message_id>.safetensors``, which
-are put there before it; its body is an :class:`UpdateNote`.
+A file ``<mailbox>/inbox/<client_id>/<message_id>.json`` holds ``{"payload": TEXT, "hmac": HEX}``. TEXT is the JSON of
+the message; the HMAC-SHA256 under the client's mailbox key covers its bytes as they are, so that no canonical form is
+needed. A message id begins with the time of sending in milliseconds: ids sort by time, and a message's age can be read
+from its name. A message of kind ``update`` has an :class:`UpdateNote` as its body, and its weights beside it in
+``<message_id>.safetensors``, which is written first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_MESSAGE_BYTES = 16_384
 INBOX = "inbox"
 _FORMAT = 1
 _ID = re.compile(r"[0-9]{13}-[0-9a-f]{16}")
-# So that no other use of the key can ever yield the HMAC of a message.
+# Domain separation: no other use of the key gives the HMAC of a message.
 _PURPOSE = b"fedvit mailbox message\0"
 
 
@@ -33,7 +33,7 @@ _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 class MessageKind(StrEnum):
-    """What a message is about."""
+    """The kind of a message."""
 
     HEARTBEAT = "heartbeat"
     UPDATE = "update"
@@ -50,18 +50,18 @@ class Message:
 
     @property
     def sent_at(self) -> datetime:
-        """When it was sent, to the millisecond, by the vehicle's clock."""
+        """The time of sending, to the millisecond, by the vehicle's clock."""
         return sent_at(self.message_id)
 
     @property
     def path(self) -> str:
-        """Where it lies in a mailbox until it is taken."""
+        """Its path in the mailbox until the server takes it."""
         return f"{INBOX}/{self.client_id}/{self.message_id}.json"
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateNote:
-    """Which round the update beside a message answers; ``sha256``, hex, is that of its bytes."""
+    """The round of the update beside a message, and the SHA-256 (hex) of the update's bytes."""
 
     run_id: str
     round_index: int
@@ -82,22 +82,22 @@ class UpdateNote:
 
 
 def new_message_id(at: datetime) -> str:
-    """An id for a message that is sent now."""
+    """A new id for a message that is sent at this time."""
     return f"{int(at.timestamp() * 1000):013d}-{secrets.token_hex(8)}"
 
 
 def is_message_id(text: str) -> bool:
-    """Whether a message could be called so."""
+    """Whether the text has the form of a message id."""
     return _ID.fullmatch(text) is not None
 
 
 def sent_at(message_id: str) -> datetime:
-    """When the message was sent that is called so."""
+    """The time of sending in a message id."""
     return datetime.fromtimestamp(int(message_id[:13]) / 1000, UTC)
 
 
-def seal(message: Message, key: bytes) -> bytes:
-    """The message as it is put into a mailbox."""
+def sign_message(message: Message, key: bytes) -> bytes:
+    """The content of a message's file, with an HMAC under ``key``."""
     payload = json.dumps(
         {
             "format": _FORMAT,
@@ -110,12 +110,12 @@ def seal(message: Message, key: bytes) -> bytes:
     return json.dumps({"payload": payload, "hmac": _hmac(payload, key)}).encode()
 
 
-def unseal(content: bytes, key: bytes, client_id: str, message_id: str) -> Message:
-    """The message in a file, whose name says who sent it and what it is called.
+def verify_message(content: bytes, key: bytes, client_id: str, message_id: str) -> Message:
+    """The message in a file; client and message id come from the file's path.
 
     Raises:
-        IntegrityError: it was not sealed with this key, or was sealed under another name.
-        DataError: it is no message, or one of a kind or format that nobody here knows.
+        IntegrityError: it was not signed with this key, or with another client or message id.
+        DataError: it is no message, or its kind or format is unknown.
     """
     try:
         envelope = json.loads(content)
@@ -124,18 +124,18 @@ def unseal(content: bytes, key: bytes, client_id: str, message_id: str) -> Messa
     except _MALFORMED:
         raise DataError("The file is no message.") from None
     if not good:
-        raise IntegrityError("The message was not sealed with the key of the client that it is to come from.")
+        raise IntegrityError("The message was not signed with the key of the client in whose folder it is.")
     try:
         return _checked(json.loads(payload), client_id, message_id)
     except _MALFORMED:
-        raise DataError("The message has not the fields of one.") from None
+        raise DataError("The message lacks a field, or one has another type.") from None
 
 
 def _checked(signed: Mapping[str, Any], client_id: str, message_id: str) -> Message:
     if (signed["client_id"], signed["message_id"]) != (client_id, message_id):
-        raise IntegrityError("The message was sealed under another name.")
+        raise IntegrityError("The message was signed under another name.")
     if signed["format"] != _FORMAT or signed["kind"] not in list(MessageKind):
-        raise DataError(f"Format {signed['format']!r}, kind {signed['kind']!r} is not known here.")
+        raise DataError(f"Format {signed['format']!r}, kind {signed['kind']!r} is unknown.")
     return Message(client_id, message_id, MessageKind(signed["kind"]), dict(signed["body"]))
 
 

@@ -152,7 +152,7 @@ def _add_verdicts(api: FastAPI, store: Store, liveness: Liveness) -> None:
 
 def _channel(mailbox: Mailbox) -> ChannelView:
     """How the second way stands; that it may be broken is no reason to hide the first."""
-    enabled, delivered = mailbox.standing()
+    enabled, delivered = mailbox.enabled_and_delivered()
     try:
         pending = mailbox.state().pending
     except FedvitError:
