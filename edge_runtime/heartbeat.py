@@ -18,8 +18,8 @@ FIRST_INTERVAL_S = 30.0
 JOIN_S = 2.0
 
 
-class Way(StrEnum):
-    """How a heartbeat went out."""
+class HeartbeatChannel(StrEnum):
+    """The channel through which a heartbeat was sent."""
 
     API = "api"
     MAILBOX = "mailbox"
@@ -27,13 +27,13 @@ class Way(StrEnum):
 
 
 class HeartbeatLoop:
-    """Beats as often as the server asks for.
+    """Sends heartbeats in the interval that the server sets.
 
     Args:
         http: connection to the control server.
-        client_id: as whom the vehicle is registered.
-        describe: what a beat says; see ``POST /api/clients/{client_id}/heartbeat``.
-        mailbox: the second way.
+        client_id: the id under which the vehicle is registered.
+        describe: the body of a heartbeat; see ``POST /api/clients/{client_id}/heartbeat``.
+        mailbox: the second channel.
     """
 
     def __init__(
@@ -50,27 +50,27 @@ class HeartbeatLoop:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread, which sends the first heartbeat at once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End; a beat that hangs on the network ends with the process."""
+        """Stop; a request that hangs on the network ends with the process."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(JOIN_S)
 
-    def beat(self) -> Way:
+    def beat(self) -> HeartbeatChannel:
         """Beat once. An answer is an answer, also one that refuses; only silence and a broken server are none."""
         body = dict(self._describe())
         try:
             answer = self._http.post(self._path, json=body)
             if answer.status_code < 500:
                 self._heed(answer)
-                return Way.API
+                return HeartbeatChannel.API
             _LOG.warning("%s answered %d", answer.url, answer.status_code)
         except httpx.HTTPError as error:
             _LOG.warning("%s does not answer: %s", self._http.base_url, error)
-        return Way.MAILBOX if self._mailbox.heartbeat(body) else Way.NONE
+        return HeartbeatChannel.MAILBOX if self._mailbox.heartbeat(body) else HeartbeatChannel.NONE
 
     def _heed(self, answer: httpx.Response) -> None:
         if answer.status_code != httpx.codes.OK:

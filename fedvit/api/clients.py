@@ -81,7 +81,7 @@ class HeartbeatRequest(RequestBody):
 
 
 class MailboxAccess(View):
-    """Where a vehicle leaves messages when it cannot reach the API, and the key, hex, that it seals them with."""
+    """Where a vehicle writes messages when it cannot reach the API, and the key, hex, that it signs them with."""
 
     url: str
     key: str

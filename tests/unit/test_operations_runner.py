@@ -68,8 +68,8 @@ def test_progress_is_seen_while_it_works(started: Callable[..., OperationRunner]
     runner = started(slow=OperationKind(work))
     operation = runner.submit("slow", {})
     assert reached.wait(WAIT_S)
-    seen = store.operations.get(operation.operation_id)
-    assert (seen.status, seen.progress, seen.stage) == (OperationStatus.RUNNING, 0.25, "a quarter")
+    row = store.operations.get(operation.operation_id)
+    assert (row.status, row.progress, row.stage) == (OperationStatus.RUNNING, 0.25, "a quarter")
     go_on.set()
     assert runner.wait(operation.operation_id, WAIT_S).status is OperationStatus.SUCCEEDED
 
@@ -129,7 +129,7 @@ def test_what_cannot_do_anything_is_refused_and_leaves_no_trace(
     runner = started(train=OperationKind(double, refuse))
     with pytest.raises(BudgetExhaustedError):
         runner.submit("train", {})
-    with pytest.raises(NotFoundError, match="train"):
+    with pytest.raises(NotFoundError):
         runner.submit("sing", {})
     with pytest.raises(NotFoundError):
         runner.cancel("op-unknown")
@@ -144,7 +144,7 @@ def test_a_repeated_key_starts_nothing_new(started: Callable[..., OperationRunne
     again = runner.submit("double", {"number": 1}, "key-1")
     assert again.operation_id == first.operation_id
     assert len(admitted) == 1
-    with pytest.raises(ConflictError, match="another request"):
+    with pytest.raises(ConflictError):
         runner.submit("double", {"number": 2}, "key-1")
     assert len(store.operations.all()) == 1
 
