@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedvit.cli.api_session import read_api_or_store
-from fedvit.cli.options import Options, local_command
-from fedvit.cli.output import print_json, show, show_table, show_text
+from fedvit.cli.options import STATE_OR_API, Options, local_command
+from fedvit.cli.output import print_json, show, show_text
 
 if TYPE_CHECKING:
     from fedvit.config import Settings
@@ -21,8 +21,7 @@ token = typer.Typer(help="Create, list and revoke bearer tokens of the control A
 audit_log = typer.Typer(help="The audit trail of the control API and of this command line.", no_args_is_help=True)
 
 
-@token.command("create")
-@local_command()
+@local_command(token, "create")
 def create(
     options: Options,
     name: Annotated[str, typer.Argument(help="The token's owner, shown in the audit trail.")],
@@ -52,27 +51,17 @@ def create(
         typer.echo(created.text)
 
 
-@token.command("list")
-@local_command()
+@local_command(token, "list")
 def list_tokens(options: Options) -> None:
     """Every token, without its secret."""
     from fedvit.cli.state import open_existing_store
 
     with open_existing_store(options.settings()) as store:
         tokens = [_token_facts(token) for token in store.tokens.all()]
-    if options.as_json:
-        print_json(tokens)
-        return
-    rows = []
-    for facts in tokens:
-        times = (facts[f"{word}_at"] for word in ("created", "expires", "last_used", "revoked"))
-        cells = (f"{time:%Y-%m-%d %H:%M}" if time else "–" for time in times)
-        rows.append((facts["token_id"], facts["name"], " ".join(facts["scopes"]), facts["client_id"] or "–", *cells))
-    show_table(("token", "name", "scopes", "client", "created", "expires", "last used", "revoked"), rows)
+    show(tokens, options.as_json)
 
 
-@token.command("revoke")
-@local_command()
+@local_command(token, "revoke")
 def revoke(
     options: Options,
     token_id: Annotated[str, typer.Argument(help="The 12 characters between fvt_ and the next underscore.")],
@@ -104,8 +93,7 @@ def _audited(token: Token) -> dict[str, Any]:
     return {"token_id": token.token_id, "name": token.name, "scopes": list(token.scopes), "client_id": token.client_id}
 
 
-@audit_log.command("show")
-@local_command("home", "url", "config", "as_json")
+@local_command(audit_log, "show", options=STATE_OR_API)
 def show_log(
     options: Options,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Largest number of lines.")] = 50,
@@ -121,8 +109,7 @@ def show_log(
     show(lines, options.as_json, "sequence", "at", "actor", "source", "action", "status", "request_id")
 
 
-@audit_log.command("verify")
-@local_command()
+@local_command(audit_log, "verify")
 def verify(options: Options) -> None:
     """Recompute the hash chain of the trail; status 1 when a line was changed, removed or added."""
     from fedvit.cli.state import open_existing_store

@@ -6,14 +6,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from fedvit.cli.options import Options, report_errors, with_options
-from fedvit.cli.output import console, errors, plain, print_json, show, show_fields
+from fedvit.cli.options import STATE_OR_API, Options, report_errors, with_options
+from fedvit.cli.output import console, errors, plain, print_json, progress_bar, show, show_fields
 from fedvit.cli.running import required_system, trusted_certificate
 from fedvit.errors import FedvitError, InterruptedRunError, UnauthorizedError, UsageError
 
@@ -88,7 +88,11 @@ class ApiSession:
 
     def _follow(self, operation: OperationView, timeout_s: float | None) -> OperationView:
         name = operation.operation_id
-        with _progress_line(quiet=self.as_json) as on_progress:
+        with progress_bar(errors, quiet=self.as_json) as update:
+
+            def on_progress(now: OperationView) -> None:
+                update(total=1.0, completed=now.progress, description=now.kind, text=now.stage)
+
             try:
                 return self.client.operations.wait(operation, timeout_s, on_progress)
             except KeyboardInterrupt:
@@ -117,7 +121,12 @@ class ApiSession:
 
 
 def api_command(
-    *columns: str, change: bool = False, confirm: bool = False
+    app: typer.Typer | None = None,
+    name: str | None = None,
+    *,
+    columns: Sequence[str] = (),
+    change: bool = False,
+    confirm: bool = False,
 ) -> Callable[[Callable[Concatenate[ApiSession, P], object]], Callable[..., None]]:
     """Decorator of a command that calls the control API: adds the shared options and prints what it returns.
 
@@ -125,6 +134,8 @@ def api_command(
     it has printed itself.
 
     Args:
+        app: the group that the command is added to, as ``name``; None to add it elsewhere.
+        name: of the command.
         columns: columns of the table, where a sequence is printed; all by default.
         change: the command changes something; adds ``--dry-run``.
         confirm: the change is confirmed before it is made; adds ``--yes``, too.
@@ -138,7 +149,8 @@ def api_command(
                 if response is not None:
                     session.show(response, *columns)
 
-        return with_options(function, [*names, "home", "url", "config", "as_json"], invoke)
+        command = with_options(function, [*names, *STATE_OR_API], invoke)
+        return command if app is None else app.command(name)(command)
 
     return decorate
 
@@ -224,23 +236,3 @@ def _confirm(question: str, present: Callable[[], Mapping[str, Any]]) -> None:
 def is_terminal() -> bool:
     """Whether standard input is a terminal."""
     return sys.stdin.isatty()
-
-
-@contextlib.contextmanager
-def _progress_line(quiet: bool) -> Iterator[Callable[[OperationView], None]]:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("[bold]{task.fields[kind]}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[stage]}", markup=False),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=errors, disable=quiet) as progress:
-        task = progress.add_task("", total=1.0, kind="", stage="")
-
-        def on_progress(operation: OperationView) -> None:
-            progress.update(task, completed=operation.progress, kind=operation.kind, stage=operation.stage)
-
-        yield on_progress

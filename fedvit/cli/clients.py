@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
@@ -19,8 +20,7 @@ ClientArgument = Annotated[str, typer.Argument(help="The client's id, as `fedvit
 COLUMNS = ("client_id", "kind", "num_examples", "validated", "active", "last_seen_at", "quarantined_at")
 
 
-@app.command("list")
-@api_command()
+@api_command(app, "list")
 def list_clients(session: ApiSession, limit: LimitOption = 100, offset: OffsetOption = 0) -> object:
     """A page of clients, and the numbers of all, active and validated clients."""
     page = session.client.clients.status(limit, offset)
@@ -31,15 +31,13 @@ def list_clients(session: ApiSession, limit: LimitOption = 100, offset: OffsetOp
     return None
 
 
-@app.command("show")
-@api_command()
+@api_command(app, "show")
 def show_client(session: ApiSession, client_id: ClientArgument) -> object:
     """One client and its conditions: connected, validated, active, quarantined."""
     return session.client.clients.get(client_id)
 
 
-@app.command("register")
-@api_command(change=True)
+@api_command(app, "register", change=True)
 def register(
     session: ApiSession,
     device_id: Annotated[str, typer.Argument(help="The vehicle's own id.")],
@@ -55,8 +53,7 @@ def register(
     )
 
 
-@app.command("receipt")
-@api_command()
+@api_command(app, "receipt")
 def receipt(
     session: ApiSession,
     client_id: ClientArgument,
@@ -67,20 +64,14 @@ def receipt(
     return session.client.clients.receipt(client_id, run_id, round_index)
 
 
-@app.command("remove")
-@api_command(confirm=True)
+@api_command(app, "remove", confirm=True)
 def remove(session: ApiSession, client_id: ClientArgument) -> object:
     """Take a client out of the active list; its record and its privacy spend remain."""
-    clients = session.client.clients
-    return session.change(
-        lambda: clients.remove(client_id),
-        present=lambda: clients.get(client_id),
-        question=f"Take {client_id} out of the active clients?",
-    )
+    question = f"Take {client_id} out of the active clients?"
+    return _change(session, client_id, lambda: session.client.clients.remove(client_id), question)
 
 
-@app.command("validate")
-@api_command(change=True)
+@api_command(app, "validate", change=True)
 def validate(
     session: ApiSession,
     client_id: ClientArgument,
@@ -88,26 +79,20 @@ def validate(
     reason: Annotated[str | None, typer.Option("--reason", help="Why; kept in the audit trail.")] = None,
 ) -> object:
     """Record the result of a check of a client's data."""
-    clients = session.client.clients
-    return session.change(
-        lambda: clients.validate(client_id, validated, reason=reason), present=lambda: clients.get(client_id)
-    )
+    return _change(session, client_id, lambda: session.client.clients.validate(client_id, validated, reason=reason))
 
 
-@app.command("reinstate")
-@api_command(change=True)
+@api_command(app, "reinstate", change=True)
 def reinstate(
     session: ApiSession,
     client_id: ClientArgument,
     justification: Annotated[str, typer.Option("--justification", help="Why it may train again.")],
 ) -> object:
     """Lift a client's quarantine."""
-    clients = session.client.clients
-    return session.change(lambda: clients.reinstate(client_id, justification), present=lambda: clients.get(client_id))
+    return _change(session, client_id, lambda: session.client.clients.reinstate(client_id, justification))
 
 
-@app.command("heartbeat")
-@api_command(change=True)
+@api_command(app, "heartbeat", change=True)
 def heartbeat(
     session: ApiSession,
     client_id: ClientArgument,
@@ -116,24 +101,23 @@ def heartbeat(
 ) -> object:
     """Send a heartbeat in a vehicle's name; vehicles send their own."""
     clients = session.client.clients
-    return session.change(
-        lambda: clients.heartbeat(client_id, status=status, model_version=model_version),
-        present=lambda: clients.get(client_id),
-    )
+    return _change(session, client_id, lambda: clients.heartbeat(client_id, status=status, model_version=model_version))
 
 
-@app.command("connectivity")
-@api_command()
+@api_command(app, "connectivity")
 def connectivity(session: ApiSession, limit: LimitOption = 100, offset: OffsetOption = 0) -> object:
     """Which clients are reachable, and whether the losses look like a network partition."""
     return session.client.clients.connectivity(limit, offset)
 
 
-@app.command("data-quality")
-@api_command()
+@api_command(app, "data-quality")
 def data_quality(session: ApiSession, limit: LimitOption = 100, offset: OffsetOption = 0) -> object:
     """How far the clients' contributions can be trusted, and why not."""
     return session.client.clients.data_quality(limit, offset)
+
+
+def _change(session: ApiSession, client_id: str, call: Callable[[], object], question: str | None = None) -> object:
+    return session.change(call, present=lambda: session.client.clients.get(client_id), question=question)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -146,24 +130,19 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-@channel.command("status")
-@api_command()
+@api_command(channel, "enable", change=True)
+def enable(session: ApiSession) -> object:
+    """Open the mailbox; harmless when repeated."""
+    return session.change(session.client.communication.enable_backup, present=session.client.communication.backup)
+
+
+@api_command(channel, "disable", change=True)
+def disable(session: ApiSession) -> object:
+    """Close the mailbox; harmless when repeated."""
+    return session.change(session.client.communication.disable_backup, present=session.client.communication.backup)
+
+
+@api_command(channel, "status")
 def channel_status(session: ApiSession) -> object:
     """Whether the mailbox is open, and what went through it."""
     return session.client.communication.backup()
-
-
-@channel.command("enable")
-@api_command(change=True)
-def enable(session: ApiSession) -> object:
-    """Open the mailbox; harmless when repeated."""
-    communication = session.client.communication
-    return session.change(communication.enable_backup, present=communication.backup)
-
-
-@channel.command("disable")
-@api_command(change=True)
-def disable(session: ApiSession) -> object:
-    """Close the mailbox; harmless when repeated."""
-    communication = session.client.communication
-    return session.change(communication.disable_backup, present=communication.backup)

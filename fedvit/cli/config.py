@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from fedvit.cli.options import Options, local_command
+from fedvit.cli.options import SYSTEM, Options, local_command
 from fedvit.cli.output import console, print_json
 
 app = typer.Typer(help="The settings.", no_args_is_help=True)
 data = typer.Typer(help="The data set and its partition over clients.", no_args_is_help=True)
 
 
-@app.command("show")
-@local_command("home", "config", "data", "assignments", "as_json")
+@local_command(app, "show", options=SYSTEM)
 def show_settings(options: Options) -> None:
     """Every setting as ``fedvit up`` would use it now: defaults, then the file, then the environment, then options."""
     import yaml
@@ -25,8 +24,7 @@ def show_settings(options: Options) -> None:
         typer.echo(yaml.safe_dump(settings, sort_keys=False), nl=False)
 
 
-@data.command("inspect")
-@local_command("config", "data", "assignments", "as_json")
+@local_command(data, "inspect", options=("config", "data", "assignments", "as_json"))
 def inspect_data(options: Options) -> None:
     """Classes, sizes, clients, label skew, duplicates and the content hash of the configured data set."""
     from fedvit.data.fleet import VirtualFleet

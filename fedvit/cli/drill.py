@@ -12,7 +12,7 @@ from fedvit.cli.output import console, print_json
 from fedvit.cli.supervisor import interruptible
 
 
-@local_command("as_json")
+@local_command(options=("as_json",))
 def drill(
     options: Options,
     names: Annotated[

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from fedvit.cli.options import Options, local_command
+from fedvit.cli.options import SYSTEM, Options, local_command
 from fedvit.cli.output import console, print_json, print_step, show_fields, stdout_for_json
 from fedvit.cli.running import find_system
 from fedvit.errors import InterruptedRunError
 
 
-@local_command("home", "config", "data", "assignments", "as_json")
+@local_command(options=SYSTEM)
 def finetune(
     options: Options,
     ranks: Annotated[

@@ -22,6 +22,7 @@ emergency = typer.Typer(
 
 IncidentArgument = Annotated[str, typer.Argument(help="The incident, such as INC-2026-1124-001.")]
 BreachArgument = Annotated[str, typer.Argument(help="The incident's name, such as PB-20250131-0300.")]
+COLUMNS = ("incident_id", "severity", "status", "alertname", "opened_at", "resolved_at", "firing", "summary")
 _AUTOMATIC = {"allowed": "automatic", "not_allowed": "not automatic", "never": "never automatic"}
 
 
@@ -56,8 +57,7 @@ class Action(StrEnum):
 DEFAULT_ACTIONS = (Action.STOP_TRAINING, Action.ISOLATE_DATA)
 
 
-@app.command("list")
-@api_command("incident_id", "severity", "status", "alertname", "opened_at", "resolved_at", "firing", "summary")
+@api_command(app, "list", columns=COLUMNS)
 def list_incidents(
     session: ApiSession,
     status: Annotated[Status | None, typer.Option("--status", help="Only open, or only resolved ones.")] = None,
@@ -68,8 +68,7 @@ def list_incidents(
     return session.client.incidents.list(status, limit, offset)
 
 
-@app.command("show")
-@api_command()
+@api_command(app, "show")
 def show_incident(session: ApiSession, incident_id: IncidentArgument) -> object:
     """One incident: its timeline, and the commands that the runbook proposes."""
     incident = session.client.incidents.get(incident_id)
@@ -89,8 +88,7 @@ def show_incident(session: ApiSession, incident_id: IncidentArgument) -> object:
     return None
 
 
-@app.command("note")
-@api_command(change=True)
+@api_command(app, "note", change=True)
 def note(
     session: ApiSession,
     incident_id: IncidentArgument,
@@ -109,8 +107,7 @@ def note(
     return None
 
 
-@app.command("report")
-@api_command()
+@api_command(app, "report")
 def report(session: ApiSession, incident_id: IncidentArgument) -> object:
     """The runbook's report template in Markdown, filled with what is known; the rest is left blank."""
     text = session.client.incidents.report(incident_id)
@@ -120,15 +117,13 @@ def report(session: ApiSession, incident_id: IncidentArgument) -> object:
     return None
 
 
-@emergency.command("status")
-@api_command()
+@api_command(emergency, "status")
 def emergency_status(session: ApiSession) -> object:
     """Whether an incident is in force, which clients are in quarantine, and whether training runs."""
     return _emergency_facts(session.client)
 
 
-@emergency.command("privacy-breach")
-@api_command(confirm=True)
+@api_command(emergency, "privacy-breach", confirm=True)
 def privacy_breach(
     session: ApiSession,
     incident_id: BreachArgument,
@@ -163,8 +158,7 @@ def privacy_breach(
     )
 
 
-@emergency.command("stand-down")
-@api_command(confirm=True)
+@api_command(emergency, "stand-down", confirm=True)
 def stand_down(
     session: ApiSession,
     incident_id: BreachArgument,

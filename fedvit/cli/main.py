@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -33,43 +34,47 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-TRAIN = "Train"
-OPERATE = "Operate a running system"
-MONITOR = "Monitor and respond to incidents"
-PRIVACY = "Privacy and access"
-FLEET = "Fleet"
-STATE = "State and settings"
-RESEARCH = "Research"
-
-app.command("run", rich_help_panel=TRAIN)(system.run)
-app.add_typer(training.app, name="training", rich_help_panel=TRAIN)
-app.add_typer(training.aggregation, name="aggregation", rich_help_panel=TRAIN)
-app.command("finetune", rich_help_panel=TRAIN)(finetune.finetune)
-app.command("up", rich_help_panel=OPERATE)(system.up)
-app.command("down", rich_help_panel=OPERATE)(system.down)
-app.command("status", rich_help_panel=OPERATE)(system.status)
-app.command("health-check", rich_help_panel=OPERATE)(maintenance.health_check)
-app.command("logs", rich_help_panel=OPERATE)(maintenance.logs)
-app.command("diagnostics", rich_help_panel=OPERATE)(maintenance.diagnostics)
-app.add_typer(model.app, name="model", rich_help_panel=OPERATE)
-app.add_typer(operation.app, name="operation", rich_help_panel=OPERATE)
-app.add_typer(monitoring.app, name="monitoring", rich_help_panel=MONITOR)
-app.command("metrics", rich_help_panel=MONITOR)(monitoring.metrics)
-app.command("drift", rich_help_panel=MONITOR)(monitoring.drift)
-app.add_typer(incident.app, name="incident", rich_help_panel=MONITOR)
-app.add_typer(incident.emergency, name="emergency", rich_help_panel=MONITOR)
-app.command("drill", rich_help_panel=MONITOR)(drill.drill)
-app.add_typer(privacy.app, name="privacy", rich_help_panel=PRIVACY)
-app.add_typer(access.token, name="token", rich_help_panel=PRIVACY)
-app.add_typer(access.audit_log, name="audit-log", rich_help_panel=PRIVACY)
-app.add_typer(clients.app, name="clients", rich_help_panel=FLEET)
-app.add_typer(clients.channel, name="backup-channel", rich_help_panel=FLEET)
-app.command("backup", rich_help_panel=STATE)(maintenance.backup)
-app.command("restore", rich_help_panel=STATE)(maintenance.restore)
-app.add_typer(config.app, name="config", rich_help_panel=STATE)
-app.add_typer(config.data, name="data", rich_help_panel=STATE)
-app.command("simulate", rich_help_panel=RESEARCH)(simulate.simulate)
-app.command("sweep", rich_help_panel=RESEARCH)(sweep.sweep)
+PANELS: dict[str, dict[str, typer.Typer | Callable[..., None]]] = {
+    "Train": {
+        "run": system.run,
+        "training": training.app,
+        "aggregation": training.aggregation,
+        "finetune": finetune.finetune,
+    },
+    "Operate a running system": {
+        "up": system.up,
+        "down": system.down,
+        "status": system.status,
+        "health-check": maintenance.health_check,
+        "logs": maintenance.logs,
+        "diagnostics": maintenance.diagnostics,
+        "model": model.app,
+        "operation": operation.app,
+    },
+    "Monitor and respond to incidents": {
+        "monitoring": monitoring.app,
+        "metrics": monitoring.metrics,
+        "drift": monitoring.drift,
+        "incident": incident.app,
+        "emergency": incident.emergency,
+        "drill": drill.drill,
+    },
+    "Privacy and access": {"privacy": privacy.app, "token": access.token, "audit-log": access.audit_log},
+    "Fleet": {"clients": clients.app, "backup-channel": clients.channel},
+    "State and settings": {
+        "backup": maintenance.backup,
+        "restore": maintenance.restore,
+        "config": config.app,
+        "data": config.data,
+    },
+    "Research": {"simulate": simulate.simulate, "sweep": sweep.sweep},
+}
+for panel, entries in PANELS.items():
+    for name, entry in entries.items():
+        if isinstance(entry, typer.Typer):
+            app.add_typer(entry, name=name, rich_help_panel=panel)
+        else:
+            app.command(name, rich_help_panel=panel)(entry)
 
 
 def _print_version(requested: bool) -> None:

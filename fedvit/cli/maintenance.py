@@ -148,7 +148,7 @@ def _tail(path: Path, lines: int = 20) -> list[str]:
     return path.read_text(errors="replace").splitlines()[-lines:]
 
 
-@local_command("home", "config")
+@local_command(options=("home", "config"))
 def logs(
     options: Options, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines arrive.")] = False
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fedvit.cli.api_session import ApiSession, api_command, read_api_or_store
-from fedvit.cli.options import LimitOption, NoWaitOption, OffsetOption, Options, local_command
+from fedvit.cli.options import STATE_OR_API, LimitOption, NoWaitOption, OffsetOption, Options, local_command
 from fedvit.cli.output import print_json, show_rows, show_text
 from fedvit.errors import NotFoundError
 from fedvit.types import Variant
@@ -24,8 +24,7 @@ app = typer.Typer(help="List, roll back, switch, optimize and export model versi
 COLUMNS = ("version", "run_id", "round_index", "accuracy", "epsilon", "released", "refusal")
 
 
-@app.command("list")
-@local_command("home", "url", "config", "as_json")
+@local_command(app, "list", options=STATE_OR_API)
 def list_versions(options: Options, limit: LimitOption = 50, offset: OffsetOption = 0) -> None:
     """Model versions, newest first: of the state folder, whether its system runs or not, or of the system at --url."""
 
@@ -48,8 +47,7 @@ def list_versions(options: Options, limit: LimitOption = 50, offset: OffsetOptio
     show_rows(rows, *COLUMNS, *(["current"] if options.named_url is None else []))
 
 
-@app.command("export")
-@local_command()
+@local_command(app, "export")
 def export_release(
     options: Options,
     folder: Annotated[Path, typer.Argument(help="Folder to write; made if absent.")],
@@ -73,22 +71,19 @@ def export_release(
     show_text(text, facts, options.as_json)
 
 
-@app.command("info")
-@api_command()
+@api_command(app, "info")
 def info(session: ApiSession) -> object:
     """The served model: size in bytes by variant, complexity, classes."""
     return session.client.model.info()
 
 
-@app.command("current")
-@api_command()
+@api_command(app, "current")
 def current(session: ApiSession) -> object:
     """The version that replicas and vehicles are offered, with its lineage."""
     return session.client.model.current()
 
 
-@app.command("rollback")
-@api_command(confirm=True)
+@api_command(app, "rollback", confirm=True)
 def rollback(
     session: ApiSession,
     version: Annotated[str, typer.Argument(help="The version to roll back to, such as v1.2.3.")],
@@ -104,8 +99,7 @@ def rollback(
     )
 
 
-@app.command("switch")
-@api_command(confirm=True)
+@api_command(app, "switch", confirm=True)
 def switch(
     session: ApiSession, variant: Annotated[Variant, typer.Argument(help="The variant for the whole fleet.")]
 ) -> object:
@@ -116,8 +110,7 @@ def switch(
     )
 
 
-@app.command("optimize")
-@api_command(change=True)
+@api_command(app, "optimize", change=True)
 def optimize(
     session: ApiSession,
     strategy: Annotated[
@@ -135,8 +128,7 @@ def optimize(
     )
 
 
-@app.command("retrain")
-@api_command(confirm=True)
+@api_command(app, "retrain", confirm=True)
 def retrain(
     session: ApiSession,
     strategy: Annotated[

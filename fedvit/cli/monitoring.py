@@ -46,7 +46,7 @@ def dashboards(folder: Annotated[Path, typer.Argument(help="Folder that Grafana 
 
 
 @app.command()
-@local_command("home", "config")
+@local_command(options=("home", "config"))
 def run(
     options: Options,
     factor: Annotated[

@@ -15,8 +15,7 @@ app = typer.Typer(help="List, follow and cancel long operations.", no_args_is_he
 OperationArgument = Annotated[str, typer.Argument(help="The operation's id, as `fedvit operation list` shows it.")]
 
 
-@app.command("list")
-@api_command("operation_id", "kind", "status", "progress", "stage", "created_at", "ended_at")
+@api_command(app, "list", columns=("operation_id", "kind", "status", "progress", "stage", "created_at", "ended_at"))
 def list_operations(
     session: ApiSession,
     statuses: Annotated[
@@ -29,23 +28,20 @@ def list_operations(
     return session.client.operations.list(*(statuses or ()), limit=limit, offset=offset)
 
 
-@app.command("show")
-@api_command()
+@api_command(app, "show")
 def show_operation(session: ApiSession, operation_id: OperationArgument) -> object:
     """One operation: its progress and its result."""
     return session.client.operations.get(operation_id)
 
 
-@app.command("cancel")
-@api_command(change=True)
+@api_command(app, "cancel", change=True)
 def cancel(session: ApiSession, operation_id: OperationArgument) -> object:
     """End it early: at once while it is queued, at its next step while it runs; harmless after its end."""
     operations = session.client.operations
     return session.change(lambda: operations.cancel(operation_id), present=lambda: operations.get(operation_id))
 
 
-@app.command("wait")
-@api_command()
+@api_command(app, "wait")
 def wait(
     session: ApiSession,
     operation_id: OperationArgument,

@@ -30,6 +30,12 @@ IfMatchOption = Annotated[
 ]
 
 
+# Options of commands on a state folder; on one, or on a control API; on a system that may have to be started.
+STATE = ("home", "config", "as_json")
+STATE_OR_API = ("home", "url", "config", "as_json")
+SYSTEM = ("home", "config", "data", "assignments", "as_json")
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """The values of the shared options of one call.
@@ -116,20 +122,24 @@ def report_errors(as_json: bool = False) -> Iterator[None]:
         raise typer.Exit(error.exit_status) from None
 
 
-def local_command(*names: str) -> Callable[[Callable[Concatenate[Options, P], None]], Callable[..., None]]:
+def local_command(
+    app: typer.Typer | None = None, name: str | None = None, *, options: Sequence[str] = STATE
+) -> Callable[[Callable[Concatenate[Options, P], None]], Callable[..., None]]:
     """Decorator of a command that needs no control API: adds shared options and reports errors.
 
     Args:
-        names: fields of :class:`Options` that the command offers; without any: home, config and as_json. The command
-            receives their values as its first argument.
+        app: the group that the command is added to, as ``name``; None to add it elsewhere.
+        name: of the command.
+        options: fields of :class:`Options` that the command offers. It receives their values as its first argument.
     """
 
     def decorate(function: Callable[Concatenate[Options, P], None]) -> Callable[..., None]:
-        def invoke(options: Options, values: dict[str, Any]) -> None:
-            with report_errors(options.as_json):
-                function(options, **values)  # type: ignore[call-arg]
+        def invoke(values_of_options: Options, values: dict[str, Any]) -> None:
+            with report_errors(values_of_options.as_json):
+                function(values_of_options, **values)  # type: ignore[call-arg]
 
-        return with_options(function, names or ("home", "config", "as_json"), invoke)
+        command = with_options(function, options, invoke)
+        return command if app is None else app.command(name)(command)
 
     return decorate
 
@@ -145,7 +155,7 @@ def with_options(
         invoke: runs the command on the shared options and the values of the other parameters.
     """
     own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-    parameters = [*own, *(_PARAMETERS[name] for name in names)]
+    parameters = [*own, *(SHARED[name] for name in names)]
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
@@ -158,7 +168,8 @@ def with_options(
 
 
 _ANNOTATIONS = get_type_hints(Options, include_extras=True)
-_PARAMETERS = {
+# Parameters of Typer commands, by the field of :class:`Options` that they set.
+SHARED = {
     field.name: inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_ANNOTATIONS[field.name]
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Any
 
 import typer
@@ -96,6 +98,20 @@ def show_table(titles: Iterable[str], rows: Iterable[Iterable[str]], to: Console
     to.print(table)
 
 
+@contextlib.contextmanager
+def progress_bar(to: Console, *, quiet: bool) -> Iterator[Callable[..., None]]:
+    """A progress bar, drawn on ``to`` unless ``quiet``; yields a function that updates it.
+
+    The function takes ``total`` and ``completed`` (numbers), ``description`` (before the bar) and ``text`` (after it).
+    """
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    text = TextColumn("{task.fields[text]}", markup=False)
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), TaskProgressColumn(), text, TimeElapsedColumn())
+    with Progress(*columns, console=to, disable=quiet) as progress:
+        yield functools.partial(progress.update, progress.add_task("", total=None, text=""))
+
+
 def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
@@ -108,6 +124,8 @@ def _cell(value: Any) -> str:
     match value:
         case None:
             return "–"
+        case datetime():
+            return f"{value:%Y-%m-%d %H:%M}"
         case bool():
             return "yes" if value else "no"
         case float():

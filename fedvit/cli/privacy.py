@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from fedvit.cli.api_session import ApiSession, api_command, read_api_or_store
-from fedvit.cli.options import Options, local_command
+from fedvit.cli.options import STATE_OR_API, Options, local_command
 from fedvit.cli.output import print_json, show, show_table, show_text
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="The privacy budget, its ledger, and the privacy audit.", no_args_is_help=True)
 
 
-@app.command("show")
-@local_command("home", "url", "config", "as_json")
+@local_command(app, "show", options=STATE_OR_API)
 def show_budget(options: Options) -> None:
     """The privacy budget of the most exposed client: spent, remaining, and the cost of the next round.
 
@@ -38,8 +37,13 @@ def show_budget(options: Options) -> None:
     show(read_api_or_store(options, lambda client: client.privacy.budget(), from_store), options.as_json)
 
 
-@app.command("history")
-@api_command()
+@api_command(app, "periods")
+def periods(session: ApiSession) -> object:
+    """Every new budget that was granted: how much, why and by whom."""
+    return session.client.privacy.periods()
+
+
+@api_command(app, "history")
 def history(
     session: ApiSession,
     hours: Annotated[float, typer.Option("--hours", min=0, help="How far back, in hours.")] = 24,
@@ -49,15 +53,7 @@ def history(
     return session.client.privacy.history(hours, limit)
 
 
-@app.command("periods")
-@api_command()
-def periods(session: ApiSession) -> object:
-    """Every new budget that was granted: how much, why and by whom."""
-    return session.client.privacy.periods()
-
-
-@app.command("reset-budget")
-@api_command(confirm=True)
+@api_command(app, "reset-budget", confirm=True)
 def reset_budget(
     session: ApiSession,
     new_epsilon: Annotated[float, typer.Argument(min=0, help="The epsilon of the new period.")],
@@ -72,8 +68,7 @@ def reset_budget(
     )
 
 
-@app.command("approve")
-@api_command(confirm=True)
+@api_command(app, "approve", confirm=True)
 def approve(
     session: ApiSession,
     request_id: Annotated[str, typer.Argument(help="The request that `fedvit privacy reset-budget` printed.")],
@@ -87,8 +82,7 @@ def approve(
     )
 
 
-@app.command("unfreeze")
-@local_command()
+@local_command(app, "unfreeze")
 def unfreeze(
     options: Options,
     justification: Annotated[str, typer.Option("--justification", help="Who decided it, and how it is known.")],
@@ -117,8 +111,7 @@ def unfreeze(
     show_text(text, {"lifted": asdict(lifted), "still_frozen": asdict(freeze) if freeze else None}, options.as_json)
 
 
-@app.command("selection-cost")
-@local_command("config", "assignments", "as_json")
+@local_command(app, "selection-cost", options=("config", "assignments", "as_json"))
 def selection_cost(
     options: Options,
     trials: Annotated[float, typer.Option("--trials", min=1, help="Average number of trials of a sweep.")],
@@ -138,8 +131,7 @@ def selection_cost(
     show(asdict(cost_of(run_spend(settings), mean_trials=trials, delta=delta, shape=shape)), options.as_json)
 
 
-@app.command("audit")
-@local_command("config", "assignments", "as_json")
+@local_command(app, "audit", options=("config", "assignments", "as_json"))
 def audit(
     options: Options,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer models and modes: seconds instead of minutes.")] = False,

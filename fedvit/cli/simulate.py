@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedvit.tools.simulation.run import Simulated
 
 
-@local_command("data", "assignments", "as_json")
+@local_command(options=("data", "assignments", "as_json"))
 def simulate(
     options: Options,
     configs: Annotated[

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedvit.tools.sweep.outcome import TrialOutcome
 
 
-@local_command("config", "data", "assignments", "as_json")
+@local_command(options=("config", "data", "assignments", "as_json"))
 def sweep(
     options: Options,
     to: Annotated[Path | None, typer.Option("--to", help="Folder of the sweep (default: sweep in the home).")] = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from fedvit.cli.api_session import POLL_S, ApiSession, api_session, control_client, environment_token
-from fedvit.cli.options import NoWaitOption, Options, local_command
+from fedvit.cli.options import SYSTEM, NoWaitOption, Options, local_command
 from fedvit.cli.output import console, plain, print_json, print_step, show, show_text
 from fedvit.cli.running import named_edges, running_system
 from fedvit.cli.supervisor import (
@@ -32,7 +32,7 @@ T = TypeVar("T")
 SHUTDOWN_TIMEOUT_S = 120.0
 
 
-@local_command("home", "config", "data", "assignments", "as_json")
+@local_command(options=SYSTEM)
 def run(options: Options) -> None:
     """Train, publish, serve, query every test image, report; then stop what was started.
 
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
             print_json(summary)
 
 
-@local_command("home", "config", "data", "assignments", "as_json")
+@local_command(options=SYSTEM)
 def up(
     options: Options,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay attached; end with Ctrl-C.")] = False,
@@ -81,7 +81,7 @@ def up(
     console.print("[dim]`fedvit status` shows the state of training; `fedvit down` stops everything.[/]")
 
 
-@local_command("yes", "dry_run", "home", "url", "config", "as_json")
+@local_command(options=("yes", "dry_run", "home", "url", "config", "as_json"))
 def down(
     options: Options,
     mode: Annotated[

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fedvit.cli.api_session import POLL_S, ApiSession, api_command, control_client
-from fedvit.cli.options import IfMatchOption, NoWaitOption, Options, local_command
-from fedvit.cli.output import console, show_text
+from fedvit.cli.options import SYSTEM, IfMatchOption, NoWaitOption, Options, local_command
+from fedvit.cli.output import console, progress_bar, show_text
 from fedvit.cli.supervisor import interruptible, temporary_system
 from fedvit.errors import UsageError
 
@@ -23,8 +21,7 @@ app = typer.Typer(help="Run, follow, stop and configure training.", no_args_is_h
 aggregation = typer.Typer(help="How client updates become a model.", no_args_is_help=True)
 
 
-@app.command("run")
-@local_command("home", "config", "data", "assignments", "as_json")
+@local_command(app, "run", options=SYSTEM)
 def run(options: Options) -> None:
     """Begin or continue the training run and follow it to its end.
 
@@ -42,23 +39,19 @@ def run(options: Options) -> None:
             raise typer.Exit(1)
 
 
-@app.command("status")
-@api_command()
+@api_command(app, "status")
 def status(session: ApiSession) -> object:
     """State of the training loop: run, round, loss, accuracy, epsilon."""
     return session.client.training.status()
 
 
-@app.command("start")
-@api_command(change=True)
+@api_command(app, "start", change=True)
 def start(session: ApiSession) -> object:
     """Begin or continue the run that the settings describe; harmless while it is under way."""
-    training = session.client.training
-    return session.change(training.start, present=training.status)
+    return session.change(session.client.training.start, present=session.client.training.status)
 
 
-@app.command("stop")
-@api_command(confirm=True)
+@api_command(app, "stop", confirm=True)
 def stop(session: ApiSession, no_wait: NoWaitOption = False) -> object:
     """End the loop after the present round; `fedvit training start` continues it."""
     training = session.client.training
@@ -69,8 +62,7 @@ def stop(session: ApiSession, no_wait: NoWaitOption = False) -> object:
     return progress
 
 
-@app.command("restart")
-@api_command(confirm=True)
+@api_command(app, "restart", confirm=True)
 def restart(
     session: ApiSession,
     client_selection: Annotated[
@@ -89,8 +81,7 @@ def restart(
     session.finish(operation, no_wait=no_wait)
 
 
-@app.command("config")
-@api_command(change=True)
+@api_command(app, "config", change=True)
 def configure(
     session: ApiSession,
     min_clients: Annotated[
@@ -111,8 +102,7 @@ def configure(
     )
 
 
-@aggregation.command("mode")
-@api_command(change=True)
+@api_command(aggregation, "mode", change=True)
 def mode(
     session: ApiSession,
     new_mode: Annotated[
@@ -151,43 +141,19 @@ def _etag(revision: int | None) -> str | None:
 
 def follow_training(base_url: str, settings: Settings, *, quiet: bool) -> ProgressView:
     """Start training over the control API and follow it, with a progress bar, until it rests."""
-    with control_client(base_url, settings) as client, _progress_bar(quiet) as on_progress:
+    with control_client(base_url, settings) as client, progress_bar(console, quiet=quiet) as update:
         progress = client.training.start()
-        on_progress(progress)
-        while progress.status in (None, "running") or progress.phase != "resting":
+        while True:
+            done, total = progress.rounds_done, progress.rounds_total
+            numbers = "  ".join(
+                f"{name} {_number(getattr(progress, name))}" for name in ("loss", "accuracy", "epsilon")
+            )
+            text = f"{numbers}  {progress.phase}"
+            update(total=total, completed=done, description=f"round {done}/{total}", text=text)
+            if progress.status not in (None, "running") and progress.phase == "resting":
+                return progress
             time.sleep(POLL_S)
             progress = client.training.status()
-            on_progress(progress)
-    return progress
-
-
-@contextlib.contextmanager
-def _progress_bar(quiet: bool) -> Iterator[Callable[[ProgressView], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("[bold]round"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}  epsilon {task.fields[epsilon]}"),
-        TextColumn("[dim]{task.fields[phase]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=quiet) as bar:
-        task = bar.add_task("", total=None, loss="–", accuracy="–", epsilon="–", phase="")
-
-        def on_progress(progress: ProgressView) -> None:
-            bar.update(
-                task,
-                total=progress.rounds_total,
-                completed=progress.rounds_done,
-                phase=progress.phase,
-                loss=_number(progress.loss),
-                accuracy=_number(progress.accuracy),
-                epsilon=_number(progress.epsilon),
-            )
-
-        yield on_progress
 
 
 def _number(value: float | None) -> str:

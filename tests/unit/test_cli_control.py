@@ -20,8 +20,7 @@ from fedvit.cli import api_session
 from fedvit.cli.main import app
 from fedvit.testing.doubles import FakeFleet, PointModel
 
-# What it is for no person to ask: vehicles fetch releases and tasks and upload, probes ask whether a replica lives,
-# Alertmanager tells alerts.
+# Routes without a command: vehicles fetch releases and tasks and upload, probes check replicas, Alertmanager posts.
 FOR_MACHINES = {
     "GET /api/model/release",
     "GET /api/model/blobs/{digest}",
@@ -85,7 +84,7 @@ DANGEROUS = {
     f"emergency stand-down PB-1 {WHY[0]} over": "POST /api/emergency/stand-down",
     "down": "POST /api/system/shutdown",
 }
-# Asks two routes that are asked by another verb, too.
+# Reads routes of other commands, too.
 COMPOSED = {"health-check": "GET /api/system/health"}
 VERBS = HARMLESS | DANGEROUS
 CHANGING = {verb: route for verb, route in VERBS.items() if not route.startswith("GET ")}
@@ -97,19 +96,19 @@ def fedvit(*words: str, url: str | None = URL, answer: str | None = None) -> Res
 
 
 @pytest.fixture
-def way(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Where the command line's requests go."""
+def reach(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Send the command line's requests through a transport."""
     return lambda transport: monkeypatch.setattr(api_session, "TRANSPORT", transport)
 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody is there to be asked."""
+    """Standard input is a terminal."""
     monkeypatch.setattr(api_session, "is_terminal", lambda: True)
 
 
 @pytest.fixture
-def make(tmp_path: Path, way: Callable[[Any], None]) -> Iterator[Callable[..., tuple[System, Through]]]:
+def make(tmp_path: Path, reach: Callable[[Any], None]) -> Iterator[Callable[..., tuple[System, Through]]]:
     """A system that the command line reaches at ``URL``."""
     systems = []
 
@@ -117,7 +116,7 @@ def make(tmp_path: Path, way: Callable[[Any], None]) -> Iterator[Callable[..., t
         fleet = fleet or FakeFleet(TARGET)
         systems.append(System(tmp_path / "home", PointModel(TARGET), fleet, {"max_accuracy_drop": 0.5}, 8.0))
         through = Through(systems[-1].http)
-        way(through)
+        reach(through)
         return systems[-1], through
 
     yield build
@@ -134,16 +133,16 @@ def test_every_route_has_a_verb() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_asks_its_route(verb: str, way: Callable[[Any], None]) -> None:
-    way(Recorder())
+def test_each_verb_asks_its_route(verb: str, reach: Callable[[Any], None]) -> None:
+    reach(Recorder())
     result = fedvit(*verb.split(), *(["--yes"] if verb in DANGEROUS else []))
     assert isinstance(result.exception, SentError), result.output
     assert route_of(result.exception.request, set(VERBS.values())) == VERBS[verb]
 
 
 @pytest.mark.parametrize("verb", DANGEROUS)
-def test_what_is_dangerous_must_be_confirmed(verb: str, way: Callable[[Any], None]) -> None:
-    way(Recorder())
+def test_what_is_dangerous_must_be_confirmed(verb: str, reach: Callable[[Any], None]) -> None:
+    reach(Recorder())
     result = fedvit(*verb.split())
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: This must be confirmed")
@@ -163,7 +162,7 @@ def test_a_dry_run_changes_nothing(make: Callable[..., tuple[System, Through]]) 
 # --- what a user sees ------------------------------------------------------------------------------------------------
 
 
-def told(result: Result, status: int = 0) -> Any:
+def printed(result: Result, status: int = 0) -> Any:
     assert result.exit_code == status, result.output
     return json.loads(result.stdout)
 
@@ -173,7 +172,7 @@ def test_a_rollback_is_rehearsed_asked_for_and_done(
 ) -> None:
     system, through = make()
     system.trained()
-    rehearsed = told(fedvit("model", "rollback", "v1.1.2", "--force", "--dry-run", "--json"))
+    rehearsed = printed(fedvit("model", "rollback", "v1.1.2", "--force", "--dry-run", "--json"))
     assert rehearsed["request"] == {
         "method": "POST",
         "url": f"{URL}/api/model/rollback",
@@ -189,7 +188,7 @@ def test_a_rollback_is_rehearsed_asked_for_and_done(
     assert through.changes == []
     assert fedvit("model", "rollback", "v1.1.2", answer="y\n").exit_code == 0
     assert through.changes == ["POST /api/model/rollback"]
-    assert told(fedvit("model", "current", "--json"))["derived_from"] == "v1.1.2"
+    assert printed(fedvit("model", "current", "--json"))["derived_from"] == "v1.1.2"
 
 
 def test_a_rehearsal_fails_where_the_deed_would(make: Callable[..., tuple[System, Through]]) -> None:
@@ -206,19 +205,19 @@ def test_a_dry_run_reads_well(make: Callable[..., tuple[System, Through]]) -> No
     assert f"POST {URL}/api/training/config" in result.stdout
     assert "min_clients=3" in result.stdout
     assert '"0"' in result.stdout
-    assert told(fedvit("training", "config", "--json"))["revision"] == 0
+    assert printed(fedvit("training", "config", "--json"))["revision"] == 0
 
 
 def test_long_work_is_followed_or_not(make: Callable[..., tuple[System, Through]]) -> None:
     system, _ = make()
     system.trained()
-    ended = told(fedvit("model", "optimize", "--strategy", "quantization", "--target-latency", "50", "--json"))
+    ended = printed(fedvit("model", "optimize", "--strategy", "quantization", "--target-latency", "50", "--json"))
     assert (ended["status"], ended["result"]["target_met"]) == ("succeeded", True)
-    begun = told(fedvit("model", "retrain", "fine_tune", "--yes", "--no-wait", "--json"))
+    begun = printed(fedvit("model", "retrain", "fine_tune", "--yes", "--no-wait", "--json"))
     assert begun["kind"] == "retrain"
-    assert told(fedvit("operation", "wait", begun["operation_id"], "--json"))["status"] == "succeeded"
+    assert printed(fedvit("operation", "wait", begun["operation_id"], "--json"))["status"] == "succeeded"
     system.local.wait(WAIT_S)
-    listed = told(fedvit("operation", "list", "--status", "succeeded", "--json"))
+    listed = printed(fedvit("operation", "list", "--status", "succeeded", "--json"))
     assert [each["kind"] for each in listed] == ["retrain", "optimize"]
     shown = fedvit("operation", "show", begun["operation_id"])
     assert begun["operation_id"] in shown.stdout
@@ -227,35 +226,35 @@ def test_long_work_is_followed_or_not(make: Callable[..., tuple[System, Through]
 def test_work_that_does_not_succeed_is_status_1(make: Callable[..., tuple[System, Through]]) -> None:
     fleet = HeldFleet()
     system, _ = make(fleet)
-    told(fedvit("training", "start", "--json"))
+    printed(fedvit("training", "start", "--json"))
     assert fleet.begun.wait(WAIT_S)
-    name = told(fedvit("training", "restart", "--yes", "--no-wait", "--json"))["operation_id"]
-    late = told(fedvit("operation", "wait", name, "--timeout", "0", "--json"), status=1)
+    name = printed(fedvit("training", "restart", "--yes", "--no-wait", "--json"))["operation_id"]
+    late = printed(fedvit("operation", "wait", name, "--timeout", "0", "--json"), status=1)
     assert late["error"] == "still-running"
-    told(fedvit("operation", "cancel", name, "--json"))
+    printed(fedvit("operation", "cancel", name, "--json"))
     system.local.wait_operation(name, WAIT_S)
-    assert told(fedvit("operation", "wait", name, "--json"), status=1)["status"] == "cancelled"
+    assert printed(fedvit("operation", "wait", name, "--json"), status=1)["status"] == "cancelled"
     fleet.let.set()
-    assert told(fedvit("training", "stop", "--yes", "--json"))["phase"] == "resting"
+    assert printed(fedvit("training", "stop", "--yes", "--json"))["phase"] == "resting"
 
 
 def test_the_fleet_is_listed_changed_and_asked_about(make: Callable[..., tuple[System, Through]]) -> None:
     make()
-    added = told(fedvit("clients", "register", "truck-7", "--capabilities", '{"camera": "front"}', "--json"))
+    added = printed(fedvit("clients", "register", "truck-7", "--capabilities", '{"camera": "front"}', "--json"))
     assert (added["client_id"], added["active"]) == ("truck-7", True)
     listed = fedvit("clients", "list")
     assert "truck-7" in listed.stdout
     assert "6 clients, 6 active" in listed.stdout
-    assert told(fedvit("clients", "remove", "truck-7", "--yes", "--json"))["active"] is False
-    assert told(fedvit("clients", "list", "--limit", "1", "--json"))["active"] == 5
-    assert told(fedvit("clients", "remove", "nobody", "--yes", "--json"), status=2)["error"] == "not-found"
+    assert printed(fedvit("clients", "remove", "truck-7", "--yes", "--json"))["active"] is False
+    assert printed(fedvit("clients", "list", "--limit", "1", "--json"))["active"] == 5
+    assert printed(fedvit("clients", "remove", "nobody", "--yes", "--json"), status=2)["error"] == "not-found"
     bad = fedvit("clients", "register", "truck-8", "--capabilities", "front")
     assert (bad.exit_code, "no JSON object" in bad.stderr) == (2, True)
 
 
 def test_a_stale_revision_is_one_sentence(make: Callable[..., tuple[System, Through]]) -> None:
     make()
-    assert told(fedvit("training", "config", "--wait-timeout", "30", "--if-match", "0", "--json"))["revision"] == 1
+    assert printed(fedvit("training", "config", "--wait-timeout", "30", "--if-match", "0", "--json"))["revision"] == 1
     stale = fedvit("training", "config", "--wait-timeout", "40", "--if-match", "0")
     assert stale.exit_code == 2
     assert "Traceback" not in stale.output
@@ -268,7 +267,7 @@ def test_every_reading_is_one_json_document_or_text(make: Callable[..., tuple[Sy
     for verb in readings:
         named = verb.replace("truck-7", "vehicle-0001")
         if "op-1" not in verb and "INC-" not in verb:
-            told(fedvit(*named.split(), "--json"))
+            printed(fedvit(*named.split(), "--json"))
             assert fedvit(*named.split()).exit_code == 0, verb
 
 
@@ -276,9 +275,9 @@ def test_every_reading_is_one_json_document_or_text(make: Callable[..., tuple[Sy
 
 
 def test_the_url_comes_from_the_option_then_from_what_runs_here_then_from_the_environment(
-    way: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reach: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    way(Recorder())
+    reach(Recorder())
     monkeypatch.setenv("FEDVIT_URL", "http://far.example:1")
 
     def asked(*words: str) -> str:
@@ -292,8 +291,8 @@ def test_the_url_comes_from_the_option_then_from_what_runs_here_then_from_the_en
     assert (nothing.exit_code, "Nothing runs on" in nothing.stderr) == (2, True)
 
 
-def test_the_token_comes_from_the_environment(way: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    way(Recorder())
+def test_the_token_comes_from_the_environment(reach: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    reach(Recorder())
     monkeypatch.setenv("FEDVIT_TOKEN", "fvt_secret\n")
     error = fedvit("training", "status").exception
     assert isinstance(error, SentError)
@@ -311,7 +310,7 @@ def test_who_is_not_let_in_is_told_how_to_be(
 
 
 @pytest.mark.parametrize("tells_its_end", [True, False])
-def test_a_shutdown_is_over_when_nobody_answers_any_more(way: Callable[[Any], None], tells_its_end: bool) -> None:
+def test_a_shutdown_is_over_when_nobody_answers_any_more(reach: Callable[[Any], None], tells_its_end: bool) -> None:
     operation = dict.fromkeys(OperationView.model_fields) | {
         **{"operation_id": "op-1", "kind": "shutdown", "status": "running", "progress": 0.5, "stage": "saving"},
         **{"params": {}, "created_at": "2026-01-31T03:00:00Z", "cancel_requested": False},
@@ -326,8 +325,8 @@ def test_a_shutdown_is_over_when_nobody_answers_any_more(way: Callable[[Any], No
             return httpx.Response(200, json={**operation, "status": "succeeded"})
         return httpx.Response(404, text="Path not found")
 
-    way(httpx.MockTransport(answer))
-    assert told(fedvit("down", "--yes", "--json")) == {"stopped": True, "operation_id": "op-1"}
+    reach(httpx.MockTransport(answer))
+    assert printed(fedvit("down", "--yes", "--json")) == {"stopped": True, "operation_id": "op-1"}
     assert asked == ["POST /api/system/shutdown", "GET /api/operations/op-1", "GET /healthz"]
 
 
@@ -345,12 +344,12 @@ def announced(make: Callable[..., tuple[System, Through]], tmp_path: Path) -> It
 
 
 def test_training_on_a_running_system_is_followed(announced: System, tmp_path: Path) -> None:
-    done = told(fedvit("training", "run", "--home", str(tmp_path / "home"), "--json", url=None))
+    done = printed(fedvit("training", "run", "--home", str(tmp_path / "home"), "--json", url=None))
     assert (done["status"], done["rounds_done"]) == ("completed", 4)
-    facts = told(fedvit("status", "--home", str(tmp_path / "home"), "--json", url=None))
+    facts = printed(fedvit("status", "--home", str(tmp_path / "home"), "--json", url=None))
     assert (facts["system"], facts["training"], facts["rounds"]) == ("ok", "completed", "4 of 4")
     assert facts["release"] == "v1.1.4"
     assert facts["epsilon_spent"] > 0
-    health = told(fedvit("health-check", "--home", str(tmp_path / "home"), "--json", url=None), status=1)
+    health = printed(fedvit("health-check", "--home", str(tmp_path / "home"), "--json", url=None), status=1)
     assert health["control"] == "ok"
     assert health["inference"].startswith("no answer")

@@ -99,5 +99,6 @@ def test_every_combination_is_planned_under_a_name_of_its_own(config: Path) -> N
 
 @pytest.mark.parametrize("vary", ["training.rounds", "training.rounds=", "training.rounds=[1"])
 def test_a_setting_without_values_is_refused_by_name(config: Path, vary: str) -> None:
-    with pytest.raises(ConfigError, match=r"--vary 'training.rounds.*has no values"):
+    with pytest.raises(ConfigError) as error:
         list(planned_runs([config], None, (), [vary], 1))
+    assert repr(vary) in error.value.message
