@@ -22,8 +22,8 @@ class _Proximal(ClientHalf):
     def __init__(self, mu: float) -> None:
         self._mu = mu
 
-    def before_training(self, base: Weights, handed: Weights, kept: Weights) -> GradientCorrection | None:
-        """Every step is drawn back to where the round began."""
+    def before_training(self, base: Weights, broadcast: Weights, client_state: Weights) -> GradientCorrection | None:
+        """Every step is pulled to the weights at the start of the round."""
         return GradientCorrection(pull=self._mu, anchor=base)
 
 

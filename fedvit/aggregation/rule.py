@@ -27,7 +27,7 @@ Needs = Literal["partial_sums", "single_updates"]
 State: TypeAlias = Mapping[str, Array]
 """What a rule remembers: float64 arrays by name. Empty at the beginning of a run."""
 BROADCAST = "@"
-"""What the names of arrays begin with that a rule hands to clients beside the weights."""
+"""Prefix of the names of a rule's broadcast state: arrays that clients receive with the weights."""
 
 
 class Options(BaseModel):
@@ -75,25 +75,26 @@ NO_FACTS = RoundFacts()
 
 
 class ClientHalf:
-    """What a rule does where a client learns; hooks are named by where they run. This one does nothing.
+    """The part of a rule that runs on clients. This one does nothing.
 
-    ``kept`` are float32 arrays that stay with the client from one round to its next, empty at first.
+    ``client_state`` are float32 arrays that stay on the client between its rounds; there are none at first.
+    ``broadcast`` is the rule's broadcast state, see :meth:`Rule.broadcast`.
     """
 
-    keeps: ClassVar[bool] = False
-    """Whether :meth:`after_training` leaves something with the client."""
+    keeps_state: ClassVar[bool] = False
+    """Whether :meth:`after_training` returns a new client state."""
     personal_pull: float | None = None
-    """Ditto's lambda: the client keeps a model of its own, drawn to the global one. None: it keeps none."""
+    """Lambda of Ditto: how strongly the client's personal model is pulled to the global one. None: there is none."""
 
-    def before_training(self, base: Weights, handed: Weights, kept: Weights) -> GradientCorrection | None:
-        """What every step from ``base`` is led by; None changes nothing. ``handed`` is what the server half sent."""
+    def before_training(self, base: Weights, broadcast: Weights, client_state: Weights) -> GradientCorrection | None:
+        """The correction of every step from ``base``."""
         return None
 
     def after_training(
-        self, delta: Mapping[str, FloatArray], handed: Weights, kept: Weights
+        self, delta: Mapping[str, FloatArray], broadcast: Weights, client_state: Weights
     ) -> Mapping[str, FloatArray]:
-        """What the client keeps, given the update that it releases."""
-        return kept
+        """The new client state, given the update that the client releases."""
+        return client_state
 
 
 class Rule(ABC):
@@ -134,8 +135,8 @@ class Rule(ABC):
         """The rule, as a sentence about it names it."""
         return self.name
 
-    def handed(self, base: Weights, state: State) -> dict[str, FloatArray]:
-        """What clients are handed beside the weights, float32; the names begin with :data:`BROADCAST`."""
+    def broadcast(self, base: Weights, state: State) -> dict[str, FloatArray]:
+        """Arrays that clients receive with the weights, float32; their names begin with :data:`BROADCAST`."""
         return {}
 
     @abstractmethod

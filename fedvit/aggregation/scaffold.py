@@ -28,30 +28,30 @@ _C = f"{BROADCAST}c/"
 
 
 class _Controlled(ClientHalf):
-    """Keeps c_k, the client's own control variate."""
+    """The client state is c_k, the client's control variate."""
 
-    keeps = True
+    keeps_state = True
 
     def __init__(self, way: float) -> None:
         self._way = way
 
-    def before_training(self, base: Weights, handed: Weights, kept: Weights) -> GradientCorrection | None:
-        """Every step is led by ``c - c_k``."""
-        shift = {n: handed[_C + n] - kept[n] if n in kept else handed[_C + n] for n in base}
+    def before_training(self, base: Weights, broadcast: Weights, client_state: Weights) -> GradientCorrection | None:
+        """``c - c_k`` is added to every gradient."""
+        shift = {n: broadcast[_C + n] - client_state[n] if n in client_state else broadcast[_C + n] for n in base}
         return GradientCorrection(shift=shift)
 
     def after_training(
-        self, delta: Mapping[str, FloatArray], handed: Weights, kept: Weights
+        self, delta: Mapping[str, FloatArray], broadcast: Weights, client_state: Weights
     ) -> Mapping[str, FloatArray]:
         """``c_k <- c_k - c - delta_k / (K lr)``."""
         return {
-            n: np.asarray(kept.get(n, np.float32(0)) - handed[_C + n] - d / self._way, dtype=np.float32)
+            n: np.asarray(client_state.get(n, np.float32(0)) - broadcast[_C + n] - d / self._way, dtype=np.float32)
             for n, d in delta.items()
         }
 
 
 class Scaffold(Rule):
-    """Control variates against the drift of K local steps of rate lr (the paper's option II)::
+    """Control variates against the divergence of K local steps of rate lr (the paper's option II)::
 
         client:  w <- w - lr (g_k(w) - c_k + c);   c_k' = c_k - c - delta_k / (K lr)
         server:  w <- w + eta mean(delta_k);       c <- c + |S|/N mean(c_k' - c_k)
@@ -71,7 +71,7 @@ class Scaffold(Rule):
         self._way = training.local_steps * training.learning_rate
         self.client = _Controlled(self._way)
 
-    def handed(self, base: Weights, state: State) -> dict[str, FloatArray]:
+    def broadcast(self, base: Weights, state: State) -> dict[str, FloatArray]:
         """c, by the names of the weights."""
         zeros = {n: np.zeros_like(array, dtype=np.float64) for n, array in base.items()}
         return {_C + n: np.asarray(state.get(f"c/{n}", zeros[n]), dtype=np.float32) for n in base}
@@ -82,7 +82,7 @@ class Scaffold(Rule):
         """See :meth:`Rule.fold`."""
         delta = mean(base, updates)
         share = min(1.0, sum(update.total_weight for update in updates) / facts.population)
-        sent = self.handed(base, state)
+        sent = self.broadcast(base, state)
         control: dict[str, Array] = {}
         for name, d in delta.items():
             before = state.get(f"c/{name}", np.zeros_like(d))

@@ -203,14 +203,14 @@ class ClientHost:
         state, state_digest = self._states.load(task.run_id, task.round_index, client_id)
         # Derived from the records, and from the state that corrects the steps: the noise of an earlier output must not
         # be used again with changed data or with other steps.
-        derived_from = f"{data.digest}/{state_digest}" if half.keeps else data.digest
+        derived_from = f"{data.digest}/{state_digest}" if half.keeps_state else data.digest
         secret = derive_secret(self._root_secret, f"{client_id}/{derived_from}")
         correction = half.before_training(base, broadcast, state)
         delta = self._trainer.train(task, base, data.features, data.labels, secret, client_id, correction)
         update = _weighted_update(task, self._rule, client_id, delta, len(data.labels))
         if fault := this_round.validator.fault_of(update):
             raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
-        if half.keeps:
+        if half.keeps_state:
             new_state = half.after_training(delta, broadcast, state)
             self._states.save(task.run_id, task.round_index, client_id, new_state)
         if half.personal_pull is not None and self._personal_trainer is not None:

@@ -1,6 +1,6 @@
-"""A model and virtual clients of one's own, on the same actors, loop, store and accountant as the Vision Transformer.
+"""Custom workloads: a user's own model and virtual clients, with the same actors, rounds, store and accountant.
 
-Imports no torch: what a workload needs, it imports itself.
+This module does not import torch; a workload imports what it needs.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ _Answer: TypeAlias = tuple[ClientAnswer, float, float]
 
 
 class VirtualClients(ABC):
-    """What a researcher writes: one object trains all clients that its proxy hosts, and stays warm between rounds.
+    """Base class of a workload: one object trains all clients of a proxy and is kept between rounds.
 
-    Named by ``workload.clients_class`` as ``package.module:Class``. Every proxy and the aggregator make one of it.
+    ``workload.clients_class`` names a subclass as ``package.module:Class``; every proxy and the aggregator create one
+    object of it.
 
     Attributes:
-        protects_records: whether :meth:`fit` clips and noises as the task says. With ``privacy_unit: client`` it need
-            not: the host clips, and the aggregator adds the noise.
+        protects_records: whether :meth:`fit` clips and adds noise as the task says. It is not needed with
+            ``privacy_unit: client``: the host clips, and the aggregator adds the noise.
     """
 
     protects_records: ClassVar[bool] = False
@@ -58,35 +59,35 @@ class VirtualClients(ABC):
 
     @abstractmethod
     def initial_weights(self) -> Weights:
-        """The weights that a run starts from, float32 by name; equal settings give equal weights."""
+        """The initial weights of a run, float32 by name; equal settings give equal weights."""
 
     @abstractmethod
     def clients(self) -> Iterable[tuple[str, int]]:
-        """Every client's id, and how many examples it has."""
+        """Every client's id and number of examples."""
 
     @abstractmethod
     def fit(self, client_id: str, weights: Weights, task: TrainTask, seed: int) -> tuple[Weights, int]:
-        """Train one client; return its weights and the number of examples that it weighs.
+        """Train one client; return its weights and its number of examples, for weighting.
 
         Args:
-            weights: of the round, read-only: they are shared by all clients of the machine.
-            seed: 64 secret bits of this client and round. A repeated round repeats them, on whatever proxy.
+            weights: of the round, read-only, because all clients of the machine share them.
+            seed: 64 secret bits of this client and round; the same if the round is repeated, on any proxy.
         """
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
-        """The weights on held-out data of the server; None where there are none."""
+        """Evaluation on held-out data of the server; None if there are none."""
         return None
 
     def registered(self) -> Iterable[Client]:
-        """The clients as the store takes them."""
+        """The clients to register in the store."""
         return (Client(name, ClientKind.VIRTUAL, num_examples) for name, num_examples in self.clients())
 
 
 def client_host(settings: Settings) -> ClientHostPort:
-    """What a client proxy hosts: the workload's clients, or those of the configured Vision Transformer.
+    """The client host of a proxy: that of the workload, or of the configured Vision Transformer.
 
     Raises:
-        DataError, ModelError, ConfigError: the settings name something that cannot be used.
+        DataError, ModelError, ConfigError: a setting cannot be used.
     """
     host: ClientHostPort
     if settings.workload.clients_class is not None:
@@ -100,10 +101,10 @@ def client_host(settings: Settings) -> ClientHostPort:
 
 
 def server_model(settings: Settings) -> ServerModelPort:
-    """The global model on the server's side.
+    """The global model on the server, of the workload or of the configured Vision Transformer.
 
     Raises:
-        DataError, ModelError, ConfigError: the settings name something that cannot be used.
+        DataError, ModelError, ConfigError: a setting cannot be used.
     """
     model: ServerModelPort
     if settings.workload.clients_class is not None:
@@ -117,10 +118,10 @@ def server_model(settings: Settings) -> ServerModelPort:
 
 
 def load_workload(settings: Settings) -> VirtualClients:
-    """The workload that the settings name.
+    """An object of the class that ``workload.clients_class`` names.
 
     Raises:
-        ConfigError: there is no such class, or it does not do what the settings promise.
+        ConfigError: there is no such class, or it does not protect the configured privacy unit.
     """
     name = settings.workload.clients_class or ""
     module, _, attribute = name.partition(":")
@@ -149,7 +150,7 @@ class WorkloadHost:
         self._rule = rule_for(settings)
         if type(self._rule.client) is not ClientHalf:
             raise ConfigError(
-                f"training.aggregation {self._rule.name!r} leads the local steps, and those of a workload are its own.",
+                f"training.aggregation {self._rule.name!r} corrects local steps, which a workload takes itself.",
                 cure="Use a rule without a client half.",
             )
         self._root_secret = load_or_create_root_secret(settings.home)
@@ -159,24 +160,21 @@ class WorkloadHost:
         """See :class:`fedvit.ports.ClientHostPort`.
 
         Raises:
-            IntegrityError: these are not the weights that the task was made for.
+            IntegrityError: the task is for other weights.
         """
         check_base(task, weights)
-        validator, single = (
-            UpdateValidator.of(self._settings, self._rule, weights),
-            self._rule.needs == "single_updates",
-        )
-        summing, parts = PartialAggregator(task, validator.shapes), list[ClientAnswer]()
-        for client_id in sorted(client_ids):
-            own, scale, peak = self._answer(task, weights, validator, client_id)
-            if single:
-                parts.append(_weighed(own, scale))
-            else:
-                summing.add(own, scale, peak=peak)
-        return UpdateBundle(task.round_index, tuple(parts)) if single else summing.message()
+        validator = UpdateValidator.of(self._settings, self._rule, weights)
+        # Lazy: the arrays of an answer are overwritten by the next client's.
+        answers = (self._answer(task, weights, validator, client_id) for client_id in sorted(client_ids))
+        if self._rule.needs == "single_updates":
+            return UpdateBundle(task.round_index, tuple(_weighted(answer, scale) for answer, scale, _ in answers))
+        aggregator = PartialAggregator(task, validator.shapes)
+        for answer, scale, peak in answers:
+            aggregator.add(answer, scale, peak=peak)
+        return aggregator.message()
 
     def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
-        """None: what a workload's examples are, only it knows."""
+        """No histograms: a workload's examples are not known here."""
         return []
 
     def _answer(self, task: TrainTask, base: Weights, validator: UpdateValidator, client_id: str) -> _Answer:
@@ -186,10 +184,10 @@ class WorkloadHost:
             return failed(task, client_id, error), 1.0, 0.0
 
     def _train_one(self, task: TrainTask, base: Weights, validator: UpdateValidator, client_id: str) -> _Answer:
-        """A client's answer, what its arrays are to be multiplied with, and the largest magnitude in them.
+        """A client's answer, the factor for its arrays, and the largest magnitude in them.
 
         Raises:
-            UpdateRejectedError: it may not count.
+            UpdateRejectedError: it is not valid.
         """
         local, num_examples = self._clients.fit(client_id, base, task, self._seed(task, client_id))
         outcome = ClientOutcome(client_id, num_examples)
@@ -200,14 +198,14 @@ class WorkloadHost:
         else:
             scale = weight = float(num_examples) if validator.by_examples else 1.0
             within = False
-        # Float32 and unscaled still: what adds it up takes both into account.
-        own = ClientUpdate(task.round_index, outcome, cast("Sums", delta), weight, int(within))
-        if fault := validator.fault_of(own, scale, peak=peak):
+        # The arrays are float32 and not yet scaled, to avoid copies; the aggregator scales them.
+        update = ClientUpdate(task.round_index, outcome, cast("Sums", delta), weight, int(within))
+        if fault := validator.fault_of(update, scale, peak=peak):
             raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
-        return own, scale, peak
+        return update, scale, peak
 
     def _difference(self, local: Weights, base: Weights) -> tuple[dict[str, FloatArray], float]:
-        """``local - base``, in arrays that the next client's overwrites, and the largest magnitude in it."""
+        """``local - base`` in arrays that the next client overwrites, and the largest magnitude in it."""
         peaks = list[float]()
         if faults := sorted(n for n in local.keys() | base.keys() if n not in local or n not in base):
             raise UpdateRejectedError(f"fit returned the parameters {sorted(local)[:5]}; {faults[0]!r} is amiss.")
@@ -234,15 +232,15 @@ class WorkloadModel:
         self._initial = {n: np.asarray(a, dtype=np.float32) for n, a in self._clients.initial_weights().items()}
 
     def initial_weights(self) -> Weights:
-        """The weights that a run starts from."""
+        """The initial weights of a run."""
         return self._initial
 
     def frozen_weights(self) -> Weights:
-        """Nothing is frozen that fedvit knows of."""
+        """None: a workload's frozen weights are its own."""
         return {}
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
-        """What the workload says of them."""
+        """See :meth:`VirtualClients.evaluate`."""
         return self._clients.evaluate(weights)
 
     def histogram_spec(self) -> HistogramSpec | None:
@@ -258,11 +256,11 @@ class WorkloadModel:
         raise _no_export()
 
 
-def _weighed(own: ClientAnswer, scale: float) -> ClientAnswer:
-    if not isinstance(own, ClientUpdate):
-        return own
-    sums = {n: np.multiply(a, scale, dtype=np.float64) for n, a in own.weighted_sum.items()}
-    return replace(own, weighted_sum=sums)
+def _weighted(answer: ClientAnswer, scale: float) -> ClientAnswer:
+    if not isinstance(answer, ClientUpdate):
+        return answer
+    sums = {n: np.multiply(a, scale, dtype=np.float64) for n, a in answer.weighted_sum.items()}
+    return replace(answer, weighted_sum=sums)
 
 
 def _no_export() -> ModelError:
@@ -270,7 +268,6 @@ def _no_export() -> ModelError:
 
 
 def limit_threads(settings: Settings) -> None:
-    """Use as many threads as the settings give a proxy."""
-    # More threads than free cores make torch wait for itself.
+    """Set torch's threads to those that the settings give a proxy; with more threads than cores, torch is slow."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(settings.ray.threads_per_proxy)

@@ -502,7 +502,7 @@ class Coordinator:
 
     def _continue_from(self, weights: Weights, digest: str, state: State) -> None:
         """What the next round starts from. What clients are handed beside the weights is part of their release."""
-        beside = self._protection.rule.handed(weights, state)
+        beside = self._protection.rule.broadcast(weights, state)
         self._weights, self._base_digest, self._rule_state = weights, digest, state
         self._handed = {**weights, **beside}
         self._handed_digest = weights_digest(self._handed) if beside else digest

@@ -120,62 +120,63 @@ def test_staleness_weights_and_a_fresh_update_counts_one(config: StalenessConfig
 # --- client halves ---------------------------------------------------------------------------------------------------
 
 
-def locally(tested: Rule, base: float, optimum: float, steps: int, lr: float, handed: Any, kept: Any) -> Any:
-    """Gradient descent on (w - optimum)^2 / 2, led by the rule; the update and what the client keeps."""
+def locally(tested: Rule, base: float, optimum: float, steps: int, lr: float, broadcast: Any, client_state: Any) -> Any:
+    """Gradient descent on (w - optimum)^2 / 2, corrected by the rule; the update and the new client state."""
     start, w = at(base), np.float64(base)
-    drift = tested.client.before_training(start, handed, kept)
+    correction = tested.client.before_training(start, broadcast, client_state)
     for _ in range(steps):
         gradient = w - optimum
-        if drift is not None:
-            gradient += drift.pull * (w - drift.anchor["w"][0]) if drift.anchor else 0.0
-            gradient += drift.shift["w"][0] if drift.shift else 0.0
+        if correction is not None:
+            gradient += correction.pull * (w - correction.anchor["w"][0]) if correction.anchor else 0.0
+            gradient += correction.shift["w"][0] if correction.shift else 0.0
         w = w - lr * gradient
     delta = {"w": np.array([w - base], dtype=np.float32)}
-    return delta, tested.client.after_training(delta, handed, kept)
+    return delta, tested.client.after_training(delta, broadcast, client_state)
 
 
 def test_fedprox_rests_between_the_round_s_start_and_the_client_s_optimum() -> None:
     tested = rule("fedprox", {"proximal_mu": 3.0})
-    delta, kept = locally(tested, 0.0, 8.0, 200, 0.1, {}, {})
+    delta, client_state = locally(tested, 0.0, 8.0, 200, 0.1, {}, {})
     # The minimum of (w - 8)^2 / 2 + 3 w^2 / 2.
     np.testing.assert_allclose(delta["w"], [2.0], rtol=1e-5)
-    assert kept == {}
+    assert client_state == {}
 
 
 def test_scaffold_s_first_two_rounds_by_hand() -> None:
     # One local step of rate 0.5 on optima 4 and 0, from w = 0; K lr = 0.5, N = 4.
     tested = rule("scaffold", local_steps=1, learning_rate=0.5)
-    handed = tested.handed(at(0), {})
-    assert handed["@c/w"].tolist() == [0.0]
-    (first, kept_a), (second, kept_b) = (locally(tested, 0.0, o, 1, 0.5, handed, {}) for o in (4.0, 0.0))
+    broadcast = tested.broadcast(at(0), {})
+    assert broadcast["@c/w"].tolist() == [0.0]
+    (first, state_a), (second, state_b) = (locally(tested, 0.0, o, 1, 0.5, broadcast, {}) for o in (4.0, 0.0))
     assert (first["w"].tolist(), second["w"].tolist()) == ([2.0], [0.0])
     # c_k <- c_k - c - delta / (K lr): each client's own gradient at w.
-    assert (kept_a["w"].tolist(), kept_b["w"].tolist()) == ([-4.0], [0.0])
+    assert (state_a["w"].tolist(), state_b["w"].tolist()) == ([-4.0], [0.0])
     fold = tested.fold(at(0), [update("a", first["w"]), update("b", second["w"])], {}, RoundFacts(population=4))
     assert fold.weights["w"].tolist() == [1.0]
     # c <- 0 + 2/4 * mean(-4, 0)
     assert fold.state["c/w"].tolist() == [-1.0]
-    handed = tested.handed(fold.weights, fold.state)
-    third, kept_a = locally(tested, 1.0, 4.0, 1, 0.5, handed, kept_a)
-    # The gradient at 1 is -3; led by c - c_k = 3 it is 0.
-    assert (third["w"].tolist(), kept_a["w"].tolist()) == ([0.0], [-3.0])
+    broadcast = tested.broadcast(fold.weights, fold.state)
+    third, state_a = locally(tested, 1.0, 4.0, 1, 0.5, broadcast, state_a)
+    # The gradient at 1 is -3; corrected by c - c_k = 3 it is 0.
+    assert (third["w"].tolist(), state_a["w"].tolist()) == ([0.0], [-3.0])
 
 
-def test_scaffold_reaches_the_common_optimum_where_fedavg_drifts_off_it() -> None:
+def test_scaffold_reaches_the_common_optimum_where_fedavg_does_not() -> None:
     # Curvatures 1 and 10, optima 0 and 1: the sum is least at 10 / 11. Many local steps pull FedAvg towards the middle.
     def distance(name: str) -> float:
         tested = rule(name, local_steps=10, learning_rate=0.05)
-        fold, kept = Fold(at(0.5), {}), [{}, {}]
+        fold, client_state = Fold(at(0.5), {}), [{}, {}]
         for _ in range(150):
-            handed, sent = tested.handed(fold.weights, fold.state), []
+            broadcast, sent = tested.broadcast(fold.weights, fold.state), []
             for k, (curvature, optimum) in enumerate([(1.0, 0.0), (10.0, 1.0)]):
-                drift = tested.client.before_training(fold.weights, handed, kept[k])
+                correction = tested.client.before_training(fold.weights, broadcast, client_state[k])
                 w = start = float(fold.weights["w"][0])
                 for _ in range(10):
-                    shift = float(drift.shift["w"][0]) if drift is not None and drift.shift is not None else 0.0
+                    found = None if correction is None else correction.shift
+                    shift = 0.0 if found is None else float(found["w"][0])
                     w -= 0.05 * (curvature * (w - optimum) + shift)
                 delta = {"w": np.array([w - start], dtype=np.float32)}
-                kept[k] = dict(tested.client.after_training(delta, handed, kept[k]))
+                client_state[k] = dict(tested.client.after_training(delta, broadcast, client_state[k]))
                 sent.append(update(str(k), delta["w"]))
             fold = tested.fold(fold.weights, sent, fold.state, RoundFacts(population=2))
         return abs(float(fold.weights["w"][0]) - 10 / 11)

@@ -231,7 +231,7 @@ def test_single_updates_travel_in_the_form_that_is_set_and_come_out_nearly_as_th
 def test_uniform_weighting_gives_every_client_weight_one(settings: Settings) -> None:
     base, scaffold = base_of(settings), ruled(settings, "scaffold")
     host = vision_host(scaffold)
-    weights = {**base, **rule_for(scaffold).handed(base, {})}
+    weights = {**base, **rule_for(scaffold).broadcast(base, {})}
     update = host.train(task_from(task_for(base), weights), weights, CLIENTS)
     assert [o.error for o in update.outcomes] == [None] * 3
     assert update.total_weight == 3.0
@@ -260,7 +260,7 @@ def test_the_proximal_term_draws_every_step_back(settings: Settings, unit: str) 
 def test_a_corrected_step_is_the_step_plus_the_correction_exactly(settings: Settings) -> None:
     base, scaffold = base_of(settings), ruled(settings, "scaffold")
     host = vision_host(scaffold)
-    rest = {**base, **rule_for(scaffold).handed(base, {})}
+    rest = {**base, **rule_for(scaffold).broadcast(base, {})}
     shifted = {n: a + 0.25 if n.startswith("@") else a for n, a in rest.items()}
     # Clipped to nothing and noised with nothing: two steps of rate 1 apply the correction alone, twice -0.25.
     task = replace(task_for(base, noise_multiplier=1e-9), local_steps=2, l2_clip_norm=1e-6)
@@ -279,7 +279,7 @@ def test_a_control_variate_stays_with_the_client_and_a_repeated_round_reads_what
     def train(round_index: int) -> PartialSum:
         # Another process each time.
         host = vision_host(scaffold)
-        weights = {**base, **rule_for(scaffold).handed(base, {})}
+        weights = {**base, **rule_for(scaffold).broadcast(base, {})}
         return host.train(task_from(replace(task_for(base), round_index=round_index), weights), weights, CLIENTS[:1])
 
     first, second, again = train(1), train(2), train(2)
@@ -297,7 +297,7 @@ def test_noise_is_not_repeated_after_the_client_state_is_lost(settings: Settings
     scaffold = ruled(settings, "scaffold")
     base = base_of(settings)
     host = vision_host(scaffold)
-    weights = {**base, **rule_for(scaffold).handed(base, {})}
+    weights = {**base, **rule_for(scaffold).broadcast(base, {})}
     task = task_from(replace(task_for(base), l2_clip_norm=1e-6), weights)
     host.train(task, weights, CLIENTS[:1])
     second = replace(task, round_index=2)

@@ -147,7 +147,7 @@ def test_weights_that_the_task_was_not_made_for_are_refused(tmp_path: Path) -> N
         ({"kind": "own_clients:Nobody"}, "cannot be imported"),
         ({"kind": "nowhere.at_all:Nobody"}, "cannot be imported"),
         ({"kind": "own_clients:SHAPES"}, "is no VirtualClients"),
-        ({"aggregation": "fedprox"}, "leads the local steps"),
+        ({"aggregation": "fedprox"}, "corrects local steps"),
     ],
 )
 def test_what_cannot_keep_its_promise_is_refused_before_anything_is_trained(
