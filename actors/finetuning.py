@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ import ray
 from actors.handles import accountant_handle
 from actors.spawn import connect, spawn_accountant
 from actors.trainer import absolute_paths, run_ranks
+from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.data.sources import ImageSource, open_source
 from fedvit.errors import StateError
@@ -72,9 +72,7 @@ def _write_weights(folder: Path, files: Mapping[str, bytes], digest: str) -> Pat
     if not files:
         return None
     weights = Checkpoint.from_files(files, digest).weights
-    draft = folder / f".{WEIGHTS}"
-    draft.write_bytes(encode_weights(weights))
-    os.replace(draft, folder / WEIGHTS)
+    write_atomically(folder / WEIGHTS, encode_weights(weights))
     return folder / WEIGHTS
 
 

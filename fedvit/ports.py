@@ -384,7 +384,7 @@ class BlobStorePort(Protocol):
         """Store ``content``; return its SHA-256, hex. Idempotent."""
 
     def put_pieces(self, pieces: Sequence[bytes | memoryview]) -> str:
-        """Store large pieces as one blob without joining them first."""
+        """Store large pieces, in their order, as one blob without joining them first."""
 
     def get(self, digest: str) -> bytes:
         """The bytes of ``digest``, verified.
@@ -394,5 +394,16 @@ class BlobStorePort(Protocol):
             IntegrityError: the stored bytes no longer match.
         """
 
-    def path(self, digest: str) -> Path:
-        """The file of the blob on this machine."""
+    def get_range(self, digest: str, start: int, stop: int) -> bytes:
+        """The bytes from ``start`` to before ``stop``, not verified; fewer where the blob ends before.
+
+        Raises:
+            NotFoundError: no such blob.
+        """
+
+    def size(self, digest: str) -> int:
+        """The length in bytes of a blob, whose content is not verified.
+
+        Raises:
+            NotFoundError: no such blob.
+        """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedvit.access.exposure import check_exposure
+from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.metrics.targets import EDGES, SERVER, Target, write_targets
 from fedvit.ports import FinetuneReport, SystemUrls
@@ -124,10 +125,7 @@ class RaySystem:
 def _announced(home: Path, urls: SystemUrls) -> Iterator[None]:
     """``run/system.json`` says to the command line where the running system answers."""
     path = home / ANNOUNCEMENT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"pid": os.getpid(), **asdict(urls)}))
-    draft.replace(path)
+    write_atomically(path, json.dumps({"pid": os.getpid(), **asdict(urls)}))
     try:
         yield
     finally:

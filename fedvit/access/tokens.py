@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from fedvit.access.identity import Identity, Scope, parse_scopes
+from fedvit.atomic_write import write_atomically
 from fedvit.errors import ConfigError, NotFoundError, UnauthorizedError
 from fedvit.store.records import Token
 from fedvit.store.store import Store
@@ -89,10 +89,7 @@ def lent_token(store: Store, name: str, scope: Scope, path: Path) -> Iterator[No
         if token.name == name and token.revoked_at is None:
             store.tokens.revoke(token.token_id, utc_now())
     made = create_token(store, name, [scope], now=utc_now())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(made.text)
+    write_atomically(path, made.text, mode=0o600)
     try:
         yield
     finally:

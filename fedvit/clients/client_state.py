@@ -6,9 +6,9 @@ It is stored in ``clients/`` of the state folder (on a vehicle: on its own disk)
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
+from fedvit.atomic_write import write_atomically
 from fedvit.types import Weights
 from fedvit.wire.tensors import decode_weights, encode_weights
 
@@ -39,9 +39,7 @@ class ClientState:
         """Store ``arrays``, float32, as the state after this round; of earlier rounds, only the last one is kept."""
         folder = self._folder(run_id, client_id)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft = folder / f".{os.getpid()}"
-        draft.write_bytes(encode_weights(arrays))
-        os.replace(draft, folder / f"{round_index:08d}.safetensors")
+        write_atomically(folder / f"{round_index:08d}.safetensors", encode_weights(arrays))
         for old in [path for path in self._files(run_id, client_id) if path.stem < f"{round_index:08d}"][:-1]:
             old.unlink()
 

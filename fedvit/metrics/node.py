@@ -22,6 +22,7 @@ from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from fedvit.atomic_write import write_atomically
 from fedvit.metrics.catalogue import PREFIX
 
 LOCK = ".lock"
@@ -110,10 +111,9 @@ def _fold(archive: Path, paths: list[Path]) -> None:
     _write(draft, values)
     journal = archive.with_name(JOURNAL)
     entry = {"archive": archive.name, "draft": draft.name, "ended": [path.name for path in paths]}
-    # From here on any process completes the folding, so a kill neither loses nor doubles a count.
-    aside = journal.with_suffix(".tmp")
-    aside.write_text(json.dumps(entry))
-    aside.replace(journal)
+    # From here on any process completes the folding, so a kill neither loses nor doubles a count. It is not durable:
+    # after a power cut the metrics begin anew, and their mapped files are not flushed either.
+    write_atomically(journal, json.dumps(entry), durable=False)
     _finish_folding(archive.parent)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedvit.atomic_write import write_atomically
+
 FOLDER = Path("run") / "targets"
 SERVER, EDGES, VEHICLES, RAY = "server", "edges", "vehicles", "ray"
 GROUPS = (SERVER, EDGES, VEHICLES, RAY)
@@ -38,10 +40,7 @@ def write_targets(home: Path, group: str, targets: Iterable[Target]) -> None:
     text = json.dumps([{"targets": [target.address], "labels": target.labels} for target in targets], indent=1)
     if path.is_file() and path.read_text() == text:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text)
-    draft.replace(path)
+    write_atomically(path, text)
 
 
 def link_targets(home: Path, group: str, source: Path) -> None:

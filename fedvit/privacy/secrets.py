@@ -7,11 +7,11 @@ client's key is derived from it. A real vehicle makes its own and never sends it
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from fedvit.atomic_write import create_atomically
 from fedvit.errors import StateError
 from fedvit.privacy.randomness import SECRET_BYTES
 
@@ -29,7 +29,8 @@ def load_or_create_root_secret(home: Path, create: Callable[[int], bytes] = secr
     path = home / "keys" / "root.key"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
-        _create_once(path, create(SECRET_BYTES))
+        # Of two processes that start together, one key wins for both.
+        create_atomically(path, create(SECRET_BYTES), mode=0o600)
     secret = path.read_bytes()
     if len(secret) != SECRET_BYTES:
         raise StateError(
@@ -37,22 +38,6 @@ def load_or_create_root_secret(home: Path, create: Callable[[int], bytes] = secr
             cure="Restore it from a backup; without it an interrupted round cannot be repeated exactly.",
         )
     return secret
-
-
-def _create_once(path: Path, secret: bytes) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secret)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        # A link fails if the name exists: of two processes that start together, one key wins for both.
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
 
 
 def derive_secret(root: bytes, name: str) -> bytes:

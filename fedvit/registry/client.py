@@ -11,13 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from fedvit.atomic_write import write_atomically
 from fedvit.errors import FedvitError, IntegrityError, StateError, UsageError
 from fedvit.registry.feed import ENVELOPE_FILE, MODEL_FILE, Feed
 from fedvit.wire.keys import key_id
@@ -213,26 +213,8 @@ def _is_intact(path: Path, manifest: ReleaseManifest) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All or nothing, also across a loss of power."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with _explained(path):
-        try:
-            with draft.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-            _sync_folder(path.parent)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        write_atomically(path, content)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ first one counts, and it stays until the client is asked something else, so that
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -20,6 +18,7 @@ from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import BROADCAST
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.api.clients import ReceiptStatus
+from fedvit.atomic_write import create_atomically
 from fedvit.config import Settings
 from fedvit.errors import NotFoundError, UpdateRejectedError
 from fedvit.ports import POPULATION
@@ -114,7 +113,7 @@ class RemoteWork:
         # Before old answers go: without them, old tasks would seem to wait for some.
         self._store.metadata.set(_TASK_KEY + client.client_id, offer.to_json())
         keep = self._place(client.client_id, task.run_id, task.round_index)
-        for path in keep.parent.glob("*"):
+        for path in keep.parent.glob("*.safetensors"):
             if path != keep:
                 path.unlink(missing_ok=True)
         return offer
@@ -194,7 +193,9 @@ class RemoteWork:
             return self._compared(known, content)
         if offer.closed:
             return known
-        if not _create(self._place(client_id, run_id, round_index), content):
+        place = self._place(client_id, run_id, round_index)
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not create_atomically(place, content):
             return self._compared(self.receipt(client_id, run_id, round_index), content)
         return self.receipt(client_id, run_id, round_index)
 
@@ -274,21 +275,3 @@ def _read(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
-
-
-def _create(path: Path, content: bytes) -> bool:
-    """Whether the file is ours: it appears whole, and only if there was none."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # In the folder above: what lies in this one is answers.
-    draft = path.parent.parent / f".{secrets.token_hex(8)}"
-    try:
-        with open(draft, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    finally:
-        draft.unlink(missing_ok=True)
-    return True

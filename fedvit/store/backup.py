@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import tarfile
 import tempfile
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
+from fedvit.atomic_write import draft_in
 from fedvit.errors import StateError, UsageError
 from fedvit.store.archive import CHECKSUMS, DATABASE, WRITE_AHEAD_LOG
 from fedvit.store.releases import RELEASE_MARGIN
@@ -43,20 +44,19 @@ def write_backup(home: Path, folder: Path) -> tuple[Path, str]:
         raise StateError(f"There is no fedvit state at {home}.", cure="Name its folder with --home.")
     now = utc_now()
     target = folder / f"fedvit-backup-{now:%Y%m%d-%H%M%S}.tar.gz"
-    draft = target.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             _copy_database(home / DATABASE, Path(scratch) / DATABASE, now)
-            _write_archive(draft, home, Path(scratch))
+            with draft_in(folder, 0o600) as draft:
+                _write_archive(draft.file, home, Path(scratch))
+                draft.publish(target)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise UsageError(
             f"The backup cannot be written to {folder}: {error.strerror}.", cure="Name a folder with room and access."
         ) from None
     except sqlite3.Error as error:
         raise StateError(f"The state database {home / DATABASE} cannot be copied: {error}.") from None
-    draft.replace(target)
     return target, sha256_of(target)
 
 
@@ -75,7 +75,7 @@ def _copy_database(source: Path, target: Path, at: datetime) -> None:
         transaction.budget.withdraw_requests()
 
 
-def _write_archive(path: Path, home: Path, scratch: Path) -> None:
+def _write_archive(file: IO[bytes], home: Path, scratch: Path) -> None:
     (scratch / WRITE_AHEAD_LOG).touch()
     files = {name: scratch / name for name in (DATABASE, WRITE_AHEAD_LOG)}
     for folder in KEPT_FOLDERS:
@@ -84,8 +84,7 @@ def _write_archive(path: Path, home: Path, scratch: Path) -> None:
         files |= {str(p.relative_to(home)): p for p in sorted(found)}
     checksums = scratch / CHECKSUMS
     checksums.write_text(json.dumps({name: sha256_of(p) for name, p in files.items()}, indent=1))
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as raw, tarfile.open(fileobj=raw, mode="w:gz") as archive:
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
         archive.add(checksums, CHECKSUMS)
-        for name, file in files.items():
-            archive.add(file, name)
+        for name, path in files.items():
+            archive.add(path, name)

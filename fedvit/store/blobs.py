@@ -3,65 +3,58 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import FileIO
 from pathlib import Path
 
+from fedvit.atomic_write import draft_in, fsync_folder
 from fedvit.errors import IntegrityError, NotFoundError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_MODE = 0o600
 
 
 class FileBlobStore:
     """Implements :class:`fedvit.ports.BlobStorePort` on a local file system.
 
-    Safe for several processes at once: a blob appears whole under its name or not at all.
+    Safe for several processes at once: a blob appears whole under its name or not at all. Putting a blob again mends a
+    copy that has been damaged.
 
     Args:
-        root: the folder to keep blobs under; created with the first blob.
+        root: the folder of the blobs; created with the first blob.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def put(self, content: bytes) -> str:
-        """Store ``content`` durably and return its SHA-256, hex. Idempotent; mends a copy that has been damaged."""
+        """Store ``content`` durably and return its SHA-256, hex."""
         digest = hashlib.sha256(content).hexdigest()
         target = self._locate(digest)
         if not _holds(target, content):
-            _make_folder(target.parent, self._root)
-            write_atomically(target, content)
+            self._make_folder(target.parent)
+            with draft_in(target.parent, _MODE) as draft:
+                draft.file.write(content)
+                draft.publish(target)
         return digest
 
     def put_pieces(self, pieces: Sequence[bytes | memoryview]) -> str:
-        """Store large pieces as one blob without joining them first; hashed by one thread while another writes."""
-        draft_folder = self._root / "sha256"
-        _make_folder(draft_folder, self._root)
-        with ThreadPoolExecutor(max_workers=1) as other:
+        """Store the pieces durably as one blob; one thread computes the digest while another writes."""
+        folder = self._root / "sha256"
+        self._make_folder(folder)
+        with ThreadPoolExecutor(max_workers=1) as other, draft_in(folder, _MODE) as draft:
             hashing = other.submit(_hash, pieces)
-            draft = _write_draft(draft_folder, pieces)
-            try:
-                digest = hashing.result()
-                target = self._locate(digest)
-                _make_folder(target.parent, self._root)
-                os.replace(draft, target)
-            except BaseException:
-                draft.unlink(missing_ok=True)
-                raise
-        fsync_folder(target.parent)
+            for piece in pieces:
+                draft.file.write(piece)
+            digest = hashing.result()
+            target = self._locate(digest)
+            self._make_folder(target.parent)
+            draft.publish(target)
         return digest
 
     def get(self, digest: str) -> bytes:
-        """The bytes of ``digest``, verified at every read.
-
-        Raises:
-            NotFoundError: no such blob, or ``digest`` is not a SHA-256 in lowercase hex.
-            IntegrityError: the stored bytes no longer match.
-        """
+        """See :meth:`fedvit.ports.BlobStorePort.get`."""
         target = self._locate(digest)
         try:
             content = target.read_bytes()
@@ -76,16 +69,21 @@ class FileBlobStore:
             )
         return content
 
-    def path(self, digest: str) -> Path:
-        """Where the blob lies, for a reader that wants a file; its content is not verified.
+    def get_range(self, digest: str, start: int, stop: int) -> bytes:
+        """See :meth:`fedvit.ports.BlobStorePort.get_range`."""
+        try:
+            with self._locate(digest).open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        except FileNotFoundError:
+            raise _missing(digest) from None
 
-        Raises:
-            NotFoundError: no such blob, or ``digest`` is not a SHA-256 in lowercase hex.
-        """
+    def size(self, digest: str) -> int:
+        """See :meth:`fedvit.ports.BlobStorePort.size`."""
         target = self._locate(digest)
         if not target.is_file():
             raise _missing(digest)
-        return target
+        return target.stat().st_size
 
     def _locate(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):
@@ -93,6 +91,15 @@ class FileBlobStore:
                 f"{digest[:80]!r} names no blob.", cure="A blob is named by its SHA-256: 64 lowercase hex digits."
             )
         return self._root / "sha256" / digest[:2] / digest
+
+    def _make_folder(self, folder: Path) -> None:
+        """Create a folder and flush the entries of its parents up to the root: a power cut must not lose the path."""
+        if folder.is_dir():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        while folder != self._root:
+            folder = folder.parent
+            fsync_folder(folder)
 
 
 def _missing(digest: str) -> NotFoundError:
@@ -106,58 +113,8 @@ def _holds(target: Path, content: bytes) -> bool:
         return False
 
 
-def _make_folder(folder: Path, root: Path) -> None:
-    """Create ``folder`` and flush every parent's entry up to ``root``, or a power cut could lose the path to a blob."""
-    if folder.is_dir():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    while folder != root:
-        folder = folder.parent
-        fsync_folder(folder)
-
-
 def _hash(pieces: Sequence[bytes | memoryview]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for piece in pieces:
-        found.update(piece)
-    return found.hexdigest()
-
-
-def write_atomically(target: Path, content: bytes) -> None:
-    """Write a file so that whoever looks finds the old one or all of the new one, also after a power cut."""
-    draft = _write_draft(target.parent, [content])
-    try:
-        os.replace(draft, target)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    fsync_folder(target.parent)
-
-
-def _write_draft(folder: Path, pieces: Sequence[bytes | memoryview]) -> Path:
-    """A file beside its later place, flushed to disk."""
-    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=folder)
-    try:
-        with os.fdopen(handle, "wb", buffering=0) as file:
-            for piece in pieces:
-                _write_all(file, piece)
-            os.fsync(file.fileno())
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return Path(name)
-
-
-def _write_all(file: FileIO, piece: bytes | memoryview) -> None:
-    left = memoryview(piece)
-    while left:
-        left = left[file.write(left) :]
-
-
-def fsync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk: a rename survives a power cut only after this."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        digest.update(piece)
+    return digest.hexdigest()

@@ -6,7 +6,6 @@ when the process dies before, nothing of it is there.
 
 from __future__ import annotations
 
-import os
 import secrets
 import sqlite3
 import tempfile
@@ -23,10 +22,10 @@ from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
+from fedvit.atomic_write import write_atomically
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import DataError, StateError
 from fedvit.ports import ClockPort
-from fedvit.store.blobs import fsync_folder
 from fedvit.store.locks import opening_lock
 
 if TYPE_CHECKING:
@@ -243,21 +242,16 @@ def _create(path: Path) -> None:
     wal = _beside(path, "-wal")
     if wal.exists() and wal.stat().st_size:
         raise StateError(f"{path} is missing, yet its write-ahead log {wal.name} is there.", cure=_RESET)
-    draft = path.with_name("state.db.new")
-    for leftover in (draft, *(_beside(base, end) for base in (draft, path) for end in ("-wal", "-shm", "-journal"))):
+    # What a creator that was killed has left.
+    for leftover in (*(_beside(path, end) for end in ("-wal", "-shm", "-journal")), *path.parent.glob(".tmp-*")):
         leftover.unlink(missing_ok=True)
     with _explained(path):
         content = _empty()
     try:
-        with draft.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(path, content)
     except OSError as error:
         cure = "Check the disk and the folder's permissions."
         raise StateError(f"The state database {path} cannot be made: {error.strerror}.", cure=cure) from error
-    os.replace(draft, path)
-    fsync_folder(path.parent)
 
 
 @cache

@@ -18,10 +18,11 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from fedvit.atomic_write import fsync_folder
 from fedvit.errors import FedvitError, IntegrityError, StateError, UsageError
 from fedvit.store.archive import DATABASE, refused, unpack
 from fedvit.store.backup import KEPT_FOLDERS, sha256_of
-from fedvit.store.blobs import FileBlobStore, fsync_folder
+from fedvit.store.blobs import FileBlobStore
 from fedvit.store.chain import AUDIT_CHAIN, BUDGET_CHAIN, LEDGER_CHAIN, Chain
 from fedvit.store.database import Database, open_database
 from fedvit.store.locks import opening_lock, system_lock
@@ -122,7 +123,7 @@ def _verify(folder: Path) -> None:
         blobs = FileBlobStore(folder / "blobs")
         for digest in Repositories(database).versions.blob_digests():
             # Its content was hashed when it was unpacked.
-            blobs.path(digest)
+            blobs.size(digest)
 
 
 # --- what is restored ------------------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ Only folders on a file system need no package of their own; a vehicle gets along
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedvit.atomic_write import write_atomically
 from fedvit.errors import ConfigError, DataError, NotFoundError
 
 FILE_SCHEME = "file://"
@@ -102,13 +102,7 @@ class LocalFolder:
     def write(self, path: str, content: bytes) -> None:
         """Write a file atomically."""
         target = self._root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
-            draft.write_bytes(content)
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_atomically(target, content)
 
     def move(self, path: str, target: str) -> None:
         """Move a file."""

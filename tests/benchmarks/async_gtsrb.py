@@ -13,8 +13,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fedvit.atomic_write import write_atomically
 from fedvit.tools.report.simulation_charts import accuracy_chart, standalone
-from fedvit.tools.report.summary import write_atomically
 from fedvit.tools.simulation.run import Simulated
 from tests.benchmarks.results import write_result
 from tests.benchmarks.simulations import PICTURES, Plan, example, run_all

@@ -21,6 +21,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.optimize import brentq
 from torch.nn import functional
 
+from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.data.records import load_images
@@ -34,7 +35,6 @@ from fedvit.privacy.round_cost import histogram_spend, round_noise_multiplier, r
 from fedvit.settings import load_settings
 from fedvit.tools.report.charts import BLUE, GREEN, ORANGE, PURPLE, svg_of
 from fedvit.tools.report.simulation_charts import standalone
-from fedvit.tools.report.summary import write_atomically
 from fedvit.types import ImageArray, LabelArray
 from fedvit.wire.histograms import LABEL, RECORDS, RISK, ClientHistogram, HistogramRequest, HistogramSpec
 from tests.benchmarks.results import write_result

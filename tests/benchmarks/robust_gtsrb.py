@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from fedvit.atomic_write import write_atomically
 from fedvit.tools.report.simulation_charts import bars_chart, standalone
-from fedvit.tools.report.summary import write_atomically
 from fedvit.tools.simulation.run import Simulated
 from fedvit.types import RunStatus
 from tests.benchmarks.results import write_result

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fedvit.atomic_write import write_atomically
 from fedvit.settings import load_settings
 from fedvit.tools.report.simulation_charts import standalone
-from fedvit.tools.report.summary import write_atomically
 from fedvit.tools.report.sweep_charts import heat_chart, pareto_chart
 from fedvit.tools.sweep.outcome import TrialOutcome, candidates, choose, pareto_front
 from tests.benchmarks.results import write_result

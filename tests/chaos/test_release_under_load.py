@@ -100,7 +100,8 @@ def check_damage_is_refused(operator: Operator, store: Store, load: Load) -> Non
     """One flipped bit in a stored model: nobody is moved to it; mended, everybody is."""
     current = operator.current()
     variant = OTHER[current.serve_variant or "standard"]
-    path = store.blobs.path(current.artifacts[variant])
+    digest = current.artifacts[variant]
+    path = store.home / "blobs" / "sha256" / digest[:2] / digest
     good = path.read_bytes()
     _replace(path, flipped(good))
     answer = operator.http.post("/api/model/switch", json={"variant": variant})

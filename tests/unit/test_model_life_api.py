@@ -98,7 +98,7 @@ def test_force_takes_a_worse_or_an_unreleased_version(make: Make, version: str) 
 def test_a_rollback_of_damaged_content_is_refused(make: Make) -> None:
     system = make(max_accuracy_drop=1.0).trained()
     digest = system.store.versions.get("v1.1.2").artifacts["standard"]
-    system.store.blobs.path(digest).write_bytes(b"damaged")
+    (system.store.home / "blobs" / "sha256" / digest[:2] / digest).write_bytes(b"damaged")
     assert system.http.post("/api/model/rollback", json={"version": "v1.1.2"}).status_code == 502
     assert system.get("/api/model/current")["version"] == "v1.1.4"
 
@@ -149,7 +149,7 @@ def test_a_switch_moves_followers_without_a_failed_request_and_leaves_the_pinned
 def test_a_switch_to_damaged_content_is_refused(make: Make) -> None:
     system = make().trained()
     digest = system.store.versions.get("v1.1.4").artifacts["edge_optimized"]
-    system.store.blobs.path(digest).write_bytes(b"damaged")
+    (system.store.home / "blobs" / "sha256" / digest[:2] / digest).write_bytes(b"damaged")
     assert system.http.post("/api/model/switch", json={"variant": "edge_optimized"}).status_code == 502
     assert system.get("/api/model/info")["variant"] == "standard"
 

@@ -233,10 +233,11 @@ def test_a_database_that_vanished_beside_its_log_is_not_silently_begun_anew(tmp_
 
 
 def test_a_draft_left_by_a_killed_creator_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "state.db.new").write_bytes(b"half a database")
+    leftover = tmp_path / ".tmp-0123456789abcdef"
+    leftover.write_bytes(b"half a database")
     with Store.open(tmp_path) as store:
         assert store.runs.all() == []
-    assert not (tmp_path / "state.db.new").exists()
+    assert not leftover.exists()
 
 
 def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:

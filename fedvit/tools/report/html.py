@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from fedvit.tools.report.summary import write_atomically
+from fedvit.atomic_write import write_atomically
 
 
 def write_html(path: Path, template: str, **context: Any) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fedvit.atomic_write import write_atomically
 from fedvit.tools.report.html import write_html
 from fedvit.tools.report.simulation_charts import accuracy_chart, outcomes_chart, staleness_chart
-from fedvit.tools.report.summary import write_atomically
 
 if TYPE_CHECKING:
     from fedvit.tools.simulation.run import Simulated

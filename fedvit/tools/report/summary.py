@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from fedvit.atomic_write import write_atomically
 from fedvit.data.manifest import DataManifest
 from fedvit.tools.report.probe import TargetSummary
 from fedvit.types import BudgetReport, Evaluation, Run
@@ -65,20 +64,6 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
         ValueError: a number is NaN or infinite, which JSON cannot hold; nothing was written.
     """
     write_atomically(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a temporary file beside ``path``, then rename it; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

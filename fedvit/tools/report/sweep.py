@@ -15,12 +15,11 @@ from typing import Any
 
 import yaml
 
+from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.errors import UsageError
-from fedvit.store.blobs import write_atomically as write_bytes
 from fedvit.tools.report.html import write_html
 from fedvit.tools.report.simulation import NOT_PRIVATE, SIMULATED_KEYS
-from fedvit.tools.report.summary import write_atomically
 from fedvit.tools.report.sweep_charts import heat_chart, parallel_chart, pareto_chart, varied
 from fedvit.tools.sweep.cost import cost_sentences, sweep_cost
 from fedvit.tools.sweep.outcome import Candidate, TrialOutcome, candidates, choose, pareto_front
@@ -46,7 +45,7 @@ def write_report(
     front = pareto_front(results)
     plan = next((p for p in plans if chosen is not None and p.trial_id == chosen.trial_ids[0]), None)
     summary = _summary(folder, settings, plans, outcomes, chosen, front, plan)
-    write_bytes(folder / "trials.parquet", _parquet(outcomes, front, chosen))
+    write_atomically(folder / "trials.parquet", _parquet(outcomes, front, chosen))
     if plan is not None:
         write_atomically(folder / "best.yaml", best_yaml(plan, summary["cost"]["sentences"]))
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")

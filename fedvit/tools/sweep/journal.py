@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, StateError
 from fedvit.privacy.secrets import load_or_create_root_secret
-from fedvit.store.blobs import write_atomically
 from fedvit.store.locks import system_lock
 from fedvit.tools.sweep.outcome import TrialOutcome
 from fedvit.tools.sweep.space import TrialPlan, sweep_digest
@@ -61,7 +61,7 @@ class Journal:
             ) from None
         try:
             self.check(settings)
-            write_atomically(self._identity, json.dumps({"digest": sweep_digest(settings)}).encode())
+            write_atomically(self._identity, json.dumps({"digest": sweep_digest(settings)}))
             yield
         finally:
             lock.__exit__(None, None, None)
@@ -77,7 +77,7 @@ class Journal:
     def write(self, outcome: TrialOutcome) -> None:
         """Remember a trial that will not be run again."""
         text = json.dumps(outcome.to_json(), allow_nan=False)
-        write_atomically(self._trials / f"{outcome.trial_id}.json", text.encode())
+        write_atomically(self._trials / f"{outcome.trial_id}.json", text)
 
     def finished(self, plans: list[TrialPlan]) -> list[TrialOutcome]:
         """What is known of these trials, in their order.

@@ -67,7 +67,7 @@ def _check_artifacts(store: Store) -> None:
     """Raises NotFoundError where an artifact of the release is missing."""
     release = store.releases.current()
     for digest in release.artifacts.values() if release else ():
-        store.blobs.path(digest)
+        store.blobs.size(digest)
 
 
 def _check_proxies(services: Services) -> None:

@@ -60,7 +60,7 @@ def snapshot(site: Site) -> dict[str, Any]:
             "releases": store.releases.all(),
             "clients": store.clients.all(),
             "tokens": store.tokens.all(),
-            "blobs": {digest: store.blobs.path(digest).stat().st_size for digest in store.versions.blob_digests()},
+            "blobs": {digest: store.blobs.size(digest) for digest in store.versions.blob_digests()},
             "keys": {path.name: sha256_of(path) for path in sorted((site.home / "keys").iterdir())},
             "rounds_done": run.rounds_done if run else 0,
         }
