@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -354,16 +355,16 @@ def test_a_loss_of_power_at_any_write_leaves_a_usable_cache(
 
 def _fail_after(patch: pytest.MonkeyPatch, writes: int) -> None:
     left = writes
-    replace = Path.replace
+    replace = os.replace
 
-    def failing(self: Path, target: Path) -> Path:
+    def failing(source: Path, target: Path) -> None:
         nonlocal left
         if left == 0:
             raise RuntimeError("power lost")
         left -= 1
-        return replace(self, target)
+        replace(source, target)
 
-    patch.setattr(Path, "replace", failing)
+    patch.setattr(os, "replace", failing)
 
 
 def test_a_client_that_pins_nothing_follows_the_fleet_from_variant_to_variant(feed: MemoryFeed, tmp_path: Path) -> None:
