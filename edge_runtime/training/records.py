@@ -20,27 +20,27 @@ class OwnRecords:
 
     @classmethod
     def open(cls, path: Path, classes: Sequence[str]) -> OwnRecords:
-        """The images of the fleet's ``classes``, in whose order labels count; a vehicle need not have all of them.
+        """The images of the fleet's ``classes``, which define the labels; a vehicle need not have all classes.
 
         Raises:
-            DataError: there is no image, or a folder is named like none of the classes.
+            DataError: there is no image, or a folder is not named like one of the classes.
         """
         tree = open_tree(path)
         parent = _parent(tree)
-        if strange := sorted(set(subfolders(tree, parent)) - set(classes)):
-            raise DataError(f"{path} has a folder {strange[0]!r}.", cure=f"The fleet's classes: {', '.join(classes)}.")
+        if unknown := sorted(set(subfolders(tree, parent)) - set(classes)):
+            raise DataError(f"{path} has a folder {unknown[0]!r}.", cure=f"The fleet's classes: {', '.join(classes)}.")
         train = class_records(tree, parent, classes)
         if not train:
             raise DataError(f"{path} holds no image.", cure="Put images into folders named like the fleet's classes.")
         return cls(TreeSource("own", tuple(classes), train, (), tree))
 
     def records(self, client_id: str) -> tuple[Record, ...]:
-        """All of them: there is one client."""
+        """All records: there is one client."""
         return self.source.train
 
 
 def count_images(path: Path) -> int:
-    """How many images there are, whatever their classes are called.
+    """The number of images in folders of any name.
 
     Raises:
         DataError: there is no such folder.

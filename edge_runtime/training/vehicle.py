@@ -1,7 +1,7 @@
-"""A vehicle that takes part in training: asks for a task, trains on its own disk, and brings what may leave it.
+"""Remote client of training: polls the server for tasks, trains on the vehicle's own records and sends noised updates.
 
-What it sends is noised here, with a key that never leaves this machine, and stands on two ledgers before: the server's,
-which is charged before anybody is asked, and the vehicle's own, which ends it when the owner's budget is spent.
+Noise is added here with a key that never leaves this machine. Every output is charged to two ledgers before it is
+sent: the server's, before the vehicle is asked, and the vehicle's own, which enforces the owner's budget.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedvit.errors import (
 from fedvit.models.models import build_model
 from fedvit.models.trainable import frozen_weights
 from fedvit.privacy.accountant import PrivacyAccountant
-from fedvit.privacy.events import Gaussian
+from fedvit.privacy.events import Event, Gaussian
 from fedvit.privacy.outputs import output_id
 from fedvit.privacy.round_cost import charge_of, round_event
 from fedvit.settings import load_settings
@@ -46,15 +46,15 @@ from fedvit.wire.updates import encode_update
 
 _LOG = logging.getLogger(__name__)
 RETRY_S = 5.0
-# What passes by itself.
-_LATER = (ControlUnreachableError, ControlApiError, RateLimitedError)
+# Temporary errors.
+_TEMPORARY = (ControlUnreachableError, ControlApiError, RateLimitedError)
 _MAX_WEIGHTS_BYTES = 8 * 2**30
 _TASK_FIELDS = tuple(field.name for field in fields(TrainTask))
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the owner of a vehicle allows: the most that its records may lose, over all rounds and runs together."""
+    """The owner's privacy budget for the vehicle's records, over all rounds and runs together."""
 
     target_epsilon: float = 8.0
     target_delta: float = 1e-5
@@ -62,7 +62,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What came of asking once. ``status`` is the server's word for the update, ``mailbox``, or None without a task."""
+    """The result of one poll. ``status`` is the server's status of the update, ``mailbox``, or None without a task."""
 
     poll_after_s: float
     round_index: int | None = None
@@ -74,12 +74,12 @@ class Vehicle:
     """One remote client.
 
     Args:
-        client: speaks to the control server, with the vehicle's own token.
-        client_id: as whom it takes part.
-        data: its images; see :mod:`edge_runtime.training.records`.
-        home: where its key, its ledger, and what it keeps from round to round lie.
-        checkpoint: pretrained weights, where there is no network for them.
-        mailbox: where updates are left when the server does not answer.
+        client: of the control server's API, with the vehicle's own token.
+        client_id: the vehicle's identity.
+        data: folder of its images; see :mod:`edge_runtime.training.records`.
+        home: folder of its key, its ledger and its client state.
+        checkpoint: file of pretrained weights, if they cannot be downloaded.
+        mailbox: receives updates while the server does not answer.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class Vehicle:
         self._client, self._client_id, self._data, self._home = client, client_id, data, home
         self._policy, self._checkpoint, self._mailbox = policy or Policy(), checkpoint, mailbox
         self._store = Store.open(home)
-        self._trainer: _Trainer | None = None
-        self._made: tuple[str, bytes] | None = None
-        self._kept_to_itself: set[str] = set()
+        self._trainer: _RunTrainer | None = None
+        self._latest: tuple[str, bytes] | None = None
+        self._refused_histograms: set[str] = set()
 
     def close(self) -> None:
-        """Give the ledger back."""
+        """Close the ledger."""
         self._store.close()
 
     def register(self) -> None:
-        """Offer to take part, with as many images as there are now.
+        """Register as a client, with the present number of images.
 
         Raises:
             DataError: there are none.
@@ -113,188 +113,192 @@ class Vehicle:
         count = count_images(self._data)
         if not count:
             raise DataError(f"{self._data} holds no image.", cure="A vehicle without data has nothing to train on.")
-        able = {"training": {"encodings": [encoding.value for encoding in Encoding]}}
-        self._client.clients.register(self._client_id, num_examples=count, capabilities=able)
+        capabilities = {"training": {"encodings": [encoding.value for encoding in Encoding]}}
+        self._client.clients.register(self._client_id, num_examples=count, capabilities=capabilities)
 
-    def run(self, stop: threading.Event, told: Callable[[Step], None], rounds: int | None = None) -> None:
-        """Take part until told to stop, or in so many rounds."""
+    def run(self, stop: threading.Event, on_step: Callable[[Step], None], rounds: int | None = None) -> None:
+        """Take part until ``stop`` is set, or in the given number of rounds."""
         done = 0
         while not stop.is_set() and done != rounds:
-            step = self._patiently()
+            step = self._step_or_retry()
             if step.status is None:
                 stop.wait(step.poll_after_s)
                 continue
             done += 1
-            told(step)
+            on_step(step)
 
     def step(self) -> Step:
-        """Ask once, and do what there is to do.
+        """Poll once, and answer the task and the histogram request, if any.
 
         Raises:
-            FedvitError: the server does not answer, or not as it should.
+            FedvitError: the server does not answer, or its answer is not valid.
         """
-        found = self._client.clients.task(self._client_id)
-        if found.task is None:
-            self._tell(found.histogram)
-            return Step(found.poll_after_s)
-        # The same task again: what was made of it got lost on the way.
-        if self._made is None or self._made[0] != found.task.output_id:
-            self._made = found.task.output_id, self._content(found.task)
-        status, reason = self._send(found.task, self._made[1])
-        self._tell(found.histogram)
-        return Step(found.poll_after_s, found.task.round_index, status, reason)
+        response = self._client.clients.task(self._client_id)
+        task = response.task
+        if task is None:
+            self._answer_histogram(response.histogram)
+            return Step(response.poll_after_s)
+        # The same task again: the answer did not reach the server.
+        if self._latest is None or self._latest[0] != task.output_id:
+            self._latest = task.output_id, self.answer(task)
+        status, reason = self._send(task, self._latest[1])
+        self._answer_histogram(response.histogram)
+        return Step(response.poll_after_s, task.round_index, status, reason)
 
-    def _patiently(self) -> Step:
+    def answer(self, view: TaskView) -> bytes:
+        """The encoded update for a task, or the encoded reason why there is none.
+
+        Raises:
+            ControlApiError, ControlUnreachableError, RateLimitedError: the server does not answer.
+        """
+        try:
+            return self._update(view)
+        except _TEMPORARY:
+            raise
+        except FedvitError as error:
+            _LOG.error("round %d of %s: %s", view.round_index, view.run_id, error)
+            return encode_update(ClientFailures.of(view.round_index, [self._client_id], error.message))
+
+    def _step_or_retry(self) -> Step:
         try:
             return self.step()
-        except _LATER as error:
+        except _TEMPORARY as error:
             _LOG.warning("%s", error)
             return Step(RETRY_S)
 
-    def _content(self, told: TaskView) -> bytes:
-        """The update, or, where there must be none, the reason why."""
-        try:
-            return self._trained(told)
-        except _LATER:
-            raise
-        except FedvitError as error:
-            _LOG.error("round %d of %s: %s", told.round_index, told.run_id, error)
-            return encode_update(ClientFailures.of(told.round_index, [self._client_id], error.message))
-
-    def _tell(self, wanted: HistogramRequestView | None) -> None:
-        """Send the histogram that is asked for, once a task has said what model it is of; a refusal is final."""
-        if wanted is None or self._trainer is None or wanted.output_id in self._kept_to_itself:
+    def _answer_histogram(self, view: HistogramRequestView | None) -> None:
+        """Send a requested histogram. A refusal is final. Before the first task, the model is not known yet."""
+        if view is None or self._trainer is None or view.output_id in self._refused_histograms:
             return
         try:
-            order = HistogramRequest.from_json(wanted.order)
-            counts = self._trainer.histogram(order, wanted, self._store)
-            self._client.clients.histogram(self._client_id, order.run_id, order.round_index, counts)
-        except _LATER as error:
+            request = HistogramRequest.from_json(view.order)
+            counts = self._trainer.histogram(request, view)
+            self._client.clients.histogram(self._client_id, request.run_id, request.round_index, counts)
+        except _TEMPORARY as error:
             _LOG.warning("%s", error)
         except FedvitError as error:
             _LOG.error("no histogram is sent: %s", error)
-            self._kept_to_itself.add(wanted.output_id)
+            self._refused_histograms.add(view.output_id)
 
-    def _trained(self, told: TaskView) -> bytes:
-        task = TrainTask(**{name: getattr(told, name) for name in _TASK_FIELDS})
-        trainer = self._trainer_for(told)
-        trainer.check(task, told)
+    def _update(self, view: TaskView) -> bytes:
+        task = TrainTask(**{name: getattr(view, name) for name in _TASK_FIELDS})
+        trainer = self._trainer_for(view)
+        trainer.check(task, view)
         content = self._client.clients.task_weights(self._client_id)
         weights = decode_weights(content, max_bytes=_MAX_WEIGHTS_BYTES)
-        trainer.charge(task, self._store)
-        return trainer.host.train_encoded(task, weights, self._client_id, Encoding(told.encoding)).content
+        trainer.charge(task)
+        return trainer.host.train_encoded(task, weights, self._client_id, Encoding(view.encoding)).content
 
-    def _trainer_for(self, told: TaskView) -> _Trainer:
-        wanted = (told.settings, told.image_size, told.classes)
-        if self._trainer is None or self._trainer.made_for != wanted:
-            settings = self._settings(told)
-            records = OwnRecords.open(self._data, told.classes)
-            model = build_model(settings.model, len(told.classes), told.image_size)
+    def _trainer_for(self, view: TaskView) -> _RunTrainer:
+        key = (view.settings, view.image_size, view.classes)
+        if self._trainer is None or self._trainer.key != key:
+            settings, records = self._settings(view), OwnRecords.open(self._data, view.classes)
+            model = build_model(settings.model, len(view.classes), view.image_size)
             host = vision_host(settings, records=records, model=model)
             digest = weights_digest(frozen_weights(model))
-            self._trainer = _Trainer(wanted, settings, self._client_id, records, host, digest)
+            self._trainer = _RunTrainer(key, settings, self._client_id, records, host, digest, self._store)
         return self._trainer
 
-    def _settings(self, told: TaskView) -> Settings:
+    def _settings(self, view: TaskView) -> Settings:
         """The run's settings, with this vehicle's paths and its owner's budget."""
-        parts: dict[str, Any] = {name: dict(told.settings[name]) for name in ("model", "training", "privacy")}
+        parts: dict[str, Any] = {name: dict(view.settings[name]) for name in ("model", "training", "privacy")}
         parts["model"]["checkpoint"] = self._checkpoint
         parts["privacy"] |= {
             "target_epsilon": self._policy.target_epsilon,
             "target_delta": self._policy.target_delta,
         }
         return load_settings(
-            environ={}, overrides={"home": self._home, "data": {"image_size": told.image_size}, **parts}
+            environ={}, overrides={"home": self._home, "data": {"image_size": view.image_size}, **parts}
         )
 
-    def _send(self, told: TaskView, content: bytes) -> tuple[str, str | None]:
+    def _send(self, view: TaskView, content: bytes) -> tuple[str, str | None]:
         try:
-            receipt = self._client.clients.upload(self._client_id, told.run_id, told.round_index, content)
+            receipt = self._client.clients.upload(self._client_id, view.run_id, view.round_index, content)
         except (ConflictError, UpdateRejectedError) as error:
             return error.code, error.message
-        except _LATER:
-            if self._mailbox is None or not self._mailbox.update(told.run_id, told.round_index, content):
+        except _TEMPORARY:
+            if self._mailbox is None or not self._mailbox.update(view.run_id, view.round_index, content):
                 raise
             return "mailbox", None
         return receipt.status, receipt.reason
 
 
 @dataclass(frozen=True, slots=True)
-class _Trainer:
-    """A model that is ready, for the tasks of one run."""
+class _RunTrainer:
+    """Training on this vehicle for the tasks of one run: checks, charges, and the client host."""
 
-    made_for: tuple[Mapping[str, Any], int, tuple[str, ...]]
+    key: tuple[Mapping[str, Any], int, tuple[str, ...]]
     settings: Settings
     client_id: str
     records: OwnRecords
     host: ClientHost
     frozen_digest: str
+    store: Store
 
-    def check(self, task: TrainTask, told: TaskView) -> None:
-        """Make sure that what would be released is what was charged, and is protected here.
+    @property
+    def num_examples(self) -> int:
+        """The number of images at the time when the run's first task came."""
+        return len(self.records.records(self.client_id))
+
+    def check(self, task: TrainTask, view: TaskView) -> None:
+        """Check that the update will be what was charged, and is protected here.
 
         Raises:
             ForbiddenError: the update would leave without noise.
             IntegrityError: the task contradicts itself, or the model here is another.
-            DataError: there are more or fewer images than were charged.
+            DataError: the number of images is not the charged one.
         """
         if task.privacy_unit != "record":
             raise ForbiddenError("This vehicle releases nothing without noise of its own.")
-        count = len(self.records.records(self.client_id))
-        if count != told.num_examples:
-            raise DataError(f"This vehicle holds {count} images, and was asked for {told.num_examples}.")
+        if self.num_examples != view.num_examples:
+            raise DataError(f"This vehicle holds {self.num_examples} images, and was asked for {view.num_examples}.")
         training, privacy = self.settings.training, self.settings.privacy
-        said = (task.local_steps, task.learning_rate, task.sampling_prob, task.privacy_unit)
-        if said != (training.local_steps, training.learning_rate, privacy.sampling_prob, privacy.privacy_unit):
+        of_task = (task.local_steps, task.learning_rate, task.sampling_prob, task.privacy_unit)
+        if of_task != (training.local_steps, training.learning_rate, privacy.sampling_prob, privacy.privacy_unit):
             raise IntegrityError("The task is not of the run whose settings came with it.")
-        if output_id(task, self.client_id, count) != told.output_id:
+        if output_id(task, self.client_id, self.num_examples) != view.output_id:
             raise IntegrityError("The task is not the one that was charged.")
-        if self.frozen_digest != told.frozen_digest:
+        if self.frozen_digest != view.frozen_digest:
             raise IntegrityError("The weights that never travel are others here than on the server.")
 
-    def charge(self, task: TrainTask, store: Store) -> None:
-        """Write on the vehicle's own ledger what is about to be released; a repetition is written once.
+    def charge(self, task: TrainTask) -> None:
+        """Charge an update to the vehicle's own ledger; a repetition is charged once.
 
         Raises:
-            BudgetExhaustedError: the owner's budget does not admit it.
+            BudgetExhaustedError: the owner's budget does not allow it.
         """
-        event = round_event(self.settings, task.noise_multiplier)
+        output = output_id(task, self.client_id, self.num_examples)
+        self._charge(round_event(self.settings, task.noise_multiplier), task, output)
+
+    def histogram(self, request: HistogramRequest, view: HistogramRequestView) -> tuple[int, ...]:
+        """The requested counts with noise, after they are charged to the vehicle's own ledger.
+
+        Raises:
+            ForbiddenError: the noise would be less than the charge is for.
+            IntegrityError: the request is not the one that was charged.
+            DataError: the number of images is not the charged one, or they cannot be counted.
+            BudgetExhaustedError: the owner's budget does not allow it.
+        """
+        if request.privacy_unit != "record" or not request.noise_multiplier >= LEAST_NOISE_MULTIPLIER:
+            raise ForbiddenError("This vehicle histograms records, and not without noise of its own.")
+        count = self.num_examples
+        if count != view.num_examples:
+            raise DataError(f"This vehicle holds {count} images, and was asked to histogram {view.num_examples}.")
+        if request.output_id(self.client_id, count) != view.output_id:
+            raise IntegrityError("The histogram is not the one that was charged.")
+        self._charge(Gaussian(request.noise_multiplier), request, view.output_id)
+        histograms = self.host.histograms(request, [self.client_id])
+        if not histograms:
+            raise DataError("The images of this vehicle cannot be counted.")
+        return histograms[0].counts
+
+    def _charge(self, event: Event, task: TrainTask | HistogramRequest, output: str) -> None:
         charge = charge_of(
             event,
             run_id=task.run_id,
             round_index=task.round_index,
             unit_id=self.client_id,
-            output_id=output_id(task, self.client_id, len(self.records.records(self.client_id))),
+            output_id=output,
             unit=task.privacy_unit,
         )
-        PrivacyAccountant(store, self.settings).charge([charge])
-
-    def histogram(self, order: HistogramRequest, wanted: HistogramRequestView, store: Store) -> tuple[int, ...]:
-        """The counts that were ordered, noised, after they were charged to the vehicle's own ledger.
-
-        Raises:
-            ForbiddenError: they would leave with less noise than a charge of this kind is for.
-            IntegrityError: the order is not the one that was charged.
-            DataError: there are more or fewer images than were charged, or they cannot be counted.
-            BudgetExhaustedError: the owner's budget does not admit it.
-        """
-        if order.privacy_unit != "record" or not order.noise_multiplier >= LEAST_NOISE_MULTIPLIER:
-            raise ForbiddenError("This vehicle histograms records, and not without noise of its own.")
-        count = len(self.records.records(self.client_id))
-        if count != wanted.num_examples:
-            raise DataError(f"This vehicle holds {count} images, and was asked to histogram {wanted.num_examples}.")
-        if order.output_id(self.client_id, count) != wanted.output_id:
-            raise IntegrityError("The histogram is not the one that was charged.")
-        charge = charge_of(
-            Gaussian(order.noise_multiplier),
-            run_id=order.run_id,
-            round_index=order.round_index,
-            unit_id=self.client_id,
-            output_id=wanted.output_id,
-            unit=order.privacy_unit,
-        )
-        PrivacyAccountant(store, self.settings).charge([charge])
-        found = self.host.histograms(order, [self.client_id])
-        if not found:
-            raise DataError("The images of this vehicle cannot be counted.")
-        return found[0].counts
+        PrivacyAccountant(self.store, self.settings).charge([charge])

@@ -142,7 +142,7 @@ def test_a_vehicle_trains_on_its_own_disk_and_both_ledgers_know(made: Callable[.
     assert keys[0] != keys[1]
 
 
-def test_a_vehicle_sends_its_sketch_once_and_only_what_both_ledgers_hold(made: Callable[..., Road]) -> None:
+def test_a_vehicle_sends_its_histogram_once_and_only_what_both_ledgers_hold(made: Callable[..., Road]) -> None:
     road = made(rounds=2)
     asked: list[HistogramRequestView | None] = []
 
@@ -176,7 +176,7 @@ def test_a_vehicle_sends_its_sketch_once_and_only_what_both_ledgers_hold(made: C
         ({"round_index": 2}, "not the one that was charged"),
     ],
 )
-def test_a_sketch_that_was_not_charged_as_told_is_not_sent(
+def test_a_histogram_other_than_the_charged_one_is_not_sent(
     made: Callable[..., Road], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str, caplog: Any
 ) -> None:
     road = made()
@@ -204,7 +204,7 @@ def test_a_vehicle_that_begins_again_makes_the_same_bytes_of_a_task(made: Callab
         task = road.client.clients.task(TRUCK).task
         assert task is not None
         again = Vehicle(road.client, TRUCK, road.data, road.home)
-        first = again._content(task)
+        first = again.answer(task)
         again.close()
         road.drive()
         assert (road.settings.home / "remote" / TRUCK / "run-0001.00000001.safetensors").read_bytes() == first
@@ -282,7 +282,9 @@ def test_where_the_server_does_not_answer_the_update_goes_to_the_mailbox(
     road = made()
     mailbox = Mailbox(road.settings, road.store)
     mailbox.enable()
-    road.vehicle._mailbox = MailboxSender(open_folder(mailbox.url), TRUCK, mailbox.key_of(TRUCK))
+    sender = MailboxSender(open_folder(mailbox.url), TRUCK, mailbox.key_of(TRUCK))
+    road.vehicle.close()
+    road.vehicle = Vehicle(road.client, TRUCK, road.data, road.home, mailbox=sender)
     upload = road.client.clients.upload
 
     def nowhere(*_: Any) -> NoReturn:
@@ -302,7 +304,7 @@ def test_where_the_server_does_not_answer_the_update_goes_to_the_mailbox(
 
 def test_it_goes_on_when_the_server_comes_back_and_ends_after_its_rounds(made: Callable[..., Road]) -> None:
     road = made()
-    told: list[Step] = []
+    steps: list[Step] = []
     stop = threading.Event()
 
     def act() -> None:
@@ -310,25 +312,25 @@ def test_it_goes_on_when_the_server_comes_back_and_ends_after_its_rounds(made: C
         road.way.lose = 5
         monkey = pytest.MonkeyPatch()
         monkey.setattr("edge_runtime.training.vehicle.RETRY_S", 0.0)
-        road.vehicle.run(stop, told.append, rounds=1)
+        road.vehicle.run(stop, steps.append, rounds=1)
         monkey.undo()
 
     road.act = act
     assert road.run().status is RunStatus.COMPLETED
-    assert [step.status for step in told] == ["received"]
+    assert [step.status for step in steps] == ["received"]
 
 
 def test_a_disk_without_images_or_with_strange_ones_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty" / "red").mkdir(parents=True)
     assert count_images(tmp_path / "empty") == 0
-    with pytest.raises(DataError, match="holds no image"):
+    with pytest.raises(DataError):
         OwnRecords.open(tmp_path / "empty", CLASSES)
     strange = images(tmp_path / "strange", 1, ("blue", "red"))
-    with pytest.raises(DataError, match="folder 'blue'"):
+    with pytest.raises(DataError):
         OwnRecords.open(strange, CLASSES)
     some = OwnRecords.open(images(tmp_path / "some", 2, ("red",)), CLASSES)
     assert [(r.key, r.label) for r in some.records(TRUCK)] == [("red/0.png", 1), ("red/1.png", 1)]
-    with pytest.raises(DataError, match="There is no"):
+    with pytest.raises(DataError):
         count_images(tmp_path / "absent")
 
 
