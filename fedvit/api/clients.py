@@ -10,11 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from fedvit.api.base import MAX_INTEGER, RequestBody, View
+from fedvit.api.choices import HeartbeatStatus, RemoteKind
 from fedvit.types import CLIENT_ID
 from fedvit.wire.histograms import CELL_LIMIT, MAX_CELLS
-
-HeartbeatStatus = Literal["ok", "degraded"]
-RemoteKind = Literal["remote", "silo"]
 
 
 class RegisterClient(RequestBody):

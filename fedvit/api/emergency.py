@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from fedvit.api.base import RequestBody, View
+from fedvit.api.choices import ImmediateAction, ShutdownMode
 
-ShutdownMode = Literal["graceful", "force"]
 POLICY = (
     "Always: freeze_ledger, stop_training, isolate_data, revoke_credentials, forensic_bundle. "
     "Only when asked for: rollback_model."
 )
 _IncidentId = Annotated[str, Field(min_length=1, max_length=200, examples=["PB-20260301-031500"])]
-
-
-class ImmediateAction(StrEnum):
-    """What a report may ask for. All but the roll-back happen unasked."""
-
-    STOP_TRAINING = "stop_training"
-    ISOLATE_DATA = "isolate_data"
-    ROLLBACK_MODEL = "rollback_model"
-    FREEZE_LEDGER = "freeze_ledger"
-    REVOKE_CREDENTIALS = "revoke_credentials"
 
 
 class BreachRequest(RequestBody):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from fedvit.api.base import RequestBody, View
+from fedvit.api.choices import IncidentStatus, Section
 from fedvit.types import Severity
 
 # What Alertmanager sends at once is bounded by max_alerts on its side; more would not fit into a body.
@@ -86,7 +87,7 @@ class IncidentSummary(View):
     incident_id: str
     alertname: str
     severity: Severity
-    status: Literal["open", "resolved"]
+    status: IncidentStatus
     summary: str
     opened_at: datetime
     resolved_at: datetime | None
@@ -135,17 +136,6 @@ class IncidentDetail(IncidentSummary):
     runbook: str
     proposals: tuple[ProposalView, ...]
     timeline: tuple[TimelineEntry, ...]
-
-
-class Section(StrEnum):
-    """What people know of an incident, and note: where in the report it goes. ``remark`` is a line of the timeline."""
-
-    REMARK = "remark"
-    ROOT_CAUSE = "root_cause"
-    BUSINESS_IMPACT = "business_impact"
-    RESOLUTION = "resolution"
-    PREVENTION = "prevention"
-    ACTION_ITEM = "action_item"
 
 
 class NoteRequest(RequestBody):

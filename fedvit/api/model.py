@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from fedvit.api.base import RequestBody, View
+from fedvit.api.choices import OptimizeStrategy, RetrainStrategy
 from fedvit.types import Variant
-
-OptimizeStrategy = Literal["quantization", "lighter_variant"]
-RetrainStrategy = Literal["full_retrain", "fine_tune"]
 
 
 class ModelView(View):

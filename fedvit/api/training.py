@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, model_validator
 
 from fedvit.api.base import RequestBody, View, etag_of
+from fedvit.api.choices import AggregationMode, ClientSelection
 from fedvit.api.clients import ConditionView
-
-ClientSelection = Literal["validated_only", "any"]
-AggregationMode = Literal["synchronous", "asynchronous"]
 
 
 class ProgressView(View):

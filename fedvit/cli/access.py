@@ -7,10 +7,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from fedvit.cli.api_session import read_api_or_store
 from fedvit.cli.options import STATE_OR_API, Options, local_command
 from fedvit.cli.output import print_json, show, show_text
+from fedvit.cli.state import audit_local, open_existing_store
 
 if TYPE_CHECKING:
     from fedvit.config import Settings
@@ -24,16 +26,15 @@ audit_log = typer.Typer(help="The audit trail of the control API and of this com
 @local_command(token, "create")
 def create(
     options: Options,
-    name: Annotated[str, typer.Argument(help="The token's owner, shown in the audit trail.")],
+    name: Annotated[str, Argument(help="The token's owner, shown in the audit trail.")],
     scopes: Annotated[
-        list[str], typer.Option("--scope", help="viewer, operator, admin, emergency, device or alerts (repeatable).")
+        list[str], Option("--scope", help="viewer, operator, admin, emergency, device or alerts (repeatable).")
     ],
-    days: Annotated[float, typer.Option("--days", help="Days until it expires; 0: never.", min=0)] = 90,
-    client: Annotated[str | None, typer.Option("--client", help="Bind a device token to this one client.")] = None,
+    days: Annotated[float, Option("--days", help="Days until it expires; 0: never.", min=0)] = 90,
+    client: Annotated[str | None, Option("--client", help="Bind a device token to this one client.")] = None,
 ) -> None:
     """Make a token and print it, this once; it is not stored."""
     from fedvit.access.tokens import create_token
-    from fedvit.cli.state import audit_local
     from fedvit.store.store import Store
     from fedvit.types import utc_now
 
@@ -54,7 +55,6 @@ def create(
 @local_command(token, "list")
 def list_tokens(options: Options) -> None:
     """Every token, without its secret."""
-    from fedvit.cli.state import open_existing_store
 
     with open_existing_store(options.settings()) as store:
         tokens = [_token_facts(token) for token in store.tokens.all()]
@@ -64,10 +64,9 @@ def list_tokens(options: Options) -> None:
 @local_command(token, "revoke")
 def revoke(
     options: Options,
-    token_id: Annotated[str, typer.Argument(help="The 12 characters between fvt_ and the next underscore.")],
+    token_id: Annotated[str, Argument(help="The 12 characters between fvt_ and the next underscore.")],
 ) -> None:
     """End a token at once."""
-    from fedvit.cli.state import audit_local, open_existing_store
     from fedvit.types import utc_now
 
     with open_existing_store(options.settings()) as store:
@@ -96,8 +95,8 @@ def _audited(token: Token) -> dict[str, Any]:
 @local_command(audit_log, "show", options=STATE_OR_API)
 def show_log(
     options: Options,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Largest number of lines.")] = 50,
-    after: Annotated[int | None, typer.Option("--after", min=0, help="Only lines after this sequence.")] = None,
+    limit: Annotated[int, Option("--limit", min=1, help="Largest number of lines.")] = 50,
+    after: Annotated[int | None, Option("--after", min=0, help="Only lines after this sequence.")] = None,
 ) -> None:
     """The last lines, or those after a sequence, oldest first: of the state folder, or of the system at --url."""
 
@@ -112,7 +111,6 @@ def show_log(
 @local_command(audit_log, "verify")
 def verify(options: Options) -> None:
     """Recompute the hash chain of the trail; status 1 when a line was changed, removed or added."""
-    from fedvit.cli.state import open_existing_store
 
     with open_existing_store(options.settings()) as store:
         lines = store.audit.verify()

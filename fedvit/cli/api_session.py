@@ -14,7 +14,7 @@ import typer
 
 from fedvit.cli.options import STATE_OR_API, Options, report_errors, with_options
 from fedvit.cli.output import console, errors, plain, print_json, progress_bar, show, show_fields
-from fedvit.cli.running import required_system, trusted_certificate
+from fedvit.cli.state import open_existing_store, required_system, trusted_certificate
 from fedvit.errors import FedvitError, InterruptedRunError, UnauthorizedError, UsageError
 
 if TYPE_CHECKING:
@@ -175,7 +175,6 @@ def read_api_or_store(
     if options.named_url is not None:
         with api_session(options) as session:
             return plain(from_api(session.client))
-    from fedvit.cli.state import open_existing_store
 
     settings = options.settings()
     with open_existing_store(settings) as store:

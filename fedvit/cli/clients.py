@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
+from fedvit.api.choices import HeartbeatStatus, RemoteKind
 from fedvit.cli.api_session import ApiSession, api_command
 from fedvit.cli.options import LimitOption, OffsetOption
 from fedvit.cli.output import console, plain, show_rows
@@ -16,7 +18,7 @@ from fedvit.errors import UsageError
 app = typer.Typer(help="List, register, validate and reinstate clients.", no_args_is_help=True)
 channel = typer.Typer(help="The mailbox for vehicles that cannot reach the control API.", no_args_is_help=True)
 
-ClientArgument = Annotated[str, typer.Argument(help="The client's id, as `fedvit clients list` shows it.")]
+ClientArgument = Annotated[str, Argument(help="The client's id, as `fedvit clients list` shows it.")]
 COLUMNS = ("client_id", "kind", "num_examples", "validated", "active", "last_seen_at", "quarantined_at")
 
 
@@ -40,10 +42,10 @@ def show_client(session: ApiSession, client_id: ClientArgument) -> object:
 @api_command(app, "register", change=True)
 def register(
     session: ApiSession,
-    device_id: Annotated[str, typer.Argument(help="The vehicle's own id.")],
-    kind: Annotated[Literal["remote", "silo"], typer.Option("--kind", help="A vehicle, or a depot.")] = "remote",
-    num_examples: Annotated[int, typer.Option("--num-examples", min=0, help="Number of images it holds.")] = 0,
-    capabilities: Annotated[str, typer.Option("--capabilities", help="A JSON object: what it can do.")] = "{}",
+    device_id: Annotated[str, Argument(help="The vehicle's own id.")],
+    kind: Annotated[RemoteKind, Option("--kind", help="A vehicle, or a depot.")] = "remote",
+    num_examples: Annotated[int, Option("--num-examples", min=0, help="Number of images it holds.")] = 0,
+    capabilities: Annotated[str, Option("--capabilities", help="A JSON object: what it can do.")] = "{}",
 ) -> object:
     """Add a vehicle, or bring one back; registering twice is harmless."""
     clients, parsed = session.client.clients, _json_object(capabilities)
@@ -57,8 +59,8 @@ def register(
 def receipt(
     session: ApiSession,
     client_id: ClientArgument,
-    run_id: Annotated[str, typer.Argument(help="The run, as `fedvit training status` shows it.")],
-    round_index: Annotated[int, typer.Argument(min=1, help="The round of the client's task.")],
+    run_id: Annotated[str, Argument(help="The run, as `fedvit training status` shows it.")],
+    round_index: Annotated[int, Argument(min=1, help="The round of the client's task.")],
 ) -> object:
     """Result of a client's update to a round: accepted, refused and why, or not taken."""
     return session.client.clients.receipt(client_id, run_id, round_index)
@@ -75,8 +77,8 @@ def remove(session: ApiSession, client_id: ClientArgument) -> object:
 def validate(
     session: ApiSession,
     client_id: ClientArgument,
-    validated: Annotated[bool, typer.Option("--good/--bad", help="Whether its data may be used for training.")] = True,
-    reason: Annotated[str | None, typer.Option("--reason", help="Why; kept in the audit trail.")] = None,
+    validated: Annotated[bool, Option("--good/--bad", help="Whether its data may be used for training.")] = True,
+    reason: Annotated[str | None, Option("--reason", help="Why; kept in the audit trail.")] = None,
 ) -> object:
     """Record the result of a check of a client's data."""
     return _change(session, client_id, lambda: session.client.clients.validate(client_id, validated, reason=reason))
@@ -86,7 +88,7 @@ def validate(
 def reinstate(
     session: ApiSession,
     client_id: ClientArgument,
-    justification: Annotated[str, typer.Option("--justification", help="Why it may train again.")],
+    justification: Annotated[str, Option("--justification", help="Why it may train again.")],
 ) -> object:
     """Lift a client's quarantine."""
     return _change(session, client_id, lambda: session.client.clients.reinstate(client_id, justification))
@@ -96,8 +98,8 @@ def reinstate(
 def heartbeat(
     session: ApiSession,
     client_id: ClientArgument,
-    status: Annotated[Literal["ok", "degraded"], typer.Option("--status", help="State of the vehicle.")] = "ok",
-    model_version: Annotated[str | None, typer.Option("--model-version", help="The model that it runs.")] = None,
+    status: Annotated[HeartbeatStatus, Option("--status", help="State of the vehicle.")] = "ok",
+    model_version: Annotated[str | None, Option("--model-version", help="The model that it runs.")] = None,
 ) -> object:
     """Send a heartbeat in a vehicle's name; vehicles send their own."""
     clients = session.client.clients

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from fedvit.cli.options import Options, local_command
 from fedvit.cli.output import console, print_json
@@ -15,11 +16,9 @@ from fedvit.cli.supervisor import interruptible
 @local_command(options=("as_json",))
 def drill(
     options: Options,
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME...", help="Which drills; `all`, or `short`.")
-    ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the drills, and run none.")] = False,
-    docs: Annotated[Path | None, typer.Option(help="Also write drills.json and drills.md into this folder.")] = None,
+    names: Annotated[list[str] | None, Argument(metavar="NAME...", help="Which drills; `all`, or `short`.")] = None,
+    list_: Annotated[bool, Option("--list", help="List the drills, and run none.")] = False,
+    docs: Annotated[Path | None, Option(help="Also write drills.json and drills.md into this folder.")] = None,
 ) -> None:
     """Cause an incident on a real system, and resolve it as the runbook says; status 1 unless all drills pass.
 

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from fedvit.cli.options import SYSTEM, Options, local_command
 from fedvit.cli.output import console, print_json, print_step, show_fields, stdout_for_json
-from fedvit.cli.running import find_system
+from fedvit.cli.state import find_system
 from fedvit.errors import InterruptedRunError
 
 
@@ -18,7 +19,7 @@ from fedvit.errors import InterruptedRunError
 def finetune(
     options: Options,
     ranks: Annotated[
-        int | None, typer.Option("--ranks", min=1, help="Number of training processes (default: finetune.ranks).")
+        int | None, Option("--ranks", min=1, help="Number of training processes (default: finetune.ranks).")
     ] = None,
 ) -> None:
     """Train the configured model on all training images of the data set, privately, on several ranks (Ray Train).

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
+from fedvit.api.choices import ImmediateAction, IncidentStatus, Section
 from fedvit.cli.api_session import ApiSession, api_command
 from fedvit.cli.options import LimitOption, OffsetOption
 from fedvit.cli.output import console, plain, show_fields, show_rows
@@ -20,47 +21,19 @@ emergency = typer.Typer(
     help="Contain a privacy breach, and end it. Needs a token of scope emergency.", no_args_is_help=True
 )
 
-IncidentArgument = Annotated[str, typer.Argument(help="The incident, such as INC-2026-1124-001.")]
-BreachArgument = Annotated[str, typer.Argument(help="The incident's name, such as PB-20250131-0300.")]
+IncidentArgument = Annotated[str, Argument(help="The incident, such as INC-2026-1124-001.")]
+BreachArgument = Annotated[str, Argument(help="The incident's name, such as PB-20250131-0300.")]
 COLUMNS = ("incident_id", "severity", "status", "alertname", "opened_at", "resolved_at", "firing", "summary")
 _AUTOMATIC = {"allowed": "automatic", "not_allowed": "not automatic", "never": "never automatic"}
 
 
-class Status(StrEnum):
-    """Which incidents are listed."""
-
-    OPEN = "open"
-    RESOLVED = "resolved"
-
-
-class Section(StrEnum):
-    """Section of the report that a note belongs to; a remark belongs to the timeline."""
-
-    REMARK = "remark"
-    ROOT_CAUSE = "root_cause"
-    BUSINESS_IMPACT = "business_impact"
-    RESOLUTION = "resolution"
-    PREVENTION = "prevention"
-    ACTION_ITEM = "action_item"
-
-
-class Action(StrEnum):
-    """An immediate action against a breach."""
-
-    STOP_TRAINING = "stop_training"
-    ISOLATE_DATA = "isolate_data"
-    ROLLBACK_MODEL = "rollback_model"
-    FREEZE_LEDGER = "freeze_ledger"
-    REVOKE_CREDENTIALS = "revoke_credentials"
-
-
-DEFAULT_ACTIONS = (Action.STOP_TRAINING, Action.ISOLATE_DATA)
+DEFAULT_ACTIONS = (ImmediateAction.STOP_TRAINING, ImmediateAction.ISOLATE_DATA)
 
 
 @api_command(app, "list", columns=COLUMNS)
 def list_incidents(
     session: ApiSession,
-    status: Annotated[Status | None, typer.Option("--status", help="Only open, or only resolved ones.")] = None,
+    status: Annotated[IncidentStatus | None, Option("--status", help="Only open, or only resolved ones.")] = None,
     limit: LimitOption = 50,
     offset: OffsetOption = 0,
 ) -> object:
@@ -92,8 +65,8 @@ def show_incident(session: ApiSession, incident_id: IncidentArgument) -> object:
 def note(
     session: ApiSession,
     incident_id: IncidentArgument,
-    text: Annotated[str, typer.Argument(help="The text of the note.")],
-    section: Annotated[Section, typer.Option("--section", help="Section of the report.")] = Section.REMARK,
+    text: Annotated[str, Argument(help="The text of the note.")],
+    section: Annotated[Section, Option("--section", help="Section of the report.")] = Section.REMARK,
 ) -> object:
     """Add a note; notes are never changed."""
     incidents = session.client.incidents
@@ -127,13 +100,13 @@ def emergency_status(session: ApiSession) -> object:
 def privacy_breach(
     session: ApiSession,
     incident_id: BreachArgument,
-    clients: Annotated[list[str] | None, typer.Option("--client", help="An affected client (repeatable).")] = None,
-    breach_type: Annotated[str, typer.Option("--breach-type", help="What happened, in a word.")] = "data_exposure",
+    clients: Annotated[list[str] | None, Option("--client", help="An affected client (repeatable).")] = None,
+    breach_type: Annotated[str, Option("--breach-type", help="What happened, in a word.")] = "data_exposure",
     actions: Annotated[
-        list[Action] | None,
-        typer.Option("--action", help="An immediate action (repeatable; default: stop_training and isolate_data)."),
+        list[ImmediateAction] | None,
+        Option("--action", help="An immediate action (repeatable; default: stop_training and isolate_data)."),
     ] = None,
-    description: Annotated[str | None, typer.Option("--description", help="What happened, in words.")] = None,
+    description: Annotated[str | None, Option("--description", help="What happened, in words.")] = None,
 ) -> object:
     """Contain a privacy breach, and collect the evidence; harmless when repeated.
 
@@ -162,7 +135,7 @@ def privacy_breach(
 def stand_down(
     session: ApiSession,
     incident_id: BreachArgument,
-    justification: Annotated[str, typer.Option("--justification", help="Why it is over.")],
+    justification: Annotated[str, Option("--justification", help="Why it is over.")],
 ) -> object:
     """End an incident: the ledger thaws; clients stay in quarantine until each is reinstated."""
     client = session.client

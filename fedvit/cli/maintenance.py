@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from fedvit.cli.api_session import control_client
 from fedvit.cli.options import Options, local_command
 from fedvit.cli.output import console, print_json, show_text
-from fedvit.cli.running import named_edges, required_system, trusted_certificate
+from fedvit.cli.state import local_actor, named_edges, required_system, trusted_certificate
 from fedvit.cli.system import system_facts
 from fedvit.errors import FedvitError, NotFoundError
 
@@ -69,9 +70,7 @@ def _check(url: str, certificate: Path | None) -> str:
 
 
 @local_command()
-def backup(
-    options: Options, folder: Annotated[Path, typer.Argument(help="Where to write the archive.")] = Path(".")
-) -> None:
+def backup(options: Options, folder: Annotated[Path, Argument(help="Where to write the archive.")] = Path(".")) -> None:
     """Write one consistent, checksummed archive of the state; the system may go on training meanwhile."""
     from fedvit.store.backup import write_backup
 
@@ -82,13 +81,12 @@ def backup(
 @local_command()
 def restore(
     options: Options,
-    archive: Annotated[Path, typer.Argument(help="An archive of `fedvit backup`.")],
+    archive: Annotated[Path, Argument(help="An archive of `fedvit backup`.")],
     nothing_since: Annotated[
-        bool, typer.Option("--nothing-since", help="Confirm that nothing was released after the backup.")
+        bool, Option("--nothing-since", help="Confirm that nothing was released after the backup.")
     ] = False,
 ) -> None:
     """Go back to a backup, once it is verified; what was spent since stays spent. The present state is kept aside."""
-    from fedvit.cli.state import local_actor
     from fedvit.store.restore import restore_backup
 
     folder = options.settings().home
@@ -150,7 +148,7 @@ def _tail(path: Path, lines: int = 20) -> list[str]:
 
 @local_command(options=("home", "config"))
 def logs(
-    options: Options, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines arrive.")] = False
+    options: Options, follow: Annotated[bool, Option("--follow", "-f", help="Go on as lines arrive.")] = False
 ) -> None:
     """Show the logs of the supervisor, the edges, and Ray's actors and replicas."""
     files = _log_files(options.settings())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
+from fedvit.api.choices import OptimizeStrategy, RetrainStrategy
 from fedvit.cli.api_session import ApiSession, api_command, read_api_or_store
 from fedvit.cli.options import STATE_OR_API, LimitOption, NoWaitOption, OffsetOption, Options, local_command
 from fedvit.cli.output import print_json, show_rows, show_text
+from fedvit.cli.state import open_existing_store
 from fedvit.errors import NotFoundError
 from fedvit.types import Variant
 
@@ -50,11 +53,10 @@ def list_versions(options: Options, limit: LimitOption = 50, offset: OffsetOptio
 @local_command(app, "export")
 def export_release(
     options: Options,
-    folder: Annotated[Path, typer.Argument(help="Folder to write; made if absent.")],
-    variant: Annotated[Variant, typer.Option(help="Which variant.")] = Variant.STANDARD,
+    folder: Annotated[Path, Argument(help="Folder to write; made if absent.")],
+    variant: Annotated[Variant, Option(help="Which variant.")] = Variant.STANDARD,
 ) -> None:
     """Write the current release as a folder that ``fedvit-edge serve --source FOLDER`` reads, and its trusted key."""
-    from fedvit.cli.state import open_existing_store
     from fedvit.registry.client import write_release_folder
     from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
@@ -86,9 +88,9 @@ def current(session: ApiSession) -> object:
 @api_command(app, "rollback", confirm=True)
 def rollback(
     session: ApiSession,
-    version: Annotated[str, typer.Argument(help="The version to roll back to, such as v1.2.3.")],
-    force: Annotated[bool, typer.Option("--force", help="Take one that the release gate would refuse.")] = False,
-    reason: Annotated[str | None, typer.Option("--reason", help="Why; kept in the lineage.")] = None,
+    version: Annotated[str, Argument(help="The version to roll back to, such as v1.2.3.")],
+    force: Annotated[bool, Option("--force", help="Take one that the release gate would refuse.")] = False,
+    reason: Annotated[str | None, Option("--reason", help="Why; kept in the lineage.")] = None,
 ) -> object:
     """Make an older version's content current again, as a new and higher version."""
     model = session.client.model
@@ -101,7 +103,7 @@ def rollback(
 
 @api_command(app, "switch", confirm=True)
 def switch(
-    session: ApiSession, variant: Annotated[Variant, typer.Argument(help="The variant for the whole fleet.")]
+    session: ApiSession, variant: Annotated[Variant, Argument(help="The variant for the whole fleet.")]
 ) -> object:
     """Move replicas and vehicles to another variant of the current version; harmless when repeated."""
     model = session.client.model
@@ -113,12 +115,8 @@ def switch(
 @api_command(app, "optimize", change=True)
 def optimize(
     session: ApiSession,
-    strategy: Annotated[
-        Literal["quantization", "lighter_variant"], typer.Option("--strategy", help="How the model may be changed.")
-    ],
-    target_latency: Annotated[
-        float, typer.Option("--target-latency", min=0, help="Milliseconds that 95 of 100 images may take.")
-    ],
+    strategy: Annotated[OptimizeStrategy, Option("--strategy", help="How the model may be changed.")],
+    target_latency: Annotated[float, Option("--target-latency", min=0, help="Largest latency (p95) in milliseconds.")],
     no_wait: NoWaitOption = False,
 ) -> None:
     """Measure faster variants and move the fleet to the most accurate one that meets the target."""
@@ -131,10 +129,7 @@ def optimize(
 @api_command(app, "retrain", confirm=True)
 def retrain(
     session: ApiSession,
-    strategy: Annotated[
-        Literal["full_retrain", "fine_tune"],
-        typer.Argument(help="From the base weights, or from the current release's."),
-    ],
+    strategy: Annotated[RetrainStrategy, Argument(help="From the base weights, or from the current release's.")],
     no_wait: NoWaitOption = False,
 ) -> None:
     """End the present run after its round and begin another; `fedvit training status` shows its progress."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from fedvit.cli.api_session import ApiSession, api_command
 from fedvit.cli.options import Options, local_command, report_errors
@@ -23,8 +24,8 @@ def catalogue() -> None:
 
 @app.command()
 def rules(
-    factor: Annotated[float, typer.Option(help="Speed of the alert rules against service: for drills.")] = 1.0,
-    table: Annotated[bool, typer.Option(help="Print docs/reference/alerts.md instead.")] = False,
+    factor: Annotated[float, Option(help="Speed of the alert rules against service: for drills.")] = 1.0,
+    table: Annotated[bool, Option(help="Print docs/reference/alerts.md instead.")] = False,
 ) -> None:
     """Print the alert rules of the checkout, for Prometheus."""
     import yaml
@@ -37,7 +38,7 @@ def rules(
 
 
 @app.command()
-def dashboards(folder: Annotated[Path, typer.Argument(help="Folder that Grafana reads.")]) -> None:
+def dashboards(folder: Annotated[Path, Argument(help="Folder that Grafana reads.")]) -> None:
     """Write the Grafana dashboards: training, privacy, fleet, edge, serving."""
     from fedvit.metrics.dashboards import write_dashboards
 
@@ -50,10 +51,10 @@ def dashboards(folder: Annotated[Path, typer.Argument(help="Folder that Grafana 
 def run(
     options: Options,
     factor: Annotated[
-        float, typer.Option(help="Speed of the alert rules against service: for drills.", envvar="MONITORING_FACTOR")
+        float, Option(help="Speed of the alert rules against service: for drills.", envvar="MONITORING_FACTOR")
     ] = 1.0,
-    prometheus_port: Annotated[int, typer.Option(help="Port of Prometheus, on loopback.")] = 9090,
-    alertmanager_port: Annotated[int, typer.Option(help="Port of Alertmanager, on loopback.")] = 9093,
+    prometheus_port: Annotated[int, Option(help="Port of Prometheus, on loopback.")] = 9090,
+    alertmanager_port: Annotated[int, Option(help="Port of Alertmanager, on loopback.")] = 9093,
 ) -> None:
     """Run Prometheus and Alertmanager with the alerts of the checkout, until Ctrl-C."""
     from fedvit.cli.supervisor import sigterm_unwinds

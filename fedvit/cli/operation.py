@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from fedvit.cli.api_session import ApiSession, api_command
 from fedvit.cli.options import LimitOption, OffsetOption
@@ -12,14 +13,14 @@ from fedvit.types import OperationStatus
 
 app = typer.Typer(help="List, follow and cancel long operations.", no_args_is_help=True)
 
-OperationArgument = Annotated[str, typer.Argument(help="The operation's id, as `fedvit operation list` shows it.")]
+OperationArgument = Annotated[str, Argument(help="The operation's id, as `fedvit operation list` shows it.")]
 
 
 @api_command(app, "list", columns=("operation_id", "kind", "status", "progress", "stage", "created_at", "ended_at"))
 def list_operations(
     session: ApiSession,
     statuses: Annotated[
-        list[OperationStatus] | None, typer.Option("--status", help="Only those with this status (repeatable).")
+        list[OperationStatus] | None, Option("--status", help="Only those with this status (repeatable).")
     ] = None,
     limit: LimitOption = 50,
     offset: OffsetOption = 0,
@@ -46,7 +47,7 @@ def wait(
     session: ApiSession,
     operation_id: OperationArgument,
     timeout_s: Annotated[
-        float | None, typer.Option("--timeout", min=0, help="Longest wait, in seconds; the operation goes on.")
+        float | None, Option("--timeout", min=0, help="Longest wait, in seconds; the operation goes on.")
     ] = None,
 ) -> None:
     """Wait until it has ended; status 1 unless it succeeded."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec, get_ty
 
 import typer
 from rich.markup import escape
+from typer import Option
 
 from fedvit.cli.output import errors, print_json
 from fedvit.errors import ConfigError, FedvitError
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-NoWaitOption = Annotated[bool, typer.Option("--no-wait", help="Return at once instead of waiting for the end.")]
-LimitOption = Annotated[int, typer.Option("--limit", min=1, max=1000, help="Largest number of rows.")]
-OffsetOption = Annotated[int, typer.Option("--offset", min=0, help="Number of rows to skip first.")]
+NoWaitOption = Annotated[bool, Option("--no-wait", help="Return at once instead of waiting for the end.")]
+LimitOption = Annotated[int, Option("--limit", min=1, max=1000, help="Largest number of rows.")]
+OffsetOption = Annotated[int, Option("--offset", min=0, help="Number of rows to skip first.")]
 IfMatchOption = Annotated[
-    int | None, typer.Option("--if-match", min=0, help="Change only if the current revision is this one.")
+    int | None, Option("--if-match", min=0, help="Change only if the current revision is this one.")
 ]
 
 
@@ -43,23 +44,23 @@ class Options:
     A command offers the options that it names in :func:`local_command`; the others keep their defaults.
     """
 
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the present state and the request; change nothing.")
-    ] = False
-    home: Annotated[Path | None, typer.Option("--home", help="State folder (default: FEDVIT_HOME, or ./var).")] = None
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask for confirmation.")] = False
+    dry_run: Annotated[bool, Option("--dry-run", help="Show the present state and the request; change nothing.")] = (
+        False
+    )
+    home: Annotated[Path | None, Option("--home", help="State folder (default: FEDVIT_HOME, or ./var).")] = None
     url: Annotated[
         str | None,
-        typer.Option("--url", help="Address of a control API (default: FEDVIT_URL, or the system on --home)."),
+        Option("--url", help="Address of a control API (default: FEDVIT_URL, or the system on --home)."),
     ] = None
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file of settings.", envvar="FEDVIT_CONFIG")
-    ] = None
-    data: Annotated[Path | None, typer.Option("--data", help="The data set: a folder, a zip or a wheel.")] = None
+    config: Annotated[Path | None, Option("--config", "-c", help="YAML file of settings.", envvar="FEDVIT_CONFIG")] = (
+        None
+    )
+    data: Annotated[Path | None, Option("--data", help="The data set: a folder, a zip or a wheel.")] = None
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one setting: --set training.rounds=5 (repeatable).")
+        list[str] | None, Option("--set", help="Override one setting: --set training.rounds=5 (repeatable).")
     ] = None
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False
+    as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False
 
     @property
     def named_url(self) -> str | None:

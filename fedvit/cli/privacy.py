@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from fedvit.cli.api_session import ApiSession, api_command, read_api_or_store
 from fedvit.cli.options import STATE_OR_API, Options, local_command
 from fedvit.cli.output import print_json, show, show_table, show_text
+from fedvit.cli.state import audit_local, open_existing_store
 
 if TYPE_CHECKING:
     from fedvit.config import Settings
@@ -46,8 +48,8 @@ def periods(session: ApiSession) -> object:
 @api_command(app, "history")
 def history(
     session: ApiSession,
-    hours: Annotated[float, typer.Option("--hours", min=0, help="How far back, in hours.")] = 24,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Largest number of lines.")] = 1000,
+    hours: Annotated[float, Option("--hours", min=0, help="How far back, in hours.")] = 24,
+    limit: Annotated[int, Option("--limit", min=1, max=10_000, help="Largest number of lines.")] = 1000,
 ) -> object:
     """The ledger's lines of the last hours, oldest first."""
     return session.client.privacy.history(hours, limit)
@@ -56,8 +58,8 @@ def history(
 @api_command(app, "reset-budget", confirm=True)
 def reset_budget(
     session: ApiSession,
-    new_epsilon: Annotated[float, typer.Argument(min=0, help="The epsilon of the new period.")],
-    justification: Annotated[str, typer.Option("--justification", help="Why, in words; kept forever.")],
+    new_epsilon: Annotated[float, Argument(min=0, help="The epsilon of the new period.")],
+    justification: Annotated[str, Option("--justification", help="Why, in words; kept forever.")],
 ) -> object:
     """Begin a new period of the budget; clients lose more privacy by it. Needs a token of scope admin."""
     privacy = session.client.privacy
@@ -71,7 +73,7 @@ def reset_budget(
 @api_command(app, "approve", confirm=True)
 def approve(
     session: ApiSession,
-    request_id: Annotated[str, typer.Argument(help="The request that `fedvit privacy reset-budget` printed.")],
+    request_id: Annotated[str, Argument(help="The request that `fedvit privacy reset-budget` printed.")],
 ) -> object:
     """Put another administrator's reset of the budget in force. Needs a token of scope admin."""
     privacy = session.client.privacy
@@ -85,14 +87,13 @@ def approve(
 @local_command(app, "unfreeze")
 def unfreeze(
     options: Options,
-    justification: Annotated[str, typer.Option("--justification", help="Who decided it, and how it is known.")],
+    justification: Annotated[str, Option("--justification", help="Who decided it, and how it is known.")],
 ) -> None:
     """Lift the freeze of a restored ledger: you confirm that nothing was charged since the backup.
 
     It does not lift an incident's freeze.
     """
     from fedvit.api.justification import checked_justification
-    from fedvit.cli.state import audit_local, open_existing_store
     from fedvit.errors import ConflictError, UsageError
 
     try:
@@ -114,9 +115,9 @@ def unfreeze(
 @local_command(app, "selection-cost", options=("config", "assignments", "as_json"))
 def selection_cost(
     options: Options,
-    trials: Annotated[float, typer.Option("--trials", min=1, help="Average number of trials of a sweep.")],
+    trials: Annotated[float, Option("--trials", min=1, help="Average number of trials of a sweep.")],
     shape: Annotated[
-        float, typer.Option("--shape", min=0, help="Of the number of trials: 0 is logarithmic, 1 geometric.")
+        float, Option("--shape", min=0, help="Of the number of trials: 0 logarithmic, 1 geometric.")
     ] = 1.0,
 ) -> None:
     """Privacy cost of a sweep over private data that publishes its best trial only, beside the cost of one trial.
@@ -134,11 +135,11 @@ def selection_cost(
 @local_command(app, "audit", options=("config", "assignments", "as_json"))
 def audit(
     options: Options,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer models and modes: seconds instead of minutes.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Fewer models and modes: seconds instead of minutes.")] = False,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="One check by its name (repeatable); see the first column.")
+        list[str] | None, Option("--only", help="One check by its name (repeatable); see the first column.")
     ] = None,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first check that fails.")] = False,
+    fail_fast: Annotated[bool, Option("--fail-fast", help="End at the first check that fails.")] = False,
 ) -> None:
     """Audit the privacy of the configured model and mechanism; status 1 when a check fails.
 

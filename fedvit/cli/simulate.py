@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.markup import escape
+from typer import Option
 
 from fedvit.cli.options import Options, local_command, settings_from
 from fedvit.cli.output import console, errors, print_json, show_table
@@ -24,18 +24,14 @@ if TYPE_CHECKING:
 def simulate(
     options: Options,
     configs: Annotated[
-        list[Path] | None, typer.Option("--config", "-c", help="YAML file of settings; one curve each (repeatable).")
+        list[Path] | None, Option("--config", "-c", help="YAML file of settings; one curve each (repeatable).")
     ] = None,
     vary: Annotated[
         list[str] | None,
-        typer.Option(
-            "--vary", help="One curve for each value: --vary training.aggregation=fedavg,median (repeatable)."
-        ),
+        Option("--vary", help="One curve for each value: --vary training.aggregation=fedavg,median (repeatable)."),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs a curve, with consecutive seeds.")] = 1,
-    to: Annotated[
-        Path | None, typer.Option("--to", help="Folder of the report (default: simulation in the home).")
-    ] = None,
+    seeds: Annotated[int, Option("--seeds", min=1, help="Runs a curve, with consecutive seeds.")] = 1,
+    to: Annotated[Path | None, Option("--to", help="Folder of the report (default: simulation in the home).")] = None,
 ) -> None:
     """Train a simulated fleet in virtual time: delays, drop-outs and faults are drawn, data and learning are real.
 

@@ -1,16 +1,96 @@
-"""A state folder on the command line: opened only where it exists, changed only with a line in the audit trail."""
+"""A state folder on the command line: the system that runs on it, its store, and its audit trail."""
 
 from __future__ import annotations
 
+import fcntl
 import getpass
+import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fedvit.config import Settings
-from fedvit.errors import StateError
-from fedvit.store.records import AuditFacts
-from fedvit.store.store import Store
+from fedvit.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from fedvit.config import Settings
+    from fedvit.ports import SystemPort, SystemUrls
+    from fedvit.store.store import Store
+
+
+def find_system(settings: Settings) -> SystemPort:
+    """The installed implementation of a whole system.
+
+    Raises:
+        ConfigError: only the library or the edge runtime is installed.
+    """
+    found = list(entry_points(group="fedvit.system"))
+    try:
+        return found[0].load()(settings)  # type: ignore[no-any-return]
+    except (IndexError, ModuleNotFoundError) as error:
+        raise ConfigError(
+            f"This installation cannot run a whole system ({error}).", cure="Install fedvit[server,edge]."
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSystem:
+    """The process and the addresses of a system that runs, as it wrote them into its state folder."""
+
+    pid: int
+    urls: SystemUrls
+
+
+def running_system(home: Path) -> RunningSystem | None:
+    """The system that runs on this state folder, or None."""
+    from fedvit.ports import SystemUrls
+
+    if not _is_locked(home / "system.lock"):
+        return None
+    try:
+        facts = json.loads((home / "run" / "system.json").read_text())
+        pid = int(facts.pop("pid"))
+    except (OSError, ValueError, KeyError):
+        return None
+    return RunningSystem(pid, SystemUrls(**{**facts, "edges": tuple(facts["edges"])}))
+
+
+def required_system(home: Path, cure: str = "Start it with `fedvit up`.") -> RunningSystem:
+    """The system that runs on this state folder.
+
+    Raises:
+        StateError: none runs.
+    """
+    running = running_system(home)
+    if running is None:
+        raise StateError(f"Nothing runs on {home}.", cure=cure)
+    return running
+
+
+def named_edges(urls: SystemUrls) -> dict[str, str]:
+    """The addresses of the edges, as edge-1, edge-2, ..."""
+    return {f"edge-{number}": url for number, url in enumerate(urls.edges, start=1)}
+
+
+def trusted_certificate(settings: Settings) -> Path | None:
+    """The certificate (PEM) of the system on this state folder: the one it announced, or that of the settings."""
+    running = running_system(settings.home)
+    announced = running.urls.ca_file if running else None
+    return settings.access.tls_cert if announced is None else Path(announced)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock; unlike a process id, it cannot outlive its holder."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def open_existing_store(settings: Settings) -> Store:
@@ -23,6 +103,8 @@ def open_existing_store(settings: Settings) -> Store:
         raise StateError(
             f"There is no fedvit state at {settings.home}.", cure="Run `fedvit run`, or name the folder with --home."
         )
+    from fedvit.store.store import Store
+
     return Store.open(settings.home)
 
 
@@ -36,16 +118,7 @@ def local_actor() -> str:
 
 def audit_local(store: Store, action: str, params: Mapping[str, Any]) -> None:
     """Write one change that was made on the command line to the audit trail; ``action`` begins with ``CLI``."""
-    store.audit.append(
-        AuditFacts(
-            actor=local_actor(),
-            scopes=(),
-            source="local",
-            request_id="cli",
-            action=action,
-            params=params,
-            before=None,
-            after=None,
-            status=200,
-        )
-    )
+    from fedvit.store.records import AuditFacts
+
+    origin: dict[str, Any] = {"actor": local_actor(), "scopes": (), "source": "local", "request_id": "cli"}
+    store.audit.append(AuditFacts(**origin, action=action, params=params, before=None, after=None, status=200))

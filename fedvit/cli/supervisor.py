@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedvit.cli.api_session import check_token
 from fedvit.cli.output import print_step, stdout_for_json
-from fedvit.cli.running import find_system, running_system
+from fedvit.cli.state import find_system, running_system
 from fedvit.errors import FedvitError, InterruptedRunError, UsageError
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.markup import escape
+from typer import Option
 
 from fedvit.cli.options import Options, local_command
 from fedvit.cli.output import console, errors, print_json, print_step, show_table, stdout_for_json
-from fedvit.cli.running import find_system
+from fedvit.cli.state import find_system
 from fedvit.cli.supervisor import interruptible
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 @local_command(options=("config", "data", "assignments", "as_json"))
 def sweep(
     options: Options,
-    to: Annotated[Path | None, typer.Option("--to", help="Folder of the sweep (default: sweep in the home).")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the planned trials, and run none.")] = False,
+    to: Annotated[Path | None, Option("--to", help="Folder of the sweep (default: sweep in the home).")] = None,
+    plan: Annotated[bool, Option("--plan", help="Print the planned trials, and run none.")] = False,
 ) -> None:
     """Try out configurations in virtual time, on real data, and choose one; see the section `sweep` of the settings.
 

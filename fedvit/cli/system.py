@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import typer
+from typer import Option
 
+from fedvit.api.choices import ShutdownMode
 from fedvit.cli.api_session import POLL_S, ApiSession, api_session, control_client, environment_token
 from fedvit.cli.options import SYSTEM, NoWaitOption, Options, local_command
 from fedvit.cli.output import console, plain, print_json, print_step, show, show_text
-from fedvit.cli.running import named_edges, running_system
+from fedvit.cli.state import named_edges, running_system
 from fedvit.cli.supervisor import (
     interruptible,
     spawn_supervisor,
@@ -57,7 +58,7 @@ def run(options: Options) -> None:
 @local_command(options=SYSTEM)
 def up(
     options: Options,
-    foreground: Annotated[bool, typer.Option("--foreground", help="Stay attached; end with Ctrl-C.")] = False,
+    foreground: Annotated[bool, Option("--foreground", help="Stay attached; end with Ctrl-C.")] = False,
 ) -> None:
     """Start the system, begin or continue training, and leave it running."""
     settings = options.settings()
@@ -85,10 +86,10 @@ def up(
 def down(
     options: Options,
     mode: Annotated[
-        Literal["graceful", "force"] | None,
-        typer.Option("--mode", help="Shut down through the control API: after the present round, or at once."),
+        ShutdownMode | None,
+        Option("--mode", help="Shut down through the control API: after the present round, or at once."),
     ] = None,
-    save_state: Annotated[bool, typer.Option("--save-state/--no-save-state", help="Save the state first.")] = True,
+    save_state: Annotated[bool, Option("--save-state/--no-save-state", help="Save the state first.")] = True,
     no_wait: NoWaitOption = False,
 ) -> None:
     """Stop the running system after the present round, with everything saved.
@@ -109,7 +110,7 @@ def down(
     )
 
 
-def _shut_down(session: ApiSession, mode: Literal["graceful", "force"], save_state: bool, no_wait: bool) -> None:
+def _shut_down(session: ApiSession, mode: ShutdownMode, save_state: bool, no_wait: bool) -> None:
     client = session.client
     operation = session.change(
         lambda: client.system.shutdown(mode, save_state=save_state),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
+from fedvit.api.choices import AggregationMode, ClientSelection
 from fedvit.cli.api_session import POLL_S, ApiSession, api_command, control_client
 from fedvit.cli.options import SYSTEM, IfMatchOption, NoWaitOption, Options, local_command
 from fedvit.cli.output import console, progress_bar, show_text
@@ -66,8 +68,8 @@ def stop(session: ApiSession, no_wait: NoWaitOption = False) -> object:
 def restart(
     session: ApiSession,
     client_selection: Annotated[
-        Literal["validated_only", "any"] | None,
-        typer.Option("--client-selection", help="Which clients may be drawn in the new run (default: unchanged)."),
+        ClientSelection | None,
+        Option("--client-selection", help="Which clients may be drawn in the new run (default: unchanged)."),
     ] = None,
     no_wait: NoWaitOption = False,
 ) -> None:
@@ -84,11 +86,9 @@ def restart(
 @api_command(app, "config", change=True)
 def configure(
     session: ApiSession,
-    min_clients: Annotated[
-        int | None, typer.Option("--min-clients", min=1, help="Number of clients that a round needs.")
-    ] = None,
+    min_clients: Annotated[int | None, Option("--min-clients", min=1, help="Clients that a round needs.")] = None,
     wait_timeout: Annotated[
-        float | None, typer.Option("--wait-timeout", min=0, help="Seconds that a round waits for them.")
+        float | None, Option("--wait-timeout", min=0, help="Longest wait for them, in seconds.")
     ] = None,
     if_match: IfMatchOption = None,
 ) -> object:
@@ -106,15 +106,15 @@ def configure(
 def mode(
     session: ApiSession,
     new_mode: Annotated[
-        Literal["synchronous", "asynchronous"] | None,
-        typer.Argument(metavar="[MODE]", help="The mode to change to; without it, the present one is shown."),
+        AggregationMode | None,
+        Argument(metavar="[MODE]", help="The mode to change to; without it, the present one is shown."),
     ] = None,
     staleness_tolerance: Annotated[
         int | None,
-        typer.Option("--staleness-tolerance", min=0, max=1000, help="Largest age of an update, in model versions."),
+        Option("--staleness-tolerance", min=0, max=1000, help="Largest age of an update, in model versions."),
     ] = None,
     buffer_size: Annotated[
-        int | None, typer.Option("--buffer-size", min=1, help="Number of updates that are folded at a time.")
+        int | None, Option("--buffer-size", min=1, help="Number of updates that are folded at a time.")
     ] = None,
     if_match: IfMatchOption = None,
 ) -> object:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedvit.api.choices import HeartbeatStatus, RemoteKind
 from fedvit.api.clients import (
     BackupView,
     ClientsStatus,
     ClientView,
     ConnectivityView,
-    HeartbeatStatus,
     HeartbeatView,
     HistogramReceipt,
     ReceiptView,
-    RemoteKind,
     RemoteTaskView,
 )
 from fedvit.api.data_health import DriftView, QualityView

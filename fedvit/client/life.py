@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fedvit.api.model import ModelInfo, ModelView, OptimizeStrategy, ReleaseView, RetrainStrategy
+from fedvit.api.choices import AggregationMode, ClientSelection, OptimizeStrategy, RetrainStrategy
+from fedvit.api.model import ModelInfo, ModelView, ReleaseView
 from fedvit.api.operations import OperationView
-from fedvit.api.training import (
-    AggregationMode,
-    AggregationModeView,
-    ClientSelection,
-    ProgressView,
-    TrainingConfigView,
-)
+from fedvit.api.training import AggregationModeView, ProgressView, TrainingConfigView
 from fedvit.client.caller import given, segment
 from fedvit.client.group import PAGE, Group, pages
 from fedvit.types import Variant

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from fedvit.api.emergency import ShutdownMode
+from fedvit.api.choices import ShutdownMode
 from fedvit.api.operations import OperationView
 from fedvit.api.system import AuditView, HealthView
 from fedvit.client.group import PAGE, Group

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from fedvit.api.emergency import ImmediateAction
+from fedvit.api.choices import ImmediateAction
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, FedvitError, PlacementError
 from fedvit.incidents.forensics import bundle_path, write_bundle

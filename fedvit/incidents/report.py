@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from fedvit.api.incidents import Section
+from fedvit.api.choices import Section
 from fedvit.config import Settings
 from fedvit.errors import FedvitError
 from fedvit.incidents.log import Entry, span, timeline

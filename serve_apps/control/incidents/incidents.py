@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Response
 from starlette.concurrency import run_in_threadpool
 
 from fedvit.access.identity import Scope
+from fedvit.api.choices import IncidentStatus
 from fedvit.api.incidents import (
     AlertmanagerMessage,
     IncidentDetail,
@@ -72,7 +73,7 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
 
     @api.get("/api/incidents", tags=["incidents"], dependencies=VIEWER)
     def incidents(
-        status: Literal["open", "resolved"] | None = None,
+        status: IncidentStatus | None = None,
         limit: Limit = 50,
         offset: Offset = 0,
     ) -> list[IncidentSummary]:

@@ -9,15 +9,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from fedvit.api.emergency import (
-    BreachRequest,
-    BreachView,
-    EmergencyView,
-    ImmediateAction,
-    IncidentView,
-    StandDownRequest,
-    StandDownView,
-)
+from fedvit.api.choices import ImmediateAction
+from fedvit.api.emergency import BreachRequest, BreachView, EmergencyView, IncidentView, StandDownRequest, StandDownView
 from fedvit.errors import FedvitError
 from fedvit.incidents.breach import Breach, BreachReport, BreachResponse
 from fedvit.incidents.log import log_breach, log_stand_down
