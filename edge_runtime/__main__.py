@@ -1,4 +1,4 @@
-"""``fedvit-edge``: the vehicle's process. Also ``python -m edge_runtime``."""
+"""Command line of a vehicle: ``fedvit-edge``, also ``python -m edge_runtime``."""
 
 from __future__ import annotations
 
@@ -90,15 +90,15 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # One request a poll would fill the log of a vehicle that runs for months.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    with _explained():
+    with _reporting_errors():
         rules = access_rules(host, token_file)
         with _listen(host, port) as listener:
             feed = open_feed(source, token_file=source_token_file, ca_file=source_ca)
             client = ReleaseClient(feed, cache, _trusted(trusted_key), variant)
             options = ServingOptions(device_id=device_id, source=source, poll_interval_s=poll_interval, threads=threads)
             process = ServingProcess(client, options)
-            second_way = _sender(mailbox, mailbox_key_file, source, device_id)
-            with _beating(process, second_way, source_token_file, source_ca):
+            mailbox_sender = _sender(mailbox, mailbox_key_file, source, device_id)
+            with _heartbeats(process, mailbox_sender, source_token_file, source_ca):
                 _serve(process.app(*rules), listener, host)
 
 
@@ -113,7 +113,7 @@ def infer(
     source_ca: SourceCaOption = None,
 ) -> None:
     """Classify image files; one line of JSON each."""
-    with _explained(), tempfile.TemporaryDirectory(prefix="fedvit-edge-") as cache:
+    with _reporting_errors(), tempfile.TemporaryDirectory(prefix="fedvit-edge-") as cache:
         feed = open_feed(source, token_file=source_token_file, ca_file=source_ca)
         client = ReleaseClient(feed, Path(cache), _trusted(trusted_key), variant)
         release = client.poll()
@@ -144,13 +144,13 @@ def train(
     mailbox: MailboxOption = None,
     mailbox_key_file: MailboxKeyOption = None,
 ) -> None:
-    """Take part in training: what leaves the vehicle is noised here. One line of JSON a round; SIGTERM ends it."""
+    """Take part in training with noised updates. Prints one line of JSON a round; SIGTERM ends it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    with _explained(), _trainer_installed():
-        # torch and the library's training: whoever only serves goes without.
-        from edge_runtime.training.vehicle import Policy, Vehicle
+    with _reporting_errors(), _trainer_installed():
+        # Here, because serving must not load torch.
+        from edge_runtime.training.vehicle import OwnerBudget, Vehicle
         from fedvit.client import FedvitClient
 
         token = read_token(source_token_file) if source_token_file else None
@@ -161,14 +161,14 @@ def train(
                 device_id,
                 data,
                 home.resolve(),
-                policy=Policy(target_epsilon, target_delta),
+                budget=OwnerBudget(target_epsilon, target_delta),
                 checkpoint=checkpoint,
                 mailbox=sender,
             )
             stop = threading.Event()
             signal.signal(signal.SIGTERM, lambda *_: stop.set())
             vehicle.register()
-            vehicle.run(stop, lambda step: typer.echo(json.dumps(dataclasses.asdict(step))), rounds)
+            vehicle.run(stop, lambda result: typer.echo(json.dumps(dataclasses.asdict(result))), rounds)
             vehicle.close()
 
 
@@ -186,15 +186,17 @@ def _sender(url: str | None, key_file: Path | None, source: str, device_id: str)
     if url is None or key_file is None:
         return None
     if "://" not in source:
-        raise UsageError(f"The source {source!r} hears no heartbeats.", cure="Give --source the control server's URL.")
+        raise UsageError(
+            f"The source {source!r} accepts no heartbeats.", cure="Give --source the control server's URL."
+        )
     return MailboxSender(open_folder(url), device_id, read_mailbox_key(key_file))
 
 
 @contextmanager
-def _beating(
+def _heartbeats(
     process: ServingProcess, sender: MailboxSender | None, token_file: Path | None, ca_file: Path | None
 ) -> Iterator[None]:
-    """Show that the vehicle is there while it serves; its client id is its device id."""
+    """Send heartbeats while the block runs; the client id is the device id."""
     if sender is None:
         yield
         return
@@ -222,7 +224,7 @@ def _trusted(keys: Sequence[str]) -> list[Ed25519PublicKey]:
 
 
 def _key_lines(key: str) -> list[str]:
-    """The lines of a file if there is one of that name, else the text itself. Base64 may begin with a slash, too."""
+    """The lines of the file with that name if there is one, else the text itself, which may begin with a slash, too."""
     try:
         if Path(key).is_file():
             return [line for line in Path(key).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -233,7 +235,7 @@ def _key_lines(key: str) -> list[str]:
 
 @contextmanager
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    """A listening socket; taken before anything is loaded, so that a taken port is said at once."""
+    """A listening socket, opened before anything is loaded, so that a port in use is reported at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -249,7 +251,7 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _serve(asgi: ASGIApp, listener: socket.socket, host: str) -> None:
-    """Run until a signal. uvicorn raises the signal again when all is closed: SIGTERM then is a normal end."""
+    """Run until a signal. The handler of SIGTERM makes it a normal end, although uvicorn raises the signal again."""
     config = uvicorn.Config(asgi, access_log=False, log_config=None, timeout_graceful_shutdown=GRACE_S, lifespan="on")
     shown = f"[{host}]" if ":" in host else host
     server = _AnnouncingServer(config, f"http://{shown}:{listener.getsockname()[1]}")
@@ -263,21 +265,21 @@ def _serve(asgi: ASGIApp, listener: socket.socket, host: str) -> None:
 
 
 class _AnnouncingServer(uvicorn.Server):
-    """Says on standard output when it takes requests: one line that a supervisor can wait for."""
+    """Prints one line on standard output when it accepts requests, for supervisors."""
 
     def __init__(self, config: uvicorn.Config, url: str) -> None:
         super().__init__(config)
         self._url = url
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then announce."""
+        """Start, then print the line."""
         await super().startup(sockets)
         if self.started:
             typer.echo(f"listening on {self._url}")
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _reporting_errors() -> Iterator[None]:
     try:
         yield
     except FedvitError as error:

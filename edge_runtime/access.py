@@ -1,4 +1,4 @@
-"""Who may ask: anybody on the loopback interface, elsewhere only bearers of the token (RFC 6750)."""
+"""Access to an inference process: a bearer token (RFC 6750) is required except on the loopback interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedvit.api.transport import is_loopback
 from fedvit.errors import UnauthorizedError, UsageError
 
 MIN_TOKEN_CHARACTERS = 16
-# A prober holds no token and learns nothing but the version.
+# Probes have no token, and get nothing but the version.
 _OPEN_PATHS = frozenset({"/health"})
 
 
@@ -30,7 +30,7 @@ class BearerToken:
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._is_good(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
-        error = UnauthorizedError("The request carries no good token.", cure="Send Authorization: Bearer TOKEN.")
+        error = UnauthorizedError("The request carries no valid token.", cure="Send Authorization: Bearer TOKEN.")
         response = problem_of(error)
         response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)

@@ -1,4 +1,4 @@
-"""One model version on ONNX Runtime: image bytes in, prediction out."""
+"""Inference of one model version with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ONE_PIXEL = b"P6 1 1 255\n\0\0\0"
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What one model version says about one image. ``probabilities`` by class name, in the model's order."""
+    """One model version's prediction for one image; ``probabilities`` by class name, in the model's order."""
 
     class_index: int
     label: str
@@ -39,11 +39,11 @@ class InferenceEngine:
 
     Args:
         model: the ONNX file, or its bytes: ``images`` uint8 [B, S, S, 3] to ``logits`` float32 [B, C].
-        manifest: the release that it belongs to; S and C must match it.
-        threads: how many threads work on one image.
+        manifest: the model's release, which S and C must match.
+        threads: the number of threads for one image.
 
     Raises:
-        IntegrityError: the model cannot be loaded, or is not what the manifest says.
+        IntegrityError: the model cannot be loaded, or does not match the manifest.
     """
 
     def __init__(self, model: Path | bytes, manifest: ReleaseManifest, threads: int = 1) -> None:
@@ -57,7 +57,7 @@ class InferenceEngine:
 
         Raises:
             DataError: the image cannot be decoded.
-            InferenceError: the model answered with something that is not finite.
+            InferenceError: the model's output is not finite.
         """
         started = time.perf_counter()
         image = decode_image(image_bytes, self.manifest.image_size)
@@ -92,7 +92,7 @@ class InferenceEngine:
         return np.asarray(logits[0], dtype=np.float64)
 
     def _warm_up(self) -> None:
-        """The first run allocates and loads decoders: not on a vehicle's first image. It also proves the model."""
+        """Run the model once, so that the first image is not slow and a broken model is refused."""
         try:
             self._run(decode_image(_ONE_PIXEL, self.manifest.image_size))
         except InferenceError as error:
@@ -105,7 +105,7 @@ def _open_session(model: Path | bytes, manifest: ReleaseManifest, threads: int) 
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
-    # Waiting threads sleep: a vehicle's core has other work than to spin.
+    # Idle threads sleep instead of spinning: a vehicle's cores have other work.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without VNNI, unsigned-by-signed int8 products saturate silently; unsigned-by-unsigned ones do not.
     options.add_session_config_entry("session.x64quantprecision", "1")

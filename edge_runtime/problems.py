@@ -33,6 +33,6 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, error.status_code, error.headers, MEDIA_TYPE)
 
 
-async def on_surprise(_: Request, error: Exception) -> JSONResponse:
+async def on_unexpected_error(_: Request, error: Exception) -> JSONResponse:
     """The handler of everything else. The log says what went wrong; the response does not."""
     return problem_of(FedvitError(f"The server failed ({type(error).__name__}); its log says more."))

@@ -1,4 +1,4 @@
-"""The HTTP face of a serving process. Vehicles and the server's inference replicas answer with the same routes."""
+"""HTTP routes of an inference process, on vehicles and in the server's replicas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from edge_runtime.engine import InferenceEngine, Prediction
-from edge_runtime.problems import on_fedvit_error, on_http_error, on_surprise
+from edge_runtime.problems import on_fedvit_error, on_http_error, on_unexpected_error
 from edge_runtime.service import ModelService
 from edge_runtime.stats import ProcessMeter, RequestStats
 from fedvit.errors import DataError, FedvitError, OverloadedError, PayloadTooLargeError, SlowBodyError
@@ -28,7 +28,7 @@ from fedvit.metrics.exposition import render
 from fedvit.registry.client import ReleaseClient
 from fedvit.wire.images import MAX_IMAGE_BYTES
 
-# Two, so that the decoding of one image overlaps with the model's run on another.
+# Two, so that one image is decoded while the model runs on another.
 WORKERS = 2
 MAX_IN_FLIGHT = 64
 BODY_TIMEOUT_S = 30.0
@@ -36,10 +36,10 @@ BODY_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class ServingOptions:
-    """How one process serves.
+    """Options of one inference process.
 
-    ``metrics_dir`` is the multiprocess folder on a server and None on a vehicle. ``count_answers`` counts the classes
-    that were answered: for a server, where images were sent to; what a vehicle sees is nobody's business.
+    ``metrics_dir`` is the multiprocess folder on a server and None on a vehicle. ``count_answers`` counts the predicted
+    classes. It is for servers only: what a vehicle sees stays private.
     """
 
     device_id: str
@@ -53,21 +53,25 @@ class ServingOptions:
 
 
 class ServingProcess:
-    """A model service with its routes, counters and bounded pool of inference threads."""
+    """A model service with its routes, counters and bounded pool of inference threads.
+
+    Attributes:
+        registry: the metrics of this process.
+    """
 
     def __init__(self, client: ReleaseClient, options: ServingOptions) -> None:
         self.options = options
-        self._registry = CollectorRegistry()
-        self._stats = RequestStats(self._registry, count_answers=options.count_answers)
+        self.registry = CollectorRegistry()
+        self._stats = RequestStats(self.registry, count_answers=options.count_answers)
         self._meter = ProcessMeter()
         self._cache = client.folder
         self.service = ModelService(client, options.threads, on_swap=self._stats.serves)
-        # Of its own, so that health answers however many images wait.
+        # Separate from the default pool, so that health answers while images wait.
         self._pool = ThreadPoolExecutor(options.workers, thread_name_prefix="infer")
         self._in_flight = 0
 
     def heartbeat(self) -> dict[str, str | None]:
-        """What this process says of itself to the control server."""
+        """The body of a heartbeat to the control server."""
         engine = self.service.current
         healthy = engine is not None and self.service.report().last_error is None
         return {"status": "ok" if healthy else "degraded", "model_version": engine.manifest.version if engine else None}
@@ -82,7 +86,11 @@ class ServingProcess:
                 Route("/metrics", self._metrics),
             ],
             middleware=middleware,
-            exception_handlers={FedvitError: on_fedvit_error, HTTPException: on_http_error, Exception: on_surprise},
+            exception_handlers={
+                FedvitError: on_fedvit_error,
+                HTTPException: on_http_error,
+                Exception: on_unexpected_error,
+            },
             lifespan=self._lifespan,
         )
 
@@ -111,7 +119,7 @@ class ServingProcess:
         return JSONResponse(dataclasses.asdict(prediction))
 
     async def _predict(self, request: Request) -> tuple[int, Prediction]:
-        """The number of the release that answered, and its answer."""
+        """The sequence number of the release that answered, and its prediction."""
         engine = self.service.engine
         if self._in_flight >= self.options.max_in_flight:
             raise OverloadedError(
@@ -155,16 +163,16 @@ class ServingProcess:
         return JSONResponse(body, status_code=503 if engine is None else 200)
 
     async def _metrics(self, _: Request) -> Response:
-        body, content_type = await asyncio.to_thread(render, self.options.metrics_dir, self._registry)
+        body, content_type = await asyncio.to_thread(render, self.options.metrics_dir, self.registry)
         return Response(body, headers={"content-type": content_type})
 
 
 async def _read_body(request: Request) -> bytes:
-    """The raw body, given up at the first byte too many.
+    """The raw body; reading stops at the first byte over the limit.
 
     Raises:
         PayloadTooLargeError: it is larger than ``MAX_IMAGE_BYTES``.
-        SlowBodyError: it takes longer than ``BODY_TIMEOUT_S``; a caller may not hold a place for ever.
+        SlowBodyError: it does not arrive within ``BODY_TIMEOUT_S``, so that slow callers do not block others.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > MAX_IMAGE_BYTES:

@@ -1,4 +1,4 @@
-"""The model that serves now, and how the next one takes its place without a request noticing."""
+"""The model that an inference process serves, and its replacement by newer releases without an interruption."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from edge_runtime.engine import InferenceEngine
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import FedvitError, NoModelError
+from fedvit.ports import ClockPort
 from fedvit.registry.client import LoadedRelease, ReleaseClient
-from fedvit.types import utc_now
 from fedvit.wire.manifest import ReleaseManifest
 
 _LOG = logging.getLogger(__name__)
@@ -20,27 +21,29 @@ STOP_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ServiceReport:
-    """How the service fares, for a health answer."""
+    """State of the service, for a health answer."""
 
     last_poll_at: datetime | None
     last_error: str | None
 
 
 class ModelService:
-    """Holds the current engine. Reading is lock-free; only :meth:`refresh` swaps, and only to an engine that works.
+    """Holds the current engine. Reading takes no lock; an engine is replaced only by one that works.
 
     Args:
-        client: where verified releases come from.
-        threads: how many threads work on one image.
-        on_swap: told the release that is about to serve.
+        client: the source of verified releases.
+        threads: the number of threads for one image.
+        on_swap: called with each release just before it serves.
     """
 
     def __init__(
-        self, client: ReleaseClient, threads: int = 1, on_swap: Callable[[ReleaseManifest], None] | None = None
+        self,
+        client: ReleaseClient,
+        threads: int = 1,
+        on_swap: Callable[[ReleaseManifest], None] = lambda _: None,
+        clock: ClockPort = SYSTEM_CLOCK,
     ) -> None:
-        self._client = client
-        self._threads = threads
-        self._on_swap = on_swap
+        self._client, self._threads, self._on_swap, self._clock = client, threads, on_swap, clock
         self._engine: InferenceEngine | None = None
         self._refreshing = threading.Lock()
         self._last_poll_at: datetime | None = None
@@ -51,7 +54,7 @@ class ModelService:
 
     @property
     def engine(self) -> InferenceEngine:
-        """The engine that serves now; a caller keeps its own reference while it infers.
+        """The current engine; a caller keeps its own reference during an inference.
 
         Raises:
             NoModelError: no release was loaded yet.
@@ -64,15 +67,15 @@ class ModelService:
 
     @property
     def current(self) -> InferenceEngine | None:
-        """The engine that serves now, or None."""
+        """The current engine, or None."""
         return self._engine
 
     def report(self) -> ServiceReport:
-        """When the source was last asked, and what went wrong since the last success."""
+        """The time of the last poll, and the error since the last success."""
         return ServiceReport(self._last_poll_at, self._load_error or self._feed_error)
 
     def load_cached(self) -> bool:
-        """Serve the newest kept release that works, without asking the source; False when there is none."""
+        """Serve the newest cached release that works, without polling the source; False when there is none."""
         with self._refreshing:
             for release in self._client.cached():
                 if self._swap(release):
@@ -81,7 +84,7 @@ class ModelService:
         return False
 
     def refresh(self) -> bool:
-        """Ask the source once; True if another model serves now. Never raises on a bad answer: the old one stays."""
+        """Poll the source once; True if another model serves now. On an error the current model stays."""
         with self._refreshing:
             try:
                 release = self._client.poll()
@@ -89,7 +92,7 @@ class ModelService:
                 self._note(str(error))
                 return False
             finally:
-                self._last_poll_at = utc_now()
+                self._last_poll_at = self._clock.now()
             self._feed_error = None
             return release is not None and self._swap(release)
 
@@ -100,7 +103,7 @@ class ModelService:
         self._thread.start()
 
     def stop(self) -> None:
-        """End polling. A poll that hangs on the network ends with the process and is not waited for."""
+        """Stop polling. A poll that hangs on the network ends with the process."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(STOP_TIMEOUT_S)
@@ -112,7 +115,7 @@ class ModelService:
         while True:
             try:
                 self.refresh()
-            except Exception as error:  # A vehicle polls on whatever happens; the error is shown in its health.
+            except Exception as error:  # Polling goes on after any error; the health answer shows it.
                 _LOG.exception("polling failed")
                 self._note(f"{type(error).__name__}: {error}")
             if self._stop.wait(poll_interval_s):
@@ -130,8 +133,7 @@ class ModelService:
             _LOG.warning("%s", error)
             self._load_error = str(error)
             return False
-        if self._on_swap is not None:
-            self._on_swap(engine.manifest)
+        self._on_swap(engine.manifest)
         self._engine = engine
         self._load_error = None
         _LOG.info("serving %s (%s)", engine.manifest.version, engine.manifest.variant)

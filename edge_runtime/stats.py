@@ -1,4 +1,4 @@
-"""What a serving process knows about itself: its requests, its latency, its share of the machine."""
+"""Request counters, latency percentiles and resource use of an inference process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.metrics.exposition import counter, gauge
 from fedvit.metrics.releases import ReleaseMetrics
+from fedvit.ports import ClockPort
 from fedvit.wire.manifest import ReleaseManifest
 
 WINDOW = 1000
@@ -20,10 +22,10 @@ _MIN_CPU_SPAN_S = 0.2
 
 
 class RequestStats:
-    """Counts requests for a health answer and, at the same time, for Prometheus. Thread-safe.
+    """Counts requests for health answers and for Prometheus. Thread-safe.
 
     Args:
-        count_answers: count the classes that were answered, too: for drift, on a server; never on a vehicle.
+        count_answers: count the predicted classes, too: for drift, on a server; never on a vehicle.
     """
 
     def __init__(self, registry: CollectorRegistry, *, count_answers: bool = False) -> None:
@@ -36,15 +38,15 @@ class RequestStats:
         self.errors_total = 0
 
     def serves(self, manifest: ReleaseManifest) -> None:
-        """Export what concerns this release from now on, and of no other."""
+        """Export the series of this release from now on, and of no other."""
         self._release.serve(manifest.version, manifest.sequence)
 
     def waiting(self, images: int) -> None:
-        """Say how many images are waited for."""
+        """Set the number of images in progress."""
         self._waiting.set(images)
 
     def succeeded(self, sequence: int, duration_s: float, class_index: int) -> None:
-        """Count one request that was answered by the release with that number."""
+        """Count one request that was answered by the release with this sequence number."""
         self._release.answered(sequence, duration_s, class_index)
         self._requests.labels("ok").inc()
         with self._lock:
@@ -52,7 +54,7 @@ class RequestStats:
             self._window_s.append(duration_s)
 
     def failed(self, outcome: str) -> None:
-        """Count one request that got no prediction."""
+        """Count one request without a prediction."""
         self._requests.labels(outcome).inc()
         with self._lock:
             self.requests_total += 1
@@ -71,19 +73,20 @@ class RequestStats:
 class ProcessMeter:
     """CPU and memory of this process."""
 
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self._last = (self.started, time.process_time())
+    def __init__(self, clock: ClockPort = SYSTEM_CLOCK) -> None:
+        self._clock = clock
+        self._started = clock.monotonic()
+        self._last = (self._started, time.process_time())
         self._cpu_percent = 0.0
 
     @property
     def uptime_s(self) -> float:
         """Seconds since the meter was made."""
-        return time.monotonic() - self.started
+        return self._clock.monotonic() - self._started
 
     def cpu_percent(self) -> float:
-        """Share of one core since the last question (100 is one whole core)."""
-        now, used = time.monotonic(), time.process_time()
+        """Share of one core since the last call (100 is one whole core)."""
+        now, used = self._clock.monotonic(), time.process_time()
         span = now - self._last[0]
         if span >= _MIN_CPU_SPAN_S:
             self._cpu_percent = round(100 * (used - self._last[1]) / span, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ _TASK_FIELDS = tuple(field.name for field in fields(TrainTask))
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class OwnerBudget:
     """The owner's privacy budget for the vehicle's records, over all rounds and runs together."""
 
     target_epsilon: float = 8.0
@@ -61,7 +61,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PollResult:
     """The result of one poll. ``status`` is the server's status of the update, ``mailbox``, or None without a task."""
 
     poll_after_s: float
@@ -89,12 +89,12 @@ class Vehicle:
         data: Path,
         home: Path,
         *,
-        policy: Policy | None = None,
+        budget: OwnerBudget | None = None,
         checkpoint: Path | None = None,
         mailbox: MailboxSender | None = None,
     ) -> None:
         self._client, self._client_id, self._data, self._home = client, client_id, data, home
-        self._policy, self._checkpoint, self._mailbox = policy or Policy(), checkpoint, mailbox
+        self._budget, self._checkpoint, self._mailbox = budget or OwnerBudget(), checkpoint, mailbox
         self._store = Store.open(home)
         self._trainer: _RunTrainer | None = None
         self._latest: tuple[str, bytes] | None = None
@@ -116,18 +116,18 @@ class Vehicle:
         capabilities = {"training": {"encodings": [encoding.value for encoding in Encoding]}}
         self._client.clients.register(self._client_id, num_examples=count, capabilities=capabilities)
 
-    def run(self, stop: threading.Event, on_step: Callable[[Step], None], rounds: int | None = None) -> None:
+    def run(self, stop: threading.Event, on_round: Callable[[PollResult], None], rounds: int | None = None) -> None:
         """Take part until ``stop`` is set, or in the given number of rounds."""
         done = 0
         while not stop.is_set() and done != rounds:
-            step = self._step_or_retry()
-            if step.status is None:
-                stop.wait(step.poll_after_s)
+            result = self._poll_or_retry()
+            if result.status is None:
+                stop.wait(result.poll_after_s)
                 continue
             done += 1
-            on_step(step)
+            on_round(result)
 
-    def step(self) -> Step:
+    def poll(self) -> PollResult:
         """Poll once, and answer the task and the histogram request, if any.
 
         Raises:
@@ -137,13 +137,13 @@ class Vehicle:
         task = response.task
         if task is None:
             self._answer_histogram(response.histogram)
-            return Step(response.poll_after_s)
+            return PollResult(response.poll_after_s)
         # The same task again: the answer did not reach the server.
         if self._latest is None or self._latest[0] != task.output_id:
             self._latest = task.output_id, self.answer(task)
         status, reason = self._send(task, self._latest[1])
         self._answer_histogram(response.histogram)
-        return Step(response.poll_after_s, task.round_index, status, reason)
+        return PollResult(response.poll_after_s, task.round_index, status, reason)
 
     def answer(self, view: TaskView) -> bytes:
         """The encoded update for a task, or the encoded reason why there is none.
@@ -159,12 +159,12 @@ class Vehicle:
             _LOG.error("round %d of %s: %s", view.round_index, view.run_id, error)
             return encode_update(ClientFailures.of(view.round_index, [self._client_id], error.message))
 
-    def _step_or_retry(self) -> Step:
+    def _poll_or_retry(self) -> PollResult:
         try:
-            return self.step()
+            return self.poll()
         except _TEMPORARY as error:
             _LOG.warning("%s", error)
-            return Step(RETRY_S)
+            return PollResult(RETRY_S)
 
     def _answer_histogram(self, view: HistogramRequestView | None) -> None:
         """Send a requested histogram. A refusal is final. Before the first task, the model is not known yet."""
@@ -203,10 +203,7 @@ class Vehicle:
         """The run's settings, with this vehicle's paths and its owner's budget."""
         parts: dict[str, Any] = {name: dict(view.settings[name]) for name in ("model", "training", "privacy")}
         parts["model"]["checkpoint"] = self._checkpoint
-        parts["privacy"] |= {
-            "target_epsilon": self._policy.target_epsilon,
-            "target_delta": self._policy.target_delta,
-        }
+        parts["privacy"] |= asdict(self._budget)
         return load_settings(
             environ={}, overrides={"home": self._home, "data": {"image_size": view.image_size}, **parts}
         )

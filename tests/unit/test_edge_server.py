@@ -310,5 +310,5 @@ def test_only_who_is_told_to_counts_what_it_answered(make: Callable[..., Serving
     for process in (replica, vehicle):
         for colour in ((0, 0, 255), (0, 0, 255), (255, 0, 0)):
             assert ask(process, "POST", "/infer", content=png(colour)).status_code == 200
-    assert predictions_by_class("v0.0.1", None, replica._registry) == {0: 1, 2: 2}
-    assert predictions_by_class("v0.0.1", None, vehicle._registry) == {}
+    assert predictions_by_class("v0.0.1", None, replica.registry) == {0: 1, 2: 2}
+    assert predictions_by_class("v0.0.1", None, vehicle.registry) == {}

@@ -18,7 +18,7 @@ from PIL import Image
 
 from edge_runtime.mailbox import MailboxSender
 from edge_runtime.training.records import OwnRecords, count_images
-from edge_runtime.training.vehicle import Policy, Step, Vehicle
+from edge_runtime.training.vehicle import OwnerBudget, PollResult, Vehicle
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.api.clients import HistogramRequestView
 from fedvit.client import FedvitClient
@@ -81,7 +81,7 @@ class Road:
         self.home = folder / "truck-home"
         self.client = FedvitClient(URL, transport=self.way, sleep=lambda _: None)
         self.vehicle = Vehicle(self.client, TRUCK, self.data, self.home, **truck)
-        self.steps: list[Step] = []
+        self.steps: list[PollResult] = []
         self.now_s = 0.0
         self.act: Callable[[], object] = self.drive
         self.loop = Coordinator(
@@ -99,7 +99,7 @@ class Road:
         )
 
     def drive(self) -> None:
-        self.steps.append(self.vehicle.step())
+        self.steps.append(self.vehicle.poll())
 
     def _pause(self, _: float) -> None:
         self.now_s += 250
@@ -226,7 +226,7 @@ def refused(road: Road) -> str:
 
 
 def test_the_owners_budget_ends_it_whatever_the_server_charges(made: Callable[..., Road]) -> None:
-    road = made(policy=Policy(target_epsilon=0.01))
+    road = made(budget=OwnerBudget(target_epsilon=0.01))
     assert "budget" in refused(road)
     with Store.open(road.home) as own:
         assert own.ledger.entries() == []
@@ -304,7 +304,7 @@ def test_where_the_server_does_not_answer_the_update_goes_to_the_mailbox(
 
 def test_it_goes_on_when_the_server_comes_back_and_ends_after_its_rounds(made: Callable[..., Road]) -> None:
     road = made()
-    steps: list[Step] = []
+    steps: list[PollResult] = []
     stop = threading.Event()
 
     def act() -> None:
