@@ -1,6 +1,6 @@
-"""Differential privacy: randomness, accountants, the ledger's keeper.
+"""Differential privacy: events, epsilon, the accountant of the ledger, mechanisms and secret randomness.
 
-``PrivacyAccountant`` is offered here for the runbook; it is loaded when asked for, because it opens the store.
+``PrivacyAccountant`` is importable from here for the runbook; it is loaded on first use, because it imports the store.
 """
 
 from __future__ import annotations

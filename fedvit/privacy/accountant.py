@@ -1,8 +1,8 @@
-"""The privacy accountant: one writer of one append-only ledger, and the only one that says what is left.
+"""Privacy accountant: the only writer of the append-only ledger, and the source of the remaining budget.
 
-A release is charged before its training starts, and whether it is folded at once, late or never, it costs the same.
-Amplification is claimed where a charge says so: by each client's Poisson sampling of its records, or by a Poisson
-sample of the clients themselves. The latter is charged to the population: every client bears it, drawn or not.
+A mechanism output is charged before its computation starts, and costs the same whether it is aggregated at once, late
+or never. Amplification is claimed only where a charge says so: by Poisson sampling of a client's records, or by a
+Poisson sample of the clients. The latter is charged to the population: to every client, drawn or not.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from fedvit.types import BudgetReport
 
 Spent: TypeAlias = frozenset[tuple[Event, int]]
 NOTHING: Spent = frozenset()
-# Compared one with another: of more than this many, all are asked for.
+# Most spends that are compared with each other, to skip those that cannot have the largest epsilon.
 _COMPARED = 200
 
 
 class PrivacyAccountant:
-    """Charges releases to units and keeps every unit within the budget.
+    """Charges mechanism outputs to units within the budget; implements :class:`fedvit.ports.AccountantPort`.
 
-    A unit is one client's data set: its records are disjoint from every other's, so spends on different clients compose
-    in parallel and the budget is spent by the most exposed client: by its own charges and the population's together.
-    All runs of a state folder draw on the same budget. A new budget begins a new period: earlier charges stay on the
-    ledger and in ``lifetime_epsilon``, and count no more.
+    A unit is one client's data set. Clients' records are disjoint, so spends of different clients compose in parallel,
+    and the spent epsilon is that of the most exposed client: its own charges and the population's together. All runs of
+    a state folder share the budget. A new budget begins a new period: earlier charges stay on the ledger and in
+    ``lifetime_epsilon``, and no longer count against the budget.
 
-    What protects a whole client protects each of its records; the other way round nothing follows. So charges for
-    clients count where records are the unit, and a ledger of records has no answer where clients are.
+    Protection of a whole client implies that of its records, but not the reverse. So charges for clients count where
+    records are the unit, and charges for records are an error where clients are the unit.
 
-    Safe for threads.
+    Thread-safe.
 
     Args:
-        store: where the ledger lies; by default the state folder of the settings.
+        store: holds the ledger; by default that of the state folder in the settings.
         settings: by default those of the environment.
 
     Raises:
@@ -64,21 +64,17 @@ class PrivacyAccountant:
         self._read_ledger(self._store)
 
     def charge(self, charges: Sequence[Charge]) -> BudgetReport:
-        """Write the charges, all or none, before anything is released; see :class:`fedvit.ports.AccountantPort`.
+        """Write all charges, or none.
 
         Raises:
-            BudgetExhaustedError: with them some unit would pass the period's budget; nothing was written.
-            LedgerFrozenError: nothing may be charged at all.
+            BudgetExhaustedError: some unit would exceed the period's budget.
+            LedgerFrozenError: the ledger is frozen.
         """
         self.write(charges)
         return self.budget()
 
     def write(self, charges: Sequence[Charge]) -> None:
-        """:meth:`charge` without composing what was spent, which takes longer than writing it.
-
-        Raises:
-            BudgetExhaustedError, LedgerFrozenError: see :meth:`charge`.
-        """
+        """Like :meth:`charge`, without the budget report, which takes longer than writing."""
         with self._lock, self._store.transaction() as transaction:
             new = transaction.ledger.not_yet_written(charges)
             if new:
@@ -87,21 +83,16 @@ class PrivacyAccountant:
                 transaction.ledger.append(new)
 
     def check(self, charges: Sequence[Charge]) -> None:
-        """Whether the charges could be written now; see :class:`fedvit.ports.AccountantPort`.
-
-        Raises:
-            BudgetExhaustedError: with them some unit would pass the period's budget.
-            LedgerFrozenError: nothing may be charged at all.
-        """
+        """Raise what :meth:`charge` would raise for these charges now, and write nothing."""
         self._store.ledger.check_not_frozen()
         with self._lock:
             self._check(self._store, charges)
 
     def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
-        """The units that each could bear its own of the charges now; see :class:`fedvit.ports.AccountantPort`.
+        """The units that could each be charged their own of these charges now.
 
         Raises:
-            LedgerFrozenError: nothing may be charged at all.
+            LedgerFrozenError: the ledger is frozen.
         """
         self._store.ledger.check_not_frozen()
         with self._lock:
@@ -125,17 +116,17 @@ class PrivacyAccountant:
         *,
         call_key: str | None = None,
     ) -> BudgetReport:
-        """Begin a new period with its own budget; see :class:`fedvit.ports.AccountantPort`."""
+        """Begin a new period with its own budget."""
         self._store.budget.grant(new_epsilon, justification, requested_by, approved_by, call_key=call_key)
         return self.budget(outlook=True)
 
     def budget(self, *, outlook: bool = False) -> BudgetReport:
-        """What the most exposed unit has spent in this period, by PLD and by RDP, and over its lifetime.
+        """Epsilon of the most exposed unit, in this period by PLD and by RDP, and over its lifetime.
 
-        With ``outlook`` also what one round more would make of it, and how many more the budget admits.
+        With ``outlook`` also epsilon after one more round, and how many more rounds the budget allows.
         """
         with self._lock:
-            # Asked before: what is committed while we read is read again the next time.
+            # Read first: what is committed during the report is read again by the next one.
             counter = self._store.change_counter()
             if self._reported is None or self._reported[0] != counter:
                 self._reported = counter, self._report()
@@ -143,7 +134,7 @@ class PrivacyAccountant:
             return self._with_outlook(report) if outlook else report
 
     def get_remaining_epsilon(self) -> float:
-        """What may be spent now, never below zero."""
+        """Epsilon that may be spent now, at least 0."""
         with self._lock:
             self._read_ledger(self._store)
             spent = _most_exposed(self._spends.all(), self._settings.privacy.target_delta, epsilon_pld)
@@ -192,7 +183,7 @@ class PrivacyAccountant:
         return self._period.target_epsilon if self._period else self._settings.privacy.target_epsilon
 
     def _check(self, store: Repositories, charges: Sequence[Charge]) -> None:
-        # Another process may have charged, or granted a new budget; inside the writing transaction this is the truth.
+        # Another process may have charged, or begun a new period; within the writing transaction this is current.
         self._read_ledger(store)
         epsilon = self._epsilon_if_above_target(self._spends.after(charges))
         if epsilon is not None:
@@ -205,9 +196,9 @@ class PrivacyAccountant:
             )
 
     def _epsilon_if_above_target(self, spends: Collection[Spent]) -> float | None:
-        """Epsilon of the most exposed of them, where that is above the budget."""
+        """The largest epsilon of the spends if it is above the budget, else None."""
         delta, target = self._settings.privacy.target_delta, self._target_epsilon
-        # RDP is never below PLD, and ten times as fast: what it admits, PLD admits.
+        # RDP is never below PLD, and ten times as fast: what RDP admits, PLD admits.
         if _most_exposed(spends, delta, epsilon_rdp) <= target:
             return None
         epsilon = _most_exposed(spends, delta, epsilon_pld)
@@ -222,7 +213,7 @@ class PrivacyAccountant:
 
 
 def epsilon_spent_at(store: Store, settings: Settings, at: datetime) -> float:
-    """What the most exposed unit had spent at a moment, by PLD, of the budget period that was in force then.
+    """Epsilon of the most exposed unit at a time, by PLD, in the budget period of that time.
 
     Raises:
         StateError: the ledger has a charge that cannot be interpreted.
@@ -234,7 +225,7 @@ def epsilon_spent_at(store: Store, settings: Settings, at: datetime) -> float:
 
 
 def epsilon_of(charges: Iterable[Charge], settings: Settings) -> float:
-    """What the most exposed unit would have spent by these charges alone, by PLD.
+    """Epsilon of the most exposed unit by these charges alone, by PLD.
 
     Raises:
         StateError: one of them cannot be interpreted.
@@ -246,9 +237,9 @@ def epsilon_of(charges: Iterable[Charge], settings: Settings) -> float:
 
 
 class _Spends:
-    """What was charged behind one line of the ledger: to each unit of its own, and to the whole population.
+    """Charges after one entry of the ledger, to single units and to the whole population.
 
-    Units that took part in the same rounds share one composition, so that a large fleet costs a reference each.
+    Units of the same rounds share one composition, so that a large fleet costs one reference a unit.
     """
 
     def __init__(self, privacy_unit: str, after: int) -> None:
@@ -261,7 +252,7 @@ class _Spends:
         self._last_sequence = after
 
     def read(self, store: Repositories, until: datetime | None = None) -> None:
-        """Take in the lines that came since the last time, those behind ``until`` left out."""
+        """Add the entries since the last call, up to ``until``."""
         for entry in store.ledger.entries(after=self._last_sequence):
             if until is not None and entry.at > until:
                 return
@@ -269,25 +260,25 @@ class _Spends:
             self._last_sequence = entry.sequence
 
     def all(self) -> set[Spent]:
-        """What units have spent; one that has no charge of its own is among them."""
+        """Spends of all units, one without charges of its own included."""
         return {self.population, *(_together(self.population, own) for own in self._holders)}
 
     def after(self, charges: Sequence[Charge]) -> set[Spent]:
-        """What those units would have spent that these charges concern."""
+        """Spends of the charged units after these charges."""
         added: dict[str, Spent] = {}
         for charge in charges:
-            added[charge.unit_id] = self._plus(added.get(charge.unit_id, NOTHING), *self._told(charge))
+            added[charge.unit_id] = self._plus(added.get(charge.unit_id, NOTHING), *self._spend_of(charge))
         everybody = _together(self.population, added.get(POPULATION, NOTHING))
         pairs = {(self.own.get(unit_id, NOTHING), more) for unit_id, more in added.items() if unit_id != POPULATION}
-        found = {_together(everybody, own, more) for own, more in pairs}
+        charged = {_together(everybody, own, more) for own, more in pairs}
         if POPULATION not in added:
-            return found
-        return {everybody, *found, *(_together(everybody, own) for own in self._holders)}
+            return charged
+        return {everybody, *charged, *(_together(everybody, own) for own in self._holders)}
 
     def take(self, charge: Charge) -> None:
-        """Take in one line more."""
+        """Add one charge."""
         self.rounds.add((charge.run_id, charge.round_index))
-        spend = self._told(charge)
+        spend = self._spend_of(charge)
         if charge.unit_id == POPULATION:
             self.population = self._plus(self.population, *spend)
             return
@@ -300,13 +291,13 @@ class _Spends:
                 del self._holders[before]
 
     def _plus(self, spent: Spent, event: Event, times: int) -> Spent:
-        """One object for equal sums."""
+        """``spent`` with one more event; equal sums are one object."""
         key = spent, event, times
         if key not in self._sums:
             self._sums[key] = _together(spent, frozenset({(event, times)}))
         return self._sums[key]
 
-    def _told(self, charge: Charge) -> tuple[Event, int]:
+    def _spend_of(self, charge: Charge) -> tuple[Event, int]:
         if self._privacy_unit == "client" and charge.privacy_unit != "client":
             raise StateError(
                 f"Round {charge.round_index} of {charge.run_id} was charged for single records; what the client "
@@ -325,7 +316,7 @@ def _together(*spends: Spent) -> Spent:
 
 
 def _most_exposed(spends: Collection[Spent], delta: float, epsilon: Callable[[Composition, float], float]) -> float:
-    """The largest epsilon of them. One that another contains event by event is not asked for: it cannot be larger."""
+    """The largest epsilon of the spends; those that another contains event by event are skipped, being smaller."""
     composed = [dict(spent) for spent in spends]
     return max((epsilon(one, delta) for one in composed if not _contained(one, composed)), default=0.0)
 

@@ -10,16 +10,15 @@ from fedvit.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveClip:
-    """``C <- C * exp(-learning_rate * (b - target_quantile))``, b being the noised share of updates within C.
+    """``C <- C * exp(-learning_rate * (b - target_quantile))``, with b the noised share of updates within C.
 
-    Every client adds one bit, shifted by a half: adding or removing a client moves the sum of bits by 1/2, whatever the
-    bit is. So noise of ``count_noise_multiplier / 2`` makes counting a Gaussian mechanism of its own, with a charge of
-    its own.
+    Every client adds one bit minus 1/2, so adding or removing a client moves the sum by exactly 1/2. Noise of
+    ``count_noise_multiplier / 2`` makes the count a Gaussian mechanism with its own charge.
 
     Attributes:
-        target_quantile: the share of updates that shall not be clipped.
-        learning_rate: eta; with 0.2 the norm moves by a factor of 1.22 a round at most.
-        count_noise_multiplier: standard deviation of the noise over the sensitivity.
+        target_quantile: share of updates that should not be clipped.
+        learning_rate: eta; with 0.2 the norm changes by a factor of at most 1.22 a round.
+        count_noise_multiplier: standard deviation of the count's noise over its sensitivity.
     """
 
     target_quantile: float
@@ -27,9 +26,7 @@ class AdaptiveClip:
     count_noise_multiplier: float
 
     def sum_noise_multiplier(self, noise_multiplier: float) -> float:
-        """The noise multiplier of the updates' sum, so that sum and count together cost ``noise_multiplier``.
-
-        ``(z^-2 - count^-2)^-1/2``, a little above z.
+        """Noise multiplier of the sum, ``(z^-2 - count^-2)^-1/2``, so that sum and count together cost z.
 
         Raises:
             ConfigError: the count alone costs as much.
@@ -44,17 +41,17 @@ class AdaptiveClip:
         return float(left**-0.5)
 
     def share(self, within: int, contributors: int, noise: float, expected: float) -> float:
-        """The noised share of updates within the norm, in [0, 1].
+        """Noised share of updates within the norm, in [0, 1].
 
         Args:
-            within: how many of them were.
-            contributors: how many updates there are.
+            within: number of updates within the norm.
+            contributors: number of updates.
             noise: a standard normal.
-            expected: a constant of the run: the expected number of contributors.
+            expected: expected number of contributors, a constant of the run.
         """
         noised = within - contributors / 2 + self.count_noise_multiplier / 2 * noise
         return min(1.0, max(0.0, 0.5 + noised / expected))
 
     def next_norm(self, l2_clip_norm: float, share: float) -> float:
-        """The norm that the next round clips to."""
+        """Clipping norm of the next round."""
         return l2_clip_norm * math.exp(-self.learning_rate * (share - self.target_quantile))

@@ -1,9 +1,9 @@
-"""From a multiset of events to epsilon and back: PLD decides, RDP checks it.
+"""Epsilon of a composition of events, and calibration of noise to an epsilon: PLD decides, RDP checks.
 
-Both sit on dp-accounting. PLD: privacy loss distributions (Doroshenko et al. 2022, arXiv:2207.04380), tight up to a
-pessimistic discretisation; for what comes to one Gaussian, its exact curve (Balle and Wang 2018, arXiv:1805.06530).
-RDP: Renyi divergence (Mironov 2017, arXiv:1702.07476; Poisson sampling: Mironov et al. 2019, arXiv:1908.10530), always
-an upper bound on the same mechanisms. The neighbouring relation is add-or-remove one unit.
+Both use dp-accounting. PLD: privacy loss distributions (Doroshenko et al. 2022, arXiv:2207.04380), tight up to a
+pessimistic discretisation; for a single Gaussian its exact curve (Balle and Wang 2018, arXiv:1805.06530). RDP: Renyi
+divergence (Mironov 2017, arXiv:1702.07476; Poisson sampling: Mironov et al. 2019, arXiv:1908.10530), an upper bound
+for the same mechanisms. The neighbouring relation is adding or removing one unit.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MOST_NOISE_MULTIPLIER = 1000.0
 _FINE, _COARSE = 1e-4, 1e-3
 _TOLERANCE = 1e-12
 MOST_ROUNDS = 100_000
-"""How far :func:`rounds_left` looks."""
-# Distributions that spread over so much loss take PLD half a minute; nobody needs the last round of such a budget.
+"""Largest answer of :func:`rounds_left`."""
+# PLD takes half a minute for such a budget, which promises nothing, so RDP is enough.
 _LARGE_EPSILON = 50.0
 
 
@@ -48,7 +48,7 @@ def epsilon_rdp(composition: Composition, delta: float) -> float:
 
 
 def _epsilon_roughly(composition: Composition, delta: float) -> float:
-    """Like :func:`epsilon_pld`, ten times as fast and up to a thousandth above it: to search with."""
+    """Like :func:`epsilon_pld`, ten times as fast and up to a thousandth above it, for searches."""
     return _epsilon_pld(_key(composition), check_delta(delta), _COARSE)
 
 
@@ -64,9 +64,9 @@ def check_epsilon(epsilon: float) -> float:
 
 
 def check_delta(delta: float, units: int | None = None) -> float:
-    """``delta`` if it can be one; with ``units``, if it promises anything to each of so many.
+    """``delta`` if it is valid, and with ``units`` if it protects each of so many units.
 
-    A delta of ``1 / units`` and more admits the release of one unit's data as it is.
+    A delta above ``1 / units`` admits the publication of one unit's data.
 
     Raises:
         ConfigError: it is not in (0, 1), or larger than ``1 / units``.
@@ -82,7 +82,7 @@ def check_delta(delta: float, units: int | None = None) -> float:
 
 
 def _key(composition: Composition) -> frozenset[tuple[Simple, int]]:
-    # Counted anew: 0 times is not at all.
+    # Unary plus drops events that are counted 0 times.
     return frozenset(simplified(+Counter(composition)).items())
 
 
@@ -99,18 +99,18 @@ def _epsilon_pld(composition: frozenset[tuple[Simple, int]], delta: float, inter
 
 
 def _epsilon_gaussian(noise_multiplier: float, delta: float) -> float:
-    """Exactly, in a tenth of PLD's time: every round of a client-level run makes it another Gaussian."""
+    """Exact epsilon in a tenth of PLD's time; every round of a client-level run asks for another Gaussian."""
     from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
-    # Its search may stop so far below the root.
+    # The search may stop this far below the root.
     return float(get_epsilon_gaussian(noise_multiplier, delta, tol=_TOLERANCE)) + _TOLERANCE
 
 
-# A few: each is some megabytes.
+# Only a few, of some megabytes each.
 @lru_cache(maxsize=8)
 def _loss(event: Simple, interval: float) -> Any:
-    """The privacy loss distribution of one event, as dp-accounting's PLDAccountant makes it."""
-    # Imported here: half a second that a command line without privacy questions need not pay.
+    """Privacy loss distribution of one event, equal to that of dp-accounting's PLDAccountant."""
+    # Imported here, because it takes half a second.
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
     return from_gaussian_mechanism(
@@ -126,7 +126,7 @@ def _epsilon_rdp(composition: frozenset[tuple[Simple, int]], delta: float) -> fl
         return 0.0
     from dp_accounting.rdp import compute_epsilon
 
-    # As its RdpAccountant composes them: a curve is added once for each time.
+    # Composed like dp-accounting's RdpAccountant: the divergences add up.
     curves = [(_rdp(event), count) for event, count in sorted(composition, key=repr)]
     whole = sum(count * rdp for (_, rdp), count in curves)
     return _finite(float(compute_epsilon(curves[0][0][0], whole, delta)[0]), composition, delta)
@@ -134,11 +134,11 @@ def _epsilon_rdp(composition: frozenset[tuple[Simple, int]], delta: float) -> fl
 
 @lru_cache(maxsize=256)
 def _rdp(event: Simple) -> tuple[Any, Any]:
-    """The orders, and the Renyi divergence of one event at each of them; that takes a tenth of a second."""
+    """Orders, and the Renyi divergence of one event at each; takes a tenth of a second."""
     from absl import logging as absl_logging
     from dp_accounting.rdp import RdpAccountant
 
-    # RDP says for every order that it leaves out why it does; the bound holds without them.
+    # RdpAccountant logs every order that it leaves out; the bound holds without them.
     absl_logging.set_verbosity(absl_logging.ERROR)
     accountant = RdpAccountant()
     accountant.compose(dp_event_of(event))
@@ -146,7 +146,7 @@ def _rdp(event: Simple) -> tuple[Any, Any]:
 
 
 def dp_event_of(event: Simple) -> Any:
-    """dp-accounting's name for a simple event."""
+    """The event in dp-accounting's types."""
     from dp_accounting import dp_event
 
     gaussian = dp_event.GaussianDpEvent(event.noise_multiplier)
@@ -174,16 +174,13 @@ def calibrate_noise_multiplier(
     steps: int,
     besides: Composition | None = None,
 ) -> float:
-    """The smallest noise multiplier, to three decimals, with which ``steps`` steps stay within the target.
+    """The smallest noise multiplier, to three decimals, that keeps ``steps`` steps and ``besides`` within the target.
 
-    ``besides`` is done to the same data and within the same target.
-
-    Never below :data:`LEAST_NOISE_MULTIPLIER`, however large the target.
+    It is at least :data:`LEAST_NOISE_MULTIPLIER`.
 
     Raises:
         ConfigError: not even :data:`MOST_NOISE_MULTIPLIER` is enough, or the target is out of range.
     """
-    # Imported here, as everything that is: nobody who asks what is left needs it.
     from scipy.optimize import brentq
 
     check_epsilon(target_epsilon)
@@ -204,12 +201,12 @@ def calibrate_noise_multiplier(
             f"target_epsilon {target_epsilon} cannot be met with {steps} steps at sampling_prob {sampling_prob}.",
             cure="Allow a larger epsilon or fewer rounds.",
         )
-    # About where the central limit puts it: far below, where there is little noise, the accountants are slow.
+    # An estimate by the central limit theorem: with far less noise the accountants are slow.
     guess = sampling_prob * math.sqrt(-2 * steps * math.log(target_delta)) / target_epsilon
     low, high = _bracket(excess, min(MOST_NOISE_MULTIPLIER, max(1.0, guess)))
     if low is None:
         return LEAST_NOISE_MULTIPLIER
-    # On a grid, so that the answer does not hang on where the search stopped; and never above the rough answer.
+    # On a grid, so that the result does not depend on where the search stopped.
     thousandths = math.ceil(1000 * brentq(excess, low, high, xtol=1e-4))
     while not enough(thousandths / 1000):
         thousandths += 1
@@ -219,7 +216,7 @@ def calibrate_noise_multiplier(
 
 
 def _bracket(excess: Callable[[float], float], guess: float) -> tuple[float | None, float]:
-    """Where ``excess`` changes its sign, outwards from a guess; no lower end where the least noise is enough."""
+    """An interval where ``excess`` changes its sign, around a guess; no lower end if the least noise is enough."""
     low, high = guess / 2, guess
     while excess(high) > 0:
         low, high = high, min(2 * high, MOST_NOISE_MULTIPLIER)
@@ -233,15 +230,13 @@ def _bracket(excess: Callable[[float], float], guess: float) -> tuple[float | No
 def rounds_left(
     spent: Composition, a_round: Event, *, target_epsilon: float, target_delta: float, most: int = MOST_ROUNDS
 ) -> int:
-    """How many times more ``a_round`` fits into the budget, after ``spent``; ``most`` where it is more than that.
+    """How often ``a_round`` fits into the budget after ``spent``, at most ``most``.
 
-    A rough answer, which is never too many, is quick; the exact one says how many fit beside. Of a budget above 50,
-    which promises nothing any more, RDP says how many fit at least.
+    A fast approximation from below narrows the search. For a budget above 50, RDP gives a lower bound instead.
     """
     check_epsilon(target_epsilon)
 
     def fits(rounds: int, epsilon: Callable[[Composition, float], float]) -> bool:
-        # A counter adds up what is spent and what is asked for, also where they are the same event.
         whole: Counter[Event] = Counter(dict(spent))
         whole[a_round] += rounds
         return epsilon(whole, target_delta) <= target_epsilon
@@ -253,7 +248,7 @@ def rounds_left(
 
 
 def _most_that_fits(fits: Callable[[int], bool], known: int, most: int) -> int:
-    """The largest number in ``[known, most]`` that fits; ``known`` does. Gallops up, then halves the last stride."""
+    """The largest number in ``[known, most]`` that fits, by galloping and bisection; ``known`` fits."""
     low, stride = known, 1
     while low < most and fits(min(low + stride, most)):
         low, stride = min(low + stride, most), 2 * stride

@@ -1,8 +1,8 @@
-"""Privacy spend as data: what was done to a unit's data, as frozen values that an accountant interprets.
+"""Privacy events: what was done to a unit's data, as frozen values for accounting.
 
-An event says everything that accounting needs and nothing else. It is written to the ledger as canonical JSON and read
-back to an equal value; what a newer program wrote and this one does not know is refused by name, never skipped.
-Noise multipliers are standard deviations over the sensitivity to adding or removing one unit.
+An event is written to the ledger as canonical JSON and read back to an equal value. A kind that this program does not
+know is refused by name, never skipped. Noise multipliers are standard deviations over the sensitivity to adding or
+removing one unit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedvit.errors import ConfigError, StateError
 
 @dataclass(frozen=True, slots=True, order=True)
 class Gaussian:
-    """The Gaussian mechanism, the unit taking part for certain."""
+    """The Gaussian mechanism without sampling."""
 
     noise_multiplier: float
 
@@ -28,7 +28,7 @@ class Gaussian:
 
 @dataclass(frozen=True, slots=True, order=True)
 class PoissonGaussian:
-    """One step of the Gaussian mechanism on a Poisson sample: noise ``noise_multiplier`` times the sensitivity."""
+    """The Gaussian mechanism on a Poisson sample."""
 
     noise_multiplier: float
     sampling_prob: float
@@ -40,10 +40,7 @@ class PoissonGaussian:
 
 @dataclass(frozen=True, slots=True, order=True)
 class SampledTogether:
-    """Several Gaussian mechanisms on one and the same Poisson sample.
-
-    Not the same as several :class:`PoissonGaussian`: those would each have drawn a sample of their own.
-    """
+    """Several Gaussian mechanisms on the same Poisson sample; several :class:`PoissonGaussian` have one sample each."""
 
     sampling_prob: float
     events: tuple[Gaussian, ...]
@@ -55,11 +52,11 @@ class SampledTogether:
 
 @dataclass(frozen=True, slots=True, order=True)
 class BandedGaussian:
-    """One participation in a matrix mechanism whose strategy has ``bands`` bands and columns of norm 1 at most.
+    """One participation in a matrix mechanism whose strategy has ``bands`` bands and columns of norm at most 1.
 
-    A unit that takes part at most once in ``min_separation`` rounds, no fewer than there are bands, meets disjoint rows
-    of the strategy: its participations compose as independent Gaussian mechanisms would, and exactly so
-    (Choquette-Choo et al. 2023, arXiv:2306.08153; see :mod:`fedvit.privacy.correlated`).
+    With ``min_separation`` at least ``bands``, participations of a unit affect disjoint rows of the strategy, and
+    compose exactly like independent Gaussian mechanisms (Choquette-Choo et al. 2023, arXiv:2306.08153; see
+    :mod:`fedvit.privacy.correlated`).
     """
 
     noise_multiplier: float
@@ -77,7 +74,7 @@ class BandedGaussian:
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """Events one after another on the same unit's data; each may depend on the answers before it."""
+    """Events one after another on the same unit's data; each may depend on earlier outputs."""
 
     events: tuple[Event, ...]
 
@@ -87,7 +84,7 @@ class Composed:
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """One event ``count`` times over, every time anew."""
+    """One event ``count`` times, each with fresh randomness."""
 
     event: Event
     count: int
@@ -99,19 +96,18 @@ class Repeated:
 
 Event = Gaussian | PoissonGaussian | SampledTogether | BandedGaussian | Composed | Repeated
 Simple = Gaussian | PoissonGaussian
-"""What every event comes down to."""
+"""Kinds of event to which all others reduce."""
 Composition = Mapping[Event, int] | Mapping[Simple, int] | Mapping[PoissonGaussian, int]
 """How many times each event was applied to the same unit's data."""
 
 
 def simplified(events: Composition) -> dict[Simple, int]:
-    """The same spend in simple events.
+    """The same composition in simple events.
 
-    All that was not sampled becomes one Gaussian: ``1 / z^2`` adds up, exactly. Mechanisms on one sample become one on
-    that sample, by the same law.
+    All events without sampling become one Gaussian, because ``1 / z^2`` adds up exactly; likewise all on one sample.
 
     Raises:
-        ConfigError: an event is of no known kind; its name is given.
+        ConfigError: an event is of an unknown kind, which is named.
     """
     sampled: dict[Simple, int] = {}
     precision = 0.0
@@ -125,7 +121,7 @@ def simplified(events: Composition) -> dict[Simple, int]:
 
 
 def joint_noise_multiplier(noise_multipliers: Iterable[float]) -> float:
-    """The noise multiplier of one Gaussian mechanism that costs what these cost together: ``(sum z^-2)^-1/2``."""
+    """Noise multiplier of the one Gaussian mechanism with the joint cost of these: ``(sum z^-2)^-1/2``."""
     return float(sum(z**-2 for z in noise_multipliers) ** -0.5)
 
 
@@ -159,8 +155,8 @@ def event_from_json(text: str) -> Event:
     """The inverse of :func:`event_to_json`.
 
     Raises:
-        StateError: it is no event, or of a kind that this program does not know, which is named.
-        ConfigError: a number in it is out of range.
+        StateError: it is no event, or of an unknown kind, which is named.
+        ConfigError: a number is out of range.
     """
     try:
         return _event_of(json.loads(text))
@@ -184,8 +180,8 @@ def _facts(event: Event) -> dict[str, Any]:
             return {"kind": "repeated", "event": _facts(inner), "count": count}
 
 
-def _event_of(found: Any) -> Event:
-    match found:
+def _event_of(facts: Any) -> Event:
+    match facts:
         case {"kind": "gaussian", "noise_multiplier": z, **rest} if not rest:
             return Gaussian(float(z))
         case {"kind": "poisson_gaussian", "noise_multiplier": z, "sampling_prob": q, **rest} if not rest:
@@ -199,20 +195,19 @@ def _event_of(found: Any) -> Event:
         case {"kind": "repeated", "event": inner, "count": count, **rest} if not rest:
             return Repeated(_event_of(inner), int(count))
     raise StateError(
-        f"The accountant does not know the privacy event {_name(found)}.", cure="The fedvit that wrote it knows it."
+        f"The accountant does not know the privacy event {_name(facts)}.", cure="The fedvit that wrote it knows it."
     )
 
 
-def _gaussian_of(found: Any) -> Gaussian:
-    event = _event_of(found)
+def _gaussian_of(facts: Any) -> Gaussian:
+    event = _event_of(facts)
     if not isinstance(event, Gaussian):
-        raise StateError(f"The accountant does not know {_name(found)} on a sample shared with others.")
+        raise StateError(f"The accountant does not know {_name(facts)} on a sample shared with others.")
     return event
 
 
-def _name(found: Any) -> str:
-    kind = found.get("kind") if isinstance(found, dict) else found
-    return f"{kind!r} with {sorted(found)}" if isinstance(found, dict) else repr(kind)[:100]
+def _name(facts: Any) -> str:
+    return f"{facts.get('kind')!r} with {sorted(facts)}" if isinstance(facts, dict) else repr(facts)[:100]
 
 
 def _check_noise(noise_multiplier: float) -> None:

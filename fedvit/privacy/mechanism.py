@@ -1,7 +1,7 @@
-"""The Gaussian mechanism on whole client updates: clip once a client, add up, add noise once, divide by a constant.
+"""Gaussian mechanism on whole client updates: clip each update, sum, add noise once, divide by a constant.
 
-McMahan et al. 2018 (arXiv:1710.06963). Everything here is arithmetic on named arrays, in float64 and in the order of
-the names, so that equal updates give equal bits.
+McMahan et al. 2018 (arXiv:1710.06963). All arithmetic on named arrays is in float64 and in the order of the names, so
+that equal updates give equal bits.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from fedvit.updates import WeightedUpdate
 Vector = npt.NDArray[np.float64]
 
 ROUNDING = 1e-6
-"""What float arithmetic may add to a norm, relative to it."""
+"""Relative error that float arithmetic may add to a norm."""
 
 
 def l2_norm(update: Arrays) -> float:
-    """L2 norm over all arrays together, those without dimensions included; NaN and infinity stay what they are."""
+    """L2 norm over all arrays together, zero-dimensional ones included; NaN and infinity propagate."""
     return math.sqrt(sum(squared_norm(a) for a in update.values()))
 
 
 def clip_factor(update: Arrays, l2_clip_norm: float) -> tuple[float, bool]:
-    """``min(1, l2_clip_norm / norm)``, and whether the update is within the bound as it came.
-
-    A zero update is within it.
+    """``min(1, l2_clip_norm / norm)``, and whether the update is already within the bound, as a zero update is.
 
     Raises:
         UpdateRejectedError: the update has no finite norm.
@@ -49,7 +47,7 @@ def clip_factor(update: Arrays, l2_clip_norm: float) -> tuple[float, bool]:
 
 
 def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
-    """The update times its :func:`clip_factor`, float64, and whether it was within the bound as it came.
+    """The update times its :func:`clip_factor`, float64, and whether it was already within the bound.
 
     Raises:
         UpdateRejectedError: the update has no finite norm.
@@ -59,9 +57,9 @@ def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
 
 
 def fault_of(update: WeightedUpdate, l2_clip_norm: float) -> str | None:
-    """Why a partial sum cannot be one of so many clipped updates, or None.
+    """Why a partial sum cannot be the sum of its contributors' clipped updates, or None.
 
-    ``contributors * l2_clip_norm`` bounds its norm; each contributor has a weight of 1 and is within the bound or not.
+    ``contributors * l2_clip_norm`` bounds its norm, and each contributor has a weight of 1.
     """
     contributors = sum(outcome.error is None for outcome in update.outcomes)
     norm, allowed = l2_norm(update.weighted_sum), contributors * l2_clip_norm
@@ -75,12 +73,10 @@ def fault_of(update: WeightedUpdate, l2_clip_norm: float) -> str | None:
 
 
 def total(base: Weights, updates: Iterable[tuple[WeightedUpdate, float]], l2_clip_norm: float) -> Sums:
-    """The sum of all updates, by the names of ``base``; one that was clipped to a larger norm is scaled down to this.
+    """Sum of all updates, by the names of ``base``; updates clipped to a larger norm are scaled down to this one.
 
     Args:
-        updates: each with the norm that its clients' updates were clipped to.
-
-    A sum that was admitted has one addend a client, each of norm ``l2_clip_norm`` at most, and so has what is scaled.
+        updates: each with the norm to which its clients' updates were clipped.
     """
     sums = ExactSums({name: array.shape for name, array in base.items()})
     for update, clipped_to in updates:
@@ -90,12 +86,12 @@ def total(base: Weights, updates: Iterable[tuple[WeightedUpdate, float]], l2_cli
 
 def digest(sums: Arrays) -> str:
     """SHA-256, hex, of names, shapes and bits."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name in sorted(sums):
         array = np.ascontiguousarray(sums[name], dtype="<f8")
-        found.update(f"{name}{array.shape}".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
+        sha256.update(f"{name}{array.shape}".encode())
+        sha256.update(array.tobytes())
+    return sha256.hexdigest()
 
 
 def fresh_noise(stream: SecretStream, size: int) -> Vector:
@@ -104,7 +100,7 @@ def fresh_noise(stream: SecretStream, size: int) -> Vector:
 
 
 def size_of(arrays: Arrays) -> int:
-    """How many numbers they are together."""
+    """Number of values in all arrays."""
     return sum(array.size for array in arrays.values())
 
 
@@ -112,12 +108,12 @@ def noised_mean(sums: Sums, noise: Vector, *, divisor: float) -> Sums:
     """``(sums + noise) / divisor``, float64.
 
     Args:
-        sums: of the clipped updates, by name.
-        noise: [size], scaled; laid over the arrays in the order of their names.
-        divisor: a constant of the run, never what the round happened to draw: that is private.
+        sums: sums of the clipped updates, by name.
+        noise: [size], scaled; assigned to the arrays in the order of their names.
+        divisor: a constant of the run, never the size of the cohort, which is private.
 
     Raises:
-        ValueError: the noise is not one number for each of the sums', or the divisor is not above 0.
+        ValueError: the noise has another size than the sums, or the divisor is not above 0.
     """
     if noise.shape != (size_of(sums),) or not divisor > 0:
         raise ValueError(f"noise of shape {noise.shape} and divisor {divisor} for {size_of(sums)} numbers")

@@ -1,11 +1,10 @@
 """Secret randomness for Poisson sampling and privacy noise.
 
-One secret key per client; one stream per release, derived from everything that identifies the release. A retry of the
-same release (the process died, the update got lost) draws the very same numbers, so that it publishes the very same
-value and costs nothing more; a release that differs in anything (other base weights, other data, other settings) draws
-from an unrelated stream, so that no noise ever protects two different values.
+Each client has one secret key, and each mechanism output one stream, derived from everything that identifies the
+output. A retry of the same output draws the same numbers, so it publishes the same value and costs nothing more. An
+output with any difference (base weights, data, settings) has an unrelated stream, so no noise protects two values.
 
-The generator is AES-256 in counter mode, keyed by HKDF-SHA256 (NIST SP 800-90A's construction in spirit; RFC 5869).
+The generator is AES-256 in counter mode, keyed by HKDF-SHA256 (RFC 5869; similar to NIST SP 800-90A's CTR_DRBG).
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ class SecretStream:
 
     Args:
         secret: the client's key, at least 32 bytes, never logged and never sent.
-        purpose: what the numbers are for; streams of different purposes are unrelated.
-        context: JSON-able facts that identify the release; any difference gives an unrelated stream.
+        purpose: use of the numbers; streams of different purposes are unrelated.
+        context: JSON facts that identify the output; any difference gives an unrelated stream.
 
     Raises:
         ValueError: the secret is too short.
@@ -45,7 +44,7 @@ class SecretStream:
         info = json.dumps({"purpose": purpose, "context": context}, sort_keys=True, allow_nan=False).encode()
         key = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=hashlib.sha256(info).digest()).derive(secret)
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-        # The second of a pair whose first was the last to be asked for.
+        # The unused second number of the last pair.
         self._spare = np.empty(0, dtype=np.float64)
 
     def uniform(self, count: int) -> npt.NDArray[np.float64]:
@@ -58,15 +57,15 @@ class SecretStream:
         return np.asarray(self.uniform(count) < probability, dtype=np.bool_)
 
     def normal(self, count: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
-        """``count`` standard normals, computed in float64; draws one after another are what one draw would be.
+        """``count`` standard normals, computed in float64; consecutive draws equal one large draw.
 
         Box and Muller 1958: the radius of each pair from one 53-bit uniform and its angle from another, so that all
-        lie within 8.66 standard deviations; of exact normals, fewer than one in 10^17 lies beyond. On one machine the
-        same stream gives the same bits; another processor's logarithm may differ in the last one.
+        lie within 8.66 standard deviations; of exact normals, fewer than one in 10^17 lies beyond. The same stream
+        gives the same bits on one machine; another processor's logarithm may differ in the last bit.
         """
         spare = self._spare[:count]
         pairs = np.empty(((count - len(spare) + 1) // 2, 2), dtype=dtype)
-        # Pieces that stay in the processor's cache: 7 ns a number, of which AES is 4; inversion took 30.
+        # In pieces that fit the processor's cache: 7 ns a number, 4 of them for AES; inversion took 30.
         elsewhere: Future[float] | None = None
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
             piece = pairs[start : start + _PAIRS_AT_ONCE]
@@ -86,23 +85,23 @@ class SecretStream:
 
 @cache
 def _helper() -> ThreadPoolExecutor:
-    """One thread beside the caller's: numpy lets go of the interpreter while it computes."""
+    """One additional thread: numpy releases the interpreter lock while it computes."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="noise")
 
 
 def _fill(piece: npt.NDArray[Any], uniforms: npt.NDArray[np.float64]) -> float:
-    """Turn uniforms [N, 2] into the normals of ``piece`` [N, 2]; return the last one, unrounded."""
+    """Write the normals of uniforms [N, 2] into ``piece`` [N, 2]; return the last one, unrounded."""
     first, second = _box_muller(uniforms)
     piece[:, 0], piece[:, 1] = first, second
     return float(second[-1])
 
 
 def _box_muller(uniforms: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Uniforms [N, 2] to two independent arrays of N standard normals, in place where it can be."""
+    """Uniforms [N, 2] to two independent arrays of N standard normals, mostly in place."""
     radius = np.log(uniforms[:, 0])
     radius *= -2.0
     np.sqrt(radius, out=radius)
-    # Of half the angle, whose sine and cosine follow: numpy has a fast tangent only.
+    # Tangent of half the angle, from which sine and cosine follow: numpy has a fast tangent only.
     tangent = uniforms[:, 1] - 0.5
     tangent *= np.pi
     np.tan(tangent, out=tangent)

@@ -1,4 +1,4 @@
-"""What one round costs a unit under given settings, as an event; and the noise that makes a run fit its budget."""
+"""Privacy cost of a round under given settings, as an event, and the noise that keeps a run within its budget."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from fedvit.privacy.events import (
     SampledTogether,
     event_from_json,
     event_to_json,
+    joint_noise_multiplier,
 )
 
 
 def round_event(settings: Settings, noise_multiplier: float) -> Event:
-    """What one round does to the data of a client that may take part in it.
+    """Event of one round for a client that may take part in it.
 
     Args:
-        settings: say unit, sampling and mechanism.
-        noise_multiplier: of the whole round: what sum and count have together, where norms are counted.
+        settings: determine unit, sampling and mechanism.
+        noise_multiplier: of the whole round; with adaptive clipping, of sum and count together.
 
     Raises:
         ConfigError: see :meth:`fedvit.privacy.adaptive_clip.AdaptiveClip.sum_noise_multiplier`.
@@ -45,26 +46,27 @@ def round_event(settings: Settings, noise_multiplier: float) -> Event:
 
 
 def adaptive_clip(privacy: PrivacyConfig) -> AdaptiveClip | None:
-    """The clipping norm's rule, where it has one."""
+    """The rule of the clipping norm; None for a fixed one."""
     config = privacy.adaptive_clip
-    if config is None:
-        return None
-    return AdaptiveClip(config.target_quantile, config.learning_rate, config.count_noise_multiplier)
+    return (
+        None
+        if config is None
+        else AdaptiveClip(config.target_quantile, config.learning_rate, config.count_noise_multiplier)
+    )
 
 
 def round_noise_multiplier(settings: Settings) -> float:
-    """The noise multiplier of a round: as set, or the smallest with which a whole run stays within the budget.
+    """Noise multiplier of a round: as set, or the smallest that keeps a whole run within the budget.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: none is large enough.
     """
     privacy, training = settings.privacy, settings.training
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
     sampling_prob, steps = privacy.sampling_prob, training.local_steps
     if privacy.privacy_unit == "client":
-        sampling_prob = training.cohort.sampling_prob or 1.0
-        steps = 1
+        sampling_prob, steps = training.cohort.sampling_prob or 1.0, 1
     return calibrate_noise_multiplier(
         target_epsilon=privacy.target_epsilon,
         target_delta=privacy.target_delta,
@@ -75,25 +77,22 @@ def round_noise_multiplier(settings: Settings) -> float:
 
 
 def histogram_spend(settings: Settings) -> dict[Event, int]:
-    """What the histograms of a whole run do at most to the data of one unit; see :mod:`fedvit.wire.histograms`."""
+    """Most that the histograms of a whole run cost one unit; see :mod:`fedvit.wire.histograms`."""
     every = settings.histograms.every_rounds
     if every is None or settings.workload.clients_class is not None or settings.training.cohort.selection == "poisson":
         return {}
-    return {
-        Gaussian(settings.histograms.noise_multiplier): min(
-            -(-settings.training.rounds // every), _rounds_of_one(settings)
-        )
-    }
+    times = min(-(-settings.training.rounds // every), _rounds_of_one(settings))
+    return {Gaussian(settings.histograms.noise_multiplier): times}
 
 
 def histogram_is_due(settings: Settings, round_index: int) -> bool:
-    """Whether a round asks for histograms. It does not of a secret sample: who answers would tell who was drawn."""
+    """Whether a round collects histograms. A Poisson cohort sends none: its answers would reveal the secret sample."""
     every = settings.histograms.every_rounds
     return every is not None and bool(histogram_spend(settings)) and (round_index - 1) % every == 0
 
 
 def run_spend(settings: Settings) -> dict[Event, int]:
-    """What a whole run does at most to the data of one unit.
+    """Most that a whole run costs one unit.
 
     Raises:
         ConfigError: see :func:`round_noise_multiplier` and :func:`round_event`.
@@ -103,13 +102,13 @@ def run_spend(settings: Settings) -> dict[Event, int]:
 
 
 def _rounds_of_one(settings: Settings) -> int:
-    """In how many rounds of a run one client may be charged."""
+    """Most rounds of a run in which one client is charged."""
     rounds, cap = settings.training.rounds, settings.training.cohort.max_participations
     return rounds if cap is None else min(rounds, cap)
 
 
 def check_units(settings: Settings, clients: int, num_examples: int) -> None:
-    """Whether delta promises anything to each unit of this fleet: its records, or its clients.
+    """Check that delta protects each unit of this fleet, its records or its clients.
 
     Raises:
         ConfigError: ``target_delta`` is larger than 1/n; n is named.
@@ -120,7 +119,7 @@ def check_units(settings: Settings, clients: int, num_examples: int) -> None:
 
 
 def charge_of(event: Event, *, run_id: str, round_index: int, unit_id: str, output_id: str, unit: str) -> Charge:
-    """A line of the ledger that says ``event`` of a unit, with what history shows of it."""
+    """Ledger entry for an event of one unit, with the parameters that the history shows."""
     step = event.event if isinstance(event, Repeated) else event
     steps = event.count if isinstance(event, Repeated) else 1
     plain = unit == "record" and isinstance(step, PoissonGaussian)
@@ -133,16 +132,16 @@ def charge_of(event: Event, *, run_id: str, round_index: int, unit_id: str, outp
         sampling_prob=step.sampling_prob if isinstance(step, PoissonGaussian | SampledTogether) else 1.0,
         steps=steps,
         privacy_unit=unit,
-        # As it was always written, where nothing more is to be said.
+        # A plain charge needs no event and keeps its bytes.
         event=None if plain else event_to_json(event),
     )
 
 
 def spend_of(charge: Charge) -> tuple[Event, int]:
-    """What a line of the ledger says was done, and how often.
+    """Event of a ledger entry, and how often it happened.
 
     Raises:
-        StateError: its event is of no known kind; its name is given.
+        StateError: the event is of an unknown kind, which is named.
     """
     if charge.event is None:
         return PoissonGaussian(charge.noise_multiplier, charge.sampling_prob), charge.steps
@@ -150,10 +149,10 @@ def spend_of(charge: Charge) -> tuple[Event, int]:
 
 
 def _noise_multiplier(event: Event) -> float:
-    """Of the whole event: what one Gaussian mechanism that costs as much would have."""
+    """Noise multiplier of the one Gaussian mechanism that costs as much as the event."""
     match event:
         case Composed(parts) | SampledTogether(_, parts):
-            return float(sum(_noise_multiplier(part) ** -2 for part in parts) ** -0.5)
+            return joint_noise_multiplier(_noise_multiplier(part) for part in parts)
         case Repeated(inner, count):
             return float(_noise_multiplier(inner) / count**0.5)
     return event.noise_multiplier

@@ -1,7 +1,7 @@
-"""The secret keys behind Poisson coins, privacy noise and the cohort draw.
+"""Secret keys for Poisson sampling, privacy noise and cohort selection.
 
-On one machine a single root key in the state folder (mode 0600) stands in for the vehicles' own keys: each virtual
-client's key is derived from it. A real vehicle makes its own and never sends it.
+The keys of virtual clients are derived from one root key in the state folder (mode 0600). A real vehicle generates its
+own key and never sends it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from fedvit.privacy.randomness import SECRET_BYTES
 
 
 def load_or_create_root_secret(home: Path, create: Callable[[int], bytes] = secrets.token_bytes) -> bytes:
-    """The root key of a state folder; made at the first call, the same for ever after.
+    """The root key of a state folder, created by the first call.
 
     Args:
         home: the state folder.
-        create: so many bytes. Nothing is secret that is drawn with another one than the system's: of a simulation.
+        create: returns that many random bytes; only a simulation replaces the system's secret ones.
 
     Raises:
-        StateError: the key file has the wrong length: somebody changed it.
+        StateError: the key file has the wrong length.
     """
     path = home / "keys" / "root.key"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

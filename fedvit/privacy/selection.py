@@ -1,9 +1,9 @@
-"""What choosing the best of several trials costs when each was trained on private data.
+"""Privacy cost of selecting the best of several trials on private data.
 
-A sweep that reports its best trial says more of the data than that trial alone. Publishing all k trials costs what k
-runs cost. Choosing the best of a *random* number of trials costs far less, if nobody learns how many there were
-(Papernot and Steinke 2022, arXiv:2110.03620): with a truncated negative binomial number of trials, by a bound on Renyi
-divergence, which dp-accounting computes. A fixed number of trials has no such bound.
+The best trial of a sweep reveals more than that trial alone. Publishing all k trials costs as much as k runs. Selecting
+the best of a *random* number of trials costs far less if that number stays secret (Papernot and Steinke 2022,
+arXiv:2110.03620). For a truncated negative binomial number, dp-accounting computes the bound on Renyi divergence. A
+fixed number of trials has no such bound.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MOST_TRIALS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class SelectionCost:
-    """Epsilons at one delta, of the same trial.
+    """Epsilons at one delta.
 
     Attributes:
-        one_trial: by PLD: what is said of a trial that nobody chose.
-        one_trial_rdp: by RDP, as ``select_best`` is.
-        select_best: of the best of a random number of trials with the mean ``mean_trials``.
-        all_trials: of ``ceil(mean_trials)`` trials that are all published, by PLD.
+        one_trial: of a trial without selection, by PLD.
+        one_trial_rdp: the same by RDP, to compare with ``select_best``.
+        select_best: of the best of a random number of trials with the mean ``mean_trials``, by RDP.
+        all_trials: of ``ceil(mean_trials)`` published trials, by PLD.
     """
 
     mean_trials: float
@@ -45,19 +45,18 @@ class SelectionCost:
 
 
 def selection_cost(trial: Composition, *, mean_trials: float, delta: float, shape: float = 1.0) -> SelectionCost:
-    """What it costs to train a random number of trials and to publish the best.
+    """Cost of training a random number of trials and publishing the best.
 
     Args:
-        trial: all that one trial does to one unit's data.
-        mean_trials: how many trials there are on average, above 1.
-        delta: as for :func:`fedvit.privacy.epsilon.epsilon_pld`.
+        trial: composition of one trial on one unit's data.
+        mean_trials: mean number of trials, above 1.
+        delta: see :func:`fedvit.privacy.epsilon.epsilon_pld`.
         shape: of the truncated negative binomial: 0 is logarithmic, 1 geometric.
 
     Raises:
         ConfigError: a number is out of range.
     """
     _check(mean_trials, shape)
-    found = simplified(trial)
     return SelectionCost(
         mean_trials=mean_trials,
         shape=shape,
@@ -65,7 +64,9 @@ def selection_cost(trial: Composition, *, mean_trials: float, delta: float, shap
         one_trial=epsilon_pld(trial, delta),
         one_trial_rdp=epsilon_rdp(trial, delta),
         select_best=_select_best(trial, mean_trials, delta, shape),
-        all_trials=epsilon_pld({event: count * math.ceil(mean_trials) for event, count in found.items()}, delta),
+        all_trials=epsilon_pld(
+            {event: count * math.ceil(mean_trials) for event, count in simplified(trial).items()}, delta
+        ),
     )
 
 
@@ -82,7 +83,7 @@ def _select_best(trial: Composition, mean_trials: float, delta: float, shape: fl
 
 
 def draw_number_of_trials(stream: SecretStream, *, mean_trials: float, shape: float = 1.0) -> int:
-    """How many trials a sweep shall train so that :func:`selection_cost` holds for it. To be told to nobody.
+    """Secret number of trials with which :func:`selection_cost` holds for a sweep.
 
     Raises:
         ConfigError: a number is out of range.
@@ -97,7 +98,7 @@ def draw_number_of_trials(stream: SecretStream, *, mean_trials: float, shape: fl
 
 
 def number_of_trials(mean_trials: float, shape: float) -> npt.NDArray[np.float64]:
-    """The probabilities of 1, 2, ... trials, as far as they matter: truncated negative binomial (Definition 1)."""
+    """Probabilities of 1, 2, ... trials: truncated negative binomial (Definition 1), up to a negligible tail."""
     gamma = _gamma(mean_trials, shape)
     most = min(MOST_TRIALS, math.ceil(60 / -math.log1p(-gamma)) + 1)
     k = np.arange(1, most, dtype=np.float64)

@@ -128,7 +128,7 @@ def test_what_the_incident_logs_own_server_tells_outlasts_a_try_of_its_webhook()
 def test_one_changes_nothing_and_less_is_refused() -> None:
     assert flat(alert_rules.shortened(GROUPS, 1)) == flat(GROUPS)
     for factor in (0.5, 0.0, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match="makes no rule faster"):
+        with pytest.raises(ConfigError):
             alert_rules.shortened(GROUPS, factor)
 
 

@@ -162,6 +162,40 @@ def test_the_training_identity_ignores_what_does_not_change_the_model() -> None:
     assert smaller.training_digest() != base.training_digest()
 
 
+def test_a_second_approver_does_not_make_another_run_of_the_same_training() -> None:
+    alone, together = (
+        load_settings(environ={}, overrides={"privacy": {"require_second_approver": wanted}})
+        for wanted in (False, True)
+    )
+    assert alone.training_digest() == together.training_digest()
+    # Not even the name of the setting: runs from before there was one must go on.
+    assert set(alone.training_identity()["privacy"]) == {
+        "privacy_unit",
+        "target_epsilon",
+        "target_delta",
+        "noise_multiplier",
+        "sampling_prob",
+        "l2_clip_norm",
+    }
+    assert set(alone.training_identity()["training"]["cohort"]) == {
+        "selection",
+        "size",
+        "min_clients",
+        "client_selection",
+    }
+
+
+def test_what_protects_clients_makes_another_run() -> None:
+    cohort = {"selection": "poisson", "sampling_prob": 0.5}
+    digests = {
+        load_settings(
+            environ={}, overrides={"training": {"cohort": cohort}, "privacy": {"privacy_unit": "client", **privacy}}
+        ).training_digest()
+        for privacy in ({}, {"adaptive_clip": {}}, {"adaptive_clip": {"target_quantile": 0.4}}, {"l2_clip_norm": 2.0})
+    }
+    assert len(digests) == 4
+
+
 def test_errors_survive_a_process_boundary() -> None:
     import pickle
 

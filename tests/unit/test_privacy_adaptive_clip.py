@@ -58,5 +58,5 @@ def test_sum_and_count_together_cost_the_noise_multiplier_that_was_asked_for() -
 
 
 def test_a_count_that_costs_everything_is_refused() -> None:
-    with pytest.raises(ConfigError, match="count_noise_multiplier"):
+    with pytest.raises(ConfigError):
         CLIP.sum_noise_multiplier(10.0)

@@ -42,7 +42,7 @@ def test_the_client_and_its_number_of_examples_count() -> None:
 
 
 def test_a_task_that_is_no_number_has_no_identity() -> None:
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(ValueError):
         output_id(dataclasses.replace(TASK, learning_rate=float("nan")), "car-1", 40)
 
 
