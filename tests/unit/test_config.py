@@ -13,7 +13,7 @@ from fedvit.config import FaultConfig, OidcConfig, RangeConfig, Settings
 from fedvit.config.privacy import AdaptiveClipConfig
 from fedvit.config.reference import reference
 from fedvit.config.renamed import RENAMED_KEYS
-from fedvit.errors import ConfigError, FedvitError
+from fedvit.errors import ConfigError, FedvitError, HttpFaultError
 from fedvit.settings import changed_settings, load_settings, settings_from_json, settings_to_json
 
 
@@ -204,9 +204,10 @@ def test_errors_survive_a_process_boundary() -> None:
     assert (str(error), error.details) == ("Wrong. Do it right.", {"key": "a.b"})
 
 
-def test_every_error_has_its_own_code() -> None:
+def test_every_error_has_its_own_code_and_status() -> None:
     def family(kind: type[FedvitError]) -> list[type[FedvitError]]:
         return [kind, *(k for sub in kind.__subclasses__() for k in family(sub))]
 
-    codes = [kind.code for kind in family(FedvitError)]
+    # HttpFaultError only groups its subclasses.
+    codes = [(kind.code, kind.http_status) for kind in family(FedvitError) if kind is not HttpFaultError]
     assert len(set(codes)) == len(codes)
