@@ -11,17 +11,13 @@ import typer
 from fedvit.cli import (
     access,
     clients,
-    config,
-    drill,
-    finetune,
     incident,
     maintenance,
     model,
     monitoring,
     operation,
     privacy,
-    simulate,
-    sweep,
+    research,
     system,
     training,
 )
@@ -39,7 +35,7 @@ PANELS: dict[str, dict[str, typer.Typer | Callable[..., None]]] = {
         "run": system.run,
         "training": training.app,
         "aggregation": training.aggregation,
-        "finetune": finetune.finetune,
+        "finetune": training.finetune,
     },
     "Operate a running system": {
         "up": system.up,
@@ -57,17 +53,17 @@ PANELS: dict[str, dict[str, typer.Typer | Callable[..., None]]] = {
         "drift": monitoring.drift,
         "incident": incident.app,
         "emergency": incident.emergency,
-        "drill": drill.drill,
+        "drill": incident.drill,
     },
     "Privacy and access": {"privacy": privacy.app, "token": access.token, "audit-log": access.audit_log},
     "Fleet": {"clients": clients.app, "backup-channel": clients.channel},
     "State and settings": {
         "backup": maintenance.backup,
         "restore": maintenance.restore,
-        "config": config.app,
-        "data": config.data,
+        "config": maintenance.config,
+        "data": maintenance.data,
     },
-    "Research": {"simulate": simulate.simulate, "sweep": sweep.sweep},
+    "Research": {"simulate": research.simulate, "sweep": research.sweep},
 }
 for panel, entries in PANELS.items():
     for name, entry in entries.items():

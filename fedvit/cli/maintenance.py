@@ -1,4 +1,4 @@
-"""``fedvit health-check | backup | restore | diagnostics | logs``: checks and care of a system and its state."""
+"""``fedvit health-check | logs | diagnostics | backup | restore | config | data``: checks, state and settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 from typer import Argument, Option
 
 from fedvit.cli.api_session import control_client
-from fedvit.cli.options import Options, local_command
+from fedvit.cli.options import SYSTEM, Options, local_command
 from fedvit.cli.output import console, print_json, show_text
 from fedvit.cli.state import local_actor, named_edges, required_system, trusted_certificate
 from fedvit.cli.system import system_facts
@@ -25,6 +25,8 @@ from fedvit.errors import FedvitError, NotFoundError
 if TYPE_CHECKING:
     from fedvit.config import Settings
 
+config = typer.Typer(help="The settings.", no_args_is_help=True)
+data = typer.Typer(help="The data set and its partition over clients.", no_args_is_help=True)
 PACKAGES = ("fedvit", "ray", "torch", "timm", "opacus", "onnxruntime", "dp-accounting", "sqlalchemy", "fastapi")
 
 
@@ -127,7 +129,7 @@ def _diagnose(settings: Settings) -> dict[str, Any]:
         "disk_free_bytes": disk.free,
         "home": str(settings.home.resolve()),
         "status": system_facts(settings),
-        "logs": {path.name: _tail(path) for path in _log_files(settings)},
+        "logs": {path.name: path.read_text(errors="replace").splitlines()[-20:] for path in _log_files(settings)},
     }
 
 
@@ -140,10 +142,6 @@ def _version(name: str) -> str:
 
 def _log_files(settings: Settings) -> list[Path]:
     return sorted((settings.home / "logs").glob("*.log"))
-
-
-def _tail(path: Path, lines: int = 20) -> list[str]:
-    return path.read_text(errors="replace").splitlines()[-lines:]
 
 
 @local_command(options=("home", "config"))
@@ -159,3 +157,30 @@ def logs(
         raise NotFoundError("There are no logs yet.", cure="Start the system: `fedvit up`.")
     command = ["tail", "-n", "50", *(["-F"] if follow else []), *map(str, files)]
     raise typer.Exit(subprocess.call(command))
+
+
+@local_command(config, "show", options=SYSTEM)
+def show_settings(options: Options) -> None:
+    """Every setting as ``fedvit up`` would use it now: defaults, then the file, then the environment, then options."""
+    import yaml
+
+    settings = options.settings().model_dump(mode="json")
+    if options.as_json:
+        print_json(settings)
+    else:
+        # YAML, so that it can be saved and given to --config.
+        typer.echo(yaml.safe_dump(settings, sort_keys=False), nl=False)
+
+
+@local_command(data, "inspect", options=("config", "data", "assignments", "as_json"))
+def inspect_data(options: Options) -> None:
+    """Classes, sizes, clients, label skew, duplicates and the content hash of the configured data set."""
+    from fedvit.data.fleet import VirtualFleet
+    from fedvit.data.manifest import inspect
+
+    fleet = VirtualFleet.open(options.settings().data)
+    facts = inspect(fleet.source, tuple(fleet.parts.values()))
+    if options.as_json:
+        print_json(facts)
+    else:
+        console.print_json(data=facts)

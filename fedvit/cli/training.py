@@ -1,8 +1,10 @@
-"""``fedvit training | aggregation``: the training loop, and whether its rounds wait for their cohort."""
+"""``fedvit training | aggregation | finetune``: federated training, and fine-tuning of one model on several ranks."""
 
 from __future__ import annotations
 
+import functools
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,9 +13,10 @@ from typer import Argument, Option
 from fedvit.api.choices import AggregationMode, ClientSelection
 from fedvit.cli.api_session import POLL_S, ApiSession, api_command, control_client
 from fedvit.cli.options import SYSTEM, IfMatchOption, NoWaitOption, Options, local_command
-from fedvit.cli.output import console, progress_bar, show_text
+from fedvit.cli.output import console, print_json, print_step, progress_bar, show_fields, show_text, stdout_for_json
+from fedvit.cli.state import find_system
 from fedvit.cli.supervisor import interruptible, temporary_system
-from fedvit.errors import UsageError
+from fedvit.errors import InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
     from fedvit.api.training import ProgressView
@@ -133,6 +136,39 @@ def mode(
     if (staleness_tolerance, buffer_size, if_match) != (None, None, None):
         raise UsageError("The mode to change to is missing.", cure="Name synchronous or asynchronous.")
     return group.mode()
+
+
+@local_command(options=SYSTEM)
+def finetune(
+    options: Options,
+    ranks: Annotated[
+        int | None, Option("--ranks", min=1, help="Number of training processes (default: finetune.ranks).")
+    ] = None,
+) -> None:
+    """Train the configured model on all training images of the data set, privately, on several ranks (Ray Train).
+
+    Record-level DP-SGD, charged to the state folder's ledger before each range of steps. A second call goes on from the
+    last checkpoint; charged steps cost nothing more. See the section `finetune` of `fedvit config show`. Status 1 when
+    the budget ended the job before its last step.
+    """
+    settings = options.settings(*([] if ranks is None else [f"finetune.ranks={ranks}"]))
+    try:
+        with stdout_for_json(options.as_json):
+            report = find_system(settings).finetune(functools.partial(print_step, quiet=options.as_json))
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "Fine-tuning was interrupted.", cure="The same command goes on from its last checkpoint."
+        ) from None
+    facts = asdict(report)
+    if options.as_json:
+        print_json(facts)
+    else:
+        weights = facts.pop("weights")
+        show_fields(facts)
+        # Not in the table, which cuts long paths off.
+        console.print(f"Weights: {weights or 'none yet'}", soft_wrap=True, markup=False, highlight=False)
+    if report.stopped is not None:
+        raise typer.Exit(1)
 
 
 def _etag(revision: int | None) -> str | None:

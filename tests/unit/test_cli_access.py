@@ -33,7 +33,7 @@ def test_a_token_is_printed_once_listed_without_its_secret_and_revoked(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("token", "create", "Ana", "--scope", "root"), "No scope is called 'root'"),
         (("token", "create", "<b>", "--scope", "admin"), "'<b>' is no name for a token"),
@@ -41,20 +41,20 @@ def test_a_token_is_printed_once_listed_without_its_secret_and_revoked(tmp_path:
         (("audit-log", "verify"), "no fedvit state"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(tmp_path: Path, words: tuple[str, ...], told: str) -> None:
+def test_what_cannot_be_done_is_one_sentence(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
     result = fedvit(tmp_path, *words)
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.output
 
 
 def test_the_trail_shows_who_made_tokens_and_whether_it_was_touched(tmp_path: Path) -> None:
-    made = json.loads(fedvit(tmp_path, "token", "create", "Ana", "--scope", "admin", "--json").stdout)
-    fedvit(tmp_path, "token", "revoke", made["token_id"])
+    created = json.loads(fedvit(tmp_path, "token", "create", "Ana", "--scope", "admin", "--json").stdout)
+    fedvit(tmp_path, "token", "revoke", created["token_id"])
     shown = fedvit(tmp_path, "audit-log", "show", "--json").stdout
     assert [line["action"] for line in json.loads(shown)] == ["CLI token create", "CLI token revoke"]
-    assert made["token"].split("_", 2)[-1] not in shown
+    assert created["token"].split("_", 2)[-1] not in shown
     assert json.loads(fedvit(tmp_path, "audit-log", "verify", "--json").stdout) == {"ok": True, "lines": 2}
     with closing(sqlite3.connect(tmp_path / "state.db")) as connection:
         connection.execute("UPDATE audit SET actor = 'nobody' WHERE sequence = 1")
@@ -66,10 +66,10 @@ def test_the_trail_shows_who_made_tokens_and_whether_it_was_touched(tmp_path: Pa
 
 def test_a_token_for_one_vehicle_comes_with_its_way_into_the_mailbox(tmp_path: Path) -> None:
     words = ("token", "create", "truck", "--scope", "device", "--client", "truck-1", "--json")
-    made = json.loads(fedvit(tmp_path, *words).stdout)
-    assert made["client_id"] == "truck-1"
-    assert made["mailbox"]["url"] == str(tmp_path / "mailbox")
-    assert len(bytes.fromhex(made["mailbox"]["key"])) == 32
-    assert json.loads(fedvit(tmp_path, *words).stdout)["mailbox"] == made["mailbox"]
-    assert made["mailbox"]["key"] not in fedvit(tmp_path, "audit-log", "show", "--json").stdout
+    created = json.loads(fedvit(tmp_path, *words).stdout)
+    assert created["client_id"] == "truck-1"
+    assert created["mailbox"]["url"] == str(tmp_path / "mailbox")
+    assert len(bytes.fromhex(created["mailbox"]["key"])) == 32
+    assert json.loads(fedvit(tmp_path, *words).stdout)["mailbox"] == created["mailbox"]
+    assert created["mailbox"]["key"] not in fedvit(tmp_path, "audit-log", "show", "--json").stdout
     assert fedvit(tmp_path, "token", "create", "x", "--scope", "admin", "--client", "truck-1").exit_code == 2

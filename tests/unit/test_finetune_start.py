@@ -1,4 +1,4 @@
-"""What stands in the way of a fine-tuning job is said before anything waits for it; and how its end is told."""
+"""Fine-tuning jobs: what is refused before the start, placement of ranks, errors of ranks, and the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from typer.testing import CliRunner
 
 from actors.trainer import _explained, check_room
-from fedvit.cli import finetune as command
+from fedvit.cli import training as command
 from fedvit.cli.main import app
 from fedvit.config import FinetuneConfig, Settings
 from fedvit.errors import DataError, FedvitError, PlacementError
@@ -36,7 +36,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(home: Path, pictures: Path, *more: str) -> str:
+def refusal(home: Path, pictures: Path, *more: str) -> str:
     """Standard error of a job that is refused as a wrong usage."""
     settings = [
         "data.source=folder",
@@ -54,32 +54,33 @@ def told(home: Path, pictures: Path, *more: str) -> str:
 def test_a_state_folder_of_other_data_is_refused(tmp_path: Path, pictures: Path) -> None:
     with Store.open(tmp_path) as store:
         store.metadata.bind_fleet(data_digest="d" * 64, partition={}, classes=["dark", "light"])
-    assert f"belongs to data {'d' * 12}, and folder is" in told(tmp_path, pictures)
+    assert f"belongs to data {'d' * 12}, and folder is" in refusal(tmp_path, pictures)
 
 
 def test_a_state_folder_on_which_a_system_runs_is_refused(tmp_path: Path, pictures: Path) -> None:
     with system_lock(tmp_path):
-        assert "Another fedvit is using the state folder" in told(tmp_path, pictures)
+        assert "Another fedvit is using the state folder" in refusal(tmp_path, pictures)
 
 
 def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path, pictures: Path) -> None:
-    assert "with n = 8 units" in told(tmp_path, pictures, "privacy.target_delta=0.2")
+    assert "with n = 8 units" in refusal(tmp_path, pictures, "privacy.target_delta=0.2")
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (FinetuneConfig(ranks=4, cpus_per_rank=0.5), r"no room for fedvit-rank-3: each asks for 0\.5 CPU, and 1\.9"),
-        (FinetuneConfig(ranks=2, device="cuda"), r"no room for fedvit-rank-1: each asks for 1 GPU, and 1 are free"),
-        (FinetuneConfig(ranks=9, min_ranks=5), r"no room for fedvit-rank-3, fedvit-rank-4: "),
+        (FinetuneConfig(ranks=4, cpus_per_rank=0.5), "no room for fedvit-rank-3: each asks for 0.5 CPU, and 1.9"),
+        (FinetuneConfig(ranks=2, device="cuda"), "no room for fedvit-rank-1: each asks for 1 GPU, and 1 are free"),
+        (FinetuneConfig(ranks=9, min_ranks=5), "no room for fedvit-rank-3, fedvit-rank-4: "),
     ],
 )
 def test_ranks_without_room_are_named_at_once(
     monkeypatch: pytest.MonkeyPatch, config: FinetuneConfig, named: str
 ) -> None:
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.9, "GPU": 1.0})
-    with pytest.raises(PlacementError, match=named):
+    with pytest.raises(PlacementError) as error:
         check_room(config)
+    assert named in error.value.message
 
 
 def test_fewer_ranks_than_wanted_are_enough_where_the_settings_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,14 +92,15 @@ def test_fewer_ranks_than_wanted_are_enough_where_the_settings_say_so(monkeypatc
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (WorkerGroupError("", {1: DataError("x.png cannot be read.")}), DataError, r"x\.png cannot be read"),
+        (WorkerGroupError("", {1: DataError("x.png cannot be read.")}), DataError, "x.png cannot be read"),
         (WorkerGroupError("", {0: ValueError("of a rank")}), PlacementError, "The ranks of a-job failed: of a rank"),
         (ControllerError(TimeoutError("no place")), PlacementError, "The ranks of a-job failed: no place"),
     ],
 )
 def test_a_failed_job_says_what_ailed_it(error: TrainingFailedError, kind: type[FedvitError], message: str) -> None:
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind) as raised:
         raise _explained(error, "a-job")
+    assert message in raised.value.message
 
 
 @pytest.mark.parametrize(("stopped", "status"), [(None, 0), ("The budget is spent.", 1)])

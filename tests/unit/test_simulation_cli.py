@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from fedvit.cli.main import app
-from fedvit.cli.simulate import planned_runs
+from fedvit.cli.research import planned_runs
 from fedvit.errors import ConfigError
 
 torch.set_num_threads(1)
@@ -39,12 +39,12 @@ def config(tmp_path: Path, images: Path) -> Path:
     return path
 
 
-def invoked(*arguments: str) -> Result:
+def simulate(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["simulate", *arguments])
 
 
 def test_curves_side_by_side_end_in_one_report_that_says_what_is_not_real(config: Path, tmp_path: Path) -> None:
-    shown = invoked("-c", str(config), "--vary", "simulation.mode=synchronous,asynchronous", "--seeds", "2", "--json")
+    shown = simulate("-c", str(config), "--vary", "simulation.mode=synchronous,asynchronous", "--seeds", "2", "--json")
     assert shown.exit_code == 0, shown.stderr
     summary = json.loads(shown.stdout)
     report = tmp_path / "var" / "simulation"
@@ -74,7 +74,7 @@ def test_a_private_simulation_is_noised_and_shows_what_it_cost(config: Path, tmp
         "--to",
         str(tmp_path / "to"),
     ]
-    shown = invoked("-c", str(config), *arguments)
+    shown = simulate("-c", str(config), *arguments)
     assert shown.exit_code == 0, shown.stderr
     assert "not private" not in shown.stdout.lower()
     (run,) = json.loads((tmp_path / "to" / "summary.json").read_text())["runs"]

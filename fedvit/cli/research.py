@@ -1,0 +1,220 @@
+"""``fedvit simulate | sweep``: training runs in virtual time, and the search for the best configuration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.markup import escape
+from typer import Option
+
+from fedvit.cli.options import Options, local_command, settings_from
+from fedvit.cli.output import console, errors, print_json, print_step, show_table, stdout_for_json
+from fedvit.cli.state import find_system
+from fedvit.cli.supervisor import interruptible
+from fedvit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from fedvit.config import Settings
+    from fedvit.tools.simulation.run import Simulated
+    from fedvit.tools.sweep.outcome import TrialOutcome
+
+
+@local_command(options=("data", "assignments", "as_json"))
+def simulate(
+    options: Options,
+    configs: Annotated[
+        list[Path] | None, Option("--config", "-c", help="YAML file of settings; one curve each (repeatable).")
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        Option("--vary", help="One curve for each value: --vary training.aggregation=fedavg,median (repeatable)."),
+    ] = None,
+    seeds: Annotated[int, Option("--seeds", min=1, help="Runs a curve, with consecutive seeds.")] = 1,
+    to: Annotated[Path | None, Option("--to", help="Folder of the report (default: simulation in the home).")] = None,
+) -> None:
+    """Train a simulated fleet in virtual time: delays, drop-outs and faults are drawn, data and learning are real.
+
+    The loop, the rules, update validation and the buffer are those of a real run. Without Ray and without state; the
+    report goes to index.html and summary.json. See the section `simulation` of `fedvit config show`.
+    """
+    from fedvit.tools.report.simulation import summary_of, write_report
+
+    planned = list(planned_runs(configs, options.data, options.assignments or (), vary or (), seeds))
+    runs = _run_simulations(planned)
+    target = planned[0][1].simulation.target_accuracy
+    folder = to or planned[0][1].home / "simulation"
+    write_report(folder, runs, target)
+    summary = summary_of(runs, target)
+    if options.as_json:
+        print_json(summary)
+    else:
+        _show_simulation(summary, folder)
+
+
+def planned_runs(
+    configs: Sequence[Path] | None, data: Path | None, assignments: Sequence[str], vary: Sequence[str], seeds: int
+) -> Iterator[tuple[str, Settings]]:
+    """Name and settings of every run; the arguments are the options of :func:`simulate`.
+
+    Raises:
+        ConfigError: a setting of ``vary`` has no values, or see :func:`fedvit.settings.load_settings`.
+    """
+    varied = [_values(one) for one in vary]
+    files: list[Path | None] = [*configs] if configs else [None]
+    for config in files:
+        for values in itertools.product(*varied):
+            words = [config.stem] if config and (len(files) > 1 or not values) else []
+            words += [f"{key.rpartition('.')[2]}={text}" for key, text in values]
+            changes = [*assignments, *(f"{key}={text}" for key, text in values)]
+            first = settings_from(config, None, data, changes)
+            for seed in range(seeds):
+                simulation = first.simulation.model_copy(update={"seed": first.simulation.seed + seed})
+                yield " ".join(words) or "run", first.model_copy(update={"simulation": simulation})
+
+
+def _values(text: str) -> list[tuple[str, str]]:
+    """Key and value, as ``--set`` takes them, of each setting in ``KEY=a,b`` or ``KEY=[a, {b: c}]``."""
+    import yaml
+
+    key, _, values = text.partition("=")
+    try:
+        parsed: Any = yaml.safe_load(values if values.startswith("[") else f"[{values}]")
+    except yaml.YAMLError:
+        parsed = None
+    if not parsed:
+        raise ConfigError(f"--vary {text!r} has no values.", cure="Write --vary section.key=a,b.")
+    return [(key, yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]) for value in parsed]
+
+
+def _run_simulations(planned: Sequence[tuple[str, Settings]]) -> list[Simulated]:
+    import torch
+
+    from fedvit.tools.simulation.run import simulate as run_simulation
+    from fedvit.tools.simulation.world import ImageWorld
+
+    # Threads only slow small models down.
+    torch.set_num_threads(1)
+    world, runs = None, []
+    for name, settings in planned:
+        if world is None or not world.fits(settings):
+            world = ImageWorld(settings)
+        title = f"{name}, seed {settings.simulation.seed}"
+        with errors.status(title) as status:
+
+            def on_point(point: Any, status: Any = status, title: str = title) -> None:
+                accuracy = "" if point.accuracy is None else f", accuracy {point.accuracy:.3f}"
+                status.update(f"{title}: version {point.round_index}, {point.hours:.2f} virtual hours{accuracy}")
+
+            runs.append(run_simulation(settings, world, name, on_point))
+    return runs
+
+
+def _show_simulation(summary: dict[str, Any], folder: Path) -> None:
+    from fedvit.tools.report.simulation import COLUMNS, NOT_PRIVATE, run_rows
+
+    show_table(COLUMNS, (map(escape, row) for row in run_rows(summary)))
+    if not summary["private"]:
+        console.print(f"[bold yellow]{NOT_PRIVATE}[/]")
+    console.print(f"Report: {escape(str(folder / 'index.html'))}", soft_wrap=True)
+
+
+@local_command(options=("config", "data", "assignments", "as_json"))
+def sweep(
+    options: Options,
+    to: Annotated[Path | None, Option("--to", help="Folder of the sweep (default: sweep in the home).")] = None,
+    plan: Annotated[bool, Option("--plan", help="Print the planned trials, and run none.")] = False,
+) -> None:
+    """Try out configurations in virtual time, on real data, and choose one; see the section `sweep` of the settings.
+
+    A second call after an interruption goes on: finished trials are not run again. The folder has trials.parquet,
+    index.html, summary.json, and best.yaml, which `fedvit run --config` takes.
+    """
+    with interruptible():
+        from fedvit.tools.sweep.journal import Journal
+        from fedvit.tools.sweep.space import plan_sweep, rungs_of
+
+        settings, as_json = options.settings(), options.as_json
+        plans = plan_sweep(settings)
+        rungs = rungs_of(settings)
+        folder = to or settings.home / "sweep"
+        if plan:
+            _show_plan([(p.trial_id, dict(p.parameters), p.epsilon) for p in plans], rungs, as_json)
+            return
+        _check_settings(settings)
+        journal = Journal(folder)
+        journal.check(settings)
+        with journal.working(settings):
+            _run_trials(settings, folder, len(plans), len(journal.finished(plans)), as_json)
+            from fedvit.tools.report.sweep import write_report
+
+            summary = write_report(folder, settings, plans, journal.finished(plans))
+        if as_json:
+            print_json(summary)
+        else:
+            _show_sweep(summary, folder)
+
+
+def _check_settings(settings: Settings) -> None:
+    """Check what every trial needs, once and before the first trial.
+
+    Raises:
+        FedvitError: the data cannot be opened, or the workload is not of images.
+    """
+    from fedvit.data.fleet import VirtualFleet
+
+    if settings.workload.clients_class is not None:
+        raise ConfigError(
+            "A sweep simulates vehicles with images; workload.clients_class names others.",
+            cure="Leave workload.clients_class out.",
+        )
+    VirtualFleet.open(settings.data)
+
+
+def _run_trials(settings: Settings, folder: Path, total: int, done: int, quiet: bool) -> None:
+    if done == total:
+        return
+    if done:
+        print_step(f"{done} of {total} trials are finished already", quiet=quiet)
+    with stdout_for_json(quiet), errors.status("Starting Ray") as status:
+        find_system(settings).sweep(folder, _progress_callback(status.update, total, done))
+
+
+def _progress_callback(update: Callable[[str], Any], total: int, done: int) -> Callable[[TrialOutcome], None]:
+    numbers = iter(range(done + 1, total + 1))
+
+    def on_outcome(outcome: TrialOutcome) -> None:
+        score = "" if outcome.score is None else f", accuracy {outcome.score:.3f}"
+        update(f"{next(numbers, total)} of {total} trials; {outcome.trial_id}: {outcome.status}{score}")
+
+    return on_outcome
+
+
+def _show_plan(trials: list[tuple[str, dict[str, Any], float]], rungs: tuple[int, ...], as_json: bool) -> None:
+    if as_json:
+        plans = [
+            {"trial_id": i, "parameters": p, "planned_epsilon": e if math.isfinite(e) else None} for i, p, e in trials
+        ]
+        print_json({"trials": plans, "rungs": list(rungs)})
+        return
+    rows = [(i, *(escape(f"{value}") for value in p.values()), f"{epsilon:.3f}") for i, p, epsilon in trials]
+    show_table(("Trial", *trials[0][1], "Epsilon at most"), rows)
+    console.print(f"Compared after {', '.join(map(str, rungs))} rounds." if rungs else "Every trial runs to its end.")
+
+
+def _show_sweep(summary: dict[str, Any], folder: Path) -> None:
+    from fedvit.tools.report.sweep import COLUMNS, trial_rows
+
+    show_table(COLUMNS, (map(escape, row) for row in trial_rows(summary)))
+    for sentence in summary["cost"]["sentences"]:
+        console.print(escape(sentence))
+    console.print(f"Report: {escape(str(folder / 'index.html'))}", soft_wrap=True)
+    if summary["chosen"] is None:
+        console.print("[bold yellow]No trial came to an end within the budget: nothing was chosen.[/]")
+    else:
+        console.print(f"Chosen: {escape(summary['chosen']['text'])}. Start it:")
+        console.print(f"  {escape(summary['chosen']['command'])}", soft_wrap=True)
