@@ -11,7 +11,7 @@ from typing import Any
 
 from fedvit.api.incidents import RemediationOutcome
 from fedvit.incidents.playbook import BREACH_ALERT, client_of
-from fedvit.store.records import Alert, AuditEntry, Incident, LoggedAlert, Remediation
+from fedvit.store.records import AuditEntry, FiredAlert, Incident, LoggedAlert, Remediation
 from fedvit.store.store import Store
 from fedvit.types import Severity
 
@@ -73,7 +73,7 @@ def log_breach(
             return known.incident_id
     told = f"{breach_id} ({breach_type}), reported by {reported_by}: {clients} clients affected"
     labels = {"alertname": BREACH_ALERT, "severity": Severity.P0.value, "incident_id": breach_id[:200]}
-    alert = Alert(BREACH_ALERT, Severity.P0, fingerprint, at, None, labels, {"summary": told})
+    alert = FiredAlert(BREACH_ALERT, Severity.P0, fingerprint, at, None, labels, {"summary": told})
     return store.incidents.record_alerts([alert], reopen_within=reopen_within, at=at)[0]
 
 

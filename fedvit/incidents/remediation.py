@@ -12,7 +12,7 @@ from fedvit.api.incidents import RemediationOutcome
 from fedvit.config import RemediationConfig, Settings
 from fedvit.incidents.playbook import DEVICE, Call, Step, client_of, play_of
 from fedvit.rounds.steering import round_settings
-from fedvit.store.records import Alert, LoggedAlert, Remediation, Standing
+from fedvit.store.records import FiredAlert, LoggedAlert, Remediation, RemediationState
 from fedvit.store.store import Store
 from fedvit.types import RemediationAction
 
@@ -81,7 +81,7 @@ def orders(store: Store, settings: Settings, incident_id: str, at: datetime) -> 
 
 
 def proposals(
-    config: RemediationConfig, alertname: str, alerts: Sequence[Alert], taken: Sequence[Remediation]
+    config: RemediationConfig, alertname: str, alerts: Sequence[FiredAlert], taken: Sequence[Remediation]
 ) -> list[Proposal]:
     """Every step that the runbook knows for these alerts; one about a client appears once a client."""
     play, known = play_of(alertname), {(one.action, one.target): one for one in taken}
@@ -98,28 +98,28 @@ def proposals(
 
 
 def why_withheld(
-    config: RemediationConfig, action: RemediationAction, target: str | None, at: datetime, standing: Standing
+    config: RemediationConfig, action: RemediationAction, target: str | None, at: datetime, state: RemediationState
 ) -> str | None:
     """Why an action may not be taken now, or None."""
     if action is RemediationAction.REMOVE_CLIENT and target is None:
         return "the alert names no client"
-    if action is RemediationAction.REMOVE_CLIENT and not standing.target_active:
+    if action is RemediationAction.REMOVE_CLIENT and not state.target_active:
         return f"{target} is no active client"
-    last = max((one.at for one in standing.attempted if one.action is action), default=None)
+    last = max((one.at for one in state.attempted if one.action is action), default=None)
     if last is not None and at < last + timedelta(seconds=config.cooldown_s):
         return f"{_COOLDOWN}{action} was taken less than {config.cooldown_s:g} s before"
-    if sum(one.at > at - HOUR for one in standing.attempted) >= config.max_actions_per_hour:
+    if sum(one.at > at - HOUR for one in state.attempted) >= config.max_actions_per_hour:
         return f"{_CAP}{config.max_actions_per_hour} actions were taken within the hour"
-    return _too_many_left_out(config, action, standing)
+    return _too_many_left_out(config, action, state)
 
 
-def _too_many_left_out(config: RemediationConfig, action: RemediationAction, standing: Standing) -> str | None:
-    out, of = 0, standing.active
+def _too_many_left_out(config: RemediationConfig, action: RemediationAction, state: RemediationState) -> str | None:
+    out, of = 0, state.active
     if action is RemediationAction.REMOVE_CLIENT:
         # Those before it count, however long ago: else it would only take longer.
-        out, of = standing.removed + 1, standing.fleet
+        out, of = state.removed + 1, state.fleet
     if action is RemediationAction.RESTART_VALIDATED_ONLY:
-        out = standing.unvalidated
+        out = state.unvalidated
     if out > config.max_client_share * of:
         return f"{_CAP}it would leave out {out} of {of} clients, more than a share of {config.max_client_share:g}"
     return None
@@ -147,7 +147,7 @@ def _why_needless(store: Store, settings: Settings, action: RemediationAction, c
     return None if present > wanted else f"min_clients is {present}, not above {wanted}"
 
 
-def _targets(step: Step, alerts: Sequence[Alert]) -> list[str | None]:
+def _targets(step: Step, alerts: Sequence[FiredAlert]) -> list[str | None]:
     if step.call is None or not step.call.about_a_client:
         return [None]
     return list(dict.fromkeys(client_of(alert.labels) for alert in alerts)) or [None]

@@ -12,7 +12,7 @@ from fedvit.drift.comparison import Comparison, compare
 from fedvit.drift.quality import Concern, FleetQuality, ValidationStreak
 from fedvit.drift.signals import DriftReport, Signal, histogram_signals, loss_signal
 from fedvit.errors import FedvitError
-from fedvit.store.records import Validation
+from fedvit.store.records import ClientValidation
 from fedvit.store.store import Store
 from fedvit.types import ClientOutcome, ModelVersion, utc_now
 from fedvit.wire.histograms import ClientHistogram, HistogramSpec
@@ -100,7 +100,7 @@ def judge(store: Store, client_ids: Collection[str], against: Mapping[str, list[
         verdict = standing.verdict(validated)
         if verdict is not None:
             reason = " ".join(words for words, _ in found) or "Nothing speaks against its data any more."
-            store.clients.validate(client_id, Validation(verdict, reason, utc_now(), automatic=True))
+            store.clients.validate(client_id, ClientValidation(verdict, reason, utc_now(), automatic=True))
             changed[client_id] = verdict
         standings[client_id] = asdict(standing)
         if verdict or (validated and not standing.against):

@@ -1,4 +1,4 @@
-"""Unpacking a backup archive that nobody has checked yet: bounded, and only what a backup can hold."""
+"""Unpacking of an untrusted backup archive: bounded in size, and limited to files that a backup can hold."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ _NAME = re.compile(
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack ``archive`` into the empty ``folder``, each file durably and with its checksum proven.
+    """Unpack ``archive`` into the empty ``folder``, each file durably and with its checksum verified.
 
     Raises:
         IntegrityError: it is no archive of :func:`~fedvit.store.backup.write_backup`, or not as it was written.
         UsageError: it cannot be read, or the disk is full.
     """
     with refused(archive):
-        found = dict(_unpacked(archive, folder))
-        if DATABASE not in found or CHECKSUMS not in found:
+        digests = dict(_unpacked(archive, folder))
+        if DATABASE not in digests or CHECKSUMS not in digests:
             raise IntegrityError("it holds no database, or no checksums")
-        del found[CHECKSUMS]
-        if _checksums(folder / CHECKSUMS) != found:
+        del digests[CHECKSUMS]
+        if json.loads((folder / CHECKSUMS).read_bytes()) != digests:
             raise IntegrityError("its files are not those that its checksums name")
 
 
 @contextmanager
 def refused(archive: Path) -> Iterator[None]:
-    """Whatever is wrong with the archive is said in one way.
+    """Report any fault of the archive in one form.
 
     Raises:
         IntegrityError, UsageError: see :func:`unpack`.
@@ -56,7 +56,7 @@ def refused(archive: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise UsageError(f"The archive {archive} cannot be unpacked: {error.strerror or error}.") from error
-        # Content that nobody has checked can fail in any way.
+        # Unchecked content can fail in any way.
         why = error.message if isinstance(error, FedvitError) else str(error) or type(error).__name__
         cure = "Nothing was changed; take another backup."
         raise IntegrityError(f"The archive {archive} is refused: {why.rstrip('.')}.", cure=cure) from error
@@ -75,21 +75,21 @@ def _unpacked(archive: Path, folder: Path) -> Iterator[tuple[str, str]]:
             names.add(member.name)
             content = members.extractfile(member)
             assert content is not None
-            found = _write(content, folder / member.name)
-            if digest not in (None, found):
+            actual = _write(content, folder / member.name)
+            if digest not in (None, actual):
                 raise IntegrityError(f"{member.name} holds something else")
-            yield member.name, found
-        # Read to its end, where gzip has its own checksum; behind the files there is nothing but padding.
+            yield member.name, actual
+        # Read to its end, where gzip has its own checksum; after the files there is only padding.
         if len(raw.read(_CHUNK)) == _CHUNK:
             raise IntegrityError("something follows its files")
 
 
 def _check(member: tarfile.TarInfo) -> str | None:
-    """Admit a plain file under a name that a backup has; return what its content must hash to, if the name says it."""
+    """Admit only a plain file under a name that a backup has; return the digest that its name states, if any."""
     named = _NAME.fullmatch(member.name)
     if named is None or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         raise IntegrityError(f"{member.name[:100]!r} is nothing that a backup holds")
-    # A log that is not empty would be replayed into the database.
+    # SQLite would replay a log that is not empty into the database.
     if (member.name == WRITE_AHEAD_LOG and member.size) or (
         member.name == CHECKSUMS and member.size > MAX_CHECKSUMS_BYTES
     ):
@@ -109,11 +109,6 @@ def _write(content: IO[bytes], target: Path) -> str:
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _checksums(path: Path) -> dict[str, str]:
-    told: dict[str, str] = json.loads(path.read_bytes())
-    return told
 
 
 class _Bounded:

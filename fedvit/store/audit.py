@@ -12,7 +12,7 @@ from sqlalchemy import Row
 from fedvit.store.chain import AUDIT_CHAIN
 from fedvit.store.database import Repository
 from fedvit.store.records import AuditEntry, AuditFacts
-from fedvit.store.tables import AuditRow
+from fedvit.store.tables import AuditRow, record_of
 
 
 class Audit(Repository):
@@ -63,5 +63,4 @@ class Audit(Repository):
 
 
 def _to_entry(row: Row[Any]) -> AuditEntry:
-    facts = AUDIT_CHAIN.facts(row)
-    return AuditEntry(row.sequence, row.at, AuditFacts(**(facts | {"scopes": tuple(facts["scopes"])})))
+    return AuditEntry(row.sequence, row.at, record_of(AuditFacts, row, scopes=tuple(row.scopes)))

@@ -1,10 +1,9 @@
-"""One consistent archive of a state folder, taken while it is in use.
+"""One consistent archive of a state folder, taken while the folder is in use.
 
-An archive unpacked with plain ``tar`` is a valid state folder, too. Nobody can tell then what the original has charged
-since, so the database in every archive carries a mark: its privacy ledger is frozen (incident ``restore``). The mark is
-in the database because that is what the accountant reads: it holds however the file got where it is. What lifts it is
-``fedvit restore`` where the ledger that it replaces proves what was charged, ``fedvit privacy unfreeze`` or ``fedvit
-restore --nothing-since`` where somebody answers for it, or a budget that is granted anew.
+An archive that was unpacked with plain ``tar`` is a valid state folder, too. What its original has charged since is
+then unknown, so the privacy ledger in every archive is frozen (incident ``restore``). Four things lift that freeze:
+``fedvit restore`` where the ledger that it replaces proves what was charged; ``fedvit privacy unfreeze`` or ``fedvit
+restore --nothing-since``, by which an operator vouches for it; and a new budget.
 """
 
 from __future__ import annotations
@@ -20,16 +19,17 @@ from pathlib import Path
 from typing import IO
 
 from fedvit.atomic_write import draft_in
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import StateError, UsageError
+from fedvit.ports import ClockPort
 from fedvit.store.archive import CHECKSUMS, DATABASE, WRITE_AHEAD_LOG
 from fedvit.store.releases import RELEASE_MARGIN
 from fedvit.store.store import Store
-from fedvit.types import utc_now
 
 KEPT_FOLDERS = ("blobs", "keys")
 
 
-def write_backup(home: Path, folder: Path) -> tuple[Path, str]:
+def write_backup(home: Path, folder: Path, clock: ClockPort = SYSTEM_CLOCK) -> tuple[Path, str]:
     """Write ``fedvit-backup-<UTC time>.tar.gz`` into ``folder``; return its path and its SHA-256.
 
     The database is copied by SQLite's online backup first; blobs are immutable and written before the rows that name
@@ -42,7 +42,7 @@ def write_backup(home: Path, folder: Path) -> tuple[Path, str]:
     """
     if not (home / DATABASE).exists():
         raise StateError(f"There is no fedvit state at {home}.", cure="Name its folder with --home.")
-    now = utc_now()
+    now = clock.now()
     target = folder / f"fedvit-backup-{now:%Y%m%d-%H%M%S}.tar.gz"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,9 +79,9 @@ def _write_archive(file: IO[bytes], home: Path, scratch: Path) -> None:
     (scratch / WRITE_AHEAD_LOG).touch()
     files = {name: scratch / name for name in (DATABASE, WRITE_AHEAD_LOG)}
     for folder in KEPT_FOLDERS:
-        # A dot file is one that is still being written.
-        found = (p for p in (home / folder).rglob("*") if p.is_file() and not p.name.startswith("."))
-        files |= {str(p.relative_to(home)): p for p in sorted(found)}
+        # A dot file is still being written.
+        paths = (p for p in (home / folder).rglob("*") if p.is_file() and not p.name.startswith("."))
+        files |= {str(p.relative_to(home)): p for p in sorted(paths)}
     checksums = scratch / CHECKSUMS
     checksums.write_text(json.dumps({name: sha256_of(p) for name, p in files.items()}, indent=1))
     with tarfile.open(fileobj=file, mode="w:gz") as archive:

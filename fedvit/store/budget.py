@@ -11,7 +11,6 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ForbiddenError, NotFoundError
@@ -20,7 +19,7 @@ from fedvit.store.database import Repository
 from fedvit.store.ledger import Ledger
 from fedvit.store.metadata import BUDGET_CALL_KEY, BUDGET_REQUESTS_KEY, get_value, set_value
 from fedvit.store.records import BudgetPeriod, BudgetRequest
-from fedvit.store.tables import BudgetPeriodRow
+from fedvit.store.tables import BudgetPeriodRow, record_of
 
 REQUEST_LIFETIME = timedelta(hours=24)
 
@@ -67,12 +66,13 @@ class Budget(Repository):
         query = BUDGET_CHAIN.lines.order_by(BudgetPeriodRow.sequence.desc()).limit(1)
         with self._read() as session:
             row = session.execute(query).one_or_none()
-            return None if row is None else _to_period(row)
+            return None if row is None else record_of(BudgetPeriod, row)
 
     def periods(self) -> list[BudgetPeriod]:
         """All periods that were granted, oldest first."""
         with self._read() as session:
-            return [_to_period(row) for row in session.execute(BUDGET_CHAIN.lines.order_by(BudgetPeriodRow.sequence))]
+            rows = session.execute(BUDGET_CHAIN.lines.order_by(BudgetPeriodRow.sequence))
+            return [record_of(BudgetPeriod, row) for row in rows]
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Every budget period with its hashes, oldest first, as it is stored."""
@@ -132,7 +132,3 @@ def _requests(session: Session, at: datetime) -> list[BudgetRequest]:
 def _set_requests(session: Session, requests: list[BudgetRequest]) -> None:
     values = [{**asdict(request), "expires_at": request.expires_at.isoformat()} for request in requests]
     set_value(session, BUDGET_REQUESTS_KEY, values)
-
-
-def _to_period(row: Row[Any]) -> BudgetPeriod:
-    return BudgetPeriod(sequence=row.sequence, at=row.at, **BUDGET_CHAIN.facts(row))

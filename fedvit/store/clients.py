@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 from fedvit.errors import NotFoundError
 from fedvit.store.database import Repository
 from fedvit.store.metadata import get_value, set_value
-from fedvit.store.records import ClientPage, Validation
-from fedvit.store.tables import ClientRow, MetaRow, among
+from fedvit.store.records import ClientPage, ClientValidation
+from fedvit.store.tables import ClientRow, MetaRow, among, record_of
 from fedvit.types import Client, ClientKind, LastContact
 
 # Followed by the client's id: a fleet of ten thousand must not rewrite one long value for each decision.
@@ -183,7 +183,7 @@ class Clients(Repository):
                 rows = [{"id": client_id, "at": moment} for client_id, moment in last_seen.items()]
                 session.connection().execute(statement.values(last_seen_at=at), rows)
 
-    def validate(self, client_id: str, decision: Validation) -> Client:
+    def validate(self, client_id: str, decision: ClientValidation) -> Client:
         """Record whether a client's data is trusted, and why. An automatic decision never replaces an operator's.
 
         Raises:
@@ -202,7 +202,7 @@ class Clients(Repository):
             set_value(session, key, value)
             return _to_client(row)
 
-    def validations(self, client_ids: Sequence[str]) -> dict[str, Validation]:
+    def validations(self, client_ids: Sequence[str]) -> dict[str, ClientValidation]:
         """The last decision on each of these clients; a client that nobody decided on is left out."""
         with self._read() as session:
             return _validations(session, client_ids)
@@ -256,7 +256,7 @@ def _eligibility(validated_only: bool, heard_since: datetime | None) -> list[Col
     return [*always, ClientRow.validated.is_(True)] if validated_only else always
 
 
-def _validations(session: Session, client_ids: Sequence[str]) -> dict[str, Validation]:
+def _validations(session: Session, client_ids: Sequence[str]) -> dict[str, ClientValidation]:
     keys = [_VALIDATION_KEY + client_id for client_id in client_ids]
     rows = session.scalars(select(MetaRow).where(among(MetaRow.key, keys)))
     return {row.key.removeprefix(_VALIDATION_KEY): _to_validation(row.value) for row in rows}
@@ -282,23 +282,12 @@ def _client_row(session: Session, client_id: str) -> ClientRow:
 
 
 def _to_client(row: ClientRow) -> Client:
-    return Client(
-        client_id=row.client_id,
-        kind=ClientKind(row.kind),
-        num_examples=row.num_examples,
-        validated=row.validated,
-        active=row.active,
-        registered_at=row.registered_at,
-        capabilities=row.capabilities,
-        last_seen_at=row.last_seen_at,
-        quarantined_at=row.quarantined_at,
-        quarantine_reason=row.quarantine_reason,
-    )
+    return record_of(Client, row, kind=ClientKind(row.kind))
 
 
-def _to_validation(value: Mapping[str, Any]) -> Validation:
+def _to_validation(value: Mapping[str, Any]) -> ClientValidation:
     at = datetime.fromisoformat(value["at"])
-    return Validation(value["validated"], value["reason"], at, value.get("automatic", False))
+    return ClientValidation(value["validated"], value["reason"], at, value.get("automatic", False))
 
 
 def _refreshable(client: Client) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The SQLite file: how it is checked, created, migrated and written to.
+"""The SQLite database: opening, schema migration, sessions and transactions.
 
 Each write is one ``BEGIN IMMEDIATE`` transaction with ``synchronous=FULL``: when it returns, it survives a power cut;
 when the process dies before, nothing of it is there.
@@ -115,7 +115,7 @@ class Database:
     def change_counter(self) -> int:
         """A number that differs from an earlier one if anything was committed in between, by whatever process.
 
-        It costs some microseconds: SQLite tells a connection that only ever watches when others have committed.
+        It costs some microseconds: SQLite counts the commits of others for a connection that only watches.
 
         Raises:
             StateError: the file cannot be read.
@@ -123,7 +123,7 @@ class Database:
         with self._watching:
             try:
                 if self._watcher is None:
-                    # Outside the pool: it must never write, and nobody must keep a transaction open on it.
+                    # Outside the pool: it must never write, and no transaction may stay open on it.
                     self._watcher = sqlite3.connect(
                         self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
                     )
@@ -228,7 +228,7 @@ def make_engine(path: Path, *, foreign_keys: bool = True) -> Engine:
 
 def migration_config() -> Config:
     """Alembic's configuration for the revisions shipped in this package."""
-    # Imported here: eleven megabytes that who opens a state of the newest schema does without.
+    # Imported here: a state of the newest schema is opened without these eleven megabytes.
     from alembic.config import Config
 
     config = Config()
@@ -238,7 +238,7 @@ def migration_config() -> Config:
 
 
 def _create(path: Path) -> None:
-    """Built aside and renamed, so that an empty or half-made ``state.db`` can only be damage, never a young one."""
+    """Create it atomically, so that an empty or partial ``state.db`` is always damage."""
     wal = _beside(path, "-wal")
     if wal.exists() and wal.stat().st_size:
         raise StateError(f"{path} is missing, yet its write-ahead log {wal.name} is there.", cure=_RESET)
@@ -256,7 +256,7 @@ def _create(path: Path) -> None:
 
 @cache
 def _empty() -> bytes:
-    """A database of the newest schema. Every one begins the same, and to migrate it takes a tenth of a second."""
+    """An empty database of the newest schema. It is cached: a migration takes a tenth of a second."""
     with tempfile.TemporaryDirectory(prefix="fedvit-schema-") as folder:
         path = Path(folder) / "state.db"
         _upgrade(path)
@@ -264,13 +264,13 @@ def _empty() -> bytes:
 
 
 def _migrate_existing(path: Path) -> None:
-    found, (known, newest) = _checked_revision(path), _revisions()
-    if found not in known:
+    revision, (known, newest) = _checked_revision(path), _revisions()
+    if revision not in known:
         raise StateError(
-            f"{path} has schema revision {found!r}, newer than this program's {newest!r}.",
+            f"{path} has schema revision {revision!r}, newer than this program's {newest!r}.",
             cure="Use the fedvit release that wrote it, restore a backup, or run `make reset`.",
         )
-    if found != newest:
+    if revision != newest:
         with _explained(path):
             _upgrade(path)
 
@@ -318,10 +318,10 @@ def _upgrade(path: Path) -> None:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn what SQLite says about the file (locked, full, read-only, malformed) into one sentence.
+    """Turn SQLite's errors about the file (locked, full, read-only, malformed) into a StateError of one sentence.
 
-    Broken constraints and faulty SQL are mistakes in this program and pass as they are; a number that is too large is
-    the caller's.
+    Violated constraints and faulty SQL are mistakes in this program and pass unchanged; a number that is too large is a
+    mistake of the caller.
     """
     try:
         yield

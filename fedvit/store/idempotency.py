@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError
 from fedvit.store.database import Repository
-from fedvit.store.records import RequestKey, StoredAnswer
+from fedvit.store.records import RequestKey, StoredResponse
 from fedvit.store.tables import IdempotencyRow
 
 KEPT = timedelta(hours=24)
@@ -20,7 +20,7 @@ UNDER_WAY = timedelta(minutes=10)
 class Idempotency(Repository):
     """Requests that name an idempotency key, and the answers they got."""
 
-    def begin(self, request: RequestKey, at: datetime, *, repeatable: bool = False) -> StoredAnswer | None:
+    def begin(self, request: RequestKey, at: datetime, *, repeatable: bool = False) -> StoredResponse | None:
         """Claim an idempotency key (None), or give the answer that its request already got.
 
         A ``repeatable`` request does not wait for one that is under way, whose process may have died.
@@ -41,7 +41,7 @@ class Idempotency(Repository):
             session.add(IdempotencyRow(**key, request_hash=request.request_hash, at=at))
             return None
 
-    def finish(self, request: RequestKey, answer: StoredAnswer | None) -> None:
+    def finish(self, request: RequestKey, answer: StoredResponse | None) -> None:
         """Keep the answer for repetitions; None forgets the request, so that it may be tried again."""
         with self._write() as session:
             row = _row(session, request)
@@ -58,7 +58,7 @@ def _may_repeat(row: IdempotencyRow, request: RequestKey, at: datetime, repeatab
     return row.at < at - UNDER_WAY or (repeatable and row.request_hash == request.request_hash)
 
 
-def _answer(row: IdempotencyRow, request: RequestKey) -> StoredAnswer:
+def _answer(row: IdempotencyRow, request: RequestKey) -> StoredResponse:
     if row.request_hash != request.request_hash:
         raise ConflictError(
             f"The Idempotency-Key {request.key!r} was used for another request.",
@@ -70,7 +70,7 @@ def _answer(row: IdempotencyRow, request: RequestKey) -> StoredAnswer:
             cure="Ask again in a moment, with the same key.",
             retry_after_s=1,
         )
-    return StoredAnswer(row.status, row.body, row.media_type, row.headers or {})
+    return StoredResponse(row.status, row.body, row.media_type, row.headers or {})
 
 
 def _row(session: Session, request: RequestKey) -> IdempotencyRow | None:

@@ -8,6 +8,7 @@ message changes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict, fields
 from datetime import datetime, timedelta
 
 from sqlalchemy import func, select
@@ -15,8 +16,8 @@ from sqlalchemy.orm import Session
 
 from fedvit.errors import NotFoundError
 from fedvit.store.database import Repository
-from fedvit.store.records import Alert, Incident, IncidentEvent, LoggedAlert
-from fedvit.store.tables import IncidentAlertRow, IncidentEventRow, IncidentRow
+from fedvit.store.records import FiredAlert, Incident, IncidentEvent, LoggedAlert
+from fedvit.store.tables import IncidentAlertRow, IncidentEventRow, IncidentRow, record_of
 from fedvit.types import Severity
 
 MONITORING = "monitoring"
@@ -26,7 +27,7 @@ MONITORING = "monitoring"
 class Incidents(Repository):
     """Incidents, their alerts and their events."""
 
-    def record_alerts(self, alerts: Iterable[Alert], *, reopen_within: timedelta, at: datetime) -> list[str]:
+    def record_alerts(self, alerts: Iterable[FiredAlert], *, reopen_within: timedelta, at: datetime) -> list[str]:
         """Record alerts that fire or have ended, each once however often it is sent; return the incidents concerned.
 
         Each incident is returned once, in the order of the alerts.
@@ -92,10 +93,10 @@ class Incidents(Repository):
         query = select(IncidentEventRow).where(IncidentEventRow.incident_id == incident_id)
         with self._read() as session:
             rows = session.scalars(query.order_by(IncidentEventRow.sequence))
-            return [IncidentEvent(row.at, row.kind, row.actor, row.text) for row in rows]
+            return [record_of(IncidentEvent, row) for row in rows]
 
 
-def _record(session: Session, alert: Alert, reopen_within: timedelta, at: datetime) -> str:
+def _record(session: Session, alert: FiredAlert, reopen_within: timedelta, at: datetime) -> str:
     known = session.get(IncidentAlertRow, (alert.fingerprint, alert.starts_at))
     if known is None:
         known = _add(session, alert, _incident_for(session, alert, reopen_within, at), at)
@@ -104,7 +105,7 @@ def _record(session: Session, alert: Alert, reopen_within: timedelta, at: dateti
     return known.incident_id
 
 
-def _incident_for(session: Session, alert: Alert, reopen_within: timedelta, at: datetime) -> IncidentRow:
+def _incident_for(session: Session, alert: FiredAlert, reopen_within: timedelta, at: datetime) -> IncidentRow:
     """The incident that a firing belongs to: one that is open, one that has just ended, or another."""
     # A sender whose clock runs ahead must not open incidents in the future.
     began = min(alert.starts_at, at)
@@ -122,7 +123,7 @@ def _incident_for(session: Session, alert: Alert, reopen_within: timedelta, at: 
     return row
 
 
-def _open(session: Session, alert: Alert, began: datetime) -> IncidentRow:
+def _open(session: Session, alert: FiredAlert, began: datetime) -> IncidentRow:
     row = IncidentRow(
         incident_id=_new_id(session, began),
         ordinal=1 + (session.scalar(select(func.max(IncidentRow.ordinal))) or 0),
@@ -144,18 +145,10 @@ def _new_id(session: Session, began: datetime) -> str:
     return f"{prefix}{1 + (session.scalar(query) or 0):03d}"
 
 
-def _add(session: Session, alert: Alert, incident: IncidentRow, at: datetime) -> IncidentAlertRow:
-    row = IncidentAlertRow(
-        fingerprint=alert.fingerprint,
-        starts_at=alert.starts_at,
-        incident_id=incident.incident_id,
-        alertname=alert.alertname,
-        severity=alert.severity.value,
-        labels=dict(alert.labels),
-        annotations=dict(alert.annotations),
-        generator_url=alert.generator_url,
-        received_at=at,
-    )
+def _add(session: Session, alert: FiredAlert, incident: IncidentRow, at: datetime) -> IncidentAlertRow:
+    facts = {field.name: getattr(alert, field.name) for field in fields(alert) if field.name != "ends_at"}
+    facts |= {"severity": alert.severity.value, "labels": dict(alert.labels), "annotations": dict(alert.annotations)}
+    row = IncidentAlertRow(**facts, incident_id=incident.incident_id, received_at=at)
     session.add(row)
     session.flush()
     return row
@@ -182,16 +175,8 @@ def _last_end(session: Session, incident_id: str) -> datetime:
 
 def _add_event(session: Session, incident_id: str, event: IncidentEvent) -> None:
     last = select(func.max(IncidentEventRow.sequence)).where(IncidentEventRow.incident_id == incident_id)
-    session.add(
-        IncidentEventRow(
-            incident_id=incident_id,
-            sequence=1 + (session.scalar(last) or 0),
-            at=event.at,
-            kind=event.kind,
-            actor=event.actor,
-            text=event.text,
-        )
-    )
+    sequence = 1 + (session.scalar(last) or 0)
+    session.add(IncidentEventRow(incident_id=incident_id, sequence=sequence, **asdict(event)))
     session.flush()
 
 
@@ -203,28 +188,16 @@ def _row(session: Session, incident_id: str) -> IncidentRow:
 
 
 def _to_incident(session: Session, row: IncidentRow) -> Incident:
-    mine = select(func.count()).where(IncidentAlertRow.incident_id == row.incident_id)
-    return Incident(
-        incident_id=row.incident_id,
-        alertname=row.alertname,
+    alerts = select(func.count()).where(IncidentAlertRow.incident_id == row.incident_id)
+    return record_of(
+        Incident,
+        row,
         severity=Severity(row.severity),
-        summary=row.summary,
-        opened_at=row.opened_at,
-        resolved_at=row.resolved_at,
-        alerts=session.scalar(mine) or 0,
-        firing=session.scalar(mine.where(IncidentAlertRow.ends_at.is_(None))) or 0,
+        alerts=session.scalar(alerts) or 0,
+        firing=session.scalar(alerts.where(IncidentAlertRow.ends_at.is_(None))) or 0,
     )
 
 
 def _to_logged(row: IncidentAlertRow) -> LoggedAlert:
-    alert = Alert(
-        alertname=row.alertname,
-        severity=Severity(row.severity),
-        fingerprint=row.fingerprint,
-        starts_at=row.starts_at,
-        ends_at=row.ends_at,
-        labels=row.labels,
-        annotations=row.annotations,
-        generator_url=row.generator_url,
-    )
+    alert = record_of(FiredAlert, row, severity=Severity(row.severity))
     return LoggedAlert(row.incident_id, row.received_at, alert)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, LedgerFrozenError
@@ -15,7 +15,7 @@ from fedvit.ports import Charge, LedgerEntry
 from fedvit.store.chain import BUDGET_CHAIN, LEDGER_CHAIN
 from fedvit.store.database import Repository
 from fedvit.store.metadata import COPY_KEY, FREEZE_KEY, get_value, set_value
-from fedvit.store.tables import ChargeRow
+from fedvit.store.tables import ChargeRow, record_of
 from fedvit.types import LedgerFreeze
 
 RESTORE = "restore"
@@ -67,7 +67,7 @@ class Ledger(Repository):
             query = query.where(ChargeRow.at >= since)
         with self._read() as session:
             rows = session.execute(query)
-            return [LedgerEntry(sequence=row.sequence, at=row.at, charge=_to_charge(row)) for row in rows]
+            return [LedgerEntry(sequence=row.sequence, at=row.at, charge=record_of(Charge, row)) for row in rows]
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The ledger as it is stored, hashes included, oldest line first; read to the end, or closed."""
@@ -184,7 +184,7 @@ def _not_yet_written(session: Session, charges: Sequence[Charge]) -> list[Charge
     known: dict[_ChargeKey, Charge] = {}
     for run_id, round_index in dict.fromkeys((charge.run_id, charge.round_index) for charge in charges):
         query = LEDGER_CHAIN.lines.where(ChargeRow.run_id == run_id, ChargeRow.round_index == round_index)
-        known |= {_key(charge): charge for charge in map(_to_charge, session.execute(query))}
+        known |= {_key(charge): charge for charge in (record_of(Charge, row) for row in session.execute(query))}
     new = []
     for charge in charges:
         if known.setdefault(_key(charge), charge) is charge:
@@ -204,18 +204,10 @@ def _key(charge: Charge) -> _ChargeKey:
 
 def _normal(charge: Charge) -> Charge:
     """The types that the database gives back, or the hash over ``1`` would not match the one over ``1.0``."""
-    return Charge(
-        run_id=charge.run_id,
+    return replace(
+        charge,
         round_index=int(charge.round_index),
-        unit_id=charge.unit_id,
-        output_id=charge.output_id,
         noise_multiplier=float(charge.noise_multiplier),
         sampling_prob=float(charge.sampling_prob),
         steps=int(charge.steps),
-        privacy_unit=charge.privacy_unit,
-        event=charge.event,
     )
-
-
-def _to_charge(line: Row[Any]) -> Charge:
-    return Charge(**{name: getattr(line, name) for name in _CHARGE_FIELDS})

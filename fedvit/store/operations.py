@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, NotFoundError
 from fedvit.store.database import Repository
-from fedvit.store.tables import OperationRow
+from fedvit.store.tables import OperationRow, record_of
 from fedvit.types import Operation, OperationStatus
 
 
@@ -145,17 +145,4 @@ def _row(session: Session, operation_id: str) -> OperationRow:
 
 
 def _to_operation(row: OperationRow) -> Operation:
-    return Operation(
-        operation_id=row.operation_id,
-        kind=row.kind,
-        status=OperationStatus(row.status),
-        progress=row.progress,
-        stage=row.stage,
-        params=row.params,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-        result=row.result,
-        error=row.error,
-        cancel_requested=row.cancel_requested,
-    )
+    return record_of(Operation, row, status=OperationStatus(row.status))

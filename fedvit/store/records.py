@@ -1,4 +1,4 @@
-"""What the store takes and gives beyond the domain's own nouns, as frozen values."""
+"""Frozen records that the store takes and returns, beyond those of :mod:`fedvit.types`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class FleetInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Validation:
-    """What an operator decided on a client's data, or, ``automatic``, what follows from what was seen of it."""
+class ClientValidation:
+    """Whether a client's data is trusted: an operator's decision, or an ``automatic`` one from measurements."""
 
     validated: bool
     reason: str | None
@@ -32,18 +32,18 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class ClientPage:
-    """Some clients with what operators decided on them, and how many there are in all."""
+    """A page of clients with the decisions on their data, and the totals over all clients."""
 
     total: int
     active: int
     validated: int
     clients: tuple[Client, ...]
-    validations: Mapping[str, Validation]
+    validations: Mapping[str, ClientValidation]
 
 
 @dataclass(frozen=True, slots=True)
 class RoundCommit:
-    """What a finished round leaves behind. Values that are not finite are stored as absent: JSON has no word for them.
+    """The results of a finished round. Values that are not finite are stored as absent: JSON cannot express them.
 
     ``weights_digest`` and ``frozen_digest`` name blobs; ``outcomes`` has at most one entry a client, of this round's
     cohort or, late, of an earlier one's.
@@ -62,10 +62,10 @@ class RoundCommit:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """One step of what replicas and vehicles are told to run; a roll-back is a new step.
+    """A model version that replicas and vehicles run from ``at`` on; a roll-back is a new release.
 
     ``artifacts`` maps a variant to the digest of its blob, ``envelopes`` a variant to its signed manifest, JSON text.
-    ``serve_variant`` is what the fleet runs unless it is pinned; None in a state that knew no such choice.
+    ``serve_variant`` is what the fleet runs unless it is pinned; None in releases older than that choice.
     """
 
     sequence: int
@@ -79,7 +79,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Derivation:
-    """A version that is made from another one without training. ``lineage`` is added to the origin's."""
+    """A version that is derived from another without training. ``lineage`` is added to the origin's."""
 
     origin: str
     lineage: Mapping[str, Any]
@@ -88,9 +88,9 @@ class Derivation:
 
 @dataclass(frozen=True, slots=True)
 class BudgetPeriod:
-    """A privacy budget that was granted anew. Only charges behind ``ledger_sequence`` count against it.
+    """A privacy budget that was granted. Only charges after ``ledger_sequence`` count against it.
 
-    ``approved_by`` is None where no second person was asked.
+    ``approved_by`` is None where no second person was needed.
     """
 
     sequence: int
@@ -103,13 +103,13 @@ class BudgetPeriod:
 
     @property
     def period(self) -> int:
-        """Its number, as reports name it: the first period is that of the settings and has no line."""
+        """Its number in reports: the first period is that of the settings and has no line."""
         return self.sequence + 1
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetRequest:
-    """A privacy budget that somebody asked for and a second person has to approve."""
+    """A request for a privacy budget, which a second person has to approve."""
 
     request_id: str
     new_epsilon: float
@@ -120,9 +120,9 @@ class BudgetRequest:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A bearer token as the state knows it: ``secret_hash`` is the SHA-256 of its secret, hex.
+    """A stored bearer token: ``secret_hash`` is the SHA-256 of its secret, hex.
 
-    ``client_id`` is the one client that a device token speaks for; None binds it to none.
+    ``client_id`` is the one client that a device token authenticates; None binds it to no client.
     """
 
     token_id: str
@@ -138,7 +138,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class AuditFacts:
-    """What the audit trail keeps of one mutating call. ``params``, ``before`` and ``after`` hold JSON types only.
+    """A mutating call, as the audit trail records it. ``params``, ``before`` and ``after`` hold JSON types only.
 
     ``action`` is method and route template, ``source`` the caller's address, ``status`` the HTTP status answered.
     """
@@ -165,7 +165,7 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True)
 class RequestKey:
-    """A mutating request that names an idempotency key; ``request_hash`` is the SHA-256 of all it asks for, hex."""
+    """A mutating request with an idempotency key; ``request_hash`` is the SHA-256 of its whole content, hex."""
 
     actor: str
     route: str
@@ -174,8 +174,8 @@ class RequestKey:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredAnswer:
-    """The answer that a repeated request gets again. ``body`` is text, ``headers`` those that belong to the answer."""
+class StoredResponse:
+    """The response that a repeated request gets again. ``body`` is text."""
 
     status: int
     body: str
@@ -184,10 +184,10 @@ class StoredAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Alert:
-    """One firing of one alert: ``fingerprint`` names the alert, ``starts_at`` the firing. ``ends_at`` None fires still.
+class FiredAlert:
+    """One firing of one alert: ``fingerprint`` names the alert, ``starts_at`` the firing.
 
-    ``labels`` and ``annotations`` are those of the rule that fired.
+    Without ``ends_at`` it still fires. ``labels`` and ``annotations`` are those of the rule that fired.
     """
 
     alertname: str
@@ -202,18 +202,18 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class LoggedAlert:
-    """An alert of an incident, and when the log learned of it."""
+    """An alert of an incident, and when the log received it."""
 
     incident_id: str
     received_at: datetime
-    alert: Alert
+    alert: FiredAlert
 
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """What was wrong from the first alert of a name to the end of the last; ``resolved_at`` None is open.
+    """A problem, from the first alert of a name to the end of the last; open while ``resolved_at`` is None.
 
-    ``severity`` is the worst that its alerts had; ``firing`` of its ``alerts`` have not ended.
+    ``severity`` is the worst of its alerts; ``firing`` of its ``alerts`` have not ended.
     """
 
     incident_id: str
@@ -238,7 +238,7 @@ class IncidentEvent:
 
 @dataclass(frozen=True, slots=True)
 class Remediation:
-    """An action that was taken, or withheld, for one firing. ``target`` is the client that it is about, if any."""
+    """An action that was taken, or withheld, for one firing. ``target`` is the client that it concerns, if any."""
 
     incident_id: str
     fingerprint: str
@@ -251,12 +251,11 @@ class Remediation:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """What decides whether a remediation may be taken on, as of one moment.
+class RemediationState:
+    """The facts that decide whether a remediation may be taken on, as of one moment.
 
-    ``attempted`` are those that were taken on before, whatever came of them; ``removed`` clients were taken out by them
-    and have not come back, or are about to be, out of a ``fleet`` of so many. ``active`` clients include those
-    ``unvalidated``.
+    ``attempted`` remediations were taken on before, whatever their outcome. ``removed`` of the ``fleet`` clients were
+    removed by them and have not come back, or are about to be removed. ``active`` clients include the ``unvalidated``.
     """
 
     attempted: tuple[Remediation, ...]
@@ -269,7 +268,7 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class TimelineEvent:
-    """One thing that the state records, in words."""
+    """One recorded event, in words."""
 
     at: datetime
     text: str
@@ -277,10 +276,10 @@ class TimelineEvent:
 
 @dataclass(frozen=True, slots=True)
 class RoundTally:
-    """What became of the rounds of some span of time; those ``lost`` began and will never be committed.
+    """The number of rounds of a span of time by their end; ``lost`` ones began and will never be committed.
 
-    A round ``under_way`` goes on, also after a crash or a stop. ``answers`` are what clients answered to the committed
-    ones, ``refused`` those that do not count. No answer counts twice: the table has one row for a client and round.
+    A round ``under_way`` continues, also after a crash or a stop. ``answers`` are those of clients to the committed
+    rounds, of which ``refused`` do not count. The table has one row for a client and round, so none counts twice.
     """
 
     committed: int

@@ -12,7 +12,7 @@ from fedvit.store.database import Repository
 from fedvit.store.ledger import Ledger
 from fedvit.store.metadata import RELEASE_FLOOR_KEY, get_value, set_value
 from fedvit.store.records import Release
-from fedvit.store.tables import ReleaseRow
+from fedvit.store.tables import ReleaseRow, record_of
 from fedvit.store.versions import version_row
 
 RELEASE_MARGIN = 10_000
@@ -62,7 +62,7 @@ class Releases(Repository):
                 serve_variant = current.serve_variant
             offered = (version, dict(artifacts), serve_variant)
             if current is not None and (current.version, current.artifacts, current.serve_variant) == offered:
-                return _to_release(current)
+                return record_of(Release, current)
             free = next_sequence(session)
             if sequence not in (None, free):
                 raise ConflictError(
@@ -82,25 +82,27 @@ class Releases(Repository):
             )
             session.add(release)
             session.flush()
-            return _to_release(release)
+            return record_of(Release, release)
 
     def current(self) -> Release | None:
         """The release that replicas and vehicles run now, or None."""
         with self._read() as session:
             row = _current_row(session)
-            return None if row is None else _to_release(row)
+            return None if row is None else record_of(Release, row)
 
     def of_version(self, version: str) -> Release | None:
         """The last release of a version, or None."""
         query = select(ReleaseRow).where(ReleaseRow.version == version).order_by(ReleaseRow.sequence.desc()).limit(1)
         with self._read() as session:
             row = session.scalar(query)
-            return None if row is None else _to_release(row)
+            return None if row is None else record_of(Release, row)
 
     def all(self) -> list[Release]:
         """All releases, oldest first."""
         with self._read() as session:
-            return [_to_release(row) for row in session.scalars(select(ReleaseRow).order_by(ReleaseRow.sequence))]
+            return [
+                record_of(Release, row) for row in session.scalars(select(ReleaseRow).order_by(ReleaseRow.sequence))
+            ]
 
     def next_sequence(self) -> int:
         """The number that the next release gets, from 1."""
@@ -124,15 +126,3 @@ def next_sequence(session: Session) -> int:
 
 def _current_row(session: Session) -> ReleaseRow | None:
     return session.scalar(select(ReleaseRow).order_by(ReleaseRow.sequence.desc()).limit(1))
-
-
-def _to_release(row: ReleaseRow) -> Release:
-    return Release(
-        sequence=row.sequence,
-        version=row.version,
-        artifacts=row.artifacts,
-        envelopes=row.envelopes,
-        at=row.at,
-        reason=row.reason,
-        serve_variant=row.serve_variant,
-    )

@@ -7,15 +7,15 @@ from sqlalchemy.orm import Session
 
 from fedvit.api.incidents import RemediationOutcome
 from fedvit.store.database import Repository
-from fedvit.store.records import Remediation, Standing
-from fedvit.store.tables import ClientRow, RemediationRow
+from fedvit.store.records import Remediation, RemediationState
+from fedvit.store.tables import ClientRow, RemediationRow, record_of
 from fedvit.types import RemediationAction
 
 
 class Remediations(Repository):
     """Remediations that were taken, or withheld, for single firings."""
 
-    def state(self, target: str | None) -> Standing:
+    def state(self, target: str | None) -> RemediationState:
         """The facts that decide whether a remediation, of a client where there is a ``target``, may be taken now."""
         query = select(RemediationRow).where(RemediationRow.outcome != RemediationOutcome.WITHHELD.value)
         counts = select(func.count()).select_from(ClientRow).where(ClientRow.active.is_(True))
@@ -25,7 +25,7 @@ class Remediations(Repository):
             validated = session.scalar(counts.where(ClientRow.validated.is_(True))) or 0
             gone, leaving = _removed(session, attempted)
             client = None if target is None else session.get(ClientRow, target)
-            return Standing(
+            return RemediationState(
                 attempted=attempted,
                 active=active,
                 unvalidated=active - validated,
@@ -90,13 +90,5 @@ def _removed(session: Session, attempted: tuple[Remediation, ...]) -> tuple[set[
 
 
 def _to_remediation(row: RemediationRow) -> Remediation:
-    return Remediation(
-        incident_id=row.incident_id,
-        fingerprint=row.fingerprint,
-        starts_at=row.starts_at,
-        action=RemediationAction(row.action),
-        target=row.target,
-        at=row.at,
-        outcome=RemediationOutcome(row.outcome),
-        detail=row.detail,
-    )
+    converted = {"action": RemediationAction(row.action), "outcome": RemediationOutcome(row.outcome)}
+    return record_of(Remediation, row, **converted)

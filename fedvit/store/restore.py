@@ -1,8 +1,8 @@
-"""Going back to a backup, without ever getting privacy budget back that was spent.
+"""Restoring a backup without regaining privacy budget that was spent.
 
-What is restored is proven before the state folder is touched, and put in force by one rename: whenever the process
-dies, the folder holds the old state or the new one. The old one is kept inside it, under ``before-restore-<time>``.
-Logs, and what else lies in the folder, stay.
+The backup is verified before the state folder is touched, and put in force by one rename: whenever the process dies,
+the folder holds the old state or the new one. The old one stays inside the folder, under ``before-restore-<time>``, as
+do logs and everything else in it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from fedvit.atomic_write import fsync_folder
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import FedvitError, IntegrityError, StateError, UsageError
+from fedvit.ports import ClockPort
 from fedvit.store.archive import DATABASE, refused, unpack
 from fedvit.store.backup import KEPT_FOLDERS, sha256_of
 from fedvit.store.blobs import FileBlobStore
@@ -31,7 +34,7 @@ from fedvit.store.records import AuditFacts
 from fedvit.store.releases import next_sequence
 from fedvit.store.store import Repositories
 from fedvit.store.tables import ClientRow, TokenRow
-from fedvit.types import LedgerFreeze, utc_now
+from fedvit.types import LedgerFreeze
 
 STAGING = ".restore"
 _ROOT_KEY = Path("keys") / "root.key"
@@ -39,13 +42,13 @@ _ROOT_KEY = Path("keys") / "root.key"
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a restore did.
+    """The result of a restore.
 
     Attributes:
-        ledger_lines: on the privacy ledger now.
-        carried_lines: of them, those that the backup did not have.
+        ledger_lines: the lines of the privacy ledger now.
+        carried_lines: those of them that the backup did not have.
         frozen: why nothing may be charged now, or None.
-        aside: where the state lies that was there before, if there was one.
+        aside: the folder of the state that was there before, if there was one.
     """
 
     ledger_lines: int
@@ -54,20 +57,22 @@ class Restored:
     aside: Path | None
 
 
-def restore_backup(home: Path, archive: Path, *, actor: str, nothing_since: bool = False) -> Restored:
+def restore_backup(
+    home: Path, archive: Path, *, actor: str, nothing_since: bool = False, clock: ClockPort = SYSTEM_CLOCK
+) -> Restored:
     """Put the state of an archive of :func:`~fedvit.store.backup.write_backup` in force at ``home``.
 
-    Where the present state's ledger goes on from the backup's, it proves what was charged since: it is carried over,
-    with the budgets that were granted, the freeze, revoked tokens and quarantines. Otherwise nobody knows what was
-    charged since, and the ledger stays frozen.
+    Where the present state's ledger continues the backup's, it proves what was charged since: it is carried over, with
+    the budgets that were granted, the freeze, revoked tokens and quarantines. Otherwise nobody knows what was charged
+    since, and the ledger stays frozen.
 
     Args:
         actor: who restores, for the audit trail.
-        nothing_since: the operator answers for it that nothing was released after the backup.
+        nothing_since: the operator vouches that nothing was released after the backup.
 
     Raises:
         IntegrityError: the archive is not one, or not intact; nothing was changed.
-        StateError: something uses the folder, or its ledger and the backup's are of two histories; nothing was changed.
+        StateError: another process uses the folder, or its ledger and the backup's have diverged; nothing was changed.
         UsageError: the archive cannot be read, or there is no room.
     """
     if not archive.is_file():
@@ -79,8 +84,8 @@ def restore_backup(home: Path, archive: Path, *, actor: str, nothing_since: bool
             with refused(archive):
                 _verify(staging)
             with opening_lock(home):
-                ledger_lines, carried, frozen = _prepare(home, staging, archive, actor, nothing_since)
-                return Restored(ledger_lines, carried, frozen, _swap(home, staging))
+                ledger_lines, carried, frozen = _prepare(home, staging, archive, actor, nothing_since, clock)
+                return Restored(ledger_lines, carried, frozen, _swap(home, staging, clock.now()))
     except OSError as error:
         raise UsageError(f"Nothing can be restored at {home}: {error.strerror or error}.") from error
     finally:
@@ -90,7 +95,7 @@ def restore_backup(home: Path, archive: Path, *, actor: str, nothing_since: bool
 
 @contextmanager
 def _staging(home: Path) -> Iterator[Path]:
-    """Inside the folder, so that a rename does it, also where the folder is a mounted volume."""
+    """A folder inside ``home``: a rename moves its files into place also where ``home`` is a mounted volume."""
     folder = home / STAGING
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
@@ -101,12 +106,9 @@ def _staging(home: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[Database]:
-    database = open_database(folder)
-    try:
+def _opened(folder: Path, clock: ClockPort = SYSTEM_CLOCK) -> Iterator[Database]:
+    with closing(open_database(folder, clock)) as database:
         yield database
-    finally:
-        database.close()
 
 
 def _verify_chains(folder: Path, *chains: Chain) -> None:
@@ -126,21 +128,22 @@ def _verify(folder: Path) -> None:
             blobs.size(digest)
 
 
-# --- what is restored ------------------------------------------------------------------------------------------------
-
-
 def _prepare(
-    home: Path, staging: Path, archive: Path, actor: str, nothing_since: bool
+    home: Path, staging: Path, archive: Path, actor: str, nothing_since: bool, clock: ClockPort
 ) -> tuple[int, int, LedgerFreeze | None]:
-    """Make the unpacked state what it shall be: nothing of what may never be undone is undone by it."""
+    """Carry over to the unpacked state what a restore must not undo.
+
+    Returns:
+        The lines of its ledger, those of them that were carried over, and why the ledger is frozen, or None.
+    """
     with ExitStack() as stack:
         present = _present_session(home, staging / "present", stack)
-        transaction = stack.enter_context(stack.enter_context(_opened(staging)).transaction())
-        session, restored = stack.enter_context(transaction.write()), Repositories(transaction)
-        restored.ledger.freeze_as_copy(utc_now())
+        transaction = stack.enter_context(stack.enter_context(_opened(staging, clock)).transaction())
+        backup, restored = stack.enter_context(transaction.write()), Repositories(transaction)
+        restored.ledger.freeze_as_copy(clock.now())
         carried = 0
-        if present is not None and _goes_on(session, present, _same_key(home, staging)):
-            carried = _carry_over(session, present)
+        if present is not None and _continues(backup, present, _same_key(home, staging)):
+            carried = _carry_over(backup, present)
         elif nothing_since:
             restored.ledger.unfreeze_copy()
         frozen = restored.ledger.current_freeze()
@@ -152,8 +155,7 @@ def _prepare(
             "frozen": frozen is not None,
         }
         restored.audit.append(AuditFacts(actor, (), "local", "cli", "CLI restore", params, None, None, 200))
-        BUDGET_CHAIN.verify(session)
-        return LEDGER_CHAIN.verify(session), carried, frozen
+        return restored.ledger.verify(), carried, frozen
 
 
 def _present_session(home: Path, folder: Path, stack: ExitStack) -> Session | None:
@@ -177,7 +179,7 @@ def _present_session(home: Path, folder: Path, stack: ExitStack) -> Session | No
 
 
 def _copy_exclusively(path: Path, folder: Path) -> None:
-    """Copy a database that nobody else has open; its write-ahead log is folded in on the way."""
+    """Copy a database that no other process has open; its write-ahead log is folded in on the way."""
     folder.mkdir()
     with closing(sqlite3.connect(path, timeout=1.0)) as live, closing(sqlite3.connect(folder / DATABASE)) as copy:
         live.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -185,81 +187,72 @@ def _copy_exclusively(path: Path, folder: Path) -> None:
         live.backup(copy)
 
 
-def _goes_on(session: Session, present: Session, same_key: bool) -> bool:
+def _continues(backup: Session, present: Session, same_key: bool) -> bool:
     """Whether the present state proves what was charged since the backup.
 
     Raises:
         StateError: the two have charged different things.
     """
-    ends = []
-    for chain in (LEDGER_CHAIN, BUDGET_CHAIN):
-        ours, theirs = chain.length(session), chain.length(present)
-        common = min(ours, theirs)
-        if chain.hash_at(session, common) != chain.hash_at(present, common):
-            raise _parted()
-        ends.append((ours, theirs))
-    longer = [theirs > ours for ours, theirs in ends]
-    shorter = [theirs < ours for ours, theirs in ends]
-    if any(longer) and any(shorter):
-        raise _parted()
-    # An empty chain goes on to anything: then the key, or the audit trail, must say that it is the same state.
-    known = same_key or any(ours for ours, _ in ends) or _trail_goes_on(session, present)
-    return known and not any(shorter)
-
-
-def _parted() -> StateError:
-    return StateError(
+    diverged = StateError(
         "The privacy ledger of the present state and that of the backup are of two histories.",
         cure="Restore into another folder with --home; what this one has spent is spent all the same.",
     )
+    lengths = []
+    for chain in (LEDGER_CHAIN, BUDGET_CHAIN):
+        length, present_length = chain.length(backup), chain.length(present)
+        common = min(length, present_length)
+        if chain.hash_at(backup, common) != chain.hash_at(present, common):
+            raise diverged
+        lengths.append((length, present_length))
+    shorter = any(present_length < length for length, present_length in lengths)
+    if shorter and any(present_length > length for length, present_length in lengths):
+        raise diverged
+    # Any chain continues an empty one: then the key, or the audit trail, must prove that it is the same state.
+    known = same_key or any(length for length, _ in lengths) or _trail_continues(backup, present)
+    return known and not shorter
 
 
-def _trail_goes_on(session: Session, present: Session) -> bool:
+def _trail_continues(backup: Session, present: Session) -> bool:
     """Whether the present audit trail, if it is intact, holds all of the backup's, which is not empty."""
     try:
-        AUDIT_CHAIN.verify(present)
+        length = AUDIT_CHAIN.verify(present)
     except IntegrityError:
         return False
-    end = AUDIT_CHAIN.length(session)
-    return 0 < end <= AUDIT_CHAIN.length(present) and (
-        AUDIT_CHAIN.hash_at(session, end) == AUDIT_CHAIN.hash_at(present, end)
-    )
+    end = AUDIT_CHAIN.length(backup)
+    return 0 < end <= length and AUDIT_CHAIN.hash_at(backup, end) == AUDIT_CHAIN.hash_at(present, end)
 
 
 def _same_key(home: Path, staging: Path) -> bool:
-    ours, theirs = staging / _ROOT_KEY, home / _ROOT_KEY
-    return ours.exists() and theirs.exists() and ours.read_bytes() == theirs.read_bytes()
+    keys = (staging / _ROOT_KEY, home / _ROOT_KEY)
+    return all(key.exists() for key in keys) and keys[0].read_bytes() == keys[1].read_bytes()
 
 
-def _carry_over(session: Session, present: Session) -> int:
-    """Take from the present state what going back must not undo; return the number of ledger lines."""
-    if _trail_goes_on(session, present):
-        AUDIT_CHAIN.adopt(session, present)
+def _carry_over(backup: Session, present: Session) -> int:
+    """Copy from the present state what a restore must not undo; return the number of ledger lines."""
+    if _trail_continues(backup, present):
+        AUDIT_CHAIN.adopt(backup, present)
     for key in (FREEZE_KEY, COPY_KEY):
-        set_value(session, key, get_value(present, key))
-    BUDGET_CHAIN.adopt(session, present)
-    set_value(session, RELEASE_FLOOR_KEY, next_sequence(present) - 1)
-    for token in present.scalars(select(TokenRow).where(TokenRow.revoked_at.is_not(None))):
-        ours = session.get(TokenRow, token.token_id)
-        if ours is not None:
-            ours.revoked_at = ours.revoked_at or token.revoked_at
-    for client in present.scalars(select(ClientRow).where(ClientRow.quarantined_at.is_not(None))):
-        known = session.get(ClientRow, client.client_id)
-        if known is not None and known.quarantined_at is None:
-            known.quarantined_at, known.quarantine_reason = client.quarantined_at, client.quarantine_reason
-    return LEDGER_CHAIN.adopt(session, present)
+        set_value(backup, key, get_value(present, key))
+    BUDGET_CHAIN.adopt(backup, present)
+    set_value(backup, RELEASE_FLOOR_KEY, next_sequence(present) - 1)
+    for revoked in present.scalars(select(TokenRow).where(TokenRow.revoked_at.is_not(None))):
+        token = backup.get(TokenRow, revoked.token_id)
+        if token is not None:
+            token.revoked_at = token.revoked_at or revoked.revoked_at
+    for quarantined in present.scalars(select(ClientRow).where(ClientRow.quarantined_at.is_not(None))):
+        client = backup.get(ClientRow, quarantined.client_id)
+        if client is not None and client.quarantined_at is None:
+            client.quarantined_at, client.quarantine_reason = quarantined.quarantined_at, quarantined.quarantine_reason
+    return LEDGER_CHAIN.adopt(backup, present)
 
 
-# --- putting it in force ---------------------------------------------------------------------------------------------
-
-
-def _swap(home: Path, staging: Path) -> Path | None:
-    """Put the unpacked state in force; the database comes last, and with it everything."""
-    aside = _set_aside(home)
+def _swap(home: Path, staging: Path, at: datetime) -> Path | None:
+    """Put the unpacked state in force; the rename of the database comes last and decides."""
+    aside = _set_aside(home, at)
     for name in KEPT_FOLDERS:
         _move(staging / name, home / name)
     for leftover in (home / f"{DATABASE}-wal", home / f"{DATABASE}-shm"):
-        # Of a database that could not be read: a log that is left would be replayed into the new one.
+        # Left by a database that could not be read: SQLite would replay the log into the new one.
         leftover.unlink(missing_ok=True)
     os.replace(staging / DATABASE, home / DATABASE)
     fsync_folder(home)
@@ -267,7 +260,7 @@ def _swap(home: Path, staging: Path) -> Path | None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Move every file below ``source`` to its place below ``target``; others there stay."""
+    """Move every file below ``source`` to its place below ``target``; other files there stay."""
     if not source.is_dir():
         return
     for path in sorted(source.rglob("*")):
@@ -279,11 +272,11 @@ def _move(source: Path, target: Path) -> None:
         fsync_folder(folder)
 
 
-def _set_aside(home: Path) -> Path | None:
-    """Keep the present state under another name as well; only names are made, nothing is moved."""
+def _set_aside(home: Path, at: datetime) -> Path | None:
+    """Link the present state's files into another folder as well; none is moved."""
     if not (home / DATABASE).exists():
         return None
-    aside = home / f"before-restore-{utc_now():%Y%m%d-%H%M%S-%f}"
+    aside = home / f"before-restore-{at:%Y%m%d-%H%M%S-%f}"
     aside.mkdir(mode=0o700)
     for file in sorted(home.glob(f"{DATABASE}*")):
         _link(str(file), str(aside / file.name))

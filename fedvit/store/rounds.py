@@ -13,7 +13,7 @@ from fedvit.errors import ConflictError, NotFoundError
 from fedvit.store.database import Repository
 from fedvit.store.records import RoundCommit, RoundTally
 from fedvit.store.runs import RESUMABLE, run_row
-from fedvit.store.tables import ChargeRow, ClientRoundRow, ClientRow, RoundRow, RunRow, VersionRow, among
+from fedvit.store.tables import ChargeRow, ClientRoundRow, ClientRow, RoundRow, RunRow, VersionRow, among, record_of
 from fedvit.store.versions import insert_version
 from fedvit.types import ClientOutcome, Cohort, ModelVersion, Participation, RoundRecord, UpdateStatistics
 
@@ -303,15 +303,5 @@ def _finite(value: float | None) -> float | None:
 
 
 def _to_round(row: RoundRow, version: str | None) -> RoundRecord:
-    return RoundRecord(
-        run_id=row.run_id,
-        round_index=row.round_index,
-        cohort=tuple(row.cohort),
-        committed=row.committed_at is not None,
-        version=version,
-        loss=row.loss,
-        accuracy=row.accuracy,
-        epsilon=row.epsilon,
-        num_updates=row.num_updates,
-        duration_s=row.duration_s,
-    )
+    committed = row.committed_at is not None
+    return record_of(RoundRecord, row, cohort=tuple(row.cohort), committed=committed, version=version)

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, NotFoundError
 from fedvit.store.database import Repository
-from fedvit.store.tables import RunRow
+from fedvit.store.tables import RunRow, record_of
 from fedvit.types import Run, RunStatus
 
 RESUMABLE = [status.value for status in RunStatus if status.resumable]
@@ -109,17 +109,4 @@ def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
 
 
 def _to_run(row: RunRow) -> Run:
-    return Run(
-        run_id=row.run_id,
-        ordinal=row.ordinal,
-        status=RunStatus(row.status),
-        rounds_total=row.rounds_total,
-        rounds_done=row.rounds_done,
-        noise_multiplier=row.noise_multiplier,
-        config=row.config,
-        config_digest=row.config_digest,
-        data_digest=row.data_digest,
-        started_at=row.started_at,
-        ended_at=row.ended_at,
-        reason=row.reason,
-    )
+    return record_of(Run, row, status=RunStatus(row.status))

@@ -6,9 +6,11 @@ A change here comes with a new revision in ``migrations/versions``; a test compa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import (
     JSON,
@@ -20,6 +22,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     LargeBinary,
+    Row,
     String,
     Text,
     UniqueConstraint,
@@ -29,6 +32,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
+
+_Record = TypeVar("_Record")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -78,7 +83,7 @@ class ClientRow(Base):
     """A vehicle or a depot."""
 
     __tablename__ = "clients"
-    # The exceptions of a large fleet are found without reading it.
+    # Finds the few clients in quarantine of a large fleet without reading it.
     __table_args__ = (
         Index(
             "ix_clients_quarantined",
@@ -89,7 +94,7 @@ class ClientRow(Base):
     )
 
     client_id: Mapped[str] = mapped_column(String(200), primary_key=True)
-    # From 0, without gaps, and kept for ever: what cohorts are drawn by.
+    # From 0, without gaps, and never changed: cohorts are drawn by position.
     position: Mapped[int] = mapped_column(index=True, unique=True)
     kind: Mapped[str] = mapped_column(String(16))
     num_examples: Mapped[int]
@@ -139,7 +144,7 @@ class RoundRow(Base):
 
 
 class ClientRoundRow(Base):
-    """How one client fared in one committed round."""
+    """The outcome of one client in one committed round."""
 
     __tablename__ = "client_rounds"
     __table_args__ = (
@@ -157,7 +162,7 @@ class ClientRoundRow(Base):
 
 
 class HistogramRow(Base):
-    """What one client told of its data in one round: noised counts, little-endian int32. Append-only."""
+    """A client's private histogram of its data in one round: noised counts, little-endian int32. Append-only."""
 
     __tablename__ = "histograms"
     __table_args__ = (Index("ix_histograms_client", "client_id", "at"),)
@@ -173,7 +178,7 @@ class HistogramRow(Base):
 
 
 class VersionRow(Base):
-    """A model version: at most one a round was trained; others are derived from it."""
+    """A model version. A round trains at most one; others are derived."""
 
     __tablename__ = "model_versions"
     __table_args__ = (
@@ -207,7 +212,7 @@ class VersionRow(Base):
 
 
 class ReleaseRow(Base):
-    """A step of what replicas and vehicles are told to run. Append-only."""
+    """A release: the version and variant that replicas and vehicles run from then on. Append-only."""
 
     __tablename__ = "releases"
 
@@ -243,7 +248,7 @@ class OperationRow(Base):
 
 
 class ChargeRow(Base):
-    """A line of the privacy ledger. Append-only, hash-chained, and no foreign key: it outlives everything it names."""
+    """A line of the privacy ledger. Append-only, hash-chained, without foreign keys: it outlives what it names."""
 
     __tablename__ = "privacy_ledger"
     __table_args__ = (
@@ -267,7 +272,7 @@ class ChargeRow(Base):
 
 
 class BudgetPeriodRow(Base):
-    """A privacy budget that was granted anew; only charges behind ``ledger_sequence`` count against it.
+    """A privacy budget that was granted; only charges after ``ledger_sequence`` count against it.
 
     Append-only and hash-chained.
     """
@@ -322,7 +327,7 @@ class AuditRow(Base):
 
 
 class IdempotencyRow(Base):
-    """A mutating request that named a key, and its answer; without one it is still under way."""
+    """A mutating request that named an idempotency key, and its response; without one it is still under way."""
 
     __tablename__ = "idempotency"
 
@@ -338,7 +343,7 @@ class IdempotencyRow(Base):
 
 
 class IncidentRow(Base):
-    """An incident: what was wrong from the first alert of a name to the end of the last."""
+    """An incident, from the first alert of a name to the end of the last."""
 
     __tablename__ = "incidents"
     __table_args__ = (Index("ix_incidents_alertname", "alertname", "ordinal"),)
@@ -370,7 +375,7 @@ class IncidentAlertRow(Base):
 
 
 class IncidentEventRow(Base):
-    """A line of an incident's own history: opened, reopened, resolved, or what somebody noted. Append-only."""
+    """A line of an incident's own history: opened, reopened, resolved, or an operator's note. Append-only."""
 
     __tablename__ = "incident_events"
 
@@ -383,7 +388,7 @@ class IncidentEventRow(Base):
 
 
 class RemediationRow(Base):
-    """What the system did about one firing by itself, or why it did not."""
+    """An automatic remediation of one firing, or why it was withheld."""
 
     __tablename__ = "remediations"
 
@@ -397,7 +402,18 @@ class RemediationRow(Base):
     detail: Mapped[str] = mapped_column(Text())
 
 
+def record_of(record_type: type[_Record], row: Base | Row[Any], **converted: Any) -> _Record:
+    """A frozen record (a dataclass) of the row's columns of the same names, except those given ``converted``."""
+    names = (name for name in _field_names(cast(Hashable, record_type)) if name not in converted)
+    return record_type(**{name: getattr(row, name) for name in names}, **converted)
+
+
+@cache
+def _field_names(record_type: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(record_type))
+
+
 def among(column: InstrumentedAttribute[Any], values: Iterable[str] | Iterable[int]) -> ColumnElement[bool]:
-    """Whether a column's value is one of these: one bound parameter of SQLite's, however many they are."""
+    """Whether a column's value is one of these; they are one bound parameter, however many they are."""
     listed = func.json_each(json.dumps(list(values))).table_valued("value")
     return column.in_(select(listed.c.value))

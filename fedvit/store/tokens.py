@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict
 from datetime import datetime
 
 from sqlalchemy import select, update
@@ -12,9 +12,7 @@ from sqlalchemy.orm import Session
 from fedvit.errors import NotFoundError
 from fedvit.store.database import Repository
 from fedvit.store.records import Token
-from fedvit.store.tables import TokenRow
-
-_FIELDS = tuple(field.name for field in fields(Token))
+from fedvit.store.tables import TokenRow, record_of
 
 
 class Tokens(Repository):
@@ -22,9 +20,8 @@ class Tokens(Repository):
 
     def add(self, token: Token) -> None:
         """Insert a token."""
-        columns = {name: getattr(token, name) for name in _FIELDS}
         with self._write() as session:
-            session.add(TokenRow(**(columns | {"scopes": list(token.scopes)})))
+            session.add(TokenRow(**{**asdict(token), "scopes": list(token.scopes)}))
 
     def get(self, token_id: str) -> Token:
         """One token.
@@ -67,4 +64,4 @@ def _token_row(session: Session, token_id: str) -> TokenRow:
 
 
 def _to_token(row: TokenRow) -> Token:
-    return Token(**({name: getattr(row, name) for name in _FIELDS} | {"scopes": tuple(row.scopes)}))
+    return record_of(Token, row, scopes=tuple(row.scopes))

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from fedvit.errors import NotFoundError
 from fedvit.store.database import Repository
 from fedvit.store.records import Derivation, RoundCommit
-from fedvit.store.tables import ReleaseRow, RunRow, VersionRow
+from fedvit.store.tables import ReleaseRow, RunRow, VersionRow, record_of
 from fedvit.types import ModelVersion
 
 RULE_STATE = "rule_state"
@@ -30,13 +30,13 @@ class Versions(Repository):
             NotFoundError: no such version.
         """
         with self._read() as session:
-            return _to_version(version_row(session, version))
+            return record_of(ModelVersion, version_row(session, version))
 
     def all(self, offset: int = 0, limit: int | None = None) -> list[ModelVersion]:
         """Model versions, newest first: v1.1.10 before v1.1.9."""
         query = select(VersionRow).order_by(*_NEWEST_FIRST).offset(offset).limit(limit)
         with self._read() as session:
-            return [_to_version(row) for row in session.scalars(query)]
+            return [record_of(ModelVersion, row) for row in session.scalars(query)]
 
     def latest(self, run_id: str | None = None) -> ModelVersion | None:
         """The newest version that one run trained, or the newest of all; None before the first."""
@@ -45,7 +45,7 @@ class Versions(Repository):
             query = query.where(VersionRow.run_id == run_id, VersionRow.derived_from.is_(None))
         with self._read() as session:
             row = session.scalar(query)
-            return None if row is None else _to_version(row)
+            return None if row is None else record_of(ModelVersion, row)
 
     def derive(self, derivation: Derivation) -> ModelVersion:
         """Insert a version above all others with the weights of an older one.
@@ -73,7 +73,7 @@ class Versions(Repository):
             )
             session.add(row)
             session.flush()
-            return _to_version(row)
+            return record_of(ModelVersion, row)
 
     def refuse(self, version: str, reason: str) -> ModelVersion:
         """Record why a version is not offered to replicas and vehicles.
@@ -84,7 +84,7 @@ class Versions(Repository):
         with self._write() as session:
             row = version_row(session, version)
             row.refusal = reason
-            return _to_version(row)
+            return record_of(ModelVersion, row)
 
     def blob_digests(self) -> set[str]:
         """Every blob that a version or a release names."""
@@ -116,7 +116,7 @@ def insert_version(session: Session, run: RunRow, round_index: int, commit: Roun
     )
     session.add(row)
     session.flush()
-    return _to_version(row)
+    return record_of(ModelVersion, row)
 
 
 def version_row(session: Session, version: str) -> VersionRow:
@@ -133,20 +133,3 @@ def version_row(session: Session, version: str) -> VersionRow:
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def _to_version(row: VersionRow) -> ModelVersion:
-    return ModelVersion(
-        version=row.version,
-        run_id=row.run_id,
-        round_index=row.round_index,
-        weights_digest=row.weights_digest,
-        frozen_digest=row.frozen_digest,
-        created_at=row.created_at,
-        epsilon=row.epsilon,
-        metrics=row.metrics,
-        lineage=row.lineage,
-        artifacts=row.artifacts,
-        derived_from=row.derived_from,
-        refusal=row.refusal,
-    )

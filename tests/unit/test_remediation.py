@@ -22,7 +22,7 @@ from fedvit.errors import ConfigError
 from fedvit.incidents.playbook import PLAYBOOK, Step
 from fedvit.incidents.remediation import orders, why_withheld
 from fedvit.settings import load_settings
-from fedvit.store.records import Alert, Remediation, Standing
+from fedvit.store.records import FiredAlert, Remediation, RemediationState
 from fedvit.store.store import Store
 from fedvit.testing.doubles import seeded_fleet
 from fedvit.types import NEVER_AUTOMATIC, RemediationAction, RunStatus, Severity
@@ -133,7 +133,7 @@ def test_what_is_allowed_is_done_once_although_alertmanager_repeats_itself(make:
 def test_of_many_that_tell_the_same_at_once_one_acts(tmp_path: Path) -> None:
     settings = load_settings(environ={}, overrides={"remediation": {"allow": ["stop_training"]}})
     with Store.open(tmp_path) as store:
-        name = recorded(store, Alert("PrivacyBudgetExhausted", Severity.P0, "a", NOON))
+        name = recorded(store, FiredAlert("PrivacyBudgetExhausted", Severity.P0, "a", NOON))
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda _: orders(store, settings, name, NOON), range(16)))
     assert sum(map(len, found)) == 1
@@ -246,7 +246,7 @@ def test_a_message_of_many_takes_out_no_more_either(tmp_path: Path) -> None:
 
 
 def test_a_restart_that_would_leave_most_clients_out_is_withheld() -> None:
-    standing = Standing(attempted=(), active=10, unvalidated=2, target_active=False, removed=0, fleet=10)
+    standing = RemediationState(attempted=(), active=10, unvalidated=2, target_active=False, removed=0, fleet=10)
     config = RemediationConfig(allow=(RemediationAction.RESTART_VALIDATED_ONLY,))
     reason = why_withheld(config, RemediationAction.RESTART_VALIDATED_ONLY, None, NOON, standing)
     assert reason == "cap: it would leave out 2 of 10 clients, more than a share of 0.1"
@@ -303,18 +303,18 @@ def allowing(*names: str, **more: Any) -> Settings:
     return load_settings(environ={}, overrides={"remediation": {"allow": list(names), **more}})
 
 
-def edge(client_id: str) -> Alert:
-    return Alert("EdgeDeviceOffline", Severity.P2, client_id, NOON, labels={"client_id": client_id})
+def edge(client_id: str) -> FiredAlert:
+    return FiredAlert("EdgeDeviceOffline", Severity.P2, client_id, NOON, labels={"client_id": client_id})
 
 
-def recorded(store: Store, *alerts: Alert) -> str:
+def recorded(store: Store, *alerts: FiredAlert) -> str:
     return store.incidents.record_alerts(alerts, reopen_within=timedelta(hours=1), at=NOON)[0]
 
 
 def test_what_was_begun_and_never_finished_is_not_begun_again(tmp_path: Path) -> None:
     """The process died in the middle: nobody knows, so nobody acts."""
     with Store.open(tmp_path) as store:
-        name = recorded(store, Alert("PrivacyBudgetExhausted", Severity.P0, "a", NOON))
+        name = recorded(store, FiredAlert("PrivacyBudgetExhausted", Severity.P0, "a", NOON))
         (order,) = orders(store, allowing("stop_training"), name, NOON)
         assert orders(store, allowing("stop_training"), name, NOON + timedelta(days=1)) == []
         (found,) = store.remediations.of_incident(name)

@@ -13,7 +13,7 @@ import pytest
 
 from fedvit.errors import ConflictError, IntegrityError
 from fedvit.ports import Charge
-from fedvit.store.records import AuditFacts, RequestKey, StoredAnswer
+from fedvit.store.records import AuditFacts, RequestKey, StoredResponse
 from fedvit.store.store import Store
 
 NOW = datetime(2030, 5, 1, 12, 0, tzinfo=UTC)
@@ -29,7 +29,7 @@ FACTS = AuditFacts(
     status=202,
 )
 KEY = RequestKey("token:1:Ana", "POST /a", "k", "a" * 64)
-ANSWER = StoredAnswer(201, '{"x":1}', "application/json")
+ANSWER = StoredResponse(201, '{"x":1}', "application/json")
 
 
 @pytest.fixture

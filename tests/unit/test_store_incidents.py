@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from fedvit.errors import NotFoundError
-from fedvit.store.records import Alert, IncidentEvent
+from fedvit.store.records import FiredAlert, IncidentEvent
 from fedvit.store.store import Store
 from fedvit.types import Severity
 
 NOON = datetime(2026, 11, 24, 12, 0, 0, 123456, tzinfo=UTC)
-OFFLINE = Alert("EdgeDeviceOffline", Severity.P2, "a" * 16, NOON, annotations={"summary": "Edge 1 is gone."})
+OFFLINE = FiredAlert("EdgeDeviceOffline", Severity.P2, "a" * 16, NOON, annotations={"summary": "Edge 1 is gone."})
 OTHER = replace(OFFLINE, fingerprint="b" * 16, starts_at=NOON + timedelta(minutes=5), severity=Severity.P1)
 
 
@@ -29,11 +29,11 @@ def minutes(count: float) -> datetime:
     return NOON + timedelta(minutes=count)
 
 
-def told(store: Store, *alerts: Alert, at: datetime = NOON + timedelta(hours=3)) -> list[str]:
+def told(store: Store, *alerts: FiredAlert, at: datetime = NOON + timedelta(hours=3)) -> list[str]:
     return store.incidents.record_alerts(alerts, reopen_within=timedelta(hours=1), at=at)
 
 
-def ended(alert: Alert, after_min: float) -> Alert:
+def ended(alert: FiredAlert, after_min: float) -> FiredAlert:
     return replace(alert, ends_at=minutes(after_min))
 
 

@@ -21,7 +21,7 @@ from fedvit.api.clients import (
 )
 from fedvit.errors import ConflictError, FedvitError, NotFoundError
 from fedvit.operations.mailbox import Mailbox
-from fedvit.store.records import Validation
+from fedvit.store.records import ClientValidation
 from fedvit.store.store import Store
 from fedvit.types import Client, ClientKind, utc_now
 from serve_apps.control.fleet.heartbeats import Heartbeats
@@ -145,7 +145,7 @@ def _add_verdicts(api: FastAPI, store: Store, liveness: Liveness) -> None:
     def validate(client_id: str, request: ValidateRequest, note: Note) -> ClientView:
         """Record whether a client's data can be trusted; a run with ``validated_only`` draws no others."""
         note.before = _facts(store.clients.get(client_id))
-        client = store.clients.validate(client_id, Validation(request.validated, request.reason, utc_now()))
+        client = store.clients.validate(client_id, ClientValidation(request.validated, request.reason, utc_now()))
         note.after = _facts(client)
         return liveness.view(client)
 

@@ -12,7 +12,7 @@ from fedvit.api.clients import ClientView
 from fedvit.cohort.conditions import client_conditions
 from fedvit.cohort.connectivity import Connection, Connectivity, connection_of, connectivity
 from fedvit.ports import ProxyReport
-from fedvit.store.records import Validation
+from fedvit.store.records import ClientValidation
 from fedvit.types import Client, ClientKind, LastContact, utc_now
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.services import Services
@@ -50,7 +50,7 @@ class Liveness:
         validations = self._services.store.clients.validations([client.client_id])
         return self.shown(client, validations.get(client.client_id))
 
-    def shown(self, client: Client, verdict: Validation | None) -> ClientView:
+    def shown(self, client: Client, verdict: ClientValidation | None) -> ClientView:
         """One client of whom it is known what an operator decided."""
         client = self._newest(client)
         conditions = client_conditions(

@@ -26,7 +26,7 @@ from fedvit.access.identity import Identity
 from fedvit.errors import BodyTimeoutError, FedvitError, InvalidIdempotencyKeyError, ResponseTimeoutError
 from fedvit.metrics.catalogue import BY_NAME, OTHER
 from fedvit.metrics.exposition import gauge, histogram
-from fedvit.store.records import RequestKey, StoredAnswer
+from fedvit.store.records import RequestKey, StoredResponse
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.control.http.access import AuditNote, Guard, RequestOrigin, call_key, requirement_of
@@ -278,12 +278,12 @@ def _digest(*parts: str | bytes) -> str:
     return hashlib.sha256(joined).hexdigest()
 
 
-def _stored(response: Response) -> StoredAnswer | None:
+def _stored(response: Response) -> StoredResponse | None:
     """What a repetition gets; nothing when the fault was ours, so that it may be tried again."""
     if response.status_code >= 500 or not hasattr(response, "body"):
         return None
     headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
-    return StoredAnswer(response.status_code, bytes(response.body).decode(), response.media_type, headers)
+    return StoredResponse(response.status_code, bytes(response.body).decode(), response.media_type, headers)
 
 
 def _forget_result(task: asyncio.Task[Response]) -> None:

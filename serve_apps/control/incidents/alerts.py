@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from fedvit.api.incidents import AlertmanagerAlert, AlertmanagerMessage
-from fedvit.store.records import Alert
+from fedvit.store.records import FiredAlert
 from fedvit.types import Severity
 
 MAX_LABELS = 64
@@ -21,17 +21,17 @@ WATCHDOG = "Watchdog"
 _NEVER = datetime(1, 1, 2, tzinfo=UTC)
 
 
-def to_alerts(message: AlertmanagerMessage, now: datetime) -> list[Alert]:
+def to_alerts(message: AlertmanagerMessage, now: datetime) -> list[FiredAlert]:
     """The alerts as the log keeps them, without the watchdog."""
     alerts = (_to_alert(alert, now) for alert in message.alerts)
     return [alert for alert in alerts if alert.alertname != WATCHDOG]
 
 
-def _to_alert(alert: AlertmanagerAlert, now: datetime) -> Alert:
+def _to_alert(alert: AlertmanagerAlert, now: datetime) -> FiredAlert:
     """One alert as the log keeps it; one that is resolved and has no end ended ``now``."""
     labels, annotations = bounded(alert.labels), bounded(alert.annotations)
     ended = alert.endsAt if alert.endsAt is not None and alert.endsAt > _NEVER else now
-    return Alert(
+    return FiredAlert(
         alertname=labels.get("alertname", UNNAMED)[:200],
         severity=severity_of(labels),
         fingerprint=alert.fingerprint,

@@ -26,7 +26,7 @@ from fedvit.incidents.log import timeline
 from fedvit.incidents.playbook import RUNBOOK, play_of
 from fedvit.incidents.remediation import Order, Proposal, orders, proposals
 from fedvit.incidents.report import collect, report
-from fedvit.store.records import Alert, Incident, IncidentEvent
+from fedvit.store.records import FiredAlert, Incident, IncidentEvent
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.control.http.access import VIEWER, CurrentIdentity, Note, requires
@@ -141,7 +141,7 @@ def _proposal_view(proposal: Proposal) -> ProposalView:
     )
 
 
-def _runbook_of(alertname: str, alerts: list[Alert]) -> str:
+def _runbook_of(alertname: str, alerts: list[FiredAlert]) -> str:
     """The section that the rule names, which may be one that this table does not know."""
     url = next((url for alert in alerts if (url := alert.annotations.get("runbook_url"))), None)
     return url or f"{RUNBOOK}#{play_of(alertname).section}"
