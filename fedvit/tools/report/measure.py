@@ -123,7 +123,7 @@ def _await_version(name: str, target: Target, version: str) -> None:
     """Replicas and vehicles switch when they next look; give them that time."""
     deadline_s = time.monotonic() + SWITCH_TIMEOUT_S
     told: Any = None
-    with target.client(timeout=10) as client:
+    with target.client(timeout_s=10) as client:
         while time.monotonic() < deadline_s:
             told = client.get(f"{target.url}/health/detailed").json()
             if ((told.get("model") or {}).get("version")) == version:
