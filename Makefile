@@ -81,7 +81,7 @@ bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real i
 	$(BIN)/python -m tests.benchmarks.edge_latency
 
 monitoring-day: setup  ## 24 h of operation in fast-forward: what the exporters hold while 10,000 clients come and go
-	MONITORING_DAY=full $(BIN)/python -m pytest tests/unit/test_monitoring_day.py -s $(ARGS)
+	MONITORING_DAY=full $(BIN)/python -m pytest tests/unit/test_metrics_day.py -s $(ARGS)
 
 wheel: setup  ## The package as a wheel in dist/, which `ray up` and the images install
 	rm -f dist/fedvit-*.whl

@@ -14,7 +14,7 @@ from actors.handles import connect_accountant, forwards
 from actors.ray_metrics import RayMirror
 from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
 from fedvit.metrics.throttled_publisher import ThrottledPublisher
-from fedvit.metrics.training import DataMetrics, TrainingMetrics
+from fedvit.metrics.training import publish_connected, publish_data_scores, publish_training
 from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.operations.periodic_tasks import PeriodicTasks
 from fedvit.ports import AggregatorPort, ProxyReport
@@ -42,7 +42,6 @@ class Aggregator:
         self._fleet = RayFleet.connect(
             namespace, self._settings.ray.proxies, timeout_s=self._settings.training.round_timeout_s
         )
-        self._metrics = TrainingMetrics()
         # In the background, so that an error reaches the caller of `prepare` as itself.
         self._local: Future[LocalAggregator] = ThreadPoolExecutor(max_workers=1).submit(self._build)
 
@@ -68,7 +67,7 @@ class Aggregator:
         store = Store.open(self._settings.home)
 
         def publish(progress: TrainingProgress) -> None:
-            self._metrics.publish(
+            publish_training(
                 progress,
                 self._accountant.budget(),
                 active=store.clients.count(active=True, quarantined=False),
@@ -84,8 +83,8 @@ class Aggregator:
             # Rounds may take a tenth of a second, and metrics are read much less often.
             on_progress=ThrottledPublisher(publish, METRICS_EVERY_S),
             system_id=self._system_id,
-            on_connected=self._metrics.publish_connected,
-            on_health=DataMetrics().publish,
+            on_connected=publish_connected,
+            on_health=publish_data_scores,
         )
         publish(local.progress())
         local.resume()

@@ -51,12 +51,8 @@ def gauge(name: str, registry: CollectorRegistry | None = REGISTRY) -> Gauge:
         ValueError: the catalogue has no gauge of that name.
     """
     metric = _known(name, "gauge")
-    labels, mode = _label_names(metric), metric.over_processes
-    return _once(
-        name,
-        registry,
-        lambda: Gauge(metric.full_name, metric.meaning, labels, registry=registry, multiprocess_mode=mode),
-    )
+    arguments, mode = (metric.full_name, metric.meaning, _label_names(metric)), metric.over_processes
+    return _once(name, registry, lambda: Gauge(*arguments, registry=registry, multiprocess_mode=mode))
 
 
 def histogram(name: str, registry: CollectorRegistry | None = REGISTRY) -> Histogram:
@@ -66,12 +62,8 @@ def histogram(name: str, registry: CollectorRegistry | None = REGISTRY) -> Histo
         ValueError: the catalogue has no histogram of that name.
     """
     metric = _known(name, "histogram")
-    labels, buckets = _label_names(metric), metric.buckets
-    return _once(
-        name,
-        registry,
-        lambda: Histogram(metric.full_name, metric.meaning, labels, buckets=buckets, registry=registry),
-    )
+    arguments = metric.full_name, metric.meaning, _label_names(metric)
+    return _once(name, registry, lambda: Histogram(*arguments, buckets=metric.buckets, registry=registry))
 
 
 def render(multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:

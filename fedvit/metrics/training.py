@@ -1,37 +1,55 @@
-"""Metrics of budget, rounds, data quality and training, set by the aggregator."""
+"""Metrics of budget, rounds, data quality and training.
+
+A gauge is created with its first value: an unset one would export 0, such as a budget of 0 or a perfect loss.
+"""
 
 from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterable
-from functools import cached_property
 
-from prometheus_client import REGISTRY, CollectorRegistry, Gauge
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from fedvit.metrics.catalogue import PHASES
 from fedvit.metrics.exposition import counter, gauge, histogram
 from fedvit.types import BudgetReport, ClientOutcome, TrainingProgress
 
 
-class BudgetMetrics:
-    """The privacy budget, which is exported without a running training, too."""
+def publish_budget(budget: BudgetReport, registry: CollectorRegistry = REGISTRY) -> None:
+    """Set spent and remaining epsilon."""
+    gauge("privacy_epsilon_spent", registry).labels(budget.privacy_unit).set(budget.epsilon_spent)
+    gauge("privacy_epsilon_remaining", registry).labels(budget.privacy_unit).set(budget.epsilon_remaining)
 
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self._registry = registry
 
-    # Created with their first value: a process without one must not export a budget of 0.
-    @cached_property
-    def _spent(self) -> Gauge:
-        return gauge("privacy_epsilon_spent", self._registry)
+def publish_training(
+    progress: TrainingProgress,
+    budget: BudgetReport,
+    *,
+    active: int,
+    total: int,
+    registry: CollectorRegistry = REGISTRY,
+) -> None:
+    """Set loss and accuracy where known, the numbers of active and registered clients, and the budget."""
+    if progress.loss is not None:
+        gauge("training_loss", registry).set(progress.loss)
+    if progress.accuracy is not None:
+        gauge("training_accuracy", registry).set(progress.accuracy)
+    gauge("active_clients", registry).set(active)
+    gauge("total_clients", registry).set(total)
+    publish_budget(budget, registry)
 
-    @cached_property
-    def _remaining(self) -> Gauge:
-        return gauge("privacy_epsilon_remaining", self._registry)
 
-    def publish(self, budget: BudgetReport) -> None:
-        """Set spent and remaining epsilon from one report."""
-        self._spent.labels(budget.privacy_unit).set(budget.epsilon_spent)
-        self._remaining.labels(budget.privacy_unit).set(budget.epsilon_remaining)
+def publish_connected(connected: int, registry: CollectorRegistry = REGISTRY) -> None:
+    """Set the number of connected clients."""
+    gauge("connected_clients", registry).set(connected)
+
+
+def publish_data_scores(quality: float | None, drift: float | None, registry: CollectorRegistry = REGISTRY) -> None:
+    """Set the known scores of the fleet's data: quality and drift."""
+    if quality is not None:
+        gauge("data_quality_score", registry).set(quality)
+    if drift is not None:
+        gauge("data_drift_score", registry).set(drift)
 
 
 class RoundMetrics:
@@ -69,63 +87,3 @@ class RoundMetrics:
             tally["accepted" if outcome.error is None else "refused" if outcome.refused else "failed"] += 1
         for kind, count in tally.items():
             self._updates.labels(kind).inc(count)
-
-
-class DataMetrics:
-    """Scores of the quality and the drift of the fleet's data."""
-
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self._registry = registry
-
-    # Created with their first value: an unset gauge would export 0, the worst quality.
-    @cached_property
-    def _quality(self) -> Gauge:
-        return gauge("data_quality_score", self._registry)
-
-    @cached_property
-    def _drift(self) -> Gauge:
-        return gauge("data_drift_score", self._registry)
-
-    def publish(self, quality: float | None, drift: float | None) -> None:
-        """Set the scores that are known."""
-        if quality is not None:
-            self._quality.set(quality)
-        if drift is not None:
-            self._drift.set(drift)
-
-
-class TrainingMetrics:
-    """State of the training loop."""
-
-    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self._registry = registry
-        self._active_clients = gauge("active_clients", registry)
-        self._total_clients = gauge("total_clients", registry)
-        self._budget = BudgetMetrics(registry)
-
-    # Created with their first value: an unset gauge would export 0, a perfect loss or no connected client.
-    @cached_property
-    def _loss(self) -> Gauge:
-        return gauge("training_loss", self._registry)
-
-    @cached_property
-    def _accuracy(self) -> Gauge:
-        return gauge("training_accuracy", self._registry)
-
-    @cached_property
-    def _connected_clients(self) -> Gauge:
-        return gauge("connected_clients", self._registry)
-
-    def publish_connected(self, connected: int) -> None:
-        """Set the number of connected clients."""
-        self._connected_clients.set(connected)
-
-    def publish(self, progress: TrainingProgress, budget: BudgetReport, *, active: int, total: int) -> None:
-        """Set all of them from one progress report and one budget report."""
-        if progress.loss is not None:
-            self._loss.set(progress.loss)
-        if progress.accuracy is not None:
-            self._accuracy.set(progress.accuracy)
-        self._active_clients.set(active)
-        self._total_clients.set(total)
-        self._budget.publish(budget)

@@ -12,16 +12,13 @@ from fastapi import FastAPI
 from fedvit.api.data_health import ClientQualityView, ClusterView, DriftView, FeatureView, QualityView, SignalView
 from fedvit.drift import quality, signals
 from fedvit.metrics.exposition import predictions_by_class
-from fedvit.metrics.training import DataMetrics
+from fedvit.metrics.training import publish_data_scores
 from fedvit.rounds import data_health
 from fedvit.store.records import Release
 from serve_apps.control.fleet.liveness import Liveness
 from serve_apps.control.http.access import VIEWER
 from serve_apps.control.http.parameters import Limit, RowOffset
 from serve_apps.control.services import Services
-
-# One a process, however many applications it makes.
-_GAUGES = DataMetrics()
 
 
 def add_data_health_routes(api: FastAPI, services: Services, liveness: Liveness) -> None:
@@ -33,7 +30,7 @@ def add_data_health_routes(api: FastAPI, services: Services, liveness: Liveness)
         """How far clients can be relied on: rounds, records, silence, and what noised histograms and updates show."""
         against = data_health.doubts(store, data_health.histograms(store))
         found = quality.fleet_quality(liveness.active_clients(), store.rounds.participation(), against)
-        _GAUGES.publish(found.score, None)
+        publish_data_scores(found.score, None)
         return QualityView(
             score=found.score,
             threshold=quality.THRESHOLD,
@@ -47,7 +44,7 @@ def add_data_health_routes(api: FastAPI, services: Services, liveness: Liveness)
         """Whether held-out loss, the mix of answers of the inference replicas, or clients' histograms have moved."""
         release, histograms = store.releases.current(), data_health.histograms(store)
         found, compared = data_health.drift(store, histograms, _mix(services, release)), histograms.comparison
-        _GAUGES.publish(None, found.score)
+        publish_data_scores(None, found.score)
         fleet = compared.fleet.values() if compared else ()
         drifting = compared.drifting_clients if compared else {}
         clusters = compared.drifting_clusters if compared else ()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from fedvit.metrics.exposition import gauge
-from fedvit.metrics.training import BudgetMetrics
+from fedvit.metrics.training import publish_budget
 from fedvit.store.store import Store
 from fedvit.types import OperationStatus
 from serve_apps.control.http.write_behind import WriteBehind
@@ -15,7 +15,6 @@ from serve_apps.control.services import Services
 # A scrape must not wait for an actor that hangs: what does not answer within it is not healthy.
 ANSWER_S = 1.0
 # One a process, however many applications it builds.
-_BUDGET = BudgetMetrics()
 _HEALTHY = gauge("component_healthy")
 _STORE_BYTES = gauge("store_bytes")
 _DEPTH = gauge("queue_depth")
@@ -34,7 +33,7 @@ class HealthMetrics:
         self._checks: dict[str, Callable[[], object]] = {
             "store": lambda: _look_into(services.store),
             "registry": lambda: _check_artifacts(services.store),
-            "accountant": lambda: _BUDGET.publish(services.accountant().budget()),
+            "accountant": lambda: publish_budget(services.accountant().budget()),
             "aggregator": lambda: services.aggregator().progress(),
             "client_proxies": lambda: _check_proxies(services),
         }

@@ -7,7 +7,7 @@ from dataclasses import replace
 from prometheus_client import CollectorRegistry
 
 from fedvit.metrics.catalogue import UPDATE_OUTCOMES
-from fedvit.metrics.training import RoundMetrics, TrainingMetrics
+from fedvit.metrics.training import RoundMetrics, publish_training
 from fedvit.types import BudgetReport, ClientOutcome, RunStatus, TrainingProgress
 
 REMAINING = "fed_vit_autorl_privacy_epsilon_remaining"
@@ -17,12 +17,12 @@ IDLE = TrainingProgress("run-0001", RunStatus.RUNNING, "drawing", 9, 0, None, No
 
 def test_no_loss_is_exported_before_there_is_one() -> None:
     registry = CollectorRegistry()
-    metrics = TrainingMetrics(registry)
-    metrics.publish(IDLE, BUDGET, active=29, total=30)
+    publish_training(IDLE, BUDGET, active=29, total=30, registry=registry)
     assert registry.get_sample_value("fed_vit_autorl_training_loss") is None
     assert registry.get_sample_value(REMAINING, {"privacy_unit": "record"}) == 5.0
     assert registry.get_sample_value("fed_vit_autorl_active_clients") == 29
-    metrics.publish(replace(IDLE, rounds_done=1, loss=0.5, accuracy=0.9), BUDGET, active=29, total=30)
+    evaluated = replace(IDLE, rounds_done=1, loss=0.5, accuracy=0.9)
+    publish_training(evaluated, BUDGET, active=29, total=30, registry=registry)
     assert registry.get_sample_value("fed_vit_autorl_training_loss") == 0.5
     assert registry.get_sample_value("fed_vit_autorl_training_accuracy") == 0.9
 

@@ -27,7 +27,7 @@ from fedvit.cohort.connectivity import connectivity
 from fedvit.config import FleetConfig
 from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE, counter, render
 from fedvit.metrics.releases import ReleaseMetrics
-from fedvit.metrics.training import RoundMetrics, TrainingMetrics
+from fedvit.metrics.training import RoundMetrics, publish_connected, publish_training
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
@@ -86,7 +86,7 @@ class Day:
         self._heartbeats = Heartbeats(self._store, FleetConfig(), self._clock.now)
         services = Services(settings, self._store, self._nobody, lambda: accountant, self._folder)
         self._http = TestClient(create_api(services), raise_server_exceptions=False)
-        self._rounds, self._training = RoundMetrics(), TrainingMetrics()
+        self._rounds = RoundMetrics()
         self._release = ReleaseMetrics(CollectorRegistry(), count_answers=True)
         self._registered = 0
         self._there: list[str] = []
@@ -155,9 +155,9 @@ class Day:
             fleet = connectivity(
                 self._store.clients.last_contacts(), None, self._clock.now(), FleetConfig().heartbeat_timeout_s
             )
-            self._training.publish_connected(fleet.connected)
+            publish_connected(fleet.connected)
         progress = TrainingProgress("run-0001", RunStatus.RUNNING, "training", 9999, 1, 0.5, 0.9, 1.0, "v1.1.1")
-        self._training.publish(progress, self._budget, active=len(self._there), total=self._registered)
+        publish_training(progress, self._budget, active=len(self._there), total=self._registered)
 
     def _ask(self) -> None:
         """Requests whose every part is the caller's own text."""
