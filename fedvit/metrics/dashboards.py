@@ -65,10 +65,7 @@ DASHBOARDS = (
             Panel(
                 "Share of the budget spent",
                 "percentunit",
-                {
-                    "{{privacy_unit}}": "@privacy_epsilon_spent "
-                    "/ (@privacy_epsilon_spent + @privacy_epsilon_remaining)",
-                },
+                {"{{privacy_unit}}": "@privacy_epsilon_spent / (@privacy_epsilon_spent + @privacy_epsilon_remaining)"},
             ),
             Panel(
                 "Epsilon an hour",

@@ -73,29 +73,29 @@ def tidy(folder: Path) -> None:
     _finish_folding(folder)
     ended = defaultdict(list)
     for path in sorted(folder.glob("*.db")):
-        found = _OF_PROCESS.fullmatch(path.name)
-        if found and not _lives(int(found["pid"])):
-            if found["kind"].startswith("gauge_live"):
+        match = _OF_PROCESS.fullmatch(path.name)
+        if match and not _lives(int(match["pid"])):
+            if match["kind"].startswith("gauge_live"):
                 path.unlink()
             else:
-                ended[f"{found['kind']}_{ENDED}.db"].append(path)
+                ended[f"{match['kind']}_{ENDED}.db"].append(path)
     for archive, paths in (ended | _of_releases(folder)).items():
         _fold(folder / archive, paths)
 
 
 def _of_releases(folder: Path) -> dict[str, list[Path]]:
     """Files of ended processes for releases that serve, by archive; those for other releases are removed."""
-    files = [(path, found) for path in folder.glob("*.db") if (found := _OF_RELEASE.fullmatch(path.name))]
-    served = {found["sequence"] for path, found in files if _is_held(path)}
+    files = [(path, match) for path in folder.glob("*.db") if (match := _OF_RELEASE.fullmatch(path.name))]
+    served = {match["sequence"] for path, match in files if _is_held(path)}
     ended = defaultdict(list)
-    for path, found in sorted(files, key=lambda file: file[0]):
+    for path, match in sorted(files, key=lambda file: file[0]):
         if _is_held(path):
             continue
         # Without any living replica it is unknown which releases are retired.
-        if served and found["sequence"] not in served:
+        if served and match["sequence"] not in served:
             path.unlink()
-        elif found["owner"] != ENDED:
-            ended[release_file(found["kind"], ENDED, int(found["sequence"]))].append(path)
+        elif match["owner"] != ENDED:
+            ended[release_file(match["kind"], ENDED, int(match["sequence"]))].append(path)
     return ended
 
 

@@ -22,12 +22,7 @@ def publish_budget(budget: BudgetReport, registry: CollectorRegistry = REGISTRY)
 
 
 def publish_training(
-    progress: TrainingProgress,
-    budget: BudgetReport,
-    *,
-    active: int,
-    total: int,
-    registry: CollectorRegistry = REGISTRY,
+    progress: TrainingProgress, budget: BudgetReport, *, active: int, total: int, registry: CollectorRegistry = REGISTRY
 ) -> None:
     """Set loss and accuracy where known, the numbers of active and registered clients, and the budget."""
     if progress.loss is not None:

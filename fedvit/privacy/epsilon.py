@@ -75,7 +75,7 @@ def check_delta(delta: float, units: int | None = None) -> float:
         raise ConfigError(f"delta is {delta}.", cure="It must lie in (0, 1).")
     if units is not None and delta * units > 1:
         raise ConfigError(
-            f"target_delta {delta:g} is larger than 1/n with n = {units} units: it admits that one is released.",
+            f"target_delta {delta:g} is larger than 1/n with n = {units} units: it admits that one is published.",
             cure=f"Set privacy.target_delta far below 1/{units}.",
         )
     return delta
@@ -167,12 +167,7 @@ def _finite(epsilon: float, composition: frozenset[tuple[Simple, int]], delta: f
 
 
 def calibrate_noise_multiplier(
-    *,
-    target_epsilon: float,
-    target_delta: float,
-    sampling_prob: float,
-    steps: int,
-    besides: Composition | None = None,
+    *, target_epsilon: float, target_delta: float, sampling_prob: float, steps: int, besides: Composition | None = None
 ) -> float:
     """The smallest noise multiplier, to three decimals, that keeps ``steps`` steps and ``besides`` within the target.
 

@@ -29,7 +29,7 @@ def readings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("metrics")
     words = ["--clients", str(CLIENTS), "--step-minutes", str(STEP_MINUTES)]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "monitoring_day.py"), *words],
+        [sys.executable, str(ROOT / "tests" / "metrics_day.py"), *words],
         env={**os.environ, MULTIPROCESS_VARIABLE: str(folder), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         check=True,
