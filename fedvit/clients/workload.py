@@ -142,10 +142,10 @@ def load_workload(settings: Settings) -> VirtualClients:
 
 
 class WorkloadHost:
-    """Implements :class:`fedvit.ports.ClientHostPort` for a workload."""
+    """Implements :class:`fedvit.ports.ClientHostPort` for a workload; by default for the configured one."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._clients = load_workload(settings)
+    def __init__(self, settings: Settings, clients: VirtualClients | None = None) -> None:
+        self._clients = load_workload(settings) if clients is None else clients
         self._settings = settings
         self._rule = rule_for(settings)
         if type(self._rule.client) is not ClientHalf:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from control_system import TARGET, System
 from hostile_requests import ATTACKS, GOOD, PICKLED, REGISTER, Attack, request
-from house import TARGET, System
 from sqlalchemy import create_engine, select
 
 from fedvit.access.identity import Scope

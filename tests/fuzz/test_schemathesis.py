@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from house import TARGET, System
+from control_system import TARGET, System
 from schemathesis.engine import events, from_schema
 
 from fedvit.access.identity import Scope

@@ -41,7 +41,7 @@ class Proxies:
         return RESTING
 
 
-class House:
+class Replicas:
     """Two replicas of the control API over one state folder: three virtual clients, two trucks, one depot."""
 
     def __init__(self, home: Path, clock: ManualClock) -> None:
@@ -80,12 +80,12 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+def replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replicas]:
     clock = ManualClock()
     monkeypatch.setattr(heartbeats.Heartbeats.__init__, "__defaults__", (clock.now,))
     monkeypatch.setattr(liveness.Liveness.__init__, "__defaults__", (clock.now,))
     monkeypatch.setattr(clients, "utc_now", clock.now)
-    made = House(tmp_path, clock)
+    made = Replicas(tmp_path, clock)
     yield made
     made.close()
 
@@ -93,74 +93,74 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_change_shows_in_the_very_next_page_of_every_replica(house: House) -> None:
+def test_a_change_shows_in_the_very_next_page_of_every_replica(replicas: Replicas) -> None:
     path = "/api/clients/status?limit=2&offset=3"
-    for http in (house.http, house.other):
-        assert [c["client_id"] for c in house.get("/api/clients/status?limit=3", http)["clients"]] == [
+    for http in (replicas.http, replicas.other):
+        assert [c["client_id"] for c in replicas.get("/api/clients/status?limit=3", http)["clients"]] == [
             "depot",
             "truck-0",
             "truck-1",
         ]
-    for changed, active in ((house.http, 5), (house.other, 4)):
-        house.get(path), house.get(path, house.other)
+    for changed, active in ((replicas.http, 5), (replicas.other, 4)):
+        replicas.get(path), replicas.get(path, replicas.other)
         changed.delete(f"/api/clients/vehicle-000{active - 4}")
-        for http in (house.http, house.other):
-            page = house.get(path, http)
+        for http in (replicas.http, replicas.other):
+            page = replicas.get(path, http)
             assert (page["total"], page["active"]) == (6, active)
-    house.post("/api/clients/register", device_id="truck-0", num_examples=77)
-    house.other.post("/api/clients/vehicle-0000/validate", json={"validated": False})
-    page = house.get("/api/clients/status", house.other)
+    replicas.post("/api/clients/register", device_id="truck-0", num_examples=77)
+    replicas.other.post("/api/clients/vehicle-0000/validate", json={"validated": False})
+    page = replicas.get("/api/clients/status", replicas.other)
     assert page["clients"][1]["num_examples"] == 77
-    assert (page["validated"], house.get("/api/clients/status")["validated"]) == (5, 5)
+    assert (page["validated"], replicas.get("/api/clients/status")["validated"]) == (5, 5)
 
 
-def test_a_page_is_read_once_while_nothing_changes(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_is_read_once_while_nothing_changes(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[int, int]] = []
-    page = house.store.clients.page
-    monkeypatch.setattr(house.store.clients, "page", lambda *place: reads.append(place) or page(*place))
-    first = house.http.get("/api/clients/status?limit=2").content
-    assert house.http.get("/api/clients/status?limit=2").content == first
-    assert house.http.get("/api/clients/status?limit=2&offset=1").content != first
+    page = replicas.store.clients.page
+    monkeypatch.setattr(replicas.store.clients, "page", lambda *place: reads.append(place) or page(*place))
+    first = replicas.http.get("/api/clients/status?limit=2").content
+    assert replicas.http.get("/api/clients/status?limit=2").content == first
+    assert replicas.http.get("/api/clients/status?limit=2&offset=1").content != first
     assert reads == [(0, 2), (1, 2)]
-    house.store.metadata.set("anything", 1)
-    house.get("/api/clients/status?limit=2")
+    replicas.store.metadata.set("anything", 1)
+    replicas.get("/api/clients/status?limit=2")
     assert len(reads) == 3
 
 
-def test_time_alone_makes_a_page_old(house: House) -> None:
+def test_time_alone_makes_a_page_old(replicas: Replicas) -> None:
     def connected() -> list[str]:
-        page = house.get("/api/clients/status?limit=3")
+        page = replicas.get("/api/clients/status?limit=3")
         return [found["conditions"][0]["status"] for found in page["clients"]]
 
     assert connected() == ["False", "False", "False"]
-    house.post("/api/clients/truck-0/heartbeat")
+    replicas.post("/api/clients/truck-0/heartbeat")
     assert connected() == ["False", "True", "False"]
-    house.clock.advance(150)
+    replicas.clock.advance(150)
     assert connected() == ["False", "True", "False"]
-    house.clock.advance(0.001)
+    replicas.clock.advance(0.001)
     assert connected() == ["False", "False", "False"]
 
 
-def test_a_page_shows_proxies_that_died_within_seconds(house: House) -> None:
+def test_a_page_shows_proxies_that_died_within_seconds(replicas: Replicas) -> None:
     def connected() -> str:
-        return str(house.get("/api/clients/status?offset=3")["clients"][0]["conditions"][0]["status"])
+        return str(replicas.get("/api/clients/status?offset=3")["clients"][0]["conditions"][0]["status"])
 
     assert connected() == "True"
-    house.aggregator.report = ProxyReport({"even": False})
-    assert (connected(), house.aggregator.asked) == ("True", 1)
-    house.clock.advance(5.001)
+    replicas.aggregator.report = ProxyReport({"even": False})
+    assert (connected(), replicas.aggregator.asked) == ("True", 1)
+    replicas.clock.advance(5.001)
     assert connected() == "False"
-    house.aggregator.report = None
-    house.clock.advance(5.001)
+    replicas.aggregator.report = None
+    replicas.clock.advance(5.001)
     assert connected() == "Unknown"
-    assert house.aggregator.asked == 3
+    assert replicas.aggregator.asked == 3
 
 
-def test_a_page_that_is_none_is_refused(house: House) -> None:
+def test_a_page_that_is_none_is_refused(replicas: Replicas) -> None:
     for query in ("limit=0", "limit=1001", "offset=-1", f"offset={2**63}", "limit=x", "limit=2&limit=3"):
         for path in ("status", "connectivity"):
-            assert house.http.get(f"/api/clients/{path}?{query}").status_code == 422, query
-    assert house.get(f"/api/clients/status?offset={2**63 - 1}")["clients"] == []
+            assert replicas.http.get(f"/api/clients/{path}?{query}").status_code == 422, query
+    assert replicas.get(f"/api/clients/status?offset={2**63 - 1}")["clients"] == []
 
 
 def test_pages_are_few_and_what_changes_while_one_is_made_makes_it_old() -> None:
@@ -185,8 +185,8 @@ def test_pages_are_few_and_what_changes_while_one_is_made_makes_it_old() -> None
 # --- who is connected ------------------------------------------------------------------------------------------------
 
 
-def test_connectivity_follows_heartbeats_and_proxies(house: House) -> None:
-    seen = house.get("/api/clients/connectivity")
+def test_connectivity_follows_heartbeats_and_proxies(replicas: Replicas) -> None:
+    seen = replicas.get("/api/clients/connectivity")
     assert (seen["total"], seen["connected"], seen["disconnected"]) == (6, 3, 3)
     assert (seen["ratio"], seen["partition_suspected"], seen["heartbeat_timeout_s"]) == (0.5, False, 150.0)
     assert seen["by_kind"] == {
@@ -196,86 +196,86 @@ def test_connectivity_follows_heartbeats_and_proxies(house: House) -> None:
     }
     assert [lost["client_id"] for lost in seen["disconnected_clients"]] == ["depot", "truck-0", "truck-1"]
     assert "never heard" in seen["disconnected_clients"][0]["reason"]
-    house.post("/api/clients/truck-0/heartbeat")
-    assert house.get("/api/clients/connectivity")["connected"] == 4
-    house.clock.advance(151)
-    lost = house.get("/api/clients/connectivity?limit=1&offset=1")["disconnected_clients"]
+    replicas.post("/api/clients/truck-0/heartbeat")
+    assert replicas.get("/api/clients/connectivity")["connected"] == 4
+    replicas.clock.advance(151)
+    lost = replicas.get("/api/clients/connectivity?limit=1&offset=1")["disconnected_clients"]
     assert [found["client_id"] for found in lost] == ["truck-0"]
     assert lost[0]["last_seen_at"] is not None
     assert "more than 150 s" in lost[0]["reason"]
-    house.aggregator.report = ProxyReport({"even": True, "odd": False}, frozenset({"vehicle-0001"}))
-    seen = house.get("/api/clients/connectivity")
+    replicas.aggregator.report = ProxyReport({"even": True, "odd": False}, frozenset({"vehicle-0001"}))
+    seen = replicas.get("/api/clients/connectivity")
     assert (seen["connected"], seen["partition_suspected"]) == (2, True)
     assert "proxy" in next(x for x in seen["disconnected_clients"] if x["client_id"] == "vehicle-0001")["reason"]
 
 
-def test_what_another_replica_heard_counts_once_it_is_in_the_store(house: House) -> None:
-    with house.other:
-        house.other.post("/api/clients/truck-1/heartbeat", json={})
-    assert house.get("/api/clients/connectivity")["by_kind"]["remote"]["connected"] == 1
-    assert house.condition("truck-1", "Connected")["status"] == "True"
+def test_what_another_replica_heard_counts_once_it_is_in_the_store(replicas: Replicas) -> None:
+    with replicas.other:
+        replicas.other.post("/api/clients/truck-1/heartbeat", json={})
+    assert replicas.get("/api/clients/connectivity")["by_kind"]["remote"]["connected"] == 1
+    assert replicas.condition("truck-1", "Connected")["status"] == "True"
 
 
-def test_a_removed_client_is_not_missed(house: House) -> None:
+def test_a_removed_client_is_not_missed(replicas: Replicas) -> None:
     for name in ("depot", "truck-0", "truck-1"):
-        house.http.delete(f"/api/clients/{name}")
-    seen = house.get("/api/clients/connectivity")
+        replicas.http.delete(f"/api/clients/{name}")
+    seen = replicas.get("/api/clients/connectivity")
     assert (seen["total"], seen["ratio"]) == (3, 1.0)
 
 
-def test_without_an_aggregator_the_fleet_is_still_shown(house: House) -> None:
-    house.aggregator.report = None
-    seen = house.get("/api/clients/connectivity")
+def test_without_an_aggregator_the_fleet_is_still_shown(replicas: Replicas) -> None:
+    replicas.aggregator.report = None
+    seen = replicas.get("/api/clients/connectivity")
     assert (seen["connected"], seen["partition_suspected"]) == (0, True)
-    assert house.condition("vehicle-0000", "Connected")["reason"] == "AggregatorSilent"
+    assert replicas.condition("vehicle-0000", "Connected")["reason"] == "AggregatorSilent"
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 
-def test_a_verdict_is_kept_with_its_reason(house: House) -> None:
-    assert house.condition("truck-0", "Validated")["reason"] == "ByDefault"
-    answer = house.post("/api/clients/truck-0/validate", validated=False, reason="Mud on the lens.")
+def test_a_verdict_is_kept_with_its_reason(replicas: Replicas) -> None:
+    assert replicas.condition("truck-0", "Validated")["reason"] == "ByDefault"
+    answer = replicas.post("/api/clients/truck-0/validate", validated=False, reason="Mud on the lens.")
     assert answer["validated"] is False
-    found = house.condition("truck-0", "Validated", house.other)
+    found = replicas.condition("truck-0", "Validated", replicas.other)
     assert (found["status"], found["reason"], found["message"]) == ("False", "ByOperator", "Mud on the lens.")
     assert found["last_transition_at"] is not None
-    assert house.get("/api/clients/status")["validated"] == 5
-    house.post("/api/clients/truck-0/validate", validated=True)
-    found = house.condition("truck-0", "Validated")
+    assert replicas.get("/api/clients/status")["validated"] == 5
+    replicas.post("/api/clients/truck-0/validate", validated=True)
+    found = replicas.condition("truck-0", "Validated")
     assert (found["status"], "Mud" in found["message"]) == ("True", False)
 
 
-def test_a_quarantine_is_lifted_with_a_justification(house: House) -> None:
+def test_a_quarantine_is_lifted_with_a_justification(replicas: Replicas) -> None:
     at = utc_now() - timedelta(hours=1)
-    house.store.clients.quarantine(["truck-0"], "incident PB-1", at)
-    shown = house.get("/api/clients/truck-0")
+    replicas.store.clients.quarantine(["truck-0"], "incident PB-1", at)
+    shown = replicas.get("/api/clients/truck-0")
     assert shown["quarantine_reason"] == "incident PB-1"
-    assert house.condition("truck-0", "Quarantined")["last_transition_at"] == shown["quarantined_at"]
-    assert house.http.post("/api/clients/truck-0/reinstate", json={"justification": ""}).status_code == 422
-    answer = house.post("/api/clients/truck-0/reinstate", justification="It was somebody else's key.")
+    assert replicas.condition("truck-0", "Quarantined")["last_transition_at"] == shown["quarantined_at"]
+    assert replicas.http.post("/api/clients/truck-0/reinstate", json={"justification": ""}).status_code == 422
+    answer = replicas.post("/api/clients/truck-0/reinstate", justification="It was somebody else's key.")
     assert (answer["quarantined_at"], answer["quarantine_reason"]) == (None, None)
-    assert house.condition("truck-0", "Quarantined")["status"] == "False"
-    assert house.store.clients.get("truck-0").quarantined is False
-    line = house.store.audit.entries()[-1].facts
+    assert replicas.condition("truck-0", "Quarantined")["status"] == "False"
+    assert replicas.store.clients.get("truck-0").quarantined is False
+    line = replicas.store.audit.entries()[-1].facts
     assert (line.before["quarantine_reason"], line.after["quarantine_reason"]) == ("incident PB-1", None)
     assert line.params["body"] == {"justification": "It was somebody else's key."}
 
 
-def test_nobody_is_not_found(house: House) -> None:
-    assert house.http.get("/api/clients/nobody").status_code == 404
+def test_nobody_is_not_found(replicas: Replicas) -> None:
+    assert replicas.http.get("/api/clients/nobody").status_code == 404
     for verb, body in (("validate", {"validated": True}), ("reinstate", {"justification": "because"})):
-        assert house.http.post(f"/api/clients/nobody/{verb}", json=body).status_code == 404
+        assert replicas.http.post(f"/api/clients/nobody/{verb}", json=body).status_code == 404
 
 
-def test_removal_is_a_condition_too(house: House) -> None:
-    assert house.condition("truck-0", "Active")["status"] == "True"
-    house.http.delete("/api/clients/truck-0")
-    assert house.condition("truck-0", "Active")["reason"] == "Removed"
+def test_removal_is_a_condition_too(replicas: Replicas) -> None:
+    assert replicas.condition("truck-0", "Active")["status"] == "True"
+    replicas.http.delete("/api/clients/truck-0")
+    assert replicas.condition("truck-0", "Active")["reason"] == "Removed"
 
 
-def test_training_says_what_it_lacks(house: House) -> None:
-    found = {c["type"]: (c["status"], c["reason"]) for c in house.get("/api/training/status")["conditions"]}
+def test_training_says_what_it_lacks(replicas: Replicas) -> None:
+    found = {c["type"]: (c["status"], c["reason"]) for c in replicas.get("/api/training/status")["conditions"]}
     assert found == {
         "Running": ("False", "NoRun"),
         "BudgetAvailable": ("Unknown", "AccountantSilent"),

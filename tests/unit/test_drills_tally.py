@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from house import System, TinyModel
+from control_system import System, TinyModel
 
 from fedvit.incidents.drills.alerts import Alert
 from fedvit.incidents.drills.course import Course

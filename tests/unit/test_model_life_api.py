@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from control_system import TARGET, WAIT_S, HeldFleet, JsonObject, System, TinyModel
 from fastapi.testclient import TestClient
-from house import TARGET, WAIT_S, HeldFleet, JsonObject, System, TinyModel
 from tiny_release import png
 
 from edge_runtime.server import ServingOptions, ServingProcess

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from raises import raises_naming
 
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
@@ -112,7 +113,7 @@ def test_train_mode_never_reaches_the_prefix() -> None:
     "pixels", [torch.zeros(1, 32, 32, 3), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), images(1, 48)]
 )
 def test_features_refuse_other_images(pixels: torch.Tensor) -> None:
-    with pytest.raises(ModelError, match=r"was given .* images of shape") as caught:
+    with pytest.raises(ModelError) as caught:
         build_model(config(), 3, 32).features(pixels)
     assert "[B, 32, 32, 3]" in str(caught.value)
 
@@ -131,27 +132,27 @@ def test_a_missing_wheel_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch)
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "files", no_files)
-    with pytest.raises(ModelError, match="not installed") as caught:
+    with pytest.raises(ModelError) as caught:
         build_model(config(pretrained=True), 3, 32)
     assert f"pip install {STEM_WHEEL}==0.1.0" in str(caught.value)
 
 
 def test_more_bands_than_rows_are_refused() -> None:
-    with pytest.raises(ModelError, match="3 bands do not fit: images of 16 pixels give 2 token rows"):
+    with raises_naming(ModelError, "3 bands", "16 pixels"):
         build_model(config(), 3, 16)
 
 
 def test_an_unknown_name_is_answered_with_close_ones() -> None:
-    with pytest.raises(ModelError, match="no model named 'vit_tiny_patch16_225'") as caught:
+    with raises_naming(ModelError, "'vit_tiny_patch16_225'") as caught:
         build_model(config(name="vit_tiny_patch16_225"), 3, 32)
     assert "vit_tiny_patch16_224" in str(caught.value)
-    with pytest.raises(ModelError, match="hybrid_lite0"):
+    with raises_naming(ModelError, "hybrid_lite0"):
         build_model(config(name="hybrid_lite1"), 3, 32)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "test_resnet", "test_maxvit", "deit_tiny_distilled_patch16_224"])
 def test_what_is_no_plain_vit_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ModelError, match=f"'{name}' is no plain Vision Transformer"):
+    with raises_naming(ModelError, f"'{name}'"):
         build_model(config(name=name), 3, 224)
 
 
@@ -162,7 +163,7 @@ def test_other_families_of_timm_are_trained_whole(name: str, part: str) -> None:
 
 
 def test_images_that_patches_do_not_fill_are_refused() -> None:
-    with pytest.raises(ModelError, match="30 pixels into patches of 16"):
+    with raises_naming(ModelError, "30 pixels", "16"):
         build_model(config(name=TIMM_NAME), 3, 30)
 
 
@@ -172,7 +173,7 @@ def test_a_failed_download_is_answered_with_its_cure(monkeypatch: pytest.MonkeyP
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ModelError, match=r"cannot be downloaded: Name or service not known") as caught:
+    with raises_naming(ModelError, "Name or service not known") as caught:
         build_model(config(name=TIMM_NAME, pretrained=True), 3, 32)
     assert "model.checkpoint" in str(caught.value)
     assert "model.pretrained: false" in str(caught.value)
@@ -241,11 +242,11 @@ def test_a_checkpoint_of_another_model_is_named_with_the_entry(tmp_path: Path) -
     state = timm_state(3)
     state["blocks.0.attn.qkv.weight"] = torch.zeros(5, 5)
     safetensors.torch.save_file(state, path)
-    with pytest.raises(ModelError, match=r"blocks\.0\.attn\.qkv\.weight has shape \[5, 5\]"):
+    with raises_naming(ModelError, "blocks.0.attn.qkv.weight", "[5, 5]"):
         build_model(config(name=TIMM_NAME, checkpoint=path), 3, 32)
     del state["blocks.0.attn.qkv.weight"]
     safetensors.torch.save_file(state, path)
-    with pytest.raises(ModelError, match=r"lacks blocks\.0\.attn\.qkv\.weight"):
+    with raises_naming(ModelError, "blocks.0.attn.qkv.weight"):
         build_model(config(name=TIMM_NAME, checkpoint=path), 3, 32)
-    with pytest.raises(ModelError, match=r"weights\.safetensors"):
+    with raises_naming(ModelError, "weights.safetensors"):
         build_model(config(name="hybrid_lite0", checkpoint=path), 3, 32)
