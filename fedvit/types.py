@@ -185,8 +185,8 @@ class Client:
         return frozenset(str(name) for name in known) if isinstance(known, Sequence) else frozenset()
 
     @property
-    def sighting(self) -> LastContact:
-        """The client as far as its whereabouts go."""
+    def last_contact(self) -> LastContact:
+        """When the client was last in contact."""
         return LastContact(self.client_id, self.kind, self.last_seen_at)
 
 

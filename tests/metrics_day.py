@@ -83,7 +83,7 @@ class Day:
         self._store = Store.open(home)
         accountant = PrivacyAccountant(self._store, settings)
         self._budget = accountant.budget()
-        self._heartbeats = Heartbeats(self._store, FleetConfig(), self._clock.now)
+        self._heartbeats = Heartbeats(self._store, FleetConfig(), self._clock)
         services = Services(settings, self._store, self._nobody, lambda: accountant, self._folder)
         self._http = TestClient(create_api(services), raise_server_exceptions=False)
         self._rounds = RoundMetrics()

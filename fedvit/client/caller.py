@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedvit.api.problems import error_of
 from fedvit.api.transport import open_http
 from fedvit.errors import ControlApiError, ControlUnreachableError, UsageError
+from fedvit.ports import ClockPort
 
 T = TypeVar("T")
 # A little more than the server's own limit, so that its answer arrives.
@@ -44,9 +45,11 @@ class Caller:
         verify: Path | bool,
         transport: httpx.BaseTransport | None,
         sleep: Callable[[float], None],
+        clock: ClockPort,
         before_change: Callable[[httpx.Request], None] | None,
     ) -> None:
-        self.base_url, self.sleep, self._before_change = base_url.rstrip("/"), sleep, before_change
+        self.base_url, self.sleep, self.clock = base_url.rstrip("/"), sleep, clock
+        self._before_change = before_change
         self._http = open_http(base_url, timeout_s=timeout_s, token=token, verify=verify, transport=transport)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The client itself: one connection, and the routes in groups."""
+"""The client of the control API: one connection, and the routes in groups."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from fedvit.client.life import Aggregation, Model, Training
 from fedvit.client.operations import Operations
 from fedvit.client.privacy import Privacy
 from fedvit.client.system import Audit, System
+from fedvit.clock import SYSTEM_CLOCK
+from fedvit.ports import ClockPort
 
 
 class FedvitClient:
@@ -31,7 +33,9 @@ class FedvitClient:
         token: a bearer token of ``fedvit token create``.
         timeout_s: the longest silence on the line before a request is given up.
         verify: a file of certificates to trust, PEM, instead of the machine's; False trusts anybody.
-        transport: another way than the network, for tests.
+        transport: replaces the network, for tests.
+        sleep: pauses between attempts, and between polls of an operation.
+        clock: measures how long an operation is awaited.
         before_change: is shown every changing request before it is sent; what it raises, the caller gets.
 
     Raises:
@@ -47,6 +51,7 @@ class FedvitClient:
         verify: Path | bool = True,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        clock: ClockPort = SYSTEM_CLOCK,
         before_change: Callable[[httpx.Request], None] | None = None,
     ) -> None:
         self._caller = Caller(
@@ -56,6 +61,7 @@ class FedvitClient:
             verify=verify,
             transport=transport,
             sleep=sleep,
+            clock=clock,
             before_change=before_change,
         )
         self.clients = Clients(self._caller)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 from fedvit.api.operations import OperationView
@@ -47,19 +46,19 @@ class Operations(Group):
         Raises:
             StillRunningError: it has not ended after ``timeout_s``; it goes on.
         """
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        found = self.get(operation) if isinstance(operation, str) else operation
+        deadline_s = None if timeout_s is None else self._caller.clock.monotonic() + timeout_s
+        current = self.get(operation) if isinstance(operation, str) else operation
         pause_s = FIRST_PAUSE_S
         while True:
             if on_progress is not None:
-                on_progress(found)
-            if found.status.ended:
-                return found
-            if deadline_s is not None and time.monotonic() >= deadline_s:
-                raise _still_running(found, timeout_s)
+                on_progress(current)
+            if current.status.ended:
+                return current
+            if deadline_s is not None and self._caller.clock.monotonic() >= deadline_s:
+                raise _still_running(current, timeout_s)
             self._caller.sleep(pause_s)
             pause_s = min(pause_s * BACK_OFF, LONGEST_PAUSE_S)
-            found = self.get(found.operation_id)
+            current = self.get(current.operation_id)
 
 
 def _still_running(operation: OperationView, timeout_s: float | None) -> StillRunningError:

@@ -60,27 +60,27 @@ def connectivity(
     last_contacts: Iterable[LastContact], proxies: ProxyReport | None, now: datetime, timeout_s: float
 ) -> Connectivity:
     """Judge every client; see :func:`connection_of`."""
-    judged = [(sighting, connection_of(sighting, proxies, now, timeout_s)) for sighting in last_contacts]
-    total = Counter(sighting.kind for sighting, _ in judged)
-    there = Counter(sighting.kind for sighting, connection in judged if connection.connected)
+    judged = [(contact, connection_of(contact, proxies, now, timeout_s)) for contact in last_contacts]
+    total = Counter(contact.kind for contact, _ in judged)
+    there = Counter(contact.kind for contact, connection in judged if connection.connected)
     return Connectivity(
         total=len(judged),
         connected=there.total(),
         by_kind={kind: (total[kind], there[kind]) for kind in ClientKind if total[kind]},
-        lost=tuple((sighting, connection) for sighting, connection in judged if not connection.connected),
+        lost=tuple((contact, connection) for contact, connection in judged if not connection.connected),
     )
 
 
-def connection_of(sighting: LastContact, proxies: ProxyReport | None, now: datetime, timeout_s: float) -> Connection:
+def connection_of(contact: LastContact, proxies: ProxyReport | None, now: datetime, timeout_s: float) -> Connection:
     """A virtual client is connected while the proxy that hosts it answers, any other while it is heard.
 
     Args:
         proxies: which proxies answer; None where the aggregator, who asks them, does not answer itself.
         timeout_s: how old the last sign of life may be.
     """
-    if sighting.kind is ClientKind.VIRTUAL:
-        return _hosted(sighting.client_id, proxies)
-    return _heard(sighting.last_seen_at, now, timeout_s)
+    if contact.kind is ClientKind.VIRTUAL:
+        return _hosted(contact.client_id, proxies)
+    return _heard(contact.last_seen_at, now, timeout_s)
 
 
 def _hosted(client_id: str, proxies: ProxyReport | None) -> Connection:

@@ -36,8 +36,8 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     Raises:
         ConfigError: the OIDC key set cannot be read.
     """
-    guard = guard or Guard(services.settings, services.store)
-    heartbeats = Heartbeats(services.store, services.settings.fleet)
+    guard = guard or Guard(services.settings, services.store, services.clock)
+    heartbeats = Heartbeats(services.store, services.settings.fleet, services.clock)
     liveness = Liveness(services, heartbeats)
     mailbox = Mailbox(services.settings, services.store)
     api = FastAPI(
@@ -49,7 +49,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     install_problem_handlers(api)
-    install_control(api, Control(guard, services.store))
+    install_control(api, Control(guard, services.store, services.clock))
     add_system_routes(api, services, HealthMetrics(services, (guard.tokens_used, heartbeats.seen)))
     # Before the clients: its paths would be taken for one of them.
     add_data_health_routes(api, services, liveness)

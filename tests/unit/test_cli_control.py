@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 from control_client import URL, Recorder, SentError, Through, route_of
+from control_system import TARGET, WAIT_S, HeldFleet, System
 from test_client_routes import CALLS
-from test_model_life_api import TARGET, WAIT_S, HeldFleet, System
 from typer.testing import CliRunner, Result
 
 from fedvit.api.operations import OperationView

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 from control_client import URL, Recorder, Through
+from control_system import WAIT_S, HeldFleet, System
 from pydantic import ValidationError
-from test_model_life_api import TARGET, WAIT_S, HeldFleet, System
 
 import fedvit.errors
 from fedvit.api.problems import error_of
@@ -36,35 +36,15 @@ from fedvit.errors import (
     UsageError,
 )
 from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
-from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
+from fedvit.testing.doubles import seeded_fleet
 from fedvit.types import OperationStatus
 from serve_apps.problems import problem_of
 
 Make = Callable[..., System]
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
-    systems = []
-
-    def build(fleet: FakeFleet | None = None, *, epsilon: float = 8.0, **release: Any) -> System:
-        fleet = fleet or FakeFleet(TARGET)
-        systems.append(System(tmp_path / "home", PointModel(TARGET), fleet, release, epsilon))
-        return systems[-1]
-
-    yield build
-    for system in systems:
-        system.close()
-
-
 def client_of(system: System, **more: Any) -> FedvitClient:
-    return FedvitClient(URL, transport=Through(system.http), **{"sleep": lambda _: None, **more})
-
-
-def way_of(client: FedvitClient) -> Through:
-    way = client._caller._http._transport
-    assert isinstance(way, Through)
-    return way
+    return FedvitClient(URL, **{"transport": Through(system.http), "sleep": lambda _: None, **more})
 
 
 def answering(*answers: httpx.Response | httpx.HTTPError) -> tuple[FedvitClient, list[httpx.Request], list[float]]:
@@ -89,8 +69,9 @@ def test_answers_are_frozen_values_and_a_change_shows_in_the_next_reading(make: 
     client = client_of(make(max_accuracy_drop=0.5).trained())
     current = client.model.current()
     assert isinstance(current.created_at, datetime)
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(ValidationError) as frozen:
         current.version = "v9.9.9"  # type: ignore[misc]
+    assert frozen.value.errors()[0]["type"] == "frozen_instance"
     release = client.model.rollback("v1.1.2", reason="worse at night")
     assert release.lineage["reason"] == "worse at night"
     assert client.model.current().version == release.version != current.version
@@ -102,10 +83,11 @@ def test_answers_are_frozen_values_and_a_change_shows_in_the_next_reading(make: 
 def test_lists_are_iterated_page_by_page(make: Make) -> None:
     system = make().trained()
     system.store.clients.register(seeded_fleet(12)[5:])
-    client = client_of(system)
+    way = Through(system.http)
+    client = client_of(system, transport=way)
     ids = [each.client_id for each in client.clients.iterate(page_size=5)]
     assert ids == [each.client_id for each in system.store.clients.all()]
-    assert way_of(client).sent == ["GET /api/clients/status"] * 3
+    assert way.sent == ["GET /api/clients/status"] * 3
     assert [each.version for each in client.model.iterate_versions(page_size=2)] == [
         "v1.1.4",
         "v1.1.3",
@@ -123,8 +105,9 @@ def test_what_a_newer_server_adds_is_ignored_and_what_makes_no_sense_is_said() -
     client, *_ = answering(httpx.Response(200, json={**view, "patience": 1}))
     assert client.training.config().etag == '"3"'
     client, *_ = answering(httpx.Response(200, json={**view, "revision": "new"}))
-    with pytest.raises(ControlApiError, match=r"/api/training/config .*revision"):
+    with pytest.raises(ControlApiError) as error:
         client.training.config()
+    assert (error.value.code, error.value.status) == ("control-api", 200)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -146,15 +129,16 @@ def test_every_error_arrives_as_what_it_was_raised(kind: type[FedvitError]) -> N
 
 def test_refusals_of_a_real_system_are_errors_with_what_the_log_knows_them_by(make: Make) -> None:
     client = client_of(make(epsilon=epsilon_pld({PoissonGaussian(4.0, 0.5): 2}, 1e-5) + 1e-6).trained())
-    with pytest.raises(NotFoundError, match="no model version") as unknown:
+    with pytest.raises(NotFoundError) as unknown:
         client.model.rollback("v9.9.9")
     assert unknown.value.details["status"] == 404
     assert unknown.value.details["request_id"]
     with pytest.raises(BudgetExhaustedError):
         client.model.retrain("full_retrain")
-    with pytest.raises(UsageError, match="target_latency") as invalid:
+    with pytest.raises(UsageError) as invalid:
         client.model.optimize("quantization", -1)
     assert invalid.value.exit_status == 2
+    assert [fault["field"] for fault in invalid.value.details["errors"]] == ["body.target_latency"]
     with pytest.raises(ControlApiError) as odd:
         client.clients.remove("../../api/operations/x?a=b#c")
     assert odd.value.status == 404
@@ -209,24 +193,27 @@ def test_a_name_that_would_make_the_path_another_is_refused(name: str) -> None:
 
 def test_a_change_whose_answer_is_lost_is_repeated_and_made_once(make: Make) -> None:
     system = make().trained()
-    client = client_of(system)
-    way_of(client).lose = 2
+    way = Through(system.http)
+    way.lose = 2
+    client = client_of(system, transport=way)
     operation = client.model.retrain("full_retrain")
-    assert way_of(client).sent == ["POST /api/model/retrain"] * 3
-    assert len(set(way_of(client).keys)) == 1
+    assert way.sent == ["POST /api/model/retrain"] * 3
+    assert len(set(way.keys)) == 1
     assert [each.operation_id for each in system.store.operations.all()] == [operation.operation_id]
 
 
 def test_each_call_is_another_request_unless_it_is_given_the_same_key(make: Make) -> None:
     fleet = HeldFleet()
-    client = client_of(make(fleet))
+    system = make(fleet=fleet)
+    way = Through(system.http)
+    client = client_of(system, transport=way)
     first = client.training.restart(idempotency_key="once")
     assert client.training.restart(idempotency_key="once").operation_id == first.operation_id
     with pytest.raises(ConflictError):
         client.training.restart("validated_only", idempotency_key="once")
     client.training.stop()
     client.training.stop()
-    assert len(set(way_of(client).keys)) == 3
+    assert len(set(way.keys)) == 3
     fleet.let.set()
 
 
@@ -240,7 +227,7 @@ def test_each_call_is_another_request_unless_it_is_given_the_same_key(make: Make
 )
 def test_a_line_that_stays_dead_is_given_up_with_a_cure(call: Callable[[FedvitClient], Any], attempts: int) -> None:
     client, asked, pauses = answering(httpx.ConnectError("refused"))
-    with pytest.raises(ControlUnreachableError, match=rf"{URL} does not answer: refused") as dead:
+    with pytest.raises(ControlUnreachableError) as dead:
         call(client)
     assert dead.value.cure
     assert len(asked) == attempts
@@ -260,8 +247,9 @@ def test_a_repetition_that_comes_too_early_waits_for_the_first() -> None:
         409, json={"type": "/problems/conflict", "detail": "Under way."}, headers={"Retry-After": "1"}
     )
     client, asked, _ = answering(early, early, httpx.Response(204))
-    with pytest.raises(ControlApiError, match="does not understand"):
+    with pytest.raises(ControlApiError) as error:
         client.training.start()
+    assert error.value.status == 204
     assert len(asked) == 3
     refused = httpx.Response(409, json={"type": "/problems/conflict", "detail": "No."})
     client, asked, _ = answering(refused)
@@ -316,13 +304,14 @@ def test_an_operation_is_followed_to_its_end(make: Make) -> None:
 
 def test_waiting_has_an_end_and_an_operation_can_be_cancelled(make: Make) -> None:
     fleet = HeldFleet()
-    system = make(fleet)
+    system = make(fleet=fleet)
     client = client_of(system)
     client.training.start()
     assert fleet.begun.wait(WAIT_S)
     operation = client.training.restart()
-    with pytest.raises(StillRunningError, match=operation.operation_id):
+    with pytest.raises(StillRunningError) as still:
         client.operations.wait(operation, timeout_s=0)
+    assert still.value.details["operation_id"] == operation.operation_id
     assert client.operations.cancel(operation.operation_id).cancel_requested
     system.local.wait_operation(operation.operation_id, WAIT_S)
     assert client.operations.wait(operation).status is OperationStatus.CANCELLED
@@ -346,8 +335,10 @@ def test_whoever_looks_before_a_change_can_stop_it(make: Make) -> None:
     def hold(_: httpx.Request) -> None:
         raise HeldError
 
-    client = client_of(make(), before_change=hold)
+    system = make()
+    way = Through(system.http)
+    client = client_of(system, transport=way, before_change=hold)
     assert client.training.config().revision == 0
     with pytest.raises(HeldError):
         client.training.configure(min_clients=3)
-    assert way_of(client).sent == ["GET /api/training/config"]
+    assert way.sent == ["GET /api/training/config"]

@@ -18,7 +18,6 @@ from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, ManualClock, seeded_fleet
 from fedvit.types import Client, ClientKind, TrainingProgress, utc_now
 from serve_apps.control.api import Services, create_api
-from serve_apps.control.fleet import clients, heartbeats, liveness
 from serve_apps.control.http.pages import MAX_PAGES, Page, Pages
 
 RESTING = TrainingProgress(None, None, "resting", 0, 0, None, None, 0.0, None)
@@ -56,7 +55,7 @@ class Replicas:
             raise PlacementError("The accountant is restarting.")
 
         self.http, self.other = (
-            TestClient(create_api(Services(settings, store, lambda: self.aggregator, nobody)))  # type: ignore[arg-type, return-value]
+            TestClient(create_api(Services(settings, store, lambda: self.aggregator, nobody, clock=clock)))  # type: ignore[arg-type, return-value]
             for store in self.stores
         )
 
@@ -80,11 +79,8 @@ class Replicas:
 
 
 @pytest.fixture
-def replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replicas]:
+def replicas(tmp_path: Path) -> Iterator[Replicas]:
     clock = ManualClock()
-    monkeypatch.setattr(heartbeats.Heartbeats.__init__, "__defaults__", (clock.now,))
-    monkeypatch.setattr(liveness.Liveness.__init__, "__defaults__", (clock.now,))
-    monkeypatch.setattr(clients, "utc_now", clock.now)
     made = Replicas(tmp_path, clock)
     yield made
     made.close()

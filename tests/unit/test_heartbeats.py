@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 import pytest
 from fastapi.testclient import TestClient
 from httpx import Response
-from sqlalchemy.orm import Session
+from sqlalchemy import Engine, event
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
@@ -59,18 +58,17 @@ def garage(tmp_path: Path) -> Iterator[Garage]:
 
 
 @pytest.fixture
-def writes(garage: Garage, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The writing transactions that are begun from now on."""
+def writes(garage: Garage) -> Iterator[list[str]]:
+    """The statements that write to the store from now on."""
     begun: list[str] = []
-    database = garage.store._database
-    write = database.write
 
-    def counted() -> Any:
-        begun.append("write")
-        return write()
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.lstrip().split(" ", 1)[0].upper() in ("INSERT", "UPDATE", "DELETE"):
+            begun.append(statement)
 
-    monkeypatch.setattr(database, "write", counted)
-    return begun
+    event.listen(Engine, "before_cursor_execute", note)
+    yield begun
+    event.remove(Engine, "before_cursor_execute", note)
 
 
 def test_a_vehicle_is_told_when_to_beat_again(garage: Garage) -> None:
@@ -105,21 +103,13 @@ def test_an_application_that_ends_has_written_everything_in_two_transactions(gar
     assert 0 < len(writes) < 10
 
 
-def test_the_thread_writes_while_the_application_runs(garage: Garage, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = threading.Event()
-    write = garage.store._database.write
-
-    @contextmanager
-    def telling() -> Iterator[Session]:
-        with write() as session:
-            yield session
-        written.set()
-
-    monkeypatch.setattr(garage.store._database, "write", telling)
+def test_the_thread_writes_while_the_application_runs(garage: Garage) -> None:
     with garage.http:
         garage.beat("truck-1")
-        assert written.wait(WAIT_S)
-        assert garage.store.clients.get("truck-1").last_seen_at is not None
+        deadline_s = time.monotonic() + WAIT_S
+        while garage.store.clients.get("truck-1").last_seen_at is None:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
 
 
 def test_an_unknown_vehicle_is_not_found_and_not_remembered(garage: Garage) -> None:
@@ -146,7 +136,7 @@ def test_a_bound_token_speaks_for_its_client_only(garage: Garage) -> None:
 
 def test_only_a_device_is_bound_and_only_to_what_can_be_a_client(garage: Garage) -> None:
     for scope, client_id in (("operator", "truck-1"), ("device", "../x"), ("device", "a\n"), ("device", "")):
-        with pytest.raises(ConfigError, match="client"):
+        with pytest.raises(ConfigError):
             garage.token(scope, client_id)
     assert garage.store.tokens.all() == []
 
@@ -192,7 +182,7 @@ def test_the_store_moves_only_forward(garage: Garage) -> None:
 
 def test_a_replica_combines_what_it_heard_with_what_the_store_knows(garage: Garage) -> None:
     clock = ManualClock()
-    heartbeats = Heartbeats(garage.store, FleetConfig(), clock.now)
+    heartbeats = Heartbeats(garage.store, FleetConfig(), clock)
     early, late = clock.now() - timedelta(days=1), clock.now() + timedelta(days=1)
     assert heartbeats.last_seen("truck-1", None) is None
     assert heartbeats.last_seen("truck-1", early) == early
@@ -206,7 +196,7 @@ def test_a_replica_combines_what_it_heard_with_what_the_store_knows(garage: Gara
 def test_an_arrival_is_a_vehicle_that_was_not_connected(garage: Garage) -> None:
     clock = ManualClock()
     garage.store.clients.set_last_seen({"truck-2": clock.now() - timedelta(seconds=149)})
-    heartbeats = Heartbeats(garage.store, FleetConfig(), clock.now)
+    heartbeats = Heartbeats(garage.store, FleetConfig(), clock)
     for name in ("truck-1", "truck-2"):
         heartbeats.learn(name)
         heartbeats.beat(name)

@@ -1,4 +1,4 @@
-"""The fleet: who belongs to it, who is there, and what an operator decides on a client."""
+"""Routes of the fleet: membership, connectivity, and decisions of an operator on a client."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedvit.errors import ConflictError, FedvitError, NotFoundError
 from fedvit.operations.mailbox import Mailbox
 from fedvit.store.records import ClientValidation
 from fedvit.store.store import Store
-from fedvit.types import Client, ClientKind, utc_now
+from fedvit.types import Client, ClientKind
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.fleet.liveness import Liveness
 from serve_apps.control.http.access import OPERATOR, VIEWER, CurrentIdentity, Note, requires
@@ -36,15 +36,16 @@ from serve_apps.problems import documented
 def add_client_routes(
     api: FastAPI, services: Services, heartbeats: Heartbeats, liveness: Liveness, mailbox: Mailbox
 ) -> None:
-    """See and steer the fleet."""
-    _add_status(api, services.store, liveness, heartbeats)
+    """Add the routes that list, register, remove and judge clients."""
+    _add_status(api, services, liveness, heartbeats)
     _add_connectivity(api, services, liveness, mailbox)
     _add_membership(api, services.store, liveness)
-    _add_verdicts(api, services.store, liveness)
+    _add_verdicts(api, services, liveness)
 
 
-def _add_status(api: FastAPI, store: Store, liveness: Liveness, heartbeats: Heartbeats) -> None:
-    pages = Pages(lambda: (store.change_counter(), heartbeats.arrivals), utc_now)
+def _add_status(api: FastAPI, services: Services, liveness: Liveness, heartbeats: Heartbeats) -> None:
+    store = services.store
+    pages = Pages(lambda: (store.change_counter(), heartbeats.arrivals), services.clock.now)
 
     def page_of(offset: int, limit: int) -> Page:
         found = store.clients.page(offset, limit)
@@ -132,7 +133,9 @@ def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
         return liveness.view(store.clients.get(client_id))
 
 
-def _add_verdicts(api: FastAPI, store: Store, liveness: Liveness) -> None:
+def _add_verdicts(api: FastAPI, services: Services, liveness: Liveness) -> None:
+    store = services.store
+
     @api.post("/api/clients/{client_id}/reinstate", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
     def reinstate(client_id: str, request: ReinstateRequest, note: Note) -> ClientView:
         """Lift a client's quarantine; harmless where there is none. The justification stands in the audit trail."""
@@ -145,7 +148,7 @@ def _add_verdicts(api: FastAPI, store: Store, liveness: Liveness) -> None:
     def validate(client_id: str, request: ValidateRequest, note: Note) -> ClientView:
         """Record whether a client's data can be trusted; a run with ``validated_only`` draws no others."""
         note.before = _facts(store.clients.get(client_id))
-        client = store.clients.validate(client_id, ClientValidation(request.validated, request.reason, utc_now()))
+        client = store.clients.validate(client_id, ClientValidation(request.validated, request.reason, services.clock.now()))
         note.after = _facts(client)
         return liveness.view(client)
 

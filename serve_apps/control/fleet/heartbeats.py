@@ -1,8 +1,7 @@
-"""Heartbeats: how vehicles show that they are there. Telemetry, so neither audited nor written one by one."""
+"""Heartbeats of vehicles. They are telemetry: not audited, and not written to the store one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from fastapi import FastAPI
@@ -10,11 +9,12 @@ from starlette.concurrency import run_in_threadpool
 
 from fedvit.access.identity import Identity, Scope
 from fedvit.api.clients import HeartbeatRequest, HeartbeatView, MailboxAccess
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.config import FleetConfig
 from fedvit.metrics.exposition import counter
 from fedvit.operations.mailbox import Mailbox
+from fedvit.ports import ClockPort
 from fedvit.store.store import Store
-from fedvit.types import utc_now
 from serve_apps.control.http.access import CurrentIdentity, requires
 from serve_apps.control.http.write_behind import WriteBehind
 from serve_apps.control.services import Services
@@ -25,18 +25,18 @@ _COUNTED = counter("heartbeats_total")
 
 
 class Heartbeats:
-    """What this replica heard of the fleet; the store is told about once a second.
+    """The newest heartbeat of each client at this replica; about once a second they are written to the store.
 
-    Memory is bounded by the registered clients: of others nothing is kept. A client, once registered, stays so for
-    ever, removed or not; so one that is known here need not be looked up again.
+    Only registered clients are kept, which bounds the memory. A client stays registered for ever, removed or not, and
+    is looked up once.
 
     Attributes:
-        seen: on its way to the store.
+        seen: the buffer in front of the store.
         arrivals: grows whenever a client appears that was not connected, as far as this replica knew.
     """
 
-    def __init__(self, store: Store, config: FleetConfig, now: Callable[[], datetime] = utc_now) -> None:
-        self._store, self._now = store, now
+    def __init__(self, store: Store, config: FleetConfig, clock: ClockPort = SYSTEM_CLOCK) -> None:
+        self._store, self._clock = store, clock
         self._timeout = timedelta(seconds=config.heartbeat_timeout_s)
         self._last: dict[str, datetime | None] = {}
         self.seen = WriteBehind(store.clients.set_last_seen)
@@ -56,7 +56,7 @@ class Heartbeats:
 
     def beat(self, client_id: str) -> datetime:
         """A known client is there now; return the moment."""
-        at, last = self._now(), self._last[client_id]
+        at, last = self._clock.now(), self._last[client_id]
         self._last[client_id] = at
         self.arrivals += last is None or at - last > self._timeout
         self.seen.put(client_id, at)
@@ -88,7 +88,7 @@ class _Channel:
 
 
 def add_heartbeat_routes(api: FastAPI, services: Services, heartbeats: Heartbeats, mailbox: Mailbox) -> None:
-    """Hear vehicles."""
+    """Add the route that receives heartbeats."""
     interval_s = services.settings.fleet.heartbeat_interval_s
     channel = _Channel(services.store, mailbox)
 

@@ -1,10 +1,10 @@
-"""Which clients are there, as this replica knows: what it heard, what the store says, which proxies answer."""
+"""Liveness of clients, from heartbeats at this replica, the store, and the client proxies."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -13,7 +13,7 @@ from fedvit.cohort.conditions import client_conditions
 from fedvit.cohort.connectivity import Connection, Connectivity, connection_of, connectivity
 from fedvit.ports import ProxyReport
 from fedvit.store.records import ClientValidation
-from fedvit.types import Client, ClientKind, LastContact, utc_now
+from fedvit.types import Client, ClientKind, LastContact
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.services import Services
 
@@ -25,8 +25,8 @@ _LOG = logging.getLogger("fedvit.control")
 class Liveness:
     """Judges clients one by one or all at once."""
 
-    def __init__(self, services: Services, heartbeats: Heartbeats, now: Callable[[], datetime] = utc_now) -> None:
-        self._services, self._heartbeats, self._now = services, heartbeats, now
+    def __init__(self, services: Services, heartbeats: Heartbeats) -> None:
+        self._services, self._heartbeats, self._now = services, heartbeats, services.clock.now
         self._timeout_s = services.settings.fleet.heartbeat_timeout_s
         self._lock = threading.Lock()
         self._proxies: tuple[datetime, ProxyReport | None] | None = None
@@ -37,7 +37,7 @@ class Liveness:
         store = self._services.store
         # Of virtual clients there may be a million: looked at one by one only when one of them may be lost.
         counted = proxies is not None and proxies.reaches_all
-        last_contacts = [self._sighted(sighting) for sighting in store.clients.last_contacts(hosted=not counted)]
+        last_contacts = [self._newest_contact(contact) for contact in store.clients.last_contacts(hosted=not counted)]
         found = connectivity(last_contacts, proxies, self._now(), self._timeout_s)
         return found.with_hosted(store.clients.count_virtual()) if counted else found
 
@@ -55,7 +55,7 @@ class Liveness:
         client = self._newest(client)
         conditions = client_conditions(
             client,
-            self._connection(client.sighting),
+            self._connection(client.last_contact),
             verdict=verdict.reason if verdict else None,
             decided_at=verdict.at if verdict else None,
             automatic=verdict.automatic if verdict else False,
@@ -69,20 +69,20 @@ class Liveness:
             if client.kind is ClientKind.VIRTUAL:
                 moments.append(self._known_proxies(PROXIES_KNOWN)[1])
             else:
-                until = self._connection(self._sighted(client.sighting)).until
+                until = self._connection(self._newest_contact(client.last_contact)).until
                 moments += [until] if until else []
         return min(moments, default=None)
 
-    def _connection(self, sighting: LastContact) -> Connection:
-        virtual = sighting.kind is ClientKind.VIRTUAL
+    def _connection(self, contact: LastContact) -> Connection:
+        virtual = contact.kind is ClientKind.VIRTUAL
         proxies = self._known_proxies(PROXIES_KNOWN)[0] if virtual else None
-        return connection_of(sighting, proxies, self._now(), self._timeout_s)
+        return connection_of(contact, proxies, self._now(), self._timeout_s)
 
     def _newest(self, client: Client) -> Client:
-        return replace(client, last_seen_at=self._sighted(client.sighting).last_seen_at)
+        return replace(client, last_seen_at=self._newest_contact(client.last_contact).last_seen_at)
 
-    def _sighted(self, sighting: LastContact) -> LastContact:
-        return replace(sighting, last_seen_at=self._heartbeats.last_seen(sighting.client_id, sighting.last_seen_at))
+    def _newest_contact(self, contact: LastContact) -> LastContact:
+        return replace(contact, last_seen_at=self._heartbeats.last_seen(contact.client_id, contact.last_seen_at))
 
     def _known_proxies(self, age: timedelta) -> tuple[ProxyReport | None, datetime]:
         """What the proxies answered, at most ``age`` ago, and until when that is taken for the truth."""

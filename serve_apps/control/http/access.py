@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -18,11 +15,12 @@ from fedvit.access.identity import ANONYMOUS, Identity, Scope
 from fedvit.access.limits import FailureWindow, TokenBuckets, whole_seconds
 from fedvit.access.tokens import PREFIX, verify_token
 from fedvit.api.transport import is_loopback
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.config import AccessConfig, Settings
 from fedvit.errors import FedvitError, ForbiddenError, RateLimitedError, UnauthorizedError
 from fedvit.metrics.exposition import counter
+from fedvit.ports import ClockPort
 from fedvit.store.store import Store
-from fedvit.types import utc_now
 from serve_apps.control.http.write_behind import WriteBehind
 
 if TYPE_CHECKING:
@@ -131,17 +129,15 @@ class Guard:
         self,
         settings: Settings,
         store: Store,
-        *,
-        now: Callable[[], datetime] = utc_now,
-        monotonic: Callable[[], float] = time.monotonic,
+        clock: ClockPort = SYSTEM_CLOCK,
     ) -> None:
         self.access = settings.access
         self._host = settings.serving.host
-        self._store, self._now = store, now
+        self._store, self._clock = store, clock
         self.tokens_used = WriteBehind(store.tokens.set_last_used)
-        self._buckets = TokenBuckets(self.access.requests_per_s, self.access.burst, monotonic)
+        self._buckets = TokenBuckets(self.access.requests_per_s, self.access.burst, clock.monotonic)
         window_s = self.access.failed_attempts_window_s
-        self._failures = FailureWindow(self.access.max_failed_attempts, window_s, monotonic)
+        self._failures = FailureWindow(self.access.max_failed_attempts, window_s, clock.monotonic)
         self._oidc = _oidc_verifier(self.access)
 
     def identify(self, requirement: Requirement, sender: RequestOrigin) -> Identity:
@@ -215,7 +211,7 @@ class Guard:
             )
         if self._oidc is not None and not text.startswith(PREFIX):
             return self._oidc.verify(text.strip())
-        return verify_token(self._store, text.strip(), self._now(), used=self.tokens_used.put)
+        return verify_token(self._store, text.strip(), self._clock.now(), used=self.tokens_used.put)
 
     def _without_token(self, requirement: Requirement, sender: RequestOrigin) -> Identity:
         if requirement.token_always or self.access.mode != "open_loopback":

@@ -23,12 +23,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedvit.access.identity import Identity
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import BodyTimeoutError, FedvitError, InvalidIdempotencyKeyError, ResponseTimeoutError
 from fedvit.metrics.catalogue import BY_NAME, OTHER
 from fedvit.metrics.exposition import gauge, histogram
+from fedvit.ports import ClockPort
 from fedvit.store.records import RequestKey, StoredResponse
 from fedvit.store.store import Store
-from fedvit.types import utc_now
 from serve_apps.control.http.access import AuditNote, Guard, RequestOrigin, call_key, requirement_of
 from serve_apps.control.http.audit import facts_of
 from serve_apps.control.http.bodies import check_no_fields, example_of, parse_json, read_body, with_body
@@ -65,6 +66,7 @@ class Control:
 
     guard: Guard
     store: Store
+    clock: ClockPort = SYSTEM_CLOCK
 
 
 def takes_bytes(max_bytes: int) -> dict[str, Any]:
@@ -157,7 +159,8 @@ class _Call:
 
     def __init__(self, route: ControlledRoute, inner: _Handler, request: Request) -> None:
         control: Control = request.app.state.control
-        self._guard, self._store, self._access = control.guard, control.store, control.guard.access
+        self._guard, self._store, self._clock = control.guard, control.store, control.clock
+        self._access = control.guard.access
         self._route, self._inner, self._request = route, inner, request
         self._sender = RequestOrigin.of(request, self._access)
         self._action = f"{request.method} {route.path}"
@@ -218,7 +221,7 @@ class _Call:
         self._request.state.call_key = None if key is None else _digest(*astuple(key))
         if key is not None:
             begin = partial(self._store.idempotency.begin, repeatable=self._route.repeatable)
-            stored = await run_in_threadpool(begin, key, utc_now())
+            stored = await run_in_threadpool(begin, key, self._clock.now())
             if stored is not None:
                 headers = {**stored.headers, "Idempotency-Replayed": "true"}
                 return Response(stored.body, stored.status, headers, stored.media_type)

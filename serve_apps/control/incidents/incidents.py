@@ -28,7 +28,6 @@ from fedvit.incidents.remediation import Order, Proposal, orders, proposals
 from fedvit.incidents.report import collect, report
 from fedvit.store.records import FiredAlert, Incident, IncidentEvent
 from fedvit.store.store import Store
-from fedvit.types import utc_now
 from serve_apps.control.http.access import VIEWER, CurrentIdentity, Note, requires
 from serve_apps.control.http.parameters import Limit, Offset
 from serve_apps.control.incidents.alerts import to_alerts
@@ -50,7 +49,7 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
     window = timedelta(seconds=settings.incidents.reopen_within_s)
 
     def record(message: AlertmanagerMessage) -> tuple[list[str], list[Order]]:
-        now = utc_now()
+        now = services.clock.now()
         try:
             found = store.incidents.record_alerts(to_alerts(message, now), reopen_within=window, at=now)
             return found, [order for name in found for order in orders(store, settings, name, now)]
@@ -91,7 +90,9 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
     )
     def add_note(incident_id: str, request: NoteRequest, who: CurrentIdentity, note: Note) -> IncidentDetail:
         """Write down what only people know; notes are added, never changed."""
-        store.incidents.add_event(incident_id, IncidentEvent(utc_now(), request.section.value, who.actor, request.text))
+        store.incidents.add_event(
+            incident_id, IncidentEvent(services.clock.now(), request.section.value, who.actor, request.text)
+        )
         note.after = {"section": request.section.value}
         return _detail(services, store.incidents.get(incident_id))
 
@@ -104,7 +105,7 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
     )
     def write_report(incident_id: str) -> Response:
         """The runbook's template in Markdown, filled with what is known and blank where only people know."""
-        return Response(report(collect(store, settings, incident_id, utc_now())), media_type="text/markdown")
+        return Response(report(collect(store, settings, incident_id, services.clock.now())), media_type="text/markdown")
 
 
 def _detail(services: Services, incident: Incident) -> IncidentDetail:
@@ -116,7 +117,7 @@ def _detail(services: Services, incident: Incident) -> IncidentDetail:
         status=_status(incident),
         runbook=_runbook_of(incident.alertname, alerts),
         proposals=[_proposal_view(proposal) for proposal in found],
-        timeline=[TimelineEntry.of(entry) for entry in timeline(store, incident, utc_now())],
+        timeline=[TimelineEntry.of(entry) for entry in timeline(store, incident, services.clock.now())],
     )
 
 

@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse
 from fedvit.access.identity import Scope
 from fedvit.api.privacy import AwaitingApproval, BudgetView, PeriodView, ResetBudget, SpendView
 from fedvit.ports import AccountantPort, LedgerEntry
-from fedvit.types import utc_now
 from serve_apps.control.http.access import VIEWER, AuditNote, CurrentIdentity, Note, requires
 from serve_apps.control.services import Services
 from serve_apps.problems import documented
@@ -38,7 +37,7 @@ def _add_readings(api: FastAPI, services: Services) -> None:
         hours: Annotated[float, Query(gt=0, le=24 * 366)] = 24, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
     ) -> list[SpendView]:
         """The ledger's entries of the last hours, oldest first."""
-        since = utc_now() - timedelta(hours=hours)
+        since = services.clock.now() - timedelta(hours=hours)
         return [_spend_view(entry) for entry in services.accountant().history(since, limit)]
 
     @api.get("/api/privacy/periods", tags=["privacy"], dependencies=VIEWER)
@@ -61,7 +60,7 @@ def _add_reset(api: FastAPI, services: Services) -> None:
         """Begin a new period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger."""
         if not require_second_approver:
             return _reset(services.accountant(), note, request.new_epsilon, request.justification, who.actor, None)
-        wish = store.budget.request(request.new_epsilon, request.justification, who.actor, utc_now())
+        wish = store.budget.request(request.new_epsilon, request.justification, who.actor, services.clock.now())
         note.after = AwaitingApproval.of(wish).model_dump(mode="json")
         return JSONResponse(note.after, status_code=202)
 
@@ -73,7 +72,7 @@ def _add_reset(api: FastAPI, services: Services) -> None:
     )
     def approve(request_id: str, who: CurrentIdentity, note: Note) -> BudgetView:
         """Put a budget in force that another admin asked for within the last 24 hours."""
-        wish = store.budget.approve(request_id, who.actor, utc_now())
+        wish = store.budget.approve(request_id, who.actor, services.clock.now())
         accountant = services.accountant()
         return _reset(accountant, note, wish.new_epsilon, wish.justification, wish.requested_by, who.actor)
 

@@ -15,7 +15,7 @@ from fedvit.errors import FedvitError
 from fedvit.incidents.breach import Breach, BreachReport, BreachResponse
 from fedvit.incidents.log import log_breach, log_stand_down
 from fedvit.store.store import Store
-from fedvit.types import LedgerFreeze, utc_now
+from fedvit.types import LedgerFreeze
 from serve_apps.control.http.access import EMERGENCY, VIEWER, CurrentIdentity, Note
 from serve_apps.control.services import Services
 
@@ -50,7 +50,7 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
             breach_type=request.breach_type,
             affected_clients=tuple(dict.fromkeys(request.affected_clients)),
             reported_by=identity.actor,
-            at=utc_now(),
+            at=services.clock.now(),
             roll_back=ImmediateAction.ROLLBACK_MODEL in request.immediate_actions,
             description=request.description,
         )
@@ -71,7 +71,7 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
         """Lift an incident's freeze of the ledger. Nobody's quarantine ends by it, and no training begins."""
         note.before = _state_facts(store)
         left = store.ledger.unfreeze(request.incident_id)
-        log_stand_down(store, request.incident_id, utc_now())
+        log_stand_down(store, request.incident_id, services.clock.now())
         note.after = _state_facts(store)
         return StandDownView(
             incident_id=request.incident_id,
