@@ -419,5 +419,6 @@ def test_a_report_is_audited_with_what_it_did(site: Site) -> None:
 def test_charges_are_refused_while_it_lasts(site: Site) -> None:
     site.breach()
     charge = Charge("run-0001", 1, "vehicle-0000", "r" * 64, 4.0, 0.5, 1)
-    with pytest.raises(LedgerFrozenError):
+    with pytest.raises(LedgerFrozenError) as frozen:
         site.store.ledger.append([charge])
+    assert frozen.value.details["incident_id"] == "PB-1"

@@ -148,7 +148,8 @@ def _add_verdicts(api: FastAPI, services: Services, liveness: Liveness) -> None:
     def validate(client_id: str, request: ValidateRequest, note: Note) -> ClientView:
         """Record whether a client's data can be trusted; a run with ``validated_only`` draws no others."""
         note.before = _facts(store.clients.get(client_id))
-        client = store.clients.validate(client_id, ClientValidation(request.validated, request.reason, services.clock.now()))
+        validation = ClientValidation(request.validated, request.reason, services.clock.now())
+        client = store.clients.validate(client_id, validation)
         note.after = _facts(client)
         return liveness.view(client)
 
