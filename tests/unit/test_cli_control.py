@@ -330,6 +330,39 @@ def test_a_shutdown_is_over_when_nobody_answers_any_more(reach: Callable[[Any], 
     assert asked == ["POST /api/system/shutdown", "GET /api/operations/op-1", "GET /healthz"]
 
 
+def test_down_signals_the_process_of_a_state_folder_unless_an_api_is_named(
+    reach: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reach(Recorder())
+    home = ("--home", str(tmp_path))
+    assert printed(fedvit("down", "--json", *home, url=None)) == {"stopped": False}
+    assert "Nothing runs on" in fedvit("down", "--mode", "force", "--yes", *home, url=None).stderr
+    monkeypatch.setenv("FEDVIT_URL", "http://far.example:1")
+    assert fedvit("down", url=None).exit_code == 2, "it must be confirmed"
+    error = fedvit("down", "--yes", "--no-save-state", url=None).exception
+    assert isinstance(error, SentError)
+    assert error.request.url.host == "far.example"
+    assert json.loads(error.request.content) == {"mode": "graceful", "save_state": False}
+    assert printed(fedvit("down", "--json", *home, url=None)) == {"stopped": False}
+
+
+def test_a_state_folder_and_its_system_answer_alike(
+    make: Callable[..., tuple[System, Through]], tmp_path: Path
+) -> None:
+    make()[0].trained()
+    home = ("--home", str(tmp_path / "home"), "--json")
+    stored, served = (
+        printed(fedvit("model", "list", "--json", *words, url=url)) for words, url in ((home, None), ((), URL))
+    )
+    assert [version["version"] for version in stored] == [version["version"] for version in served]
+    assert [version["version"] for version in stored if version["current"]] == ["v1.1.4"]
+    stored = printed(fedvit("privacy", "show", *home, url=None))
+    served = printed(fedvit("privacy", "show", "--json"))
+    assert stored["ledger_entries"] > 0
+    assert served["epsilon_spent"] == stored["epsilon_spent"]
+    assert set(served) <= set(stored)
+
+
 @pytest.fixture
 def announced(make: Callable[..., tuple[System, Through]], tmp_path: Path) -> Iterator[System]:
     """A system that looks as if `fedvit up` had left it running."""
