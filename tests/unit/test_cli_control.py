@@ -1,4 +1,4 @@
-"""The command line over a real control API: a verb for each route, confirmation, dry runs, waiting."""
+"""The command line over a real control API: a command for each route, confirmation, dry runs, waiting."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ DANGEROUS = {
 }
 # Reads routes of other commands, too.
 COMPOSED = {"health-check": "GET /api/system/health"}
-VERBS = HARMLESS | DANGEROUS
-CHANGING = {verb: route for verb, route in VERBS.items() if not route.startswith("GET ")}
+COMMANDS = HARMLESS | DANGEROUS
+CHANGING = {command: route for command, route in COMMANDS.items() if not route.startswith("GET ")}
 
 
 def fedvit(*words: str, url: str | None = URL, answer: str | None = None) -> Result:
@@ -124,38 +124,38 @@ def make(tmp_path: Path, reach: Callable[[Any], None]) -> Iterator[Callable[...,
         system.close()
 
 
-# --- every verb ------------------------------------------------------------------------------------------------------
+# --- every command ---------------------------------------------------------------------------------------------------
 
 
-def test_every_route_has_a_verb() -> None:
-    routes = {*VERBS.values(), *COMPOSED.values(), *FOR_MACHINES}
+def test_every_route_has_a_command() -> None:
+    routes = {*COMMANDS.values(), *COMPOSED.values(), *FOR_MACHINES}
     assert {route_of(call.request, routes) for call in CALLS} == routes
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_asks_its_route(verb: str, reach: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_calls_its_route(command: str, reach: Callable[[Any], None]) -> None:
     reach(Recorder())
-    result = fedvit(*verb.split(), *(["--yes"] if verb in DANGEROUS else []))
+    result = fedvit(*command.split(), *(["--yes"] if command in DANGEROUS else []))
     assert isinstance(result.exception, SentError), result.output
-    assert route_of(result.exception.request, set(VERBS.values())) == VERBS[verb]
+    assert route_of(result.exception.request, set(COMMANDS.values())) == COMMANDS[command]
 
 
-@pytest.mark.parametrize("verb", DANGEROUS)
-def test_what_is_dangerous_must_be_confirmed(verb: str, reach: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("command", DANGEROUS)
+def test_a_dangerous_change_must_be_confirmed(command: str, reach: Callable[[Any], None]) -> None:
     reach(Recorder())
-    result = fedvit(*verb.split())
+    result = fedvit(*command.split())
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: This must be confirmed")
 
 
 def test_a_dry_run_changes_nothing(make: Callable[..., tuple[System, Through]]) -> None:
     system, through = make()
-    for verb in CHANGING:
+    for command in CHANGING:
         through.sent.clear()
-        result = fedvit(*verb.split(), "--dry-run", *(["--yes"] if verb in DANGEROUS else []))
-        assert through.sent, verb
-        assert through.changes == [], verb
-        assert result.exit_code == 0 or result.stderr.startswith("Error: "), verb
+        result = fedvit(*command.split(), "--dry-run", *(["--yes"] if command in DANGEROUS else []))
+        assert through.sent, command
+        assert through.changes == [], command
+        assert result.exit_code == 0 or result.stderr.startswith("Error: "), command
     assert system.store.audit.entries() == []
 
 
@@ -167,18 +167,18 @@ def printed(result: Result, status: int = 0) -> Any:
     return json.loads(result.stdout)
 
 
-def test_a_rollback_is_rehearsed_asked_for_and_done(
+def test_a_rollback_is_previewed_confirmed_and_done(
     make: Callable[..., tuple[System, Through]], terminal: None
 ) -> None:
     system, through = make()
     system.trained()
-    rehearsed = printed(fedvit("model", "rollback", "v1.1.2", "--force", "--dry-run", "--json"))
-    assert rehearsed["request"] == {
+    preview = printed(fedvit("model", "rollback", "v1.1.2", "--force", "--dry-run", "--json"))
+    assert preview["request"] == {
         "method": "POST",
         "url": f"{URL}/api/model/rollback",
         "body": {"version": "v1.1.2", "force": True},
     }
-    present = rehearsed["present"]
+    present = preview["present"]
     assert (present["current"]["version"], present["target"]["version"]) == ("v1.1.4", "v1.1.2")
     assert present["target"]["accuracy"] < present["current"]["accuracy"]
     declined = fedvit("model", "rollback", "v1.1.2", answer="n\n")
@@ -191,7 +191,7 @@ def test_a_rollback_is_rehearsed_asked_for_and_done(
     assert printed(fedvit("model", "current", "--json"))["derived_from"] == "v1.1.2"
 
 
-def test_a_rehearsal_fails_where_the_deed_would(make: Callable[..., tuple[System, Through]]) -> None:
+def test_a_dry_run_fails_where_the_change_would(make: Callable[..., tuple[System, Through]]) -> None:
     make()[0].trained()
     result = fedvit("model", "rollback", "v9.9.9", "--dry-run")
     assert result.exit_code == 2
@@ -238,7 +238,7 @@ def test_work_that_does_not_succeed_is_status_1(make: Callable[..., tuple[System
     assert printed(fedvit("training", "stop", "--yes", "--json"))["phase"] == "resting"
 
 
-def test_the_fleet_is_listed_changed_and_asked_about(make: Callable[..., tuple[System, Through]]) -> None:
+def test_clients_are_listed_registered_and_removed(make: Callable[..., tuple[System, Through]]) -> None:
     make()
     added = printed(fedvit("clients", "register", "truck-7", "--capabilities", '{"camera": "front"}', "--json"))
     assert (added["client_id"], added["active"]) == ("truck-7", True)
@@ -263,15 +263,15 @@ def test_a_stale_revision_is_one_sentence(make: Callable[..., tuple[System, Thro
 def test_every_reading_is_one_json_document_or_text(make: Callable[..., tuple[System, Through]]) -> None:
     system, _ = make()
     system.trained()
-    readings = [verb for verb, route in HARMLESS.items() if route.startswith("GET ")]
-    for verb in readings:
-        named = verb.replace("truck-7", "vehicle-0001")
-        if "op-1" not in verb and "INC-" not in verb:
+    readings = [command for command, route in HARMLESS.items() if route.startswith("GET ")]
+    for command in readings:
+        named = command.replace("truck-7", "vehicle-0001")
+        if "op-1" not in command and "INC-" not in command:
             printed(fedvit(*named.split(), "--json"))
-            assert fedvit(*named.split()).exit_code == 0, verb
+            assert fedvit(*named.split()).exit_code == 0, command
 
 
-# --- which system, and who asks --------------------------------------------------------------------------------------
+# --- which system, and which token -----------------------------------------------------------------------------------
 
 
 def test_the_url_comes_from_the_option_then_from_what_runs_here_then_from_the_environment(
@@ -299,7 +299,7 @@ def test_the_token_comes_from_the_environment(reach: Callable[[Any], None], monk
     assert error.request.headers["authorization"] == "Bearer fvt_secret"
 
 
-def test_who_is_not_let_in_is_told_how_to_be(
+def test_a_refused_token_names_the_variable_to_set(
     make: Callable[..., tuple[System, Through]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make()
@@ -309,8 +309,8 @@ def test_who_is_not_let_in_is_told_how_to_be(
     assert "Set FEDVIT_TOKEN" in refused.stderr
 
 
-@pytest.mark.parametrize("tells_its_end", [True, False])
-def test_a_shutdown_is_over_when_nobody_answers_any_more(reach: Callable[[Any], None], tells_its_end: bool) -> None:
+@pytest.mark.parametrize("reports_its_end", [True, False])
+def test_a_shutdown_is_over_when_the_api_answers_no_more(reach: Callable[[Any], None], reports_its_end: bool) -> None:
     operation = dict.fromkeys(OperationView.model_fields) | {
         **{"operation_id": "op-1", "kind": "shutdown", "status": "running", "progress": 0.5, "stage": "saving"},
         **{"params": {}, "created_at": "2026-01-31T03:00:00Z", "cancel_requested": False},
@@ -321,7 +321,7 @@ def test_a_shutdown_is_over_when_nobody_answers_any_more(reach: Callable[[Any], 
         asked.append(f"{request.method} {request.url.path}")
         if request.method == "POST":
             return httpx.Response(202, json=operation)
-        if tells_its_end and request.url.path != "/healthz":
+        if reports_its_end and request.url.path != "/healthz":
             return httpx.Response(200, json={**operation, "status": "succeeded"})
         return httpx.Response(404, text="Path not found")
 
