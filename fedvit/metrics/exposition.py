@@ -7,7 +7,7 @@ sum. That variable must be set before ``prometheus_client`` is imported. An edge
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from fedvit.metrics.catalogue import BY_NAME, CATALOGUE, Kind, Metric
+from fedvit.metrics.catalogue import BY_NAME, CATALOGUE, Metric
 from fedvit.metrics.node import NodeCollector
 
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -30,40 +30,19 @@ def counter(name: str, registry: CollectorRegistry | None = REGISTRY) -> Counter
     """The counter of that name in the catalogue, with all series whose labels are known.
 
     Raises:
-        ValueError: the catalogue has no counter of that name.
+        ValueError: the catalogue has none. So do :func:`gauge` and :func:`histogram`.
     """
-    metric = _known(name, "counter")
-
-    def create() -> Counter:
-        instrument = Counter(metric.full_name, metric.meaning, _label_names(metric), registry=registry)
-        # A series that begins with its first event hides that event from rate().
-        for values in product(*(label.values for label in metric.labels)) if metric.labels else ():
-            instrument.labels(*values)
-        return instrument
-
-    return _once(name, registry, create)
+    return _instrument(Counter, name, registry)
 
 
 def gauge(name: str, registry: CollectorRegistry | None = REGISTRY) -> Gauge:
-    """The gauge of that name in the catalogue. Without labels it exports 0 until it is set: create it with a value.
-
-    Raises:
-        ValueError: the catalogue has no gauge of that name.
-    """
-    metric = _known(name, "gauge")
-    arguments, mode = (metric.full_name, metric.meaning, _label_names(metric)), metric.over_processes
-    return _once(name, registry, lambda: Gauge(*arguments, registry=registry, multiprocess_mode=mode))
+    """The gauge of that name in the catalogue. Without labels it exports 0 until it is set: create it with a value."""
+    return _instrument(Gauge, name, registry)
 
 
 def histogram(name: str, registry: CollectorRegistry | None = REGISTRY) -> Histogram:
-    """The histogram of that name in the catalogue.
-
-    Raises:
-        ValueError: the catalogue has no histogram of that name.
-    """
-    metric = _known(name, "histogram")
-    arguments = metric.full_name, metric.meaning, _label_names(metric)
-    return _once(name, registry, lambda: Histogram(*arguments, buckets=metric.buckets, registry=registry))
+    """The histogram of that name in the catalogue."""
+    return _instrument(Histogram, name, registry)
 
 
 def render(multiprocess_dir: Path | None = None, registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:
@@ -105,23 +84,28 @@ def _source(multiprocess_dir: Path | None, registry: CollectorRegistry) -> Colle
     return merged
 
 
-def _once(name: str, registry: CollectorRegistry | None, create: Callable[[], _Instrument]) -> _Instrument:
-    if registry is None:
-        return create()
+def _instrument(kind: type[_Instrument], name: str, registry: CollectorRegistry | None) -> _Instrument:
+    metric, wanted = BY_NAME.get(name), kind.__name__.lower()
+    if metric is None or metric.kind != wanted:
+        raise ValueError(f"the catalogue has no {wanted} {name!r}")
     with _lock:
-        known = _registered.setdefault(registry, {})
+        known = {} if registry is None else _registered.setdefault(registry, {})
         if name not in known:
-            known[name] = create()
+            known[name] = _created(kind, metric, registry)
         instrument: _Instrument = known[name]
         return instrument
 
 
-def _known(name: str, kind: Kind) -> Metric:
-    metric = BY_NAME.get(name)
-    if metric is None or metric.kind != kind:
-        raise ValueError(f"the catalogue has no {kind} {name!r}")
-    return metric
-
-
-def _label_names(metric: Metric) -> list[str]:
-    return [label.name for label in metric.labels]
+def _created(kind: type[_Instrument], metric: Metric, registry: CollectorRegistry | None) -> _Instrument:
+    options: dict[str, Any] = {}
+    if metric.kind == "gauge":
+        options["multiprocess_mode"] = metric.over_processes
+    if metric.kind == "histogram":
+        options["buckets"] = metric.buckets
+    labels = [label.name for label in metric.labels]
+    instrument = kind(metric.full_name, metric.meaning, labels, registry=registry, **options)
+    if metric.kind == "counter" and labels:
+        # A series that begins with its first event hides that event from rate().
+        for values in product(*(label.values for label in metric.labels)):
+            instrument.labels(*values)
+    return instrument

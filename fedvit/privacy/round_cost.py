@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedvit.config import PrivacyConfig, Settings
+from fedvit.config import Settings
 from fedvit.ports import Charge
-from fedvit.privacy.adaptive_clip import AdaptiveClip
+from fedvit.privacy.adaptive_clip import sum_noise_multiplier
 from fedvit.privacy.epsilon import calibrate_noise_multiplier, check_delta
 from fedvit.privacy.events import (
     BandedGaussian,
@@ -28,7 +28,7 @@ def round_event(settings: Settings, noise_multiplier: float) -> Event:
         noise_multiplier: of the whole round; with adaptive clipping, of sum and count together.
 
     Raises:
-        ConfigError: see :meth:`fedvit.privacy.adaptive_clip.AdaptiveClip.sum_noise_multiplier`.
+        ConfigError: see :func:`fedvit.privacy.adaptive_clip.sum_noise_multiplier`.
     """
     privacy, cohort = settings.privacy, settings.training.cohort
     if privacy.privacy_unit == "record":
@@ -36,23 +36,12 @@ def round_event(settings: Settings, noise_multiplier: float) -> Event:
         return step if settings.training.local_steps == 1 else Repeated(step, settings.training.local_steps)
     if privacy.bands is not None:
         return BandedGaussian(noise_multiplier, privacy.bands, cohort.min_separation)
-    clip = adaptive_clip(privacy)
-    if clip is None:
+    if (clip := privacy.adaptive_clip) is None:
         if cohort.sampling_prob is None:
             return Gaussian(noise_multiplier)
         return PoissonGaussian(noise_multiplier, cohort.sampling_prob)
-    parts = Gaussian(clip.sum_noise_multiplier(noise_multiplier)), Gaussian(clip.count_noise_multiplier)
+    parts = Gaussian(sum_noise_multiplier(clip, noise_multiplier)), Gaussian(clip.count_noise_multiplier)
     return Composed(parts) if cohort.sampling_prob is None else SampledTogether(cohort.sampling_prob, parts)
-
-
-def adaptive_clip(privacy: PrivacyConfig) -> AdaptiveClip | None:
-    """The rule of the clipping norm; None for a fixed one."""
-    config = privacy.adaptive_clip
-    return (
-        None
-        if config is None
-        else AdaptiveClip(config.target_quantile, config.learning_rate, config.count_noise_multiplier)
-    )
 
 
 def round_noise_multiplier(settings: Settings) -> float:

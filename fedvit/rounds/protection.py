@@ -18,11 +18,12 @@ from fedvit.config import Settings
 from fedvit.errors import ConfigError
 from fedvit.ports import POPULATION, Charge
 from fedvit.privacy import mechanism
+from fedvit.privacy.adaptive_clip import next_norm, noised_share, sum_noise_multiplier
 from fedvit.privacy.correlated import BandedNoise, Vector
 from fedvit.privacy.events import Event
 from fedvit.privacy.outputs import output_id
 from fedvit.privacy.randomness import SecretStream
-from fedvit.privacy.round_cost import adaptive_clip, charge_of, round_event
+from fedvit.privacy.round_cost import charge_of, round_event
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.store.store import Store
 from fedvit.types import FloatArray, Run, TrainTask, Weights
@@ -180,7 +181,7 @@ class ClientLevel:
         self._settings = settings
         self._store = store
         self._secret = derive_secret(load_or_create_root_secret(store.home), "client-level-noise")
-        self._clip = adaptive_clip(settings.privacy)
+        self._clip = settings.privacy.adaptive_clip
         self.rule = rule_for(settings)
         if not isinstance(self.rule, MeanRule):
             raise ConfigError(
@@ -255,14 +256,14 @@ class ClientLevel:
         return Folded(fold.weights, {FACTS: told}, fold.state)
 
     def _sum_noise_multiplier(self, run: Run) -> float:
-        return self._clip.sum_noise_multiplier(run.noise_multiplier) if self._clip else run.noise_multiplier
+        return sum_noise_multiplier(self._clip, run.noise_multiplier) if self._clip else run.noise_multiplier
 
     def _next_norm(self, run: Run, task: TrainTask, key: str, within: int, contributors: int) -> dict[str, float]:
         if self._clip is None:
             return {}
         noise = float(self._stream("count", run.run_id, task.round_index, key).normal(1)[0])
-        share = self._clip.share(within, contributors, noise, float(run.config[EXPECTED_COHORT]))
-        return {"noised_share": share, "next_l2_clip_norm": self._clip.next_norm(task.l2_clip_norm, share)}
+        share = noised_share(self._clip, within, contributors, noise, float(run.config[EXPECTED_COHORT]))
+        return {"noised_share": share, "next_l2_clip_norm": next_norm(self._clip, task.l2_clip_norm, share)}
 
     def _noise(self, run: Run, task: TrainTask, size: int, key: str) -> Vector:
         """Of standard deviation 1, but for what the strategy makes of it."""
