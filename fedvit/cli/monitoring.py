@@ -34,7 +34,9 @@ def rules(
 
     with report_errors():
         groups = shortened(read_groups(RULES), factor)
-        typer.echo(markdown(groups) if table else yaml.safe_dump({"groups": groups}, sort_keys=False, width=120))
+        typer.echo(
+            markdown(groups) if table else yaml.safe_dump({"groups": groups}, sort_keys=False, width=120), nl=False
+        )
 
 
 @app.command()

@@ -46,11 +46,11 @@ def main() -> None:
     ratios = {f"{OURS} / {name}": round(figures[OURS]["per_s"] / figures[name]["per_s"], 2) for name in (BARE, BYTES)}
     write_result(
         "control_status",
-        title="A page of the fleet",
+        title="One page of the list of clients",
         what=(
-            f"50 of {CLIENTS:,} clients ({len(page):,} bytes of JSON) beside bare FastAPI routes that answer as many; "
-            f"one Ray Serve, {settings.serving.control_replicas} replica each, {CONNECTIONS} connections from another "
-            f"process, median of {ROUNDS} turns of {SECONDS:g} s."
+            f"One page has 50 of {CLIENTS:,} clients ({len(page):,} bytes of JSON). The bare FastAPI routes return as "
+            f"many. One Ray Serve, {settings.serving.control_replicas} replica each, {CONNECTIONS} connections from "
+            f"another process; median of {ROUNDS} turns of {SECONDS:g} s."
         ),
         command="make bench-control",
         figures=figures,

@@ -52,10 +52,10 @@ def _report(file: str, size: Size, turns: dict[str, list[float]], memory: dict[s
         file,
         title=f"A step of private training: {size.name} at {size.image} pixels",
         what=(
-            f"Forward, backward, clipping, noise and SGD; {size.name}, patches of {size.patch}, batch {size.batch}, "
-            f"{how}. All weights, all biases and the head, or the head alone; private steps in physical batches of "
-            f"{size.physical_batch}, the setting's default. Medians of {ROUNDS} turns, there and back, and of the "
-            "ratios within each turn. Opacus' modes that cannot do this model are left out."
+            f"Forward, backward, clipping, noise and SGD of {size.name}, patches of {size.patch}, batch {size.batch}, "
+            f"{how}. Trained are all weights, all biases and the head, or the head alone. Private steps use physical "
+            f"batches of {size.physical_batch}, the default of the setting. Medians of {ROUNDS} turns, in alternating "
+            "order, and of the ratios within each turn. Modes of Opacus that do not support this model are left out."
         ),
         command="make bench-dp",
         figures=figures,

@@ -326,7 +326,7 @@ def _write(curves: Mapping[str, Curve], before: float, alarms: Sequence[Comparis
     power = {"power, the weakest / 0.95 demanded": round(min(c.power for c in curves.values()) / 0.95, 3)}
     write_result(
         "drift",
-        title=f"Drift in {DRIFTING} of {CLIENTS} vehicles, seen through private histograms",
+        title=f"Drift in {DRIFTING} of {CLIENTS} vehicles, detected through private histograms",
         what=_what(before, settings),
         command="make bench-drift",
         figures=figures,
@@ -342,8 +342,8 @@ def _write(curves: Mapping[str, Curve], before: float, alarms: Sequence[Comparis
     allowed = {"false alarms / 1 in 100 windows": round(100 * counted["false alarms"] / counted["windows"], 3)}
     write_result(
         "drift_alarms",
-        title="False alarms of private histograms in stationary windows of vehicles that are unlike each other",
-        what="Window and reference are drawn from each vehicle's own images (whole tracks to it), with new noise.",
+        title="False alarms of private histograms in stationary windows of unlike vehicles",
+        what="Window and reference are drawn from each vehicle's own images (whole tracks), with new noise.",
         command="make bench-drift",
         figures={"stationary": counted},
         ratios=allowed,
@@ -361,14 +361,14 @@ def _what(before: float, settings: Settings) -> str:
     count = sum(histogram_spend(demo).values())
     return (
         "![Accuracy and power by severity](pictures/drift.svg)\n\n"
-        f"GTSRB (reduced, 32 pixels) by track. A small ViT, {before:.3f} accurate on held-out images, is asked again "
-        "about shifted ones: darkened, under a bright veil, blurred, or with the classes that it is bad at more "
-        "frequent. The severity at which it is 5 points worse is where power is measured: the share of windows called "
-        "drifting, each with records drawn anew from every vehicle's own images, and new noise of multiplier "
-        f"{settings.histograms.noise_multiplier:g}; the reference holds the records of {REFERENCE} windows. Ledger: "
-        f"the {count} histograms of the demo's 30 rounds add {added:.3f} to its epsilon of "
-        f"{demo.privacy.target_epsilon:g} if nothing else is changed (alone they are {alone:.3f}); kept within it, "
-        f"they raise the rounds' noise multiplier from {without:g} to {noise:g}."
+        f"GTSRB (reduced, 32 pixels) by track. A small ViT with an accuracy of {before:.3f} on held-out images "
+        "classifies shifted images: darkened, under a bright veil, blurred, or with a larger share of the classes that "
+        "it predicts badly. Power is measured at the severity at which its accuracy is 5 points lower: it is the share "
+        "of windows that are reported as drifting. Each window has records drawn anew from every vehicle's own images, "
+        f"and new noise of multiplier {settings.histograms.noise_multiplier:g}. The reference has the records of "
+        f"{REFERENCE} windows. Ledger: the {count} histograms of the demonstration's 30 rounds add {added:.3f} to its "
+        f"epsilon of {demo.privacy.target_epsilon:g} if nothing else changes (alone they cost {alone:.3f}). Kept "
+        f"within that epsilon, they raise the noise multiplier of the rounds from {without:g} to {noise:g}."
     )
 
 

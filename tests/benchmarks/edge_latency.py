@@ -65,7 +65,7 @@ def main() -> None:
     write_result(
         "edge_latency",
         title="Edge latency",
-        what=f"{len(images)} real test images, one by one from bytes to class, one thread, {ROUNDS} rounds in turn.",
+        what=f"{len(images)} real test images, one by one, from bytes to class, one thread; {ROUNDS} rounds in turn.",
         command="make bench-edge",
         figures=figures,
         ratios={f"torch / {n}": round(baseline / f["p50_ms"], 2) for n, f in figures.items() if n != "torch"},

@@ -89,11 +89,11 @@ def main() -> None:
         "rounds_peers",
         title="A round beside Flower and pfl",
         what=(
-            f"{TURNS} turns, each measures all one after another, {ROUNDS} rounds after {WARM} "
-            f"({CNN_ROUNDS} of the CNN); medians, and the "
-            "median of the turns' own ratios. fedvit with two proxies, SQLite store and accountant; Flower 1.41 with "
-            "two workers of one CPU, pfl 0.6 with two processes; one thread each, models and images kept. "
-            "Peers neither charge nor store anything. Memory is the PSS of the process tree."
+            f"Each of {TURNS} turns measures all systems one after another: {ROUNDS} rounds after {WARM} "
+            f"({CNN_ROUNDS} rounds of the CNN). Medians, and the median of the turns' own ratios. fedvit runs with two "
+            "proxies, SQLite store and accountant, Flower 1.41 with two workers of one CPU, pfl 0.6 with two "
+            "processes; one thread each, models and images are kept in memory. Flower and pfl neither charge nor store "
+            "anything. Memory is the PSS of the process tree."
         ),
         command="make bench-peers",
         figures=figures,

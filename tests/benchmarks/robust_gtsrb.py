@@ -1,4 +1,4 @@
-"""A fifth of the clients lies, on real traffic signs: rules by attack, beside the mean that believes everybody.
+"""Benchmark of robust rules: a fifth of the clients attacks, on real traffic signs, beside the plain mean.
 
 Run by ``make bench-robust`` on the GTSRB zip that GTSRB_ZIP (or the first argument) names; writes
 docs/benchmarks/robust_gtsrb.json and docs/pictures/robust_gtsrb.svg. BENCH_ROUNDS, 5 n + 1 of them, shortens it.
@@ -19,8 +19,8 @@ from tests.benchmarks.results import write_result
 from tests.benchmarks.simulations import PICTURES, Plan, example, run_all
 
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "61"))
-CLIENTS, LIARS = 30, 6
-CLEAN = "nobody lies"
+CLIENTS, ATTACKERS = 30, 6
+CLEAN = "no attack"
 ATTACKS: dict[str, tuple[str, ...]] = {
     CLEAN: (),
     "signs flipped": ("sign_flip",),
@@ -29,16 +29,16 @@ ATTACKS: dict[str, tuple[str, ...]] = {
 }
 RULES: dict[str, dict[str, Any]] = {
     "fedavg": {},
-    "multi_krum": {"num_byzantine": LIARS},
-    "trimmed_mean": {"trim_fraction": LIARS / CLIENTS},
+    "multi_krum": {"num_byzantine": ATTACKERS},
+    "trimmed_mean": {"trim_fraction": ATTACKERS / CLIENTS},
     "geometric_median": {},
-    "trimmed_mean, mixed": {"trim_fraction": LIARS / CLIENTS, "mixing": LIARS},
-    "geometric_median, mixed": {"mixing": LIARS},
+    "trimmed_mean, mixed": {"trim_fraction": ATTACKERS / CLIENTS, "mixing": ATTACKERS},
+    "geometric_median, mixed": {"mixing": ATTACKERS},
 }
 PICTURE = "![Test accuracy of rules by attack](pictures/robust_gtsrb.svg)\n\n"
-BY_TRACK_TOLD = (
-    " Each vehicle holds whole tracks, so that honest updates differ from each other as much as lies do: robust rules "
-    "pay for what they cannot tell apart, coordinate by coordinate most of all."
+BY_TRACK_NOTE = (
+    " Each vehicle holds whole tracks, so honest updates differ from each other as much as attacks do. Robust rules "
+    "lose accuracy because they cannot distinguish the two; rules that work on each coordinate lose most."
 )
 BY_TRACK = (CLEAN, "signs flipped")
 
@@ -48,16 +48,16 @@ def main() -> None:
     figures = _measured("iid", tuple(ATTACKS))
     clean = figures["fedavg"][CLEAN]
     write_atomically(PICTURES / "robust_gtsrb.svg", standalone(bars_chart(figures, reference=clean)))
-    _write("robust_gtsrb", "images dealt at random", figures, PICTURE + _what())
-    _write("robust_gtsrb_by_track", "whole tracks", _measured("natural", BY_TRACK), _what() + BY_TRACK_TOLD)
+    _write("robust_gtsrb", "images divided at random", figures, PICTURE + _what())
+    _write("robust_gtsrb_by_track", "whole tracks", _measured("natural", BY_TRACK), _what() + BY_TRACK_NOTE)
 
 
-def _write(name: str, dealt: str, figures: dict[str, dict[str, float]], what: str) -> None:
+def _write(name: str, partition: str, figures: dict[str, dict[str, float]], what: str) -> None:
     clean = figures["fedavg"][CLEAN]
     points = {f"{rule}, worst attack / clean fedavg": round(_worst(figures[rule]) / clean, 3) for rule in RULES}
     write_result(
         name,
-        title=f"A fifth of the clients lies: rules by attack, traffic signs, {dealt}",
+        title=f"Robust rules by attack, a fifth of the clients attacks: traffic signs, {partition}",
         what=what,
         command="make bench-robust",
         figures=figures,
@@ -76,7 +76,7 @@ def _plans(scheme: str, attacks: tuple[str, ...]) -> Iterator[Plan]:
         for attack in attacks:
             kinds = ATTACKS[attack]
             training = {"rounds": ROUNDS, "aggregation": rule.split(",")[0], "aggregation_options": options}
-            faults = [{"share": LIARS / CLIENTS, "kinds": kinds, "factor": 10}] if kinds else []
+            faults = [{"share": ATTACKERS / CLIENTS, "kinds": kinds, "factor": 10}] if kinds else []
             data = {"partition": {"scheme": scheme}}
             yield f"{rule}, {attack}", example("faulty", data=data, training=training, simulation={"faults": faults})
 
@@ -94,11 +94,12 @@ def _worst(row: dict[str, float]) -> float:
 
 def _what() -> str:
     return (
-        f"Test accuracy on GTSRB (reduced, 32 pixels) after {ROUNDS} rounds of {CLIENTS} vehicles, {LIARS} of which "
-        "flip the sign of their update, scale it by 10, or both. A small ViT on frozen EfficientNet-Lite0 features, 10 "
-        "local steps of plain SGD a round, one learning rate for all rules, one seed; not private; the coordinator, "
-        "rules and door of a real run. Mixed: every update is first averaged with those nearest to it. A run whose "
-        "weights are no numbers any more ends, and is shown as it was last seen."
+        f"Test accuracy on GTSRB (reduced, 32 pixels) after {ROUNDS} rounds of {CLIENTS} vehicles, {ATTACKERS} of "
+        "which flip the sign of their update, scale it by 10, or both. The model is a small ViT on frozen "
+        "EfficientNet-Lite0 features, with 10 local steps of plain SGD in each round, one learning rate for all rules, "
+        "one seed, without privacy. Coordinator, rules and update validation are those of a real run. Mixed: every "
+        "update is first averaged with its nearest neighbours. A run whose weights are not finite ends, and the table "
+        "has its last accuracy before that."
     )
 
 

@@ -132,9 +132,9 @@ def main() -> None:
         "rounds",
         title="A round of our own engine",
         what=(
-            "Actors, coordinator, SQLite store (synchronous=FULL) and accountant as in production, two proxies; "
-            f"seconds from one commit to the next, median of {ROUNDS}; memory is the PSS of the process tree, Ray "
-            "included. The bare loop is two processes with shared memory and nothing else. Over "
+            "Actors, coordinator, SQLite store (synchronous=FULL) and accountant are those of production, with two "
+            f"proxies. Seconds are from one commit to the next, median of {ROUNDS}. Memory is the PSS of the process "
+            "tree, including Ray. The bare loop has two processes with shared memory and nothing else. Over "
             f"{FLAT_ROUNDS} empty rounds the median memory was {flat['first_half_mb']:g} MB in the first half and "
             f"{flat['second_half_mb']:g} MB in the second."
         ),

@@ -109,20 +109,20 @@ def _draw(name: str, summary: dict[str, Any]) -> None:
 
 def _what(name: str, summary: dict[str, Any]) -> str:
     chosen, cost = summary["chosen"], summary["cost"]
-    told = "Nothing was chosen."
+    selection = "Nothing was selected."
     if chosen is not None:
-        told = (
-            f"Chosen: {chosen['text']}, test accuracy {chosen['accuracy']:.3f} ± {chosen['standard_error']:.3f} at "
+        selection = (
+            f"Selected: {chosen['text']}, test accuracy {chosen['accuracy']:.3f} ± {chosen['standard_error']:.3f} at "
             f"epsilon {chosen['epsilon']:.2f}; with the whole sweep on the same data {cost['with_sweep']:.2f}."
         )
     return (
         f"![Accuracy over epsilon](pictures/{name}_pareto.svg) ![Noise and staleness](pictures/{name}_heat.svg)\n\n"
-        f"`fedvit sweep --config examples/sweep.yaml`: private trials on real images in virtual time, two at a time; "
-        f"the driver gets kill -9 after {KILLED_AFTER} trials and the same command goes on. wall_s is both together, "
-        "with Ray's two starts. Start-up is from the end of the trial before on a worker, or the worker's own "
-        "beginning, to the first client's work: cold ones read data and model, warm ones find them. The median is over "
-        "all trials. "
-        f"{told}"
+        f"`fedvit sweep --config examples/sweep.yaml`: private trials on real images in virtual time, two at a time. "
+        f"The driver gets kill -9 after {KILLED_AFTER} trials, and the same command continues the sweep. wall_s is the "
+        "time of both together, with two starts of Ray. Start-up is the time from the end of the previous trial of a "
+        "worker, or from the worker's own beginning, to the work of the first client: cold workers read data and "
+        "model, warm workers have them. The median is over all trials. "
+        f"{selection}"
     )
 
 

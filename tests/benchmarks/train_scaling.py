@@ -49,13 +49,14 @@ def main() -> None:
     size = Size()
     write_result(
         "train_scaling",
-        title="Private training on two ranks: what the second one brings",
+        title="Private training on two ranks: the speed-up of the second",
         what=(
-            f"{size.name}, patches of {size.patch}, {size.image} pixels, all weights, a batch dealt out to the ranks, "
-            f"physical batches of {size.physical_batch}; gloo, one thread a rank, on CPU. Private: the step of `fedvit "
-            "finetune`: norms, clipping, noise, one all-reduce. Ordinary: the same model under torch's "
-            f"DistributedDataParallel. {ROUNDS} rounds of some steps of each kind, one rank and two in turn; medians, "
-            "and medians of the ratios of neighbouring rounds. A step ends when the slowest rank's does."
+            f"{size.name}, patches of {size.patch}, {size.image} pixels, all weights. A batch is divided among the "
+            f"ranks and processed in physical batches of {size.physical_batch}; gloo, one thread for each rank, on "
+            "CPU. Private is the step of `fedvit finetune`: norms, clipping, noise, one all-reduce. Ordinary is the "
+            f"same model under torch's DistributedDataParallel. {ROUNDS} rounds of some steps of each kind, with one "
+            "rank and two in turn; medians, and medians of the ratios of neighbouring rounds. A step takes as long as "
+            "its slowest rank."
         ),
         command="make bench-train",
         figures=figures,
