@@ -1,0 +1,1 @@
+"""The vehicle's process: releases, inference on ONNX Runtime, heartbeats. It loads neither torch nor Ray."""

@@ -1,1 +1,1 @@
-"""The vehicle's trainer, an optional part: it needs torch and the library's training, which serving does without."""
+"""The vehicle's trainer, an optional part that needs torch and imports the library's training."""

@@ -1,1 +1,1 @@
-"""Who may do what: scopes, tokens, OIDC, limits, and where it is safe to listen."""
+"""Access control: identities, scopes, tokens, OIDC, rate limits, and checks of the bind address."""

@@ -1,0 +1,1 @@
+"""Aggregation rules, one in each file, and the validation of updates."""

@@ -1,4 +1,4 @@
-"""A typed client of the control API: one method a route, frozen values, errors of :mod:`fedvit.errors`.
+"""Python client of the control API: one method for each route, frozen values, errors of :mod:`fedvit.errors`.
 
 ::
 

@@ -1,0 +1,1 @@
+"""Eligibility of clients, their conditions and connectivity, and the draw of a round's cohort."""

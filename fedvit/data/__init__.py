@@ -1,0 +1,1 @@
+"""Image data sets, their manifests, and their partition among virtual clients."""

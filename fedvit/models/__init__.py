@@ -1,0 +1,1 @@
+"""Vision Transformers: timm models and the hybrid, trainable parts and adapters, checkpoints, ONNX export."""

@@ -1,0 +1,1 @@
+"""Rounds and runs of training: state machine, run lifecycle, round execution, collection and admission of updates."""

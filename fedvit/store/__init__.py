@@ -1,1 +1,1 @@
-"""What survives a restart: the state database (SQLAlchemy 2, Alembic) and the content-addressed blobs."""
+"""Durable state: repositories over one database (SQLAlchemy 2, Alembic), content-addressed blobs, backup, restore."""

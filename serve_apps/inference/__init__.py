@@ -1,0 +1,1 @@
+"""The inference application: replicas that run the vehicle's engine and routes."""

@@ -1,1 +1,1 @@
-"""Rehearsals of incidents: the fault is real, and so are the system, Prometheus and the runbook's commands."""
+"""Drills of incidents: a real fault in a real system, a real Prometheus, and the runbook's commands."""

@@ -1,1 +1,1 @@
-"""Does the code do what the accountant assumes? Checks of the very modules that train, clip, add noise and charge."""
+"""Privacy audit: checks of the installed code against the assumptions of the accountant."""

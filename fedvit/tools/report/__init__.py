@@ -1,0 +1,1 @@
+"""HTML reports with charts: of a run, of simulations and of a sweep."""

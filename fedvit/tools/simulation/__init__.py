@@ -1,0 +1,1 @@
+"""Simulation of a fleet in virtual time, with delays, dropouts and faulty clients."""

@@ -1,1 +1,1 @@
-"""The eight incidents, one file each. What each does is told by its ``DRILL``."""
+"""Scenarios of the drills, one incident in each file."""
