@@ -1,4 +1,4 @@
-"""The virtual fleet: one data set dealt out to simulated vehicles, the same way in every process."""
+"""Virtual fleet: a data set partitioned among simulated vehicles, equally in every process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedvit.types import Client, ClientKind
 
 @dataclass(frozen=True, slots=True)
 class VirtualFleet:
-    """A data set and who holds which of its training records."""
+    """A data set and its partition; implements :class:`fedvit.clients.host.ClientRecords`."""
 
     source: ImageSource
     parts: dict[str, tuple[int, ...]]
@@ -23,10 +23,10 @@ class VirtualFleet:
 
     @classmethod
     def open(cls, config: DataConfig) -> VirtualFleet:
-        """Deal the training records of the configured data set; equal settings give an equal fleet.
+        """Partition the training records of the configured data set; equal settings give an equal fleet.
 
         Raises:
-            DataError: the data set cannot be read, or cannot be dealt as asked.
+            DataError: the data set cannot be read, or cannot be partitioned as configured.
         """
         source = open_source(config)
         parts = partition(source.train, len(source.classes), config.partition)
@@ -38,10 +38,10 @@ class VirtualFleet:
         return tuple(self.source.train[i] for i in self.parts[client_id])
 
     def check_disjoint(self) -> None:
-        """Make sure that no image, byte for byte, lies with two clients: it would be spent twice and charged once.
+        """Check that no two clients have an equal image: it would lose privacy twice and be charged once.
 
         Raises:
-            DataError: one does; both records and clients are named. Or an image cannot be read.
+            DataError: two clients have, both records and clients are named; or an image cannot be read.
         """
         first: dict[str, tuple[str, str]] = {}
         for client_id, part in self.parts.items():
@@ -52,11 +52,11 @@ class VirtualFleet:
                     raise DataError(
                         f"{record.key} of {client_id} and {key} of {holder} are the same image: a record in two "
                         "clients loses twice the privacy that it is charged.",
-                        cure="Remove one of the two, or deal by natural units that hold both.",
+                        cure="Remove one of the two, or partition by natural units that contain both.",
                     )
 
     def parts_digest(self) -> str:
-        """SHA-256 over who holds which records, hex; tells a changed deal even where the settings are the same."""
+        """SHA-256 of the partition, hex; it differs after a change even if the settings are equal."""
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
 
     def clients(self) -> list[Client]:

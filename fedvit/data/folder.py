@@ -1,4 +1,4 @@
-"""Image folders: one folder a class, below ``train`` and ``test``, or directly below the root."""
+"""Image folders: one folder per class, below ``train`` and ``test``, or directly below the root."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_TEST_FRACTION = 0.2
 
 
 def open_folder(config: DataConfig) -> TreeSource:
-    """``path/train/<class>/*`` and ``path/test/<class>/*`` (or ``val``), or ``path/<class>/*`` split here.
+    """``path/train/<class>/*`` and ``path/test/<class>/*`` (or ``val``), or ``path/<class>/*``, which is split here.
 
     Without a test folder, option ``test_fraction`` of each class is held out, by the order of the SHA-256 of the keys.
 
@@ -54,22 +54,14 @@ def _open_split_folder(tree: FileTree) -> TreeSource:
 
 
 def required_path(config: DataConfig) -> Path:
-    """The configured path.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The configured path; raises DataError if there is none."""
     if config.path is None:
         raise DataError(f"Data source '{config.source}' needs a path.", cure="Set data.path to a folder or a zip.")
     return config.path
 
 
 def test_fraction(config: DataConfig) -> float:
-    """Option ``test_fraction``, checked.
-
-    Raises:
-        DataError: it is no number between 0 and 1.
-    """
+    """Option ``test_fraction``; raises DataError if it is not a number between 0 and 1."""
     value = config.options.get("test_fraction", DEFAULT_TEST_FRACTION)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise DataError(
@@ -90,7 +82,7 @@ def images_below(tree: FileTree, parent: str) -> list[str]:
 
 
 def class_records(tree: FileTree, parent: str, classes: Sequence[str], prefix: str = "") -> tuple[Record, ...]:
-    """The images of every class folder below ``prefix + parent``, sorted by key; keys leave ``prefix`` out."""
+    """The images of every class folder below ``prefix + parent``, sorted by key; keys do not contain ``prefix``."""
     labels = {name: label for label, name in enumerate(classes)}
     keys = (name.removeprefix(prefix) for name in images_below(tree, prefix + parent))
     folders = ((key, key.removeprefix(parent).split("/", 1)[0]) for key in keys)
@@ -98,11 +90,7 @@ def class_records(tree: FileTree, parent: str, classes: Sequence[str], prefix: s
 
 
 def check_known(test_classes: Iterable[str], classes: Sequence[str], place: object) -> None:
-    """Refuse test classes that training does not know.
-
-    Raises:
-        DataError: names the first such class.
-    """
+    """Raise DataError for the first test class without training images."""
     unknown = sorted(set(test_classes) - set(classes))
     if unknown:
         raise DataError(

@@ -1,4 +1,4 @@
-"""The German Traffic Sign Recognition Benchmark (Houben et al. 2013, IJCNN) in its official layout, whole or reduced.
+"""German Traffic Sign Recognition Benchmark (Houben et al. 2013, IJCNN) in its official layout, complete or reduced.
 
 Consecutive frames of one physical sign form a track; the track is the data set's natural privacy unit.
 """
@@ -84,7 +84,7 @@ def _track(key: str, class_name: str) -> str | None:
 
 
 def _check_train_csvs(tree: FileTree, prefix: str) -> None:
-    """The folders give the labels; where there is a CSV too, it must agree."""
+    """The folders give the labels; a CSV must agree with them."""
     csv_path = re.compile(re.escape(prefix + TRAIN) + r"([^/]+)/[^/]+\.csv")
     for match in filter(None, map(csv_path.fullmatch, sorted(tree.names))):
         folder = _class_name(match[1], tree)
@@ -97,7 +97,7 @@ def _check_train_csvs(tree: FileTree, prefix: str) -> None:
 
 
 def _test_classes(tree: FileTree, prefix: str) -> dict[str, str]:
-    """Class name by key. A reduced set may list images that it no longer holds."""
+    """Class name by key. The CSV of a reduced set may list missing images."""
     keys = _image_keys(tree, prefix, TEST)
     if not keys:
         raise DataError(f"{tree} holds no image in {TEST}.", cure="Add GTSRB_Final_Test_Images.zip or its content.")
@@ -109,14 +109,14 @@ def _test_classes(tree: FileTree, prefix: str) -> dict[str, str]:
 
 
 def _find_test_csv(tree: FileTree) -> str:
-    # The deepest lies beside the images.
-    found = sorted((n for n in tree.names if PurePosixPath(n).name == TEST_CSV), key=lambda n: (-n.count("/"), n))
-    if not found:
+    # The deepest file is next to the images.
+    paths = sorted((n for n in tree.names if PurePosixPath(n).name == TEST_CSV), key=lambda n: (-n.count("/"), n))
+    if not paths:
         raise DataError(
             f"{tree} holds no {TEST_CSV}, so the test images have no labels.",
             cure="Put GTSRB_Final_Test_GT.zip beside the other zips, or its CSV beside the images.",
         )
-    return found[0]
+    return paths[0]
 
 
 def _rows(tree: FileTree, name: str) -> Iterator[tuple[str, str]]:

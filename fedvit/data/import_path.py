@@ -1,7 +1,4 @@
-"""Any data set class in torchvision's style, by its dotted name.
-
-The class is imported and called: name only what you would run.
-"""
+"""Data set classes in torchvision's style, by import path. The class is imported and called, so it must be trusted."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ from PIL import Image
 
 from fedvit.config import DataConfig
 from fedvit.data.folder import check_known, hold_out, test_fraction
-from fedvit.data.records import Record, check_splits
+from fedvit.data.records import Record, checked
 from fedvit.errors import DataError
 
 _SPLITS = ("train", "test")
-# PNG has no other modes that the decoder could want.
+# The modes that PNG supports and the decoder reads.
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 
 
@@ -33,34 +30,30 @@ class _Dataset(Protocol):
 
 @dataclass(slots=True)
 class ImportedSource:
-    """A data set object read by index. It pickles by name and arguments, and is built again where it arrives."""
+    """A data set object read by index. It is pickled as name and arguments, and built again after unpickling."""
 
     name: str
     arguments: tuple[Mapping[str, Any], ...]
-    """One constructor call a split: (train, test), or a single one that is split here."""
+    """Constructor arguments for (train, test), or for a single data set that is split here."""
     classes: tuple[str, ...] = ()
     train: tuple[Record, ...] = ()
     test: tuple[Record, ...] = ()
     _built: dict[int, _Dataset] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, record: Record) -> bytes:
-        """The record's image as PNG.
-
-        Raises:
-            DataError: the data set yields no image there.
-        """
+        """See :meth:`fedvit.data.records.ImageSource.read`; the image as PNG."""
         split, index = record.key.split("/")
         part = _SPLITS.index(split) if len(self.arguments) == len(_SPLITS) else 0
         try:
             image, _ = self.dataset(part)[int(index)]
-        except Exception as error:  # whatever a foreign class raises
+        except Exception as error:  # a foreign class may raise anything
             raise DataError(
                 f"{self.name} cannot read {record.key}: {error}.", cure="Fetch the data set again."
             ) from error
         return _png(image, f"{self.name} {record.key}")
 
     def dataset(self, part: int) -> _Dataset:
-        """The data set object of one constructor call, built once a process."""
+        """The data set object of one constructor call, built once per process."""
         if part not in self._built:
             self._built[part] = _construct(self.name, self.arguments[part])
         return self._built[part]
@@ -74,13 +67,13 @@ class ImportedSource:
 
 
 def open_import_path(config: DataConfig) -> ImportedSource:
-    """The class ``config.source``, called with ``root=path`` and ``train=`` or ``split=`` where it takes them.
+    """The class ``config.source``, called with ``root=path`` and ``train=`` or ``split=`` if it has these parameters.
 
-    ``config.options`` are passed on. A class that takes neither ``train`` nor ``split`` is split here by option
+    ``config.options`` are passed on. A data set without ``train`` and ``split`` is split here by option
     ``test_fraction``.
 
     Raises:
-        DataError: it cannot be imported or built, or yields no labelled images.
+        DataError: it cannot be imported or built, or has no labelled images.
     """
     calls = _calls(config)
     source = ImportedSource(config.source, calls)
@@ -92,8 +85,7 @@ def open_import_path(config: DataConfig) -> ImportedSource:
         source.train, source.test = hold_out(records[0], source.classes, test_fraction(config))
     else:
         source.train, source.test = records
-    check_splits(source.classes, source.train, source.test, config.source)
-    return source
+    return checked(source, config.source)
 
 
 def _calls(config: DataConfig) -> tuple[Mapping[str, Any], ...]:
@@ -112,15 +104,15 @@ def _calls(config: DataConfig) -> tuple[Mapping[str, Any], ...]:
 def _load(name: str) -> Callable[..., Any]:
     module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        loaded = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise DataError(
             f"Data source '{name}' cannot be imported: {error}.",
-            cure="Install its package, or correct the dotted name (such as torchvision.datasets.CIFAR10).",
+            cure="Install its package, or correct the import path (such as torchvision.datasets.CIFAR10).",
         ) from None
-    if not isinstance(found, type):
+    if not isinstance(loaded, type):
         raise DataError(f"Data source '{name}' is no class.", cure="Name a data set class.")
-    return found
+    return loaded
 
 
 def _construct(name: str, arguments: Mapping[str, Any]) -> _Dataset:
@@ -129,7 +121,7 @@ def _construct(name: str, arguments: Mapping[str, Any]) -> _Dataset:
         len(dataset)
     except DataError:
         raise
-    except Exception as error:  # whatever a foreign class raises
+    except Exception as error:  # a foreign class may raise anything
         shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         reason = " ".join(str(error).split()).rstrip(".")
         raise DataError(
@@ -142,7 +134,7 @@ def _construct(name: str, arguments: Mapping[str, Any]) -> _Dataset:
 def _labels(dataset: _Dataset, name: str) -> list[int]:
     targets = getattr(dataset, "targets", None)
     try:
-        # Reading every image only for its label takes minutes on a large set.
+        # Reading every image for its label takes minutes with a large data set.
         if targets is None or len(targets) != len(dataset):
             targets = [dataset[i][1] for i in range(len(dataset))]
         return [int(label) for label in targets]
@@ -154,11 +146,11 @@ def _labels(dataset: _Dataset, name: str) -> list[int]:
 
 def _classes(dataset: _Dataset, labels: Sequence[int]) -> tuple[tuple[str, ...], dict[int, int]]:
     """Class names, and the index of each label in them."""
-    seen = sorted(set(labels))
+    values = sorted(set(labels))
     names = getattr(dataset, "classes", None)
-    if isinstance(names, list | tuple) and seen and seen[0] >= 0 and seen[-1] < len(names):
+    if isinstance(names, list | tuple) and values and values[0] >= 0 and values[-1] < len(names):
         return tuple(str(name) for name in names), {i: i for i in range(len(names))}
-    return tuple(str(label) for label in seen), {label: i for i, label in enumerate(seen)}
+    return tuple(str(label) for label in values), {label: i for i, label in enumerate(values)}
 
 
 def _records(split: str, labels: Sequence[int], index_of: Mapping[int, int]) -> tuple[Record, ...]:

@@ -1,4 +1,4 @@
-"""Dealing the training records out to virtual clients. Pure and deterministic: equal arguments, equal parts."""
+"""Partition of the training records among virtual clients: pure and deterministic functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedvit.config import PartitionConfig
 from fedvit.data.records import Record
 from fedvit.errors import DataError
 
-# A redraw keeps the scheme's distribution, moving records bends it a little: redraw first.
+# A redraw keeps the distribution of the scheme; moving records distorts it, so it is done last.
 _MAX_DRAWS = 100
 
 _Parts = list[list[int]]
@@ -22,12 +22,12 @@ def partition(records: Sequence[Record], num_classes: int, config: PartitionConf
     """Indices into ``records`` for each client: disjoint, covering, ascending, at least ``min_examples`` each.
 
     Schemes: ``iid`` (equal random shares); ``dirichlet``, label skew after Hsu et al. 2019 (arXiv:1909.06335) in its
-    class-wise form (Yurochkin et al. 2019, arXiv:1905.12022): each class is divided in shares drawn from
+    class-wise form (Yurochkin et al. 2019, arXiv:1905.12022): each class is divided by shares drawn from
     Dirichlet(alpha) over the clients; ``shard`` (McMahan et al. 2017, arXiv:1602.05629): records sorted by label are
     cut into ``clients * shards_per_client`` pieces; ``natural``: whole units, so that no unit is in two clients.
 
     Raises:
-        DataError: the numbers cannot be met, or ``natural`` is asked of records without units.
+        DataError: the numbers cannot be satisfied, or ``natural`` is used for records without units.
     """
     if config.seed < 0:
         raise DataError(f"data.partition.seed is {config.seed}.", cure="Set it to zero or more.")
@@ -49,9 +49,9 @@ def _check_enough(num_records: int, config: PartitionConfig) -> None:
 
 
 def _check_exact_cover(parts: _Parts, num_records: int) -> None:
-    dealt = sorted(index for part in parts for index in part)
-    if dealt != list(range(num_records)):
-        raise AssertionError("a record was dealt to no client or to two: privacy per client would not hold")
+    assigned = sorted(index for part in parts for index in part)
+    if assigned != list(range(num_records)):
+        raise AssertionError("a record is assigned to no client or to two: privacy per client would not hold")
 
 
 def _iid(records: Sequence[Record], num_classes: int, config: PartitionConfig, rng: np.random.Generator) -> _Parts:
@@ -83,11 +83,11 @@ def _draw_dirichlet(
 
 
 def _fill_up(parts: _Parts, labels: npt.NDArray[np.int64], min_examples: int) -> _Parts:
-    """Move records from the largest client to the smallest, of the giver's commonest class, until all have enough."""
+    """Move records of the largest client's most common class to the smallest client until all have enough."""
     while _smallest(parts) < min_examples:
-        giver, taker = max(parts, key=len), min(parts, key=len)
-        commonest = Counter(labels[giver].tolist()).most_common(1)[0][0]
-        taker.append(giver.pop(next(i for i, index in enumerate(giver) if labels[index] == commonest)))
+        largest, smallest = max(parts, key=len), min(parts, key=len)
+        label = Counter(labels[largest].tolist()).most_common(1)[0][0]
+        smallest.append(largest.pop(next(i for i, index in enumerate(largest) if labels[index] == label)))
     return parts
 
 
@@ -102,22 +102,23 @@ def _shard(records: Sequence[Record], num_classes: int, config: PartitionConfig,
     shuffled = rng.permutation(len(records))
     by_label = shuffled[np.argsort([records[i].label for i in shuffled], kind="stable")]
     shards = np.array_split(by_label, num_shards)
-    dealt = rng.permutation(num_shards).reshape(config.clients, config.shards_per_client)
-    return [np.concatenate([shards[i] for i in row]).tolist() for row in dealt]
+    assigned = rng.permutation(num_shards).reshape(config.clients, config.shards_per_client)
+    return [np.concatenate([shards[i] for i in row]).tolist() for row in assigned]
 
 
 def _natural(records: Sequence[Record], num_classes: int, config: PartitionConfig, rng: np.random.Generator) -> _Parts:
     units = _units(records)
     if len(units) < config.clients:
         raise DataError(
-            f"{len(units)} units cannot be dealt to {config.clients} clients.", cure="Lower data.partition.clients."
+            f"{len(units)} units cannot be divided among {config.clients} clients.",
+            cure="Lower data.partition.clients.",
         )
     for _ in range(_MAX_DRAWS):
         order = rng.permutation(len(units))
         parts = [[i for u in order[c :: config.clients] for i in units[u]] for c in range(config.clients)]
         if _smallest(parts) >= config.min_examples:
             return parts
-    return _deal_evenly(units, config)
+    return _assign_evenly(units, config)
 
 
 def _units(records: Sequence[Record]) -> _Parts:
@@ -132,8 +133,8 @@ def _units(records: Sequence[Record]) -> _Parts:
     return [by_unit[unit] for unit in sorted(by_unit)]
 
 
-def _deal_evenly(units: _Parts, config: PartitionConfig) -> _Parts:
-    """The largest unit first, always to the smallest client."""
+def _assign_evenly(units: _Parts, config: PartitionConfig) -> _Parts:
+    """Assign the largest unit first, always to the smallest client."""
     parts: _Parts = [[] for _ in range(config.clients)]
     for unit in sorted(units, key=len, reverse=True):
         min(parts, key=len).extend(unit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -91,28 +91,28 @@ def load_images(source: ImageSource, records: Sequence[Record], image_size: int)
     return images
 
 
-def checked(source: TreeSource, place: object) -> TreeSource:
+_Source = TypeVar("_Source", bound=ImageSource)
+
+
+def checked(source: _Source, place: object) -> _Source:
     """``source`` itself, after a check that it suffices for training and evaluation; ``place`` is for messages.
+
+    A class without test images is allowed; only its own recall is unknown.
 
     Raises:
         DataError: a split is empty, or a class has no training image.
     """
-    check_splits(source.classes, source.train, source.test, place)
-    return source
-
-
-def check_splits(classes: Sequence[str], train: Sequence[Record], test: Sequence[Record], place: object) -> None:
-    """See :func:`checked`. A class without test images is allowed; only its own recall is unknown."""
-    if not train:
+    if not source.train:
         raise DataError(f"{place} holds no training image.", cure="Put at least one image into every class.")
-    present = {record.label for record in train}
-    empty = [name for label, name in enumerate(classes) if label not in present]
+    present = {record.label for record in source.train}
+    empty = [name for label, name in enumerate(source.classes) if label not in present]
     if empty:
         raise DataError(
             f"Class '{empty[0]}' in {place} has no training image.", cure="Add images to it or remove the class."
         )
-    if not test:
+    if not source.test:
         raise DataError(f"{place} holds no test image.", cure="Add test images: the model is evaluated on them.")
+    return source
 
 
 def check_options(source: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:

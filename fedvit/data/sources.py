@@ -1,4 +1,4 @@
-"""The one door to data sets: what ``data.source`` names becomes an :class:`ImageSource`."""
+"""Data sources by name: opens the data set that ``data.source`` names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPENERS: dict[str, Callable[[DataConfig], ImageSource]] = {
 
 
 def open_source(config: DataConfig) -> ImageSource:
-    """The data set that ``config`` names; images are read later, one by one.
+    """The data set that ``config`` names; images are not read yet.
 
     Raises:
         DataError: the source is unknown, or missing, empty, corrupt, or lacks a class.
@@ -34,5 +34,5 @@ def open_source(config: DataConfig) -> ImageSource:
     allowed = ", ".join(_OPENERS)
     raise DataError(
         f"There is no data source '{config.source}'.",
-        cure=f"Use one of: {allowed}, or a dotted name such as torchvision.datasets.CIFAR10.",
+        cure=f"Use one of: {allowed}, or an import path such as torchvision.datasets.CIFAR10.",
     )

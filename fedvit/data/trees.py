@@ -1,6 +1,6 @@
-"""Read-only trees of files: a folder, a zip, or several zips that complete each other.
+"""Read-only file trees: a folder, a zip, or several zips together.
 
-A tree pickles as paths and names only; every process opens its own zip handles.
+A tree is pickled as paths and names; every process opens its own zip handles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FileTree(Protocol):
         """The bytes of one file.
 
         Raises:
-            DataError: it is gone, unreadable or damaged.
+            DataError: it is missing, unreadable or damaged.
         """
         ...
 
@@ -43,7 +43,7 @@ class FolderTree:
 
     @classmethod
     def open(cls, root: Path) -> FolderTree:
-        """List ``root``; nothing is read yet."""
+        """List ``root`` without reading any file."""
         return cls(root, frozenset(_walk(root)))
 
     def read(self, name: str) -> bytes:
@@ -62,7 +62,7 @@ def _walk(root: Path) -> list[str]:
     names: list[str] = []
     above: dict[str, frozenset[str]] = {}
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        # A link to a folder above would be walked for ever.
+        # A link to a parent folder would never end.
         real, ancestors = os.path.realpath(folder), above.get(os.path.dirname(folder), frozenset())
         if real in ancestors:
             subfolders.clear()
@@ -75,7 +75,7 @@ def _walk(root: Path) -> list[str]:
 
 
 def _hidden(name: str) -> bool:
-    """Whether the name is bookkeeping of an editor or of macOS, not data."""
+    """Whether the name belongs to an editor or to macOS instead of the data."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
@@ -103,21 +103,13 @@ class ZipTree:
     def read(self, name: str) -> bytes:
         try:
             return self._handle().read(name)
-        except (
-            KeyError,
-            OSError,
-            RuntimeError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-            zlib.error,
-            EOFError,
-        ) as error:
+        except (KeyError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise DataError(
                 f"{name} in {self.path} cannot be read: {error}.", cure="Fetch or build the zip again."
             ) from None
 
     def _handle(self) -> zipfile.ZipFile:
-        # A handle shared with a forked child would share its file offset too.
+        # A handle inherited by a forked child would share its file offset.
         if getattr(self._local, "pid", None) != os.getpid():
             self._local.file = _open_zip(self.path)
             self._local.pid = os.getpid()
@@ -146,7 +138,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 @dataclass(frozen=True, slots=True)
 class JoinedTree:
-    """Several trees as one; where two hold the same name, the earlier one wins."""
+    """Several trees as one; if two have the same name, the earlier one is used."""
 
     trees: tuple[FileTree, ...]
     names: frozenset[str]
@@ -170,7 +162,7 @@ def open_tree(path: Path) -> FileTree:
     """The folder or the zip at ``path``.
 
     Raises:
-        DataError: nothing is there, or it is neither.
+        DataError: there is neither.
     """
     if path.is_dir():
         return FolderTree.open(path)
@@ -180,6 +172,6 @@ def open_tree(path: Path) -> FileTree:
 
 
 def prefix_before(names: frozenset[str], landmark: str) -> str | None:
-    """What stands before the folder ``landmark`` (``"a/"`` or ``"a/b/"``) where it lies highest; None if nowhere."""
-    found = (name.removesuffix(landmark) for name in names if f"/{name}".endswith(f"/{landmark}"))
-    return min(found, key=lambda prefix: (prefix.count("/"), prefix), default=None)
+    """Prefix of the topmost folder ``landmark`` (``"a/"`` or ``"a/b/"``) in ``names``; None if there is none."""
+    prefixes = (name.removesuffix(landmark) for name in names if f"/{name}".endswith(f"/{landmark}"))
+    return min(prefixes, key=lambda prefix: (prefix.count("/"), prefix), default=None)

