@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedvit.config.renamed import RENAMED_KEYS
 from fedvit.metrics import alert_rules
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +80,8 @@ def described() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("package", "docstring"), sorted(described()))
 def test_the_map_of_packages_has_their_docstrings(package: str, docstring: str) -> None:
     assert f"| `{package}` | {docstring} |" in (ROOT / "docs/architecture.md").read_text()
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(RENAMED_KEYS.items()))
+def test_the_changelog_names_each_renamed_setting(old: str, new: str) -> None:
+    assert f"| `{old}` | `{new}` |" in (ROOT / "CHANGELOG.md").read_text()
