@@ -46,7 +46,7 @@ def test_every_alert_has_its_three_tests() -> None:
 
 
 def test_the_issues_alerts_are_there_with_their_thresholds_and_times() -> None:
-    found = {alert.name: (alert.condition, alert.waits) for alert in ALERTS}
+    rules = {alert.name: (alert.condition, alert.waits) for alert in ALERTS}
     for name, (condition, waits) in {
         "ServiceDown": ('up{job="fed-server"} == 0', "1m"),
         "HighTrainingLoss": ("fed_vit_autorl_training_loss > 2.0", "15m"),
@@ -56,8 +56,8 @@ def test_the_issues_alerts_are_there_with_their_thresholds_and_times() -> None:
         "LowDataQuality": ("fed_vit_autorl_data_quality_score < 0.7", "10m"),
         "DataDrift": ("fed_vit_autorl_data_drift_score > 0.5", "10m"),
     }.items():
-        assert found[name] == (condition, waits)
-    latency, waits = found["EdgeHighInferenceLatency"]
+        assert rules[name] == (condition, waits)
+    latency, waits = rules["EdgeHighInferenceLatency"]
     assert re.fullmatch(r"histogram_quantile\(0\.95, sum by .*\( rate\(\S+\[5m\]\)\)\) > 0\.1", latency)
     assert waits == "5m"
 

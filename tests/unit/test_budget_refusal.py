@@ -72,12 +72,12 @@ class Served:
     def train(self) -> dict[str, Any]:
         self.http.post("/api/training/start")
         self.local.wait(WAIT_S)
-        told: dict[str, Any] = self.http.get("/api/training/status").json()
-        return told
+        response: dict[str, Any] = self.http.get("/api/training/status").json()
+        return response
 
     def budget(self) -> dict[str, Any]:
-        told: dict[str, Any] = self.http.get("/api/privacy/budget").json()
-        return told
+        response: dict[str, Any] = self.http.get("/api/privacy/budget").json()
+        return response
 
     def metric(self, name: str) -> float:
         families = text_string_to_metric_families(self.http.get("/metrics").text)
@@ -101,18 +101,18 @@ def test_a_budget_for_r_rounds_ends_the_run_after_exactly_r(
         assert (ended["status"], ended["rounds_done"], ended["phase"]) == ("budget_exhausted", ADMITTED, "resting")
         assert "above the budget" in ended["message"]
         spent = epsilon_pld({a_round: ADMITTED}, 1e-5)
-        told = served.budget()
-        assert told["epsilon_spent"] == served.metric(SPENT) == spent
-        assert told["epsilon_remaining"] == served.metric(REMAINING) == budget - spent
-        assert told["rounds_left"] == 0
-        assert told["next_round_epsilon"] == epsilon_pld({a_round: ADMITTED + 1}, 1e-5) > budget
+        response = served.budget()
+        assert response["epsilon_spent"] == served.metric(SPENT) == spent
+        assert response["epsilon_remaining"] == served.metric(REMAINING) == budget - spent
+        assert response["rounds_left"] == 0
+        assert response["next_round_epsilon"] == epsilon_pld({a_round: ADMITTED + 1}, 1e-5) > budget
         # The ledger, read by somebody who knows nothing of all this.
         with Store.open(tmp_path) as store:
             assert len({e.charge.round_index for e in store.ledger.entries()}) == ADMITTED
             assert PrivacyAccountant(store, served.settings).budget().epsilon_spent == pytest.approx(spent, abs=1e-9)
         # Asked again, it stays where it is, and charges nothing.
         assert served.train()["rounds_done"] == ADMITTED
-        assert served.budget() == told
+        assert served.budget() == response
     finally:
         served.close()
 
@@ -148,8 +148,8 @@ def test_the_metric_follows_a_reset_though_nothing_trains(tmp_path: Path) -> Non
 def test_the_outlook_is_not_made_up_where_no_round_has_a_price(tmp_path: Path) -> None:
     served = Served(tmp_path, {"privacy": {}, "training": {"rounds": 4}}, 8.0)
     try:
-        told = served.budget()
-        assert (told["next_round_epsilon"], told["rounds_left"]) == (None, None)
+        response = served.budget()
+        assert (response["next_round_epsilon"], response["rounds_left"]) == (None, None)
     finally:
         served.close()
 

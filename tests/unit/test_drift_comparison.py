@@ -50,9 +50,9 @@ class World:
     def compare(
         self, moved: Mapping[int, float] | None = None, feature: str = "brightness", to: int = -1
     ) -> Comparison:
-        found = compare(self.window(1), self.window(11, moved, feature, to), SPEC)
-        assert found is not None
-        return found
+        result = compare(self.window(1), self.window(11, moved, feature, to), SPEC)
+        assert result is not None
+        return result
 
     def _histogram(self, i: int, round_index: int, moved: float, feature: str, to: int) -> ClientHistogram:
         parts = []
@@ -80,39 +80,39 @@ def test_a_fleet_that_stays_as_it_is_hardly_ever_raises_an_alarm(records: int, d
 
 
 def test_the_statistic_has_the_spread_that_the_threshold_is_made_for() -> None:
-    found = [World(seed).compare().fleet["brightness"].statistic for seed in range(150)]
+    result = [World(seed).compare().fleet["brightness"].statistic for seed in range(150)]
     # Chi-squared with 8 degrees of freedom: mean 8, variance 16.
-    assert np.mean(found) == pytest.approx(8, abs=4 * (16 / 150) ** 0.5)
-    assert np.var(found) == pytest.approx(16, rel=0.6)
+    assert np.mean(result) == pytest.approx(8, abs=4 * (16 / 150) ** 0.5)
+    assert np.var(result) == pytest.approx(16, rel=0.6)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_drift_is_seen_where_it_is_and_named(share: float) -> None:
     moved = dict.fromkeys(range(int(share * CLIENTS)), 0.7)
-    seen, named, others = 0, 0, 0
+    detected, named, others = 0, 0, 0
     for seed in range(20):
-        found = World(seed).compare(moved)
-        seen += found.worst("brightness").drifts
-        named += len(found.drifting_clients.keys() & {f"vehicle-{i:02d}" for i in moved})
-        others += len([c for c in found.drifting_clients if int(c[-2:]) not in moved])
-        assert not found.fleet["blur"].drifts
-    assert seen == 20
+        result = World(seed).compare(moved)
+        detected += result.worst("brightness").drifts
+        named += len(result.drifting_clients.keys() & {f"vehicle-{i:02d}" for i in moved})
+        others += len([c for c in result.drifting_clients if int(c[-2:]) not in moved])
+        assert not result.fleet["blur"].drifts
+    assert detected == 20
     assert named > 0.8 * 20 * len(moved)
     assert others == 0
 
 
 def test_a_shift_too_small_for_any_client_is_seen_in_the_fleet() -> None:
     world = World(3, records=150, deviation=30.0)
-    found = world.compare(dict.fromkeys(range(CLIENTS), 0.45))
-    assert found.drifting_clients == {}
-    assert found.fleet["brightness"].drifts
-    assert not found.fleet[LABEL].drifts
+    result = world.compare(dict.fromkeys(range(CLIENTS), 0.45))
+    assert result.drifting_clients == {}
+    assert result.fleet["brightness"].drifts
+    assert not result.fleet[LABEL].drifts
 
 
 def test_the_risk_has_the_spread_that_its_threshold_is_made_for() -> None:
-    found = [World(seed).compare().fleet[RISK].statistic for seed in range(150)]
+    result = [World(seed).compare().fleet[RISK].statistic for seed in range(150)]
     # Half a squared normal each: mean 1/2, variance 5/4. The margin for what is not known of the labels makes it less.
-    assert 0.75 * CLIENTS / 2 < np.mean(found) < CLIENTS / 2 + 4 * (1.25 * CLIENTS / 150) ** 0.5
+    assert 0.75 * CLIENTS / 2 < np.mean(result) < CLIENTS / 2 + 4 * (1.25 * CLIENTS / 150) ** 0.5
     # One in a hundred of these, and of a single client's, by simulation.
     draw = np.random.default_rng(0)
     for count in (1, 24, 300):
@@ -122,25 +122,25 @@ def test_the_risk_has_the_spread_that_its_threshold_is_made_for() -> None:
 
 def test_a_class_mix_that_costs_a_few_points_in_part_of_the_fleet_is_seen_by_the_risk_alone() -> None:
     third = dict.fromkeys(range(CLIENTS // 3), 0.12)
-    found = [World(seed).compare(third, LABEL, to=4) for seed in range(20)]
-    assert sum(each.fleet[RISK].drifts for each in found) >= 18
-    assert not any(each.worst(LABEL).drifts for each in found)
-    seen = next(each.fleet[RISK] for each in found if each.fleet[RISK].drifts)
-    assert 0.005 <= seen.distance.ks < 0.08
+    result = [World(seed).compare(third, LABEL, to=4) for seed in range(20)]
+    assert sum(each.fleet[RISK].drifts for each in result) >= 18
+    assert not any(each.worst(LABEL).drifts for each in result)
+    detected = next(each.fleet[RISK] for each in result if each.fleet[RISK].drifts)
+    assert 0.005 <= detected.distance.ks < 0.08
     # Better news is none.
     assert not any(World(seed).compare(third, LABEL, to=0).worst(RISK).drifts for seed in range(20))
 
 
 def test_a_single_client_whose_records_are_all_hard_now_is_named() -> None:
-    found = World(2).compare({5: 0.9}, LABEL, to=4)
-    assert RISK in found.drifting_clients["vehicle-05"]
-    assert set(found.drifting_clients) == {"vehicle-05"}
+    result = World(2).compare({5: 0.9}, LABEL, to=4)
+    assert RISK in result.drifting_clients["vehicle-05"]
+    assert set(result.drifting_clients) == {"vehicle-05"}
 
 
 def test_a_rise_without_size_is_no_drift_however_sure_it_is() -> None:
-    found = World(0, records=4_000_000, deviation=1.0).compare(dict.fromkeys(range(CLIENTS), 0.003), LABEL, to=4)
-    assert found.fleet[RISK].statistic > 10 * found.fleet[RISK].threshold
-    assert not found.fleet[RISK].drifts
+    result = World(0, records=4_000_000, deviation=1.0).compare(dict.fromkeys(range(CLIENTS), 0.003), LABEL, to=4)
+    assert result.fleet[RISK].statistic > 10 * result.fleet[RISK].threshold
+    assert not result.fleet[RISK].drifts
 
 
 def test_the_risk_is_compared_under_the_same_votes_and_everything_else_under_the_same_edges() -> None:
@@ -150,10 +150,10 @@ def test_the_risk_is_compared_under_the_same_votes_and_everything_else_under_the
     old, new = world.window(1), world.window(11, dict.fromkeys(range(CLIENTS), 0.7))
     earlier = {name: replace(histogram, spec_digest=other.digest) for name, histogram in old.items()}
     assert compare(earlier, new, SPEC) is None
-    found = compare(earlier, new, SPEC, {other.digest})
-    assert found is not None
-    assert RISK not in found.fleet
-    assert found.fleet["brightness"].drifts
+    result = compare(earlier, new, SPEC, {other.digest})
+    assert result is not None
+    assert RISK not in result.fleet
+    assert result.fleet["brightness"].drifts
     mixed = earlier | {f"vehicle-{i:02d}": old[f"vehicle-{i:02d}"] for i in range(4)}
     some = compare(mixed, new, SPEC, {other.digest})
     assert some is not None
@@ -190,9 +190,9 @@ def test_only_histograms_that_can_be_compared_are() -> None:
 def test_distances_are_those_of_the_books() -> None:
     same = distance([1e6, 3e6], [2e6, 6e6])
     assert (same.psi, same.js, same.ks, same.wasserstein) == pytest.approx((0, 0, 0, 0), abs=1e-6)
-    found = distance([5e8, 5e8], [6e8, 4e8])
-    assert found.psi == pytest.approx(0.1 * np.log(1.2) - 0.1 * np.log(0.8), rel=1e-5)
-    assert found.ks == pytest.approx(0.1, rel=1e-5)
+    result = distance([5e8, 5e8], [6e8, 4e8])
+    assert result.psi == pytest.approx(0.1 * np.log(1.2) - 0.1 * np.log(0.8), rel=1e-5)
+    assert result.ks == pytest.approx(0.1, rel=1e-5)
     # All mass moved three bins on, and to where none was: a whole bit, and three bins.
     far = distance([1e9, 0, 0, 0], [0, 0, 0, 1e9])
     assert (far.js, far.ks, far.wasserstein) == pytest.approx((1.0, 1.0, 3.0), rel=1e-5)

@@ -1,4 +1,4 @@
-"""What is seen of a client's noised updates, and how slowly a verdict follows from it."""
+"""Concerns about clients by their noised updates, and the validation that follows from them slowly."""
 
 from __future__ import annotations
 
@@ -30,36 +30,39 @@ def fleet(rounds: int = 10, count: int = 12, **liars: UpdateStatistics) -> dict[
     return honest | liars
 
 
-def doubted(conduct: dict[str, UpdateStatistics]) -> dict[str, float]:
-    return {client_id: score_of(found) for client_id, found in concerns_by_client(conduct, {}, None, None).items()}
+def scores(update_statistics: dict[str, UpdateStatistics]) -> dict[str, float]:
+    return {
+        client_id: score_of(result)
+        for client_id, result in concerns_by_client(update_statistics, {}, None, None).items()
+    }
 
 
 def test_labels_that_contradict_the_fleet_round_after_round_are_seen() -> None:
-    found = doubted(fleet(liar=constant(0.8, -1.7, 10), unlucky=constant(0.8, -0.5, 10)))
-    assert found == {"liar": 0.0}
-    assert doubted(fleet(liar=constant(0.8, -9.0, 2))) == {}
-    assert 0 < doubted(fleet(doubtful=constant(0.8, -1.0, 9)))["doubtful"] < 1
+    result = scores(fleet(liar=constant(0.8, -1.7, 10), unlucky=constant(0.8, -0.5, 10)))
+    assert result == {"liar": 0.0}
+    assert scores(fleet(liar=constant(0.8, -9.0, 2))) == {}
+    assert 0 < scores(fleet(doubtful=constant(0.8, -1.0, 9)))["doubtful"] < 1
 
 
 def test_a_model_that_contradicts_most_clients_is_no_measure_of_any() -> None:
     spoilt = {name: constant(0.8, -2.0, 10) for name in map(str, range(9))}
-    assert doubted({**spoilt, "liar": constant(0.8, 3.0, 10)}) == {}
+    assert scores({**spoilt, "liar": constant(0.8, 3.0, 10)}) == {}
     # Nor are the rounds before it was put right held against anybody afterwards.
     after = fleet(rounds=10, count=9)
     both = {
         name: UpdateStatistics(mine.norms, {**mine.alignments, **{f"run-0000/{i}": -4.0 for i in range(5)}})
         for name, mine in after.items()
     }
-    assert doubted(both) == doubted(after)
+    assert scores(both) == scores(after)
 
 
 @pytest.mark.parametrize(("norm", "words"), [(7.9, "7.9 times as long as training"), (0.9, "times as long as most")])
 def test_an_update_that_is_too_long_is_seen_at_once(norm: float, words: str) -> None:
     few = {name: UpdateStatistics((0.2,)) for name in ("a", "b", "c")}
-    found = concerns_by_client({**few, "liar": UpdateStatistics((norm,))}, {}, None, None)
-    assert list(found) == ["liar"]
-    assert words in found["liar"][0][0]
-    assert score_of(found["liar"]) == 0.0
+    result = concerns_by_client({**few, "liar": UpdateStatistics((norm,))}, {}, None, None)
+    assert list(result) == ["liar"]
+    assert words in result["liar"][0][0]
+    assert score_of(result["liar"]) == 0.0
 
 
 def test_short_updates_and_a_fleet_of_two_prove_nothing() -> None:
@@ -71,19 +74,19 @@ def test_short_updates_and_a_fleet_of_two_prove_nothing() -> None:
 def test_records_that_cannot_be_read_lower_the_score_by_their_share() -> None:
     spec = HistogramSpec({}, 3)
     histogram = ClientHistogram("broken", "run-0001", 1, 1000, spec.digest, 10.0, (400, 300, 300, 200, 0, 800))
-    found = concerns_by_client({}, {"broken": histogram}, spec, None)
-    assert score_of(found["broken"]) == pytest.approx(1 - 0.77)
+    result = concerns_by_client({}, {"broken": histogram}, spec, None)
+    assert score_of(result["broken"]) == pytest.approx(1 - 0.77)
     client = Client("broken", ClientKind.VIRTUAL, 1000)
-    judged = fleet_quality([client], {"broken": Participation(3, 0)}, found).clients[0]
+    judged = fleet_quality([client], {"broken": Participation(3, 0)}, result).clients[0]
     assert judged.score == pytest.approx(0.23)
     assert "77% of its records are undecodable" in judged.reasons[0]
 
 
 def after(*scores: float, standing: ValidationStreak | None = None) -> ValidationStreak:
-    found = standing or ValidationStreak()
+    result = standing or ValidationStreak()
     for score in scores:
-        found = found.after(score)
-    return found
+        result = result.after(score)
+    return result
 
 
 @pytest.mark.parametrize(

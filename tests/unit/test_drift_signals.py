@@ -34,18 +34,18 @@ NEVER = Participation(0, 0)
 def test_what_speaks_against_a_client_lowers_its_score(
     client: Client, taken: Participation, score: float | None, words: str | None
 ) -> None:
-    found = client_quality(client, taken)
-    assert found.score == (None if score is None else pytest.approx(score))
-    assert (found.reasons == ()) if words is None else any(words in reason for reason in found.reasons)
+    result = client_quality(client, taken)
+    assert result.score == (None if score is None else pytest.approx(score))
+    assert (result.reasons == ()) if words is None else any(words in reason for reason in result.reasons)
 
 
 def test_the_fleets_score_is_the_mean_of_those_of_whom_something_is_known() -> None:
     fleet = [replace(GOOD, client_id=name) for name in ("new", "fine", "bad", "half")]
-    found = fleet_quality(
+    result = fleet_quality(
         fleet, {"fine": Participation(2, 0), "bad": Participation(2, 2), "half": Participation(2, 1), "x": NEVER}
     )
-    assert [client.client_id for client in found.clients] == ["bad", "half", "fine", "new"]
-    assert (found.score, found.assessed) == (0.5, 3)
+    assert [client.client_id for client in result.clients] == ["bad", "half", "fine", "new"]
+    assert (result.score, result.assessed) == (0.5, 3)
     assert (fleet_quality([], {}).score, fleet_quality([GOOD], {}).score) == (None, None)
 
 

@@ -52,9 +52,9 @@ def pictures(count: int, seed: int = 0, *, brightness: float = 1.0) -> ImageArra
     return np.clip(brightness * smooth, 0, 255).astype(np.uint8)
 
 
-def holding(images: ImageArray, labels: list[int] | None = None, undecodable: int = 0) -> ClientRecords:
-    told = labels if labels is not None else [i % CLASSES for i in range(len(images) + undecodable)]
-    return ClientRecords(images, filtered(images), np.array(told, dtype=np.int64))
+def client_records(images: ImageArray, labels: list[int] | None = None, undecodable: int = 0) -> ClientRecords:
+    payload = labels if labels is not None else [i % CLASSES for i in range(len(images) + undecodable)]
+    return ClientRecords(images, filtered(images), np.array(payload, dtype=np.int64))
 
 
 HELD_OUT = pictures(400, 99)
@@ -65,12 +65,12 @@ def by_histogram(counts: Counts, spec: HistogramSpec) -> dict[str, Counts]:
     return {name: counts[part] for name, part in spec.slices.items()}
 
 
-def order(noise_multiplier: float = 4.0, unit: str = "record", round_index: int = 1) -> HistogramRequest:
+def request(noise_multiplier: float = 4.0, unit: str = "record", round_index: int = 1) -> HistogramRequest:
     return HistogramRequest("run-0001", round_index, noise_multiplier, unit, SPEC)
 
 
 def test_every_record_is_counted_once_in_each_histogram() -> None:
-    counts = holding(pictures(30)).counts(SPEC)
+    counts = client_records(pictures(30)).counts(SPEC)
     parts = dict(by_histogram(counts, SPEC))
     # Ten of each class.
     assert int(parts.pop(RISK)[0]) == 10 * sum(SPEC.risk_votes)
@@ -92,10 +92,10 @@ def test_a_class_votes_for_the_risk_as_the_model_does_on_it() -> None:
 def test_duplicates_and_broken_records_are_told_apart_and_counted_once() -> None:
     images = pictures(6)
     twice = np.concatenate([images, images[:2]])
-    parts = by_histogram(holding(twice, undecodable=3).counts(SPEC), SPEC)
+    parts = by_histogram(client_records(twice, undecodable=3).counts(SPEC), SPEC)
     assert parts[RECORDS].tolist() == [6, 2, 3]
     assert (parts["brightness"].sum(), parts["label"].sum()) == (8, 11)
-    assert by_histogram(holding(images[:0], undecodable=2).counts(SPEC), SPEC)[RECORDS].tolist() == [0, 0, 2]
+    assert by_histogram(client_records(images[:0], undecodable=2).counts(SPEC), SPEC)[RECORDS].tolist() == [0, 0, 2]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -103,11 +103,11 @@ def test_duplicates_and_broken_records_are_told_apart_and_counted_once() -> None
 def test_one_record_more_moves_the_counts_by_the_sensitivity_at_most(kind: str, seed: int) -> None:
     images = pictures(20, seed)
     other = {"new": pictures(1, 1000 + seed), "duplicate": images[:1], "extreme": np.full((1, SIDE, SIDE, 3), 255)}
-    before = holding(images, [0] * 20).counts(SPEC)
+    before = client_records(images, [0] * 20).counts(SPEC)
     if kind == "undecodable":
-        after = holding(images, [0] * 20 + [2]).counts(SPEC)
+        after = client_records(images, [0] * 20 + [2]).counts(SPEC)
     else:
-        after = holding(np.concatenate([images, other[kind].astype(np.uint8)]), [0] * 20 + [2]).counts(SPEC)
+        after = client_records(np.concatenate([images, other[kind].astype(np.uint8)]), [0] * 20 + [2]).counts(SPEC)
     moved = float(np.linalg.norm(after - before))
     assert 0 < moved <= SPEC.sensitivity("record") + 1e-12
     if kind == "new":
@@ -117,7 +117,7 @@ def test_one_record_more_moves_the_counts_by_the_sensitivity_at_most(kind: str, 
 def test_one_client_moves_the_counts_by_its_votes_however_much_it_holds() -> None:
     for count in (3, 64, 1000):
         for label in range(CLASSES):
-            scaled = votes(holding(pictures(count), [label] * count).counts(SPEC), SPEC)
+            scaled = votes(client_records(pictures(count), [label] * count).counts(SPEC), SPEC)
             parts = dict(by_histogram(scaled, SPEC))
             assert abs(int(parts.pop(RISK)[0])) <= CLIENT_VOTES * RISK_VOTES
             assert max(int(part.sum()) for part in parts.values()) <= CLIENT_VOTES
@@ -126,14 +126,14 @@ def test_one_client_moves_the_counts_by_its_votes_however_much_it_holds() -> Non
 
 
 def test_the_noise_is_as_large_as_it_is_charged() -> None:
-    counts = holding(pictures(50)).counts(SPEC)
+    counts = client_records(pictures(50)).counts(SPEC)
     drawn = [
-        np.array(noised_histogram(order(round_index=i), "vehicle", counts, 50, SECRET).counts) - counts
+        np.array(noised_histogram(request(round_index=i), "vehicle", counts, 50, SECRET).counts) - counts
         for i in range(1, 201)
     ]
     deviation = float(np.std(drawn))
-    assert order().deviation == 4.0 * math.sqrt(12 + RISK_VOTES**2)
-    assert deviation == pytest.approx(order().deviation, rel=0.03)
+    assert request().deviation == 4.0 * math.sqrt(12 + RISK_VOTES**2)
+    assert deviation == pytest.approx(request().deviation, rel=0.03)
     # Independent from count to count: nothing of it averages out within one histogram.
     correlated = np.corrcoef(np.array(drawn).T) - np.eye(len(counts))
     assert float(np.abs(correlated).max()) < 0.35
@@ -153,15 +153,15 @@ def test_a_record_is_measured_once_and_votes_by_what_the_model_errs_in_now(image
 
 
 def test_a_retry_repeats_the_histogram_and_nothing_else_does() -> None:
-    counts = holding(pictures(50)).counts(SPEC)
-    first = noised_histogram(order(), "vehicle", counts, 50, SECRET)
-    assert noised_histogram(order(), "vehicle", counts, 50, SECRET) == first
+    counts = client_records(pictures(50)).counts(SPEC)
+    first = noised_histogram(request(), "vehicle", counts, 50, SECRET)
+    assert noised_histogram(request(), "vehicle", counts, 50, SECRET) == first
     others = [
-        noised_histogram(order(round_index=2), "vehicle", counts, 50, SECRET),
-        noised_histogram(order(), "another", counts, 50, SECRET),
-        noised_histogram(order(), "vehicle", counts, 51, SECRET),
-        noised_histogram(order(), "vehicle", counts, 50, SECRET[::-1]),
-        noised_histogram(replace(order(), run_id="run-0002"), "vehicle", counts, 50, SECRET),
+        noised_histogram(request(round_index=2), "vehicle", counts, 50, SECRET),
+        noised_histogram(request(), "another", counts, 50, SECRET),
+        noised_histogram(request(), "vehicle", counts, 51, SECRET),
+        noised_histogram(request(), "vehicle", counts, 50, SECRET[::-1]),
+        noised_histogram(replace(request(), run_id="run-0002"), "vehicle", counts, 50, SECRET),
     ]
     assert len({histogram.counts for histogram in (first, *others)}) == 6
 
@@ -170,19 +170,20 @@ def test_nothing_of_an_image_or_an_embedding_can_be_read_from_a_payload() -> Non
     """Integers only, of a length and a size that hang on no record, and too few of them for any picture."""
     images = pictures(40)
     one, other = (
-        noised_histogram(order(), "vehicle", holding(i).counts(SPEC), len(i), SECRET) for i in (images, images[:1])
+        noised_histogram(request(), "vehicle", client_records(i).counts(SPEC), len(i), SECRET)
+        for i in (images, images[:1])
     )
     assert len(one.counts) == len(other.counts) == SPEC.cells
     assert all(type(count) is int and abs(count) <= CELL_LIMIT for count in one.counts)
-    told = asdict(one)
-    assert set(told) == {"client_id", "run_id", "round_index", "num_examples", "spec_digest", "deviation", "counts"}
+    payload = asdict(one)
+    assert set(payload) == {"client_id", "run_id", "round_index", "num_examples", "spec_digest", "deviation", "counts"}
     largest = 4 * MAX_CELLS
     assert 4 * SPEC.cells <= largest < 64 * 64 * 3
     # A grid of numbers, or an embedding, among the counts would be a number that counts do not reach by records.
-    clean = holding(images).counts(SPEC)
+    clean = client_records(images).counts(SPEC)
     assert int(np.abs(clean).max()) <= RISK_VOTES * len(images)
     # What the counts are made of is thrown away: other pictures of the same bins give the very same counts.
-    turned = holding(images[:, ::-1])
+    turned = client_records(images[:, ::-1])
     same_statistics = by_histogram(turned.counts(SPEC), SPEC)
     for name in ("brightness", "contrast", "blur", "entropy", "label", RECORDS):
         assert same_statistics[name].tolist() == by_histogram(clean, SPEC)[name].tolist()
@@ -207,7 +208,7 @@ def test_what_is_no_histogram_is_refused(counts: list[object]) -> None:
 
 def test_a_spec_survives_json_and_has_no_more_bins_than_may_be_sent() -> None:
     assert HistogramSpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC
-    assert HistogramRequest.from_json(json.loads(json.dumps(order().to_json()))) == order()
+    assert HistogramRequest.from_json(json.loads(json.dumps(request().to_json()))) == request()
     assert HistogramSpec({}, 10_000).cells < MAX_CELLS
     bad: list[dict[str, object]] = [{}, {"edges": {"a": [2.0, 1.0]}, "classes": 3}]
     bad += [
@@ -215,9 +216,9 @@ def test_a_spec_survives_json_and_has_no_more_bins_than_may_be_sent() -> None:
         {"edges": {"a": list(range(MAX_CELLS))}, "classes": 3},
         {"edges": {}, "classes": 0},
     ]
-    for found in [{"risk_votes": [], **each} for each in bad]:
+    for result in [{"risk_votes": [], **each} for each in bad]:
         with pytest.raises(UpdateRejectedError):
-            HistogramSpec.from_json(found)
+            HistogramSpec.from_json(result)
     for votes_of in ([], [RISK_VOTES, 0, -RISK_VOTES]):
         HistogramSpec.from_json({"edges": {}, "classes": 3, "risk_votes": votes_of})
     # Whoever gave a class more weight than the noise is for would read more of it than is charged.
@@ -225,7 +226,7 @@ def test_a_spec_survives_json_and_has_no_more_bins_than_may_be_sent() -> None:
         with pytest.raises(UpdateRejectedError):
             HistogramSpec.from_json({"edges": {}, "classes": 3, "risk_votes": votes_of})
     with pytest.raises(DataError):
-        noised_histogram(order(), "vehicle", np.zeros(3, dtype=np.int64), 1, SECRET)
+        noised_histogram(request(), "vehicle", np.zeros(3, dtype=np.int64), 1, SECRET)
 
 
 def test_labels_beyond_the_bins_share_them() -> None:

@@ -20,9 +20,9 @@ QUIET = {Phase.IDLE, Phase.RESTING}
 @pytest.mark.parametrize("metric", CATALOGUE, ids=lambda metric: metric.name)
 def test_every_metric_is_made_and_rendered_under_its_name(metric: catalogue.Metric) -> None:
     registry = CollectorRegistry()
-    made = getattr(exposition, metric.kind)(metric.name, registry)
+    instrument = getattr(exposition, metric.kind)(metric.name, registry)
     labels = next(catalogue.sample_labels(metric))
-    series = made.labels(**labels) if labels else made
+    series = instrument.labels(**labels) if labels else instrument
     getattr(series, {"counter": "inc", "gauge": "set", "histogram": "observe"}[metric.kind])(1.0)
     suffix = "_count" if metric.kind == "histogram" else ""
     assert registry.get_sample_value(metric.full_name + suffix, labels) == 1.0
@@ -71,10 +71,12 @@ def test_what_is_not_in_the_catalogue_cannot_be_made(kind: str) -> None:
 
 def test_no_module_makes_a_metric_of_its_own() -> None:
     """Whatever is exported is in the catalogue."""
-    made = re.compile(
+    instrument = re.compile(
         r"^\s*from prometheus_client(\.metrics)? import .*\b(Counter|Histogram|Summary|Info|Enum)\b", re.M
     )
     allowed = {ROOT / "fedvit" / "metrics" / "exposition.py"}
     folders = ("fedvit", "actors", "serve_apps", "edge_runtime")
-    found = {path for folder in folders for path in (ROOT / folder).rglob("*.py") if made.search(path.read_text())}
-    assert found == allowed
+    modules = {
+        path for folder in folders for path in (ROOT / folder).rglob("*.py") if instrument.search(path.read_text())
+    }
+    assert modules == allowed

@@ -34,10 +34,10 @@ class Everything:
 
     def __call__(self) -> bytes:
         for metric in CATALOGUE:
-            made = getattr(exposition, metric.kind)(metric.name, self._registry)
+            instrument = getattr(exposition, metric.kind)(metric.name, self._registry)
             count = {"counter": "inc", "gauge": "set", "histogram": "observe"}[metric.kind]
             for labels in catalogue.sample_labels(metric):
-                getattr(made.labels(**labels) if labels else made, count)(0.5)
+                getattr(instrument.labels(**labels) if labels else instrument, count)(0.5)
         return exposition.render(None, self._registry)[0]
 
 
@@ -57,8 +57,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrometheusServe
 @pytest.mark.parametrize(("dashboard", "panel"), PANELS, ids=[f"{name}: {panel.title}" for name, panel in PANELS])
 def test_every_panel_shows_something(server: PrometheusServer, dashboard: str, panel: Panel) -> None:
     for expression in panel.expressions():
-        found = server.await_that(expression.replace("$__rate_interval", "10s"))
-        assert all(sample["value"][1] != "NaN" for sample in found), (dashboard, found)
+        series = server.await_that(expression.replace("$__rate_interval", "10s"))
+        assert all(sample["value"][1] != "NaN" for sample in series), (dashboard, series)
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.name)
@@ -117,7 +117,7 @@ def test_the_runbooks_queries_tell_the_truth_after_a_switch_of_variant(tmp_path:
     exposition.gauge("training_loss", registry).set(0.25)
 
     def p95_is(low_s: float, high_s: float) -> Any:
-        return lambda found: len(found) == 1 and low_s < float(found[0]["value"][1]) <= high_s
+        return lambda series: len(series) == 1 and low_s < float(series[0]["value"][1]) <= high_s
 
     def serve(sequence: int, variant: str, seconds: float, images: int) -> None:
         stats.serves(manifest("v1.1.10", variant, sequence))
@@ -134,8 +134,8 @@ def test_the_runbooks_queries_tell_the_truth_after_a_switch_of_variant(tmp_path:
         assert float(loss["value"][1]) == 0.25
         # Ten fast images against a thousand slow ones of the same version: no trace of these is left.
         serve(2, "edge_optimized", 0.004, 10)
-        (found,) = asked.await_that(latency_query, p95_is(0.002, 0.005))
-        assert found["metric"]["model_version"] == "v1.1.10"
+        (series,) = asked.await_that(latency_query, p95_is(0.002, 0.005))
+        assert series["metric"]["model_version"] == "v1.1.10"
         # And back: what it took before the switch is not remembered either.
         serve(3, "standard", 0.04, 1)
         asked.await_that(latency_query, p95_is(0.035, 0.05))

@@ -35,8 +35,8 @@ def readings(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         check=True,
         text=True,
     )
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    readings: list[dict[str, Any]] = json.loads(done.stdout)
+    return readings
 
 
 # The first of them waits for the day.

@@ -80,14 +80,14 @@ def samples(folder: Path) -> dict[tuple[str, str], float]:
 
 def quantile(folder: Path, q: float) -> dict[str, float]:
     """histogram_quantile over the raw counter, by version: the upper bound of the bucket that the rank falls in."""
-    found: dict[str, dict[float, float]] = {}
+    values: dict[str, dict[float, float]] = {}
     for (name, labels), value in samples(folder).items():
         if name == f"{DURATION}_bucket":
             bound, version = labels.split(",")
-            found.setdefault(version, {})[float(bound)] = value
+            values.setdefault(version, {})[float(bound)] = value
     return {
         version: min(bound for bound, count in buckets.items() if count >= q * buckets[float("inf")])
-        for version, buckets in found.items()
+        for version, buckets in values.items()
         if buckets[float("inf")]
     }
 
@@ -96,9 +96,9 @@ def test_counters_and_newest_gauges_survive_however_many_processes(tmp_path: Pat
     for number in range(6):
         with working(tmp_path) as (worker,):
             worker.do('counter("training_rounds_total").inc()', f'gauge("training_loss").set({10 - number})')
-        found = samples(tmp_path)
-        assert found["fed_vit_autorl_training_rounds_total", ""] == number + 1
-        assert found["fed_vit_autorl_training_loss", ""] == 10 - number
+        values = samples(tmp_path)
+        assert values["fed_vit_autorl_training_rounds_total", ""] == number + 1
+        assert values["fed_vit_autorl_training_loss", ""] == 10 - number
     # Of each type one file, whatever has ended.
     assert {path.name for path in tmp_path.glob("*.db")} == {"counter_ended.db", "gauge_mostrecent_ended.db"}
 
@@ -127,8 +127,8 @@ def test_a_fold_that_was_interrupted_is_seen_through_and_counts_once(tmp_path: P
     if left != "no files":
         for name, content in copies.items():
             (tmp_path / name).write_bytes(content)
-    told = {"archive": "counter_ended.db", "draft": "counter_ended.draft", "ended": ended}
-    (tmp_path / node.JOURNAL).write_text(json.dumps(told))
+    expected = {"archive": "counter_ended.db", "draft": "counter_ended.draft", "ended": ended}
+    (tmp_path / node.JOURNAL).write_text(json.dumps(expected))
     assert samples(tmp_path)["fed_vit_autorl_training_rounds_total", ""] == 10
     assert not (tmp_path / node.JOURNAL).exists()
 
@@ -156,9 +156,9 @@ def test_a_replica_that_died_counts_for_its_release_and_goes_with_it(tmp_path: P
         assert samples(tmp_path)[f"{DURATION}_count", "v1"] == 10
         assert predictions_by_class("v1", tmp_path) == {1: 10}
         there.do('release.serve("v2", 2)', "observe(2, 0.01)")
-        found = samples(tmp_path)
-        assert found[f"{DURATION}_count", "v2"] == 1
-        assert [key for key in found if "v1" in key[1].split(",")] == []
+        values = samples(tmp_path)
+        assert values[f"{DURATION}_count", "v2"] == 1
+        assert [key for key in values if "v1" in key[1].split(",")] == []
         assert predictions_by_class("v1", tmp_path) == {}
 
 
@@ -172,7 +172,7 @@ def test_while_no_replica_lives_nothing_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_ray_is_told_the_same_figures_but_those_that_end(tmp_path: Path) -> None:
-    told: dict[tuple[str, str], float] = {}
+    expected: dict[tuple[str, str], float] = {}
 
     class Recorder:
         def __init__(self, name: str, _: str, labels: tuple[str, ...]) -> None:
@@ -180,7 +180,7 @@ def test_ray_is_told_the_same_figures_but_those_that_end(tmp_path: Path) -> None
 
         def set(self, value: float, tags: dict[str, str] | None = None) -> None:
             assert set(self._labels) == set(tags or {})
-            told[self._name, ",".join(v for _, v in sorted((tags or {}).items()))] = value
+            expected[self._name, ",".join(v for _, v in sorted((tags or {}).items()))] = value
 
     with working(tmp_path) as (worker,):
         worker.do('gauge("training_loss").set(0.5)', 'counter("heartbeats_total").labels("ok").inc(3)')
@@ -189,11 +189,11 @@ def test_ray_is_told_the_same_figures_but_those_that_end(tmp_path: Path) -> None
         for loss in (0.5, 0.25):
             worker.do(f'gauge("training_loss").set({loss})')
             mirror.copy()
-            assert told["fed_vit_autorl_training_loss", ""] == loss
+            assert expected["fed_vit_autorl_training_loss", ""] == loss
     exported = samples(tmp_path)
-    assert told["fed_vit_autorl_heartbeats_total", "ok"] == 3
-    assert told.items() <= exported.items()
-    assert not any("v1" in labels for _, labels in told)
+    assert expected["fed_vit_autorl_heartbeats_total", "ok"] == 3
+    assert expected.items() <= exported.items()
+    assert not any("v1" in labels for _, labels in expected)
 
 
 def test_what_others_write_into_the_folder_is_not_ours(tmp_path: Path) -> None:
@@ -206,6 +206,6 @@ def test_what_others_write_into_the_folder_is_not_ours(tmp_path: Path) -> None:
 def test_a_release_has_all_its_buckets_before_its_first_image(tmp_path: Path) -> None:
     with working(tmp_path) as (worker,):
         worker.do('release.serve("v1", 1)')
-        found = samples(tmp_path)
-        assert found[f"{DURATION}_bucket", "+Inf,v1"] == 0
-        assert found[f"{DURATION}_bucket", "0.1,v1"] == 0
+        values = samples(tmp_path)
+        assert values[f"{DURATION}_bucket", "+Inf,v1"] == 0
+        assert values[f"{DURATION}_bucket", "0.1,v1"] == 0

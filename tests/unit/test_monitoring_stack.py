@@ -1,4 +1,4 @@
-"""What Prometheus and Alertmanager are told: targets, tokens, times; and what stands in their way, told clearly."""
+"""Configuration of Prometheus and Alertmanager: targets, tokens, times, and clear errors where they cannot start."""
 
 from __future__ import annotations
 
@@ -52,16 +52,13 @@ def check_configs(folder: Path) -> None:
 
 
 def job(config: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(found for found in config["scrape_configs"] if found["job_name"] == name)
+    return next(job for job in config["scrape_configs"] if job["job_name"] == name)
 
 
 def test_targets_are_found_in_the_state_folder_and_nothing_listens_elsewhere(tmp_path: Path) -> None:
     prometheus, alertmanager = written(settings_of(tmp_path), WATCHERS)
     files = [
-        file
-        for found in prometheus["scrape_configs"]
-        for sd in found.get("file_sd_configs", ())
-        for file in sd["files"]
+        file for job in prometheus["scrape_configs"] for sd in job.get("file_sd_configs", ()) for file in sd["files"]
     ]
     assert files == [str(targets_file(tmp_path, group)) for group in ("server", "edges", "vehicles", "ray")]
     hook = alertmanager["receivers"][0]["webhook_configs"][0]
@@ -151,10 +148,10 @@ def test_the_store_tells_which_vehicles_have_an_address(tmp_path: Path) -> None:
 def test_a_missing_program_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(ROOT)
-    told = CliRunner().invoke(app, ["monitoring", "run", "--home", str(tmp_path)])
-    assert told.exit_code == 2
-    assert "prometheus is missing" in told.output
-    assert "apt-get install prometheus prometheus-alertmanager" in told.output.replace("\n", " ")
+    result = CliRunner().invoke(app, ["monitoring", "run", "--home", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "prometheus is missing" in result.output
+    assert "apt-get install prometheus prometheus-alertmanager" in result.output.replace("\n", " ")
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,10 +82,14 @@ def test_the_values_that_opacus_publishes_in_its_tests() -> None:
 
 
 def test_calibration_asks_for_less_noise_than_opacus_by_rdp_and_hardly_less() -> None:
-    found = calibrate_noise_multiplier(target_epsilon=8.0, target_delta=DELTA, sampling_prob=0.04, steps=2000)
+    multiplier = calibrate_noise_multiplier(target_epsilon=8.0, target_delta=DELTA, sampling_prob=0.04, steps=2000)
     theirs = get_noise_multiplier(target_epsilon=8.0, target_delta=DELTA, sample_rate=0.04, steps=2000)
-    assert 0.85 * theirs < found < theirs
-    assert epsilon_pld(ours((found, 0.04, 2000)), DELTA) <= 8.0 < epsilon_pld(ours((found - 0.001, 0.04, 2000)), DELTA)
+    assert 0.85 * theirs < multiplier < theirs
+    assert (
+        epsilon_pld(ours((multiplier, 0.04, 2000)), DELTA)
+        <= 8.0
+        < epsilon_pld(ours((multiplier - 0.001, 0.04, 2000)), DELTA)
+    )
 
 
 @pytest.mark.parametrize("spent", [0, 3, 30])

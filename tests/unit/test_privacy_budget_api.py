@@ -92,9 +92,9 @@ class System:
         )
         services = Services(settings, self.store, lambda: self.local, lambda: self.accountant)
         self.http = TestClient(create_api(services), raise_server_exceptions=False)
-        made = {name: create_token(self.store, name, [scope], now=utc_now()) for name, scope in SCOPES.items()}
-        self.tokens = {name: token.text for name, token in made.items()}
-        self.actors = {name: f"token:{token.token.token_id}:{name}" for name, token in made.items()}
+        created = {name: create_token(self.store, name, [scope], now=utc_now()) for name, scope in SCOPES.items()}
+        self.tokens = {name: token.text for name, token in created.items()}
+        self.actors = {name: f"token:{token.token.token_id}:{name}" for name, token in created.items()}
 
     def close(self) -> None:
         self.local.close()

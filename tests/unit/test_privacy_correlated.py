@@ -105,8 +105,8 @@ def test_another_sum_draws_other_noise_and_leaves_later_rounds_right() -> None:
     noise = BandedNoise(3, draw)
     noise.at(["a", "b"])
     discarded = noise.at(["a", "b", "c"])
-    kept = noise.at(["a", "b", "other"])
-    assert not np.allclose(discarded, kept)
+    result = noise.at(["a", "b", "other"])
+    assert not np.allclose(discarded, result)
     np.testing.assert_array_equal(noise.at(["a", "b", "other", "d"]), BandedNoise(3, draw).at(["a", "b", "other", "d"]))
     np.testing.assert_array_equal(noise.at(["x"]), BandedNoise(3, draw).at(["x"]))
 

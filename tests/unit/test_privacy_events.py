@@ -84,9 +84,9 @@ def test_an_impossible_event_cannot_be_said(make: object) -> None:
 
 
 def test_what_was_not_sampled_adds_up_to_one_gaussian() -> None:
-    (found,) = simplified({Gaussian(3.0): 1, BandedGaussian(4.0, 2, 2): 1, PoissonGaussian(12.0, 1.0): 1})
-    assert isinstance(found, Gaussian)
-    assert found.noise_multiplier**-2 == pytest.approx(3.0**-2 + 4.0**-2 + 12.0**-2)
+    (event,) = simplified({Gaussian(3.0): 1, BandedGaussian(4.0, 2, 2): 1, PoissonGaussian(12.0, 1.0): 1})
+    assert isinstance(event, Gaussian)
+    assert event.noise_multiplier**-2 == pytest.approx(3.0**-2 + 4.0**-2 + 12.0**-2)
 
 
 def test_nested_events_are_counted_out() -> None:
@@ -97,7 +97,7 @@ def test_nested_events_are_counted_out() -> None:
 def test_mechanisms_on_one_sample_cost_more_than_on_samples_of_their_own() -> None:
     together = SampledTogether(0.1, (Gaussian(2.0), Gaussian(2.0)))
     apart = {PoissonGaussian(2.0, 0.1): 2}
-    ((found, times),) = simplified({together: 1}).items()
-    assert isinstance(found, PoissonGaussian)
-    assert (found.noise_multiplier, found.sampling_prob, times) == (pytest.approx(2.0 / math.sqrt(2)), 0.1, 1)
+    ((event, times),) = simplified({together: 1}).items()
+    assert isinstance(event, PoissonGaussian)
+    assert (event.noise_multiplier, event.sampling_prob, times) == (pytest.approx(2.0 / math.sqrt(2)), 0.1, 1)
     assert epsilon_pld({together: 1}, 1e-5) > epsilon_pld(apart, 1e-5)

@@ -73,8 +73,8 @@ def test_an_update_without_a_norm_is_no_update(bad: float) -> None:
     ],
 )
 def test_a_partial_sum_is_believed_as_far_as_its_clients_allow(update: PartialSum, fault: str | None) -> None:
-    found = mechanism.fault_of(update, 1.0)
-    assert (found is None) if fault is None else (found is not None and fault in found)
+    reason = mechanism.fault_of(update, 1.0)
+    assert (reason is None) if fault is None else (reason is not None and fault in reason)
 
 
 def test_a_client_that_failed_allows_nothing() -> None:
@@ -137,4 +137,4 @@ def test_the_digest_tells_bits_names_and_shapes_apart() -> None:
         {"a": np.array([1.0, 2.0]), "c": np.array(3.0)},
     ]
     assert mechanism.digest(sums) == mechanism.digest(dict(reversed(sums.items())))
-    assert len({mechanism.digest(found) for found in [sums, *others]}) == 5
+    assert len({mechanism.digest(reason) for reason in [sums, *others]}) == 5

@@ -1,4 +1,4 @@
-"""The identity of a release: everything counts, and the accountant can compute it without torch."""
+"""The identity of a mechanism output: everything counts, and the accountant can compute it without torch."""
 
 from __future__ import annotations
 

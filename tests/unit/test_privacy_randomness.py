@@ -1,4 +1,4 @@
-"""The secret stream: repeatable for one release, unrelated for any other, and of the right distribution."""
+"""The secret stream: repeatable for one mechanism output, unrelated for any other, and of the right distribution."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class _Given(SecretStream):
 def test_every_uniform_gives_what_the_formula_says(radius: float, angle: float) -> None:
     turned = 2 * np.pi * (angle - 0.5)
     expected = np.sqrt(-2 * np.log(radius)) * np.array([np.cos(turned), np.sin(turned)])
-    found = _Given([radius, angle]).normal(2)
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
-    assert abs(found).max() < 8.66
+    normals = _Given([radius, angle]).normal(2)
+    np.testing.assert_allclose(normals, expected, rtol=1e-12, atol=1e-14)
+    assert abs(normals).max() < 8.66
 
 
 def test_draws_one_after_another_are_what_one_draw_would_be() -> None:

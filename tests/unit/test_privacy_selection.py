@@ -40,8 +40,8 @@ def test_the_geometric_bound_is_the_paper_s() -> None:
     by_hand = min(
         r + math.log1p(-1 / a) - (math.log(DELTA) + math.log(a)) / (a - 1) for a, r in zip(orders, rdp, strict=True)
     )
-    found = selection_cost({Gaussian(sigma): 1}, mean_trials=mean, delta=DELTA, shape=1.0).select_best
-    assert found == pytest.approx(by_hand, rel=0.01)
+    epsilon = selection_cost({Gaussian(sigma): 1}, mean_trials=mean, delta=DELTA, shape=1.0).select_best
+    assert epsilon == pytest.approx(by_hand, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", [0.0, 0.5, 1.0, 3.0])
@@ -76,9 +76,9 @@ def test_the_command_line_says_it_for_a_sweep_of_these_settings() -> None:
     sets = ("--set", "privacy.noise_multiplier=8.0", "--set", "training.rounds=10")
     done = CliRunner().invoke(app, ["privacy", "selection-cost", "--trials", "20", "--json", *sets])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.output)
+    costs = json.loads(done.output)
     # The ten rounds, and the histogram that is asked for in the first of them.
-    assert told["one_trial"] == epsilon_pld({PoissonGaussian(8.0, 0.5): 10, Gaussian(5.25): 1}, 1e-5)
-    assert told["one_trial"] < told["select_best"] < told["all_trials"]
+    assert costs["one_trial"] == epsilon_pld({PoissonGaussian(8.0, 0.5): 10, Gaussian(5.25): 1}, 1e-5)
+    assert costs["one_trial"] < costs["select_best"] < costs["all_trials"]
     refused = CliRunner().invoke(app, ["privacy", "selection-cost", "--trials", "1"])
     assert refused.exit_code == 2
