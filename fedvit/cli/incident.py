@@ -27,8 +27,6 @@ IncidentArgument = Annotated[str, Argument(help="The incident, such as INC-2026-
 BreachArgument = Annotated[str, Argument(help="The incident's name, such as PB-20250131-0300.")]
 COLUMNS = ("incident_id", "severity", "status", "alertname", "opened_at", "resolved_at", "firing", "summary")
 _AUTOMATIC = {"allowed": "automatic", "not_allowed": "not automatic", "never": "never automatic"}
-
-
 DEFAULT_ACTIONS = (ImmediateAction.STOP_TRAINING, ImmediateAction.ISOLATE_DATA)
 
 

@@ -162,6 +162,9 @@ def with_options(
     def command(**values: Any) -> None:
         invoke(Options(**{name: values.pop(name) for name in names}), values)
 
+    # Rich would keep the line breaks of a docstring.
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    command.__doc__ = "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in paragraphs)
     # Typer reads both.
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

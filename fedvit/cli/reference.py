@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from enum import Enum
 from inspect import Parameter
@@ -50,7 +51,9 @@ def _command(level: str, name: str, callback: Callable[..., Any]) -> Iterator[st
     own = [each for each in parameters if SHARED.get(each.name) != each]
     shared = [f"`{_name(each)}`" for each in parameters if SHARED.get(each.name) == each]
     arguments = "".join(f" {_name(each)}" for each in own if isinstance(_info(each), ArgumentInfo))
-    yield from ("", f"{level} `{name}{arguments}`", "", inspect.cleandoc(callback.__doc__ or "").replace("``", "`"))
+    text = inspect.cleandoc(callback.__doc__ or "").replace("``", "`")
+    paragraphs = (textwrap.fill(paragraph, 120, break_on_hyphens=False) for paragraph in text.split("\n\n"))
+    yield from ("", f"{level} `{name}{arguments}`", "", "\n\n".join(paragraphs))
     if own:
         yield from (*_TABLE, *map(_row, own))
     if shared:
@@ -77,10 +80,8 @@ def _info(parameter: Parameter) -> ParameterInfo:
 def _names(parameter: Parameter) -> list[str]:
     info = _info(parameter)
     if isinstance(info, ArgumentInfo):
-        return [
-            info.metavar
-            or (parameter.name.upper() if parameter.default is Parameter.empty else f"[{parameter.name.upper()}]")
-        ]
+        name = info.metavar or parameter.name.upper()
+        return [name if parameter.default is Parameter.empty else f"[{name}]"]
     word = parameter.name.replace("_", "-")
     named = [each for each in (info.default, *(info.param_decls or ())) if isinstance(each, str)]
     return named or [f"--{word}/--no-{word}" if isinstance(parameter.default, bool) else f"--{word}"]

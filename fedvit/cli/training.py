@@ -110,7 +110,7 @@ def mode(
     session: ApiSession,
     new_mode: Annotated[
         AggregationMode | None,
-        Argument(metavar="[MODE]", help="The mode to change to; without it, the present one is shown."),
+        Argument(metavar="MODE", help="The mode to change to; without it, the present one is shown."),
     ] = None,
     staleness_tolerance: Annotated[
         int | None,
