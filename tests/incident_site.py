@@ -41,7 +41,7 @@ class LateFleet(FakeFleet):
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
     ) -> Iterator[UpdateMessage | None]:
-        self._failing = frozenset({"vehicle-0001"} if task.round_index < 3 else ())
+        self.failing = frozenset({"vehicle-0001"} if task.round_index < 3 else ())
         self.begun.set()
         assert self.let.wait(WAIT_S)
         yield from super().train(task, weights, cohort, timeout_s=timeout_s)

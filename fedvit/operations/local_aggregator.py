@@ -114,7 +114,7 @@ class LocalAggregator:
         with self._lock:
             if self._is_idle():
                 # Here, so that the caller gets the error, instead of in the loop, where it would end the run.
-                self._coordinator.check_fleet()
+                self._coordinator.lifecycle.check_fleet()
             self._start()
         return self._coordinator.progress()
 
@@ -192,7 +192,7 @@ class LocalAggregator:
     # --- retrain and restart -----------------------------------------------------------------------------------------
 
     def _admit_run(self, params: Mapping[str, Any]) -> None:
-        self._coordinator.check_new_run(self._run_request("", params))
+        self._coordinator.lifecycle.check_new_run(self._run_request("", params))
 
     def _begin_run(self, task: Task) -> dict[str, Any]:
         """End the present run after its round, then begin the requested one."""
@@ -212,7 +212,7 @@ class LocalAggregator:
                 # Begun under the lock, so that no other thread can start the old run in between.
                 with self._lock:
                     if self._is_idle():
-                        self._coordinator.check_new_run(request)
+                        self._coordinator.lifecycle.check_new_run(request)
                         task.report(0.8, "beginning the new run")
                         run = self._coordinator.begin(request)
                         self._start()

@@ -12,9 +12,10 @@ from fedvit.drift.comparison import Comparison, compare
 from fedvit.drift.quality import Concern, FleetQuality, ValidationStreak
 from fedvit.drift.signals import DriftReport, Signal, histogram_signals, loss_signal
 from fedvit.errors import FedvitError
+from fedvit.ports import ClockPort
 from fedvit.store.records import ClientValidation
 from fedvit.store.store import Store
-from fedvit.types import ClientOutcome, ModelVersion, utc_now
+from fedvit.types import ClientOutcome, ModelVersion
 from fedvit.wire.histograms import ClientHistogram, HistogramSpec
 
 _LOG = logging.getLogger(__name__)
@@ -78,7 +79,9 @@ def fleet_quality(store: Store, against: Mapping[str, list[Concern]]) -> FleetQu
     return quality.fleet_quality(store.clients.all(active=True), store.rounds.participation(), against)
 
 
-def judge(store: Store, client_ids: Collection[str], against: Mapping[str, list[Concern]]) -> dict[str, bool]:
+def judge(
+    store: Store, client_ids: Collection[str], against: Mapping[str, list[Concern]], clock: ClockPort
+) -> dict[str, bool]:
     """Let a round count for or against the clients that took part, and record the verdicts that have ripened.
 
     What keeps a client's line bad, or its records few, is not its data: only what was seen of that counts here.
@@ -100,7 +103,7 @@ def judge(store: Store, client_ids: Collection[str], against: Mapping[str, list[
         verdict = standing.verdict(validated)
         if verdict is not None:
             reason = " ".join(words for words, _ in found) or "Nothing speaks against its data any more."
-            store.clients.validate(client_id, ClientValidation(verdict, reason, utc_now(), automatic=True))
+            store.clients.validate(client_id, ClientValidation(verdict, reason, clock.now(), automatic=True))
             changed[client_id] = verdict
         standings[client_id] = asdict(standing)
         if verdict or (validated and not standing.against):
@@ -117,8 +120,8 @@ class DataWatch:
         on_health: told the scores of quality and drift.
     """
 
-    def __init__(self, store: Store, on_health: Callable[[float | None, float | None], None]) -> None:
-        self._store, self._on_health = store, on_health
+    def __init__(self, store: Store, on_health: Callable[[float | None, float | None], None], clock: ClockPort) -> None:
+        self._store, self._on_health, self._clock = store, on_health, clock
         self._told: FleetHistograms | None = None
 
     def new_window(self) -> None:
@@ -137,7 +140,7 @@ class DataWatch:
     def _look(self, client_ids: Collection[str]) -> None:
         told = self._told = self._told or histograms(self._store)
         against = doubts(self._store, told)
-        for client_id, validated in judge(self._store, client_ids, against).items():
+        for client_id, validated in judge(self._store, client_ids, against, self._clock).items():
             _LOG.warning(
                 "%s is %s: %s",
                 client_id,

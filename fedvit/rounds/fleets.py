@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.config import Settings
-from fedvit.ports import FleetPort, ProxyReport
+from fedvit.ports import ClockPort, FleetPort, ProxyReport
 from fedvit.rounds.remote import Offer, RemoteWork
 from fedvit.store.store import Store
 from fedvit.types import Client, Cohort, TrainTask, Weights
@@ -24,7 +25,6 @@ class MixedFleet:
 
     Args:
         virtual: the fleet of the virtual clients.
-        now_s: a clock that only goes forward.
         pause: waits for so many seconds.
     """
 
@@ -34,12 +34,12 @@ class MixedFleet:
         store: Store,
         virtual: FleetPort,
         *,
-        now_s: Callable[[], float] = time.monotonic,
+        clock: ClockPort = SYSTEM_CLOCK,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._settings, self._store, self._virtual = settings, store, virtual
         self._work = RemoteWork(settings, store)
-        self._now_s, self._pause = now_s, pause
+        self._clock, self._pause = clock, pause
         self._asked: dict[str, Offer] = {}
 
     def train(
@@ -52,17 +52,17 @@ class MixedFleet:
         uncharged = self._ask(task, weights, remote.values())
         if uncharged.outcomes:
             yield uncharged
-        heard_s = self._now_s()
+        heard_s = self._clock.monotonic()
         for answer in self._virtual.train(task, weights, virtual, timeout_s=timeout_s):
             yield answer
             yield from self._arrived()
-            heard_s = heard_s if answer is None else self._now_s()
+            heard_s = heard_s if answer is None else self._clock.monotonic()
         while self._asked:
             waiting = len(self._asked)
             yield from self._arrived()
             if len(self._asked) < waiting:
-                heard_s = self._now_s()
-            elif self._now_s() - heard_s >= patience_s:
+                heard_s = self._clock.monotonic()
+            elif self._clock.monotonic() - heard_s >= patience_s:
                 return
             else:
                 yield None

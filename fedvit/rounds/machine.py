@@ -1,7 +1,7 @@
-"""The training loop as a pure state machine: ``step(state, event) -> (state, effects)``.
+"""State machine of the training loop, pure: ``step(state, event) -> (state, effects)``.
 
-No clock, no I/O, no randomness: the coordinator performs the effects and feeds the answers back as events. Each effect
-is idempotent, so a process that dies between two of them starts again from the store with :class:`Started`.
+It has no clock, no I/O and no randomness: the coordinator performs the effects and feeds the results back as events.
+Each effect is idempotent, so a process that dies between two of them starts again from the store with :class:`Started`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How a run goes.
+class RunPlan:
+    """The length of a run and the conditions of its rounds.
 
-    Cohorts that are ``sampled`` in secret may have any size: whether a round takes place must not depend on whom it
-    drew. Nobody who is drawn may be late, either.
+    Cohorts that are ``sampled`` in secret may have any size: whether a round takes place must not depend on the clients
+    that it drew. No client of such a cohort may be late, either.
     """
 
     rounds_total: int
@@ -40,16 +40,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class LoopState:
-    """Where the loop stands. ``round_index`` is the round under way, from 1."""
+    """The state of the loop. ``round_index`` is the round under way, from 1."""
 
-    plan: Plan
+    plan: RunPlan
     phase: Phase = Phase.IDLE
     round_index: int = 0
     cohort: Cohort | None = None
     unreleased: str | None = None
-    """The last committed version, while replicas and vehicles have not been offered it."""
+    """The last committed version, until it is offered to replicas and vehicles."""
     stop_requested: bool = False
-    ending: Rest | None = None
+    ending: EndRun | None = None
     """How the loop ends once the last version is released."""
 
 
@@ -83,7 +83,7 @@ class Charged:
 
 @dataclass(frozen=True, slots=True)
 class ChargeRefused:
-    """The budget does not admit the round, or nobody may take part in the run any more."""
+    """The budget does not admit the round, or no client may take part in the run any more."""
 
     reason: str
 
@@ -116,7 +116,7 @@ class ReleaseRefused:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Somebody asked the loop to end after the round under way."""
+    """The loop is to end after the round under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class ChargeRound:
 
 @dataclass(frozen=True, slots=True)
 class TrainRound:
-    """Hand the global weights to the cohort and fold the answers, ``min_clients`` of them or more.
+    """Send the global weights to the cohort and fold the answers, ``min_clients`` of them or more.
 
     The last round waits for all that are in flight, in whatever mode: no later one would take their answers.
     """
@@ -184,14 +184,15 @@ class ReleaseVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class EndRun:
     """End the loop and record why."""
 
     status: RunStatus
     reason: str | None
 
 
-Effect = DrawCohort | ChargeRound | TrainRound | CommitRound | ReleaseVersion | Rest
+RoundEffect = DrawCohort | ChargeRound | TrainRound | CommitRound | ReleaseVersion
+Effect = RoundEffect | EndRun
 
 Step = tuple[LoopState, tuple[Effect, ...]]
 
@@ -210,24 +211,24 @@ def step(state: LoopState, event: Event) -> Step:
         case _, StopRequested():
             return replace(state, stop_requested=True), ()
         case _, Failed(reason):
-            return _rest(state, Rest(RunStatus.FAILED, reason))
+            return _end(state, EndRun(RunStatus.FAILED, reason))
         case Phase.IDLE, Started(rounds_done, unreleased):
             return _next(replace(state, round_index=rounds_done, unreleased=unreleased))
         case Phase.DRAWING, CohortDrawn(cohort, min_clients, in_flight):
             return _with_cohort(_needing(state, min_clients), cohort, in_flight)
         case Phase.CHARGING, Charged() if state.cohort:
             last = state.round_index >= state.plan.rounds_total
-            order = TrainRound(state.cohort, _needed(state), wait_for_all=last or state.plan.sampled)
-            return replace(state, phase=Phase.TRAINING), (order,)
+            effect = TrainRound(state.cohort, _needed(state), wait_for_all=last or state.plan.sampled)
+            return replace(state, phase=Phase.TRAINING), (effect,)
         case Phase.DRAWING | Phase.CHARGING, ChargeRefused(reason):
-            return _finish(state, Rest(RunStatus.BUDGET_EXHAUSTED, reason))
+            return _finish(state, EndRun(RunStatus.BUDGET_EXHAUSTED, reason))
         case Phase.TRAINING, Trained():
             return _trained(state, event)
         case Phase.COMMITTING, Committed(version):
             return _committed(replace(state, unreleased=version))
         case Phase.RELEASING, Released() | ReleaseRefused():
             state = replace(state, unreleased=None)
-            return _rest(state, state.ending) if state.ending else _next(state)
+            return _end(state, state.ending) if state.ending else _next(state)
     raise ImpossibleEventError(f"{type(event).__name__} in phase {state.phase}")
 
 
@@ -250,11 +251,11 @@ def _trained(state: LoopState, trained: Trained) -> Step:
     return replace(state, phase=Phase.COMMITTING), (CommitRound(state.round_index),)
 
 
-def _too_few(state: LoopState, count: int, what: str) -> Rest | None:
+def _too_few(state: LoopState, count: int, what: str) -> EndRun | None:
     needed = _needed(state)
     if count >= needed:
         return None
-    return Rest(RunStatus.FAILED, f"Round {state.round_index} has {count} {what}; at least {needed} are needed.")
+    return EndRun(RunStatus.FAILED, f"Round {state.round_index} has {count} {what}; at least {needed} are needed.")
 
 
 def _needed(state: LoopState) -> int:
@@ -269,17 +270,17 @@ def _committed(state: LoopState) -> Step:
 
 def _next(state: LoopState) -> Step:
     if state.round_index >= state.plan.rounds_total:
-        return _finish(state, Rest(RunStatus.COMPLETED, None))
+        return _finish(state, EndRun(RunStatus.COMPLETED, None))
     if state.stop_requested:
-        return _finish(state, Rest(RunStatus.STOPPED, f"Stopped on request after round {state.round_index}."))
+        return _finish(state, EndRun(RunStatus.STOPPED, f"Stopped on request after round {state.round_index}."))
     following = state.round_index + 1
     return replace(state, phase=Phase.DRAWING, round_index=following, cohort=None), (DrawCohort(following),)
 
 
-def _finish(state: LoopState, ending: Rest) -> Step:
-    """End, but not before the last committed version is offered to those who serve it."""
+def _finish(state: LoopState, ending: EndRun) -> Step:
+    """End, after the last committed version is released."""
     if state.unreleased is None:
-        return _rest(state, ending)
+        return _end(state, ending)
     return _release(replace(state, ending=ending))
 
 
@@ -289,5 +290,5 @@ def _release(state: LoopState) -> Step:
     return replace(state, phase=Phase.RELEASING), (ReleaseVersion(state.unreleased),)
 
 
-def _rest(state: LoopState, ending: Rest) -> Step:
+def _end(state: LoopState, ending: EndRun) -> Step:
     return replace(state, phase=Phase.RESTING, ending=ending), (ending,)

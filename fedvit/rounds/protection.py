@@ -46,14 +46,6 @@ class Folded:
     state: State = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """Who of some clients rested long enough to be drawn, and how many of them have a participation left at all."""
-
-    rested: frozenset[str]
-    not_worn_out: int
-
-
 class Protection(Protocol):
     """What a privacy unit asks of a round."""
 
@@ -64,10 +56,6 @@ class Protection(Protocol):
 
     def run_facts(self, eligible: int) -> dict[str, Any]:
         """What a run that so many clients may take part in is recorded with."""
-        ...
-
-    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> Rest:
-        """Those of the clients that the round may draw."""
         ...
 
     def l2_clip_norm(self, run_id: str, round_index: int) -> float:
@@ -136,10 +124,6 @@ class RecordLevel:
                 cure="Raise training.cohort.size, register more clients, or lower num_byzantine.",
             )
         return {POPULATION_SIZE: eligible}
-
-    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> Rest:
-        """Those that have a participation left, and took part long enough ago."""
-        return _rested(self._settings, self._store, run_id, round_index, client_ids)
 
     def l2_clip_norm(self, run_id: str, round_index: int) -> float:
         """Of one record's gradient."""
@@ -210,10 +194,6 @@ class ClientLevel:
                 cure="Lower training.cohort.size, over_selection or min_separation.",
             )
         return {EXPECTED_COHORT: float(size)}
-
-    def may_be_drawn(self, run_id: str, round_index: int, client_ids: Sequence[str]) -> Rest:
-        """Those that have a participation left, and took part long enough ago."""
-        return _rested(self._settings, self._store, run_id, round_index, client_ids)
 
     def l2_clip_norm(self, run_id: str, round_index: int) -> float:
         """Of a whole update: as set, or as the rounds before have moved it."""
@@ -305,15 +285,3 @@ def _charge(event: Event, task: TrainTask, unit_id: str, release: str) -> Charge
         output_id=release,
         unit=task.privacy_unit,
     )
-
-
-def _rested(settings: Settings, store: Store, run_id: str, round_index: int, client_ids: Sequence[str]) -> Rest:
-    cohort = settings.training.cohort
-    if cohort.max_participations is None and cohort.min_separation == 1:
-        return Rest(frozenset(client_ids), len(client_ids))
-    engaged = store.rounds.engagements(run_id, round_index, client_ids)
-    times = {client_id: engaged.get(client_id, (0, 0)) for client_id in client_ids}
-    most = cohort.max_participations or round_index
-    left = [client_id for client_id in client_ids if times[client_id][0] < most]
-    apart = cohort.min_separation
-    return Rest(frozenset(c for c in left if times[c][1] == 0 or round_index - times[c][1] >= apart), len(left))

@@ -1,140 +1,302 @@
-"""The one door at the aggregator: who may answer at all, and what becomes of an answer that must not count."""
+"""Admission of client updates to a round: each answer is judged once, when it arrives.
+
+An answer is *rejected* with a reason code if its update must not count. The answer of an *unexpected client* (one that
+was not asked, or has answered already) leaves no outcome in the round at all. An answer is late if it belongs to the
+task of an earlier round; its staleness is the number of versions committed since the one it started from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+from typing import Literal
 
+from fedvit.aggregation.staleness import DEFAULT, discounted
 from fedvit.aggregation.validation import UpdateValidator
+from fedvit.config import StalenessConfig
 from fedvit.errors import UpdateRejectedError
 from fedvit.metrics.exposition import counter
-from fedvit.store.store import Store
-from fedvit.types import ClientOutcome, utc_now
-from fedvit.updates import ClientFailures, DecodedUpdate, EncodedUpdate, SingleMessage, UpdateBundle, UpdateMessage
+from fedvit.types import ClientOutcome
+from fedvit.updates import (
+    ClientFailures,
+    ClientUpdate,
+    DecodedUpdate,
+    EncodedUpdate,
+    SingleMessage,
+    UpdateBundle,
+    UpdateMessage,
+    WeightedUpdate,
+)
 
-_KEY = "refused_updates/"
-# One a process, however many rounds there are.
+# One in the process, for all rounds.
 _BYTES = counter("update_bytes_total")
 
 
-@dataclass(slots=True)
-class UpdateAdmission:
-    """Passes every answer of one round, once.
+class RejectionCode(StrEnum):
+    """Why an update does not count."""
 
-    An outcome belongs to one client and one round, so a second upload changes nothing: it is turned away, as is whoever
-    was not asked. An answer with such a client in it and others beside him is refused: a sum cannot be taken apart.
+    UNEXPECTED_CLIENT = "unexpected_client"
+    ALREADY_ANSWERED = "already_answered"
+    FUTURE_ROUND = "future_round"
+    SUMMED_WITH_REJECTED = "summed_with_rejected"
+    """It cannot be taken out of the sum with an update that is rejected."""
+    INVALID_UPDATE = "invalid_update"
+    STALE_UPDATE = "stale_update"
+    QUARANTINED_CLIENT = "quarantined_client"
+    NOT_CLIPPED = "not_clipped"
 
-    Attributes:
-        rejected_answers: why, by client.
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why the update of a client does not count."""
+
+    client_id: str
+    code: RejectionCode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionPolicy:
+    """What may change while a round is under way.
+
+    ``enough`` is the number of accepted updates that completes the round; None waits for all clients.
     """
 
-    validator: UpdateValidator
-    store: Store
-    run_id: str
+    mode: Literal["synchronous", "asynchronous"]
+    staleness_tolerance: int
+    quarantined: frozenset[str] = frozenset()
+    enough: int | None = None
+
+
+@dataclass(slots=True)
+class ValidAnswer:
+    """An answer that passed validation, or failed by itself; ``rejections`` follow from the policy in force.
+
+    ``fault`` says what is wrong with its norm, if anything is.
+    """
+
+    update: DecodedUpdate
+    fault: str | None = None
+    rejections: tuple[Rejection, ...] = ()
+
+    @property
+    def accepted(self) -> int:
+        """How many clients' updates in it count."""
+        return 0 if self.rejections else sum(o.error is None for o in self.update.outcomes)
+
+    def judge(self, policy: AdmissionPolicy, round_index: int) -> None:
+        """Bring the rejections in line with the policy. A sum cannot be taken apart: all its clients share a fate."""
+        contributors = [o.client_id for o in self.update.outcomes if o.error is None]
+        staleness = round_index - self.update.round_index
+        quarantined = [client_id for client_id in contributors if client_id in policy.quarantined]
+        code, reason = RejectionCode.NOT_CLIPPED, self.fault
+        if staleness > policy.staleness_tolerance:
+            tolerated = f"at most {policy.staleness_tolerance} are tolerated"
+            code, reason = RejectionCode.STALE_UPDATE, f"its update is {staleness} versions old; {tolerated}"
+        elif quarantined:
+            code = RejectionCode.SUMMED_WITH_REJECTED
+            reason = f"its update is summed with that of {quarantined[0]}, which is in quarantine"
+        rejections = {c: Rejection(c, code, reason) for c in contributors} if reason else {}
+        if code is RejectionCode.SUMMED_WITH_REJECTED:
+            own = "an incident keeps it in quarantine"
+            rejections |= {c: Rejection(c, RejectionCode.QUARANTINED_CLIENT, own) for c in quarantined}
+        self.rejections = tuple(rejections.values())
+
+    def outcome(self, round_index: int) -> DecodedUpdate:
+        """The answer as the round records it: its staleness in every outcome, and no arrays if it is rejected."""
+        update, staleness = self.update, round_index - self.update.round_index
+        reasons = {rejection.client_id: rejection.reason for rejection in self.rejections}
+        outcomes = tuple(
+            replace(o, error=reasons.get(o.client_id, o.error), staleness=staleness) for o in update.outcomes
+        )
+        if reasons or isinstance(update, ClientFailures):
+            return ClientFailures(update.round_index, outcomes)
+        if isinstance(update, ClientUpdate):
+            return replace(update, outcome=outcomes[0])
+        return replace(update, outcomes=outcomes)
+
+
+@dataclass(frozen=True)
+class RoundUpdates:
+    """The answers that a round is made of.
+
+    ``rejected`` says by client why its update does not count, apart from updates that failed validation;
+    ``unexpected`` why an answer left no outcome.
+    """
+
     round_index: int
-    rejected_answers: dict[str, str] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
-    _asked: dict[int, tuple[set[str], set[str]]] = field(default_factory=dict)
+    mode: Literal["synchronous", "asynchronous"]
+    answers: tuple[DecodedUpdate, ...]
+    rejected: dict[str, str] = field(default_factory=dict)
+    unexpected: dict[str, str] = field(default_factory=dict)
+    staleness: StalenessConfig = DEFAULT
 
-    def expect(self, admitted: Iterable[DecodedUpdate]) -> None:
-        """Read who was asked; and these have passed in an earlier round and are in this one's buffer."""
-        self._awaited(self.round_index)
-        self._seen.update(outcome.client_id for answer in admitted for outcome in answer.outcomes)
+    @cached_property
+    def outcomes(self) -> tuple[ClientOutcome, ...]:
+        """The outcome of every client, by id."""
+        return tuple(sorted((o for answer in self.answers for o in answer.outcomes), key=lambda o: o.client_id))
 
-    def admit(self, message: UpdateMessage) -> list[DecodedUpdate]:
-        """What of a message may go into the buffer: nothing, itself, its parts, or outcomes that say what was wrong."""
-        passed = (self._admit_one(answer) for answer in _parts(message))
-        return [answer for answer in passed if answer is not None]
+    @property
+    def accepted(self) -> int:
+        """How many clients' updates count."""
+        return sum(outcome.error is None for outcome in self.outcomes)
 
-    def _admit_one(self, answer: SingleMessage) -> DecodedUpdate | None:
-        outcomes, strangers = [], []
-        for outcome in answer.outcomes:
-            fault = self._stranger(outcome.client_id, answer.round_index)
-            if fault is None:
-                outcomes.append(outcome)
-                self._seen.add(outcome.client_id)
-            else:
-                strangers.append(outcome.client_id)
-                self.rejected_answers[outcome.client_id] = fault
-        if not outcomes:
+    def updates(self) -> list[WeightedUpdate]:
+        """What is folded, discounted for its staleness, in an order that does not depend on the order of arrival."""
+        updates = [answer for answer in self.answers if not isinstance(answer, ClientFailures)]
+        updates.sort(key=lambda update: min(o.client_id for o in update.outcomes))
+        return [discounted(update, self.round_index - update.round_index, self.staleness) for update in updates]
+
+    def lineage(self) -> dict[str, object]:
+        """The clients of the version, and how they were aggregated if the round was not an ordinary synchronous one."""
+        staleness = {o.client_id: o.staleness for o in self.outcomes if o.error is None}
+        lineage: dict[str, object] = {"clients": list(staleness)}
+        invalid = {o.client_id: str(o.error) for o in self.outcomes if o.refused}
+        late = any(o.staleness for o in self.outcomes)
+        if self.mode == "asynchronous" or late or invalid or self.unexpected:
+            lineage["aggregation"] = {
+                "mode": self.mode,
+                "staleness": staleness,
+                "refused": {**self.rejected, **invalid},
+                **({"rejected_answers": self.unexpected} if self.unexpected else {}),
+            }
+        sent = {o.client_id: {"bytes": o.sent_bytes, "encoding": o.encoding} for o in self.outcomes if o.sent_bytes}
+        return lineage | ({"sent": sent} if sent else {})
+
+
+class UpdateAdmission:
+    """Takes the messages of one round and says when the round is complete.
+
+    An outcome belongs to one client and one round: a second answer changes nothing. A message in which an unexpected
+    client is summed with others is rejected, since a sum cannot be taken apart.
+
+    Args:
+        awaited: by the round that a task belongs to, the clients whose answers this round may take, and those that have
+            answered already.
+        fault_of: why an update that passed validation must not be folded; see
+            :meth:`fedvit.rounds.protection.Protection.fault_of`.
+        carried_over: answers that an earlier round had no room for.
+        staleness: the weights of late updates.
+    """
+
+    def __init__(
+        self,
+        round_index: int,
+        policy: AdmissionPolicy,
+        validator: UpdateValidator,
+        awaited: Callable[[int], tuple[Collection[str], Collection[str]]],
+        *,
+        fault_of: Callable[[WeightedUpdate], str | None] = lambda update: None,
+        carried_over: Iterable[ValidAnswer] = (),
+        staleness: StalenessConfig = DEFAULT,
+    ) -> None:
+        self._round_index, self._policy, self._validator = round_index, policy, validator
+        self._find_awaited, self._fault_of, self._staleness = awaited, fault_of, staleness
+        self._awaited = {round_index: awaited(round_index)}
+        self._answers = list(carried_over)
+        self._answered = {o.client_id for answer in self._answers for o in answer.update.outcomes}
+        self._unexpected: dict[str, Rejection] = {}
+        self.accepted = self._judge_all()
+
+    @property
+    def complete(self) -> bool:
+        """Whether enough updates are accepted."""
+        return self._policy.enough is not None and self.accepted >= self._policy.enough
+
+    def apply(self, policy: AdmissionPolicy) -> None:
+        """Put a policy in force; what arrived before is judged again only if the policy is another one."""
+        if policy != self._policy:
+            self._policy = policy
+            self.accepted = self._judge_all()
+
+    def admit(self, message: UpdateMessage) -> tuple[Rejection, ...]:
+        """Take a message; the rejections of those clients in it whose updates do not count."""
+        parts = message.parts if isinstance(message, UpdateBundle) else (message,)
+        return tuple(rejection for part in parts for rejection in self._admit_part(part))
+
+    def close(self, room: int | None) -> tuple[RoundUpdates, list[ValidAnswer]]:
+        """The updates of the round, and the answers that go to the next one.
+
+        Args:
+            room: how many answers that count the round may take, in the order of their arrival; None: all.
+        """
+        counting = [answer for answer in self._answers if answer.accepted]
+        left = [] if room is None else counting[room:]
+        taken = [answer for answer in self._answers if all(answer is not other for other in left)]
+        rejected = {rejection.client_id: rejection.reason for answer in taken for rejection in answer.rejections}
+        unexpected = {client_id: rejection.reason for client_id, rejection in self._unexpected.items()}
+        answers = tuple(answer.outcome(self._round_index) for answer in taken)
+        updates = RoundUpdates(
+            self._round_index, self._policy.mode, answers, rejected, unexpected, staleness=self._staleness
+        )
+        return updates, left
+
+    def _judge_all(self) -> int:
+        for answer in self._answers:
+            answer.judge(self._policy, self._round_index)
+        return sum(answer.accepted for answer in self._answers)
+
+    def _admit_part(self, part: SingleMessage) -> Iterable[Rejection]:
+        checked = [(outcome, self._check_expected(outcome.client_id, part.round_index)) for outcome in part.outcomes]
+        expected = tuple(outcome for outcome, rejection in checked if rejection is None)
+        unexpected = {rejection.client_id: rejection for _, rejection in checked if rejection is not None}
+        self._answered.update(outcome.client_id for outcome in expected)
+        self._unexpected |= unexpected
+        if not expected:
+            return unexpected.values()
+        if unexpected:
+            reason = f"its update is summed with that of {next(iter(unexpected))}, which may not answer"
+            answer, invalid = _rejected(part.round_index, expected, RejectionCode.SUMMED_WITH_REJECTED, reason)
+        else:
+            answer, invalid = self._validated(part)
+        answer.judge(self._policy, self._round_index)
+        self._answers.append(answer)
+        self.accepted += answer.accepted
+        return [*unexpected.values(), *invalid, *answer.rejections]
+
+    def _check_expected(self, client_id: str, started: int) -> Rejection | None:
+        if started > self._round_index:
+            reason = f"it answers round {started}, which has not begun"
+            return Rejection(client_id, RejectionCode.FUTURE_ROUND, reason)
+        if started not in self._awaited:
+            self._awaited[started] = self._find_awaited(started)
+        awaited, answered = self._awaited[started]
+        if client_id in self._answered or client_id in answered:
+            reason = f"it has answered already; its answer to round {started} changes nothing"
+            return Rejection(client_id, RejectionCode.ALREADY_ANSWERED, reason)
+        if client_id in awaited:
             return None
-        if strangers:
-            reason = f"its update is summed with that of {strangers[0]}, which may not answer"
-            return _refused(answer.round_index, outcomes, reason, False)
+        return Rejection(client_id, RejectionCode.UNEXPECTED_CLIENT, f"it was not asked in round {started}")
+
+    def _validated(self, part: SingleMessage) -> tuple[ValidAnswer, list[Rejection]]:
         try:
-            decoded = self.validator.decoded(answer) if isinstance(answer, EncodedUpdate) else answer
+            update = self._validator.decoded(part) if isinstance(part, EncodedUpdate) else part
         except UpdateRejectedError as error:
-            return _refused(answer.round_index, outcomes, f"its update is refused: {error.message}", True)
-        outcomes = list(decoded.outcomes)
-        _count_bytes(outcomes)
-        contributors = sum(outcome.error is None for outcome in outcomes)
-        if isinstance(decoded, ClientFailures) or not contributors:
-            return ClientFailures(decoded.round_index, decoded.outcomes)
-        fault = self.validator.fault_of(decoded)
-        if fault is None:
-            return decoded
-        # Of several, nobody knows whose fault it is: it is held against none of them.
-        return _refused(decoded.round_index, outcomes, f"its update is refused: {fault}", contributors == 1)
-
-    def _stranger(self, client_id: str, started: int) -> str | None:
-        if started > self.round_index:
-            return f"it answers round {started}, which has not begun"
-        awaited, answered = self._awaited(started)
-        if client_id in self._seen or client_id in answered:
-            return f"it has answered already; its answer to round {started} changes nothing"
-        return None if client_id in awaited else f"it was not asked in round {started}"
-
-    def _awaited(self, started: int) -> tuple[set[str], set[str]]:
-        if started not in self._asked:
-            self._asked[started] = self.store.rounds.awaited(self.run_id, started, self.round_index)
-        return self._asked[started]
+            reason = f"its update is refused: {error.message}"
+            return _rejected(part.round_index, part.outcomes, RejectionCode.INVALID_UPDATE, reason)
+        _count_bytes(update.outcomes)
+        if isinstance(update, ClientFailures) or all(outcome.error for outcome in update.outcomes):
+            return ValidAnswer(ClientFailures(update.round_index, update.outcomes)), []
+        if fault := self._validator.fault_of(update):
+            reason = f"its update is refused: {fault}"
+            return _rejected(update.round_index, update.outcomes, RejectionCode.INVALID_UPDATE, reason)
+        return ValidAnswer(update, self._fault_of(update)), []
 
 
-def _parts(message: UpdateMessage) -> tuple[SingleMessage, ...]:
-    return message.parts if isinstance(message, UpdateBundle) else (message,)
-
-
-def _refused(round_index: int, outcomes: Iterable[ClientOutcome], reason: str, guilty: bool) -> ClientFailures:
-    failed = tuple(o if o.error else replace(o, error=reason, refused=guilty) for o in outcomes)
-    return ClientFailures(round_index, failed)
+def _rejected(
+    round_index: int, outcomes: tuple[ClientOutcome, ...], code: RejectionCode, reason: str
+) -> tuple[ValidAnswer, list[Rejection]]:
+    contributors = [outcome.client_id for outcome in outcomes if outcome.error is None]
+    # Of several clients in a sum, nobody knows whose update is invalid: it is counted against none of them.
+    counted = code is RejectionCode.INVALID_UPDATE and len(contributors) == 1
+    failed = tuple(o if o.error else replace(o, error=reason, refused=counted) for o in outcomes)
+    rejections = [Rejection(client_id, code, reason) for client_id in contributors]
+    return ValidAnswer(ClientFailures(round_index, failed)), rejections
 
 
 def _count_bytes(outcomes: Iterable[ClientOutcome]) -> None:
     for outcome in outcomes:
         if outcome.sent_bytes is not None:
             _BYTES.labels(str(outcome.encoding)).inc(outcome.sent_bytes)
-
-
-def count_refusals(
-    store: Store,
-    run_id: str,
-    round_index: int,
-    outcomes: Iterable[ClientOutcome],
-    quarantine_after_rejections: int | None,
-) -> list[str]:
-    """Count what was refused of each client, once a round however often it is tried; who comes into quarantine.
-
-    The count begins anew with the quarantine, so that a client that is reinstated is given another chance.
-    """
-    caught = []
-    for outcome in outcomes:
-        if not outcome.refused:
-            continue
-        count = _counted(store, run_id, round_index, outcome.client_id)
-        if quarantine_after_rejections is not None and count >= quarantine_after_rejections:
-            reason = (
-                f"{count} of its updates were refused; the last in round {round_index} of {run_id}: {outcome.error}"
-            )
-            caught += store.clients.quarantine([outcome.client_id], reason, utc_now())
-            store.metadata.set(_KEY + outcome.client_id, {"count": 0, "last": [run_id, round_index]})
-    return caught
-
-
-def _counted(store: Store, run_id: str, round_index: int, client_id: str) -> int:
-    with store.transaction() as transaction:
-        counted = transaction.metadata.get(_KEY + client_id) or {"count": 0, "last": None}
-        count = int(counted["count"])
-        if counted["last"] != [run_id, round_index]:
-            count += 1
-            transaction.metadata.set(_KEY + client_id, {"count": count, "last": [run_id, round_index]})
-        return count

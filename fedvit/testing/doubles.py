@@ -129,12 +129,12 @@ class FakeFleet:
         rule: Rule | None = None,
     ) -> None:
         self._target = target
-        self._failing = frozenset(failing)
-        self._crash_in_round = crash_in_round
+        self.failing = frozenset(failing)
+        self.crash_in_round = crash_in_round
         self._groups = groups
         self.on_silence = on_silence
         self.held: set[str] = set()
-        self._rule = rule
+        self.rule = rule
         self.tamper: dict[str, Callable[[ClientUpdate], ClientAnswer]] = {}
         self._pending: list[UpdateMessage] = []
         self.tasks: list[tuple[TrainTask, Cohort]] = []
@@ -150,8 +150,8 @@ class FakeFleet:
         self.tasks.append((task, cohort))
         self.timeouts_s.append(timeout_s)
         assert task.base_digest == hashlib.sha256(encode_weights(weights)).hexdigest(), "weights of another release"
-        if task.round_index == self._crash_in_round:
-            self._crash_in_round = None
+        if task.round_index == self.crash_in_round:
+            self.crash_in_round = None
             raise KeyboardInterrupt
         parts = [cohort.client_ids[first :: self._groups] for first in reversed(range(self._groups))]
         self._pending += [self._partial(task, weights, part) for part in parts if part]
@@ -200,7 +200,7 @@ class FakeFleet:
     def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
         step = (self._target - weights["point"]).astype(np.float64) * 0.5
         parts = tuple(self._one(task, client_id, step) for client_id in client_ids)
-        if self._rule is not None and self._rule.needs == "single_updates":
+        if self.rule is not None and self.rule.needs == "single_updates":
             return UpdateBundle(task.round_index, parts)
         outcomes = tuple(outcome for part in parts for outcome in part.outcomes)
         well = [part for part in parts if isinstance(part, ClientUpdate) and part.total_weight]
@@ -209,14 +209,14 @@ class FakeFleet:
         return PartialSum(task.round_index, outcomes, sums, total, sum(part.within_clip for part in well))
 
     def _one(self, task: TrainTask, client_id: str, step: npt.NDArray[np.float64]) -> ClientAnswer:
-        if client_id in self._failing:
+        if client_id in self.failing:
             return ClientFailures(task.round_index, (ClientOutcome(client_id, 10, "it failed"),))
         outcome = ClientOutcome(client_id, 10)
         if task.privacy_unit == "client":
             clipped, within = clip_update({"point": step}, task.l2_clip_norm)
             own = ClientUpdate(task.round_index, outcome, clipped, 1.0, int(within))
         else:
-            weight = 10.0 if self._rule is None or self._rule.weighting == "examples" else 1.0
+            weight = 10.0 if self.rule is None or self.rule.weighting == "examples" else 1.0
             own = ClientUpdate(task.round_index, outcome, {"point": weight * step}, weight)
         tamper = self.tamper.get(client_id)
         return own if tamper is None else tamper(own)

@@ -25,8 +25,8 @@ _OF_THE_WHOLE = """
             norm = torch.stack([each.norm() for each in sums.values()]).norm()
             return {name: each * (l2_clip_norm / norm).clamp(max=1.0) for name, each in sums.items()}"""
 _CHARGE = "self._accountant.charge(self._protection.charges(self._task(cohort.round_index), cohort.client_ids))"
-_WORK = """work = self._work
-        if work is None:"""
+_TRAINED = """trained, run = self._trained, self.run
+        if trained is None:"""
 
 MUTANTS = (
     Mutant(
@@ -94,16 +94,16 @@ MUTANTS = (
         SAMPLING,
         (
             (
-                "stream.coins(roll.size(), config.sampling_prob)",
-                "(stream.uniform(roll.size()).argsort() < round(config.sampling_prob * roll.size()))",
+                "stream.coins(pool.size(), config.sampling_prob)",
+                "(stream.uniform(pool.size()).argsort() < round(config.sampling_prob * pool.size()))",
             ),
         ),
     ),
     Mutant(
         "an answer counted twice",
-        "rounds/buffer.py",
+        "rounds/update_admission.py",
         CLIENTS,
-        (("for answer in ordered]", "for answer in [*ordered, *ordered[:1]]]"),),
+        (("for update in updates]", "for update in [*updates, *updates[:1]]]"),),
     ),
     Mutant(
         "late answers weighed up",
@@ -115,7 +115,7 @@ MUTANTS = (
         "division by the clients that answered",
         "rounds/protection.py",
         CLIENTS,
-        (("divisor=float(run.config[EXPECTED_COHORT]))", "divisor=float(max(1, buffer.accepted)))"),),
+        (("divisor=float(run.config[EXPECTED_COHORT]))", "divisor=float(max(1, accepted)))"),),
     ),
     Mutant(
         "division by the records that were drawn",
@@ -143,11 +143,11 @@ MUTANTS = (
     ),
     Mutant(
         "charged after the release",
-        "rounds/coordinator.py",
+        "rounds/execution.py",
         CHARGING,
         (
             (f"            {_CHARGE}", "            self._charged_later = cohort"),
-            (_WORK, f"cohort = self._charged_later\n        {_CHARGE}\n        {_WORK}"),
+            (_TRAINED, f"cohort = self._charged_later\n        {_CHARGE}\n        {_TRAINED}"),
         ),
     ),
     Mutant(

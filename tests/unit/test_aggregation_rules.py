@@ -368,14 +368,14 @@ def test_scalars_and_matrices_keep_their_shapes_and_a_fold_is_a_function(name: s
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_order_of_arrival_changes_no_bit(name: str) -> None:
-    from fedvit.rounds.buffer import Admission, judged
+    from fedvit.rounds.update_admission import RoundUpdates
 
     draw = np.random.default_rng(11)
     sent = updates(draw.normal(size=(9, 40)) * 10.0 ** draw.integers(-6, 6, size=(9, 1)))
     seen = set()
     for seed in range(10):
         random.Random(seed).shuffle(sent)
-        ordered = judged(sent, Admission(1, "synchronous", 5, frozenset())).updates()
+        ordered = RoundUpdates(1, "synchronous", tuple(sent)).updates()
         fold = rule(name).fold({"w": np.zeros(40, np.float32)}, ordered, {})
         seen.add(fold.weights["w"].tobytes() + b"".join(a.tobytes() for a in fold.state.values()))
     assert len(seen) == 1

@@ -1,4 +1,4 @@
-"""Who takes part."""
+"""Selection of a cohort, and which clients are eligible."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def test_validated_only_leaves_the_others_out(tmp_path: Path) -> None:
         )
 
 
-class CountingRoll(ListedPool):
+class CountingPool(ListedPool):
     """Remembers how many clients were looked up."""
 
-    asked = 0
+    looked_up = 0
 
-    def admitted(self, positions: Sequence[int]) -> Mapping[int, str]:
+    def eligible_at(self, positions: Sequence[int]) -> Mapping[int, str]:
         """A third of them may be drawn."""
-        self.asked += len(positions)
-        return {at: name for at, name in super().admitted(positions).items() if int(name[1:]) % 3 == 0}
+        self.looked_up += len(positions)
+        return {at: name for at, name in super().eligible_at(positions).items() if int(name[1:]) % 3 == 0}
 
 
 @pytest.mark.parametrize(
@@ -61,18 +61,18 @@ class CountingRoll(ListedPool):
     ],
 )
 def test_of_very_many_clients_few_are_looked_up(config: CohortConfig, most: int, drawn: int | None) -> None:
-    roll = CountingRoll([f"v{i:05d}" for i in range(10_000)])
-    cohort = draw_cohort(config, roll, run_id="r", round_index=1, secret=SECRET)
-    assert 0 < roll.asked < most
+    pool = CountingPool([f"v{i:05d}" for i in range(10_000)])
+    cohort = draw_cohort(config, pool, run_id="r", round_index=1, secret=SECRET)
+    assert 0 < pool.looked_up < most
     assert all(int(name[1:]) % 3 == 0 for name in cohort.client_ids)
     assert drawn is None or len(cohort.client_ids) == drawn
 
 
-def test_where_hardly_anybody_may_be_drawn_all_are_asked() -> None:
-    roll = CountingRoll([f"v{i:05d}" for i in range(90)])
+def test_where_hardly_anybody_may_be_drawn_all_are_looked_up() -> None:
+    pool = CountingPool([f"v{i:05d}" for i in range(90)])
     config = CohortConfig(selection="uniform", size=40)
-    cohort = draw_cohort(config, roll, run_id="r", round_index=1, secret=SECRET)
-    assert (len(cohort.client_ids), roll.asked) == (30, 90)
+    cohort = draw_cohort(config, pool, run_id="r", round_index=1, secret=SECRET)
+    assert (len(cohort.client_ids), pool.looked_up) == (30, 90)
 
 
 def client(name: str, **changes: object) -> Client:

@@ -26,7 +26,7 @@ from fedvit.rounds.fleets import UNCHARGED, MixedFleet
 from fedvit.rounds.steering import change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
+from fedvit.testing.doubles import FakeFleet, ManualClock, PointModel, seeded_fleet
 from fedvit.types import Client, ClientKind, ClientOutcome, Encoding, RunStatus, utc_now
 from fedvit.updates import ClientUpdate
 from fedvit.wire.folders import open_folder
@@ -70,24 +70,27 @@ class Yard:
             raise AssertionError("an actor was asked")
 
         self.http = TestClient(create_api(Services(self.settings, self.store, nobody, nobody)))
-        self.now_s, self.waits = 0.0, 0
+        self.clock, self.waits = ManualClock(), 0
         self.act: Callable[[], object] = lambda: [self.do_duty(truck) for truck in self.trucks]
+        self.on_progress: Callable[[Any], object] = lambda _: None
         self.process()
 
     def process(self) -> None:
         """Another process takes over."""
         self.virtual = FakeFleet(TARGET)
+        self.accountant = GenerousAccountant(self.store)
         self.loop = Coordinator(
             settings=self.settings,
             store=self.store,
-            accountant=GenerousAccountant(self.store),
-            fleet=MixedFleet(self.settings, self.store, self.virtual, now_s=lambda: self.now_s, pause=self._pause),
+            accountant=self.accountant,
+            fleet=MixedFleet(self.settings, self.store, self.virtual, clock=self.clock, pause=self._pause),
             model=PointModel(TARGET),
+            on_progress=lambda progress: self.on_progress(progress),
         )
 
     def _pause(self, _: float) -> None:
         # Silence must not last for ever, and three looks are enough for whoever answers.
-        self.now_s += 250
+        self.clock.advance(250)
         self.waits += 1
         self.act()
 
@@ -283,7 +286,7 @@ def test_a_late_answer_goes_into_the_next_buffer_of_an_asynchronous_run(tmp_path
         if progress.rounds_done == 1 and not folded:
             folded.append(yard.do_duty("truck-0"))
 
-    yard.loop._on_progress = look
+    yard.on_progress = look
     assert yard.run() is RunStatus.COMPLETED
     assert folded[0].status_code == 202
     assert yard.lineage(2)["aggregation"]["staleness"]["truck-0"] == 1
@@ -300,7 +303,7 @@ def test_an_answer_too_old_is_refused_in_the_round_that_meets_it(tmp_path: Path)
         if progress.rounds_done == 2:
             yard.do_duty("truck-0")
 
-    yard.loop._on_progress = look
+    yard.on_progress = look
     assert yard.run() is RunStatus.COMPLETED
     told = yard.receipt("truck-0", 1)
     assert (told["status"], told["folded_in"]) == ("refused", 3)
@@ -325,7 +328,7 @@ def test_an_answer_survives_the_death_of_the_aggregator(yard: Yard) -> None:
 
 
 def test_a_truck_whose_data_changed_after_the_charge_is_not_asked(yard: Yard) -> None:
-    charge = yard.loop._accountant.charge
+    charge = yard.accountant.charge
 
     def then_changed(charges: Any) -> Any:
         report = charge(charges)
@@ -333,7 +336,7 @@ def test_a_truck_whose_data_changed_after_the_charge_is_not_asked(yard: Yard) ->
         yard.store.clients.register([replace(known, num_examples=31)])
         return report
 
-    yard.loop._accountant.charge = then_changed  # type: ignore[method-assign]
+    yard.accountant.charge = then_changed  # type: ignore[method-assign]
     assert yard.run() is RunStatus.COMPLETED
     assert yard.task("truck-0") is None
     assert yard.receipt("truck-0")["reason"] == UNCHARGED

@@ -13,13 +13,10 @@ import numpy as np
 import pytest
 from generous_accountant import GenerousAccountant
 
-from fedvit.aggregation.registry import create_rule
-from fedvit.aggregation.staleness import staleness_weight
 from fedvit.cohort.selection import draw_cohort
-from fedvit.config import CohortConfig, Settings, TrainingConfig
+from fedvit.config import CohortConfig, Settings
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds import machine as m
-from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import (
     AggregationSettings,
@@ -31,8 +28,7 @@ from fedvit.rounds.steering import (
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.types import ClientOutcome, Cohort, RunStatus, TrainingProgress, utc_now
-from fedvit.updates import PartialSum
+from fedvit.types import Cohort, RunStatus, TrainingProgress, utc_now
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
 V0, V1, V2, V3 = (f"vehicle-{i:04d}" for i in range(4))
@@ -54,6 +50,7 @@ class Training:
         self.store = Store.open(home)
         self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
         self.store.clients.register(seeded_fleet(4))
+        self.on_progress: Callable[[TrainingProgress], object] = lambda _: None
         self.steer(**steering)
         self.process(groups)
 
@@ -66,6 +63,7 @@ class Training:
             accountant=GenerousAccountant(self.store),
             fleet=self.fleet,
             model=PointModel(TARGET),
+            on_progress=lambda progress: self.on_progress(progress),
         )
 
     def steer(self, **changes: Any) -> None:
@@ -79,7 +77,7 @@ class Training:
             if progress.rounds_done == rounds_done and not acted:
                 acted.append(act())
 
-        self.loop._on_progress = look
+        self.on_progress = look
 
     def run(self) -> RunStatus:
         return self.loop.run().status
@@ -97,20 +95,16 @@ class Training:
         return Counter(entry.charge.unit_id for entry in self.store.ledger.entries())
 
     def answered(self) -> Counter[str]:
-        """By client, how many of its updates were folded, refused or failed."""
-        from sqlalchemy import text
-
-        with self.store._database.read() as session:
-            return Counter(
-                dict(session.execute(text("SELECT client_id, count(*) FROM client_rounds GROUP BY 1")).all())
-            )
+        """By client, how many of its updates were folded, rejected or failed."""
+        answers = (answer for run in self.store.runs.all() for answer in self.store.rounds.answers(run.run_id))
+        return Counter(client_id for _, client_id, _ in answers)
 
 
 # --- the machine and the draw ----------------------------------------------------------------------------------------
 
 
 def test_those_in_flight_count_as_taking_part_and_the_last_round_waits_for_all() -> None:
-    state, _ = m.step(m.LoopState(m.Plan(2, 3, 9)), m.Started(0))
+    state, _ = m.step(m.LoopState(m.RunPlan(2, 3, 9)), m.Started(0))
     orders = []
     for index in (1, 2):
         cohort = Cohort(index, ("a",))
@@ -124,9 +118,9 @@ def test_those_in_flight_count_as_taking_part_and_the_last_round_waits_for_all()
 
 
 def test_too_few_with_those_in_flight_end_the_run_in_words() -> None:
-    state, _ = m.step(m.LoopState(m.Plan(2, 4, 9)), m.Started(0))
+    state, _ = m.step(m.LoopState(m.RunPlan(2, 4, 9)), m.Started(0))
     _, effects = m.step(state, m.CohortDrawn(Cohort(1, ("a",)), in_flight=2))
-    assert effects == (m.Rest(RunStatus.FAILED, "Round 1 has 3 eligible clients; at least 4 are needed."),)
+    assert effects == (m.EndRun(RunStatus.FAILED, "Round 1 has 3 eligible clients; at least 4 are needed."),)
 
 
 @pytest.mark.parametrize(("config", "drawn"), [(CohortConfig(), 18), (CohortConfig(selection="uniform", size=5), 3)])
@@ -146,63 +140,6 @@ def test_how_many_updates_are_enough(buffer_size: int | None, taking_part: int, 
     settings = AggregationSettings(mode="asynchronous", buffer_size=buffer_size)
     assert settings.enough(taking_part, min_clients) == enough
     assert replace(settings, mode="synchronous").enough(taking_part, min_clients) is None
-
-
-# --- the buffer ------------------------------------------------------------------------------------------------------
-
-
-def partial(names: str, started: int, move: float) -> PartialSum:
-    """Clients of one example each, summed."""
-    total = float(len(names))
-    return PartialSum(started, tuple(ClientOutcome(n, 1) for n in names), {"w": np.array([total * move])}, total)
-
-
-def admission(round_index: int, tolerance: int = 5, quarantined: str = "") -> Admission:
-    return Admission(round_index, "asynchronous", tolerance, frozenset(quarantined))
-
-
-def test_staleness_weights_by_hand() -> None:
-    assert staleness_weight(0) == 1.0
-    assert [staleness_weight(s) for s in (1, 3, 8)] == pytest.approx([0.70710678, 0.5, 1 / 3])
-    # Fresh: a, b move by 4. Three versions late: c moves by 12, at half weight. Mean over three: (4 + 4 + 6) / 3.
-    buffer = judged([partial("ab", 4, 4.0), partial("c", 1, 12.0)], admission(4))
-    folded = create_rule(TrainingConfig()).fold({"w": np.array([1.0], dtype=np.float32)}, buffer.updates(), {})
-    np.testing.assert_allclose(folded.weights["w"], [1 + 14 / 3], rtol=1e-6)
-    assert [(o.client_id, o.staleness) for o in buffer.outcomes] == [("a", 0), ("b", 0), ("c", 3)]
-
-
-def test_the_order_of_arrival_changes_no_bit() -> None:
-    draw = np.random.default_rng(0)
-    base = {"w": np.zeros(50, dtype=np.float32)}
-    answers = [
-        PartialSum(9 - i, (ClientOutcome(f"c{i}", 3),), {"w": draw.normal(size=50) * 10.0**i}, 3.0) for i in range(5)
-    ]
-    folds = set()
-    for seed in range(20):
-        random.Random(seed).shuffle(answers)
-        fold = create_rule(TrainingConfig()).fold(base, judged(answers, admission(9)).updates(), {})
-        folds.add(fold.weights["w"].tobytes())
-    assert len(folds) == 1
-
-
-def test_what_is_too_old_is_refused_by_name_and_a_failure_keeps_its_own_reason() -> None:
-    late = partial("ab", 1, 4.0)
-    late = replace(late, outcomes=(late.outcomes[0], ClientOutcome("b", 0, "no data")))
-    at_limit, beyond = judged([late], admission(6)), judged([late], admission(7))
-    assert (at_limit.accepted, at_limit.refused) == (1, {})
-    assert (beyond.accepted, beyond.refused) == (0, {"a": "its update is 6 versions old; at most 5 are tolerated"})
-    assert [o.error for o in beyond.outcomes] == [beyond.refused["a"], "no data"]
-    assert beyond.updates() == []
-
-
-def test_a_sum_with_a_quarantined_client_in_it_is_refused_as_a_whole() -> None:
-    buffer = judged([partial("ab", 3, 1.0), partial("cd", 3, 1.0)], admission(3, quarantined="a"))
-    assert buffer.refused == {
-        "a": "an incident keeps it in quarantine",
-        "b": "its update is summed with that of a, which is in quarantine",
-    }
-    assert [o.client_id for o in buffer.outcomes if o.error is None] == ["c", "d"]
-    assert buffer.lineage()["clients"] == ["c", "d"]
 
 
 # --- rounds ----------------------------------------------------------------------------------------------------------
@@ -294,7 +231,7 @@ def test_a_mode_switched_at_random_loses_and_doubles_nothing(tmp_path: Path, see
         )
         fleet.held = set(draw.sample([V0, V1, V2, V3], draw.randrange(3)))
 
-    training.loop._on_progress = stir
+    training.on_progress = stir
     # Two may be held in one group: then letting one go is not enough, and the round's patience is over.
     fleet.on_silence = lambda: fleet.held.discard(min(fleet.held))
     assert training.run() is RunStatus.COMPLETED
@@ -429,7 +366,7 @@ def test_a_synchronous_round_too_keeps_out_who_is_quarantined_while_it_trains(tm
 
 def test_a_retried_round_leaves_out_who_was_quarantined_since(tmp_path: Path) -> None:
     training = Training(tmp_path, rounds=1)
-    training.fleet._crash_in_round = 1
+    training.fleet.crash_in_round = 1
     with pytest.raises(KeyboardInterrupt):
         training.run()
     training.store.clients.quarantine([V0], "a breach", utc_now())

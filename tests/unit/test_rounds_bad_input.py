@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from generous_accountant import GenerousAccountant
 
+from fedvit.aggregation.registry import rule_for
 from fedvit.errors import ConfigError, ConflictError
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
@@ -79,7 +80,7 @@ def test_a_fleet_without_any_data_is_said_and_costs_nothing(tmp_path: Path, size
 @pytest.mark.parametrize("aggregation", ["fedavg", "median", "trimmed_mean", "geometric_median"])
 def test_one_client_only_is_its_own_mean(tmp_path: Path, mode: Any, aggregation: str) -> None:
     training = Training(tmp_path, [10], aggregation=aggregation)
-    training.fleet._rule = training.loop._protection.rule
+    training.fleet.rule = rule_for(training.settings)
     if aggregation == "fedavg":
         change_aggregation_settings(training.store, lambda now: replace(now, mode=mode))
     assert training.run().status is RunStatus.COMPLETED
@@ -113,7 +114,7 @@ def test_when_every_client_fails_the_first_reason_is_told_and_the_round_is_tried
     run = training.run()
     assert run.status is RunStatus.FAILED
     assert run.reason == "Round 1 has 0 updates (2 clients failed, the first with: it failed); at least 1 are needed."
-    training.fleet._failing = frozenset()
+    training.fleet.failing = frozenset()
     assert training.run().status is RunStatus.COMPLETED
     assert len(training.store.ledger.entries()) == 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from fedvit.privacy.events import BandedGaussian, Event, Gaussian, PoissonGaussi
 from fedvit.privacy.round_cost import spend_of
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
-from fedvit.rounds.protection import ClientLevel
+from fedvit.rounds.protection import ClientLevel, protection_for
+from fedvit.rounds.round_base import train_task
 from fedvit.rounds.steering import AggregationSettings, change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
@@ -63,7 +64,12 @@ class Recording(FakeFleet):
             yield answer
 
 
-def loop_over(config: Settings, fleet: FakeFleet | None = None, clients: int = 6) -> tuple[Coordinator, Store]:
+def loop_over(
+    config: Settings,
+    fleet: FakeFleet | None = None,
+    clients: int = 6,
+    on_progress: Callable[[Any], None] = lambda _: None,
+) -> tuple[Coordinator, Store]:
     store = Store.open(config.home)
     store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
     store.clients.register(seeded_fleet(clients))
@@ -73,8 +79,15 @@ def loop_over(config: Settings, fleet: FakeFleet | None = None, clients: int = 6
         accountant=PrivacyAccountant(store, config),
         fleet=fleet or FakeFleet(TARGET),
         model=PointModel(TARGET),
+        on_progress=on_progress,
     )
     return loop, store
+
+
+def latest_point(store: Store) -> Any:
+    version = store.versions.latest()
+    assert version is not None
+    return stored_weights(store, version.weights_digest)["point"]
 
 
 def charged(store: Store) -> dict[str, list[Event]]:
@@ -106,7 +119,7 @@ def test_a_round_that_draws_nobody_is_noise_and_counts(tmp_path: Path) -> None:
     assert fleet.answers == []
     assert [record.num_updates for record in store.rounds.of_run(run.run_id)] == [0, 0]
     assert len(charged(store)[POPULATION]) == 2
-    assert np.any(loop._weights["point"] != 0)
+    assert np.any(latest_point(store) != 0)
 
 
 def test_the_sum_of_clipped_updates_is_divided_by_the_expected_cohort(
@@ -121,7 +134,7 @@ def test_the_sum_of_clipped_updates_is_divided_by_the_expected_cohort(
     run = loop.run()
     assert run.config["expected_cohort"] == 6.0
     # Four of six answered, each with a step of norm 2.5 clipped to 0.5: the sum is divided by six all the same.
-    np.testing.assert_allclose(loop._weights["point"], 4 * 0.5 * np.array([0.6, -0.8]) / 6, rtol=1e-6)
+    np.testing.assert_allclose(latest_point(store), 4 * 0.5 * np.array([0.6, -0.8]) / 6, rtol=1e-6)
     assert store.rounds.get(run.run_id, 1).num_updates == 4
 
 
@@ -135,7 +148,7 @@ def test_noise_has_the_deviation_that_is_charged(tmp_path: Path) -> None:
         settings=config, store=store, accountant=accountant, fleet=FakeFleet(target), model=PointModel(target)
     )
     run = loop.run()
-    moved = loop._weights["point"] * float(run.config["expected_cohort"])
+    moved = latest_point(store) * float(run.config["expected_cohort"])
     assert moved.std() == pytest.approx(3.0 * 0.2, rel=0.05)
     assert abs(moved.mean()) < 5 * 0.6 / np.sqrt(4000)
 
@@ -225,7 +238,7 @@ def test_adaptive_clipping_moves_the_norm_and_charges_for_the_count(tmp_path: Pa
     facts = [store.versions.get(str(r.version)).lineage["client_level"] for r in store.rounds.of_run(run.run_id)]
     assert [f["l2_clip_norm"] for f in facts] == norms
     # Continued by another process, it goes on where it was.
-    assert loop_over(config)[0]._protection.l2_clip_norm(run.run_id, 5) == facts[-1]["next_l2_clip_norm"]
+    assert protection_for(config, store).l2_clip_norm(run.run_id, 5) == facts[-1]["next_l2_clip_norm"]
 
 
 class Lying(FakeFleet):
@@ -252,7 +265,7 @@ def test_a_partial_sum_that_is_too_long_is_refused_with_all_that_is_in_it(tmp_pa
 
 
 def test_a_client_in_quarantine_does_not_take_part_and_the_population_pays_once(tmp_path: Path) -> None:
-    loop, store = loop_over(settings(tmp_path, {"selection": "poisson", "sampling_prob": 1.0}, rounds=2))
+    config = settings(tmp_path, {"selection": "poisson", "sampling_prob": 1.0}, rounds=2)
     quarantined = False
 
     def quarantine_in_round_two(progress: Any) -> None:
@@ -261,7 +274,7 @@ def test_a_client_in_quarantine_does_not_take_part_and_the_population_pays_once(
             quarantined = True
             store.clients.quarantine(["vehicle-0003"], "incident", utc_now())
 
-    loop._on_progress = quarantine_in_round_two
+    loop, store = loop_over(config, on_progress=quarantine_in_round_two)
     run = loop.run()
     assert run.status is RunStatus.COMPLETED
     assert [record.num_updates for record in store.rounds.of_run(run.run_id)] == [6, 5]
@@ -279,14 +292,13 @@ def test_a_late_update_of_a_capped_run_is_clipped_discounted_and_rests_from_wher
     fleet = Recording(groups=6)
     fleet.held = {"vehicle-0000"}
     config = settings(tmp_path, {"selection": "all", "max_participations": 3}, rounds=3)
-    loop, store = loop_over(config, fleet)
-    change_aggregation_settings(store, lambda now: AggregationSettings(mode="asynchronous", buffer_size=5))
 
     def let_go(progress: Any) -> None:
         if progress.rounds_done == 1:
             fleet.held = set()
 
-    loop._on_progress = let_go
+    loop, store = loop_over(config, fleet, on_progress=let_go)
+    change_aggregation_settings(store, lambda now: AggregationSettings(mode="asynchronous", buffer_size=5))
     run = loop.run()
     assert run.status is RunStatus.COMPLETED
     assert store.rounds.engagements(run.run_id, before=3)["vehicle-0000"][1] == 2
@@ -405,7 +417,16 @@ def test_no_two_rounds_share_noise(tmp_path: Path) -> None:
 def test_a_repeated_round_repeats_its_noise_and_one_with_another_sum_does_not(tmp_path: Path) -> None:
     config, loop, store = quiet_fleet(tmp_path)
     run = loop.run()
-    task, weights = loop._task(1), {"point": np.zeros(4000, dtype=np.float32)}
+    task = train_task(
+        config,
+        run.run_id,
+        1,
+        base_digest="b" * 64,
+        data_digest="",
+        noise_multiplier=run.noise_multiplier,
+        l2_clip_norm=config.privacy.l2_clip_norm,
+    )
+    weights = {"point": np.zeros(4000, dtype=np.float32)}
 
     def folded(size: float) -> Any:
         update = ClientUpdate(1, ClientOutcome("vehicle-0000", 1), {"point": np.full(4000, size)}, 1.0, 1)

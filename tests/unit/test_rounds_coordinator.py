@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,11 @@ def settings(home: Path, **training: Any) -> Settings:
     )
 
 
-def coordinator(config: Settings, fleet: FleetPort | None = None) -> tuple[Coordinator, Store]:
+def coordinator(
+    config: Settings,
+    fleet: FleetPort | None = None,
+    on_progress: Callable[[TrainingProgress], None] = lambda _: None,
+) -> tuple[Coordinator, Store]:
     store = Store.open(config.home)
     store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
     store.clients.register(seeded_fleet(CLIENTS))
@@ -45,14 +50,14 @@ def coordinator(config: Settings, fleet: FleetPort | None = None) -> tuple[Coord
         accountant=PrivacyAccountant(store, config),
         fleet=fleet or FakeFleet(TARGET),
         model=PointModel(TARGET),
+        on_progress=on_progress,
     )
     return loop, store
 
 
 def test_a_run_trains_commits_charges_and_releases(tmp_path: Path) -> None:
     seen: list[TrainingProgress] = []
-    loop, store = coordinator(settings(tmp_path))
-    loop._on_progress = seen.append
+    loop, store = coordinator(settings(tmp_path), on_progress=seen.append)
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.COMPLETED, 4)
     records = store.rounds.of_run(run.run_id)
@@ -136,17 +141,14 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 
 
 def test_a_stop_is_continued(tmp_path: Path) -> None:
-    loop, store = coordinator(settings(tmp_path))
-
     def stop_in_round_two(progress: TrainingProgress) -> None:
         if progress.rounds_done == 1:
             loop.request_stop()
 
-    loop._on_progress = stop_in_round_two
+    loop, store = coordinator(settings(tmp_path), on_progress=stop_in_round_two)
     run = loop.run()
     assert (run.status, run.rounds_done) == (RunStatus.STOPPED, 2)
     assert store.releases.current().version == "v1.1.2"  # type: ignore[union-attr]
-    loop._on_progress = lambda _: None
     run = loop.run()
     assert (run.status, run.rounds_done, run.ordinal) == (RunStatus.COMPLETED, 4, 1)
 

@@ -58,6 +58,7 @@ class Training:
         self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
         self.store.clients.register(seeded_fleet(clients))
         self.fleet = FakeFleet(TARGET, groups=groups, rule=rule_for(self.settings))
+        self.on_progress: Callable[[Any], object] = lambda _: None
         self.process()
 
     def process(self) -> None:
@@ -68,6 +69,7 @@ class Training:
             accountant=GenerousAccountant(self.store),
             fleet=self.fleet,
             model=PointModel(TARGET),
+            on_progress=lambda progress: self.on_progress(progress),
         )
 
     def run(self) -> Run:
@@ -91,7 +93,7 @@ def test_a_crash_changes_no_bit_of_weights_or_of_what_the_rule_remembers(tmp_pat
     found = []
     for name, crash in [("calm", None), ("crash", 3)]:
         training = Training(tmp_path / name, aggregation)
-        training.fleet._crash_in_round = crash
+        training.fleet.crash_in_round = crash
         if crash:
             with pytest.raises(KeyboardInterrupt):
                 training.run()
@@ -152,7 +154,7 @@ def test_fedavg_is_led_astray_by_the_same_clients(tmp_path: Path) -> None:
 
 def test_a_proxy_that_sums_where_single_updates_are_needed_is_refused(tmp_path: Path) -> None:
     training = Training(tmp_path, "median", rounds=1)
-    training.fleet._rule = None
+    training.fleet.rule = None
     run = training.run()
     assert run.status is RunStatus.FAILED
     assert "it sums 3 clients, and the rule takes single updates" in str(run.reason)
@@ -325,7 +327,7 @@ def test_after_so_many_refusals_a_client_comes_into_quarantine_and_reinstated_it
         if progress.rounds_done == 4 and training.store.clients.get(BAD).quarantined:
             training.store.clients.reinstate(BAD)
 
-    training.loop._on_progress = reinstate
+    training.on_progress = reinstate
     training.run()
     asked = [BAD in cohort.client_ids for _, cohort in training.fleet.tasks]
     assert asked == [True, True, False, False, True, True, False]
@@ -396,7 +398,7 @@ def test_secure_aggregation_will_not_go_with_single_updates() -> None:
 def test_a_rule_that_needs_one_base_refuses_asynchronous_rounds_before_a_run_begins(tmp_path: Path) -> None:
     training = Training(tmp_path, "krum", aggregation_options={"num_byzantine": 1})
     change_aggregation_settings(training.store, lambda now: replace(now, mode="asynchronous"))
-    for begin in (training.run, lambda: training.loop.check_new_run(RunRequest(0, "op", "again"))):
+    for begin in (training.run, lambda: training.loop.lifecycle.check_new_run(RunRequest(0, "op", "again"))):
         with pytest.raises(ConflictError, match=r"'krum' does not go with asynchronous rounds.*fedbuff"):
             begin()
     assert training.store.runs.all() == []
@@ -411,7 +413,7 @@ def test_cohorts_too_small_for_the_guarantee_are_refused_before_a_run_begins(tmp
 
 def test_a_round_that_loses_too_many_for_the_guarantee_says_so(tmp_path: Path) -> None:
     training = Training(tmp_path, "krum", clients=5)
-    training.fleet._failing = frozenset({V[0]})
+    training.fleet.failing = frozenset({V[0]})
     run = training.run()
     assert run.status is RunStatus.FAILED
     assert "krum with num_byzantine 1 needs 5 updates, and has 4" in str(run.reason)

@@ -13,7 +13,7 @@ import pytest
 from toy_world import ToyWorld
 
 from fedvit.config import Settings
-from fedvit.rounds import coordinator
+from fedvit.rounds import execution
 from fedvit.settings import load_settings
 from fedvit.store.records import RoundCommit
 from fedvit.tools.simulation.run import Simulated, simulate
@@ -44,13 +44,13 @@ def settings(home: Path, *, training: dict[str, Any] | None = None, **simulation
 def commits(monkeypatch: pytest.MonkeyPatch) -> list[RoundCommit]:
     """What every round of a run committed."""
     seen: list[RoundCommit] = []
-    real = coordinator.RoundCommit
+    real = execution.RoundCommit
 
     def noted(**facts: Any) -> RoundCommit:
         seen.append(real(**facts))
         return seen[-1]
 
-    monkeypatch.setattr(coordinator, "RoundCommit", noted)
+    monkeypatch.setattr(execution, "RoundCommit", noted)
     return seen
 
 

@@ -32,7 +32,7 @@ from fedvit.rounds.fleets import MixedFleet
 from fedvit.rounds.remote import FROZEN_DIGEST
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.testing.doubles import FakeFleet
+from fedvit.testing.doubles import FakeFleet, ManualClock
 from fedvit.types import ClientOutcome, Encoding, Run, RunStatus, TrainTask, utc_now
 from fedvit.updates import ClientUpdate
 from fedvit.wire.folders import open_folder
@@ -82,7 +82,7 @@ class Road:
         self.client = FedvitClient(URL, transport=self.way, sleep=lambda _: None)
         self.vehicle = Vehicle(self.client, TRUCK, self.data, self.home, **truck)
         self.steps: list[PollResult] = []
-        self.now_s = 0.0
+        self.clock = ManualClock()
         self.act: Callable[[], object] = self.drive
         self.loop = Coordinator(
             settings=self.settings,
@@ -92,7 +92,7 @@ class Road:
                 self.settings,
                 self.store,
                 FakeFleet(np.zeros(2, np.float32)),
-                now_s=lambda: self.now_s,
+                clock=self.clock,
                 pause=self._pause,
             ),
             model=ServerModel(self.settings),
@@ -102,7 +102,7 @@ class Road:
         self.steps.append(self.vehicle.poll())
 
     def _pause(self, _: float) -> None:
-        self.now_s += 250
+        self.clock.advance(250)
         self.act()
 
     def run(self) -> Run:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from fedvit.aggregation.rule import GradientCorrection
+from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.host import ClientData, ClientHost
 from fedvit.config import Settings
 from fedvit.privacy import mechanism
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.randomness import SECRET_BYTES
-from fedvit.rounds.buffer import Admission, judged
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.protection import ClientLevel
+from fedvit.rounds.update_admission import AdmissionPolicy, UpdateAdmission
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel
@@ -198,19 +199,22 @@ def _late_faults(scope: Scope) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as home, Store.open(Path(home)) as store:
         settings = client_settings(Path(home), scope, 9)
         protection = ClientLevel(settings, store)
+        validator = UpdateValidator.of(settings, protection.rule, base)
         answer = _host_answer(settings, task, base, update)
         weights = []
         for staleness in range(6):
             late = replace(answer, round_index=task.round_index - staleness)
-            admission = Admission(
+            admission = UpdateAdmission(
                 task.round_index,
-                "asynchronous",
-                9,
-                frozenset(),
-                lambda update: protection.fault_of(update, task.run_id),
+                AdmissionPolicy("asynchronous", staleness_tolerance=9),
+                validator,
+                lambda _: ({"vehicle-0000"}, ()),
+                fault_of=lambda update: protection.fault_of(update, task.run_id),
             )
-            updates = judged([late], admission).updates()
-            sums = mechanism.total(base, [(u, scope.l2_clip_norm) for u in updates], scope.l2_clip_norm)
+            admission.admit(late)
+            updates, _ = admission.close(room=None)
+            clipped = [(late, scope.l2_clip_norm) for late in updates.updates()]
+            sums = mechanism.total(base, clipped, scope.l2_clip_norm)
             weights.append(float(np.linalg.norm(flat_arrays(sums))) / scope.l2_clip_norm)
     if abs(weights[0] - 1) > ROUNDING:
         yield f"a fresh answer has a weight of {weights[0]:.7f}"

@@ -9,8 +9,10 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Protocol
 
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.ports import ProxyReport
 from fedvit.tools.simulation.delays import Delays
 from fedvit.types import Cohort, TrainTask, Weights
@@ -21,13 +23,17 @@ SILENT = "it fell silent"
 
 
 class VirtualClock:
-    """Seconds that pass when the fleet says so; called, it tells them."""
+    """A clock that the simulated fleet moves. Implements :class:`fedvit.ports.ClockPort`."""
 
     def __init__(self) -> None:
-        self._now_s = 0.0
+        self._start, self._now_s = SYSTEM_CLOCK.now(), 0.0
 
-    def __call__(self) -> float:
-        """Seconds since the beginning."""
+    def now(self) -> datetime:
+        """The start of the simulation and the virtual seconds since."""
+        return self._start + timedelta(seconds=self._now_s)
+
+    def monotonic(self) -> float:
+        """Virtual seconds since the start."""
         return self._now_s
 
     def advance_to(self, at_s: float) -> None:
@@ -88,14 +94,14 @@ class SimulatedFleet:
         """See :meth:`fedvit.ports.FleetPort.train`; one message a client, in the order of their virtual arrival."""
         for client_id in cohort.client_ids:
             self._hand_out(task, weights, client_id)
-        began_s = heard_s = self._clock()
+        began_s = heard_s = self._clock.monotonic()
         looks = 1
         while self._errands:
             silent_at_s = float("inf") if timeout_s is None else heard_s + timeout_s
             due_s, look_at_s = self._errands[0].due_s, began_s + looks * self._look_s
             if due_s <= min(silent_at_s, look_at_s):
                 self._clock.advance_to(due_s)
-                heard_s = self._clock()
+                heard_s = self._clock.monotonic()
                 yield self._arrived(heapq.heappop(self._errands))
             elif silent_at_s <= look_at_s:
                 self._clock.advance_to(silent_at_s)
@@ -131,7 +137,7 @@ class SimulatedFleet:
 
     def _hand_out(self, task: TrainTask, weights: Weights, client_id: str) -> None:
         trip = self._delays.trip(client_id, task.round_index)
-        due_s = max(self._clock(), self._busy_until_s.get(client_id, 0.0)) + trip.duration_s
+        due_s = max(self._clock.monotonic(), self._busy_until_s.get(client_id, 0.0)) + trip.duration_s
         heapq.heappush(self._errands, _Errand(due_s, client_id, trip.answers, task, weights))
         self.counts["handed"] += 1
 

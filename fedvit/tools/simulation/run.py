@@ -132,7 +132,7 @@ def _simulated(
         store=store,
         accountant=accountant,
         fleet=fleet,
-        model=SimulatedServer(world.server, clock, simulation.evaluate_every_s),
+        model=SimulatedServer(world.server, clock.monotonic, simulation.evaluate_every_s),
         on_progress=(watch := _Watch(settings, store, clock, on_version)),
         clock=clock,
     )
@@ -184,7 +184,7 @@ class _Watch:
         self._add(progress.rounds_done, version.metrics)
 
     def _add(self, round_index: int, metrics: Mapping[str, float]) -> None:
-        hours, updates = self.clock() / HOUR_S, self.outcomes["accepted"]
+        hours, updates = self.clock.monotonic() / HOUR_S, self.outcomes["accepted"]
         point = Point(hours, round_index, updates, _known(metrics.get("accuracy")), _known(metrics.get("loss")))
         self.points.append(point)
         self.on_version(point)

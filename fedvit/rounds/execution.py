@@ -1,0 +1,289 @@
+"""Round execution: drawing, charging, training, committing and releasing, one effect of the round machine each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from fedvit.aggregation.rule import RoundFacts
+from fedvit.aggregation.staleness import staleness_weight
+from fedvit.aggregation.state import encode_state
+from fedvit.config import Settings
+from fedvit.errors import BudgetExhaustedError, LedgerFrozenError, ReleaseRefusedError
+from fedvit.metrics.training import RoundMetrics
+from fedvit.ports import AccountantPort, ClockPort, FleetPort, ServerModelPort
+from fedvit.registry.publisher import Publisher
+from fedvit.rounds import machine
+from fedvit.rounds.cohorts import CohortSelector
+from fedvit.rounds.collect import Collector
+from fedvit.rounds.data_health import DataWatch
+from fedvit.rounds.histogram_collection import HistogramCollection
+from fedvit.rounds.lifecycle import RunLifecycle
+from fedvit.rounds.progress import ProgressReporter
+from fedvit.rounds.protection import POPULATION_SIZE, Folded, Protection
+from fedvit.rounds.quarantine import count_refusals
+from fedvit.rounds.round_base import RoundBase, train_task
+from fedvit.rounds.steering import round_settings
+from fedvit.rounds.update_admission import RoundUpdates
+from fedvit.store.records import RoundCommit
+from fedvit.store.store import Store
+from fedvit.store.versions import RULE_STATE
+from fedvit.types import ClientOutcome, Cohort, Evaluation, RoundRecord, Run, TrainTask, Weights
+from fedvit.wire.tensors import encoded_pieces
+
+QUARANTINED = "quarantined"
+# One in the process, for all loops.
+METRICS = RoundMetrics()
+
+
+@dataclass(frozen=True, slots=True)
+class _TrainedRound:
+    """A round between training and commit."""
+
+    folded: Folded
+    updates: RoundUpdates
+    started_s: float
+
+
+@dataclass(slots=True)
+class _OpenRun:
+    """The run under way. ``base`` is what its next round starts from."""
+
+    run: Run
+    base: RoundBase
+    frozen_digest: str
+
+
+class RoundExecution:
+    """Performs the steps of rounds against a store, an accountant, a fleet and a model.
+
+    Each step is idempotent: the recorded cohort is used again, charges that are written are not written again, and
+    clients repeat their release bit for bit.
+
+    Args:
+        stopping: set when the loop is to end after the round under way.
+
+    Attributes:
+        publisher: releases versions.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        accountant: AccountantPort,
+        fleet: FleetPort,
+        model: ServerModelPort,
+        *,
+        protection: Protection,
+        cohorts: CohortSelector,
+        lifecycle: RunLifecycle,
+        progress: ProgressReporter,
+        clock: ClockPort,
+        stopping: threading.Event,
+        on_health: Callable[[float | None, float | None], None],
+    ) -> None:
+        self._settings, self._store, self._accountant, self._model = settings, store, accountant, model
+        self._protection, self._cohorts, self._lifecycle = protection, cohorts, lifecycle
+        self._progress, self._clock, self._stopping = progress, clock, stopping
+        self._collector = Collector(settings, store, fleet, protection, clock)
+        self._histograms = HistogramCollection(settings, store, accountant, fleet, model)
+        self._data_watch = DataWatch(store, on_health, clock)
+        self.publisher = Publisher(store, settings)
+        # Weights are written while they are evaluated.
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
+        self._open: _OpenRun | None = None
+        self._trained: _TrainedRound | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run under way."""
+        return self._current.run
+
+    def enter(self, run: Run) -> None:
+        """Continue this run; what is in flight for another one is given up."""
+        if self._open is None or self._open.run.run_id != run.run_id:
+            self._collector.give_up("another run began")
+        self._open = _OpenRun(run, self._lifecycle.round_base(run), self._lifecycle.store_frozen_weights())
+
+    def perform(self, effect: machine.RoundEffect) -> machine.Event:
+        """Do what the machine asks for; the event that follows."""
+        match effect:
+            case machine.DrawCohort(round_index):
+                return self._draw(round_index)
+            case machine.ChargeRound(cohort):
+                return self._charge(cohort)
+            case machine.TrainRound():
+                return self._train(effect)
+            case machine.CommitRound(round_index):
+                return self._commit(round_index)
+            case machine.ReleaseVersion(version):
+                return self._release(version)
+
+    # --- draw and charge ---------------------------------------------------------------------------------------------
+
+    def _draw(self, round_index: int) -> machine.Event:
+        # Not left to the charge alone: a round that was charged before it was interrupted is not charged again.
+        self._store.ledger.check_not_frozen()
+        sampled = self._protection.sampled
+        if sampled:
+            self._collector.give_up("a sampled round waits for nobody")
+        in_flight, quarantined = self._collector.in_flight(), set(self._store.clients.quarantined())
+        min_clients = round_settings(self._store, self._settings).min_clients
+        min_clients = max(min_clients, self._protection.rule.least_updates)
+        config = self._cohorts.config()
+        try:
+            cohort = self._cohorts.draw(self._task(round_index), config, in_flight)
+        except BudgetExhaustedError as error:
+            return machine.ChargeRefused(str(error))
+        if sampled and (count := self._cohorts.count(config, min_clients)) < min_clients:
+            return machine.Failed(f"{count} clients may be drawn; at least {min_clients} are needed.")
+        record = self._store.rounds.open(self.run.run_id, round_index, cohort)
+        # A retry gets the recorded cohort, but an incident since then keeps its clients out.
+        cohort = Cohort(round_index, tuple(c for c in record.cohort if c not in quarantined))
+        return machine.CohortDrawn(cohort, min_clients, len(in_flight.difference(cohort.client_ids)))
+
+    def _charge(self, cohort: Cohort) -> machine.Event:
+        try:
+            self._accountant.charge(self._protection.charges(self._task(cohort.round_index), cohort.client_ids))
+        except BudgetExhaustedError as error:
+            return machine.ChargeRefused(str(error))
+        return machine.Charged()
+
+    # --- train -------------------------------------------------------------------------------------------------------
+
+    def _train(self, effect: machine.TrainRound) -> machine.Event:
+        started_s, timeout_s = self._clock.monotonic(), round_settings(self._store, self._settings).wait_timeout_s
+        run, base, task = self.run, self._current.base, self._task(effect.cohort.round_index)
+        METRICS.in_flight(len(self._collector.in_flight().union(effect.cohort.client_ids)))
+        self._gather_histograms()
+        self._histograms.ask(run, task.round_index, effect.cohort.client_ids, base.weights)
+        updates = self._collector.collect(effect, task, base.weights, base.sent, timeout_s=timeout_s)
+        METRICS.in_flight(len(self._collector.in_flight()))
+        limit = self._settings.training.validation.quarantine_after_rejections
+        count_refusals(self._store, task.run_id, task.round_index, updates.outcomes, limit, self._clock)
+        self._gather_histograms()
+        errors = [o.error for o in updates.outcomes if o.error is not None]
+        if self._protection.sampled and errors and not updates.accepted:
+            return machine.Failed(f"All {len(errors)} clients that were drawn failed, the first with: {errors[0]}")
+        if updates.accepted or self._protection.sampled:
+            facts = self._facts(task.round_index)
+            folded = self._protection.fold(run, task, base.weights, updates.updates(), base.rule_state, facts)
+            self._trained = _TrainedRound(folded, updates, started_s)
+        return machine.Trained(updates.accepted, len(errors), errors[0] if errors else None)
+
+    def _gather_histograms(self) -> None:
+        if self._histograms.gather():
+            self._data_watch.new_window()
+
+    def _facts(self, round_index: int) -> RoundFacts:
+        run, weights = self.run, self._current.base.weights
+
+        def start(started: int) -> Weights:
+            return weights if started == round_index else self._lifecycle.weights_before(run, started)
+
+        return RoundFacts(
+            round_index=round_index,
+            population=int(run.config.get(POPULATION_SIZE, 1)),
+            start=start,
+            staleness_weight=lambda staleness: staleness_weight(staleness, self._settings.training.staleness),
+        )
+
+    # --- commit and release ------------------------------------------------------------------------------------------
+
+    def _commit(self, round_index: int) -> machine.Event:
+        trained, run = self._trained, self.run
+        if trained is None:
+            raise machine.ImpossibleEventError("a round is committed that was not trained")
+        record = self._store.rounds.get(run.run_id, round_index)
+        weights, state, updates = trained.folded.weights, trained.folded.state, trained.updates
+        storing = self._disk.submit(self._store.blobs.put_pieces, encoded_pieces(weights))
+        evaluation = self._evaluated(round_index, weights)
+        budget = self._accountant.budget()
+        digest = storing.result()
+        rule_state = {RULE_STATE: self._store.blobs.put(encode_state(state))} if state else {}
+        left_out = self._left_out(record, updates.outcomes)
+        version = self._store.rounds.commit(
+            run.run_id,
+            round_index,
+            RoundCommit(
+                weights_digest=digest,
+                frozen_digest=self._current.frozen_digest,
+                # What the weights really cost their data, however often the budget was renewed.
+                epsilon=budget.lifetime_epsilon,
+                loss=evaluation.loss if evaluation else None,
+                accuracy=evaluation.accuracy if evaluation else None,
+                metrics={"loss": evaluation.loss, "accuracy": evaluation.accuracy} if evaluation else {},
+                lineage={**self._lineage(round_index, updates, evaluation), **trained.folded.facts, **rule_state},
+                outcomes=updates.outcomes + left_out,
+                duration_s=self._clock.monotonic() - trained.started_s,
+            ),
+        )
+        METRICS.committed(updates.outcomes, len(left_out), len(updates.unexpected))
+        self._data_watch.after_round(updates.outcomes)
+        self._trained = None
+        self._current.base = RoundBase.of(self._protection.rule, weights, digest, state)
+        self._progress.committed(round_index, version.version, evaluation, budget.epsilon_spent)
+        return machine.Committed(version.version)
+
+    def _left_out(self, record: RoundRecord, outcomes: Sequence[ClientOutcome]) -> tuple[ClientOutcome, ...]:
+        """The outcomes of clients that were recorded for the round, came into quarantine, and were not asked again."""
+        # One that still works on an earlier attempt may yet answer, late.
+        silent = set(record.cohort).difference((o.client_id for o in outcomes), self._collector.in_flight())
+        quarantined = silent.intersection(self._store.clients.quarantined())
+        return tuple(ClientOutcome(client_id, 0, QUARANTINED) for client_id in sorted(quarantined))
+
+    def _evaluated(self, round_index: int, weights: Weights) -> Evaluation | None:
+        """The evaluation of the weights in the rounds in which one is due; what may be released always has one."""
+        every, released = self._settings.training.evaluate_every_rounds, self._settings.release.every_rounds
+        due = round_index % every == 0 or round_index % released == 0 or round_index >= self.run.rounds_total
+        return self._model.evaluate(weights) if due or self._stopping.is_set() else None
+
+    def _lineage(self, round_index: int, updates: RoundUpdates, evaluation: Evaluation | None) -> dict[str, object]:
+        run = self.run
+        return {
+            "run_id": run.run_id,
+            "round_index": round_index,
+            "parent_weights_digest": self._current.base.digest,
+            "base_version": (run.config.get("order") or {}).get("base_version"),
+            "data_digest": run.data_digest,
+            "config_digest": run.config_digest,
+            **updates.lineage(),
+            # What the mix of answers in service is compared with later; see fedvit.drift.signals.
+            **({"held_out_answers": evaluation.answers()} if evaluation else {}),
+        }
+
+    def _release(self, version: str) -> machine.Event:
+        if not self._model.exports:
+            self._store.versions.refuse(version, "Its model has no export.")
+            return machine.ReleaseRefused()
+        weights = self._current.base.weights
+        exports = {variant: self._model.export(weights, variant) for variant in self.publisher.variants()}
+        record = self._store.versions.get(version)
+        try:
+            self.publisher.release(record, exports, f"round {record.round_index} of {record.run_id}")
+        except (ReleaseRefusedError, LedgerFrozenError):
+            # One that an incident holds back has no refusal on record: the first start after it releases it.
+            return machine.ReleaseRefused()
+        self._data_watch.new_window()
+        return machine.Released()
+
+    @property
+    def _current(self) -> _OpenRun:
+        if self._open is None:
+            raise machine.ImpossibleEventError("no run is open")
+        return self._open
+
+    def _task(self, round_index: int) -> TrainTask:
+        run = self.run
+        return train_task(
+            self._settings,
+            run.run_id,
+            round_index,
+            base_digest=self._current.base.sent_digest,
+            data_digest=run.data_digest,
+            noise_multiplier=run.noise_multiplier,
+            l2_clip_norm=self._protection.l2_clip_norm(run.run_id, round_index),
+        )

@@ -1,0 +1,57 @@
+"""Starting point of a round: the weights, the rule's state, and what of both is sent to the clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedvit.aggregation.rule import Rule, State
+from fedvit.config import Settings
+from fedvit.types import TrainTask, Weights
+from fedvit.wire.tensors import weights_digest
+
+
+@dataclass(frozen=True, slots=True)
+class RoundBase:
+    """What the next round starts from.
+
+    ``sent`` holds the weights and the rule's broadcast state; ``sent_digest`` identifies what clients release.
+    """
+
+    weights: Weights
+    digest: str
+    rule_state: State
+    sent: Weights
+    sent_digest: str
+
+    @classmethod
+    def of(cls, rule: Rule, weights: Weights, digest: str, rule_state: State) -> RoundBase:
+        """The starting point with these weights, whose digest is known."""
+        broadcast = rule.broadcast(weights, rule_state)
+        sent = {**weights, **broadcast}
+        return cls(weights, digest, rule_state, sent, weights_digest(sent) if broadcast else digest)
+
+
+def train_task(
+    settings: Settings,
+    run_id: str,
+    round_index: int,
+    *,
+    base_digest: str,
+    data_digest: str,
+    noise_multiplier: float,
+    l2_clip_norm: float,
+) -> TrainTask:
+    """The task of a round under these settings."""
+    training, privacy = settings.training, settings.privacy
+    return TrainTask(
+        run_id=run_id,
+        round_index=round_index,
+        base_digest=base_digest,
+        data_digest=data_digest,
+        noise_multiplier=noise_multiplier,
+        sampling_prob=privacy.sampling_prob,
+        l2_clip_norm=l2_clip_norm,
+        local_steps=training.local_steps,
+        learning_rate=training.learning_rate,
+        privacy_unit=privacy.privacy_unit,
+    )
