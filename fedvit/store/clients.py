@@ -21,7 +21,7 @@ from fedvit.types import Client, ClientKind, LastContact
 # Followed by the client's id: a fleet of ten thousand must not rewrite one long value for each decision.
 _VALIDATION_KEY = "validation/"
 # Rows of a registration that are in memory at once.
-_BULK = 10_000
+BULK = 10_000
 _IN_QUARANTINE = ClientRow.quarantined_at.is_not(None)
 _IS_VIRTUAL = ClientRow.kind == ClientKind.VIRTUAL.value
 _Query = TypeVar("_Query", bound=Select[Any])
@@ -39,7 +39,7 @@ class Clients(Repository):
         with self._write() as session:
             before = position = _population(session)
             remaining = iter(clients)
-            while portion := {client.client_id: client for client in islice(remaining, _BULK)}:
+            while portion := {client.client_id: client for client in islice(remaining, BULK)}:
                 known = _known_ids(session, list(portion)) if position else set()
                 new = [_to_columns(client) for client_id, client in portion.items() if client_id not in known]
                 if new:

@@ -246,7 +246,7 @@ def _create(path: Path) -> None:
     for leftover in (*(_beside(path, end) for end in ("-wal", "-shm", "-journal")), *path.parent.glob(".tmp-*")):
         leftover.unlink(missing_ok=True)
     with _explained(path):
-        content = _empty()
+        content = empty_database()
     try:
         write_atomically(path, content)
     except OSError as error:
@@ -255,7 +255,7 @@ def _create(path: Path) -> None:
 
 
 @cache
-def _empty() -> bytes:
+def empty_database() -> bytes:
     """An empty database of the newest schema. It is cached: a migration takes a tenth of a second."""
     with tempfile.TemporaryDirectory(prefix="fedvit-schema-") as folder:
         path = Path(folder) / "state.db"

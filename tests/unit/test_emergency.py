@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sqlite3
 import stat
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +132,8 @@ def test_the_bundle_holds_the_evidence_and_no_secret(site: Site) -> None:
 
 def test_a_tampered_ledger_is_evidence_and_no_obstacle(site: Site) -> None:
     site.trained()
-    with site.store._database.write() as session:
-        from fedvit.store.tables import ChargeRow
-
-        session.get(ChargeRow, 3).steps = 99  # type: ignore[union-attr]
+    with closing(sqlite3.connect(site.store.home / "state.db")) as database, database:
+        database.execute("UPDATE privacy_ledger SET steps = 99 WHERE sequence = 3")
     told = site.breach("vehicle-0001")
     assert action(told, "forensic_bundle")["done"]
     broken = bundle(told)["verification.jsonl"][1]

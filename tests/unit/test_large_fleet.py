@@ -38,7 +38,7 @@ def vehicles(first: int, last: int) -> Iterator[Client]:
 
 
 def test_positions_have_no_gaps_and_stay(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "_BULK", 7)
+    monkeypatch.setattr(clients, "BULK", 7)
     assert store.clients.register(vehicles(0, 20)) == 20
     # Known ones among them, in another order, and in more than one piece.
     assert store.clients.register([*vehicles(15, 40), *vehicles(0, 3)]) == 20

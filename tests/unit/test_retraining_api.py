@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -136,12 +138,9 @@ def test_a_restart_that_was_interrupted_begins_its_run_once(make: Make, tmp_path
     ended = system.done("/api/model/retrain", {"strategy": "full_retrain"})
     system.local.wait(WAIT_S)
     # As if the process had died after the new run was opened, and before the operation was given its end.
-    with system.store._database.write() as session:
-        from fedvit.store.tables import OperationRow
-
-        row = session.get(OperationRow, ended["operation_id"])
-        assert row is not None
-        row.status, row.ended_at, row.result = "running", None, None
+    with closing(sqlite3.connect(system.store.home / "state.db")) as database, database:
+        change = "UPDATE operations SET status = 'running', ended_at = NULL, result = NULL WHERE operation_id = ?"
+        database.execute(change, (ended["operation_id"],))
     system.close()
     system = make()
     again = system.local.wait_operation(ended["operation_id"], WAIT_S)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +95,10 @@ def test_an_interrupted_round_is_repeated_without_who_was_quarantined_since(stor
 
 
 def outcome(store: Store, run_id: str, round_index: int) -> str | None:
-    from fedvit.store.tables import ClientRoundRow
-
-    with store._database.read() as session:
-        row = session.get(ClientRoundRow, (run_id, round_index, CAUGHT))
-        assert row is not None
-        return row.error
+    query = "SELECT error FROM client_rounds WHERE (run_id, round_index, client_id) = (?, ?, ?)"
+    with closing(sqlite3.connect(store.home / "state.db")) as database:
+        (error,) = database.execute(query, (run_id, round_index, CAUGHT)).fetchone()
+    return error
 
 
 def test_who_is_quarantined_while_a_round_trains_is_in_no_version_of_it(store: Store) -> None:

