@@ -144,7 +144,7 @@ def test_a_part_that_cannot_be_read_is_named_and_the_rest_is_kept(site: Site, mo
     def fail(*_: Any, **__: Any) -> list[Any]:
         raise PlacementError("The table is gone.")
 
-    monkeypatch.setattr(Store, "releases", fail)
+    monkeypatch.setattr(site.store.releases, "all", fail)
     told = site.breach("vehicle-0001")
     files = bundle(told)
     assert files["releases.jsonl"] == []
@@ -201,7 +201,7 @@ def test_a_step_that_fails_is_reported_and_none_is_skipped(site: Site, monkeypat
     def fail(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(Store, "quarantine_clients", fail)
+    monkeypatch.setattr(site.store.clients, "quarantine", fail)
     told = site.breach("vehicle-0001")
     assert action(told, "isolate_data") == {
         "action": "isolate_data",
