@@ -92,79 +92,68 @@ def _rebuild(kind: type[FedvitError], message: str, cure: str | None, details: d
 class UsageError(FedvitError):
     """What was asked cannot be done as asked."""
 
-    code = "invalid-request"
-    http_status = 400
+    code, http_status = "invalid-request", 400
     exit_status = 2
 
 
 class ConfigError(UsageError):
     """A setting is unknown, of the wrong type or out of range."""
 
-    code = "invalid-config"
-    http_status = 422
+    code, http_status = "invalid-config", 422
 
 
 class DataError(UsageError):
     """A data set is missing, empty, undecodable or lacks a class."""
 
-    code = "invalid-data"
-    http_status = 422
+    code, http_status = "invalid-data", 422
 
 
 class ModelError(UsageError):
     """A model is unknown, or cannot be built, trained or exported as asked."""
 
-    code = "invalid-model"
-    http_status = 422
+    code, http_status = "invalid-model", 422
 
 
 class StateError(UsageError):
     """The state folder is unreadable, corrupt, in use, or belongs to another fleet."""
 
-    code = "invalid-state"
-    http_status = 409
+    code, http_status = "invalid-state", 409
 
 
 class StateUnavailableError(StateError):
     """The state cannot be read or written now; the same request may succeed later."""
 
-    title = "State unavailable"
-    http_status = 503
+    title, http_status = "State unavailable", 503
 
 
 class MailboxError(StateError):
     """The mailbox cannot be reached."""
 
-    code = "mailbox-unreachable"
-    http_status = 503
+    code, http_status = "mailbox-unreachable", 503
 
 
 class PortInUseError(UsageError):
     """A port that must be listened on is taken."""
 
-    code = "port-in-use"
-    http_status = 409
+    code, http_status = "port-in-use", 409
 
 
 class PlacementError(UsageError):
     """Ray cannot place an actor or a replica within its time limit."""
 
-    code = "cannot-place"
-    http_status = 503
+    code, http_status = "cannot-place", 503
 
 
 class NotFoundError(UsageError):
     """The named thing does not exist."""
 
-    code = "not-found"
-    http_status = 404
+    code, http_status = "not-found", 404
 
 
 class ConflictError(UsageError):
     """The request contradicts the present state."""
 
-    code = "conflict"
-    http_status = 409
+    code, http_status = "conflict", 409
 
 
 class ReleaseRefusedError(ConflictError):
@@ -176,8 +165,7 @@ class ReleaseRefusedError(ConflictError):
 class StaleRequestError(ConflictError):
     """The request names a state (``If-Match``) that is no longer the present one."""
 
-    code = "stale-request"
-    http_status = 412
+    code, http_status = "stale-request", 412
 
 
 class LedgerFrozenError(ConflictError):
@@ -189,43 +177,37 @@ class LedgerFrozenError(ConflictError):
 class UnauthorizedError(UsageError):
     """The request carries no good token."""
 
-    code = "unauthorized"
-    http_status = 401
+    code, http_status = "unauthorized", 401
 
 
 class ForbiddenError(UsageError):
     """Who asks is known and may not do this."""
 
-    code = "forbidden"
-    http_status = 403
+    code, http_status = "forbidden", 403
 
 
 class RateLimitedError(UsageError):
     """Who asks does so too often; ``details["retry_after_s"]`` says when to try again."""
 
-    code = "rate-limited"
-    http_status = 429
+    code, http_status = "rate-limited", 429
 
 
 class InvalidRequestError(UsageError):
     """A field of a request is missing, unknown or out of range."""
 
-    title = "Invalid request"
-    http_status = 422
+    title, http_status = "Invalid request", 422
 
 
 class PayloadTooLargeError(UsageError):
     """The body is larger than an image may be."""
 
-    code = "payload-too-large"
-    http_status = 413
+    code, http_status = "payload-too-large", 413
 
 
 class SlowBodyError(UsageError):
     """The image does not arrive in time."""
 
-    code = "slow-body"
-    http_status = 408
+    code, http_status = "slow-body", 408
 
 
 class HttpFaultError(FedvitError):
@@ -235,77 +217,61 @@ class HttpFaultError(FedvitError):
 class BodyTooLargeError(HttpFaultError):
     """The body is too large."""
 
-    code = "body-too-large"
-    title = "Body too large"
-    http_status = 413
+    code, title, http_status = "body-too-large", "Body too large", 413
 
 
 class CompressedBodyError(HttpFaultError):
     """The body is compressed."""
 
-    code = "compressed-body"
-    title = "Unsupported encoding"
-    http_status = 415
+    code, title, http_status = "compressed-body", "Unsupported encoding", 415
 
 
 class InvalidJsonError(HttpFaultError):
     """The body is not JSON, or nests too deeply."""
 
-    code = "invalid-json"
-    title = "Invalid JSON"
-    http_status = 400
+    code, title, http_status = "invalid-json", "Invalid JSON", 400
 
 
 class InvalidIdempotencyKeyError(HttpFaultError):
     """The Idempotency-Key is malformed, or there are several."""
 
-    code = "invalid-idempotency-key"
-    title = "Invalid key"
-    http_status = 400
+    code, title, http_status = "invalid-idempotency-key", "Invalid key", 400
 
 
 class BodyTimeoutError(HttpFaultError):
     """The body does not arrive in time."""
 
-    code = "request-timeout"
-    title = "Request timeout"
-    http_status = 408
+    code, title, http_status = "request-timeout", "Request timeout", 408
 
 
 class ResponseTimeoutError(HttpFaultError):
     """The request is not answered in time; it may still take effect."""
 
-    code = "timeout"
-    title = "Timeout"
-    http_status = 504
+    code, title, http_status = "timeout", "Timeout", 504
 
 
 class BudgetExhaustedError(FedvitError):
     """The privacy budget does not admit the release that was asked for."""
 
-    code = "privacy-budget-exhausted"
-    http_status = 409
+    code, http_status = "privacy-budget-exhausted", 409
 
 
 class UpdateRejectedError(FedvitError):
     """An update failed update validation."""
 
-    code = "update-rejected"
-    http_status = 422
+    code, http_status = "update-rejected", 422
 
 
 class IntegrityError(FedvitError):
     """Content does not match its hash or its signature."""
 
-    code = "integrity"
-    http_status = 502
+    code, http_status = "integrity", 502
 
 
 class FeedUnavailableError(FedvitError):
     """The source of releases does not answer, or not as it should; a later poll may succeed."""
 
-    code = "feed-unavailable"
-    http_status = 503
+    code, http_status = "feed-unavailable", 503
 
 
 class InferenceError(FedvitError):
@@ -317,22 +283,19 @@ class InferenceError(FedvitError):
 class NoModelError(FedvitError):
     """There is no model to serve yet."""
 
-    code = "no-model"
-    http_status = 503
+    code, http_status = "no-model", 503
 
 
 class OverloadedError(FedvitError):
     """More requests wait than can be answered in time."""
 
-    code = "overloaded"
-    http_status = 503
+    code, http_status = "overloaded", 503
 
 
 class ControlApiError(FedvitError):
     """The control API answered with a problem that has no class of its own here, or with no sense at all."""
 
-    code = "control-api"
-    http_status = 502
+    code, http_status = "control-api", 502
 
     @property
     def status(self) -> int:
@@ -359,8 +322,7 @@ class ControlApiError(FedvitError):
 class ControlUnreachableError(FedvitError):
     """The control API does not answer; ``details["idempotency_key"]`` repeats a change that may have been made."""
 
-    code = "control-unreachable"
-    http_status = 503
+    code, http_status = "control-unreachable", 503
 
 
 class DrillError(FedvitError):
@@ -372,8 +334,7 @@ class DrillError(FedvitError):
 class StillRunningError(FedvitError):
     """A long operation has not ended within the time that was given; it goes on."""
 
-    code = "still-running"
-    http_status = 504
+    code, http_status = "still-running", 504
 
 
 class InterruptedRunError(FedvitError):

@@ -19,7 +19,7 @@ from fedvit.types import Variant
 
 if TYPE_CHECKING:
     from fedvit.api.model import ModelView
-    from fedvit.client.life import Model
+    from fedvit.client.training import Model
     from fedvit.config import Settings
     from fedvit.store.store import Store
 

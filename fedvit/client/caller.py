@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,6 +18,7 @@ from fedvit.errors import ControlApiError, ControlUnreachableError, UsageError
 from fedvit.ports import ClockPort
 
 T = TypeVar("T")
+PAGE = 500
 # A little more than the server's own limit, so that its answer arrives.
 TIMEOUT_S = 70.0
 PAUSES_S = (0.2, 1.0, 2.0)
@@ -27,10 +28,11 @@ _BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 class Caller:
     """Sends requests to one control API.
 
-    What the connection loses is sent again if that cannot act twice: a reading, or a change under an Idempotency-Key.
+    After a lost connection a request is sent again if it cannot act twice: a GET, a PUT, or a change under an
+    Idempotency-Key.
 
     Args:
-        before_change: is shown every changing request before it is sent; what it raises, the caller gets.
+        before_change: called with every changing request before it is sent; what it raises reaches the caller.
 
     Raises:
         UsageError: ``base_url`` is no http(s) URL, ``token`` no token, or ``verify`` names no certificates.
@@ -136,6 +138,23 @@ class Caller:
             cure="See that it runs (`fedvit status`) and that the URL is right.",
             **given(idempotency_key=key),
         )
+
+
+class Group:
+    """Some routes of one control API."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+
+def pages(read: Callable[[int, int], Sequence[T]], page_size: int) -> Iterator[T]:
+    """Everything that ``read(limit, offset)`` hands out page by page."""
+    offset = 0
+    while page := read(page_size, offset):
+        yield from page
+        if len(page) < page_size:
+            return
+        offset += len(page)
 
 
 def given(**fields: Any) -> dict[str, Any]:

@@ -10,19 +10,16 @@ from types import TracebackType
 import httpx
 
 from fedvit.client.caller import TIMEOUT_S, Caller
-from fedvit.client.emergency import Emergency
 from fedvit.client.fleet import Clients, Communication, Monitoring
-from fedvit.client.incidents import Incidents
-from fedvit.client.life import Aggregation, Model, Training
-from fedvit.client.operations import Operations
-from fedvit.client.privacy import Privacy
+from fedvit.client.privacy import Emergency, Incidents, Privacy
 from fedvit.client.system import Audit, System
+from fedvit.client.training import Aggregation, Model, Operations, Training
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.ports import ClockPort
 
 
 class FedvitClient:
-    """A control API, as Python sees it.
+    """A typed client of one control API.
 
     Every call raises the :mod:`fedvit.errors` class that the server's problem document names, ``ControlApiError`` where
     there is none, and ``ControlUnreachableError`` when nothing answers. Changes take an ``idempotency_key`` and get one
@@ -36,7 +33,7 @@ class FedvitClient:
         transport: replaces the network, for tests.
         sleep: pauses between attempts, and between polls of an operation.
         clock: measures how long an operation is awaited.
-        before_change: is shown every changing request before it is sent; what it raises, the caller gets.
+        before_change: called with every changing request before it is sent; what it raises reaches the caller.
 
     Raises:
         UsageError: ``base_url`` is no http(s) URL, ``token`` no token, or ``verify`` names no certificates.

@@ -1,4 +1,4 @@
-"""Clients, their data and their lines."""
+"""Routes of clients, data drift and the backup channel."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from fedvit.api.clients import (
     RemoteTaskView,
 )
 from fedvit.api.data_health import DriftView, QualityView
-from fedvit.client.caller import given, segment
-from fedvit.client.group import PAGE, Group, pages
+from fedvit.client.caller import PAGE, Group, given, pages, segment
 
 
 class Clients(Group):
-    """Who learns."""
+    """Clients: registration, validation, heartbeats, tasks and updates."""
 
     def status(self, limit: int = 100, offset: int = 0) -> ClientsStatus:
         """A page of clients, and the totals."""
@@ -108,7 +107,7 @@ class Clients(Group):
 
 
 class Monitoring(Group):
-    """What is watched."""
+    """Data drift."""
 
     def data_drift(self) -> DriftView:
         """Whether what vehicles see has moved away from what the model learned."""

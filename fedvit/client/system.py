@@ -1,4 +1,4 @@
-"""Health, metrics, shutdown and the audit trail."""
+"""Routes of health, metrics, shutdown and the audit trail."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from fedvit.api.choices import ShutdownMode
 from fedvit.api.operations import OperationView
 from fedvit.api.system import AuditView, HealthView
-from fedvit.client.group import PAGE, Group
+from fedvit.client.caller import PAGE, Group
 
 
 class System(Group):

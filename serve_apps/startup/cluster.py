@@ -15,12 +15,13 @@ from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
 from fedvit.metrics.targets import RAY, link_targets, write_targets
 from fedvit.ports import AggregatorPort
 from serve_apps.startup.checks import await_free_ports
-from serve_apps.startup.stopping import CLUSTER_STOP_S, TRAINING_STOP_S, stop_within
 
 if TYPE_CHECKING:
     from actors.spawn import Actors
 
 _LOG = logging.getLogger(__name__)
+TRAINING_STOP_S = 30.0
+CLUSTER_STOP_S = 15.0
 AWAIT_SHUTDOWN_S = 30.0
 SHUTDOWN_RETRY_S = 1.0
 
@@ -106,3 +107,19 @@ class ShutdownWatch:
                 self.forced = mode == "force"
                 self._on_shutdown()
                 return
+
+
+def stop_within(limit_s: float, stop: Callable[..., object], *arguments: object) -> None:
+    """Call ``stop`` and wait for at most ``limit_s``: a cluster that died must not keep this process from ending."""
+
+    def attempt() -> None:
+        try:
+            stop(*arguments)
+        except Exception as error:
+            _LOG.warning("%s: %s", type(error).__name__, str(error).strip().splitlines()[0] if str(error) else "")
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        _LOG.warning("gave up on %s after %g s", getattr(stop, "__name__", stop), limit_s)

@@ -18,7 +18,7 @@ from fedvit.errors import PlacementError
 from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
 from fedvit.processes import end_child, end_with_parent
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
-from serve_apps.startup.stopping import CLUSTER_STOP_S, stop_within
+from serve_apps.startup.cluster import CLUSTER_STOP_S, stop_within
 
 FOLLOWER = "followers of this system"
 

@@ -14,7 +14,7 @@ from control_client import Recorder, SentError, route_of
 
 from fedvit.api.base import View
 from fedvit.client import FedvitClient
-from fedvit.client.group import Group
+from fedvit.client.caller import Group
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import OperationStatus, Variant

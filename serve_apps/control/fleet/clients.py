@@ -48,13 +48,13 @@ def _add_status(api: FastAPI, services: Services, liveness: Liveness, heartbeats
     pages = Pages(lambda: (store.change_counter(), heartbeats.arrivals), services.clock.now)
 
     def page_of(offset: int, limit: int) -> Page:
-        found = store.clients.page(offset, limit)
-        good_until = liveness.good_until(found.clients)
+        page = store.clients.page(offset, limit)
+        good_until = liveness.good_until(page.clients)
         view = ClientsStatus(
-            total=found.total,
-            active=found.active,
-            validated=found.validated,
-            clients=tuple(liveness.shown(client, found.validations.get(client.client_id)) for client in found.clients),
+            total=page.total,
+            active=page.active,
+            validated=page.validated,
+            clients=tuple(liveness.shown(client, page.validations.get(client.client_id)) for client in page.clients),
         )
         return Page(view.model_dump_json().encode(), good_until)
 
@@ -71,19 +71,21 @@ def _add_connectivity(api: FastAPI, services: Services, liveness: Liveness, mail
     @api.get("/api/clients/connectivity", tags=["clients"], dependencies=VIEWER)
     def connectivity(limit: Limit = 100, offset: RowOffset = 0) -> ConnectivityView:
         """Which active clients are connected: virtual ones while their proxy answers, others while they are heard."""
-        found = liveness.connectivity()
+        fleet = liveness.connectivity()
         return ConnectivityView(
-            total=found.total,
-            connected=found.connected,
-            disconnected=found.total - found.connected,
-            ratio=found.ratio,
-            partition_suspected=found.partition_suspected,
+            total=fleet.total,
+            connected=fleet.connected,
+            disconnected=fleet.total - fleet.connected,
+            ratio=fleet.ratio,
+            partition_suspected=fleet.partition_suspected,
             heartbeat_timeout_s=services.settings.fleet.heartbeat_timeout_s,
             backup_channel=_channel(mailbox),
-            by_kind={kind: KindView(total=total, connected=there) for kind, (total, there) in found.by_kind.items()},
+            by_kind={
+                kind: KindView(total=total, connected=connected) for kind, (total, connected) in fleet.by_kind.items()
+            },
             disconnected_clients=tuple(
                 LostClientView.of(contact, reason=connection.message)
-                for contact, connection in found.lost[offset : offset + limit]
+                for contact, connection in fleet.lost[offset : offset + limit]
             ),
         )
 

@@ -11,7 +11,7 @@ from serve_apps.problems import documented
 
 
 def add_communication_routes(api: FastAPI, mailbox: Mailbox) -> None:
-    """Open and close the backup channel."""
+    """Add the routes of the backup channel."""
 
     @api.post(
         "/api/communication/enable-backup", tags=["communication"], dependencies=OPERATOR, responses=documented(503)

@@ -1,6 +1,6 @@
-"""What is known of the data: how far clients can be relied on, and whether the world drifts away from the model.
+"""Routes of data quality and data drift.
 
-Nothing of it was computed on an image here: clients' noised histograms and updates are looked at, see docs/signals.md.
+They read clients' noised histograms and updates, and no image; see docs/signals.md.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from serve_apps.control.services import Services
 
 
 def add_data_health_routes(api: FastAPI, services: Services, liveness: Liveness) -> None:
-    """Look at the data without looking at anybody's images."""
+    """Add the routes of data quality and data drift."""
     store = services.store
 
     @api.get("/api/clients/data-quality", tags=["clients"], dependencies=VIEWER)
     def data_quality(limit: Limit = 100, offset: RowOffset = 0) -> QualityView:
         """How far clients can be relied on: rounds, records, silence, and what noised histograms and updates show."""
         against = data_health.doubts(store, data_health.histograms(store))
-        found = quality.fleet_quality(liveness.active_clients(), store.rounds.participation(), against)
-        publish_data_scores(found.score, None)
+        fleet = quality.fleet_quality(liveness.active_clients(), store.rounds.participation(), against)
+        publish_data_scores(fleet.score, None)
         return QualityView(
-            score=found.score,
+            score=fleet.score,
             threshold=quality.THRESHOLD,
-            assessed=found.assessed,
-            unvalidated=tuple(sorted(client.client_id for client in found.clients if not client.validated)),
-            clients=tuple(ClientQualityView.of(client) for client in found.clients[offset : offset + limit]),
+            assessed=fleet.assessed,
+            unvalidated=tuple(sorted(client.client_id for client in fleet.clients if not client.validated)),
+            clients=tuple(ClientQualityView.of(client) for client in fleet.clients[offset : offset + limit]),
         )
 
     @api.get("/api/monitoring/data-drift", tags=["monitoring"], dependencies=VIEWER)
     def data_drift() -> DriftView:
         """Whether held-out loss, the mix of answers of the inference replicas, or clients' histograms have moved."""
         release, histograms = store.releases.current(), data_health.histograms(store)
-        found, compared = data_health.drift(store, histograms, _mix(services, release)), histograms.comparison
-        publish_data_scores(None, found.score)
-        fleet = compared.fleet.values() if compared else ()
+        drift, compared = data_health.drift(store, histograms, _mix(services, release)), histograms.comparison
+        publish_data_scores(None, drift.score)
+        shifts = compared.fleet.values() if compared else ()
         drifting = compared.drifting_clients if compared else {}
         clusters = compared.drifting_clusters if compared else ()
         return DriftView(
-            drifting=found.drifting,
-            score=found.score,
+            drifting=drift.drifting,
+            score=drift.score,
             threshold=signals.THRESHOLD,
             reference_version=release.version if release else None,
-            signals=tuple(SignalView.of(signal) for signal in found.signals),
+            signals=tuple(SignalView.of(signal) for signal in drift.signals),
             compared=len(compared.client_ids) if compared else 0,
-            features=tuple(FeatureView.of(shift, **asdict(shift.distance)) for shift in fleet),
+            features=tuple(FeatureView.of(shift, **asdict(shift.distance)) for shift in shifts),
             drifting_clients={client_id: tuple(features) for client_id, features in drifting.items()},
             drifting_clusters=tuple(ClusterView.of(shift, psi=shift.distance.psi) for shift in clusters),
         )

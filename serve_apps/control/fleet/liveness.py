@@ -23,7 +23,7 @@ _LOG = logging.getLogger("fedvit.control")
 
 
 class Liveness:
-    """Judges clients one by one or all at once."""
+    """Whether clients are connected, one by one or all at once."""
 
     def __init__(self, services: Services, heartbeats: Heartbeats) -> None:
         self._services, self._heartbeats, self._now = services, heartbeats, services.clock.now
@@ -38,11 +38,11 @@ class Liveness:
         # Of virtual clients there may be a million: looked at one by one only when one of them may be lost.
         counted = proxies is not None and proxies.reaches_all
         last_contacts = [self._newest_contact(contact) for contact in store.clients.last_contacts(hosted=not counted)]
-        found = connectivity(last_contacts, proxies, self._now(), self._timeout_s)
-        return found.with_hosted(store.clients.count_virtual()) if counted else found
+        result = connectivity(last_contacts, proxies, self._now(), self._timeout_s)
+        return result.with_hosted(store.clients.count_virtual()) if counted else result
 
     def active_clients(self) -> list[Client]:
-        """The active clients, with the newest sign of life of each."""
+        """The active clients, with the last contact of each."""
         return [self._newest(client) for client in self._services.store.clients.all(active=True)]
 
     def view(self, client: Client) -> ClientView:
@@ -51,7 +51,7 @@ class Liveness:
         return self.shown(client, validations.get(client.client_id))
 
     def shown(self, client: Client, verdict: ClientValidation | None) -> ClientView:
-        """One client of whom it is known what an operator decided."""
+        """One client whose validation is read already."""
         client = self._newest(client)
         conditions = client_conditions(
             client,
@@ -96,6 +96,6 @@ class Liveness:
     def _asked_proxies(self) -> ProxyReport | None:
         try:
             return self._services.aggregator().proxies_alive()
-        except Exception as error:  # It may be dead, restarting or nowhere; the fleet is shown all the same.
+        except Exception as error:  # It may be dead or restarting; the fleet is shown all the same.
             _LOG.warning("The aggregator does not say which proxies answer: %s", error)
             return None

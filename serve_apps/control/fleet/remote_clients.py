@@ -1,4 +1,4 @@
-"""Remote clients: they ask for a task, fetch its weights, and upload what they learned. See fedvit.rounds.remote."""
+"""Routes of remote clients: task, weights, update, histogram. See :mod:`fedvit.rounds.remote`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RoundIndex = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
 
 
 def add_remote_client_routes(api: FastAPI, services: Services, heartbeats: Heartbeats) -> None:
-    """Let remote clients take part."""
+    """Add the routes of remote clients."""
     work = RemoteWork(services.settings, services.store)
     _add_tasks(api, services, heartbeats, work)
     _add_uploads(api, services, work)

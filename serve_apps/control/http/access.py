@@ -61,7 +61,7 @@ class TokenRequirement(Requirement, HTTPBearer):
 
 
 def requires(*any_of: Scope, token_always: bool = False, audited: bool = True) -> params.Depends:
-    """For a route's ``dependencies``: whoever asks must hold one of these scopes.
+    """For a route's ``dependencies``: the request's token must hold one of these scopes.
 
     ``audited=False`` is for telemetry, which changes nothing that anybody decided: such a call leaves no line in the
     audit trail, also when it is refused, none in the log when it went well, and a repetition is simply done again.
@@ -86,8 +86,8 @@ FOLLOWER = [requires(Scope.VIEWER, Scope.DEVICE)]
 
 def requirement_of(dependencies: list[Any]) -> Requirement | None:
     """The requirement among a route's dependencies."""
-    found = [d.dependency for d in dependencies if isinstance(d.dependency, Requirement)]
-    return found[0] if len(found) == 1 else None
+    requirements = [d.dependency for d in dependencies if isinstance(d.dependency, Requirement)]
+    return requirements[0] if len(requirements) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,8 +74,8 @@ def check_no_fields(value: Any) -> None:
     """
     if value == {}:
         return
-    found = f"the unknown fields {', '.join(map(repr, list(value)[:10]))}" if isinstance(value, dict) else "no object"
-    raise InvalidRequestError(f"This route takes no body and was sent {found}.")
+    content = f"the unknown fields {', '.join(map(repr, list(value)[:10]))}" if isinstance(value, dict) else "no object"
+    raise InvalidRequestError(f"This route takes no body and was sent {content}.")
 
 
 def with_body(request: Request, content: bytes) -> Request:
@@ -118,10 +118,10 @@ def _finite(text: str) -> float:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # Which of two equal names counts differs between parsers, and so between what is audited and what is done.
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         raise ValueError("a field appears twice")
-    return found
+    return fields
 
 
 def _is_deeper(value: Any, max_depth: int) -> bool:

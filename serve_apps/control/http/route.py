@@ -1,4 +1,4 @@
-"""The way of every request to the control API: who asks, what he sends, how long it takes, what is kept of it."""
+"""The route class of the control API: authorization, bodies, idempotency, time limit, audit, log and metrics."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from serve_apps.problems import documented, problem_of
 LOG = logging.getLogger("fedvit.control")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# Where an operation is watched, and which revision was made, are part of the answer.
+# Location of an operation and ETag of a revision are part of the response.
 _KEPT_HEADERS = ("location", "etag")
 _MAX_BYTES = "x-max-bytes"
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
@@ -62,7 +62,7 @@ _running: set[asyncio.Task[Response]] = set()
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """What :class:`ControlledRoute` stands on; ``app.state.control``."""
+    """What :class:`ControlledRoute` needs; ``app.state.control``."""
 
     guard: Guard
     store: Store
@@ -119,7 +119,7 @@ class ControlledRoute(APIRoute):
         self._single = [
             field.alias for field in self.dependant.query_params if not _takes_several(field.field_info.annotation)
         ]
-        if _is_told_something(self.dependant):
+        if _has_parameters(self.dependant):
             self.responses = documented(422) | self.responses
 
     def get_route_handler(self) -> _Handler:
@@ -155,7 +155,7 @@ class ControlledRoute(APIRoute):
 
 
 class _Call:
-    """One request on its way."""
+    """One request to a :class:`ControlledRoute`."""
 
     def __init__(self, route: ControlledRoute, inner: _Handler, request: Request) -> None:
         control: Control = request.app.state.control
@@ -181,7 +181,7 @@ class _Call:
         try:
             self._guard.permit(requirement, identity)
         except FedvitError as error:
-            # Only who is known is audited when refused: strangers could fill the disk.
+            # A refusal is audited only with a known identity: unknown callers could fill the disk.
             if identity.authenticated and requirement.audited:
                 await self._audit(identity, None, error.http_status)
             raise
@@ -254,7 +254,7 @@ class _Call:
         done, _ = await asyncio.wait({task}, timeout=limit_s)
         if done:
             return task.result()
-        task.add_done_callback(_forget_result)
+        task.add_done_callback(_log_late_error)
         raise ResponseTimeoutError(
             f"No answer within {limit_s:g} s; the request may still take effect. See the audit trail."
         )
@@ -289,7 +289,7 @@ def _stored(response: Response) -> StoredResponse | None:
     return StoredResponse(response.status_code, bytes(response.body).decode(), response.media_type, headers)
 
 
-def _forget_result(task: asyncio.Task[Response]) -> None:
+def _log_late_error(task: asyncio.Task[Response]) -> None:
     if not task.cancelled() and task.exception() is not None:
         LOG.error("A request failed after its time was up", exc_info=task.exception())
 
@@ -299,7 +299,7 @@ def _problems(mutating: bool) -> dict[int | str, dict[str, Any]]:
     return documented(401, 403, *((400, 408, 409, 413, 415, 422) if mutating else ()), 429, 504)
 
 
-def _is_told_something(dependant: Dependant) -> bool:
+def _has_parameters(dependant: Dependant) -> bool:
     """Whether FastAPI would document its own form of 422 here, which is never sent."""
     return bool(dependant.path_params or dependant.query_params or dependant.header_params)
 

@@ -1,4 +1,4 @@
-"""Telemetry is not worth a transaction each: moments by name are kept in memory and written together."""
+"""Write-behind buffer for telemetry: moments by name are kept in memory and written in one transaction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOG = logging.getLogger("fedvit.control")
 class WriteBehind:
     """The newest moment of each name since the last flush. What a killed process had not written is lost.
 
-    It holds no more names than whoever puts them in admits.
+    The caller of :meth:`put` bounds the number of names.
 
     Args:
         write: stores moments by name in one transaction.
@@ -47,7 +47,7 @@ class WriteBehind:
             return
         try:
             self._write(batch)
-        except Exception:  # Whatever ails the store now, the next flush tries again.
+        except Exception:  # Whatever the fault, the next flush tries again.
             _LOG.exception("%d moments could not be written; they are kept", len(batch))
             with self._lock:
                 self._pending = batch | self._pending

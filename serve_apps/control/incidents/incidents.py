@@ -36,7 +36,7 @@ from serve_apps.control.system.in_process_client import REMEDIATION, call_as
 from serve_apps.problems import documented
 
 LOG = logging.getLogger("fedvit.control")
-# Telemetry: Alertmanager repeats it every few minutes. What is done about it is on the audit trail.
+# Telemetry: Alertmanager repeats it every few minutes. The actions that follow are on the audit trail.
 _ALERTS = [requires(Scope.ALERTS, Scope.OPERATOR, audited=False)]
 # A timeline shows what others asked for, and their words.
 _ON_CALL = [requires(Scope.OPERATOR, Scope.EMERGENCY)]
@@ -44,15 +44,15 @@ _MARKDOWN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/markdown":
 
 
 def add_incident_routes(api: FastAPI, services: Services) -> None:
-    """Take alerts in, and show what came of them."""
+    """Add the routes of the incident log."""
     store, settings = services.store, services.settings
     window = timedelta(seconds=settings.incidents.reopen_within_s)
 
     def record(message: AlertmanagerMessage) -> tuple[list[str], list[Order]]:
         now = services.clock.now()
         try:
-            found = store.incidents.record_alerts(to_alerts(message, now), reopen_within=window, at=now)
-            return found, [order for name in found for order in orders(store, settings, name, now)]
+            incident_ids = store.incidents.record_alerts(to_alerts(message, now), reopen_within=window, at=now)
+            return incident_ids, [order for name in incident_ids for order in orders(store, settings, name, now)]
         except StateError as error:
             # Alertmanager tries again what was answered with 5xx, and nothing else.
             raise StateUnavailableError(str(error)) from error
@@ -65,10 +65,10 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
         """
         if message.truncatedAlerts:
             LOG.warning("Alertmanager left alerts out", extra={"truncated": message.truncatedAlerts})
-        found, due = await run_in_threadpool(record, message)
+        incident_ids, due = await run_in_threadpool(record, message)
         for order in due:
             await _carry_out(api, store, order)
-        return ReceivedView(incidents=tuple(found))
+        return ReceivedView(incidents=tuple(incident_ids))
 
     @api.get("/api/incidents", tags=["incidents"], dependencies=VIEWER)
     def incidents(
@@ -78,7 +78,7 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
     ) -> list[IncidentSummary]:
         """Incidents, newest first."""
         is_open = None if status is None else status == "open"
-        return [_summary(found) for found in store.incidents.all(is_open=is_open, offset=offset, limit=limit)]
+        return [_summary(incident) for incident in store.incidents.all(is_open=is_open, offset=offset, limit=limit)]
 
     @api.get("/api/incidents/{incident_id}", tags=["incidents"], dependencies=_ON_CALL, responses=documented(404))
     def incident(incident_id: str) -> IncidentDetail:
@@ -111,12 +111,12 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
 def _detail(services: Services, incident: Incident) -> IncidentDetail:
     store, name = services.store, incident.incident_id
     alerts = [logged.alert for logged in store.incidents.alerts(name)]
-    found = proposals(services.settings.remediation, incident.alertname, alerts, store.remediations.of_incident(name))
+    steps = proposals(services.settings.remediation, incident.alertname, alerts, store.remediations.of_incident(name))
     return IncidentDetail.of(
         incident,
         status=_status(incident),
         runbook=_runbook_of(incident.alertname, alerts),
-        proposals=[_proposal_view(proposal) for proposal in found],
+        proposals=[_proposal_view(proposal) for proposal in steps],
         timeline=[TimelineEntry.of(entry) for entry in timeline(store, incident, services.clock.now())],
     )
 
@@ -149,7 +149,7 @@ def _runbook_of(alertname: str, alerts: list[FiredAlert]) -> str:
 
 
 async def _carry_out(api: FastAPI, store: Store, order: Order) -> None:
-    """Do what was taken on, as an operator would; whatever comes of it is written down, and tried no second time."""
+    """Call the API as an operator would, and record the outcome; a failure is not retried."""
     try:
         answer = await call_as(api, REMEDIATION, order.call.method, order.path, order.call.body, key=order.key)
         outcome = RemediationOutcome.DONE if answer.is_success else RemediationOutcome.FAILED

@@ -80,11 +80,11 @@ def _add_readings(api: FastAPI, services: Services) -> None:
 
         Without ``variant`` it is that of the variant that the fleet was last switched to.
         """
-        found = _current_release(store)
-        wanted = served_variant(found, settings) if variant is None else variant.value
-        envelope = found.envelopes.get(wanted)
+        current = _current_release(store)
+        name = served_variant(current, settings) if variant is None else variant.value
+        envelope = current.envelopes.get(name)
         if envelope is None:
-            raise NotFoundError(f"The current release has no variant {wanted!r}.", cure="See release.variants.")
+            raise NotFoundError(f"The current release has no variant {name!r}.", cure="See release.variants.")
         return Response(envelope, media_type="application/json")
 
     @api.get(

@@ -16,12 +16,12 @@ from serve_apps.control.http.access import VIEWER, AuditNote, CurrentIdentity, N
 from serve_apps.control.services import Services
 from serve_apps.problems import documented
 
-# An open loopback port must not be enough to spend more of anybody's privacy.
+# Access to an open loopback port must not suffice to raise the privacy budget.
 _ADMIN_BY_TOKEN = [requires(Scope.ADMIN, token_always=True)]
 
 
 def add_privacy_routes(api: FastAPI, services: Services) -> None:
-    """Read the budget and its ledger, and grant a new one."""
+    """Add the routes of the budget and its ledger."""
     _add_readings(api, services)
     _add_reset(api, services)
 
@@ -60,8 +60,8 @@ def _add_reset(api: FastAPI, services: Services) -> None:
         """Begin a new period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger."""
         if not require_second_approver:
             return _reset(services.accountant(), note, request.new_epsilon, request.justification, who.actor, None)
-        wish = store.budget.request(request.new_epsilon, request.justification, who.actor, services.clock.now())
-        note.after = AwaitingApproval.of(wish).model_dump(mode="json")
+        pending = store.budget.request(request.new_epsilon, request.justification, who.actor, services.clock.now())
+        note.after = AwaitingApproval.of(pending).model_dump(mode="json")
         return JSONResponse(note.after, status_code=202)
 
     @api.post(
@@ -72,9 +72,9 @@ def _add_reset(api: FastAPI, services: Services) -> None:
     )
     def approve(request_id: str, who: CurrentIdentity, note: Note) -> BudgetView:
         """Put a budget in force that another admin asked for within the last 24 hours."""
-        wish = store.budget.approve(request_id, who.actor, services.clock.now())
+        pending = store.budget.approve(request_id, who.actor, services.clock.now())
         accountant = services.accountant()
-        return _reset(accountant, note, wish.new_epsilon, wish.justification, wish.requested_by, who.actor)
+        return _reset(accountant, note, pending.new_epsilon, pending.justification, pending.requested_by, who.actor)
 
 
 def _reset(

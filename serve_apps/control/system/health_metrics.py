@@ -1,4 +1,4 @@
-"""How the parts behind the control API are, for whoever scrapes it."""
+"""Health metrics of the parts behind the control API."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INCIDENTS = gauge("incidents_open")
 
 
 class HealthMetrics:
-    """Asks each part, side by side, and exports what they say.
+    """Checks each part, all at the same time, and exports the results.
 
     Args:
         buffers: telemetry on its way to the store.

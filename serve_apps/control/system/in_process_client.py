@@ -1,4 +1,4 @@
-"""Calls that the control API makes of itself: the way of an operator's call, with a name that no token has."""
+"""In-process client: calls of the control API to itself, authorized like an operator's and audited under a name of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedvit.access.identity import Identity
 from fedvit.access.identity import Scope as AccessScope
 
 ACTING = "fedvit.acting"
-"""Where the ASGI scope says who acts. Servers make scopes themselves, so that nothing on the network can set it."""
+"""The key of the ASGI scope that holds the acting identity. Servers make scopes; no request can set it."""
 
 # Names of tokens' and subjects' actors have a prefix; this has none.
 REMEDIATION = Identity("remediation", frozenset({AccessScope.OPERATOR}), authenticated=True)

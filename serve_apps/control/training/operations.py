@@ -42,7 +42,7 @@ def add_operation_routes(api: FastAPI, services: Services) -> None:
         offset: Offset = 0,
     ) -> list[OperationView]:
         """Operations, newest first; ``status`` may be given several times."""
-        return [OperationView.of(found) for found in store.operations.all(*(status or ()), offset=offset, limit=limit)]
+        return [OperationView.of(row) for row in store.operations.all(*(status or ()), offset=offset, limit=limit)]
 
     @api.get("/api/operations/{operation_id}", tags=["operations"], dependencies=VIEWER, responses=documented(404))
     def operation(operation_id: str) -> OperationView:
