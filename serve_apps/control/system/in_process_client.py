@@ -1,4 +1,4 @@
-"""In-process client: calls of the control API to itself, authorized like an operator's and audited under a name of their own."""
+"""In-process client: calls of the control API to itself, audited under a name that no token has."""
 
 from __future__ import annotations
 
