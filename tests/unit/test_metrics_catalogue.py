@@ -71,12 +71,12 @@ def test_what_is_not_in_the_catalogue_cannot_be_made(kind: str) -> None:
 
 def test_no_module_makes_a_metric_of_its_own() -> None:
     """Whatever is exported is in the catalogue."""
-    instrument = re.compile(
+    imported = re.compile(
         r"^\s*from prometheus_client(\.metrics)? import .*\b(Counter|Histogram|Summary|Info|Enum)\b", re.M
     )
     allowed = {ROOT / "fedvit" / "metrics" / "exposition.py"}
     folders = ("fedvit", "actors", "serve_apps", "edge_runtime")
     modules = {
-        path for folder in folders for path in (ROOT / folder).rglob("*.py") if instrument.search(path.read_text())
+        path for folder in folders for path in (ROOT / folder).rglob("*.py") if imported.search(path.read_text())
     }
     assert modules == allowed
