@@ -43,7 +43,7 @@ reset: setup  ## Delete the state folder, after asking
 test: setup  ## Run every test (ARGS='tests/unit -k rounds' for some)
 ifeq ($(strip $(ARGS)),)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not install' --numprocesses auto --dist worksteal
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/chaos -m '(ray or install) and not campaign' \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/chaos tests/conformance -m '(ray or install) and not campaign' \
 		--numprocesses 2 --dist loadfile
 else
 	$(BIN)/python -m pytest $(ARGS)

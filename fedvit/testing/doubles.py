@@ -1,19 +1,24 @@
-"""Stand-ins that keep the ports' promises without torch, Ray or images; shipped, for a user's tests as well."""
+"""Test doubles of the ports without torch, Ray or images, also for the tests of users.
+
+The conformance tests run on them, too.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fedvit.aggregation.rule import Rule
-from fedvit.ports import ExportedModel, ModelBenchmark, ProxyReport
+from fedvit.ports import Charge, ExportedModel, LedgerEntry, ModelBenchmark, ProxyReport
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import (
+    BudgetReport,
     Client,
     ClientKind,
     ClientOutcome,
@@ -29,15 +34,17 @@ from fedvit.updates import ClientAnswer, ClientFailures, ClientUpdate, PartialSu
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 from fedvit.wire.tensors import encode_weights
 
+if TYPE_CHECKING:
+    from fedvit.store.store import Store
+
 
 class ManualClock:
-    """A clock that moves when it is told to. Implements :class:`fedvit.ports.ClockPort`."""
+    """A clock that stands still until :meth:`advance`. Implements :class:`fedvit.ports.ClockPort`."""
 
     def __init__(self, start: datetime | None = None) -> None:
         self._now = self._start = start or utc_now()
 
     def now(self) -> datetime:
-        """The present moment."""
         return self._now
 
     def monotonic(self) -> float:
@@ -49,14 +56,57 @@ class ManualClock:
         self._now += timedelta(seconds=seconds)
 
 
+class GenerousAccountant:
+    """An accountant that writes all charges and refuses none. Implements :class:`fedvit.ports.AccountantPort`.
+
+    It composes no epsilon, which takes time and has tests of its own: reports show fixed values.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._target_epsilon, self._period = 8.0, 1
+        self._call_keys: set[str] = set()
+
+    def charge(self, charges: Sequence[Charge]) -> BudgetReport:
+        self._store.ledger.append(charges)
+        return self.budget()
+
+    def check(self, charges: Sequence[Charge]) -> None:
+        pass
+
+    def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
+        return frozenset(charge.unit_id for charge in charges)
+
+    def reset_budget(
+        self,
+        new_epsilon: float,
+        justification: str,
+        requested_by: str,
+        approved_by: str | None = None,
+        *,
+        call_key: str | None = None,
+    ) -> BudgetReport:
+        if call_key is None or call_key not in self._call_keys:
+            self._target_epsilon, self._period = new_epsilon, self._period + 1
+            if call_key is not None:
+                self._call_keys.add(call_key)
+        return self.budget()
+
+    def budget(self, *, outlook: bool = False) -> BudgetReport:
+        return BudgetReport("record", self._target_epsilon, 1e-5, 1.0, 1.0, 1.0, 1, 1, period=self._period)
+
+    def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
+        return self._store.ledger.entries(since=since, limit=limit)
+
+
 class PointModel:
     """A model that is a point, and the better the nearer it is to ``target``. Implements ``ServerModelPort``.
 
     Attributes:
-        latency_ms: the p95 of a variant in a trial; 1 ms where nothing is said.
-        relative_accuracy: what an export keeps of the accuracy; all of it where nothing is said.
-        canary_disagrees: variants whose answers differ from everybody else's.
-        spec: what clients are to be asked to count; nothing where nothing is said.
+        latency_ms: the p95 in the benchmark of a variant; 1 ms where it is not set.
+        relative_accuracy: the share of the accuracy that a variant's export keeps; 1 where it is not set.
+        canary_disagrees: variants that predict another class than the others.
+        spec: the histogram specification; None where it is not set.
     """
 
     exports = True
@@ -69,11 +119,9 @@ class PointModel:
         self.spec: HistogramSpec | None = None
 
     def initial_weights(self) -> Weights:
-        """The origin."""
         return {"point": np.zeros_like(self._target)}
 
     def frozen_weights(self) -> Weights:
-        """Nothing is frozen."""
         return {}
 
     def evaluate(self, weights: Weights) -> Evaluation:
@@ -82,17 +130,14 @@ class PointModel:
         return Evaluation(loss, 1 / (1 + loss), {"near": 1 / (1 + loss)}, ((1,),), 1)
 
     def histogram_spec(self) -> HistogramSpec | None:
-        """A point has no images: None, unless a test sets ``spec``."""
         return self.spec
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:
-        """The point's bytes."""
         content = variant.value.encode() + b":" + weights["point"].tobytes()
         accuracy = self.evaluate(weights).accuracy * self.relative_accuracy.get(variant, 1.0)
         return ExportedModel(content, agreement=1.0, accuracy=accuracy, complexity={"parameters": self._target.size})
 
     def benchmark(self, content: bytes, limit: int | None = None) -> ModelBenchmark:
-        """As fast as ``latency_ms`` says of the variant; ``canary_disagrees`` answers another class."""
         variant = Variant(content.split(b":", 1)[0].decode())
         latency_ms = self.latency_ms.get(variant, 1.0)
         answer = int(variant in self.canary_disagrees)
@@ -100,22 +145,22 @@ class PointModel:
 
 
 class FakeFleet:
-    """Clients that each move a share of the way to ``target``, in ``groups`` partial updates. Implements ``FleetPort``.
+    """Clients that each move half of the way to ``target``, in ``groups`` messages. Implements ``FleetPort``.
 
-    Time stands still: whoever is not held answers at once. When only held clients are in flight, ``on_silence`` is
-    called; if it lets none of them go, the patience of the round is over.
+    Clients answer at once, except the held ones. When only held clients are in flight, ``on_silence`` is called; if it
+    releases none of them, the time of the round is over.
 
     Args:
         failing: clients that answer with an error.
-        crash_in_round: a round in which the whole process seems to die, once.
-        groups: how many proxies there seem to be.
-        rule: what the answers are made for: sums by examples where nothing is said.
+        crash_in_round: a round in which ``train`` raises KeyboardInterrupt once, as if the process ended.
+        groups: the number of messages of a round, as if from so many proxies.
+        rule: the aggregation rule that the messages are for; without it they hold sums weighted by examples.
 
     Attributes:
-        tamper: what becomes of a client's own update on its way, by client; its group's sum has it in it.
-        held: clients that do not answer, and with each of them its group; a test adds and takes away.
+        tamper: by client, a function that changes its update, also within its group's sum.
+        held: clients that do not answer, nor do the others in their groups; a test adds and removes them.
         histogram_requests: requested histograms, with the clients asked.
-        counts_of: what a client's histogram holds.
+        counts_of: the counts of a client's histogram.
     """
 
     def __init__(
@@ -146,7 +191,7 @@ class FakeFleet:
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
     ) -> Iterator[UpdateMessage | None]:
-        """One message a group, the even clients last; the difference is to ``weights`` as they are now."""
+        """One message a group, the group of the first client last."""
         self.tasks.append((task, cohort))
         self.timeouts_s.append(timeout_s)
         assert task.base_digest == hashlib.sha256(encode_weights(weights)).hexdigest(), "weights of another release"
@@ -166,35 +211,30 @@ class FakeFleet:
             yield answer
 
     def in_flight(self) -> frozenset[str]:
-        """The clients that have not answered."""
         return frozenset(outcome.client_id for answer in self._pending for outcome in answer.outcomes)
 
     def give_up(self, reason: str) -> list[ClientFailures]:
-        """Forget whoever is in flight."""
-        given_up = [
+        failures = [
             ClientFailures.of(message.round_index, (o.client_id for o in message.outcomes), reason)
             for message in self._pending
         ]
         self._pending.clear()
-        return given_up
+        return failures
 
     def _next(self) -> UpdateMessage | None:
         free = (a for a in self._pending if self.held.isdisjoint(o.client_id for o in a.outcomes))
         return next(free, None)
 
     def request_histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> None:
-        """They arrive with ``counts_of``, which a test sets."""
         self.histogram_requests.append((request, tuple(client_ids)))
         place = (request.run_id, request.round_index, 10, request.spec.digest, request.deviation)
         self._histograms += [ClientHistogram(c, *place, tuple(self.counts_of(request, c))) for c in client_ids]
 
     def histograms(self) -> list[ClientHistogram]:
-        """All that were asked for, once."""
-        found, self._histograms = self._histograms, []
-        return found
+        histograms, self._histograms = self._histograms, []
+        return histograms
 
     def proxies_alive(self) -> ProxyReport:
-        """Both answer."""
         return ProxyReport({"even": True, "odd": True})
 
     def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:

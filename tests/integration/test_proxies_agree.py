@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import ray
-from generous_accountant import GenerousAccountant
 
 from actors.client_proxy import ClientProxy
 from actors.fleet import RayFleet
@@ -20,6 +19,7 @@ from fedvit.config import Settings
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.settings import load_settings, settings_to_json
 from fedvit.store.store import Store
+from fedvit.testing.doubles import GenerousAccountant
 from fedvit.types import RunStatus
 
 pytestmark = pytest.mark.ray

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from generous_accountant import GenerousAccountant
 
 from fedvit.aggregation.registry import SHIPPED, create_rule, rule_for, rule_names
 from fedvit.config import TrainingConfig
@@ -17,7 +16,7 @@ from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
+from fedvit.testing.doubles import FakeFleet, GenerousAccountant, PointModel, seeded_fleet
 from fedvit.types import RunStatus
 
 DOCUMENT = Path(__file__).parents[2] / "docs/how-to/adding-a-rule.md"

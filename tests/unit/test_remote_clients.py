@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from generous_accountant import GenerousAccountant
 from httpx import Response
 from prometheus_client import REGISTRY
 
@@ -26,7 +25,7 @@ from fedvit.rounds.fleets import UNCHARGED, MixedFleet
 from fedvit.rounds.steering import change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.testing.doubles import FakeFleet, ManualClock, PointModel, seeded_fleet
+from fedvit.testing.doubles import FakeFleet, GenerousAccountant, ManualClock, PointModel, seeded_fleet
 from fedvit.types import Client, ClientKind, ClientOutcome, Encoding, RunStatus, utc_now
 from fedvit.updates import ClientUpdate
 from fedvit.wire.folders import open_folder

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generous_accountant import GenerousAccountant
 
 from fedvit.cohort.selection import draw_cohort
 from fedvit.config import CohortConfig, Settings
@@ -27,7 +26,7 @@ from fedvit.rounds.steering import (
 )
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
+from fedvit.testing.doubles import FakeFleet, GenerousAccountant, PointModel, seeded_fleet
 from fedvit.types import Cohort, RunStatus, TrainingProgress, utc_now
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)

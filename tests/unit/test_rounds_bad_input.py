@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generous_accountant import GenerousAccountant
 
 from fedvit.aggregation.registry import rule_for
 from fedvit.errors import ConfigError, ConflictError
@@ -21,7 +20,7 @@ from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.testing.doubles import FakeFleet, PointModel
+from fedvit.testing.doubles import FakeFleet, GenerousAccountant, PointModel
 from fedvit.types import Client, ClientKind, Run, RunStatus
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generous_accountant import GenerousAccountant
 
 from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.state import decode_state
@@ -22,7 +21,7 @@ from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunRequest, change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
+from fedvit.testing.doubles import FakeFleet, GenerousAccountant, PointModel, seeded_fleet
 from fedvit.types import Cohort, Run, RunStatus, TrainTask, Weights
 from fedvit.updates import ClientUpdate, UpdateMessage
 

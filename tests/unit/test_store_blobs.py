@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fedvit.errors import IntegrityError, NotFoundError
+from fedvit.errors import IntegrityError
 from fedvit.ports import BlobStorePort
 from fedvit.store.blobs import FileBlobStore
-from fedvit.testing.blobs import MemoryBlobStore
 
 CONTENT = b"weights"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -27,23 +26,8 @@ def blobs(root: Path) -> BlobStorePort:
     return FileBlobStore(root)
 
 
-@pytest.fixture(params=["files", "memory"])
-def any_blobs(request: pytest.FixtureRequest, root: Path) -> BlobStorePort:
-    return FileBlobStore(root) if request.param == "files" else MemoryBlobStore()
-
-
 def file_of(root: Path, digest: str) -> Path:
     return root / "sha256" / digest[:2] / digest
-
-
-@pytest.mark.parametrize("content", [b"", CONTENT, bytes(range(256)) * 4096])
-def test_what_was_put_comes_back(any_blobs: BlobStorePort, content: bytes) -> None:
-    digest = any_blobs.put(content)
-    assert digest == hashlib.sha256(content).hexdigest()
-    assert any_blobs.get(digest) == content
-    assert any_blobs.size(digest) == len(content)
-    assert any_blobs.get_range(digest, 2, 5) == content[2:5]
-    assert any_blobs.put_pieces([content[:3], memoryview(content[3:])]) == digest
 
 
 def test_layout_is_the_documented_one(blobs: BlobStorePort, root: Path) -> None:
@@ -68,28 +52,6 @@ def test_damage_is_noticed_by_get_and_mended_by_put(blobs: BlobStorePort, root: 
     assert refused.value.details["digest"] == DIGEST
     blobs.put(CONTENT)
     assert blobs.get(DIGEST) == CONTENT
-
-
-@pytest.mark.parametrize(
-    "digest",
-    ["", "ab", DIGEST.upper(), DIGEST[:-1], DIGEST + "0", DIGEST + "\n", "../" * 20 + "etc/passwd", "/" + DIGEST],
-)
-def test_what_is_no_digest_names_no_blob(any_blobs: BlobStorePort, digest: str) -> None:
-    any_blobs.put(CONTENT)
-    check_absent(any_blobs, digest)
-
-
-def test_an_absent_blob_is_not_found(any_blobs: BlobStorePort) -> None:
-    check_absent(any_blobs, DIGEST)
-
-
-def check_absent(blobs: BlobStorePort, digest: str) -> None:
-    with pytest.raises(NotFoundError):
-        blobs.get(digest)
-    with pytest.raises(NotFoundError):
-        blobs.size(digest)
-    with pytest.raises(NotFoundError):
-        blobs.get_range(digest, 0, 1)
 
 
 def test_a_put_that_fails_leaves_neither_blob_nor_draft(

@@ -13,7 +13,6 @@ import pytest
 import torch
 from control_client import URL, Through
 from fastapi.testclient import TestClient
-from generous_accountant import GenerousAccountant
 from PIL import Image
 
 from edge_runtime.mailbox import MailboxSender
@@ -32,7 +31,7 @@ from fedvit.rounds.fleets import MixedFleet
 from fedvit.rounds.remote import FROZEN_DIGEST
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.testing.doubles import FakeFleet, ManualClock
+from fedvit.testing.doubles import FakeFleet, GenerousAccountant, ManualClock
 from fedvit.types import ClientOutcome, Encoding, Run, RunStatus, TrainTask, utc_now
 from fedvit.updates import ClientUpdate
 from fedvit.wire.folders import open_folder

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from generous_accountant import GenerousAccountant
 from own_clients import ProtectingClients
 from raises import raises_naming
 
@@ -29,7 +28,7 @@ from fedvit.privacy.mechanism import fault_of
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.testing.doubles import FakeFleet
+from fedvit.testing.doubles import FakeFleet, GenerousAccountant
 from fedvit.types import RunStatus, TrainTask, Variant, Weights
 from fedvit.updates import PartialSum, UpdateMessage
 from fedvit.wire.tensors import encode_weights
