@@ -85,3 +85,27 @@ def test_the_map_of_packages_has_their_docstrings(package: str, docstring: str) 
 @pytest.mark.parametrize(("old", "new"), sorted(RENAMED_KEYS.items()))
 def test_the_changelog_names_each_renamed_setting(old: str, new: str) -> None:
     assert f"| `{old}` | `{new}` |" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name is a module or package of this checkout, or something that such a module defines."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:length])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.exists():
+                return length == len(parts) or (length > 1 and parts[length] in file.read_text())
+    return False
+
+
+CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md" and page.parent.name != "adr"]
+"""The pages that describe the present code; a decision or a change may name a module that is gone."""
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
+def test_modules_and_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    modules = set(re.findall(r"`((?:fedvit|actors|serve_apps|edge_runtime)(?:\.\w+)+)`", text)) - {"fedvit.system"}
+    files = re.findall(r"`((?:fedvit|actors|serve_apps|edge_runtime|cluster_configs|examples)/[\w./-]+)`", text)
+    missing = [name for name in modules if not is_there(name)]
+    assert missing + [file for file in files if not (ROOT / file).exists()] == []

@@ -128,8 +128,8 @@ def _small_class_note(summary: Mapping[str, Any], manifest: DataManifest) -> str
             f"{100 / test_count:.1f} points"
         )
     return (
-        "Accuracy hides small classes, so read recall by class: DP-SGD clips every image's gradient to the same norm "
-        "and adds noise that is as large for a class of ten images as for one of a thousand, so the class with the "
-        f"fewest training images is the first to drown in it; here that is {name}, with "
+        "Accuracy hides small classes, so read recall by class. DP-SGD clips every image's gradient to the same norm "
+        "and adds noise that is as large for a class of ten images as for one of a thousand. The class with the "
+        f"fewest training images therefore suffers most; here that is {name}, with "
         f"{manifest.train_counts[label]:,} of {manifest.num_train:,} training images {outcome}."
     )
