@@ -1,4 +1,4 @@
-"""Where it is safe to listen."""
+"""Checks that a server address other than the loopback is protected by tokens and TLS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _EVERYWHERE = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared, not lis
 
 
 def check_exposure(settings: Settings) -> None:
-    """Refuse to listen where strangers could ask without a token, or where one could be read off the wire.
+    """Refuse an address at which others could send requests without a token, or could read one on the network.
 
     Raises:
         ConfigError: ``serving.host`` is not loopback, and tokens or their protection are missing.

@@ -1,4 +1,4 @@
-"""Who asks, and what that allows."""
+"""Identity of a caller, and the scopes that it may use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedvit.errors import ConfigError, ForbiddenError
 
 
 class Scope(StrEnum):
-    """What a token may be good for. Admin implies operator implies viewer; the others stand alone."""
+    """A permission of a token. Admin implies operator, and operator viewer; emergency implies viewer."""
 
     VIEWER = "viewer"
     OPERATOR = "operator"
@@ -20,7 +20,7 @@ class Scope(StrEnum):
     ALERTS = "alerts"
 
 
-# Who answers an incident must see what is going on; nothing else is implied by it, nor does an admin stand in for it.
+# An incident responder has to see the state of the system. Admin does not imply emergency.
 _IMPLIED: dict[Scope, frozenset[Scope]] = {
     Scope.VIEWER: frozenset({Scope.VIEWER}),
     Scope.OPERATOR: frozenset({Scope.VIEWER, Scope.OPERATOR}),
@@ -33,13 +33,13 @@ _IMPLIED: dict[Scope, frozenset[Scope]] = {
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who asks.
+    """A caller.
 
     Attributes:
-        actor: the name that the audit trail keeps; unique to a token, a subject, or ``anonymous``.
-        scopes: as granted, without what they imply.
-        authenticated: whether a token proved it; if not, this is the open loopback mode.
-        client_id: the one client that its token speaks for; None binds it to none.
+        actor: the name in the audit trail; unique to a token, a subject, or ``anonymous``.
+        scopes: as granted, without the implied ones.
+        authenticated: whether a token proved it; False in the open loopback mode.
+        client_id: the only client that its token may act for; None without that restriction.
     """
 
     actor: str
@@ -52,7 +52,7 @@ class Identity:
         return any(wanted in _IMPLIED[held] for held in self.scopes for wanted in any_of)
 
     def check_speaks_for(self, client_id: str) -> None:
-        """Make sure that this is no device that speaks for another client.
+        """Make sure that the caller may act for this client.
 
         Raises:
             ForbiddenError: its token is bound to another client.
@@ -75,6 +75,6 @@ def parse_scopes(names: Iterable[str]) -> frozenset[Scope]:
     wanted = set(names)
     unknown = sorted(wanted - set(Scope))
     if unknown or not wanted:
-        found = ", ".join(map(repr, unknown)) or "nothing"
-        raise ConfigError(f"No scope is called {found}.", cure=f"Name one or more of: {', '.join(Scope)}.")
+        given = ", ".join(map(repr, unknown)) or "nothing"
+        raise ConfigError(f"No scope is called {given}.", cure=f"Name one or more of: {', '.join(Scope)}.")
     return frozenset(map(Scope, wanted))

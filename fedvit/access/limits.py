@@ -1,4 +1,4 @@
-"""How often somebody may ask, and how often somebody may fail to prove who he is. In memory, so each process counts."""
+"""Rate limits of requests and of failed authentications, in the memory of one process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-# Beyond this the longest idle are forgotten, so that made-up names cannot fill the memory.
+# Beyond this the names that were idle longest are forgotten, so that invented names cannot fill the memory.
 MAX_NAMES = 10_000
 
 
 class TokenBuckets:
-    """A token bucket a name: ``burst`` requests at once, ``rate`` a second in the long run.
+    """One token bucket for each name: ``burst`` requests at once, ``rate`` a second in the long run.
 
     Args:
         rate: requests a second.
@@ -26,7 +26,7 @@ class TokenBuckets:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, name: str) -> float:
-        """Take one; 0 if there was one, else the seconds until there is."""
+        """Take a token; 0 if there was one, else the seconds until there is one."""
         with self._lock:
             now = self._clock()
             level, since = self._buckets.pop(name, (float(self._burst), now))
@@ -39,7 +39,7 @@ class TokenBuckets:
 
 
 class FailureWindow:
-    """Failures a name within the last ``window_s`` seconds.
+    """Failures of each name within the last ``window_s`` seconds.
 
     Args:
         allowed: how many are tolerated.
@@ -52,7 +52,7 @@ class FailureWindow:
         self._failures: OrderedDict[str, deque[float]] = OrderedDict()
 
     def fail(self, name: str) -> float:
-        """Count a failure; 0 while they are tolerated, else the seconds until one would be again."""
+        """Count a failure; 0 while failures are tolerated, else the seconds until the next one is."""
         with self._lock:
             now = self._clock()
             times = self._failures.pop(name, deque(maxlen=self._allowed))

@@ -1,4 +1,4 @@
-"""JSON web tokens of an OpenID Connect issuer (RFC 7519), as an alternative to tokens of our own."""
+"""Verification of JSON web tokens (RFC 7519) of an OpenID Connect issuer, an alternative to fedvit's own tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FETCH_TIMEOUT_S = 5
 
 
 class OidcVerifier:
-    """Checks signature, issuer, audience and expiry; the algorithm is the configured one, whatever a header says.
+    """Checks signature, issuer, audience and expiry, always with the configured algorithm.
 
     Raises:
         ConfigError: the key file cannot be read.
@@ -29,7 +29,7 @@ class OidcVerifier:
         self._remote = jwt.PyJWKClient(config.jwks_url, timeout=_FETCH_TIMEOUT_S) if config.jwks_url else None
 
     def verify(self, text: str) -> Identity:
-        """Who bears this token. Scopes that fedvit does not know are ignored.
+        """The identity that this token proves. Unknown scopes are ignored.
 
         Raises:
             UnauthorizedError: it is not valid, or grants nothing here.
@@ -72,8 +72,8 @@ def _read_keys(config: OidcConfig) -> list[jwt.PyJWK]:
     if config.jwks_path is None:
         return []
     try:
-        found = json.loads(config.jwks_path.read_text(encoding="utf-8"))
-        return jwt.PyJWKSet.from_dict(found if isinstance(found, dict) else {}).keys
+        content = json.loads(config.jwks_path.read_text(encoding="utf-8"))
+        return jwt.PyJWKSet.from_dict(content if isinstance(content, dict) else {}).keys
     except (OSError, ValueError, jwt.PyJWTError) as error:
         raise ConfigError(
             f"The key set {config.jwks_path} cannot be read: {error}.", cure="Set access.oidc.jwks_path to a JWKS file."

@@ -1,7 +1,7 @@
-"""Bearer tokens ``fvt_<token_id>_<secret>``: made, listed, ended, and checked at every request.
+"""Bearer tokens ``fvt_<token_id>_<secret>``: creation and verification.
 
-The secret has 256 random bits and is shown once; the state keeps its SHA-256. A slow password hash would add nothing:
-nobody guesses 256 bits.
+The secret has 256 random bits and is shown once; the store keeps its SHA-256. A slow password hash is not needed for a
+random secret of this length.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from pathlib import Path
 
 from fedvit.access.identity import Identity, Scope, parse_scopes
 from fedvit.atomic_write import write_atomically
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import ConfigError, NotFoundError, UnauthorizedError
+from fedvit.ports import ClockPort
 from fedvit.store.records import Token
 from fedvit.store.store import Store
-from fedvit.types import CLIENT_ID, utc_now
+from fedvit.types import CLIENT_ID
 
 PREFIX = "fvt_"
 _FORM = re.compile(r"fvt_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,63}")
-# One write a minute and token is enough to find those that nobody uses.
+# One write a minute and token is enough to find unused tokens.
 _TOUCH_EVERY = timedelta(minutes=1)
 _NOBODY = hashlib.sha256(b"").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """A token just made; ``text`` is what its holder sends and is nowhere else."""
+    """A new token; ``text`` is what its holder sends, and is stored nowhere."""
 
     token: Token
     text: str
@@ -52,13 +54,13 @@ def create_token(
     lifetime: timedelta | None = None,
     client_id: str | None = None,
 ) -> NewToken:
-    """Make a token; without ``lifetime`` it is good until it is revoked.
+    """Create a token; without ``lifetime`` it is valid until it is revoked.
 
     Args:
-        client_id: the one client that a device token shall speak for; it need not be registered yet.
+        client_id: the only client that a device token may act for; it need not be registered yet.
 
     Raises:
-        ConfigError: the name, a scope, the lifetime or the client's id is none, or other scopes than device are bound.
+        ConfigError: the name, a scope, the lifetime or the client id is not valid, or a bound token has other scopes.
     """
     granted = parse_scopes(scopes)
     _check_binding(client_id, granted)
@@ -83,27 +85,29 @@ def create_token(
 
 
 @contextmanager
-def lent_token(store: Store, name: str, scope: Scope, path: Path) -> Iterator[None]:
-    """A token in a file that only its owner reads, good until this ends; one that was left behind is revoked."""
+def temporary_token(
+    store: Store, name: str, scope: Scope, path: Path, clock: ClockPort = SYSTEM_CLOCK
+) -> Iterator[None]:
+    """A token in a file that only its owner can read, valid while the block runs; an earlier one is revoked."""
     for token in store.tokens.all():
         if token.name == name and token.revoked_at is None:
-            store.tokens.revoke(token.token_id, utc_now())
-    made = create_token(store, name, [scope], now=utc_now())
-    write_atomically(path, made.text, mode=0o600)
+            store.tokens.revoke(token.token_id, clock.now())
+    new = create_token(store, name, [scope], now=clock.now())
+    write_atomically(path, new.text, mode=0o600)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        store.tokens.revoke(made.token.token_id, utc_now())
+        store.tokens.revoke(new.token.token_id, clock.now())
 
 
 def verify_token(
     store: Store, text: str, now: datetime, *, used: Callable[[str, datetime], None] | None = None
 ) -> Identity:
-    """Who bears this token.
+    """The identity that this token proves.
 
     Args:
-        used: told, about once a minute, that a token was used; by default the store is.
+        used: called about once a minute with a token in use; by default its use is stored.
 
     Raises:
         UnauthorizedError: ``details["reason"]`` is malformed, invalid (unknown or wrong), expired or revoked.
@@ -112,7 +116,7 @@ def verify_token(
     if form is None:
         raise _refusal("malformed")
     token = _find(store, form[1])
-    # Compared even when there is no such token, so that the time tells nothing about which ids exist.
+    # Compared even when there is no such token, so that the time does not show which ids exist.
     good = hmac.compare_digest(_hash(form[2]), token.secret_hash if token else _NOBODY)
     if token is None or not good:
         raise _refusal("invalid")
@@ -154,7 +158,7 @@ def _find(store: Store, token_id: str) -> Token | None:
 
 
 def _refusal(reason: str) -> UnauthorizedError:
-    # Revoked or expired is told only to who knew the secret; everybody else learns nothing.
+    # "Revoked" and "expired" are only shown to callers that sent the right secret.
     why = f"is {reason}" if reason in ("revoked", "expired") else "is not valid"
     return UnauthorizedError(f"The bearer token {why}.", cure="Ask an admin for a new token.", reason=reason)
 

@@ -1,8 +1,8 @@
-"""The vehicle's half of the registry: fetch a release, believe nothing, keep what was proven.
+"""Release client: fetches, verifies and caches signed releases on replicas and vehicles.
 
-What is defended against (after TUF): arbitrary software (signature and hash before use), rollback (the highest
-sequence ever accepted is remembered on disk), endless data (nothing is read past its signed length), and a server that
-is away (the last two releases are kept). A key is trusted because an operator gave it, never because it came first.
+Threats covered (after TUF): arbitrary software (signature and hash are checked before use), rollback (the highest
+sequence ever accepted is stored on disk), endless data (nothing is read past its signed length), and an unreachable
+server (the last two releases are kept). An operator gives the trusted keys; none is trusted on first use.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ FOLLOWED = "served"
 
 @dataclass(frozen=True, slots=True)
 class LoadedRelease:
-    """A release whose signature, hash and length were checked, and where its ONNX file lies."""
+    """A release whose signature, hash and length were checked, and the path of its ONNX file."""
 
     manifest: ReleaseManifest
     model_path: Path
 
 
 class ReleaseClient:
-    """Polls a feed and keeps the releases that pass, in a folder under ``cache_dir``. One thread at a time.
+    """Polls a feed and caches verified releases in a folder under ``cache_dir``. For one thread at a time.
 
     Args:
-        feed: where releases come from.
-        cache_dir: this device's own folder; made if absent.
+        feed: the source of releases.
+        cache_dir: this device's own folder; created if absent.
         trusted: the keys that may sign releases.
-        variant: the one variant that is accepted; None follows the fleet, whatever variant it is switched to.
+        variant: the only variant that is accepted; None follows the variant that the fleet serves.
 
     Raises:
         UsageError: no trusted key.
@@ -67,9 +67,9 @@ class ReleaseClient:
         self._current: ReleaseManifest | None = None
 
     def poll(self) -> LoadedRelease | None:
-        """Fetch the feed's release if it is another than the one at hand; None when there is nothing new.
+        """Fetch the feed's release if it is not the current one; None when there is nothing new.
 
-        On any error everything stays as it was, and what was returned before stays good.
+        An error changes nothing: the current release stays.
 
         Raises:
             IntegrityError: the release fails a check: signature, fields, variant, sequence, length or hash.
@@ -90,18 +90,18 @@ class ReleaseClient:
         return LoadedRelease(manifest, path)
 
     def cached(self) -> Iterator[LoadedRelease]:
-        """The kept releases that still pass every check, newest first: what an offline start serves."""
+        """The cached releases that pass every check, newest first, for a start without a connection."""
         for name in (_CURRENT, _PREVIOUS):
             release = self._load(self.folder / name)
             if release is not None:
                 yield release
 
     def adopt(self, release: LoadedRelease) -> None:
-        """Take a kept release as the one at hand, so that a poll returns only another one."""
+        """Make a cached release the current one, so that a poll returns only another one."""
         self._current = release.manifest
 
     def close(self) -> None:
-        """Give the feed's connections back."""
+        """Close the feed's connections."""
         self._feed.close()
 
     def _verify(self, envelope: str) -> ReleaseManifest:
@@ -130,7 +130,7 @@ class ReleaseClient:
             )
 
     def _obtain(self, manifest: ReleaseManifest) -> Path:
-        """The artifact on disk, proven; downloaded unless it is there already (a rollback to a kept model)."""
+        """The verified artifact on disk; downloaded unless it is cached (a rollback to a cached model)."""
         path = self._blob_path(manifest)
         if _is_intact(path, manifest):
             return path
@@ -146,11 +146,11 @@ class ReleaseClient:
 
     def _commit(self, envelope: str, manifest: ReleaseManifest) -> None:
         accepted = self._accepted()
-        # Every key trusted now moves along, so that neither an old key's releases nor a new one's can go back.
+        # For every trusted key, so that neither the releases of an old key nor those of a new one can go back.
         accepted |= {key_id(key): manifest.sequence for key in self._trusted}
         _write(self.folder / _ACCEPTED, json.dumps(accepted, sort_keys=True).encode())
         current = self.folder / _CURRENT
-        # Taking the same release again must not push the previous one out.
+        # Accepting the same release again must not replace the previous one.
         if current.exists() and current.read_bytes() != envelope.encode():
             _write(self.folder / _PREVIOUS, current.read_bytes())
         _write(current, envelope.encode())
@@ -158,7 +158,7 @@ class ReleaseClient:
         self._prune()
 
     def _accepted(self) -> dict[str, int]:
-        """The highest accepted sequence by key. A key that is no longer trusted has no say (TUF's key rotation)."""
+        """The highest accepted sequence by key; keys that are no longer trusted do not count (key rotation)."""
         path = self.folder / _ACCEPTED
         with _explained(path):
             if not path.exists():

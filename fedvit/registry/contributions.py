@@ -1,4 +1,4 @@
-"""Whose updates are in the weights of a model version, also by way of the versions that it was made from."""
+"""Contributions of clients to model versions, including those through earlier versions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fedvit.types import ModelVersion
 def contributions(versions: Iterable[ModelVersion], client_ids: Collection[str]) -> dict[str, frozenset[str]]:
     """Which of these clients contributed to each version.
 
-    A round's weights carry all earlier rounds of its run, those of the version that the run began from, and so on; a
-    version made from another one (a roll-back, an optimisation) carries what that one does.
+    A round's weights contain the contributions to all earlier rounds of its run, to the version that the run began
+    from, and so on. A version made from another one (a roll-back, an optimisation) contains the same as that one.
 
     Args:
         versions: all versions of a store, newest first.
-        client_ids: whom to look for; only they are in the answer.
+        client_ids: the clients to look for; the result contains no others.
     """
     wanted = frozenset(client_ids)
     by_version: dict[str, frozenset[str]] = {}
@@ -28,12 +28,12 @@ def contributions(versions: Iterable[ModelVersion], client_ids: Collection[str])
             continue
         base = version.lineage.get("base_version")
         earlier = by_run.get(version.run_id, by_version[base] if base else frozenset())
-        found = earlier | wanted.intersection(version.lineage["clients"])
-        by_version[version.version] = by_run[version.run_id] = found
+        contributors = earlier | wanted.intersection(version.lineage["clients"])
+        by_version[version.version] = by_run[version.run_id] = contributors
     return by_version
 
 
 def last_release_without(store: Store, client_ids: Collection[str]) -> Release | None:
     """The newest release to which none of these clients contributed, or None."""
-    found = contributions(store.versions.all(), client_ids)
-    return next((release for release in reversed(store.releases.all()) if not found[release.version]), None)
+    contributors = contributions(store.versions.all(), client_ids)
+    return next((release for release in reversed(store.releases.all()) if not contributors[release.version]), None)

@@ -1,6 +1,6 @@
-"""Where releases come from: a control server over HTTP, or a folder that was carried to the vehicle.
+"""Sources of releases: a control server over HTTP, or a folder that was copied to the vehicle.
 
-A feed is not trusted with anything: what it hands out is checked by :class:`fedvit.registry.client.ReleaseClient`.
+A feed is not trusted: releases are verified by :class:`fedvit.registry.client.ReleaseClient`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Feed(Protocol):
             FeedUnavailableError: no answer.
             IntegrityError: the answer is larger than an envelope may be.
         """
-        ...
 
     def blob(self, digest: str, max_bytes: int) -> bytes:
         """The artifact of that SHA-256, unverified, at most ``max_bytes``.
@@ -40,11 +39,9 @@ class Feed(Protocol):
             FeedUnavailableError: no answer.
             IntegrityError: it is larger than ``max_bytes``.
         """
-        ...
 
     def close(self) -> None:
-        """Give connections back."""
-        ...
+        """Close connections."""
 
 
 def open_feed(
@@ -73,8 +70,8 @@ class HttpFeed:
 
     Args:
         base_url: ``http://HOST:PORT`` of the control server.
-        timeout_s: the longest silence on the line before a request is given up.
-        token_file: holds the bearer token to send.
+        timeout_s: the longest time without data before a request fails.
+        token_file: file with the bearer token to send.
         ca_file: certificates to trust, PEM, instead of the machine's.
 
     Raises:
@@ -95,20 +92,17 @@ class HttpFeed:
         self._http = open_http(base_url, timeout_s=timeout_s, token=token, verify=ca_file or True, transport=transport)
 
     def current(self, variant: str | None) -> str | None:
-        """See :class:`Feed`."""
         query = "" if variant is None else f"?variant={quote(variant, safe='')}"
         content = self._get(f"/api/model/release{query}", MAX_ENVELOPE_BYTES)
         return None if content is None else content.decode("utf-8", errors="replace")
 
     def blob(self, digest: str, max_bytes: int) -> bytes:
-        """See :class:`Feed`."""
         content = self._get(f"/api/model/blobs/{quote(digest, safe='')}", max_bytes)
         if content is None:
             raise NotFoundError(f"{self._base_url} has no artifact {digest}.", cure="It was replaced: poll again.")
         return content
 
     def close(self) -> None:
-        """See :class:`Feed`."""
         self._http.close()
 
     def _get(self, path: str, max_bytes: int) -> bytes | None:
@@ -133,19 +127,18 @@ class FolderFeed:
         self._path = path
 
     def current(self, variant: str | None) -> str | None:
-        """See :class:`Feed`; the folder's one release, whatever its variant: the client judges that."""
+        """The folder's one release, whatever its variant, which the client checks."""
         path = self._path / ENVELOPE_FILE
         return self._read(path, MAX_ENVELOPE_BYTES).decode("utf-8", errors="replace") if path.exists() else None
 
     def blob(self, digest: str, max_bytes: int) -> bytes:
-        """See :class:`Feed`."""
         path = self._path / MODEL_FILE
         if not path.exists():
             raise NotFoundError(f"The release folder lacks {path}.", cure="Write it again: `fedvit model export`.")
         return self._read(path, max_bytes)
 
     def close(self) -> None:
-        """See :class:`Feed`."""
+        pass
 
     def _read(self, path: Path, max_bytes: int) -> bytes:
         try:

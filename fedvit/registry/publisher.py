@@ -1,7 +1,7 @@
-"""The server's half of the registry: judge, sign and offer what replicas and vehicles run.
+"""Release publisher: gates, signs and publishes model versions for replicas and vehicles.
 
-Every change is a new release with a higher sequence number, a roll-back and a switch of variant included: vehicles
-refuse whatever goes back.
+Every change, also a roll-back or a switch of variant, is a new release with a higher sequence number, because vehicles
+refuse lower ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Exports = Mapping[Variant, ExportedModel]
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """One variant of a release: its blob, and the numbers that its manifest carries."""
+    """One variant of a release: its blob, and the metrics in its manifest."""
 
     digest: str
     size_bytes: int
@@ -45,7 +45,7 @@ def _artifact(signed: Mapping[str, object]) -> Artifact:
 
 
 def served_variant(release: Release | None, settings: Settings) -> str:
-    """What the fleet runs unless it is pinned: what it was last switched to, at first what the settings say."""
+    """The variant that the fleet serves: the one it was last switched to, or else the configured one."""
     if release is not None and release.serve_variant is not None:
         return release.serve_variant
     return settings.release.serve_variant.value
@@ -58,22 +58,22 @@ class Publisher:
         self._store = store
         self._settings = settings
         self._key: Ed25519PrivateKey = load_or_create_signing_key(store.home / "keys")
-        # Training releases in one thread, an operator's request in another.
+        # The training loop and requests of operators publish from different threads.
         self._lock = threading.RLock()
 
     @property
     def trusted_key(self) -> str:
-        """The public key that replicas and vehicles check releases against, as one line of text."""
+        """The public key with which replicas and vehicles verify releases, as one line of text."""
         return public_key_text(self._key.public_key())
 
     def variants(self) -> tuple[Variant, ...]:
-        """The variants that a release must have: the configured ones, and the one that the fleet runs."""
+        """The variants of a release: the configured ones, and the one that the fleet serves."""
         configured = self._settings.release.variants
         served = Variant(served_variant(self._store.releases.current(), self._settings))
         return configured if served in configured else (*configured, served)
 
     def accuracy_floor(self) -> float | None:
-        """The least held-out accuracy that may take the current release's place; None when anything may."""
+        """The least held-out accuracy of a release that may replace the current one; None without a limit."""
         current = self._store.releases.current()
         served = served_variant(current, self._settings)
         artifact = artifacts_of(current).get(served) if current else None
@@ -81,7 +81,7 @@ class Publisher:
         return None if accuracy is None else accuracy - self._settings.release.max_accuracy_drop
 
     def release(self, version: ModelVersion, exports: Exports, reason: str) -> Release:
-        """Store, sign and offer the variants of a version, in one transaction.
+        """Store, sign and publish the variants of a version, in one transaction.
 
         Raises:
             ModelError: the standard variant does not predict what torch predicts.
@@ -103,11 +103,11 @@ class Publisher:
     def rollback(
         self, name: str, *, force: bool, reason: str | None, export: Callable[[ModelVersion], Exports]
     ) -> Release:
-        """Offer an older version's content again, as a new and higher version; harmless when repeated.
+        """Publish an older version's content again, as a new version; harmless when repeated.
 
         Args:
-            name: the version whose content is wanted.
-            force: take it although it was never released, or is worse than the gate allows.
+            name: the version with that content.
+            force: publish it even if it was never released, or is worse than the gate allows.
             export: called for a version that was never released.
 
         Raises:
@@ -122,7 +122,7 @@ class Publisher:
                 raise ConflictError(f"{name} is what serves now.", cure="Name another version.")
             serving = self._store.versions.get(current.version)
             if serving.derived_from == name and serving.lineage.get("rollback_of") == name:
-                # Asked twice, or repeated because an answer got lost.
+                # A repeated request.
                 return current
             past = self._store.releases.of_version(name)
             if not force:
@@ -132,12 +132,14 @@ class Publisher:
                 self._store.blobs.get(artifact.digest)
             lineage = {"rollback_of": name, "replaces": current.version, "reason": reason, "forced": force}
             derivation = Derivation(name, lineage, target.metrics)
-            serve = self._kept(artifacts, served_variant(current, self._settings), served_variant(past, self._settings))
+            serve = self._first_offered(
+                artifacts, served_variant(current, self._settings), served_variant(past, self._settings)
+            )
             why = f"roll-back to {name}" + (f": {reason}" if reason else "")
             return self._release_derived(derivation, artifacts, why, serve)
 
     def switch(self, variant: Variant) -> Release:
-        """Move everybody who follows the fleet to another variant of the current version; harmless when repeated.
+        """Let the fleet serve another variant of the current version; harmless when repeated.
 
         Raises:
             ConflictError: nothing is released, or the current version has no such variant.
@@ -161,7 +163,7 @@ class Publisher:
     def adopt(
         self, origin: str, variant: Variant, export: ExportedModel, lineage: Mapping[str, object], reason: str
     ) -> Release:
-        """Offer the current version with one more variant, as a new version, and move the fleet to that variant.
+        """Publish the current version with one more variant, as a new version, and let the fleet serve that variant.
 
         Raises:
             ConflictError: ``origin`` is no longer the current version.
@@ -187,11 +189,11 @@ class Publisher:
 
     def _served_of(self, exports: Exports) -> Variant:
         served = served_variant(self._store.releases.current(), self._settings)
-        return Variant(self._kept({v.value: e for v, e in exports.items()}, served))
+        return Variant(self._first_offered({v.value: e for v, e in exports.items()}, served))
 
-    def _kept(self, offered: Mapping[str, object], *wishes: str) -> str:
-        """The first wish that is offered, else anything that is."""
-        return next(variant for variant in (*wishes, *offered) if variant in offered)
+    def _first_offered(self, offered: Mapping[str, object], *preferred: str) -> str:
+        """The first preferred variant that is offered, else any that is."""
+        return next(variant for variant in (*preferred, *offered) if variant in offered)
 
     def _check_target(self, target: ModelVersion, past: Release | None) -> None:
         if past is None:
@@ -199,7 +201,7 @@ class Publisher:
             raise ReleaseRefusedError(
                 f"{target.version} was never released.{refusal}", cure='Name a released version, or say "force": true.'
             )
-        artifact = artifacts_of(past)[self._kept(past.envelopes, served_variant(past, self._settings))]
+        artifact = artifacts_of(past)[self._first_offered(past.envelopes, served_variant(past, self._settings))]
         self._check_accuracy(target.version, artifact.metrics.get("accuracy"))
 
     def _check_accuracy(self, name: str, accuracy: float | None) -> None:

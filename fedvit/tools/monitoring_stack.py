@@ -18,7 +18,7 @@ import httpx
 import yaml
 
 from fedvit.access.identity import Scope
-from fedvit.access.tokens import lent_token
+from fedvit.access.tokens import temporary_token
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, PlacementError
 from fedvit.metrics.alert_rules import RULES, read_groups, scrape_interval_s, shortened
@@ -146,8 +146,8 @@ def watcher_tokens(settings: Settings) -> Iterator[tuple[Path | None, Path | Non
     scraper, notifier = folder / "scraper.token", folder / "notifier.token"
     with (
         Store.open(settings.home) as store,
-        lent_token(store, SCRAPER, Scope.VIEWER, scraper),
-        lent_token(store, NOTIFIER, Scope.ALERTS, notifier),
+        temporary_token(store, SCRAPER, Scope.VIEWER, scraper),
+        temporary_token(store, NOTIFIER, Scope.ALERTS, notifier),
     ):
         yield scraper, notifier
 

@@ -1,19 +1,19 @@
-"""Smaller forms of an update's arrays. Each is unbiased, or leaves what it drops with whoever sends.
+"""Compressed encodings of an update's arrays, unbiased or with error feedback.
 
 =========  ============  =======================================================================================
-encoding   bytes         what becomes of a value
+encoding   bytes         encoded value
 =========  ============  =======================================================================================
 float32    4             itself, to 24 bits
-float16    2             rounded up or down by a coin, unbiased; refused beyond 65504
-bfloat16   2             rounded away from zero or towards it by a coin, unbiased
-int8       1 + 4 / 256   one of 255 levels of its block of 256, by a coin, unbiased
+float16    2             rounded up or down at random, unbiased; refused beyond 65504
+bfloat16   2             rounded away from zero or towards it at random, unbiased
+int8       1 + 4 / 256   one of 255 levels of its block of 256, at random, unbiased
 top_k      8 * fraction  the largest ``fraction`` of all values as they are, the rest not at all
 =========  ============  =======================================================================================
 
-Rounding by a coin, in blocks that have a scale each: Alistarh et al. 2017 (arXiv:1610.02132). Top-k is biased; whoever
-sends adds what was dropped to the next update: error feedback (Stich et al. 2018, arXiv:1809.07599; Karimireddy et al.
-2019, arXiv:1901.09847). Everything here is arithmetic on the arrays as they come: of an update that was noised it costs
-no privacy, and of one that is yet to be noised it may lift the norm.
+Random rounding in blocks with a scale each follows Alistarh et al. 2017 (arXiv:1610.02132). Top-k is biased: the sender
+adds what was dropped to the next update, which is called error feedback (Stich et al. 2018, arXiv:1809.07599;
+Karimireddy et al. 2019, arXiv:1901.09847). Encoding uses only the given arrays: applied to a noised update it costs no
+privacy, and applied before the noise it may increase the norm.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Decoded: TypeAlias = dict[str, npt.NDArray[np.float64]]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Uniforms: TypeAlias = Callable[[int], npt.NDArray[np.float64]]
-"""So many independent uniforms in (0, 1)."""
+"""Returns the given number of independent uniforms in (0, 1)."""
 BLOCK = 256
 _LEVELS = 127
 _SCALE, _INDEX, _VALUE = "#scale", "#index", "#value"
 
 
 def encode_arrays(arrays: Arrays, encoding: Encoding, uniforms: Uniforms, top_k_fraction: float) -> Arrays:
-    """The arrays as they travel, by name; some need several.
+    """The encoded arrays by name; some encodings need several for one parameter.
 
     Args:
-        uniforms: the coins of this update.
+        uniforms: the random numbers of this update.
         top_k_fraction: the share of all values that ``top_k`` keeps; at least one is.
 
     Raises:
@@ -50,22 +50,22 @@ def encode_arrays(arrays: Arrays, encoding: Encoding, uniforms: Uniforms, top_k_
     ordered = {name: np.asarray(arrays[name], np.float64) for name in sorted(arrays)}
     if encoding is Encoding.TOP_K:
         return _largest(ordered, top_k_fraction)
-    found: dict[str, npt.NDArray[Any]] = {}
+    encoded: dict[str, npt.NDArray[Any]] = {}
     for name, array in ordered.items():
         match encoding:
             case Encoding.FLOAT32:
-                found[name] = _fitting(name, array, np.float32)
+                encoded[name] = _fitting(name, array, np.float32)
             case Encoding.FLOAT16:
-                found[name] = _tossed(_fitting(name, array, np.float16), array, uniforms)
+                encoded[name] = _randomly_rounded(_fitting(name, array, np.float16), array, uniforms)
             case Encoding.BFLOAT16:
-                found[name] = _shortened(_fitting(name, array, np.float32), uniforms)
+                encoded[name] = _to_bfloat16(_fitting(name, array, np.float32), uniforms)
             case Encoding.INT8:
-                found[name], found[name + _SCALE] = _levelled(array, uniforms)
-    return found
+                encoded[name], encoded[name + _SCALE] = _to_levels(array, uniforms)
+    return encoded
 
 
 def decode_arrays(stored: Arrays, encoding: Encoding, shapes: Shapes) -> Decoded:
-    """The inverse, float64, for arrays that may come from anybody: nothing larger than ``shapes`` is ever made.
+    """The inverse, float64, for untrusted arrays: no array larger than ``shapes`` is created.
 
     Raises:
         UpdateRejectedError: a part is missing, or of another type or size than it must be.
@@ -77,25 +77,27 @@ def decode_arrays(stored: Arrays, encoding: Encoding, shapes: Shapes) -> Decoded
 
 
 def names_of(stored: Arrays, encoding: Encoding) -> set[str]:
-    """Of which parameters parts are there."""
+    """The names of the parameters of which there are encoded arrays."""
     endings = {Encoding.INT8: (_SCALE,), Encoding.TOP_K: (_INDEX, _VALUE)}.get(encoding, ())
-    found = set(stored)
+    names = set(stored)
     for ending in endings:
-        found = {name.removesuffix(ending) for name in found}
-    return found
+        names = {name.removesuffix(ending) for name in names}
+    return names
 
 
 def _fitting(name: str, array: npt.NDArray[np.float64], kind: type[np.floating[Any]]) -> npt.NDArray[Any]:
     with np.errstate(over="ignore"):
-        found = np.asarray(array.astype(kind))
-    if not np.isfinite(found).all():
+        converted = np.asarray(array.astype(kind))
+    if not np.isfinite(converted).all():
         raise UpdateRejectedError(
             f"A value of {name!r} does not fit into {np.dtype(kind)}.", cure="Use bfloat16 or int8, or a smaller step."
         )
-    return found
+    return converted
 
 
-def _tossed(nearest: npt.NDArray[Any], array: npt.NDArray[np.float64], uniforms: Uniforms) -> npt.NDArray[Any]:
+def _randomly_rounded(
+    nearest: npt.NDArray[Any], array: npt.NDArray[np.float64], uniforms: Uniforms
+) -> npt.NDArray[Any]:
     """Each value to one of its two neighbours in the type of ``nearest``, so that it is right on average."""
     infinity = nearest.dtype.type(np.inf)
     with np.errstate(over="ignore"):
@@ -103,12 +105,12 @@ def _tossed(nearest: npt.NDArray[Any], array: npt.NDArray[np.float64], uniforms:
         above = np.where(nearest < array, np.nextafter(nearest, infinity), nearest)
     gap = np.maximum(above.astype(np.float64) - below, np.finfo(np.float64).tiny)
     up = uniforms(array.size).reshape(array.shape) < (array - below) / gap
-    found = np.where(up, above, below)
+    rounded = np.where(up, above, below)
     # Beyond the largest finite value there is no neighbour.
-    return np.asarray(np.where(np.isfinite(found), found, nearest))
+    return np.asarray(np.where(np.isfinite(rounded), rounded, nearest))
 
 
-def _shortened(array: npt.NDArray[np.float32], uniforms: Uniforms) -> npt.NDArray[np.uint16]:
+def _to_bfloat16(array: npt.NDArray[np.float32], uniforms: Uniforms) -> npt.NDArray[np.uint16]:
     """The upper half of each float32, after a random number below one unit of it was added to the lower half."""
     coins = (uniforms(array.size).reshape(array.shape) * 65536).astype(np.uint32)
     bits = array.view(np.uint32)
@@ -117,7 +119,7 @@ def _shortened(array: npt.NDArray[np.float32], uniforms: Uniforms) -> npt.NDArra
     return np.asarray(np.where((lifted & 0x7F80) == 0x7F80, bits >> 16, lifted).astype(np.uint16))
 
 
-def _levelled(
+def _to_levels(
     array: npt.NDArray[np.float64], uniforms: Uniforms
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     blocks = _in_blocks(array)
@@ -146,14 +148,14 @@ def _largest(arrays: Mapping[str, npt.NDArray[np.float64]], fraction: float) -> 
     count = max(1, round(fraction * flat.size))
     # Stable, so that equal values are chosen alike everywhere.
     chosen = np.sort(np.argsort(-np.abs(flat), kind="stable")[:count])
-    found: dict[str, npt.NDArray[Any]] = {}
+    encoded: dict[str, npt.NDArray[Any]] = {}
     begin = 0
     for name, array in arrays.items():
         own = chosen[(chosen >= begin) & (chosen < begin + array.size)]
-        found[name + _INDEX] = (own - begin).astype(np.uint32)
-        found[name + _VALUE] = _fitting(name, flat[own], np.float32)
+        encoded[name + _INDEX] = (own - begin).astype(np.uint32)
+        encoded[name + _VALUE] = _fitting(name, flat[own], np.float32)
         begin += array.size
-    return found
+    return encoded
 
 
 def _decoded(stored: Arrays, encoding: Encoding, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
@@ -183,11 +185,11 @@ def _from_largest(stored: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDAr
     index, value = stored[name + _INDEX], stored[name + _VALUE]
     index = _checked(name + _INDEX, index, np.uint32, (index.size,))
     value = _checked(name + _VALUE, value, np.float32, (index.size,))
-    found = np.zeros(shape)
-    if index.size and (int(index[-1]) >= found.size or (np.diff(index.astype(np.int64)) <= 0).any()):
+    values = np.zeros(shape)
+    if index.size and (int(index[-1]) >= values.size or (np.diff(index.astype(np.int64)) <= 0).any()):
         raise UpdateRejectedError(f"The places in {name + _INDEX!r} are not in order, or not of this model.")
-    found.reshape(-1)[index] = value
-    return found
+    values.reshape(-1)[index] = value
+    return values
 
 
 def _checked(name: str, array: npt.NDArray[Any], kind: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:

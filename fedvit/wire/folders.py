@@ -1,6 +1,6 @@
 """A folder that several machines can reach: on a file system, or in an object store behind an fsspec URL.
 
-Only folders on a file system need no package of their own; a vehicle gets along with those.
+Folders on a file system need no further package.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ FILE_SCHEME = "file://"
 
 
 class Folder(Protocol):
-    """Files by relative path, ``a/b``. Whoever calls sees to it that no part of a path can lead elsewhere.
+    """Files by relative path, ``a/b``. The caller makes sure that no part of a path leads out of the folder.
 
     Any method raises OSError where the folder cannot be reached.
     """
 
     def folders(self, path: str) -> list[str]:
         """Names of the folders in ``path``, sorted; none where it is missing."""
-        ...
 
     def files(self, path: str) -> list[str]:
         """Names of the finished files in ``path``, sorted; none where it is missing."""
-        ...
 
     def read(self, path: str, max_bytes: int) -> bytes:
         """The content of a file.
@@ -38,26 +36,22 @@ class Folder(Protocol):
             NotFoundError: no such file.
             DataError: it is larger than ``max_bytes``, or no plain file.
         """
-        ...
 
     def write(self, path: str, content: bytes) -> None:
         """Write a file so that a reader sees all of it or nothing; an older one is replaced."""
-        ...
 
     def move(self, path: str, target: str) -> None:
         """Move a file; an older one at ``target`` is replaced. Harmless where it is gone already."""
-        ...
 
     def remove(self, path: str) -> None:
         """Remove a file; harmless where it is gone already."""
-        ...
 
 
 def open_folder(url: str) -> Folder:
     """The folder behind a path, or behind an fsspec URL such as ``s3://bucket/folder``.
 
     Raises:
-        ConfigError: the package that the URL needs is missing, or nobody knows such URLs.
+        ConfigError: the package that the URL needs is missing, or the URL's scheme is unknown.
     """
     if url.startswith(FILE_SCHEME) or "://" not in url:
         return LocalFolder(Path(url.removeprefix(FILE_SCHEME)))
@@ -73,23 +67,20 @@ def open_folder(url: str) -> Folder:
 
 
 class LocalFolder:
-    """A folder on a file system. Links in it are not followed: others may write there, too."""
+    """A folder on a file system. Links in it are not followed, because others may write to it, too."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def folders(self, path: str) -> list[str]:
-        """Names of the folders in ``path``, sorted."""
         return self._names(path, folders=True)
 
     def files(self, path: str) -> list[str]:
-        """Names of the finished files in ``path``, sorted."""
         return self._names(path, folders=False)
 
     def read(self, path: str, max_bytes: int) -> bytes:
-        """The content of a file."""
         try:
-            # A pipe put there in a file's place must not block either.
+            # Non-blocking, so that a pipe in the place of a file does not block.
             handle = os.open(self._root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             raise NotFoundError(f"There is no file {path}.") from None
@@ -100,18 +91,15 @@ class LocalFolder:
         return _bounded(path, content or b"", max_bytes)
 
     def write(self, path: str, content: bytes) -> None:
-        """Write a file atomically."""
         target = self._root / path
         write_atomically(target, content)
 
     def move(self, path: str, target: str) -> None:
-        """Move a file."""
         (self._root / target).parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             os.replace(self._root / path, self._root / target)
 
     def remove(self, path: str) -> None:
-        """Remove a file."""
         (self._root / path).unlink(missing_ok=True)
 
     def _names(self, path: str, *, folders: bool) -> list[str]:
@@ -128,43 +116,37 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A folder in an object store, through fsspec: it has no links, and what is written appears at once."""
+    """A folder in an object store, through fsspec: it has no links, and writes are atomic."""
 
     def __init__(self, system: Any, root: str) -> None:
         self._system, self._root = system, root.rstrip("/")
 
     def folders(self, path: str) -> list[str]:
-        """Names of the folders in ``path``, sorted."""
         return self._names(path, "directory")
 
     def files(self, path: str) -> list[str]:
-        """Names of the finished files in ``path``, sorted."""
         return self._names(path, "file")
 
     def read(self, path: str, max_bytes: int) -> bytes:
-        """The content of a file."""
         try:
-            with _reaching():
+            with _as_os_error():
                 content = self._system.cat_file(self._at(path), start=0, end=max_bytes + 1)
         except FileNotFoundError:
             raise NotFoundError(f"There is no file {path}.") from None
         return _bounded(path, content, max_bytes)
 
     def write(self, path: str, content: bytes) -> None:
-        """Write a file."""
-        with _reaching():
+        with _as_os_error():
             self._make_room(path)
             self._system.pipe_file(self._at(path), content)
 
     def move(self, path: str, target: str) -> None:
-        """Move a file."""
-        with suppress(FileNotFoundError), _reaching():
+        with suppress(FileNotFoundError), _as_os_error():
             self._make_room(target)
             self._system.mv(self._at(path), self._at(target))
 
     def remove(self, path: str) -> None:
-        """Remove a file."""
-        with suppress(FileNotFoundError), _reaching():
+        with suppress(FileNotFoundError), _as_os_error():
             self._system.rm_file(self._at(path))
 
     def _make_room(self, path: str) -> None:
@@ -175,7 +157,7 @@ class RemoteFolder:
 
     def _names(self, path: str, kind: str) -> list[str]:
         entries: list[dict[str, Any]] = []
-        with suppress(FileNotFoundError), _reaching():
+        with suppress(FileNotFoundError), _as_os_error():
             self._system.invalidate_cache()
             entries = self._system.ls(self._at(path), detail=True)
         names = (str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == kind)
@@ -183,8 +165,8 @@ class RemoteFolder:
 
 
 @contextmanager
-def _reaching() -> Iterator[None]:
-    """Each object store has errors of its own for what is, to us, one thing: it cannot be reached."""
+def _as_os_error() -> Iterator[None]:
+    """Turn the specific errors of object stores into OSError."""
     try:
         yield
     except OSError:

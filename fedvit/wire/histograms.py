@@ -20,17 +20,17 @@ from fedvit.errors import UpdateRejectedError
 MAX_CELLS = 1024
 """The most bins of all histograms together: four kilobytes, a third of a picture of 64 pixels."""
 CELL_LIMIT = 2**24
-"""No count is larger in magnitude."""
+"""The largest magnitude of a count."""
 MAX_LABEL_BINS = 256
 CLIENT_VOTES = 64
-"""What a client counts in each histogram where clients are the privacy unit, however many records it has."""
+"""The total of each histogram where clients are the privacy unit, whatever a client's number of records."""
 LABEL, RECORDS = "label", "records"
 RISK = "risk"
-"""The sum over the records of :attr:`HistogramSpec.risk_votes`: no histogram, but one number."""
+"""The sum of :attr:`HistogramSpec.risk_votes` over the records, a single number."""
 RISK_VOTES = 4
-"""What a record moves it by, at most: as the whole of the other histograms together, and a third more."""
+"""The largest change of :data:`RISK` by one record."""
 RECORD_KINDS = ("sound", "duplicate", "undecodable")
-"""What a record is counted as in the histogram :data:`RECORDS`."""
+"""The bins of the histogram :data:`RECORDS`."""
 
 
 @dataclass(frozen=True)
@@ -56,29 +56,29 @@ class HistogramSpec:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """Where each histogram lies."""
-        found, start = {}, 0
+        """The slice of each histogram in the counts."""
+        slices, start = {}, 0
         for name, size in self.sizes.items():
-            found[name] = slice(start, start + size)
+            slices[name] = slice(start, start + size)
             start += size
-        return found
+        return slices
 
     @property
     def cells(self) -> int:
-        """How many counts a histogram has."""
+        """The number of all counts."""
         return sum(self.sizes.values())
 
     def sensitivity(self, privacy_unit: str) -> float:
-        """By how much a unit moves the counts at most, L2, when it comes or goes.
+        """The L2 sensitivity of the counts to adding or removing one unit.
 
         A record is counted once in each of H histograms, and with :data:`RISK_VOTES` in the risk: sqrt(H + 16). A
-        client brings :data:`CLIENT_VOTES` records at most to each.
+        client contributes at most :data:`CLIENT_VOTES` records to each.
         """
         histograms = len(self.sizes) - 1
         return math.sqrt(histograms + RISK_VOTES**2) * (1 if privacy_unit == "record" else CLIENT_VOTES)
 
     def risk(self, counts_by_class: Mapping[int, int]) -> int:
-        """What so many records of each class come to in :data:`RISK`."""
+        """The value of :data:`RISK` for so many records of each class."""
         return sum(n * self.risk_votes[c] for c, n in counts_by_class.items()) if self.risk_votes else 0
 
     def with_risks(self, confusion: Sequence[Sequence[int]]) -> HistogramSpec:
@@ -107,15 +107,15 @@ class HistogramSpec:
         return {"edges": edges, "classes": self.classes, "risk_votes": list(self.risk_votes)}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> HistogramSpec:
+    def from_json(cls, value: Mapping[str, Any]) -> HistogramSpec:
         """The inverse.
 
         Raises:
             UpdateRejectedError: it is none, or has too many bins.
         """
         try:
-            edges = {str(name): tuple(float(edge) for edge in given) for name, given in found["edges"].items()}
-            spec = cls(edges, int(found["classes"]), tuple(int(vote) for vote in found["risk_votes"]))
+            edges = {str(name): tuple(float(edge) for edge in given) for name, given in value["edges"].items()}
+            spec = cls(edges, int(value["classes"]), tuple(int(vote) for vote in value["risk_votes"]))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UpdateRejectedError("This is no description of a histogram.") from None
         ascending = all(list(given) == sorted(given) and all(map(math.isfinite, given)) for given in edges.values())
@@ -128,7 +128,7 @@ class HistogramSpec:
 
 @dataclass(frozen=True, slots=True)
 class HistogramRequest:
-    """What clients are asked for: a histogram in a round of a run, with so much noise over the sensitivity."""
+    """A request for clients' histograms in a round of a run; noise relative to the sensitivity."""
 
     run_id: str
     round_index: int
@@ -142,7 +142,7 @@ class HistogramRequest:
         return self.noise_multiplier * self.spec.sensitivity(self.privacy_unit)
 
     def output_id(self, client_id: str, num_examples: int) -> str:
-        """SHA-256, hex, of all that determines what is released; see :func:`fedvit.privacy.outputs.output_id`."""
+        """SHA-256, hex, of everything that determines the counts; see :func:`fedvit.privacy.outputs.output_id`."""
         facts = [self.run_id, self.round_index, self.noise_multiplier, self.privacy_unit, self.spec.digest]
         return hashlib.sha256(json.dumps(["histogram", client_id, num_examples, *facts]).encode()).hexdigest()
 
@@ -152,9 +152,9 @@ class HistogramRequest:
         return {**plain, "spec": self.spec.to_json()}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> HistogramRequest:
+    def from_json(cls, value: Mapping[str, Any]) -> HistogramRequest:
         """The inverse."""
-        return cls(**{**found, "spec": HistogramSpec.from_json(found["spec"])})
+        return cls(**{**value, "spec": HistogramSpec.from_json(value["spec"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Encoded image bytes to pixels: the one decoder that training, evaluation and the edge share, so that they agree."""
+"""Image decoder shared by training, evaluation and the edge, so that all see the same pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedvit.types import ImageArray
 
 MAX_IMAGE_BYTES = 10 * 2**20
 MAX_IMAGE_PIXELS = 50_000_000
-# Everything else that Pillow can open stays out of reach of a hostile upload.
+# Pillow's other decoders are not exposed to untrusted images.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 _CURE = f"Send one of {', '.join(FORMATS)}."
 
@@ -51,7 +51,7 @@ def _check_length(content: bytes) -> None:
 
 
 def _check_pixels(image: Image.Image) -> None:
-    """Judge by the header, before a single pixel is decompressed."""
+    """Check the size in the header before anything is decompressed."""
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Ed25519 keys of releases (RFC 8032): the server's signing key as a file, the vehicle's trusted key as a line."""
+"""Ed25519 keys of releases (RFC 8032): the signing key in a file, trusted keys as lines of text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGNING_KEY_FILE = "signing_key.pem"
 
 
 def load_or_create_signing_key(folder: Path) -> Ed25519PrivateKey:
-    """The signing key in ``folder``, made at the first call, readable by its owner alone.
+    """The signing key in ``folder``, created at the first call, readable by its owner only.
 
     Raises:
         StateError: the folder cannot be written, or the file holds no Ed25519 key.

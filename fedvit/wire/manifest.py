@@ -1,4 +1,4 @@
-"""Signed release manifests: what a vehicle learns about a model before it takes a byte of it.
+"""Signed release manifests: signing, verification and field checks.
 
 An envelope is the JSON text ``{"signed": {...}, "signatures": [{"keyid": ..., "sig": ...}]}`` in the manner of TUF
 (Samuel et al. 2010, "Survivable Key Compromise in Software Update Systems"): Ed25519 (RFC 8032) over the canonical
@@ -37,14 +37,14 @@ __all__ = [
 MAX_ENVELOPE_BYTES = 256 * 2**10
 MAX_ARTIFACT_BYTES = 2 * 2**30
 _KIND = {"_type": "fedvit-release", "format": 1}
-"""Signed with every manifest, so that no signature made for anything else passes for one."""
+"""Part of every signed manifest, so that signatures of other content are not valid for one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseManifest:
-    """One variant of one released model version. ``sequence`` only ever grows, also when a rollback is released.
+    """One variant of one released model version. ``sequence`` always grows, also for a rollback.
 
-    ``epsilon`` is what had been spent at ``delta`` when the version was committed, for one ``privacy_unit``;
+    ``epsilon`` is the budget spent at ``delta`` when the version was committed, for one ``privacy_unit``;
     ``artifact_digest`` is the SHA-256 (hex) of the ONNX file, ``artifact_bytes`` its length.
     """
 
@@ -69,7 +69,7 @@ def sign_manifest(manifest: ReleaseManifest, key: Ed25519PrivateKey) -> str:
     """The envelope of ``manifest``, signed with ``key``.
 
     Raises:
-        IntegrityError: a field is out of range; a vehicle would refuse it.
+        IntegrityError: a field is out of range; vehicles would refuse it.
     """
     signed = {**_KIND, **dataclasses.asdict(manifest), "classes": list(manifest.classes)}
     signed["metrics"] = dict(manifest.metrics)
@@ -120,7 +120,7 @@ def _open(envelope: str) -> tuple[dict[str, Any], list[Any]]:
 def _check_signatures(
     signed: Mapping[str, Any], signatures: Sequence[Any], trusted: Mapping[str, Ed25519PublicKey]
 ) -> None:
-    """One good signature of one trusted key is enough; those of other keys are passed over."""
+    """One valid signature of one trusted key is enough; signatures of other keys are ignored."""
     content = _canonical(signed)
     named = [s for s in signatures if isinstance(s, dict) and isinstance(s.get("keyid"), str)]
     known = [s for s in named if s["keyid"] in trusted]
@@ -190,8 +190,8 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _check_fields(signed: Mapping[str, Any]) -> None:
-    if strange := sorted(signed.keys() - _FIELDS.keys()):
-        raise IntegrityError(f"The release manifest holds an unknown field {strange[0]!r}.")
+    if unknown := sorted(signed.keys() - _FIELDS.keys()):
+        raise IntegrityError(f"The release manifest holds an unknown field {unknown[0]!r}.")
     for name, (is_good, allowed) in _FIELDS.items():
         if name not in signed:
             raise IntegrityError(f"The release manifest lacks the field {name!r}.")

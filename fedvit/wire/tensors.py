@@ -1,4 +1,4 @@
-"""Trainable parameters to bytes and back, as safetensors: a format that carries numbers and never code."""
+"""Encoding and decoding of model weights as safetensors, a format that cannot contain code."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def encode_weights(weights: Weights) -> bytes:
 
 
 def weights_digest(weights: Weights) -> str:
-    """SHA-256, hex, of :func:`encode_weights`, without writing the bytes down.
+    """SHA-256, hex, of :func:`encode_weights`, without encoding them as a whole.
 
     Raises:
         ValueError: an array is not float32.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for piece in encoded_pieces(weights):
-        found.update(piece)
-    return found.hexdigest()
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def encoded_pieces(weights: Weights) -> list[bytes | memoryview]:
@@ -52,7 +52,7 @@ def encoded_pieces(weights: Weights) -> list[bytes | memoryview]:
 
 
 def _prefix(named: Mapping[str, FloatArray]) -> bytes:
-    """What safetensors writes before the numbers: the length of a JSON header, and the header."""
+    """The prefix of a safetensors file: the length of the JSON header, and the header."""
     header, end = dict[str, object](), 0
     for name, array in named.items():
         if array.dtype != np.float32:
@@ -67,15 +67,15 @@ def _prefix(named: Mapping[str, FloatArray]) -> bytes:
 def decode_weights(
     content: bytes, *, expected: Mapping[str, tuple[int, ...]] | None = None, max_bytes: int
 ) -> dict[str, FloatArray]:
-    """The inverse of :func:`encode_weights`, for bytes that may come from anybody. The arrays are writable.
+    """The inverse of :func:`encode_weights`, for untrusted bytes. The arrays are writable.
 
     Args:
         content: safetensors bytes.
-        expected: the shape of every parameter by name; nothing may be missing and nothing more may be there.
-        max_bytes: the most that is looked at.
+        expected: the shape of every parameter by name; no parameter may be missing, and no other may be present.
+        max_bytes: the largest length that is read.
 
     Raises:
-        UpdateRejectedError: names the first fault: size, format, name, type, shape, or a value that is not finite.
+        UpdateRejectedError: names the first error: size, format, name, type, shape, or a value that is not finite.
     """
     if len(content) > max_bytes:
         raise UpdateRejectedError(f"The update has {len(content)} bytes; at most {max_bytes} are accepted.")
@@ -97,11 +97,11 @@ def _load(content: bytes) -> dict[str, FloatArray]:
     raise UpdateRejectedError(f"The update is not safetensors: {reason}.", cure="Send what encode_weights makes.")
 
 
-def _check_names(found: Set[str], wanted: Set[str]) -> None:
-    if missing := sorted(wanted - found):
+def _check_names(names: Set[str], expected: Set[str]) -> None:
+    if missing := sorted(expected - names):
         raise UpdateRejectedError(f"The update lacks the parameter {missing[0]!r} ({len(missing)} are missing).")
-    if strange := sorted(found - wanted):
-        raise UpdateRejectedError(f"The update holds {strange[0]!r}, which is no parameter of this model.")
+    if unknown := sorted(names - expected):
+        raise UpdateRejectedError(f"The update holds {unknown[0]!r}, which is no parameter of this model.")
 
 
 def _check_array(name: str, array: FloatArray, shape: tuple[int, ...] | None) -> None:

@@ -124,11 +124,11 @@ def follower_token(settings: Settings) -> Iterator[Path | None]:
     if settings.access.mode != "tokens":
         yield None
         return
-    from fedvit.access.tokens import lent_token
+    from fedvit.access.tokens import temporary_token
     from fedvit.store.store import Store
 
     path = settings.home / "run" / "follower.token"
-    with Store.open(settings.home) as store, lent_token(store, FOLLOWER, Scope.DEVICE, path):
+    with Store.open(settings.home) as store, temporary_token(store, FOLLOWER, Scope.DEVICE, path):
         yield path
 
 
