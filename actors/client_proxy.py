@@ -64,5 +64,5 @@ def _check_key(home: Path) -> None:
     if not (home / "keys" / "root.key").exists():
         raise PlacementError(
             f"The node {socket.gethostname()} does not see the state folder {home}.",
-            cure="Mount it there under the same path (docs/cluster.md), or take the node out.",
+            cure="Mount it there under the same path (docs/how-to/cluster.md), or take the node out.",
         )

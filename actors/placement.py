@@ -102,7 +102,7 @@ def check_probes(probes: Mapping[str, NodeProbe | None], marker: str, home: Path
     if faults:
         raise PlacementError(
             f"Client proxies cannot run on every node: {'; '.join(faults)}.",
-            cure="Mount the folder there under the same path (docs/cluster.md), or take the node out.",
+            cure="Mount the folder there under the same path (docs/how-to/cluster.md), or take the node out.",
         )
 
 

@@ -109,3 +109,12 @@ def test_modules_and_files_that_a_page_names_exist(page: Path) -> None:
     files = re.findall(r"`((?:fedvit|actors|serve_apps|edge_runtime|cluster_configs|examples)/[\w./-]+)`", text)
     missing = [name for name in modules if not is_there(name)]
     assert missing + [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    folders = ("fedvit", "actors", "serve_apps", "edge_runtime", "cluster_configs", "tests")
+    files = [
+        file for folder in folders for suffix in ("py", "yaml", "yml") for file in (ROOT / folder).rglob(f"*.{suffix}")
+    ]
+    named = {(page, file) for file in files for page in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text())}
+    assert [f"{file.relative_to(ROOT)}: {page}" for page, file in named if not (ROOT / page).exists()] == []

@@ -1,6 +1,6 @@
 """Routes of data quality and data drift.
 
-They read clients' noised histograms and updates, and no image; see docs/signals.md.
+They read clients' noised histograms and updates, and no image; see docs/explanation/drift.md.
 """
 
 from __future__ import annotations
