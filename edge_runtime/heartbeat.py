@@ -60,19 +60,19 @@ class HeartbeatLoop:
             self._thread.join(JOIN_S)
 
     def beat(self) -> HeartbeatChannel:
-        """Beat once. An answer is an answer, also one that refuses; only silence and a broken server are none."""
+        """Send one heartbeat. Only without a response, or after a 5xx, the mailbox is used; a refusal is a response."""
         body = dict(self._describe())
         try:
             answer = self._http.post(self._path, json=body)
             if answer.status_code < 500:
-                self._heed(answer)
+                self._adopt_interval(answer)
                 return HeartbeatChannel.API
             _LOG.warning("%s answered %d", answer.url, answer.status_code)
         except httpx.HTTPError as error:
             _LOG.warning("%s does not answer: %s", self._http.base_url, error)
         return HeartbeatChannel.MAILBOX if self._mailbox.heartbeat(body) else HeartbeatChannel.NONE
 
-    def _heed(self, answer: httpx.Response) -> None:
+    def _adopt_interval(self, answer: httpx.Response) -> None:
         if answer.status_code != httpx.codes.OK:
             _LOG.warning("%s refused a heartbeat: %d", answer.url, answer.status_code)
             return
@@ -87,7 +87,7 @@ class HeartbeatLoop:
         while True:
             try:
                 self.beat()
-            except Exception:  # A vehicle beats on whatever happens.
+            except Exception:  # Heartbeats go on after any fault.
                 _LOG.exception("a heartbeat failed")
             if self._stop.wait(self.interval_s):
                 return

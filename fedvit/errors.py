@@ -17,9 +17,9 @@
     |   |   +-- ReleaseRefusedError  a model did not pass the release gate (HTTP 409)
     |   |   +-- StaleRequestError    the request names a state that is no longer the present one (HTTP 412)
     |   |   +-- LedgerFrozenError    an incident froze the privacy ledger: nothing may be charged (HTTP 409)
-    |   +-- UnauthorizedError   the request does not prove who asks (HTTP 401)
-    |   +-- ForbiddenError      who asks may not do this (HTTP 403)
-    |   +-- RateLimitedError    who asks does so too often (HTTP 429)
+    |   +-- UnauthorizedError   the request carries no good token (HTTP 401)
+    |   +-- ForbiddenError      the identity may not do this (HTTP 403)
+    |   +-- RateLimitedError    too many requests of one identity (HTTP 429)
     |   +-- InvalidRequestError a field is missing, unknown or out of range (HTTP 422)
     |   +-- PayloadTooLargeError  the body is larger than an image may be (HTTP 413)
     |   +-- SlowBodyError       the image does not arrive in time (HTTP 408)
@@ -181,13 +181,13 @@ class UnauthorizedError(UsageError):
 
 
 class ForbiddenError(UsageError):
-    """Who asks is known and may not do this."""
+    """The identity is known and may not do this."""
 
     code, http_status = "forbidden", 403
 
 
 class RateLimitedError(UsageError):
-    """Who asks does so too often; ``details["retry_after_s"]`` says when to try again."""
+    """Too many requests of one identity; ``details["retry_after_s"]`` says when to try again."""
 
     code, http_status = "rate-limited", 429
 

@@ -1,4 +1,4 @@
-"""What ``serve build`` and ``serve deploy`` import: applications that a file configures instead of ``fedvit up``."""
+"""Application builders for ``serve build`` and ``serve deploy``, configured by a file instead of ``fedvit up``."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What all our Ray Serve deployments have in common."""
+"""Options that all Ray Serve deployments share."""
 
 from __future__ import annotations
 
 from typing import Any
 
 OPTIONS: dict[str, Any] = {
-    # How often a replica that is to end looks whether its requests are answered; Ray waits two seconds first.
+    # Seconds between two checks whether an ending replica has answered its requests; Ray's default is two.
     "graceful_shutdown_wait_loop_s": 0.2,
-    # We keep logs and counters of our own; a second line each would only cost time and disk.
+    # The applications have their own logs and counters; a second line for each request would cost time and disk.
     "logging_config": {"enable_access_log": False},
 }

@@ -1,4 +1,4 @@
-"""Logs as JSON lines that carry the request they belong to, and never a secret."""
+"""Logs as JSON lines with the id of the request, and without secrets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
-# A token of ours, and any JSON web token.
+# Tokens of fedvit, and JSON web tokens.
 _SECRETS = re.compile(r"fvt_[0-9a-f]{12}_[A-Za-z0-9_-]+|eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 

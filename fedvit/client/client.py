@@ -29,7 +29,7 @@ class FedvitClient:
         base_url: ``http://HOST:PORT`` of the control API.
         token: a bearer token of ``fedvit token create``.
         timeout_s: the longest silence on the line before a request is given up.
-        verify: a file of certificates to trust, PEM, instead of the machine's; False trusts anybody.
+        verify: a file of certificates to trust, PEM, instead of the machine's; False trusts any server.
         transport: replaces the network, for tests.
         sleep: pauses between attempts, and between polls of an operation.
         clock: measures how long an operation is awaited.

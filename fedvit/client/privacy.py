@@ -31,7 +31,7 @@ class Privacy(Group):
     def reset_budget(
         self, new_epsilon: float, justification: str, *, idempotency_key: str | None = None
     ) -> BudgetView | AwaitingApproval:
-        """Begin a new period: the budget when it is in force, else the request that somebody else has to approve."""
+        """Begin a new period: the budget when it is in force, else the request that another admin has to approve."""
         body = {"new_epsilon": new_epsilon, "justification": justification}
         response = self._caller.send("POST", "/api/privacy/reset-budget", body, key=idempotency_key)
         if response.status_code == httpx.codes.ACCEPTED:
@@ -39,7 +39,7 @@ class Privacy(Group):
         return self._caller.parsed(BudgetView, response)
 
     def approve_reset(self, request_id: str, *, idempotency_key: str | None = None) -> BudgetView:
-        """Put somebody else's reset in force."""
+        """Put a reset that another admin requested in force."""
         path = f"/api/privacy/reset-budget/{segment(request_id)}/approve"
         return self._caller.change(BudgetView, "POST", path, key=idempotency_key)
 

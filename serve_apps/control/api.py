@@ -45,7 +45,7 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
         version="0.1.0",
         description=__doc__ or "",
         lifespan=flushing(guard.tokens_used, heartbeats.seen),
-        # Redirects name the host that the caller named, which may be anybody's.
+        # A redirect would name the host of the request's Host header, which may be any.
         redirect_slashes=False,
     )
     install_problem_handlers(api)

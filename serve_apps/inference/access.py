@@ -1,4 +1,4 @@
-"""Who may ask the inference application: the control API's own guard, since both listen on the same port."""
+"""Access to the inference application, with the guard of the control API: both listen on the same port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inference on Ray Serve: replicas that answer exactly as a vehicle does, because they run the same code."""
+"""Inference on Ray Serve: replicas that run the same serving code as a vehicle."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ _held_locks: list[IO[bytes]] = []
 def claim_cache(root: Path, name: str) -> Path:
     """``root/name``, locked for as long as this process lives; folders of replicas that died are removed."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / _LOCK_FILE).open("wb") as everybody:
-        fcntl.flock(everybody, fcntl.LOCK_EX)
+    with (root / _LOCK_FILE).open("wb") as root_lock:
+        fcntl.flock(root_lock, fcntl.LOCK_EX)
         for folder in root.iterdir():
             if folder.is_dir() and _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)

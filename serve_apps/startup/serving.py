@@ -101,9 +101,9 @@ def start_edge(settings: Settings, stack: ExitStack, control_url: str, index: in
     return f"http://{edge.host}:{edge.ports[index]}"
 
 
-def edge_environment(ours: Mapping[str, str]) -> dict[str, str]:
+def edge_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of an edge process. It exports its own metrics, apart from the server's."""
-    return {name: value for name, value in ours.items() if name != MULTIPROCESS_VARIABLE}
+    return {name: value for name, value in environment.items() if name != MULTIPROCESS_VARIABLE}
 
 
 def http_options(settings: Settings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Who may use a route: declared at the route with :func:`requires`, enforced by the :class:`Guard`."""
+"""Authorization of routes: declared at the route with :func:`requires`, enforced by the :class:`Guard`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Requirement:
         self.audited = audited
 
     async def __call__(self, request: HTTPConnection) -> None:
-        """Make sure that the guard was asked: on a route of another class nobody would have."""
+        """Make sure that the guard was asked; only :class:`ControlledRoute` asks it."""
         if not isinstance(getattr(request.state, "identity", None), Identity):
             raise RuntimeError(f"{request.url.path} is guarded by nobody; use ControlledRoute for its router")
         return
@@ -63,7 +63,7 @@ class TokenRequirement(Requirement, HTTPBearer):
 def requires(*any_of: Scope, token_always: bool = False, audited: bool = True) -> params.Depends:
     """For a route's ``dependencies``: the request's token must hold one of these scopes.
 
-    ``audited=False`` is for telemetry, which changes nothing that anybody decided: such a call leaves no line in the
+    ``audited=False`` is for telemetry, which changes no decision: such a call leaves no line in the
     audit trail, also when it is refused, none in the log when it went well, and a repetition is simply done again.
     """
     if not any_of:
@@ -72,7 +72,7 @@ def requires(*any_of: Scope, token_always: bool = False, audited: bool = True) -
 
 
 def public() -> params.Depends:
-    """For a route's ``dependencies``: anybody may ask."""
+    """For a route's ``dependencies``: no token is needed."""
     return params.Depends(Requirement(()))
 
 
@@ -92,7 +92,7 @@ def requirement_of(dependencies: list[Any]) -> Requirement | None:
 
 @dataclass(frozen=True, slots=True)
 class RequestOrigin:
-    """What a request shows of who sent it."""
+    """What a request shows of its sender."""
 
     source: str
     authorization: tuple[str, ...]
@@ -116,10 +116,10 @@ class RequestOrigin:
 
 
 class Guard:
-    """Tells who asks, and whether he may. To identify a token blocks on the store: do that in a thread.
+    """Identifies the sender of a request and checks its scopes. Identifying a token blocks on the store: use a thread.
 
     Attributes:
-        tokens_used: when tokens were used last, on its way to the store.
+        tokens_used: the buffer of the tokens' last use, in front of the store.
 
     Raises:
         ConfigError: the OIDC key set cannot be read.
@@ -141,7 +141,7 @@ class Guard:
         self._oidc = _oidc_verifier(self.access)
 
     def identify(self, requirement: Requirement, sender: RequestOrigin) -> Identity:
-        """Who asks.
+        """The identity of the sender.
 
         Raises:
             UnauthorizedError: no token, or no good one.
@@ -155,7 +155,7 @@ class Guard:
         try:
             return self._verified(sender)
         except UnauthorizedError as error:
-            # A good token always passes: nobody guesses 256 bits, and neighbours behind one proxy share an address.
+            # A good token always passes: 256 bits cannot be guessed, and many senders may share the address of a proxy.
             wait_s = self._failures.fail(sender.source)
             if not wait_s:
                 raise _counted(error, error.details["reason"]) from None
@@ -228,10 +228,10 @@ class Guard:
         return ANONYMOUS
 
     def _foreign(self, sender: RequestOrigin) -> str | None:
-        """Why an anonymous request is not from this machine's own user. A web page he visits may send some, too."""
+        """Why an anonymous request is not from a user of this machine; web pages may send requests, too."""
         if _is_address(sender.source) and not is_loopback(sender.source):
             return f"The request comes from {sender.source}"
-        # A name with a dot can be somebody else's that was made to point here (DNS rebinding).
+        # A name with a dot may belong to another host and resolve to this one (DNS rebinding).
         host = _host_name(f"//{sender.host}")
         if ("." in host or ":" in host) and not is_loopback(host) and host != self._host:
             return "The request was sent to another host's name"
@@ -242,14 +242,14 @@ class Guard:
 
 # Both async: FastAPI hands anything else to a thread, and there is nothing to wait for.
 async def current_identity(request: Request) -> Identity:
-    """Who asks, for a handler that wants to know."""
+    """The identity of the sender, for handlers."""
     identity: Identity = request.state.identity
     return identity
 
 
 @dataclass(slots=True)
 class AuditNote:
-    """What a handler tells the audit trail: the state ``before`` and ``after`` its change. JSON types only."""
+    """The state ``before`` and ``after`` a handler's change, for the audit trail. JSON types only."""
 
     before: Any = None
     after: Any = None

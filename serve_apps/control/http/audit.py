@@ -1,4 +1,4 @@
-"""What the audit trail keeps of a request: bounded, JSON, and without secrets."""
+"""Audit facts of a request: bounded, JSON, and without secrets."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ _DURATION = histogram("request_duration_seconds")
 _METHOD = BY_NAME["request_duration_seconds"].label("method")
 _UNDER_WAY = gauge("queue_depth").labels("requests")
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-# A task that nobody refers to may be collected before it is done.
+# Without a reference a task may be collected before it is done.
 _running: set[asyncio.Task[Response]] = set()
 
 
@@ -282,7 +282,7 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def _stored(response: Response) -> StoredResponse | None:
-    """What a repetition gets; nothing when the fault was ours, so that it may be tried again."""
+    """What a repetition gets; None after a fault of the server, so that it may be tried again."""
     if response.status_code >= 500 or not hasattr(response, "body"):
         return None
     headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}

@@ -25,37 +25,37 @@ class HealthMetrics:
     """Checks each part, all at the same time, and exports the results.
 
     Args:
-        buffers: telemetry on its way to the store.
+        buffers: the buffers of telemetry in front of the store.
     """
 
     def __init__(self, services: Services, buffers: Sequence[WriteBehind], answer_s: float = ANSWER_S) -> None:
         self._buffers, self._store, self._answer_s = buffers, services.store, answer_s
         self._checks: dict[str, Callable[[], object]] = {
-            "store": lambda: _look_into(services.store),
+            "store": lambda: _publish_store(services.store),
             "registry": lambda: _check_artifacts(services.store),
             "accountant": lambda: publish_budget(services.accountant().budget()),
             "aggregator": lambda: services.aggregator().progress(),
             "client_proxies": lambda: _check_proxies(services),
         }
-        self._asked: dict[str, Future[object]] = {}
+        self._running: dict[str, Future[object]] = {}
         self._pool = ThreadPoolExecutor(len(self._checks), thread_name_prefix="health-metrics")
 
     def publish(self) -> None:
-        """Export how everything is now; it takes at most ``answer_s``."""
-        # A part that still has not answered the last time is not asked again.
+        """Export the present health; it takes at most ``answer_s``."""
+        # A check that is still running is not started again.
         for name, check in self._checks.items():
-            if name not in self._asked:
-                self._asked[name] = self._pool.submit(check)
-        wait(self._asked.values(), timeout=self._answer_s)
-        for name, answer in list(self._asked.items()):
+            if name not in self._running:
+                self._running[name] = self._pool.submit(check)
+        wait(self._running.values(), timeout=self._answer_s)
+        for name, answer in list(self._running.items()):
             done = answer.done()
             _HEALTHY.labels(name).set(done and answer.exception() is None)
             if done:
-                self._asked.pop(name, None)
+                self._running.pop(name, None)
         _DEPTH.labels("telemetry").set(sum(buffer.pending for buffer in self._buffers))
 
 
-def _look_into(store: Store) -> None:
+def _publish_store(store: Store) -> None:
     _DEPTH.labels("operations").set(len(store.operations.all(OperationStatus.QUEUED, OperationStatus.RUNNING)))
     for severity, count in store.incidents.count_open().items():
         _INCIDENTS.labels(severity.value).set(count)
