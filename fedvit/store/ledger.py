@@ -204,6 +204,8 @@ def _key(charge: Charge) -> _ChargeKey:
 
 def _normal(charge: Charge) -> Charge:
     """The types that the database gives back, or the hash over ``1`` would not match the one over ``1.0``."""
+    if _is_normal(charge):
+        return charge
     return replace(
         charge,
         round_index=int(charge.round_index),
@@ -211,3 +213,8 @@ def _normal(charge: Charge) -> Charge:
         sampling_prob=float(charge.sampling_prob),
         steps=int(charge.steps),
     )
+
+
+def _is_normal(charge: Charge) -> bool:
+    types = (type(charge.round_index), type(charge.noise_multiplier), type(charge.sampling_prob), type(charge.steps))
+    return types == (int, float, float, int)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -37,8 +38,7 @@ class Releases(Repository):
 
         Args:
             version: a committed version; an older one is a roll-back.
-            artifacts: variant -> digest of its blob.
-            envelopes: variant -> signed manifest, JSON text.
+            artifacts, envelopes: variant -> digest of its blob, and signed manifest, JSON text.
             reason: why, for the history.
             sequence: the number that the manifests were signed under, to be sure that no other release took it.
             serve_variant: what the fleet runs from now on; None leaves it on the variant that it runs.
@@ -54,35 +54,25 @@ class Releases(Repository):
                 Ledger(transaction).check_not_frozen()
             row = version_row(session, version)
             if not artifacts:
-                raise ConflictError(
-                    f"Version {version} was released without artifacts.", cure="Export at least one variant."
-                )
+                cure = "Export at least one variant."
+                raise ConflictError(f"Version {version} was released without artifacts.", cure=cure)
             current = _current_row(session)
-            if serve_variant is None and current is not None:
-                serve_variant = current.serve_variant
-            offered = (version, dict(artifacts), serve_variant)
-            if current is not None and (current.version, current.artifacts, current.serve_variant) == offered:
-                return record_of(Release, current)
+            if current is not None:
+                serve_variant = serve_variant or current.serve_variant
+                offered = (version, dict(artifacts), serve_variant)
+                if (current.version, current.artifacts, current.serve_variant) == offered:
+                    return record_of(Release, current)
             free = next_sequence(session)
             if sequence not in (None, free):
                 raise ConflictError(
                     f"Release {sequence} of version {version} comes too late: the next one is {free}.",
                     cure="Sign the manifests again under that number.",
                 )
-            row.artifacts = dict(artifacts)
-            row.refusal = None
-            release = ReleaseRow(
-                sequence=free,
-                version=version,
-                at=self._now(),
-                reason=reason,
-                artifacts=dict(artifacts),
-                envelopes=dict(envelopes),
-                serve_variant=serve_variant,
-            )
-            session.add(release)
+            row.artifacts, row.refusal = dict(artifacts), None
+            release = Release(free, version, dict(artifacts), dict(envelopes), self._now(), reason, serve_variant)
+            session.add(ReleaseRow(**asdict(release)))
             session.flush()
-            return record_of(Release, release)
+            return release
 
     def current(self) -> Release | None:
         """The release that replicas and vehicles run now, or None."""

@@ -45,7 +45,7 @@ class Rounds(Repository):
                 )
             if cohort.round_index != round_index:
                 raise ConflictError(
-                    f"Round {round_index} of {run_id} was handed the cohort of round {cohort.round_index}.",
+                    f"Round {round_index} of {run_id} was given the cohort of round {cohort.round_index}.",
                     cure="Draw the cohort for the round that it takes part in.",
                 )
             client_ids = list(cohort.client_ids)

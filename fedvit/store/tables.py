@@ -6,10 +6,11 @@ A change here comes with a new revision in ``migrations/versions``; a test compa
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import fields
 from datetime import UTC, datetime
 from functools import cache
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import (
@@ -404,13 +405,14 @@ class RemediationRow(Base):
 
 def record_of(record_type: type[_Record], row: Base | Row[Any], **converted: Any) -> _Record:
     """A frozen record (a dataclass) of the row's columns of the same names, except those given ``converted``."""
-    names = (name for name in _field_names(cast(Hashable, record_type)) if name not in converted)
-    return record_type(**{name: getattr(row, name) for name in names}, **converted)
+    names, values_of = _columns(cast(Hashable, record_type), tuple(converted))
+    return record_type(**dict(zip(names, values_of(row), strict=True)), **converted)
 
 
 @cache
-def _field_names(record_type: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(record_type))
+def _columns(record_type: Any, converted: tuple[str, ...]) -> tuple[tuple[str, ...], Callable[[object], Any]]:
+    names = tuple(field.name for field in fields(record_type) if field.name not in converted)
+    return names, attrgetter(*names)
 
 
 def among(column: InstrumentedAttribute[Any], values: Iterable[str] | Iterable[int]) -> ColumnElement[bool]:
