@@ -1,4 +1,4 @@
-"""The nouns of the domain, as frozen values. No behaviour beyond what follows from their own fields.
+"""Value types of the domain, frozen. No behaviour beyond what follows from their own fields.
 
 Arrays are NumPy, so that this module (which a vehicle imports) loads neither torch nor Ray.
 """
@@ -23,11 +23,11 @@ else:
     FloatArray = ImageArray = LabelArray = Any
 # ImageArray: one image (H, W, 3) or a batch of them (B, H, W, 3), RGB.
 Weights = Mapping[str, FloatArray]
-"""Trainable parameters by name. The frozen ones never travel: everybody builds them from the same configuration."""
+"""Trainable parameters by name. The frozen ones never travel: server and clients build them from the settings."""
 
 
 CLIENT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""What a client may be called. Such a name is a path segment and harmless as a file's."""
+"""Pattern of client ids, safe as path segments and file names."""
 
 
 def utc_now() -> datetime:
@@ -36,7 +36,7 @@ def utc_now() -> datetime:
 
 
 class ClientKind(StrEnum):
-    """How a client does its learning."""
+    """Where a client trains: on a proxy, on a vehicle, or in a depot's own training job."""
 
     VIRTUAL = "virtual"
     REMOTE = "remote"
@@ -44,7 +44,7 @@ class ClientKind(StrEnum):
 
 
 class RunStatus(StrEnum):
-    """Where a training run stands."""
+    """Status of a training run."""
 
     RUNNING = "running"
     STOPPED = "stopped"
@@ -60,7 +60,7 @@ class RunStatus(StrEnum):
 
 
 class Variant(StrEnum):
-    """The shapes in which one model version is published: all blocks or every other one, in fp32 or in int8."""
+    """Variants in which one model version is published: all blocks or every other one, in fp32 or in int8."""
 
     STANDARD = "standard"
     STANDARD_INT8 = "standard_int8"
@@ -70,7 +70,7 @@ class Variant(StrEnum):
 
 
 class Severity(StrEnum):
-    """How bad an incident is, and how soon somebody must look: the runbook's levels, the worst first."""
+    """Severity of an incident: the runbook's levels, the worst first."""
 
     P0 = "P0"
     P1 = "P1"
@@ -79,7 +79,7 @@ class Severity(StrEnum):
 
 
 class RemediationAction(StrEnum):
-    """What may be done about an alert without a person, where ``remediation.allow`` names it."""
+    """Actions that may follow an alert automatically, where ``remediation.allow`` names them."""
 
     RESTART_VALIDATED_ONLY = "restart_validated_only"
     FULL_RETRAIN = "full_retrain"
@@ -93,11 +93,11 @@ class RemediationAction(StrEnum):
 
 
 NEVER_AUTOMATIC = ("privacy_reset", "privacy_breach")
-"""What the runbook does about alerts, too, and what only a person may do."""
+"""Actions of the runbook that only a person may start."""
 
 
 class Encoding(StrEnum):
-    """The forms in which an update may travel; see :mod:`fedvit.wire.encoding`."""
+    """Encodings of an update on the wire; see :mod:`fedvit.wire.encoding`."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -107,7 +107,7 @@ class Encoding(StrEnum):
 
 
 class OperationStatus(StrEnum):
-    """Where a long operation stands."""
+    """Status of a long operation."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -132,7 +132,7 @@ class LastContact:
 
 @dataclass(frozen=True, slots=True)
 class Participation:
-    """In how many committed rounds a client took part, and how many of them it failed or was refused in."""
+    """How many committed rounds a client took part in, and in how many of them its update did not count."""
 
     rounds: int
     failures: int
@@ -140,9 +140,9 @@ class Participation:
 
 @dataclass(frozen=True, slots=True)
 class UpdateStatistics:
-    """How a client's noised updates looked in its latest rounds; see :class:`ClientOutcome`.
+    """Statistics of a client's noised updates in its latest rounds; see :class:`ClientOutcome`.
 
-    ``norms`` oldest first; ``alignments`` by round, whatever the rounds are called.
+    ``norms`` are the oldest first; ``alignments`` are by round.
     """
 
     norms: tuple[float, ...] = ()
@@ -169,20 +169,20 @@ class Client:
 
     @property
     def quarantined(self) -> bool:
-        """Whether an incident keeps the client out of every round, whatever else is said of it."""
+        """Whether an incident keeps the client out of every round."""
         return self.quarantined_at is not None
 
     @property
     def trains(self) -> bool:
-        """Whether it says that it has a trainer of its own: the capability ``training``, an object."""
+        """Whether the client has a trainer of its own: the capability ``training`` is an object."""
         return isinstance(self.capabilities.get("training"), Mapping)
 
     @property
     def encodings(self) -> frozenset[str]:
-        """The forms of updates that its trainer knows: ``{"training": {"encodings": [...]}}``."""
-        told = self.capabilities.get("training")
-        known = told.get("encodings", ()) if isinstance(told, Mapping) else ()
-        return frozenset(str(name) for name in known) if isinstance(known, Sequence) else frozenset()
+        """The encodings that the client's trainer supports: ``{"training": {"encodings": [...]}}``."""
+        training = self.capabilities.get("training")
+        names = training.get("encodings", ()) if isinstance(training, Mapping) else ()
+        return frozenset(str(name) for name in names) if isinstance(names, Sequence) else frozenset()
 
     @property
     def last_contact(self) -> LastContact:
@@ -204,11 +204,11 @@ class Cohort:
 
 @dataclass(frozen=True, slots=True)
 class TrainTask:
-    """What every client of a round is told: everything that identifies its release, except the weights themselves.
+    """The task of every client of a round: everything that identifies its output, except the weights themselves.
 
     ``base_digest`` is the SHA-256 of the weights that the round starts from, ``data_digest`` that of the data manifest.
-    With the ``privacy_unit`` client nothing is noised at the client: it clips its whole update to ``l2_clip_norm``, and
-    ``sampling_prob`` only says how much of its data a step sees.
+    With the ``privacy_unit`` client, the client adds no noise: it clips its whole update to ``l2_clip_norm``, and
+    ``sampling_prob`` only says how much of its data a step reads.
     """
 
     run_id: str
@@ -225,20 +225,19 @@ class TrainTask:
 
 @dataclass(frozen=True, slots=True)
 class ClientOutcome:
-    """How one client fared in one round. Carries nothing computed on private data without noise.
+    """The result of one client in one round. It holds nothing computed on private data without noise.
 
-    ``staleness`` counts the versions committed between the one it started from and the round that took its answer.
-    ``refused`` marks an error for which the client has to answer: validation rejected its own update.
-    ``sent_bytes`` is the length of an update that came as bytes, and ``encoding`` the form it had. ``update_norm`` and
-    ``alignment`` are what a host saw of the noised update, see :mod:`fedvit.clients.update_statistics`; None where it
-    may not look, or had nothing to hold it against.
+    ``staleness`` counts the versions committed between the one that the client started from and the round that took its
+    answer. ``counted_against_client`` marks an error of an update of this client alone that failed validation.
+    ``sent_bytes`` and ``encoding`` describe an update that came as bytes. ``update_norm`` and ``alignment`` are
+    statistics of the noised update, see :mod:`fedvit.clients.update_statistics`; None where there are none.
     """
 
     client_id: str
     num_examples: int
     error: str | None = None
     staleness: int = 0
-    refused: bool = False
+    counted_against_client: bool = False
     sent_bytes: int | None = None
     encoding: str | None = None
     update_norm: float | None = None
@@ -247,23 +246,23 @@ class ClientOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A model's showing on the held-out images of the server (never on a client's)."""
+    """Evaluation of a model on the held-out images of the server (never on a client's)."""
 
     loss: float
     accuracy: float
     recall_by_class: Mapping[str, float]
     confusion: tuple[tuple[int, ...], ...]
-    """``confusion[i][j]``: images of class i that were called class j."""
+    """``confusion[i][j]``: images of class i that were classified as class j."""
     num_examples: int
 
     def answers(self) -> list[int]:
-        """How many images were called each class."""
+        """How many images were classified as each class."""
         return [sum(column) for column in zip(*self.confusion, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training run: a configuration, a data manifest, and how far it has come."""
+    """One training run: its configuration, its data manifest and its progress."""
 
     run_id: str
     ordinal: int
@@ -281,7 +280,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """A round as the store remembers it. ``version`` is set in the transaction that commits it."""
+    """A round as stored. ``version`` is set in the transaction that commits it."""
 
     run_id: str
     round_index: int
@@ -301,8 +300,8 @@ class ModelVersion:
 
     ``weights_digest`` and ``frozen_digest`` are blobs (safetensors); ``artifacts`` maps a variant to its ONNX blob and
     is empty for a version that was committed but not released to replicas and vehicles. ``derived_from`` names the
-    version whose weights it has, where it was not trained but made (a roll-back, an optimisation); ``refusal`` says why
-    the release gate did not let it pass.
+    version whose weights it has, where it was not trained (a roll-back, an optimisation); ``refusal`` is the reason of
+    the release gate that rejected it.
     """
 
     version: str
@@ -326,7 +325,7 @@ class ModelVersion:
 
 @dataclass(frozen=True, slots=True)
 class LedgerFreeze:
-    """Why nothing may be charged to the privacy ledger."""
+    """A freeze of the privacy ledger: nothing may be charged."""
 
     incident_id: str
     reason: str
@@ -336,12 +335,12 @@ class LedgerFreeze:
 
 @dataclass(frozen=True, slots=True)
 class BudgetReport:
-    """The privacy budget as everybody is told it: API, metric and command line read this one value.
+    """The privacy budget; API, metrics and command line all read this value.
 
-    Epsilons are at ``target_delta``, for the most exposed unit. Only what was charged in the present ``period`` counts;
-    ``lifetime_epsilon`` composes everything ever charged. The first period has no beginning on record.
-    ``next_round_epsilon`` and ``rounds_left`` say what one round more would make of it, and how many more the budget
-    admits (of a budget above 50: at least). None where nobody asked for it, or where nobody knows what a round costs.
+    Epsilons are at ``target_delta``, for the most exposed unit. Only charges of the present ``period`` count;
+    ``lifetime_epsilon`` composes all charges. The first period has no recorded start. ``next_round_epsilon`` is epsilon
+    after one more round, ``rounds_left`` how many more the budget admits (of a budget above 50: at least); None where
+    it was not requested, or where the cost of a round is not known.
     """
 
     privacy_unit: str
@@ -360,13 +359,13 @@ class BudgetReport:
 
     @property
     def epsilon_remaining(self) -> float:
-        """What may be spent now: never below zero, and nothing while the ledger is frozen."""
+        """The epsilon that may be spent now: never below zero, and zero while the ledger is frozen."""
         return 0.0 if self.frozen else max(0.0, self.target_epsilon - self.epsilon_spent)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingProgress:
-    """The training loop at one moment, for a progress bar or an API answer."""
+    """Progress of the training loop, for a progress bar or an API response."""
 
     run_id: str | None
     status: RunStatus | None
@@ -382,7 +381,7 @@ class TrainingProgress:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A piece of work that outlasts a request. ``progress`` runs from 0 to 1; ``stage`` says in words what is done now.
+    """A piece of work that outlasts a request. ``progress`` runs from 0 to 1; ``stage`` describes the present step.
 
     ``params`` and ``result`` hold JSON types only; ``error`` has ``code``, ``message`` and ``cure``.
     """

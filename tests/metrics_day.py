@@ -144,7 +144,11 @@ class Day:
         errors = (None, None, None, "no answer in 30 s", "a text of the client's own: {}")
         outcomes = [
             ClientOutcome(
-                name, 10, error=self._random.choice(errors), refused=False, staleness=self._random.randrange(9)
+                name,
+                10,
+                error=self._random.choice(errors),
+                counted_against_client=False,
+                staleness=self._random.randrange(9),
             )
             for name in asked
         ]

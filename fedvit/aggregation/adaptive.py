@@ -1,6 +1,6 @@
 """Adaptive server optimisers: FedAdagrad, FedAdam, FedYogi (Reddi et al. 2021, arXiv:2003.00295).
 
-One algorithm, three second moments. With delta FedAvg's mean update, element by element::
+One algorithm, three second moments. With delta the mean update of FedAvg, element by element::
 
     m <- beta_1 m + (1 - beta_1) delta            m = 0 at first
     v <- v + delta^2                              FedAdagrad
@@ -8,14 +8,14 @@ One algorithm, three second moments. With delta FedAvg's mean update, element by
     v <- v - (1 - beta_2) delta^2 sign(v - delta^2)   FedYogi
     w <- w + eta m / (sqrt(v) + tau)              v = tau^2 at first
 
-As in the paper nothing is corrected for the bias of the first rounds.
+As in the paper there is no bias correction for the first rounds.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -26,40 +26,47 @@ from fedvit.types import Weights
 
 
 class AdaptiveOptions(Options):
-    """``tau`` is how little adapts: the smaller, the more. eta is ``training.server_learning_rate``."""
+    """``tau`` limits adaptivity: the smaller, the more adaptive. eta is ``training.server_learning_rate``."""
 
     beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
 
 
+class DecayingOptions(AdaptiveOptions):
+    """``beta_2`` is the decay of the second moment."""
+
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+
+
 class _Adaptive(MeanRule):
-    options_type = AdaptiveOptions
+    options_type: ClassVar[type[AdaptiveOptions]] = DecayingOptions
 
     def __init__(self, options: AdaptiveOptions, training: TrainingConfig) -> None:
         super().__init__(options, training)
-        self._beta_1, self._beta_2, self._tau = options.beta_1, options.beta_2, options.tau
+        self._beta_1, self._tau = options.beta_1, options.tau
+        self._beta_2 = options.beta_2 if isinstance(options, DecayingOptions) else 0.0
 
     def step(self, base: Weights, delta: Mapping[str, Array], state: State, facts: RoundFacts) -> Fold:
         """See :meth:`MeanRule.step`."""
-        remembered: dict[str, Array] = {}
+        next_state: dict[str, Array] = {}
         direction: dict[str, Array] = {}
         for name, d in delta.items():
             first = self._beta_1 * state.get(f"m/{name}", np.zeros_like(d)) + (1 - self._beta_1) * d
             second = self.second_moment(state.get(f"v/{name}", np.full_like(d, self._tau**2)), d * d)
-            remembered |= {f"m/{name}": np.asarray(first), f"v/{name}": np.asarray(second)}
+            next_state |= {f"m/{name}": np.asarray(first), f"v/{name}": np.asarray(second)}
             direction[name] = np.asarray(first / (np.sqrt(second) + self._tau))
-        return Fold(moved(base, direction, self.server_learning_rate), remembered)
+        return Fold(moved(base, direction, self.server_learning_rate), next_state)
 
     @abstractmethod
     def second_moment(self, before: Array, square: Array) -> Array:
-        """v, from what it was and from delta squared."""
+        """The next v, from the present one and the square of delta."""
 
 
 class FedAdagrad(_Adaptive):
     """``v <- v + delta^2``; see the module."""
 
     name = "fedadagrad"
+    options_type = AdaptiveOptions
 
     def second_moment(self, before: Array, square: Array) -> Array:
         """Their sum."""

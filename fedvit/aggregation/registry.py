@@ -1,4 +1,4 @@
-"""Rules by name: those shipped here, and those that other packages offer under the entry point group below."""
+"""Registry of aggregation rules: those shipped here, and those of other packages under an entry point group."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def _find(name: str) -> type[Rule]:
         hint = f"Did you mean {near[0]!r}? " if near else ""
         fault = f"'training.aggregation': there is no rule {name!r}."
         raise ConfigError(fault, cure=f"{hint}One of: {', '.join(names)}.")
-    found: Any = offered[0].load()
-    if not (isinstance(found, type) and issubclass(found, Rule)):
+    rule: Any = offered[0].load()
+    if not (isinstance(rule, type) and issubclass(rule, Rule)):
         raise ConfigError(
             f"The entry point {offered[0].value!r} in the group {GROUP} is no aggregation rule.",
             cure="Name a class that extends fedvit.aggregation.rule.Rule.",
         )
-    return found
+    return rule
 
 
 def _explained(kind: type[Rule], error: ValidationError) -> ConfigError:

@@ -1,4 +1,4 @@
-"""What robust rules share: they look at every client's update as one vector, and are told how many may lie."""
+"""Base classes of robust rules, which read every client's update as one vector and bound how many may be malicious."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Matrix: TypeAlias = npt.NDArray[np.float64]
 
 
 class ByzantineOptions(Options):
-    """``num_byzantine`` is f, how many clients of a round may send anything at all."""
+    """``num_byzantine`` is f: how many clients of a round may send arbitrary updates."""
 
     num_byzantine: Annotated[int, Field(ge=0)] = 1
 
 
 class MixingOptions(Options):
-    """``mixing`` is f: each update becomes the mean of the n - f nearest to it before the rule looks at them; left out,
-    the rule sees updates as they are.
+    """``mixing`` is f: each update is replaced by the mean of the n - f updates nearest to it. Without it, nothing is
+    mixed.
 
-    Nearest-neighbour mixing, Allouah et al. 2023, arXiv:2302.01772. It keeps a rule that looks at every coordinate by
-    itself from paying for how unlike honest clients are. n >= 2f + 1.
+    Nearest-neighbour mixing, Allouah et al. 2023, arXiv:2302.01772. It makes
+    coordinate-wise rules robust to heterogeneous clients. n >= 2f + 1.
     """
 
     mixing: Annotated[int, Field(ge=0)] | None = None
 
 
 class RobustRule(Rule):
-    """``w <- w + eta * centre(delta_1 .. delta_n)``: every client has one voice, however many examples it claims."""
+    """``w <- w + eta * centre(delta_1 .. delta_n)``: every client has the same weight, whatever its size."""
 
     needs = "single_updates"
     weighting = "uniform"
@@ -56,12 +56,12 @@ class RobustRule(Rule):
         return Fold(moved(base, unstacked(centre, base), self.server_learning_rate), {})
 
     def prepared(self, deltas: Matrix) -> Matrix:
-        """What the centre is taken of: the updates [n, d] themselves, unless a rule says otherwise."""
+        """The input of :meth:`centre`: by default the updates [n, d] themselves."""
         return deltas
 
     @abstractmethod
     def centre(self, deltas: Matrix) -> Vector:
-        """What stands for the updates [n, d], float64, one a row: [d]."""
+        """The robust centre [d] of the updates [n, d], float64, one a row."""
 
 
 class MixingRule(RobustRule):
@@ -88,14 +88,14 @@ class MixingRule(RobustRule):
 
 
 def squared_distances(deltas: Matrix) -> Matrix:
-    """[n, n]: of each two rows; infinite on the diagonal, because nobody is his own neighbour."""
+    """[n, n]: of each two rows; infinite on the diagonal."""
     n = len(deltas)
-    found = np.full((n, n), np.inf)
+    distances = np.full((n, n), np.inf)
     for i in range(n):
         # Row by row: all differences at once would take n times the memory of the updates.
         for j in range(i + 1, n):
-            found[i, j] = found[j, i] = float(np.square(deltas[i] - deltas[j]).sum())
-    return found
+            distances[i, j] = distances[j, i] = float(np.square(deltas[i] - deltas[j]).sum())
+    return distances
 
 
 def mixed(deltas: Matrix, byzantine: int) -> Matrix:

@@ -1,8 +1,8 @@
-"""What an aggregation rule is: a server half that folds, a client half where one is needed, and what it asks of a run.
+"""Interface of aggregation rules: a server half that folds updates, and a client half where a rule needs one.
 
-A rule holds no state of its own. What it must remember between rounds (momentum, control variates, thresholds) it is
-handed with every fold and gives back; the coordinator commits it with the round, so that a restart goes on bit for bit.
-All arithmetic is float64, in the order in which updates are given: the engine sorts them by client.
+A rule object holds no state. Its state between rounds (momentum, control variates, thresholds) is an argument and a
+result of every fold and is committed with the round, so that a restart continues bit for bit. All arithmetic is float64
+in the order of the updates, which are sorted by client.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from fedvit.updates import WeightedUpdate
 Array: TypeAlias = npt.NDArray[np.float64]
 Needs = Literal["partial_sums", "single_updates"]
 State: TypeAlias = Mapping[str, Array]
-"""What a rule remembers: float64 arrays by name. Empty at the beginning of a run."""
+"""State of a rule: float64 arrays by name. Empty at the beginning of a run."""
 BROADCAST = "@"
 """Prefix of the names of a rule's broadcast state: arrays that clients receive with the weights."""
 
 
 class Options(BaseModel):
-    """The settings of a rule, ``training.aggregation_options``; a rule without any has this very class."""
+    """The settings of a rule, ``training.aggregation_options``; this class has none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A round, folded: the next weights by name, float32, and what the rule remembers from now on."""
+    """The result of a fold: the next weights by name, float32, and the next state."""
 
     weights: dict[str, FloatArray]
     state: State
@@ -46,10 +46,10 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class RoundFacts:
-    """What a fold may want to know beside the updates.
+    """Facts of a round for rules that need more than the updates.
 
-    ``start`` gives the weights that a round (its index) handed out; ``population`` is how many clients could be drawn
-    when the run began; ``staleness_weight`` is what an update counts so many versions after the one it started from.
+    ``start`` gives the weights that a round, by its index, started from; ``population`` is how many clients could be
+    drawn when the run began; ``staleness_weight`` is the weight of an update by its staleness.
     """
 
     round_index: int = 1
@@ -71,7 +71,7 @@ class GradientCorrection:
 
 
 NO_FACTS = RoundFacts()
-"""Of a round that needs none."""
+"""For rules that need none."""
 
 
 class ClientHalf:
@@ -105,10 +105,9 @@ class Rule(ABC):
         training: the settings of rounds and local steps.
 
     Attributes:
-        needs: ``partial_sums``: a proxy adds up its clients. ``single_updates``: it sends one a client, in one message.
-        weighting: what a client weighs in a sum: its number of ``examples``, or 1 (``uniform``).
-        needs_one_base: all updates of a round must start from the same version: nobody may be late.
-        least_updates: the fewest that can be folded.
+        needs: ``partial_sums``: a proxy adds up its clients. ``single_updates``: it sends each client's update.
+        weighting: the weight of a client in a sum: its number of ``examples``, or 1 (``uniform``).
+        needs_one_base: all updates of a round must start from the same version: no update may be late.
     """
 
     name: ClassVar[str]
@@ -119,7 +118,7 @@ class Rule(ABC):
     client_level: ClassVar[str | None] = "the aggregator may look at nothing but one noised sum"
     """Why the rule does not go with ``privacy_unit: client``; None where it does."""
     instead: ClassVar[str] = "Use fedavg, fedavgm, fedprox, fedadam, fedyogi, fedadagrad or ditto."
-    """What does go with it."""
+    """The cure in that error."""
     client: ClientHalf = ClientHalf()
 
     def __init__(self, options: Options, training: TrainingConfig) -> None:
@@ -132,7 +131,7 @@ class Rule(ABC):
         return 1
 
     def what(self) -> str:
-        """The rule, as a sentence about it names it."""
+        """The rule's name in error messages."""
         return self.name
 
     def broadcast(self, base: Weights, state: State) -> dict[str, FloatArray]:
@@ -147,9 +146,8 @@ class Rule(ABC):
 
         Args:
             base: the weights before it, by name.
-            updates: in a fixed order, each discounted for its age; one without contributors weighs nothing.
-            state: what the fold before gave back.
-            facts: of the round.
+            updates: in a fixed order, each discounted for its staleness.
+            state: the result of the fold before.
 
         Raises:
             UpdateRejectedError: too few updates.
@@ -157,7 +155,7 @@ class Rule(ABC):
 
 
 class MeanRule(Rule):
-    """A rule whose server half is a step along the mean update: it takes partial sums, and a noised mean as well.
+    """A rule whose server half is a step along the mean update, which may be noised.
 
     With clients as the privacy unit the mean comes from :mod:`fedvit.privacy.mechanism`; what is done with it
     afterwards costs no privacy.
@@ -194,7 +192,7 @@ def mean(base: Weights, updates: Sequence[WeightedUpdate]) -> dict[str, Array]:
 
 
 def singles(updates: Sequence[WeightedUpdate]) -> list[dict[str, Array]]:
-    """The update of each client, float64, in the order given; those that failed or were refused are left out."""
+    """The update of each client, float64, in the order given."""
     return [
         {name: np.divide(array, update.total_weight, dtype=np.float64) for name, array in update.weighted_sum.items()}
         for update in updates
@@ -204,16 +202,16 @@ def singles(updates: Sequence[WeightedUpdate]) -> list[dict[str, Array]]:
 
 def moved(base: Weights, delta: Mapping[str, Array], rate: float = 1.0) -> dict[str, FloatArray]:
     """``base + rate * delta``, float32."""
-    return {name: _moved(array, delta[name], rate) for name, array in base.items()}
+    moved_weights = {}
+    for name, array in base.items():
+        step = delta[name] if rate == 1.0 else rate * delta[name]
+        out = np.empty(array.shape, np.float32)
+        moved_weights[name] = np.add(array, step, out=out, dtype=np.float64, casting="same_kind")
+    return moved_weights
 
 
-def _moved(array: FloatArray, delta: Array, rate: float) -> FloatArray:
-    found = delta if rate == 1.0 else rate * delta
-    return np.add(array, found, out=np.empty(array.shape, np.float32), dtype=np.float64, casting="same_kind")
-
-
-def too_few(who: str, found: int, needed: int) -> UpdateRejectedError:
-    """The refusal to fold ``found`` updates where ``needed`` are."""
+def too_few(who: str, count: int, needed: int) -> UpdateRejectedError:
+    """The error of a fold with fewer updates than the rule needs."""
     return UpdateRejectedError(
-        f"{who} needs {needed} updates, and has {found}.", cure="Draw more clients, or lower the rule's num_byzantine."
+        f"{who} needs {needed} updates, and has {count}.", cure="Draw more clients, or lower the rule's num_byzantine."
     )

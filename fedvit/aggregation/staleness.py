@@ -1,4 +1,4 @@
-"""What an update counts that is some versions old (Xie et al. 2019, arXiv:1903.03934, section 5.2)."""
+"""Weights of stale updates (Xie et al. 2019, arXiv:1903.03934, section 5.2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT = StalenessConfig()
 
 
 def staleness_weight(staleness: int, config: StalenessConfig = DEFAULT) -> float:
-    """The weight of an update, 1 when it is fresh and never more. With s the staleness, a and b of the settings::
+    """The weight of an update: 1 when it is fresh, and never more. With s the staleness, a and b of the settings::
 
         constant    1
         polynomial  (1 + s)^-a
@@ -32,7 +32,7 @@ def staleness_weight(staleness: int, config: StalenessConfig = DEFAULT) -> float
 
 
 def discounted(update: WeightedUpdate, staleness: int, config: StalenessConfig = DEFAULT) -> WeightedUpdate:
-    """An update as it counts ``staleness`` versions after the one it started from; its own weight stays."""
+    """An update multiplied by its staleness weight; its ``total_weight`` stays."""
     weight = staleness_weight(staleness, config)
     if weight == 1:
         return update

@@ -1,4 +1,4 @@
-"""What a rule remembers as bytes and back: safetensors, float64. Equal states give equal bytes."""
+"""Serialisation of a rule's state: safetensors, float64. Equal states give equal bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def encode_state(state: State) -> bytes:
     """A rule's state as bytes, whose hash names it.
 
     Raises:
-        ValueError: an array is not float64; a restart could not go on bit for bit.
+        ValueError: an array is not float64; a restart would not continue bit for bit.
     """
     for name, array in state.items():
         if array.dtype != np.float64:

@@ -1,7 +1,7 @@
-"""The one door: what every update is held against before it may count, wherever it arrives.
+"""Update validation: the checks that every update must pass before it may count.
 
-A client's host asks before it adds an update to a sum, so that one client's fault is its own; the aggregator asks again
-of whatever reaches it, because a sum cannot be taken apart. Both ask :meth:`UpdateValidator.fault_of`.
+A client host validates each update before it adds it to a sum, so that an invalid update affects no other client. The
+aggregator validates every message again, because a sum cannot be taken apart.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fedvit.updates import ClientFailures, ClientUpdate, EncodedUpdate, Weighted
 from fedvit.wire.updates import decode_update, encoding_of
 
 _NO_OVERFLOW = 1e100
-"""Numbers below it have a finite norm, however many they are."""
+"""Arrays of numbers below it have a finite norm."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateValidator:
-    """What an update must be.
+    """Validates updates.
 
     Args:
         shapes: of the trainable parameters, by name.
-        by_examples: whether a client weighs as many examples as it has, or 1.
-        single: whether an update must be one client's alone.
+        by_examples: whether the weight of a client is its number of examples, or 1.
+        single: whether an update must come from a single client.
         max_update_norm: of one client's update; None: any finite one.
         num_examples: how many each client is registered with, where that is known.
-        max_update_bytes: of one that comes as bytes.
+        max_update_bytes: of an encoded update.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -49,7 +49,7 @@ class UpdateValidator:
     def of(
         cls, settings: Settings, rule: Rule, weights: Weights, num_examples: Mapping[str, int] | None = None
     ) -> UpdateValidator:
-        """The door of a run: its settings, its rule, and the weights that it trains."""
+        """The validator of a run with these settings, this rule and these trainable weights."""
         record = settings.privacy.privacy_unit == "record"
         return cls(
             shapes={name: array.shape for name, array in weights.items()},
@@ -61,34 +61,34 @@ class UpdateValidator:
         )
 
     def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> UpdateValidator:
-        """The same door for a model of which the shapes are known and the weights are not at hand."""
+        """The same validator for a model of these shapes."""
         return replace(self, shapes=shapes)
 
     def decoded(self, update: EncodedUpdate) -> ClientUpdate | ClientFailures:
         """The client's answer, its outcome with the number of bytes and the encoding.
 
         Raises:
-            UpdateRejectedError: its bytes are not what :mod:`fedvit.wire.updates` writes, or speak for somebody else.
+            UpdateRejectedError: the bytes are not what :mod:`fedvit.wire.updates` writes, or name another client.
         """
         asked = update.outcome
-        told = decode_update(update.content, max_bytes=self.max_update_bytes, shapes=self.shapes)
-        failed = len(told.outcomes) == 1 and told.outcomes[0].error is not None
-        named = [(o.client_id, o.num_examples) for o in told.outcomes]
-        if told.round_index != update.round_index or named != [(asked.client_id, 0 if failed else asked.num_examples)]:
+        claim = decode_update(update.content, max_bytes=self.max_update_bytes, shapes=self.shapes)
+        failed = len(claim.outcomes) == 1 and claim.outcomes[0].error is not None
+        named = [(o.client_id, o.num_examples) for o in claim.outcomes]
+        if claim.round_index != update.round_index or named != [(asked.client_id, 0 if failed else asked.num_examples)]:
             raise UpdateRejectedError(
-                f"It speaks for {named} in round {told.round_index}; {asked.client_id} was asked in round "
+                f"It speaks for {named} in round {claim.round_index}; {asked.client_id} was asked in round "
                 f"{update.round_index} to train {asked.num_examples} examples."
             )
-        outcome = replace(told.outcomes[0], sent_bytes=len(update.content), encoding=encoding_of(update.content))
+        outcome = replace(claim.outcomes[0], sent_bytes=len(update.content), encoding=encoding_of(update.content))
         if failed:
-            return ClientFailures(told.round_index, (outcome,))
-        return ClientUpdate(told.round_index, outcome, told.weighted_sum, told.total_weight, told.within_clip)
+            return ClientFailures(claim.round_index, (outcome,))
+        return ClientUpdate(claim.round_index, outcome, claim.weighted_sum, claim.total_weight, claim.within_clip)
 
     def fault_of(self, update: WeightedUpdate, scale: float = 1.0, *, peak: float | None = None) -> str | None:
-        """The first fault of an update that somebody contributed to, as the end of a sentence about it; or None.
+        """The first fault of an update, as the end of a sentence about it; None if it is valid.
 
         Args:
-            scale: what its arrays are still to be multiplied with.
+            scale: a factor that its arrays are still to be multiplied by.
             peak: the largest magnitude in them, where that is known.
         """
         contributors = [outcome for outcome in update.outcomes if outcome.error is None]
@@ -106,8 +106,8 @@ class UpdateValidator:
     def _fault_of_names(self, update: WeightedUpdate) -> str | None:
         if missing := sorted(self.shapes.keys() - update.weighted_sum.keys()):
             return f"it lacks the parameter {missing[0]!r}"
-        if strange := sorted(update.weighted_sum.keys() - self.shapes.keys()):
-            return f"it holds {strange[0]!r}, which is no parameter of this model"
+        if unknown := sorted(update.weighted_sum.keys() - self.shapes.keys()):
+            return f"it holds {unknown[0]!r}, which is no parameter of this model"
         return None
 
     def _fault_of_arrays(self, update: WeightedUpdate, peak: float | None) -> str | None:

@@ -70,7 +70,7 @@ class PartialAggregator:
 def failed(task: TrainTask, client_id: str, error: Exception) -> ClientFailures:
     """The answer of a client whose training failed; it does not affect the other clients of the call."""
     reason = str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"
-    outcome = ClientOutcome(client_id, 0, reason, refused=isinstance(error, UpdateRejectedError))
+    outcome = ClientOutcome(client_id, 0, reason, counted_against_client=isinstance(error, UpdateRejectedError))
     return ClientFailures(task.round_index, (outcome,))
 
 

@@ -1,4 +1,4 @@
-"""Conditions in the manner of Kubernetes: what holds of a client or of training, one by one, and why."""
+"""Conditions of a client and of training, as in Kubernetes: a type, a status, a reason and a message each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Status = Literal["True", "False", "Unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One thing that holds, or does not. ``last_transition_at`` is None where nobody wrote down when that began."""
+    """One condition. ``last_transition_at`` is None where the time of the change was not recorded."""
 
     type: str
     status: Status
@@ -33,9 +33,9 @@ def client_conditions(
     """Connected, Validated, Active and Quarantined.
 
     Args:
-        verdict: why an operator validated the client, or did not, in his words.
-        decided_at: when he did; None if nobody ever did.
-        automatic: nobody did: it follows from what was seen of its data.
+        verdict: the reason that an operator gave for validating the client or not.
+        decided_at: when that was; None if no operator decided.
+        automatic: the validation follows from the quality of the client's data.
     """
     return (
         Condition("Connected", _status(connection.connected), connection.reason, connection.message, connection.since),

@@ -1,4 +1,4 @@
-"""Which clients are connected, judged from their last signs of life and from the proxies that answer."""
+"""Connectivity of clients, from their last contact and from the proxies that answer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from datetime import datetime, timedelta
 from fedvit.ports import ProxyReport
 from fedvit.types import ClientKind, LastContact
 
-# Fewer than this share of the fleet connected, and it is the network rather than the vehicles.
+# Below this share of connected clients, a network partition is suspected.
 PARTITION_BELOW = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Whether a client is connected; None where nobody can tell.
+    """Whether a client is connected; None where that is not known.
 
-    ``reason`` is one word for programs, ``message`` a sentence. ``since`` says when it became so, where that is known;
-    ``until`` when it ends unless the client is heard again.
+    ``reason`` is one word for programs, ``message`` a sentence. ``since`` is when the state began, where that is known;
+    ``until`` when it ends without another contact.
     """
 
     connected: bool | None
@@ -31,7 +31,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class Connectivity:
-    """The whole fleet at one moment. ``by_kind`` has the total and the connected ones."""
+    """Connectivity of the whole fleet. ``by_kind`` has the total and the connected clients."""
 
     total: int
     connected: int
@@ -40,16 +40,16 @@ class Connectivity:
 
     @property
     def ratio(self) -> float:
-        """The share that is connected; all of an empty fleet is."""
+        """The share of connected clients; 1 for an empty fleet."""
         return self.connected / self.total if self.total else 1.0
 
     @property
     def partition_suspected(self) -> bool:
-        """Whether too many are gone at once for it to be their own fault."""
+        """Whether so many clients are disconnected that the network is the likely cause."""
         return self.ratio < PARTITION_BELOW
 
     def with_hosted(self, count: int) -> Connectivity:
-        """The same with so many virtual clients more, each of which a proxy hosts that answers."""
+        """The same with ``count`` more virtual clients, all connected."""
         total, there = self.by_kind.get(ClientKind.VIRTUAL, (0, 0))
         counts = {**self.by_kind, ClientKind.VIRTUAL: (total + count, there + count)}
         by_kind = {kind: counts[kind] for kind in ClientKind if kind in counts and counts[kind][0]}

@@ -79,6 +79,8 @@ class RoundMetrics:
         for outcome in outcomes:
             if outcome.error is None:
                 self._staleness.observe(outcome.staleness)
-            tally["accepted" if outcome.error is None else "refused" if outcome.refused else "failed"] += 1
+            tally[
+                "accepted" if outcome.error is None else "refused" if outcome.counted_against_client else "failed"
+            ] += 1
         for kind, count in tally.items():
             self._updates.labels(kind).inc(count)

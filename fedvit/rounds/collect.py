@@ -102,7 +102,7 @@ class Collector:
         )
 
     def _deadline_s(self) -> float:
-        """The monotonic time at which the round that begins now ends; infinite where nobody may be late."""
+        """The monotonic time at which the round that begins now ends; infinite where no client may be late."""
         limit_s = self._settings.training.round_deadline_s
         return math.inf if limit_s is None or self._protection.sampled else self._clock.monotonic() + limit_s
 

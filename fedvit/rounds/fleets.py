@@ -1,4 +1,4 @@
-"""Virtual and remote clients behind one port: a round hands its task to both and takes whatever answers first."""
+"""A fleet of virtual and remote clients behind one port."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fedvit.updates import ClientFailures, EncodedUpdate, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 from fedvit.wire.tensors import encode_weights
 
-LOOK_S = 0.25
+POLL_S = 0.25
 UNCHARGED = "it was not asked: what it holds is not what was charged"
 
 
 class MixedFleet:
-    """Implements :class:`fedvit.ports.FleetPort`: clients of other kinds than virtual are asked through the store.
+    """Implements :class:`fedvit.ports.FleetPort`; clients that are not virtual get their tasks through the store.
 
     Args:
         virtual: the fleet of the virtual clients.
-        pause: waits for so many seconds.
+        pause: sleeps for that many seconds.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MixedFleet:
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
     ) -> Iterator[UpdateMessage | None]:
-        """Hand the task out and yield the answers as they arrive, those to earlier tasks among them."""
+        """See :class:`fedvit.ports.FleetPort`."""
         patience_s = self._settings.training.round_timeout_s if timeout_s is None else timeout_s
         remote = self._remote(cohort)
         virtual = replace(cohort, client_ids=tuple(c for c in cohort.client_ids if c not in remote))
@@ -66,14 +66,14 @@ class MixedFleet:
                 return
             else:
                 yield None
-                self._pause(LOOK_S)
+                self._pause(POLL_S)
 
     def in_flight(self) -> frozenset[str]:
         """The clients that have not answered."""
         return self._virtual.in_flight() | self._asked.keys()
 
     def give_up(self, reason: str) -> list[ClientFailures]:
-        """Wait for nobody any more; whoever answers later is told so."""
+        """See :class:`fedvit.ports.FleetPort`; a remote client that answers later gets the reason."""
         given_up = self._virtual.give_up(reason)
         for client_id, offer in self._asked.items():
             self._work.close(offer, reason)
@@ -82,14 +82,14 @@ class MixedFleet:
         return given_up
 
     def proxies_alive(self) -> ProxyReport:
-        """Of the virtual clients; a remote one shows by itself that it is there."""
+        """Those of the virtual clients; remote clients send heartbeats."""
         return self._virtual.proxies_alive()
 
     def request_histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> None:
         """A remote client gets the request with its next poll, and its histogram is stored as it arrives."""
         remote = {client.client_id: client for client in self._store.clients.remote(client_ids)}
         for client in remote.values():
-            self._work.leave_sketch(request, client)
+            self._work.leave_histogram_request(request, client)
         self._virtual.request_histograms(request, [client_id for client_id in client_ids if client_id not in remote])
 
     def histograms(self) -> list[ClientHistogram]:
@@ -100,9 +100,9 @@ class MixedFleet:
         return {client.client_id: client for client in self._store.clients.remote(cohort.client_ids)}
 
     def _ask(self, task: TrainTask, weights: Weights, clients: Collection[Client]) -> ClientFailures:
-        """Leave the task for each; who could not be asked."""
+        """Store the task for each client; the clients that could not be asked."""
         if clients:
-            # Its digest is the task's: that is what clients fetch it by.
+            # Clients fetch the weights by the digest in the task.
             self._store.blobs.put(encode_weights(weights))
         uncharged = []
         for client in clients:
@@ -117,6 +117,6 @@ class MixedFleet:
         for client_id, offer in sorted(self._asked.items()):
             answer = self._work.answer(offer)
             if answer is not None:
-                # Before it is handed on: whoever takes it may not come back for more.
+                # Before the yield: the caller may not resume this generator.
                 del self._asked[client_id]
                 yield answer

@@ -1,4 +1,4 @@
-"""Asks a round's clients for histograms of their data, once they are charged, and keeps what they tell."""
+"""Collection of data histograms from the clients of rounds: charges, requests and storage."""
 
 from __future__ import annotations
 
@@ -17,64 +17,66 @@ from fedvit.types import Run, Weights
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec, checked_counts
 
 _ALIKE = 0.8
-"""How well votes have to correlate: where they do less, a reference says too little of the model's errors."""
+"""The least correlation of votes with those of the reference at which the reference is used again."""
 
 
 class HistogramCollection:
-    """The histograms of a run, beside its rounds: a round never waits for one, and none holds a round up."""
+    """Collects the histograms of a run; a round never waits for one."""
 
     def __init__(
         self, settings: Settings, store: Store, accountant: AccountantPort, fleet: FleetPort, model: ServerModelPort
     ) -> None:
         self._settings, self._store, self._accountant = settings, store, accountant
         self._fleet, self._model = fleet, model
-        self._ordered: dict[str, HistogramSpec] = {}
+        self._requested: dict[str, HistogramSpec] = {}
 
     def ask(self, run: Run, round_index: int, client_ids: Sequence[str], weights: Weights) -> tuple[str, ...]:
-        """Charge and ask those of the clients whose budget bears it beside the rest of the run; who they are.
+        """Charge and request histograms of the clients whose budget admits one beside the rest of the run; their ids.
 
-        A round that is tried again asks again: what is charged already costs nothing, and clients repeat themselves.
+        A repeated round requests them again: charges are not written twice, and clients repeat the same histograms.
 
         Args:
-            weights: that the round starts from.
+            weights: the weights that the round starts from.
         """
         spec = self._wanted(weights) if histogram_is_due(self._settings, round_index) and client_ids else None
         if spec is None:
             return ()
         noise_multiplier, unit = self._settings.histograms.noise_multiplier, self._settings.privacy.privacy_unit
-        order = HistogramRequest(run.run_id, round_index, noise_multiplier, unit, spec)
+        request = HistogramRequest(run.run_id, round_index, noise_multiplier, unit, spec)
         sizes = self._store.clients.num_examples(client_ids)
         try:
-            able = self._accountant.within_budget(self._charges(order, sizes, self._with_the_rest(run, round_index)))
-            asked = {client_id: size for client_id, size in sizes.items() if client_id in able}
-            self._accountant.charge(self._charges(order, asked, Gaussian(noise_multiplier)))
+            affordable = self._accountant.within_budget(
+                self._charges(request, sizes, self._with_the_rest(run, round_index))
+            )
+            asked = {client_id: size for client_id, size in sizes.items() if client_id in affordable}
+            self._accountant.charge(self._charges(request, asked, Gaussian(noise_multiplier)))
         except (BudgetExhaustedError, LedgerFrozenError):
             return ()
         if asked:
-            self._fleet.request_histograms(order, sorted(asked))
+            self._fleet.request_histograms(request, sorted(asked))
         return tuple(sorted(asked))
 
     def gather(self) -> int:
-        """Keep what has arrived; how many histograms are new."""
+        """Store the histograms that have arrived; the number of new ones."""
         by_spec: dict[str, list[ClientHistogram]] = {}
         for histogram in self._fleet.histograms():
             by_spec.setdefault(histogram.spec_digest, []).append(histogram)
         return sum(
             self._store.histograms.add([histogram for histogram in by_spec[digest] if _fits(histogram, spec)], spec)
-            for digest, spec in self._ordered.items()
+            for digest, spec in self._requested.items()
             if digest in by_spec
         )
 
     def _wanted(self, weights: Weights) -> HistogramSpec | None:
-        """What to count now. Votes are those of the reference, which can be compared then, while the model still errs
-        in the same classes."""
+        """What clients count now: the specification of the reference, which makes histograms comparable, as long as the
+        model's errors are in the same classes."""
         if self._spec is None:
             return None
-        shown, told = self._model.evaluate(weights), reference_spec(self._store)
-        spec = self._spec if shown is None else self._spec.with_risks(shown.confusion)
-        if told is not None and told.basis == spec.basis and _alike(told.risk_votes, spec.risk_votes):
-            spec = told
-        self._ordered[spec.digest] = spec
+        evaluation, reference = self._model.evaluate(weights), reference_spec(self._store)
+        spec = self._spec if evaluation is None else self._spec.with_risks(evaluation.confusion)
+        if reference is not None and reference.basis == spec.basis and _alike(reference.risk_votes, spec.risk_votes):
+            spec = reference
+        self._requested[spec.digest] = spec
         return spec
 
     @cached_property
@@ -82,21 +84,21 @@ class HistogramCollection:
         return self._model.histogram_spec()
 
     def _with_the_rest(self, run: Run, round_index: int) -> Event:
-        """A histogram, and all rounds that are still to come: these are what the budget is for."""
+        """A histogram and all remaining rounds of the run."""
         histogram, left = Gaussian(self._settings.histograms.noise_multiplier), run.rounds_total - round_index
         if left < 1:
             return histogram
         return Composed((histogram, Repeated(round_event(self._settings, run.noise_multiplier), left)))
 
-    def _charges(self, order: HistogramRequest, sizes: Mapping[str, int], event: Event) -> list[Charge]:
+    def _charges(self, request: HistogramRequest, sizes: Mapping[str, int], event: Event) -> list[Charge]:
         return [
             charge_of(
                 event,
-                run_id=order.run_id,
-                round_index=order.round_index,
+                run_id=request.run_id,
+                round_index=request.round_index,
                 unit_id=client_id,
-                output_id=order.output_id(client_id, size),
-                unit=order.privacy_unit,
+                output_id=request.output_id(client_id, size),
+                unit=request.privacy_unit,
             )
             for client_id, size in sizes.items()
         ]

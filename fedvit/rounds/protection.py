@@ -1,7 +1,7 @@
-"""What a round does for privacy: who may take part, what it is charged, and what becomes of the answers.
+"""Privacy protection of a round, by the privacy unit: its charges, its checks, and how updates are folded.
 
-Two ways, by the privacy unit. Records are protected by each client, and the aggregator averages what it is given.
-Clients are protected here: it adds up clipped updates, adds noise once, and divides by a constant.
+Single records are protected by each client, and the aggregator averages noised updates. Whole clients are protected
+here: the aggregator adds up clipped updates, adds noise once, and divides by a constant.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from fedvit.types import FloatArray, Run, TrainTask, Weights
 from fedvit.updates import WeightedUpdate
 
 FACTS = "client_level"
-"""Where a version's lineage has what the mechanism did, for the rounds after it."""
+"""Lineage key of what the mechanism did, for the rounds after it."""
 EXPECTED_COHORT = "expected_cohort"
-"""Where a run's configuration has the constant that its sums are divided by."""
+"""Key in a run's configuration of the constant that its sums are divided by."""
 POPULATION_SIZE = "population"
-"""Where a run's configuration has how many clients could be drawn when it began."""
+"""Key in a run's configuration of how many clients could be drawn when it began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """The next weights, what a version's lineage says of how they came about, and what the rule remembers."""
+    """The next weights, facts for the version's lineage, and the rule's next state."""
 
     weights: dict[str, FloatArray]
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -47,23 +47,23 @@ class Folded:
 
 
 class Protection(Protocol):
-    """What a privacy unit asks of a round."""
+    """How a privacy unit is protected in a round."""
 
     rule: Rule
-    """What makes the next weights of the answers."""
+    """Folds the updates."""
     sampled: bool
-    """Whether the cohort is a secret sample: then a round that drew nobody is one of noise alone."""
+    """Whether the cohort is a secret sample: then a round without clients is committed with noise alone."""
 
     def run_facts(self, eligible: int) -> dict[str, Any]:
-        """What a run that so many clients may take part in is recorded with."""
+        """Facts that a run with so many eligible clients is recorded with."""
         ...
 
     def l2_clip_norm(self, run_id: str, round_index: int) -> float:
-        """What the round clips to."""
+        """The clipping norm of the round."""
         ...
 
     def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
-        """What the round costs, if these clients take part."""
+        """The charges of the round if these clients take part."""
         ...
 
     def fault_of(self, update: WeightedUpdate, run_id: str) -> str | None:
@@ -101,7 +101,7 @@ def protection_for(settings: Settings, store: Store) -> Protection:
 
 
 class RecordLevel:
-    """Each client protects its records; its charge is its own."""
+    """Each client protects its records and is charged by itself."""
 
     sampled = False
 
@@ -111,10 +111,10 @@ class RecordLevel:
         self.rule = rule_for(settings)
 
     def run_facts(self, eligible: int) -> dict[str, Any]:
-        """How many they are.
+        """The population size.
 
         Raises:
-            ConfigError: their cohorts are too small for the rule.
+            ConfigError: cohorts are too small for the rule.
         """
         cohort = self._settings.training.cohort
         size = eligible if cohort.size is None or cohort.selection == "all" else min(cohort.size, eligible)
@@ -126,11 +126,11 @@ class RecordLevel:
         return {POPULATION_SIZE: eligible}
 
     def l2_clip_norm(self, run_id: str, round_index: int) -> float:
-        """Of one record's gradient."""
+        """The clipping norm of one record's gradient."""
         return self._settings.privacy.l2_clip_norm
 
     def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
-        """One a client."""
+        """One charge a client."""
         sizes = self._store.clients.num_examples(client_ids)
         event = round_event(self._settings, task.noise_multiplier)
         return [_charge(event, task, c, output_id(task, c, sizes[c])) for c in client_ids]
@@ -148,7 +148,7 @@ class RecordLevel:
         state: State,
         facts: RoundFacts,
     ) -> Folded:
-        """What the rule makes of them."""
+        """The rule's fold."""
         fold = self.rule.fold(weights, updates, state, facts)
         return Folded(fold.weights, state=fold.state)
 
@@ -156,9 +156,9 @@ class RecordLevel:
 class ClientLevel:
     """The aggregator protects whole clients; see :mod:`fedvit.privacy.mechanism`.
 
-    The noise is bound to the release and to the very sum that it protects, so that a repeated round repeats it, and a
-    round that comes to another sum draws another. What later rounds need of it is in the version's lineage: under a
-    key, since a plain hash of the sum would tell who guesses it right.
+    The noise is derived from the output's identity and from the sum that it protects: a repeated round repeats it, and
+    a round with another sum draws other noise. What later rounds need is in the version's lineage, as a keyed hash,
+    because a plain hash of the sum would confirm a guess.
     """
 
     def __init__(self, settings: Settings, store: Store) -> None:
@@ -169,7 +169,7 @@ class ClientLevel:
         self.rule = rule_for(settings)
         if not isinstance(self.rule, MeanRule):
             raise ConfigError(
-                f"training.aggregation {self.rule.name!r} cannot be handed a noised mean.", cure=self.rule.instead
+                f"training.aggregation {self.rule.name!r} cannot fold a noised mean.", cure=self.rule.instead
             )
         self._step = self.rule.step
         self._history: tuple[str, list[Mapping[str, Any]]] = ("", [])
@@ -177,10 +177,10 @@ class ClientLevel:
         self.sampled = settings.training.cohort.selection == "poisson"
 
     def run_facts(self, eligible: int) -> dict[str, Any]:
-        """The constant divisor: how many clients a round is expected to have.
+        """The constant divisor: the expected size of a cohort.
 
         Raises:
-            ConfigError: so few clients cannot fill the cohorts and rest between them.
+            ConfigError: there are too few clients to fill the cohorts and rest between them.
         """
         cohort = self._settings.training.cohort
         if cohort.sampling_prob is not None:
@@ -196,20 +196,20 @@ class ClientLevel:
         return {EXPECTED_COHORT: float(size)}
 
     def l2_clip_norm(self, run_id: str, round_index: int) -> float:
-        """Of a whole update: as set, or as the rounds before have moved it."""
+        """The clipping norm of a whole update: as set, or as adapted by earlier rounds."""
         if self._clip is None:
             return self._settings.privacy.l2_clip_norm
         earlier = self._facts(run_id)[: round_index - 1]
         return float(earlier[-1]["next_l2_clip_norm"]) if earlier else self._settings.privacy.l2_clip_norm
 
     def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
-        """One for everybody where a secret sample is drawn: whoever was not drawn might have been. Else one each."""
+        """One charge for the population where the cohort is a secret sample, otherwise one a client."""
         event = round_event(self._settings, task.noise_multiplier)
         units = [POPULATION] if self.sampled else list(client_ids)
         return [_charge(event, task, unit, output_id(task, unit, 1)) for unit in units]
 
     def fault_of(self, update: WeightedUpdate, run_id: str) -> str | None:
-        """A norm above what its number of clipped updates allows."""
+        """A norm above what that number of clipped updates allows."""
         return mechanism.fault_of(update, self.l2_clip_norm(run_id, update.round_index))
 
     def fold(
@@ -230,10 +230,10 @@ class ClientLevel:
         key = self._key(task, [mechanism.digest(sums), within, accepted])
         noise = self._sum_noise_multiplier(run) * norm * self._noise(run, task, mechanism.size_of(sums), key)
         mean = mechanism.noised_mean(sums, noise, divisor=float(run.config[EXPECTED_COHORT]))
-        # What is made of the noised mean costs no privacy.
+        # Post-processing of the noised mean costs no privacy.
         fold = self._step(weights, mean, state, facts)
-        told = {"noise_key": key, "l2_clip_norm": norm, **self._next_norm(run, task, key, within, accepted)}
-        return Folded(fold.weights, {FACTS: told}, fold.state)
+        mechanism_facts = {"noise_key": key, "l2_clip_norm": norm, **self._next_norm(run, task, key, within, accepted)}
+        return Folded(fold.weights, {FACTS: mechanism_facts}, fold.state)
 
     def _sum_noise_multiplier(self, run: Run) -> float:
         return sum_noise_multiplier(self._clip, run.noise_multiplier) if self._clip else run.noise_multiplier
@@ -246,10 +246,10 @@ class ClientLevel:
         return {"noised_share": share, "next_l2_clip_norm": next_norm(self._clip, task.l2_clip_norm, share)}
 
     def _noise(self, run: Run, task: TrainTask, size: int, key: str) -> Vector:
-        """Of standard deviation 1, but for what the strategy makes of it."""
+        """Noise of standard deviation 1 a coordinate, correlated between rounds where the settings say so."""
 
-        def draw(round_index: int, drawn_with: str) -> Vector:
-            return mechanism.fresh_noise(self._stream("sum", run.run_id, round_index, drawn_with), size)
+        def draw(round_index: int, noise_key: str) -> Vector:
+            return mechanism.fresh_noise(self._stream("sum", run.run_id, round_index, noise_key), size)
 
         bands = self._settings.privacy.bands
         if bands is None:
@@ -276,12 +276,12 @@ class ClientLevel:
         return known
 
 
-def _charge(event: Event, task: TrainTask, unit_id: str, release: str) -> Charge:
+def _charge(event: Event, task: TrainTask, unit_id: str, output: str) -> Charge:
     return charge_of(
         event,
         run_id=task.run_id,
         round_index=task.round_index,
         unit_id=unit_id,
-        output_id=release,
+        output_id=output,
         unit=task.privacy_unit,
     )

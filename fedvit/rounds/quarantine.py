@@ -28,7 +28,7 @@ def count_refusals(
     """
     quarantined = []
     for outcome in outcomes:
-        if not outcome.refused:
+        if not outcome.counted_against_client:
             continue
         count = _counted(store, run_id, round_index, outcome.client_id)
         if quarantine_after_rejections is not None and count >= quarantine_after_rejections:

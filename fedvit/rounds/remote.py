@@ -1,9 +1,9 @@
-"""What remote clients are asked and what they answer, kept in the state folder between those who talk to them.
+"""Tasks of remote clients and their answers, exchanged through the state folder.
 
-The aggregator leaves a task for each client; the control API hands it out and takes the answer; the aggregator finds
-that. Any of them may die and come back, and there may be several of the second. A task is left after its charge was
-written, so that whatever a client releases is on the ledger already. An answer belongs to one client and one round: the
-first one counts, and it stays until the client is asked something else, so that a round that is tried again finds it.
+The aggregator stores a task for each client; the control API sends it to the client and stores the answer; the
+aggregator reads it. Each of these processes may restart, and there may be several of the control API. A task is stored
+after its charge, so that the ledger holds everything that a client releases. An answer belongs to one client and one
+round. The first one counts, and it stays until the client has another task, so that a repeated round finds it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from fedvit.wire.histograms import ClientHistogram, HistogramRequest, checked_co
 from fedvit.wire.tensors import decode_weights
 
 FROZEN_DIGEST = "frozen_digest"
-"""Where the store has the SHA-256 of the weights that never travel, as the aggregator built them."""
+"""Metadata key of the SHA-256 of the weights that never travel, as the aggregator built them."""
 _TASK_KEY = "remote_task/"
-_SKETCH_KEY = "remote_sketch/"
+_HISTOGRAM_KEY = "remote_histogram/"
 _MAX_WEIGHTS_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What became of a client's update to a round; ``folded_in`` is the round that took it, once one has."""
+    """Receipt of a client's update to a round; ``folded_in`` is the round that took it, once one has."""
 
     client_id: str
     run_id: str
@@ -53,7 +53,7 @@ class Receipt:
 class Offer:
     """A task for one client: ``num_examples`` and so ``output_id`` are what was charged.
 
-    ``closed`` says why nobody waits for the answer any more.
+    ``closed`` is the reason why no round waits for the answer any more.
     """
 
     client_id: str
@@ -64,11 +64,11 @@ class Offer:
 
     @property
     def output_id(self) -> str:
-        """The identity of what the client shall release."""
+        """The identity of the client's output."""
         return output_id(self.task, self.client_id, self.num_examples)
 
     def is_for(self, run_id: str, round_index: int) -> bool:
-        """Whether it asks for an answer to this round."""
+        """Whether it is a task of this round."""
         return (self.task.run_id, self.task.round_index) == (run_id, round_index)
 
     def answer(self, content: bytes) -> EncodedUpdate:
@@ -76,18 +76,18 @@ class Offer:
         return EncodedUpdate(self.task.round_index, ClientOutcome(self.client_id, self.num_examples), content)
 
     def to_json(self) -> dict[str, Any]:
-        """As the store keeps it."""
+        """As stored."""
         return {**asdict(self), "encoding": self.encoding.value}
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Offer:
-        """The inverse."""
-        task, encoding = TrainTask(**found["task"]), Encoding(found["encoding"])
-        return cls(**{**found, "task": task, "encoding": encoding})
+    def from_json(cls, value: dict[str, Any]) -> Offer:
+        """The inverse of :meth:`to_json`."""
+        task, encoding = TrainTask(**value["task"]), Encoding(value["encoding"])
+        return cls(**{**value, "task": task, "encoding": encoding})
 
 
 def encoding_for(client: Client, settings: Settings) -> Encoding:
-    """The form that the client shall send: the first of the run's that it knows, else float32."""
+    """The encoding of the client's update: the first of the run's that it supports, else float32."""
     wanted = settings.training.compression.encodings
     return next((encoding for encoding in wanted if encoding.value in client.encodings), Encoding.FLOAT32)
 
@@ -103,14 +103,14 @@ class RemoteWork:
     # --- the aggregator's side ---------------------------------------------------------------------------------------
 
     def leave(self, task: TrainTask, client: Client) -> Offer | None:
-        """Ask a client; what it answered to earlier rounds is gone, what it answered to this one is not.
+        """Store the client's task; its answers to earlier rounds are deleted, one to this round stays.
 
-        None where the ledger does not hold the charge of what it would release: its data has changed since.
+        None where the ledger does not hold the charge of the client's output: its data has changed since.
         """
         offer = Offer(client.client_id, task, client.num_examples, encoding_for(client, self._settings))
         if not self._is_charged(offer):
             return None
-        # Before old answers go: without them, old tasks would seem to wait for some.
+        # Before old answers are deleted: without them, the old task would seem to be unanswered.
         self._store.metadata.set(_TASK_KEY + client.client_id, offer.to_json())
         keep = self._place(client.client_id, task.run_id, task.round_index)
         for path in keep.parent.glob("*.safetensors"):
@@ -118,13 +118,13 @@ class RemoteWork:
                 path.unlink(missing_ok=True)
         return offer
 
-    def leave_sketch(self, order: HistogramRequest, client: Client) -> None:
-        """Ask a client for a histogram that is charged; an order that it has not followed is forgotten."""
-        told = {"order": order.to_json(), "num_examples": client.num_examples}
-        self._store.metadata.set(_SKETCH_KEY + client.client_id, told)
+    def leave_histogram_request(self, order: HistogramRequest, client: Client) -> None:
+        """Request a histogram that is charged; it replaces an earlier request without an answer."""
+        value = {"order": order.to_json(), "num_examples": client.num_examples}
+        self._store.metadata.set(_HISTOGRAM_KEY + client.client_id, value)
 
     def close(self, offer: Offer, reason: str) -> None:
-        """Wait for this answer no more."""
+        """Stop waiting for this answer."""
         key = _TASK_KEY + offer.client_id
         with self._store.transaction() as transaction:
             value = transaction.metadata.get(key)
@@ -132,14 +132,14 @@ class RemoteWork:
                 transaction.metadata.set(key, {**value, "closed": reason})
 
     def answer(self, offer: Offer) -> EncodedUpdate | None:
-        """What the client answered, if it has."""
+        """The client's answer, if there is one."""
         content = _read(self._place(offer.client_id, offer.task.run_id, offer.task.round_index))
         return None if content is None else offer.answer(content)
 
     # --- the client's side -------------------------------------------------------------------------------------------
 
     def task(self, client_id: str) -> Offer | None:
-        """What the client shall do now; nothing where it has answered, or may not take part.
+        """The client's present task; None where it has answered, or may not take part.
 
         Raises:
             NotFoundError: no such client.
@@ -151,38 +151,38 @@ class RemoteWork:
         answered = self._place(client_id, offer.task.run_id, offer.task.round_index).exists()
         return offer if under_way and not answered else None
 
-    def sketch_order(self, client_id: str) -> tuple[HistogramRequest, int] | None:
-        """What histogram the client shall make, and of how many records it is charged; None once it has.
+    def histogram_request(self, client_id: str) -> tuple[HistogramRequest, int] | None:
+        """The histogram that is requested of the client, and the number of records charged for it; None once received.
 
         Raises:
             NotFoundError: no such client.
         """
-        client, found = self._store.clients.get(client_id), self._store.metadata.get(_SKETCH_KEY + client_id)
-        if found is None or client.quarantined or not client.active:
+        client, value = self._store.clients.get(client_id), self._store.metadata.get(_HISTOGRAM_KEY + client_id)
+        if value is None or client.quarantined or not client.active:
             return None
-        return HistogramRequest.from_json(found["order"]), int(found["num_examples"])
+        return HistogramRequest.from_json(value["order"]), int(value["num_examples"])
 
-    def receive_sketch(self, client_id: str, run_id: str, round_index: int, counts: Sequence[int]) -> bool:
-        """Keep what a client tells of its data; whether it was waited for: repeating it does nothing.
+    def receive_histogram(self, client_id: str, run_id: str, round_index: int, counts: Sequence[int]) -> bool:
+        """Store a client's histogram; whether it was expected. Repeating it does nothing.
 
         Raises:
             NotFoundError: no such client.
-            UpdateRejectedError: it is not what was asked for.
+            UpdateRejectedError: it is not what was requested.
         """
-        found = self.sketch_order(client_id)
-        if found is None or (found[0].run_id, found[0].round_index) != (run_id, round_index):
+        requested = self.histogram_request(client_id)
+        if requested is None or (requested[0].run_id, requested[0].round_index) != (run_id, round_index):
             return False
-        order, size = found
-        told = checked_counts(order.spec, counts)
-        histogram = ClientHistogram(client_id, run_id, round_index, size, order.spec.digest, order.deviation, told)
+        order, size = requested
+        counts = checked_counts(order.spec, counts)
+        histogram = ClientHistogram(client_id, run_id, round_index, size, order.spec.digest, order.deviation, counts)
         self._store.histograms.add([histogram], order.spec)
-        self._store.metadata.set(_SKETCH_KEY + client_id, None)
+        self._store.metadata.set(_HISTOGRAM_KEY + client_id, None)
         return True
 
     def receive(self, client_id: str, run_id: str, round_index: int, content: bytes) -> Receipt:
-        """Take an answer, or say what became of the one before; repeating it does nothing.
+        """Take an answer, or return the receipt of the one before; repeating it does nothing.
 
-        One that validation rejects is kept all the same: the round has to know that this client is done.
+        An invalid answer is stored, too: the round has to know that this client is done.
 
         Raises:
             NotFoundError: no such client.
@@ -200,7 +200,7 @@ class RemoteWork:
         return self.receipt(client_id, run_id, round_index)
 
     def receipt(self, client_id: str, run_id: str, round_index: int) -> Receipt:
-        """What became of the client's answer to a round.
+        """The receipt of the client's answer to a round.
 
         Raises:
             NotFoundError: no such client.
@@ -228,8 +228,8 @@ class RemoteWork:
         units = {offer.client_id: offer.num_examples}
         if task.privacy_unit == "client":
             units = {offer.client_id: 1, POPULATION: 1}
-        releases = ((unit, output_id(task, unit, size)) for unit, size in units.items())
-        return any(self._store.ledger.is_charged(task.run_id, task.round_index, *release) for release in releases)
+        outputs = ((unit, output_id(task, unit, size)) for unit, size in units.items())
+        return any(self._store.ledger.is_charged(task.run_id, task.round_index, *output) for output in outputs)
 
     def _compared(self, known: Receipt, content: bytes) -> Receipt:
         first = _read(self._place(known.client_id, known.run_id, known.round_index))
@@ -246,7 +246,7 @@ class RemoteWork:
         return f"round {round_index} of {run_id} {'went on without it' if asked else 'did not ask it'}"
 
     def _fault(self, offer: Offer, content: bytes) -> str | None:
-        """Whby update validation will say."""
+        """The fault that update validation finds, if any."""
         rule = rule_for(self._settings)
         sizes = {offer.client_id: offer.num_examples}
         validator = UpdateValidator.of(self._settings, rule, {}, sizes).with_shapes(
@@ -263,8 +263,8 @@ class RemoteWork:
         return {name: array.shape for name, array in weights.items() if not name.startswith(BROADCAST)}
 
     def _offer(self, client_id: str) -> Offer | None:
-        found = self._store.metadata.get(_TASK_KEY + client_id)
-        return None if found is None else Offer.from_json(found)
+        value = self._store.metadata.get(_TASK_KEY + client_id)
+        return None if value is None else Offer.from_json(value)
 
     def _place(self, client_id: str, run_id: str, round_index: int) -> Path:
         return self._folder / client_id / f"{run_id}.{round_index:08d}.safetensors"

@@ -1,6 +1,7 @@
-"""What an operator steers training with, kept in the store: which run, how patient a round is, and whom it waits for.
+"""Settings that an operator changes while training runs: the run request, the limits of a round, the aggregation mode.
 
-A run is identified by its settings; an order on top of them makes it another run, also when the settings are the same.
+They are stored. A run is identified by its settings and its run request: a new request makes another run, even if the
+settings are the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fedvit.config import Settings
 from fedvit.errors import StaleRequestError
 from fedvit.store.store import Store
 
-_ORDER_KEY = "run_request"
+_REQUEST_KEY = "run_request"
 _ROUND_KEY = "round_settings"
 _AGGREGATION_KEY = "aggregation_settings"
 STALENESS_TOLERANCE = 5
@@ -23,9 +24,9 @@ STALENESS_TOLERANCE = 5
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """An operator's wish for a new run. ``base_version`` None starts from the base weights.
+    """An operator's request for a new run. ``base_version`` None starts from the base weights.
 
-    ``client_selection`` stays in force for later orders that say nothing of it; None leaves it to the settings.
+    ``client_selection`` stays in force for later requests without one; None leaves it to the settings.
     """
 
     number: int
@@ -36,38 +37,38 @@ class RunRequest:
 
 
 def run_request(store: Store) -> RunRequest | None:
-    """The order in force, if there ever was one."""
-    found = store.metadata.get(_ORDER_KEY)
-    return None if found is None else RunRequest(**found)
+    """The request in force, if there is one."""
+    value = store.metadata.get(_REQUEST_KEY)
+    return None if value is None else RunRequest(**value)
 
 
-def place_run_request(store: Store, wish: RunRequest) -> RunRequest:
-    """Put ``wish`` in force under the next number; the same operation places one order, however often it tries."""
+def place_run_request(store: Store, new: RunRequest) -> RunRequest:
+    """Put a request in force under the next number; an operation that repeats its request places it once."""
     with store.transaction() as transaction:
-        value = transaction.metadata.get(_ORDER_KEY)
+        value = transaction.metadata.get(_REQUEST_KEY)
         before = RunRequest(**value) if value else None
-        if before is not None and before.operation_id == wish.operation_id:
+        if before is not None and before.operation_id == new.operation_id:
             return before
-        selection = wish.client_selection or (before.client_selection if before else None)
-        request = replace(wish, number=before.number + 1 if before else 1, client_selection=selection)
-        transaction.metadata.set(_ORDER_KEY, asdict(request))
+        selection = new.client_selection or (before.client_selection if before else None)
+        request = replace(new, number=before.number + 1 if before else 1, client_selection=selection)
+        transaction.metadata.set(_REQUEST_KEY, asdict(request))
         return request
 
 
-def run_identity(settings: Settings, order: RunRequest | None) -> tuple[dict[str, Any], str]:
-    """What a run is recorded with, and its SHA-256, hex; without an order, those of the settings alone."""
-    if order is None:
+def run_identity(settings: Settings, request: RunRequest | None) -> tuple[dict[str, Any], str]:
+    """The recorded configuration of a run, and its SHA-256, hex."""
+    if request is None:
         return settings.training_identity(), settings.training_digest()
-    named = {"settings": settings.training_digest(), "order": asdict(order)}
+    named = {"settings": settings.training_digest(), "order": asdict(request)}
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-    return {**settings.training_identity(), "order": asdict(order)}, digest
+    return {**settings.training_identity(), "order": asdict(request)}, digest
 
 
 @dataclass(frozen=True, slots=True)
 class RoundSettings:
-    """What the next round goes by: the fewest clients, and how long a silent proxy is waited for.
+    """Limits of the next round: the fewest clients, and how long a silent proxy is waited for.
 
-    ``revision`` counts the changes; 0 is what the settings say.
+    ``revision`` counts the changes; 0 stands for the settings.
     """
 
     revision: int
@@ -76,7 +77,7 @@ class RoundSettings:
 
 
 def round_settings(store: Store, settings: Settings) -> RoundSettings:
-    """What is in force now."""
+    """The settings in force."""
     return _round_settings(store.metadata.get(_ROUND_KEY), settings)
 
 
@@ -88,7 +89,7 @@ def change_round_settings(
     wait_timeout_s: float | None = None,
     expected_revisions: Collection[int] | None = None,
 ) -> RoundSettings:
-    """Change what is not None, durably; the next round goes by it.
+    """Change what is not None, durably, from the next round on.
 
     Raises:
         StaleRequestError: ``expected_revisions`` are given and the present one is not among them.
@@ -108,10 +109,10 @@ def change_round_settings(
 
 @dataclass(frozen=True, slots=True)
 class AggregationSettings:
-    """Whom a round waits for: all that are in flight, or, asynchronous, the first ``buffer_size`` updates.
+    """How many updates complete a round: those of all clients in flight, or, asynchronous, the first ``buffer_size``.
 
-    An update that is more than ``staleness_tolerance`` versions late is refused, in either mode. ``buffer_size`` None
-    is half of those who take part. ``revision`` counts the changes; 0 is synchronous.
+    An update that is more than ``staleness_tolerance`` versions late is rejected, in either mode. ``buffer_size`` None
+    is half of the clients that take part. ``revision`` counts the changes; 0 is synchronous.
     """
 
     revision: int = 0
@@ -128,12 +129,12 @@ class AggregationSettings:
 
 
 def aggregation_settings(store: Store) -> AggregationSettings:
-    """What is in force now."""
+    """The settings in force."""
     return AggregationSettings(**store.metadata.get(_AGGREGATION_KEY) or {})
 
 
 def begin_in_initial_mode(store: Store, settings: Settings) -> AggregationSettings:
-    """Put ``training.initial_mode`` in force where nobody has ever set a mode."""
+    """Put ``training.initial_mode`` in force where no mode was ever set."""
     wanted = settings.training.initial_mode
 
     def wish(now: AggregationSettings) -> AggregationSettings:
@@ -148,7 +149,7 @@ def change_aggregation_settings(
     *,
     expected_revisions: Collection[int] | None = None,
 ) -> AggregationSettings:
-    """Change them durably into what ``wish`` makes of those in force; the round under way goes by it as well.
+    """Change them durably into what ``wish`` makes of those in force; they hold for the round under way, too.
 
     Raises:
         StaleRequestError: ``expected_revisions`` are given and the present one is not among them.
@@ -170,8 +171,8 @@ def _check_revision(what: str, revision: int, expected: Collection[int] | None) 
         )
 
 
-def _round_settings(found: Any | None, settings: Settings) -> RoundSettings:
-    if found is not None:
-        return RoundSettings(**found)
+def _round_settings(value: Any | None, settings: Settings) -> RoundSettings:
+    if value is not None:
+        return RoundSettings(**value)
     training = settings.training
     return RoundSettings(0, training.cohort.min_clients, training.round_timeout_s)

@@ -153,7 +153,7 @@ class RoundUpdates:
         """The clients of the version, and how they were aggregated if the round was not an ordinary synchronous one."""
         staleness = {o.client_id: o.staleness for o in self.outcomes if o.error is None}
         lineage: dict[str, object] = {"clients": list(staleness)}
-        invalid = {o.client_id: str(o.error) for o in self.outcomes if o.refused}
+        invalid = {o.client_id: str(o.error) for o in self.outcomes if o.counted_against_client}
         late = any(o.staleness for o in self.outcomes)
         if self.mode == "asynchronous" or late or invalid or self.unexpected:
             lineage["aggregation"] = {
@@ -289,9 +289,9 @@ def _rejected(
     round_index: int, outcomes: tuple[ClientOutcome, ...], code: RejectionCode, reason: str
 ) -> tuple[ValidAnswer, list[Rejection]]:
     contributors = [outcome.client_id for outcome in outcomes if outcome.error is None]
-    # Of several clients in a sum, nobody knows whose update is invalid: it is counted against none of them.
+    # It is not known whose update in a sum is invalid: it is counted against none of the clients.
     counted = code is RejectionCode.INVALID_UPDATE and len(contributors) == 1
-    failed = tuple(o if o.error else replace(o, error=reason, refused=counted) for o in outcomes)
+    failed = tuple(o if o.error else replace(o, error=reason, counted_against_client=counted) for o in outcomes)
     rejections = [Rejection(client_id, code, reason) for client_id in contributors]
     return ValidAnswer(ClientFailures(round_index, failed)), rejections
 

@@ -1,4 +1,4 @@
-"""A client's answer to a round as bytes and back: safetensors, with what else it says as JSON in the header."""
+"""Serialisation of a client's answer: safetensors, with its outcome and weight as JSON in the header."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def encode_update(update: DecodedUpdate) -> bytes:
 
 
 def encode_smaller(update: DecodedUpdate, encoding: Encoding, uniforms: Uniforms, top_k_fraction: float) -> bytes:
-    """An answer as bytes, its mean update in a smaller form; of one that nobody contributed to, the outcomes.
+    """An answer as bytes, its mean update in a smaller form; of a failure, the outcome alone.
 
     Args:
         uniforms, top_k_fraction: see :func:`fedvit.wire.encoding.encode_arrays`.
@@ -45,7 +45,7 @@ def encode_smaller(update: DecodedUpdate, encoding: Encoding, uniforms: Uniforms
 
 
 def decode_update(content: bytes, *, max_bytes: int, shapes: Shapes | None = None) -> PartialSum:
-    """The sum and the outcomes that the bytes claim, whoever wrote them; update validation judges the claim.
+    """The sum and the outcomes that the bytes claim; update validation checks the claim.
 
     Args:
         shapes: of the parameters, by name; without them no smaller form can be read.
@@ -63,21 +63,21 @@ def decode_update(content: bytes, *, max_bytes: int, shapes: Shapes | None = Non
         update = _update(facts)
     except (KeyError, ValueError, TypeError, RecursionError):
         raise UpdateRejectedError("The update does not say whose it is and for which round.", cure=_MADE_BY) from None
-    sums = arrays if encoding is None else _opened(arrays, encoding, shapes, update.total_weight)
+    sums = arrays if encoding is None else _decoded(arrays, encoding, shapes, update.total_weight)
     return PartialSum(update.round_index, update.outcomes, sums, update.total_weight, update.within_clip)
 
 
 def encoding_of(content: bytes) -> str:
-    """The form that :func:`decode_update` found, of bytes that it took; ``exact`` where the arrays are as they are."""
+    """The encoding of bytes that :func:`decode_update` accepts; ``exact`` where the arrays are not encoded."""
     facts = json.loads(_header(content)["__metadata__"]["update"])
     return str(facts.get("encoding", "exact"))
 
 
-def _opened(arrays: Arrays, encoding: Encoding, shapes: Shapes | None, weight: float) -> Arrays:
+def _decoded(arrays: Arrays, encoding: Encoding, shapes: Shapes | None, weight: float) -> Arrays:
     if shapes is None:
         raise UpdateRejectedError(f"The update is {encoding.value}, and its model is not known.")
-    if strange := sorted(names_of(arrays, encoding) - shapes.keys()):
-        raise UpdateRejectedError(f"The update holds {strange[0]!r}, which is no parameter of this model.")
+    if unknown := sorted(names_of(arrays, encoding) - shapes.keys()):
+        raise UpdateRejectedError(f"The update holds {unknown[0]!r}, which is no parameter of this model.")
     with np.errstate(all="ignore"):
         return {name: weight * array for name, array in decode_arrays(arrays, encoding, shapes).items()}
 

@@ -355,7 +355,9 @@ def test_an_invalid_update_does_not_affect_the_other_clients(settings: Settings)
     bounded = vision_host(ruled(settings, "fedavg", validation=validation))
     # Every client's noise is far above the bound.
     update = bounded.train(task_for(base), base, CLIENTS)
-    assert [(o.refused, "at most 0.001 is allowed" in str(o.error)) for o in update.outcomes] == [(True, True)] * 3
+    assert [(o.counted_against_client, "at most 0.001 is allowed" in str(o.error)) for o in update.outcomes] == [
+        (True, True)
+    ] * 3
     assert update.total_weight == 0.0
     host = vision_host(settings)
     host.data.load(CLIENTS[1]).features.fill_(torch.nan)

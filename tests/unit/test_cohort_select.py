@@ -128,5 +128,5 @@ def test_a_cohort_larger_than_the_population_is_everybody() -> None:
 
 
 def test_a_client_cannot_be_in_a_cohort_twice() -> None:
-    with pytest.raises(ValueError, match="appears twice"):
+    with pytest.raises(ValueError):
         Cohort(1, ("a", "b", "a"))

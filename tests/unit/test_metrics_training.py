@@ -34,7 +34,7 @@ def test_what_became_of_the_clients_of_a_round_is_counted() -> None:
         ClientOutcome("a", 4),
         ClientOutcome("b", 4, staleness=2),
         ClientOutcome("c", 0, "no answer"),
-        ClientOutcome("d", 4, "not finite", refused=True),
+        ClientOutcome("d", 4, "not finite", counted_against_client=True),
     ]
     metrics.committed(outcomes, quarantined=1, rejected_answers=2)
     counted = {

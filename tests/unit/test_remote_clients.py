@@ -155,8 +155,13 @@ def test_a_truck_and_virtual_clients_make_one_round(yard: Yard) -> None:
     np.testing.assert_allclose(yard.point(), (20 * 0.5 + 30 * 1.0) / 50 * TARGET, rtol=1e-6)
     assert yard.lineage()["clients"] == ["truck-0", "vehicle-0000", "vehicle-0001"]
     assert yard.virtual.tasks[0][1].client_ids == ("vehicle-0000", "vehicle-0001")
-    told = yard.receipt("truck-0")
-    assert (told["status"], told["folded_in"], told["version"], told["reason"]) == ("accepted", 1, "v1.1.1", None)
+    record = yard.receipt("truck-0")
+    assert (record["status"], record["folded_in"], record["version"], record["reason"]) == (
+        "accepted",
+        1,
+        "v1.1.1",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +205,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "no update"])
-def test_what_the_door_does_not_let_in_is_refused_at_once_recorded_and_counted(
+def test_an_invalid_update_is_rejected_at_once_recorded_and_counted(
     tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     yard = Yard(tmp_path, trucks=2, rounds=2, validation={"max_update_norm": 100.0, "quarantine_after_rejections": 2})
@@ -289,8 +294,8 @@ def test_a_late_answer_goes_into_the_next_buffer_of_an_asynchronous_run(tmp_path
     assert yard.run() is RunStatus.COMPLETED
     assert folded[0].status_code == 202
     assert yard.lineage(2)["aggregation"]["staleness"]["truck-0"] == 1
-    told = yard.receipt("truck-0", 1)
-    assert (told["status"], told["folded_in"], told["version"]) == ("accepted", 2, "v1.1.2")
+    record = yard.receipt("truck-0", 1)
+    assert (record["status"], record["folded_in"], record["version"]) == ("accepted", 2, "v1.1.2")
 
 
 def test_an_answer_too_old_is_refused_in_the_round_that_meets_it(tmp_path: Path) -> None:
@@ -304,9 +309,9 @@ def test_an_answer_too_old_is_refused_in_the_round_that_meets_it(tmp_path: Path)
 
     yard.on_progress = look
     assert yard.run() is RunStatus.COMPLETED
-    told = yard.receipt("truck-0", 1)
-    assert (told["status"], told["folded_in"]) == ("refused", 3)
-    assert told["reason"] == "its update is 2 versions old; at most 1 are tolerated"
+    record = yard.receipt("truck-0", 1)
+    assert (record["status"], record["folded_in"]) == ("refused", 3)
+    assert record["reason"] == "its update is 2 versions old; at most 1 are tolerated"
 
 
 def test_an_answer_survives_the_death_of_the_aggregator(yard: Yard) -> None:

@@ -116,7 +116,7 @@ def test_each_rejection_has_its_code_and_only_an_own_invalid_update_counts_again
     assert [rejection.code for rejection in open_round.admit(message)] == codes
     updates, _ = open_round.close(room=None)
     assert open_round.accepted == updates.accepted == (message == single("a"))
-    assert [outcome.client_id for outcome in updates.outcomes if outcome.refused] == list(counted)
+    assert [outcome.client_id for outcome in updates.outcomes if outcome.counted_against_client] == list(counted)
 
 
 def test_a_norm_above_the_clipping_norm_is_rejected_and_looked_at_once() -> None:

@@ -181,8 +181,8 @@ def test_beyond_the_tolerance_an_update_is_refused_and_its_client_refreshed(tmp_
     assert training.run() is RunStatus.COMPLETED
     assert training.updates() == [3, 3, 3, 4]
     assert training.lineage(3)["clients"] == [V1, V2, V3]
-    told = training.lineage(3)["aggregation"]
-    assert told["refused"] == {V0: "its update is 2 versions old; at most 1 are tolerated"}
+    record = training.lineage(3)["aggregation"]
+    assert record["refused"] == {V0: "its update is 2 versions old; at most 1 are tolerated"}
     assert V0 in training.fleet.tasks[3][1].client_ids
     assert training.charged() == training.answered() == {V0: 2, V1: 4, V2: 4, V3: 4}
 
@@ -342,9 +342,9 @@ def test_a_client_quarantined_in_flight_is_kept_out(tmp_path: Path, groups: int,
 
     training.after(1, incident)
     assert training.run() is RunStatus.COMPLETED
-    told = training.lineage(2)["aggregation"]["refused"]
-    assert set(told) == refused
-    assert told[V0] == "an incident keeps it in quarantine"
+    record = training.lineage(2)["aggregation"]["refused"]
+    assert set(record) == refused
+    assert record[V0] == "an incident keeps it in quarantine"
     assert all(V0 not in training.lineage(n)["clients"] for n in (1, 2, 3, 4))
     assert [V0 in cohort.client_ids for _, cohort in training.fleet.tasks] == [True, False, False, False]
     assert training.charged() == training.answered()

@@ -184,7 +184,7 @@ def test_the_noise_of_the_rounds_leaves_the_sketches_room_in_the_budget() -> Non
     assert round_noise_multiplier(with_them) > round_noise_multiplier(without)
     assert epsilon_pld(run_spend(with_them), 1e-5) <= 4.0
     greedy = load_settings(environ={}, overrides={**base, "histograms": {"every_rounds": 1, "noise_multiplier": 1.0}})
-    with pytest.raises(ConfigError, match="cannot be met"):
+    with pytest.raises(ConfigError):
         round_noise_multiplier(greedy)
 
 

@@ -130,7 +130,7 @@ def test_under_a_frozen_ledger_no_round_begins_not_even_one_that_was_charged(sto
     assert run.status is RunStatus.FAILED
     assert "incident PB-1: images leaked" in (run.reason or "")
     assert len(fleet.tasks) == trained
-    with pytest.raises(LedgerFrozenError, match="PB-1"):
+    with pytest.raises(LedgerFrozenError):
         loop.lifecycle.check_new_run(RunRequest(0, "op-1", "another"))
     store.ledger.unfreeze("PB-1")
     assert loop.run().status is RunStatus.COMPLETED

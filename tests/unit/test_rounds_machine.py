@@ -120,7 +120,7 @@ def test_a_failed_effect_ends_the_run_with_its_reason() -> None:
 
 
 def test_an_event_out_of_place_is_a_fault_of_the_program() -> None:
-    with pytest.raises(m.ImpossibleEventError, match="Committed in phase idle"):
+    with pytest.raises(m.ImpossibleEventError):
         m.step(m.LoopState(m.RunPlan(3, 1, 9)), m.Committed("v1"))
 
 

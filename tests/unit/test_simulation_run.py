@@ -124,7 +124,7 @@ def test_every_task_is_told_once(tmp_path: Path, commits: list[RoundCommit]) -> 
     assert run.outcomes["unused"] == run.outcomes["in_flight"] == run.outcomes["failed"] == 0
     assert sum(run.outcomes.values()) == len(outcomes)
     assert Counter(o.error is None for o in outcomes)[True] == run.outcomes["accepted"]
-    assert sum(bool(o.refused) for o in outcomes) == run.outcomes["refused"]
+    assert sum(bool(o.counted_against_client) for o in outcomes) == run.outcomes["refused"]
 
 
 # --- rounds in the field ---------------------------------------------------------------------------------------------

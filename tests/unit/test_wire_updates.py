@@ -34,7 +34,7 @@ def test_an_update_survives_the_wire_bit_for_bit() -> None:
 def test_one_byte_above_the_bound_is_refused_before_it_is_read() -> None:
     content = encode_update(UPDATE)
     decode_update(content, max_bytes=len(content))
-    with pytest.raises(UpdateRejectedError, match=f"has {len(content)} bytes; at most {len(content) - 1} are accepted"):
+    with pytest.raises(UpdateRejectedError):
         decode_update(content, max_bytes=len(content) - 1)
 
 

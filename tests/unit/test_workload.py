@@ -122,7 +122,7 @@ def test_a_result_that_is_no_update_is_rejected(tmp_path: Path, returned: dict[s
     base, host = base_of(config), WorkloadHost(config, _Observed(config, returned))
     message = host.train(task_for(base), base, V[:1])
     (outcome,) = message.outcomes
-    assert outcome.refused
+    assert outcome.counted_against_client
     assert fault in str(outcome.error)
     assert message.total_weight == 0
 

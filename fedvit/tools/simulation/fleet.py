@@ -147,5 +147,7 @@ class SimulatedFleet:
             return errand.failed(SILENT)
         answer = self._learners.answer(errand.task, errand.weights, errand.client_id)
         self.counts["answered"] += 1
-        self.counts["failed"] += all(outcome.error and not outcome.refused for outcome in answer.outcomes)
+        self.counts["failed"] += all(
+            outcome.error and not outcome.counted_against_client for outcome in answer.outcomes
+        )
         return answer

@@ -52,7 +52,7 @@ def _add_tasks(api: FastAPI, services: Services, heartbeats: Heartbeats, work: R
         who.check_speaks_for(client_id)
         heartbeats.learn(client_id)
         heartbeats.beat(client_id)
-        offer, wanted = work.task(client_id), work.sketch_order(client_id)
+        offer, wanted = work.task(client_id), work.histogram_request(client_id)
         return RemoteTaskView(
             client_id=client_id,
             poll_after_s=fleet.task_interval_s,
@@ -124,7 +124,7 @@ def _add_histograms(api: FastAPI, work: RemoteWork) -> None:
     ) -> HistogramReceipt:
         """Bring what a client tells of its data: counts that it has noised. One that nobody waits for is not kept."""
         who.check_speaks_for(client_id)
-        kept = work.receive_sketch(client_id, run_id, round_index, body.counts)
+        kept = work.receive_histogram(client_id, run_id, round_index, body.counts)
         return HistogramReceipt(client_id=client_id, run_id=run_id, round_index=round_index, kept=kept)
 
 
