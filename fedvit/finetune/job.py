@@ -122,9 +122,12 @@ def plan_of(settings: Settings, source: ImageSource, base: Weights) -> Plan:
         1,
         finetune.learning_rate,
     )
+    model = settings.model.model_dump(mode="json")
+    # The digest determines the noise, so this setting keeps the name that it had in the first digests.
+    model["hybrid"]["bands"] = model["hybrid"].pop("pooling_bands")
     facts = {
         "release": output_id(task, NAME, manifest.num_train),
-        "model": settings.model.model_dump(mode="json"),
+        "model": model,
         "image_size": settings.data.image_size,
         **{name: getattr(finetune, name) for name in ("optimizer", "momentum", "precision", "device")},
     }
