@@ -287,10 +287,10 @@ def test_a_control_variate_stays_with_the_client_and_a_repeated_round_reads_what
     assert sorted(path.stem for path in folder.iterdir()) == ["00000001", "00000002"]
     for name, array in second.weighted_sum.items():
         np.testing.assert_array_equal(array, again.weighted_sum[name])
-    kept = decode_weights((folder / "00000001.safetensors").read_bytes(), max_bytes=10**6)
+    state = decode_weights((folder / "00000001.safetensors").read_bytes(), max_bytes=10**6)
     for name, array in first.weighted_sum.items():
         # One step of rate 1 from c = 0: c_k is minus the update.
-        np.testing.assert_allclose(kept[name], -array, rtol=1e-6)
+        np.testing.assert_allclose(state[name], -array, rtol=1e-6)
 
 
 def test_noise_is_not_repeated_after_the_client_state_is_lost(settings: Settings) -> None:
@@ -302,9 +302,9 @@ def test_noise_is_not_repeated_after_the_client_state_is_lost(settings: Settings
     host.train(task, weights, CLIENTS[:1])
     second = replace(task, round_index=2)
     with_it = host.train(second, weights, CLIENTS[:1])
-    kept = settings.home / "clients" / CLIENTS[0] / "run-0001" / "scaffold" / "00000001.safetensors"
-    before = decode_weights(kept.read_bytes(), max_bytes=10**6)
-    kept.unlink()
+    path = settings.home / "clients" / CLIENTS[0] / "run-0001" / "scaffold" / "00000001.safetensors"
+    before = decode_weights(path.read_bytes(), max_bytes=10**6)
+    path.unlink()
     without = host.train(second, weights, CLIENTS[:1])
     # Without the correction (minus c_k), only the clipped gradient and the noise remain.
     noise = [

@@ -59,11 +59,11 @@ def deltas(
 
 
 def test_the_delta_covers_the_trainable_weights(model: VisionModel, records: tuple[Tensor, Tensor]) -> None:
-    found = deltas(LocalTrainer(model, physical_batch_size=4), model, records)
+    update = deltas(LocalTrainer(model, physical_batch_size=4), model, records)
     base = trainable_weights(model)
-    assert found.keys() == base.keys()
-    assert all(found[name].shape == base[name].shape and found[name].dtype == np.float32 for name in base)
-    assert any(values.any() for values in found.values())
+    assert update.keys() == base.keys()
+    assert all(update[name].shape == base[name].shape and update[name].dtype == np.float32 for name in base)
+    assert any(values.any() for values in update.values())
 
 
 def test_a_retry_gives_the_same_bits_on_a_warm_and_on_a_fresh_trainer(

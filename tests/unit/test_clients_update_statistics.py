@@ -35,8 +35,8 @@ COLOURS = {"green": (40, 180, 60), "red": (190, 50, 40)}
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Eight clients of 20 images each, of two classes that can be told apart."""
-    folder, draw = tmp_path_factory.mktemp("conduct"), np.random.default_rng(0)
+    """Eight clients of 20 images each, of two classes that can be history apart."""
+    folder, draw = tmp_path_factory.mktemp("statistics"), np.random.default_rng(0)
     for split, count in (("train", 80), ("test", 2)):
         for name, colour in COLOURS.items():
             place = folder / "images" / split / name
@@ -88,10 +88,10 @@ def trained(settings: Settings, fault: FaultConfig | None, rounds: int) -> Itera
             outcomes[client_id] += answer.outcomes
     yield {
         client_id: UpdateStatistics(
-            tuple(o.update_norm for o in told if o.update_norm is not None),
-            {str(i): o.alignment for i, o in enumerate(told) if o.alignment is not None},
+            tuple(o.update_norm for o in history if o.update_norm is not None),
+            {str(i): o.alignment for i, o in enumerate(history) if o.alignment is not None},
         )
-        for client_id, told in outcomes.items()
+        for client_id, history in outcomes.items()
     }
 
 
@@ -100,26 +100,26 @@ def faulty(fault: FaultConfig) -> set[str]:
 
 
 def test_honest_clients_are_left_alone(settings: Settings) -> None:
-    with trained(settings, None, 10) as conduct:
-        assert concerns_by_client(conduct, {}, None, None) == {}
-        assert all(0 < norm < 1 for found in conduct.values() for norm in found.norms)
+    with trained(settings, None, 10) as statistics:
+        assert concerns_by_client(statistics, {}, None, None) == {}
+        assert all(0 < norm < 1 for of_client in statistics.values() for norm in of_client.norms)
         # In the first round there is no head yet that anything could be held against.
-        assert {(len(found.norms), len(found.alignments)) for found in conduct.values()} == {(10, 9)}
+        assert {(len(of_client.norms), len(of_client.alignments)) for of_client in statistics.values()} == {(10, 9)}
 
 
 def test_flipped_labels_pull_against_what_the_fleet_has_learned(settings: Settings) -> None:
     fault = FaultConfig(share=0.25, kinds=("label_flip",))
-    with trained(settings, fault, 20) as conduct:
-        doubts = concerns_by_client(conduct, {}, None, None)
-        assert {client_id for client_id, found in doubts.items() if score_of(found) < 0.5} == faulty(fault)
-        assert all("contradict" in words for found in doubts.values() for words, _ in found)
+    with trained(settings, fault, 20) as statistics:
+        concerns = concerns_by_client(statistics, {}, None, None)
+        assert {client_id for client_id, of_client in concerns.items() if score_of(of_client) < 0.5} == faulty(fault)
+        assert all("contradict" in words for of_client in concerns.values() for words, _ in of_client)
 
 
 def test_scaled_updates_are_longer_than_training_makes_them(settings: Settings) -> None:
     fault = FaultConfig(share=0.25, kinds=("scale",), factor=10.0)
-    with trained(settings, fault, 2) as conduct:
-        doubts = concerns_by_client(conduct, {}, None, None)
-        assert {client_id for client_id, found in doubts.items() if score_of(found) == 0.0} == faulty(fault)
+    with trained(settings, fault, 2) as statistics:
+        concerns = concerns_by_client(statistics, {}, None, None)
+        assert {client_id for client_id, of_client in concerns.items() if score_of(of_client) == 0.0} == faulty(fault)
 
 
 def test_nothing_is_looked_at_where_the_client_is_the_unit(settings: Settings) -> None:

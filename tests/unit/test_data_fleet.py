@@ -1,4 +1,4 @@
-"""The virtual fleet: who holds which records, and that nobody holds another's."""
+"""Virtual fleet: the partition, and images that two clients have."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_one_image_with_two_clients_is_named_with_both(tmp_path: Path) -> None:
         assert word in str(refused.value)
 
 
-def test_different_images_are_nobody_elses(tmp_path: Path) -> None:
-    found = fleet(tmp_path, twice=False)
-    found.check_disjoint()
-    assert sorted(i for part in found.parts.values() for i in part) == [0, 1, 2, 3]
+def test_different_images_belong_to_one_client_each(tmp_path: Path) -> None:
+    virtual_fleet = fleet(tmp_path, twice=False)
+    virtual_fleet.check_disjoint()
+    assert sorted(i for part in virtual_fleet.parts.values() for i in part) == [0, 1, 2, 3]

@@ -115,9 +115,9 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm(name: str, trainable:
     features, labels = records(model, 5)
     whole = clipped_sum(model, features, labels, trainer)
     for gone in range(len(labels)):
-        kept = torch.arange(len(labels)) != gone
-        moved = np.linalg.norm(whole - clipped_sum(model, features[kept], labels[kept], trainer))
-        # These weights give gradients far above the clip norm, so that the bound is reached, not just kept.
+        rest = torch.arange(len(labels)) != gone
+        moved = np.linalg.norm(whole - clipped_sum(model, features[rest], labels[rest], trainer))
+        # These weights give gradients far above the clip norm, so that the bound is reached.
         assert moved == pytest.approx(CLIP, rel=1e-4)
         assert moved <= CLIP * (1 + 1e-5)
 
@@ -138,22 +138,22 @@ def test_opacus_keeps_the_bound_under_bfloat16() -> None:
             assert CLIP * (1 - 1e-3) <= moved <= CLIP * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_record_that_is_no_picture_counts_as_zero(poison: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_record_that_is_not_finite_counts_as_zero(value: float) -> None:
     model = build()
     features, labels = records(model, 4)
-    kept = torch.tensor([True, True, False, True])
-    expected = clipped_sum(model, features[kept], labels[kept])
-    features[2] = poison
+    rest = torch.tensor([True, True, False, True])
+    expected = clipped_sum(model, features[rest], labels[rest])
+    features[2] = value
     assert relative_error(clipped_sum(model, features, labels), expected) < 1e-5
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("-inf"), 1e30, 3e38])
-def test_a_record_whose_gradient_norm_overflows_counts_as_zero(poison: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e30, 3e38])
+def test_a_record_whose_gradient_norm_overflows_counts_as_zero(value: float) -> None:
     model = small(_Plain())
     features, labels = torch.rand(3, 6, generator=torch.Generator().manual_seed(3)), torch.arange(3)
     expected = clipped_sum(model, features[:2], labels[:2])
-    features[2] = poison
+    features[2] = value
     assert relative_error(clipped_sum(model, features, labels), expected) < 1e-5
 
 

@@ -64,10 +64,10 @@ def settings_of(home: Path, pictures: Path, privacy: dict[str, Any] | None = Non
 
 
 class Job:
-    """A job on a state folder: its real ledger, the checkpoints that were kept, in order."""
+    """A job on a state folder: its real ledger, its saved checkpoints, in order."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.kept = settings, list[Files]()
+        self.settings, self.checkpoints = settings, list[Files]()
         self.charged: list[tuple[int, int]] = []
 
     def run(self, ranks: Ranks | None = None, checkpoint: Files | None = None, fail_at: int | None = None) -> Outcome:
@@ -77,13 +77,13 @@ class Job:
             if step == fail_at:
                 raise ConnectionError("killed")
             if files:
-                self.kept.append(files)
+                self.checkpoints.append(files)
 
         with Store.open(self.settings.home) as store:
             accountant = PrivacyAccountant(store, self.settings)
 
             def charge(charges: Sequence[Charge]) -> None:
-                self.charged.append((charges[0].round_index, len(self.kept)))
+                self.charged.append((charges[0].round_index, len(self.checkpoints)))
                 accountant.write(charges)
 
             with BUILDING:
@@ -92,7 +92,7 @@ class Job:
 
     def weights(self) -> Weights:
         plan = plan_for(self.settings)
-        return Checkpoint.from_files(self.kept[-1], plan.digest).weights
+        return Checkpoint.from_files(self.checkpoints[-1], plan.digest).weights
 
     def ledger(self) -> list[Charge]:
         with Store.open(self.settings.home) as store:
@@ -112,20 +112,20 @@ Make = Callable[..., Job]
 def make(tmp_path: Path, pictures: Path) -> Iterator[Make]:
     """Jobs on one state folder after another, all with the same secret key."""
 
-    def made(name: str, **options: Any) -> Job:
+    def build(name: str, **options: Any) -> Job:
         home = tmp_path / name
         (home / "keys").mkdir(parents=True)
         (home / "keys" / "root.key").write_bytes(bytes(range(32)))
         return Job(settings_of(home, pictures, **options))
 
-    return made
+    return build
 
 
-def relative(found: Weights, truth: Weights) -> float:
-    def flat(weights: Weights) -> Any:
-        return np.concatenate([weights[name].ravel() for name in sorted(weights)])
+def relative(weights: Weights, truth: Weights) -> float:
+    def flat(arrays: Weights) -> Any:
+        return np.concatenate([arrays[name].ravel() for name in sorted(arrays)])
 
-    return float(np.linalg.norm(flat(found) - flat(truth)) / np.linalg.norm(flat(truth)))
+    return float(np.linalg.norm(flat(weights) - flat(truth)) / np.linalg.norm(flat(truth)))
 
 
 def test_every_range_is_charged_once_to_everybody_and_before_it_is_taken(make: Make) -> None:
@@ -153,8 +153,8 @@ def test_a_job_that_lost_a_range_repeats_it_to_the_bit_and_pays_nothing_more(
     with pytest.raises(ConnectionError):
         broken.run(fail_at=4)
     assert len(broken.ledger()) == 2
-    broken.run(checkpoint=broken.kept[-1])
-    assert broken.kept[-1] == whole.kept[-1]
+    broken.run(checkpoint=broken.checkpoints[-1])
+    assert broken.checkpoints[-1] == whole.checkpoints[-1]
     assert broken.ledger() == whole.ledger()
 
 
@@ -167,9 +167,9 @@ def test_a_job_that_begins_on_two_ranks_and_ends_on_one_is_the_same_job(make: Ma
         update={"finetune": elastic_settings.finetune.model_copy(update={"steps": 4, "ranks": 2})}
     )
     on_ranks(2, elastic.run)
-    assert len(elastic.kept) == 2
+    assert len(elastic.checkpoints) == 2
     elastic.settings = elastic_settings
-    elastic.run(checkpoint=elastic.kept[-1])
+    elastic.run(checkpoint=elastic.checkpoints[-1])
     assert relative(elastic.weights(), whole.weights()) < 1e-5
     assert elastic.ledger() == whole.ledger()
 
@@ -181,22 +181,22 @@ def test_without_budget_all_ranks_end_before_the_range_and_rank_0_says_why(make:
     assert isinstance(first.error, BudgetExhaustedError)
     assert second.error is not None
     assert first.steps == second.steps == 4
-    assert len(job.kept) == len(job.ledger()) == 2
+    assert len(job.checkpoints) == len(job.ledger()) == 2
 
 
 def test_a_finished_job_has_nothing_left_to_take_or_to_pay(make: Make) -> None:
     job = make("home")
     job.run()
-    again = job.run(checkpoint=job.kept[-1])
-    assert (again.steps, again.images_per_s, len(job.kept), len(job.ledger())) == (STEPS, None, 3, 3)
+    again = job.run(checkpoint=job.checkpoints[-1])
+    assert (again.steps, again.images_per_s, len(job.checkpoints), len(job.ledger())) == (STEPS, None, 3, 3)
 
 
 def test_a_checkpoint_of_another_job_or_a_damaged_one_is_refused(make: Make) -> None:
     job, other = make("home"), make("other", learning_rate=0.5)
     job.run()
     with pytest.raises(IntegrityError):
-        other.run(checkpoint=job.kept[-1])
-    damaged = {**job.kept[-1], HEADER: b"{"}
+        other.run(checkpoint=job.checkpoints[-1])
+    damaged = {**job.checkpoints[-1], HEADER: b"{"}
     with pytest.raises(IntegrityError):
         job.run(checkpoint=damaged)
 

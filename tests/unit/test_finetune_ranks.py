@@ -41,12 +41,12 @@ def flat(delta: dict[str, FloatArray]) -> FloatArray:
     return np.concatenate([delta[name].ravel() for name in sorted(delta)])
 
 
-def error(found: FloatArray, truth: FloatArray) -> float:
-    return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
+def error(computed: FloatArray, truth: FloatArray) -> float:
+    return float(np.linalg.norm(computed - truth) / np.linalg.norm(truth))
 
 
 def on_threads(count: int, task: TrainTask, records: int = RECORDS, mode: TrainableMode = "all") -> list[FloatArray]:
-    # Made beforehand: their weights are drawn from torch's one generator.
+    # Built beforehand: the weights are drawn from torch's one generator.
     models = [subjects.family("vit", mode) for _ in range(count)]
     return on_ranks(count, lambda ranks: flat(trained(models[ranks.index], ranks, task, records)))
 
@@ -72,8 +72,10 @@ def in_processes(folder: Path, count: int) -> list[FloatArray]:
     for process in running:
         process.join()
     assert [process.exitcode for process in running] == [0] * count
-    found = [decode_weights((folder / f"{index}-of-{count}").read_bytes(), max_bytes=1 << 30) for index in range(count)]
-    return [flat(delta) for delta in found]
+    deltas = [
+        decode_weights((folder / f"{index}-of-{count}").read_bytes(), max_bytes=1 << 30) for index in range(count)
+    ]
+    return [flat(delta) for delta in deltas]
 
 
 def test_one_two_and_four_processes_make_the_same_update(tmp_path: Path) -> None:
@@ -96,14 +98,14 @@ def test_without_noise_ranks_make_the_update_of_the_trainer_without_ranks(count:
 
 
 def test_ranks_without_a_record_take_part() -> None:
-    """Two records on four ranks: at least two ranks have none in any step, and nobody waits for anybody for ever."""
+    """Two records on four ranks: at least two ranks have none in any step, and no rank waits for ever."""
     model = subjects.family("vit", "head")
     alone = flat(trained(model, Ranks(), records=2))
     for delta in on_threads(4, TASK, records=2, mode="head"):
         assert error(delta, alone) < 1e-5
 
 
-def test_ranks_that_take_different_numbers_of_steps_are_told_so() -> None:
+def test_ranks_that_take_different_numbers_of_steps_are_refused() -> None:
     def uneven(ranks: Ranks) -> None:
         for _ in range(2 - ranks.index):
             ranks.sum(torch.zeros(1))
@@ -150,9 +152,9 @@ def test_every_number_of_the_noise_comes_from_one_rank_whatever_their_number() -
 
 
 def test_ranks_on_other_data_are_refused_by_number() -> None:
-    def told(ranks: Ranks) -> None:
+    def check(ranks: Ranks) -> None:
         what = "ours" if ranks.index != 2 else "another's"
         ranks.check_agreed("data set", hashlib.sha256(what.encode()).digest())
 
     with raises_naming(StateError, "Rank 2", "data set"):
-        on_ranks(3, told)
+        on_ranks(3, check)

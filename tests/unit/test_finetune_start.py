@@ -109,11 +109,11 @@ def test_the_report_is_one_json_document_and_the_status_says_whether_all_steps_w
 ) -> None:
     numbers = (0.9, 0.1, {"dark": 1.0}, 1.0, 2.0, 3.0, 1e-5, 4.0)
     report = FinetuneReport("finetune-1", 4, 8, 2, "a processor", 10.0, *numbers, weights="w", stopped=stopped)
-    seen: list[Settings] = []
+    started: list[Settings] = []
 
     class System:
         def __init__(self, settings: Settings) -> None:
-            seen.append(settings)
+            started.append(settings)
 
         def finetune(self, on_step: object) -> FinetuneReport:
             return report
@@ -122,6 +122,6 @@ def test_the_report_is_one_json_document_and_the_status_says_whether_all_steps_w
     result = CliRunner().invoke(app, ["finetune", "--home", str(tmp_path), "--ranks", "2", "--json"])
     assert result.exit_code == status, result.output
     assert json.loads(result.stdout)["images_per_s"] == 10.0
-    assert seen[0].finetune.ranks == 2
+    assert started[0].finetune.ranks == 2
     shown = CliRunner().invoke(app, ["finetune", "--home", str(tmp_path), "--ranks", "2"])
     assert "Weights: w" in shown.stdout

@@ -87,10 +87,10 @@ def test_every_family_is_exported_whole_and_for_the_edge(name: str, options: dic
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
     blocks = complexity(model)["blocks"]
-    for variant, kept in [(Variant.STANDARD, blocks), (Variant.EDGE_OPTIMIZED_FP32, blocks / 2)]:
-        made = make_variant(model, variant)
-        assert complexity(made)["blocks"] == kept
-        agreement, difference = check_export(export_variant(model, variant, 32), made, images(6))
+    for variant, remaining in [(Variant.STANDARD, blocks), (Variant.EDGE_OPTIMIZED_FP32, blocks / 2)]:
+        exported = make_variant(model, variant)
+        assert complexity(exported)["blocks"] == remaining
+        agreement, difference = check_export(export_variant(model, variant, 32), exported, images(6))
         assert difference < 1e-4
         assert agreement == 1.0
 
@@ -115,11 +115,11 @@ def test_a_difference_is_seen() -> None:
     assert agreement == 0.0
 
 
-@pytest.mark.parametrize(("depth", "kept"), [(1, 1), (2, 1), (3, 2)])
-def test_the_edge_variant_keeps_every_other_block(depth: int, kept: int) -> None:
+@pytest.mark.parametrize(("depth", "remaining"), [(1, 1), (2, 1), (3, 2)])
+def test_the_edge_variant_keeps_every_other_block(depth: int, remaining: int) -> None:
     model = trained_model(depth=depth)
     edge = make_variant(model, Variant.EDGE_OPTIMIZED)
-    assert len(edge.body.blocks) == kept  # type: ignore[arg-type]
+    assert len(edge.body.blocks) == remaining  # type: ignore[arg-type]
     assert len(model.body.blocks) == depth  # type: ignore[arg-type]
     assert len(make_variant(model, Variant.STANDARD).body.blocks) == depth  # type: ignore[arg-type]
 
@@ -141,9 +141,9 @@ def test_variants_leave_the_model_as_it_was_and_merge_adapters() -> None:
     model = trained_model(trainable="adapters")
     before = weights_digest(trainable_weights(model))
     for variant in Variant:
-        made = make_variant(model, variant)
-        assert not any(isinstance(module, LoraLinear) for module in made.modules())
-        assert not any(parameter.requires_grad for parameter in made.parameters())
+        exported = make_variant(model, variant)
+        assert not any(isinstance(module, LoraLinear) for module in exported.modules())
+        assert not any(parameter.requires_grad for parameter in exported.parameters())
     assert weights_digest(trainable_weights(model)) == before
     with torch.no_grad():
         merged = make_variant(model, Variant.STANDARD)(torch.from_numpy(images()))

@@ -73,10 +73,10 @@ class Road:
         self.store = Store.open(self.settings.home)
         self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=CLASSES)
 
-        def nobody() -> NoReturn:
+        def unavailable() -> NoReturn:
             raise AssertionError("an actor was asked")
 
-        self.way = Through(TestClient(create_api(Services(self.settings, self.store, nobody, nobody))))
+        self.way = Through(TestClient(create_api(Services(self.settings, self.store, unavailable, unavailable))))
         self.home = folder / "truck-home"
         self.client = FedvitClient(URL, transport=self.way, sleep=lambda _: None)
         self.vehicle = Vehicle(self.client, TRUCK, self.data, self.home, **truck)
@@ -111,21 +111,21 @@ class Road:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Iterator[Callable[..., Road]]:
+def make(tmp_path: Path) -> Iterator[Callable[..., Road]]:
     roads: list[Road] = []
 
-    def make(**more: Any) -> Road:
+    def build(**more: Any) -> Road:
         roads.append(Road(tmp_path, **more))
         return roads[-1]
 
-    yield make
+    yield build
     for road in roads:
         road.vehicle.close()
         road.store.close()
 
 
-def test_a_vehicle_trains_on_its_own_disk_and_both_ledgers_know(made: Callable[..., Road]) -> None:
-    road = made(rounds=2, training={"compression": {"encodings": ["int8"]}})
+def test_a_vehicle_trains_on_its_own_disk_and_both_ledgers_know(make: Callable[..., Road]) -> None:
+    road = make(rounds=2, training={"compression": {"encodings": ["int8"]}})
     assert road.run().status is RunStatus.COMPLETED
     assert [(step.round_index, step.status) for step in road.steps] == [(1, "received"), (2, "received")]
     versions = [road.store.versions.get(f"v1.1.{n}") for n in (1, 2)]
@@ -141,8 +141,8 @@ def test_a_vehicle_trains_on_its_own_disk_and_both_ledgers_know(made: Callable[.
     assert keys[0] != keys[1]
 
 
-def test_a_vehicle_sends_its_histogram_once_and_only_what_both_ledgers_hold(made: Callable[..., Road]) -> None:
-    road = made(rounds=2)
+def test_a_vehicle_sends_its_histogram_once_and_only_what_both_ledgers_hold(make: Callable[..., Road]) -> None:
+    road = make(rounds=2)
     asked: list[HistogramRequestView | None] = []
 
     def act() -> None:
@@ -176,17 +176,17 @@ def test_a_vehicle_sends_its_histogram_once_and_only_what_both_ledgers_hold(made
     ],
 )
 def test_a_histogram_other_than_the_charged_one_is_not_sent(
-    made: Callable[..., Road], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str, caplog: Any
+    make: Callable[..., Road], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str, caplog: Any
 ) -> None:
-    road = made()
+    road = make()
     honest = road.client.clients.task
 
     def task(client_id: str) -> Any:
-        found = honest(client_id)
-        if found.histogram is None:
-            return found
-        order = {**found.histogram.order, **change}
-        return found.model_copy(update={"histogram": found.histogram.model_copy(update={"order": order})})
+        response = honest(client_id)
+        if response.histogram is None:
+            return response
+        order = {**response.histogram.order, **change}
+        return response.model_copy(update={"histogram": response.histogram.model_copy(update={"order": order})})
 
     monkeypatch.setattr(road.client.clients, "task", task)
     assert road.run().status is RunStatus.COMPLETED
@@ -196,8 +196,8 @@ def test_a_histogram_other_than_the_charged_one_is_not_sent(
         assert len(own.ledger.entries()) == 1
 
 
-def test_a_vehicle_that_begins_again_makes_the_same_bytes_of_a_task(made: Callable[..., Road]) -> None:
-    road = made()
+def test_a_vehicle_that_begins_again_makes_the_same_bytes_of_a_task(make: Callable[..., Road]) -> None:
+    road = make()
 
     def act() -> None:
         task = road.client.clients.task(TRUCK).task
@@ -224,15 +224,15 @@ def refused(road: Road) -> str:
     return reason
 
 
-def test_the_owners_budget_ends_it_whatever_the_server_charges(made: Callable[..., Road]) -> None:
-    road = made(budget=OwnerBudget(target_epsilon=0.01))
+def test_the_owners_budget_ends_it_whatever_the_server_charges(make: Callable[..., Road]) -> None:
+    road = make(budget=OwnerBudget(target_epsilon=0.01))
     assert "budget" in refused(road)
     with Store.open(road.home) as own:
         assert own.ledger.entries() == []
 
 
-def test_images_that_were_not_charged_are_not_trained_on(made: Callable[..., Road]) -> None:
-    road = made()
+def test_images_that_were_not_charged_are_not_trained_on(make: Callable[..., Road]) -> None:
+    road = make()
 
     def act() -> None:
         images(road.data, 5, seed=3)
@@ -242,8 +242,8 @@ def test_images_that_were_not_charged_are_not_trained_on(made: Callable[..., Roa
     assert "This vehicle holds 10 images, and was asked for 8." in refused(road)
 
 
-def test_another_frozen_part_is_noticed(made: Callable[..., Road]) -> None:
-    road = made()
+def test_another_frozen_part_is_noticed(make: Callable[..., Road]) -> None:
+    road = make()
 
     def act() -> None:
         road.store.metadata.set(FROZEN_DIGEST, "0" * 64)
@@ -262,23 +262,23 @@ def test_another_frozen_part_is_noticed(made: Callable[..., Road]) -> None:
     ],
 )
 def test_a_task_that_lies_gets_no_answer(
-    made: Callable[..., Road], monkeypatch: pytest.MonkeyPatch, lie: dict[str, Any], words: str
+    make: Callable[..., Road], monkeypatch: pytest.MonkeyPatch, lie: dict[str, Any], words: str
 ) -> None:
-    road = made()
+    road = make()
     true = road.client.clients.task
 
     def task(client_id: str) -> Any:
-        found = true(client_id)
-        return found.model_copy(update={"task": found.task and found.task.model_copy(update=lie)})
+        response = true(client_id)
+        return response.model_copy(update={"task": response.task and response.task.model_copy(update=lie)})
 
     monkeypatch.setattr(road.client.clients, "task", task)
     assert words in refused(road)
 
 
 def test_where_the_server_does_not_answer_the_update_goes_to_the_mailbox(
-    made: Callable[..., Road], tmp_path: Path
+    make: Callable[..., Road], tmp_path: Path
 ) -> None:
-    road = made()
+    road = make()
     mailbox = Mailbox(road.settings, road.store)
     mailbox.enable()
     sender = MailboxSender(open_folder(mailbox.url), TRUCK, mailbox.key_of(TRUCK))
@@ -301,8 +301,8 @@ def test_where_the_server_does_not_answer_the_update_goes_to_the_mailbox(
     assert road.store.versions.get("v1.1.1").lineage["clients"] == [TRUCK]
 
 
-def test_it_goes_on_when_the_server_comes_back_and_ends_after_its_rounds(made: Callable[..., Road]) -> None:
-    road = made()
+def test_it_goes_on_when_the_server_comes_back_and_ends_after_its_rounds(make: Callable[..., Road]) -> None:
+    road = make()
     steps: list[PollResult] = []
     stop = threading.Event()
 
@@ -346,10 +346,10 @@ def own(step: np.ndarray[Any, Any], round_index: int) -> ClientUpdate:
 def test_values_dropped_by_top_k_are_sent_later_and_a_repetition_gives_the_same_bytes(tmp_path: Path) -> None:
     validator = UpdateValidator({"w": (SIZE,)}, by_examples=True, single=True)
     encoder = UpdateEncoder(tmp_path, bytes(32), 0.1)
-    draw, sent, made = np.random.default_rng(0), np.zeros(SIZE), np.zeros(SIZE)
+    draw, sent, total = np.random.default_rng(0), np.zeros(SIZE), np.zeros(SIZE)
     for index in range(1, 40):
         step = draw.normal(size=SIZE)
-        made += step
+        total += step
         task = replace(TASK, round_index=index)
         content = encoder.encode(task, own(step, index), Encoding.TOP_K, validator)
         # The process died and begins the round again.
@@ -357,9 +357,9 @@ def test_values_dropped_by_top_k_are_sent_later_and_a_repetition_gives_the_same_
             UpdateEncoder(tmp_path, bytes(32), 0.1).encode(task, own(step, index), Encoding.TOP_K, validator) == content
         )
         sent += validator.decoded(content).weighted_sum["w"] / 3.0
-        left = made - sent
+        left = total - sent
     # Stich et al.: what is left is bounded, however long it goes on; without feedback it would grow as the root of 39.
-    assert np.linalg.norm(left) < 0.5 * np.linalg.norm(made) * np.sqrt(39)
+    assert np.linalg.norm(left) < 0.5 * np.linalg.norm(total) * np.sqrt(39)
     dropped, _ = ClientState(tmp_path, "dropped").load("run-0001", 40, TRUCK)
     np.testing.assert_allclose(dropped["w"], left, atol=1e-5)
 
