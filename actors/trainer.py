@@ -89,7 +89,7 @@ def fit_ranks(
     try:
         return trainer.fit()
     except train.TrainingFailedError as error:
-        raise _explained(error, job) from None
+        raise training_error(error, job) from None
 
 
 def run_rank(config: Mapping[str, Any]) -> Any:
@@ -175,7 +175,8 @@ def check_room(config: FinetuneConfig) -> int:
     return placed
 
 
-def _explained(error: train.TrainingFailedError, job: str) -> FedvitError:
+def training_error(error: train.TrainingFailedError, job: str) -> FedvitError:
+    """The error of fedvit that a rank raised, or a PlacementError with the last line of the cause."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
         cause = getattr(failure, "_base_exc", failure)

@@ -18,12 +18,17 @@ class TokenBuckets:
         rate: requests a second.
         burst: at least 1.
         clock: seconds, monotonic.
+        max_names: how many names are remembered.
     """
 
-    def __init__(self, rate: float, burst: int, clock: Callable[[], float]) -> None:
-        self._rate, self._burst, self._clock = rate, burst, clock
+    def __init__(self, rate: float, burst: int, clock: Callable[[], float], max_names: int = MAX_NAMES) -> None:
+        self._rate, self._burst, self._clock, self._max_names = rate, burst, clock, max_names
         self._lock = threading.Lock()
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """The number of remembered names."""
+        return len(self._buckets)
 
     def take(self, name: str) -> float:
         """Take a token; 0 if there was one, else the seconds until there is one."""
@@ -33,7 +38,7 @@ class TokenBuckets:
             level = min(self._burst, level + (now - since) * self._rate)
             granted = level >= 1
             self._buckets[name] = (level - 1 if granted else level, now)
-            if len(self._buckets) > MAX_NAMES:
+            if len(self._buckets) > self._max_names:
                 self._buckets.popitem(last=False)
             return 0.0 if granted else (1 - level) / self._rate
 
@@ -44,12 +49,17 @@ class FailureWindow:
     Args:
         allowed: how many are tolerated.
         clock: seconds, monotonic.
+        max_names: how many names are remembered.
     """
 
-    def __init__(self, allowed: int, window_s: float, clock: Callable[[], float]) -> None:
-        self._allowed, self._window_s, self._clock = allowed, window_s, clock
+    def __init__(self, allowed: int, window_s: float, clock: Callable[[], float], max_names: int = MAX_NAMES) -> None:
+        self._allowed, self._window_s, self._clock, self._max_names = allowed, window_s, clock, max_names
         self._lock = threading.Lock()
         self._failures: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """The number of remembered names."""
+        return len(self._failures)
 
     def fail(self, name: str) -> float:
         """Count a failure; 0 while failures are tolerated, else the seconds until the next one is."""
@@ -62,7 +72,7 @@ class FailureWindow:
             if not wait_s:
                 times.append(now)
             self._failures[name] = times
-            if len(self._failures) > MAX_NAMES:
+            if len(self._failures) > self._max_names:
                 self._failures.popitem(last=False)
             return wait_s
 

@@ -11,6 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import ECAlgorithm
+from raises import raises_naming
 
 from fedvit.access.identity import Scope
 from fedvit.access.oidc import OidcVerifier
@@ -96,5 +97,5 @@ def test_a_key_set_that_is_none_is_refused_at_the_start(tmp_path: Path, content:
     path = tmp_path / "jwks.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=r"jwks\.json"):
+    with raises_naming(ConfigError, "jwks.json"):
         OidcVerifier(OidcConfig(issuer=ISSUER, audience=AUDIENCE, jwks_path=path))

@@ -26,7 +26,7 @@ def connect(feed: MemoryFeed, tmp_path: Path) -> Callable[[], ModelService]:
 def test_before_the_first_release_there_is_no_model(feed: MemoryFeed, connect: Callable[[], ModelService]) -> None:
     service = connect()
     assert not service.refresh()
-    with pytest.raises(NoModelError, match="no release yet"):
+    with pytest.raises(NoModelError):
         _ = service.engine
     assert service.current is None
     assert service.report().last_poll_at is not None

@@ -13,7 +13,7 @@ from ray.train import TrainingFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from typer.testing import CliRunner
 
-from actors.trainer import _explained, check_room
+from actors.trainer import check_room, training_error
 from fedvit.cli import training as command
 from fedvit.cli.main import app
 from fedvit.config import FinetuneConfig, Settings
@@ -99,7 +99,7 @@ def test_fewer_ranks_than_wanted_are_enough_where_the_settings_say_so(monkeypatc
 )
 def test_a_failed_job_says_what_ailed_it(error: TrainingFailedError, kind: type[FedvitError], message: str) -> None:
     with pytest.raises(kind) as raised:
-        raise _explained(error, "a-job")
+        raise training_error(error, "a-job")
     assert message in raised.value.message
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from raises import raises_naming
 from tiny_release import MemoryFeed
 
 from fedvit.errors import FeedUnavailableError, IntegrityError, NotFoundError, StateError, UsageError
@@ -80,7 +81,7 @@ def test_a_damaged_memory_refuses_everything(feed: MemoryFeed, connect: Callable
     feed.offer(OLD, 1)
     client = connect()
     (client.folder / "accepted.json").write_text("[1]")
-    with pytest.raises(StateError, match="protects from old releases"):
+    with raises_naming(StateError, "accepted.json"):
         client.poll()
 
 
@@ -115,7 +116,7 @@ def test_an_altered_artifact_is_refused_and_leaves_nothing_behind(
     manifest = feed.offer(NEW, 2)
     altered = {"flip": bytes([NEW[0] ^ 1]) + NEW[1:], "cut": NEW[:-1], "grow": NEW + b"!", "empty": b""}[change]
     feed.blobs[manifest.artifact_digest] = altered
-    with pytest.raises(IntegrityError, match=r"artifact of v0\.0\.2"):
+    with raises_naming(IntegrityError, "v0.0.2"):
         client.poll()
     assert [path.read_bytes() for path in client.folder.glob("*.onnx")] == [OLD]
     assert [release.manifest.sequence for release in connect().cached()] == [1]
@@ -138,7 +139,7 @@ def test_nothing_is_downloaded_for_a_release_that_nobody_trusted_signed(
 
 def test_another_variant_is_refused(feed: MemoryFeed, connect: Callable[[], ReleaseClient]) -> None:
     feed.offer(OLD, 1, variant="edge_optimized")
-    with pytest.raises(IntegrityError, match="--variant edge_optimized"):
+    with raises_naming(IntegrityError, "edge_optimized"):
         connect().poll()
 
 
@@ -199,13 +200,13 @@ def test_while_two_keys_are_trusted_neither_can_go_back(feed: MemoryFeed, tmp_pa
 
 
 def test_no_trusted_key_is_an_error(feed: MemoryFeed, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No trusted key"):
+    with pytest.raises(UsageError):
         ReleaseClient(feed, tmp_path, [], "standard")
 
 
 def test_a_cache_that_cannot_be_made_is_said(feed: MemoryFeed, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StateError, match="cannot be used"):
+    with pytest.raises(StateError):
         ReleaseClient(feed, tmp_path / "file", [feed.key.public_key()], "standard")
 
 
@@ -223,7 +224,7 @@ def test_a_release_folder_is_a_feed(feed: MemoryFeed, tmp_path: Path) -> None:
     (folder / "model.onnx").write_bytes(NEW)
     feed.offer(OLD + b"!", 2)
     write_release_folder(folder, feed.envelope, NEW * 100)
-    with pytest.raises(IntegrityError, match="more than 14 bytes"):
+    with raises_naming(IntegrityError, "14 bytes"):
         client.poll()
 
 
@@ -231,7 +232,7 @@ def test_a_release_folder_without_its_model_is_said(feed: MemoryFeed, tmp_path: 
     feed.offer(OLD, 1)
     assert feed.envelope is not None
     (tmp_path / "release.json").write_text(feed.envelope)
-    with pytest.raises(NotFoundError, match=r"model\.onnx"):
+    with raises_naming(NotFoundError, "model.onnx"):
         ReleaseClient(FolderFeed(tmp_path), tmp_path / "cache", [feed.key.public_key()], "standard").poll()
 
 
@@ -284,9 +285,9 @@ def test_http_a_token_or_certificate_file_that_is_none_is_said(tmp_path: Path, c
     path = tmp_path / "file"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UsageError, match="token"):
+    with pytest.raises(UsageError):
         open_feed("http://control:8000", token_file=path)
-    with pytest.raises(UsageError, match="certificate"):
+    with pytest.raises(UsageError):
         open_feed("https://control:8000", ca_file=path)
 
 
@@ -300,21 +301,21 @@ def test_http_stops_reading_an_answer_without_end() -> None:
             yield bytes(2**16)
 
     endless_feed = http_feed(lambda _: httpx.Response(200, content=endless()))
-    with pytest.raises(IntegrityError, match="more than 100 bytes"):
+    with raises_naming(IntegrityError, "100 bytes"):
         endless_feed.blob("a" * 64, 100)
-    with pytest.raises(IntegrityError, match=f"more than {MAX_ENVELOPE_BYTES}"):
+    with raises_naming(IntegrityError, str(MAX_ENVELOPE_BYTES)):
         endless_feed.current("standard")
     assert sent < 4 * MAX_ENVELOPE_BYTES
 
 
 @pytest.mark.parametrize("status", [301, 401, 500, 503])
 def test_http_any_other_status_is_unavailable(status: int) -> None:
-    with pytest.raises(FeedUnavailableError, match=str(status)):
+    with raises_naming(FeedUnavailableError, str(status)):
         http_feed(lambda _: httpx.Response(status, headers={"location": "http://elsewhere/"})).current("standard")
 
 
 def test_http_a_missing_artifact_is_not_found() -> None:
-    with pytest.raises(NotFoundError, match="no artifact"):
+    with pytest.raises(NotFoundError):
         http_feed(lambda _: httpx.Response(404)).blob("a" * 64, 100)
 
 
@@ -322,14 +323,14 @@ def test_http_a_server_that_is_away_is_named() -> None:
     def away(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("connection refused", request=request)
 
-    with pytest.raises(FeedUnavailableError, match="http://control:8000 does not answer: connection refused"):
+    with raises_naming(FeedUnavailableError, "http://control:8000"):
         http_feed(away).current("standard")
 
 
 def test_http_what_is_not_text_is_refused_by_the_client(feed: MemoryFeed, tmp_path: Path) -> None:
     garbled = http_feed(lambda _: httpx.Response(200, content=b"\xff\xfe"))
     client = ReleaseClient(garbled, tmp_path, [feed.key.public_key()], "standard")
-    with pytest.raises(IntegrityError, match="not JSON"):
+    with pytest.raises(IntegrityError):
         client.poll()
 
 
@@ -343,7 +344,7 @@ def test_a_loss_of_power_at_any_write_leaves_a_usable_cache(
     client = connect()
     with monkeypatch.context() as patch:
         _fail_after(patch, writes)
-        with pytest.raises(RuntimeError, match="power lost"):
+        with pytest.raises(RuntimeError):
             client.poll()
     restarted = connect()
     assert [release.manifest.sequence for release in restarted.cached()][:1] == [1]

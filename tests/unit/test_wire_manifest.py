@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from raises import raises_naming
 from tiny_release import manifest_of
 
 from fedvit.errors import IntegrityError, StateError, UsageError
@@ -73,13 +74,13 @@ def test_every_field_is_under_the_signature(field: str) -> None:
 def test_no_field_may_be_missing_even_if_that_is_signed(field: str) -> None:
     signed = json.loads(sign_manifest(MANIFEST, KEY))["signed"]
     del signed[field]
-    with pytest.raises(IntegrityError, match=f"lacks the field '{field}'"):
+    with raises_naming(IntegrityError, f"'{field}'"):
         verify_manifest(signed_as(signed), TRUSTED)
 
 
 def test_an_unknown_field_is_refused_even_if_it_is_signed() -> None:
     signed = json.loads(sign_manifest(MANIFEST, KEY))["signed"] | {"run_me": "rm"}
-    with pytest.raises(IntegrityError, match="unknown field 'run_me'"):
+    with raises_naming(IntegrityError, "'run_me'"):
         verify_manifest(signed_as(signed), TRUSTED)
 
 
@@ -112,25 +113,25 @@ def test_an_unknown_field_is_refused_even_if_it_is_signed() -> None:
 )
 def test_a_field_out_of_range_is_named_even_if_it_is_signed(field: str, value: Any) -> None:
     signed = json.loads(sign_manifest(MANIFEST, KEY))["signed"] | {field: value}
-    with pytest.raises(IntegrityError, match=f"{field} is "):
+    with raises_naming(IntegrityError, field):
         verify_manifest(signed_as(signed), TRUSTED)
 
 
 def test_a_foreign_key_is_refused_and_named() -> None:
     stranger = Ed25519PrivateKey.generate()
-    with pytest.raises(IntegrityError, match=key_id(stranger.public_key())[:12]):
+    with raises_naming(IntegrityError, key_id(stranger.public_key())[:12]):
         verify_manifest(sign_manifest(MANIFEST, stranger), TRUSTED)
 
 
 def test_a_foreign_signature_under_a_trusted_name_is_refused() -> None:
     envelope = json.loads(sign_manifest(MANIFEST, Ed25519PrivateKey.generate()))
     envelope["signatures"][0]["keyid"] = key_id(KEY.public_key())
-    with pytest.raises(IntegrityError, match="does not match"):
+    with pytest.raises(IntegrityError):
         verify_manifest(json.dumps(envelope), TRUSTED)
 
 
 def test_nothing_is_trusted_without_a_key() -> None:
-    with pytest.raises(IntegrityError, match="not trusted"):
+    with pytest.raises(IntegrityError):
         verify_manifest(sign_manifest(MANIFEST, KEY), [])
 
 
@@ -170,7 +171,7 @@ def test_malformed_signatures_are_refused(signature: object) -> None:
     def change(envelope: dict[str, Any]) -> None:
         envelope["signatures"][0]["sig"] = signature
 
-    with pytest.raises(IntegrityError, match="does not match"):
+    with pytest.raises(IntegrityError):
         verify_manifest(tampered(change), TRUSTED)
 
 
@@ -197,7 +198,7 @@ def test_processes_that_begin_together_end_with_one_key(tmp_path: Path) -> None:
 def test_a_damaged_signing_key_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / SIGNING_KEY_FILE
     path.write_text("-----BEGIN NOTHING-----")
-    with pytest.raises(StateError, match="no Ed25519 private key"):
+    with pytest.raises(StateError):
         load_or_create_signing_key(tmp_path)
     assert path.read_text() == "-----BEGIN NOTHING-----"
 
@@ -210,5 +211,5 @@ def test_a_public_key_survives_its_text() -> None:
 
 @pytest.mark.parametrize("text", ["", "hello", "AAAA", "é" * 44, base64.b64encode(bytes(33)).decode()])
 def test_what_is_no_public_key_is_said(text: str) -> None:
-    with pytest.raises(UsageError, match="no Ed25519 public key"):
+    with pytest.raises(UsageError):
         parse_public_key(text)

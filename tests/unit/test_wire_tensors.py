@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from raises import raises_naming
 from safetensors.numpy import save
 
 from fedvit.errors import UpdateRejectedError
@@ -63,7 +64,7 @@ def test_decoded_arrays_can_be_written_to() -> None:
 
 
 def test_encoding_refuses_what_it_would_have_to_round() -> None:
-    with pytest.raises(ValueError, match=r"'a' is float64"):
+    with raises_naming(ValueError, "'a'", "float64"):
         encode_weights({"a": np.zeros(2)})  # type: ignore[dict-item]
 
 
@@ -72,7 +73,7 @@ def test_a_pickle_is_not_opened() -> None:
         def __reduce__(self) -> tuple[object, ...]:
             return pytest.fail, ("the pickle was run",)
 
-    with pytest.raises(UpdateRejectedError, match="not safetensors"):
+    with pytest.raises(UpdateRejectedError):
         decode_weights(pickle.dumps(Bomb()), max_bytes=LIMIT)
 
 
@@ -106,13 +107,13 @@ def header_only(header: object) -> bytes:
     ids=["huge header", "huge tensor", "offsets reversed", "a list"],
 )
 def test_lying_headers_are_refused(content: bytes) -> None:
-    with pytest.raises(UpdateRejectedError, match="not safetensors"):
+    with pytest.raises(UpdateRejectedError):
         decode_weights(content, max_bytes=LIMIT)
 
 
 def test_too_many_bytes_are_not_parsed() -> None:
     content = encode_weights(weights())
-    with pytest.raises(UpdateRejectedError, match=f"{len(content)} bytes; at most {len(content) - 1}"):
+    with raises_naming(UpdateRejectedError, f"{len(content)} bytes", f"{len(content) - 1}"):
         decode_weights(content, max_bytes=len(content) - 1)
     assert decode_weights(content, max_bytes=len(content))
 
@@ -121,34 +122,34 @@ def test_too_many_bytes_are_not_parsed() -> None:
 def test_a_value_that_is_not_finite_is_named(value: float) -> None:
     bad = weights()
     bad["head.bias"][1] = value
-    with pytest.raises(UpdateRejectedError, match=r"'head\.bias' holds a value that is not finite"):
+    with raises_naming(UpdateRejectedError, "'head.bias'"):
         decode_weights(encode_weights(bad), expected=shapes(), max_bytes=LIMIT)
 
 
 def test_a_wrong_shape_is_named_even_with_the_right_number_of_values() -> None:
     bad = weights() | {"head.weight": np.zeros((3, 2), dtype=np.float32)}
-    with pytest.raises(UpdateRejectedError, match=r"'head\.weight' has the shape \[3, 2\].*\[2, 3\]"):
+    with raises_naming(UpdateRejectedError, "'head.weight'", "[3, 2]", "[2, 3]"):
         decode_weights(encode_weights(bad), expected=shapes(), max_bytes=LIMIT)
 
 
 def test_a_missing_and_a_strange_parameter_are_named() -> None:
     missing = weights()
     del missing["scale"]
-    with pytest.raises(UpdateRejectedError, match="lacks the parameter 'scale'"):
+    with raises_naming(UpdateRejectedError, "'scale'"):
         decode_weights(encode_weights(missing), expected=shapes(), max_bytes=LIMIT)
     strange = weights() | {"extra": np.zeros(1, dtype=np.float32)}
-    with pytest.raises(UpdateRejectedError, match="'extra', which is no parameter"):
+    with raises_naming(UpdateRejectedError, "'extra'"):
         decode_weights(encode_weights(strange), expected=shapes(), max_bytes=LIMIT)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32, np.bool_])
 def test_another_type_is_refused(dtype: type[np.generic]) -> None:
     content = save({"a": np.zeros(4, dtype=dtype)})
-    with pytest.raises(UpdateRejectedError, match="'a' is"):
+    with raises_naming(UpdateRejectedError, "'a'"):
         decode_weights(content, max_bytes=LIMIT)
 
 
 def test_a_type_that_numpy_lacks_is_refused() -> None:
     content = header_only({"a": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}) + bytes(4)
-    with pytest.raises(UpdateRejectedError, match="float32"):
+    with raises_naming(UpdateRejectedError, "float32"):
         decode_weights(content, max_bytes=LIMIT)
