@@ -157,7 +157,9 @@ class LocalAggregator:
     def _count_connected(self) -> None:
         timeout_s = self._settings.fleet.heartbeat_timeout_s
         proxies = self.proxies_alive()
-        fleet = connectivity(self._store.clients.last_contacts(hosted=False), proxies, self._clock.now(), timeout_s)
+        fleet = connectivity(
+            self._store.clients.last_contacts(include_virtual=False), proxies, self._clock.now(), timeout_s
+        )
         # Counted in the database: there may be a million virtual clients.
         hosted = self._store.clients.count_virtual() if any(proxies.alive.values()) else 0
         self._on_connected(fleet.connected + max(0, hosted - len(proxies.stranded)))

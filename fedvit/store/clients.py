@@ -165,10 +165,10 @@ class Clients(Repository):
             row.validated = row.validated if validated is None else validated
             return _to_client(row)
 
-    def last_contacts(self, *, hosted: bool = True) -> list[LastContact]:
-        """When each active client was last heard, ordered by id; virtual ones only where ``hosted`` are asked for."""
+    def last_contacts(self, *, include_virtual: bool = True) -> list[LastContact]:
+        """When each active client was last heard, ordered by id; virtual ones only with ``include_virtual``."""
         query = select(ClientRow.client_id, ClientRow.kind, ClientRow.last_seen_at).where(ClientRow.active)
-        query = query if hosted else query.where(~_IS_VIRTUAL)
+        query = query if include_virtual else query.where(~_IS_VIRTUAL)
         with self._read() as session:
             rows = session.execute(query.order_by(ClientRow.client_id))
             return [LastContact(client_id, ClientKind(kind), at) for client_id, kind, at in rows]

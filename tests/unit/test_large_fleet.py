@@ -53,7 +53,7 @@ def test_virtual_clients_are_counted_and_the_others_looked_at(store: Store) -> N
     store.clients.update("v00001", active=False)
     store.clients.set_last_seen({"truck": utc_now() - timedelta(seconds=1)})
     assert store.clients.count_virtual() == 4
-    assert [s.client_id for s in store.clients.last_contacts(hosted=False)] == ["depot", "truck"]
+    assert [s.client_id for s in store.clients.last_contacts(include_virtual=False)] == ["depot", "truck"]
     assert len(store.clients.last_contacts()) == 6
 
 
@@ -62,7 +62,7 @@ def test_a_fleet_is_counted_as_it_is_when_looked_at(store: Store) -> None:
     store.clients.set_last_seen({"truck": utc_now()})
     proxies = ProxyReport({"a": True, "b": True})
     looked_at = connectivity(store.clients.last_contacts(), proxies, utc_now(), 60.0)
-    counted = connectivity(store.clients.last_contacts(hosted=False), proxies, utc_now(), 60.0).with_hosted(
+    counted = connectivity(store.clients.last_contacts(include_virtual=False), proxies, utc_now(), 60.0).with_hosted(
         store.clients.count_virtual()
     )
     assert counted == looked_at

@@ -37,7 +37,9 @@ class Liveness:
         store = self._services.store
         # Of virtual clients there may be a million: looked at one by one only when one of them may be lost.
         counted = proxies is not None and proxies.reaches_all
-        last_contacts = [self._newest_contact(contact) for contact in store.clients.last_contacts(hosted=not counted)]
+        last_contacts = [
+            self._newest_contact(contact) for contact in store.clients.last_contacts(include_virtual=not counted)
+        ]
         result = connectivity(last_contacts, proxies, self._now(), self._timeout_s)
         return result.with_hosted(store.clients.count_virtual()) if counted else result
 
