@@ -45,6 +45,11 @@ _MARKDOWN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/markdown":
 
 def add_incident_routes(api: FastAPI, services: Services) -> None:
     """Add the routes of the incident log."""
+    _add_alerts(api, services)
+    _add_log(api, services)
+
+
+def _add_alerts(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
     window = timedelta(seconds=settings.incidents.reopen_within_s)
 
@@ -69,6 +74,10 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
         for order in due:
             await _carry_out(api, store, order)
         return ReceivedView(incidents=tuple(incident_ids))
+
+
+def _add_log(api: FastAPI, services: Services) -> None:
+    store = services.store
 
     @api.get("/api/incidents", tags=["incidents"], dependencies=VIEWER)
     def incidents(
@@ -105,7 +114,8 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
     )
     def write_report(incident_id: str) -> Response:
         """The runbook's template in Markdown, filled with what is known and blank where only people know."""
-        return Response(report(collect(store, settings, incident_id, services.clock.now())), media_type="text/markdown")
+        facts = collect(store, services.settings, incident_id, services.clock.now())
+        return Response(report(facts), media_type="text/markdown")
 
 
 def _detail(services: Services, incident: Incident) -> IncidentDetail:

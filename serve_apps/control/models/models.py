@@ -31,11 +31,12 @@ from serve_apps.problems import documented
 
 def add_model_routes(api: FastAPI, services: Services) -> None:
     """Add the routes of model versions and releases."""
-    _add_readings(api, services)
+    _add_versions(api, services)
+    _add_artifacts(api, services)
     _add_changes(api, services)
 
 
-def _add_readings(api: FastAPI, services: Services) -> None:
+def _add_versions(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
 
     @api.get("/api/model/info", tags=["model"], dependencies=VIEWER, responses=documented(404))
@@ -67,6 +68,10 @@ def _add_readings(api: FastAPI, services: Services) -> None:
     def current() -> ModelView:
         """The version that replicas and vehicles are offered."""
         return ModelView.of(store.versions.get(_current_release(store).version))
+
+
+def _add_artifacts(api: FastAPI, services: Services) -> None:
+    store, settings = services.store, services.settings
 
     @api.get(
         "/api/model/release",

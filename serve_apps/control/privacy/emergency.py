@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from fastapi import FastAPI
@@ -45,15 +45,7 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
         """
         with contextlib.suppress(FedvitError):
             note.before = _state_facts(store)
-        breach = Breach(
-            incident_id=request.incident_id,
-            breach_type=request.breach_type,
-            affected_clients=tuple(dict.fromkeys(request.affected_clients)),
-            reported_by=identity.actor,
-            at=services.clock.now(),
-            roll_back=ImmediateAction.ROLLBACK_MODEL in request.immediate_actions,
-            description=request.description,
-        )
+        breach = _breach_of(request, identity.actor, services.clock.now())
         response = BreachResponse(
             breach,
             store=store,
@@ -78,6 +70,18 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
             ledger_frozen=left is not None,
             still_quarantined=tuple(store.clients.quarantined()),
         )
+
+
+def _breach_of(request: BreachRequest, reported_by: str, at: datetime) -> Breach:
+    return Breach(
+        incident_id=request.incident_id,
+        breach_type=request.breach_type,
+        affected_clients=tuple(dict.fromkeys(request.affected_clients)),
+        reported_by=reported_by,
+        at=at,
+        roll_back=ImmediateAction.ROLLBACK_MODEL in request.immediate_actions,
+        description=request.description,
+    )
 
 
 def _log_incident(services: Services, breach: Breach) -> None:
