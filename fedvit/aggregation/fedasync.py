@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from fedvit.aggregation.rule import NO_FACTS, Fold, Options, RoundFacts, Rule, State, moved, too_few
+from fedvit.aggregation.rule import NO_FACTS, Fold, Options, RoundFacts, Rule, State, Updates, moved, too_few
 from fedvit.config import TrainingConfig
 from fedvit.types import Weights
-from fedvit.updates import WeightedUpdate
 
 
 class MixingOptions(Options):
@@ -37,9 +35,7 @@ class FedAsync(Rule):
         super().__init__(options, training)
         self._alpha = options.alpha
 
-    def fold(
-        self, base: Weights, updates: Sequence[WeightedUpdate], state: State, facts: RoundFacts = NO_FACTS
-    ) -> Fold:
+    def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
         """See :meth:`Rule.fold`."""
         here = {name: array.astype(np.float64) for name, array in base.items()}
         mixed = [update for update in updates if update.total_weight > 0]

@@ -5,17 +5,15 @@ The bound moves as in Andrew et al. 2021 (arXiv:1905.03871); no noise is added, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from fedvit.aggregation.rule import NO_FACTS, Fold, Options, RoundFacts, Rule, State, moved, singles, too_few
+from fedvit.aggregation.rule import NO_FACTS, Fold, Options, RoundFacts, Rule, State, Updates, moved, singles, too_few
 from fedvit.config import TrainingConfig
 from fedvit.privacy.mechanism import l2_norm
 from fedvit.types import Weights
-from fedvit.updates import WeightedUpdate
 
 
 class BoundOptions(Options):
@@ -43,9 +41,7 @@ class NormBound(Rule):
         super().__init__(options, training)
         self._settings = options
 
-    def fold(
-        self, base: Weights, updates: Sequence[WeightedUpdate], state: State, facts: RoundFacts = NO_FACTS
-    ) -> Fold:
+    def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
         """See :meth:`Rule.fold`."""
         deltas = singles(updates)
         if not deltas:

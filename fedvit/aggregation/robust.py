@@ -10,10 +10,21 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from fedvit.aggregation.rule import NO_FACTS, Array, Fold, Options, RoundFacts, Rule, State, moved, singles, too_few
+from fedvit.aggregation.rule import (
+    NO_FACTS,
+    Array,
+    Fold,
+    Options,
+    RoundFacts,
+    Rule,
+    State,
+    Updates,
+    moved,
+    singles,
+    too_few,
+)
 from fedvit.config import TrainingConfig
 from fedvit.types import Weights
-from fedvit.updates import WeightedUpdate
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 Matrix: TypeAlias = npt.NDArray[np.float64]
@@ -45,9 +56,7 @@ class RobustRule(Rule):
     client_level: ClassVar[str | None] = "it looks at single updates, and each of them would need noise of its own"
     instead = "Use fedavg: with privacy_unit client every update is clipped, which bounds what one client can do."
 
-    def fold(
-        self, base: Weights, updates: Sequence[WeightedUpdate], state: State, facts: RoundFacts = NO_FACTS
-    ) -> Fold:
+    def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
         """See :meth:`Rule.fold`."""
         deltas = singles(updates)
         if len(deltas) < self.least_updates:

@@ -24,6 +24,7 @@ from fedvit.updates import WeightedUpdate
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Needs = Literal["partial_sums", "single_updates"]
+Updates: TypeAlias = Sequence[WeightedUpdate]
 State: TypeAlias = Mapping[str, Array]
 """State of a rule: float64 arrays by name. Empty at the beginning of a run."""
 BROADCAST = "@"
@@ -139,9 +140,7 @@ class Rule(ABC):
         return {}
 
     @abstractmethod
-    def fold(
-        self, base: Weights, updates: Sequence[WeightedUpdate], state: State, facts: RoundFacts = NO_FACTS
-    ) -> Fold:
+    def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
         """The weights after a round.
 
         Args:
@@ -163,9 +162,7 @@ class MeanRule(Rule):
 
     client_level: ClassVar[str | None] = None
 
-    def fold(
-        self, base: Weights, updates: Sequence[WeightedUpdate], state: State, facts: RoundFacts = NO_FACTS
-    ) -> Fold:
+    def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
         """See :meth:`Rule.fold`."""
         return self.step(base, mean(base, updates), state, facts)
 
@@ -174,7 +171,7 @@ class MeanRule(Rule):
         """The weights after a step along ``delta``, the mean update by the names of ``base``, float64."""
 
 
-def mean(base: Weights, updates: Sequence[WeightedUpdate]) -> dict[str, Array]:
+def mean(base: Weights, updates: Updates) -> dict[str, Array]:
     """``sum_k a(s_k) n_k delta_k / sum_k n_k`` by the names of ``base``, float64; of a fresh update, a(0) is 1.
 
     The divisor is not discounted: a round of old updates takes a smaller step (Nguyen et al. 2022, arXiv:2106.06639).
@@ -191,7 +188,7 @@ def mean(base: Weights, updates: Sequence[WeightedUpdate]) -> dict[str, Array]:
     return {name: np.divide(array, total, out=array) for name, array in sums.totals().items()}
 
 
-def singles(updates: Sequence[WeightedUpdate]) -> list[dict[str, Array]]:
+def singles(updates: Updates) -> list[dict[str, Array]]:
     """The update of each client, float64, in the order given."""
     return [
         {name: np.divide(array, update.total_weight, dtype=np.float64) for name, array in update.weighted_sum.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -17,12 +17,12 @@ from fedvit.aggregation.rule import (
     RoundFacts,
     Rule,
     State,
+    Updates,
     mean,
     moved,
 )
 from fedvit.config import TrainingConfig
 from fedvit.types import FloatArray, Weights
-from fedvit.updates import WeightedUpdate
 
 _C = f"{BROADCAST}c/"
 
@@ -76,9 +76,7 @@ class Scaffold(Rule):
         zeros = {n: np.zeros_like(array, dtype=np.float64) for n, array in base.items()}
         return {_C + n: np.asarray(state.get(f"c/{n}", zeros[n]), dtype=np.float32) for n in base}
 
-    def fold(
-        self, base: Weights, updates: Sequence[WeightedUpdate], state: State, facts: RoundFacts = NO_FACTS
-    ) -> Fold:
+    def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
         """See :meth:`Rule.fold`."""
         delta = mean(base, updates)
         share = min(1.0, sum(update.total_weight for update in updates) / facts.population)

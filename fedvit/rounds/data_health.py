@@ -115,7 +115,7 @@ def judge(
     return changed
 
 
-class DataWatch:
+class DataHealthMonitor:
     """Measures the health of the fleet's data after rounds with new statistics, in the thread of the loop.
 
     Args:
@@ -126,7 +126,7 @@ class DataWatch:
         self._store, self._on_health, self._clock = store, on_health, clock
         self._histograms: FleetHistograms | None = None
 
-    def new_window(self) -> None:
+    def invalidate(self) -> None:
         """Histograms have arrived, or another reference is in force: read them again."""
         self._histograms = None
 

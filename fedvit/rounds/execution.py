@@ -18,12 +18,12 @@ from fedvit.registry.publisher import Publisher
 from fedvit.rounds import machine
 from fedvit.rounds.cohorts import CohortSelector
 from fedvit.rounds.collect import Collector
-from fedvit.rounds.data_health import DataWatch
+from fedvit.rounds.data_health import DataHealthMonitor
 from fedvit.rounds.histogram_collection import HistogramCollection
 from fedvit.rounds.lifecycle import RunLifecycle
 from fedvit.rounds.progress import ProgressReporter
 from fedvit.rounds.protection import POPULATION_SIZE, Folded, Protection
-from fedvit.rounds.quarantine import count_refusals
+from fedvit.rounds.quarantine import count_invalid_updates
 from fedvit.rounds.round_base import RoundBase, train_task
 from fedvit.rounds.steering import round_settings
 from fedvit.rounds.update_admission import RoundUpdates
@@ -90,7 +90,7 @@ class RoundExecution:
         self._progress, self._clock, self._stopping = progress, clock, stopping
         self._collector = Collector(settings, store, fleet, protection, clock)
         self._histograms = HistogramCollection(settings, store, accountant, fleet, model)
-        self._data_watch = DataWatch(store, on_health, clock)
+        self._data_health = DataHealthMonitor(store, on_health, clock)
         self.publisher = Publisher(store, settings)
         # Weights are written while they are evaluated.
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
@@ -163,20 +163,20 @@ class RoundExecution:
         updates = self._collector.collect(effect, task, base.weights, base.sent, timeout_s=timeout_s)
         METRICS.in_flight(len(self._collector.in_flight()))
         limit = self._settings.training.validation.quarantine_after_rejections
-        count_refusals(self._store, task.run_id, task.round_index, updates.outcomes, limit, self._clock)
+        count_invalid_updates(self._store, task.run_id, task.round_index, updates.outcomes, limit, self._clock)
         self._gather_histograms()
         errors = [o.error for o in updates.outcomes if o.error is not None]
         if self._protection.sampled and errors and not updates.accepted:
             return machine.Failed(f"All {len(errors)} clients that were drawn failed, the first with: {errors[0]}")
         if updates.accepted or self._protection.sampled:
             facts = self._facts(task.round_index)
-            folded = self._protection.fold(run, task, base.weights, updates.updates(), base.rule_state, facts)
+            folded = self._protection.fold(run, task, base, updates.updates(), facts)
             self._trained = _TrainedRound(folded, updates, started_s)
         return machine.Trained(updates.accepted, len(errors), errors[0] if errors else None)
 
     def _gather_histograms(self) -> None:
         if self._histograms.gather():
-            self._data_watch.new_window()
+            self._data_health.invalidate()
 
     def _facts(self, round_index: int) -> RoundFacts:
         run, weights = self.run, self._current.base.weights
@@ -222,7 +222,7 @@ class RoundExecution:
             ),
         )
         METRICS.committed(updates.outcomes, len(left_out), len(updates.unexpected))
-        self._data_watch.after_round(updates.outcomes)
+        self._data_health.after_round(updates.outcomes)
         self._trained = None
         self._current.base = RoundBase.of(self._protection.rule, weights, digest, state)
         self._progress.committed(round_index, version.version, evaluation, budget.epsilon_spent)
@@ -267,7 +267,7 @@ class RoundExecution:
         except (ReleaseRefusedError, LedgerFrozenError):
             # One that an incident holds back has no refusal on record: the first start after it releases it.
             return machine.ReleaseRefused()
-        self._data_watch.new_window()
+        self._data_health.invalidate()
         return machine.Released()
 
     @property

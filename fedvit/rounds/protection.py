@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedvit.aggregation.registry import rule_for
-from fedvit.aggregation.rule import MeanRule, RoundFacts, Rule, State
+from fedvit.aggregation.rule import MeanRule, RoundFacts, Rule, State, Updates
 from fedvit.config import Settings
 from fedvit.errors import ConfigError
 from fedvit.ports import POPULATION, Charge
@@ -25,8 +25,9 @@ from fedvit.privacy.outputs import output_id
 from fedvit.privacy.randomness import SecretStream
 from fedvit.privacy.round_cost import charge_of, round_event
 from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.rounds.round_base import RoundBase
 from fedvit.store.store import Store
-from fedvit.types import FloatArray, Run, TrainTask, Weights
+from fedvit.types import FloatArray, Run, TrainTask
 from fedvit.updates import WeightedUpdate
 
 FACTS = "client_level"
@@ -70,15 +71,7 @@ class Protection(Protocol):
         """Why an update must not be folded, as the end of a sentence about it; or None."""
         ...
 
-    def fold(
-        self,
-        run: Run,
-        task: TrainTask,
-        weights: Weights,
-        updates: Sequence[WeightedUpdate],
-        state: State,
-        facts: RoundFacts,
-    ) -> Folded:
+    def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Updates, facts: RoundFacts) -> Folded:
         """The weights after the round.
 
         Args:
@@ -139,17 +132,9 @@ class RecordLevel:
         """None: the update is noised already, and nothing bounds it."""
         return None
 
-    def fold(
-        self,
-        run: Run,
-        task: TrainTask,
-        weights: Weights,
-        updates: Sequence[WeightedUpdate],
-        state: State,
-        facts: RoundFacts,
-    ) -> Folded:
+    def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Updates, facts: RoundFacts) -> Folded:
         """The rule's fold."""
-        fold = self.rule.fold(weights, updates, state, facts)
+        fold = self.rule.fold(base.weights, updates, base.rule_state, facts)
         return Folded(fold.weights, state=fold.state)
 
 
@@ -212,26 +197,18 @@ class ClientLevel:
         """A norm above what that number of clipped updates allows."""
         return mechanism.fault_of(update, self.l2_clip_norm(run_id, update.round_index))
 
-    def fold(
-        self,
-        run: Run,
-        task: TrainTask,
-        weights: Weights,
-        updates: Sequence[WeightedUpdate],
-        state: State,
-        facts: RoundFacts,
-    ) -> Folded:
+    def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Updates, facts: RoundFacts) -> Folded:
         """The rule's step along ``(sum of clipped updates + noise) / expected cohort``."""
         norm = task.l2_clip_norm
         clipped_to = ((update, self.l2_clip_norm(run.run_id, update.round_index)) for update in updates)
-        sums = mechanism.total(weights, clipped_to, norm)
+        sums = mechanism.total(base.weights, clipped_to, norm)
         within = sum(update.within_clip for update in updates)
         accepted = sum(outcome.error is None for update in updates for outcome in update.outcomes)
         key = self._key(task, [mechanism.digest(sums), within, accepted])
         noise = self._sum_noise_multiplier(run) * norm * self._noise(run, task, mechanism.size_of(sums), key)
         mean = mechanism.noised_mean(sums, noise, divisor=float(run.config[EXPECTED_COHORT]))
         # Post-processing of the noised mean costs no privacy.
-        fold = self._step(weights, mean, state, facts)
+        fold = self._step(base.weights, mean, base.rule_state, facts)
         mechanism_facts = {"noise_key": key, "l2_clip_norm": norm, **self._next_norm(run, task, key, within, accepted)}
         return Folded(fold.weights, {FACTS: mechanism_facts}, fold.state)
 

@@ -11,7 +11,7 @@ from fedvit.types import ClientOutcome
 _KEY = "refused_updates/"
 
 
-def count_refusals(
+def count_invalid_updates(
     store: Store,
     run_id: str,
     round_index: int,

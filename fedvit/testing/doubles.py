@@ -199,7 +199,7 @@ class FakeFleet:
             self.crash_in_round = None
             raise KeyboardInterrupt
         parts = [cohort.client_ids[first :: self._groups] for first in reversed(range(self._groups))]
-        self._pending += [self._partial(task, weights, part) for part in parts if part]
+        self._pending += [self.train_group(task, weights, part) for part in parts if part]
         while self._pending:
             if self._next() is None:
                 self.on_silence()
@@ -237,7 +237,8 @@ class FakeFleet:
     def proxies_alive(self) -> ProxyReport:
         return ProxyReport({"even": True, "odd": True})
 
-    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
+    def train_group(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
+        """The message of one group of clients; a subclass may replace it."""
         step = (self._target - weights["point"]).astype(np.float64) * 0.5
         parts = tuple(self._one(task, client_id, step) for client_id in client_ids)
         if self.rule is not None and self.rule.needs == "single_updates":

@@ -24,7 +24,7 @@ from fedvit.privacy.round_cost import spend_of
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.protection import ClientLevel, protection_for
-from fedvit.rounds.round_base import train_task
+from fedvit.rounds.round_base import RoundBase, train_task
 from fedvit.rounds.steering import AggregationSettings, change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
@@ -431,7 +431,9 @@ def test_a_repeated_round_repeats_its_noise_and_one_with_another_sum_does_not(tm
     def folded(size: float) -> Any:
         update = ClientUpdate(1, ClientOutcome("vehicle-0000", 1), {"point": np.full(4000, size)}, 1.0, 1)
         # Another process each time.
-        return ClientLevel(config, store).fold(run, task, weights, [update], {}, NO_FACTS).weights["point"]
+        protection = ClientLevel(config, store)
+        base = RoundBase.of(protection.rule, weights, "", {})
+        return protection.fold(run, task, base, [update], NO_FACTS).weights["point"]
 
     once, again, other = folded(1e-6), folded(1e-6), folded(2e-6)
     np.testing.assert_array_equal(once, again)

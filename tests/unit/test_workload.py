@@ -197,7 +197,7 @@ class HostedFleet(FakeFleet):
         super().__init__(np.zeros(1, np.float32), groups=1)
         self._host = WorkloadHost(config)
 
-    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
+    def train_group(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
         return self._host.train(task, weights, client_ids)
 
 

@@ -37,8 +37,8 @@ class _Watchful(FakeFleet):
         self.charged.append({entry.charge.round_index for entry in self._store.ledger.entries()})
         return super().train(task, weights, cohort, timeout_s=timeout_s)
 
-    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
-        answer = super()._partial(task, weights, client_ids)
+    def train_group(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
+        answer = super().train_group(task, weights, client_ids)
         assert isinstance(answer, PartialSum)
         return replace(answer, weighted_sum={**answer.weighted_sum, "scale": np.zeros(())})
 

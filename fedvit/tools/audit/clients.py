@@ -85,7 +85,7 @@ class _Fleet(FakeFleet):
         super().__init__(point)
         self._host = _host(settings, updates)
 
-    def _partial(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
+    def train_group(self, task: TrainTask, weights: Weights, client_ids: tuple[str, ...]) -> UpdateMessage:
         return self._host.train(task, weights, client_ids)
 
 

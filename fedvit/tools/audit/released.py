@@ -27,6 +27,7 @@ from fedvit.privacy.events import Event, Gaussian
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream
 from fedvit.rounds.protection import EXPECTED_COHORT, ClientLevel
+from fedvit.rounds.round_base import RoundBase
 from fedvit.store.store import Store
 from fedvit.testing.ranks import on_ranks
 from fedvit.tools.audit import subjects
@@ -213,6 +214,7 @@ class _RoundReleases:
         sums = {"point": np.tile(point, (self._copies, 1))}
         task = replace(client_task(self._scope, round_index=number + 1))
         answer = PartialSum(task.round_index, outcomes, sums, float(clients))
-        base = {"point": np.zeros(sums["point"].shape, np.float32)}
-        folded = self._protection.fold(self._run, task, base, [answer], {}, RoundFacts()).weights["point"]
+        zeros = {"point": np.zeros(sums["point"].shape, np.float32)}
+        base = RoundBase.of(self._protection.rule, zeros, "", {})
+        folded = self._protection.fold(self._run, task, base, [answer], RoundFacts()).weights["point"]
         return folded.astype(np.float64)
