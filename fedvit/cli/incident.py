@@ -161,8 +161,8 @@ def drill(
     # A signal must not leave a system running.
     with interruptible():
         from fedvit.incidents.drills.engine import run_drills
-        from fedvit.incidents.drills.registry import drills_named
         from fedvit.incidents.drills.report import as_dicts, show_drills, show_result, show_table, write_docs
+        from fedvit.incidents.drills.scenarios import drills_named
 
         if list_:
             show_drills(console, options.as_json)

@@ -1,4 +1,4 @@
-"""The answer to a privacy breach: contain it now, keep the evidence, and say honestly what could not be done."""
+"""Response to a privacy breach: containment, evidence, and a report of what was and was not done."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fedvit.store.store import Store
 from fedvit.types import LedgerFreeze, RunStatus
 
 _LOG = logging.getLogger(__name__)
-_Answer = TypeVar("_Answer")
-# Shares of the time there is. What is left is the bundle's.
+_Result = TypeVar("_Result")
+# Shares of the time limit; the rest is for the bundle.
 _STOP_SHARE, _ROLLBACK_SHARE = 1 / 6, 1 / 3
 
 FORENSIC_BUNDLE = "forensic_bundle"
@@ -30,7 +30,7 @@ FORENSIC_BUNDLE = "forensic_bundle"
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    """What was reported. ``affected_clients`` need not be registered; ``incident_id`` is any text."""
+    """A reported breach. ``affected_clients`` need not be registered; ``incident_id`` is any text."""
 
     incident_id: str
     breach_type: str
@@ -43,7 +43,7 @@ class Breach:
 
 @dataclass(frozen=True, slots=True)
 class ActionTaken:
-    """One action, whether it was done, and what came of it or stood in its way."""
+    """An action, whether it was done, and its result or error."""
 
     action: str
     done: bool
@@ -52,7 +52,7 @@ class ActionTaken:
 
 @dataclass(frozen=True, slots=True)
 class BreachReport:
-    """What was done. ``rolled_back_to`` names the version whose content serves again."""
+    """The result of a response. ``rolled_back_to`` is the version whose content is served again."""
 
     actions: tuple[ActionTaken, ...]
     quarantined: tuple[str, ...]
@@ -65,14 +65,14 @@ class BreachReport:
 
 
 class BreachResponse:
-    """Responds to one breach, with :meth:`run`; to respond to it again is harmless and makes another bundle.
+    """The response to one breach. Repeating it is harmless and writes another bundle.
 
     Args:
-        breach: what was reported.
-        store: of the running system.
-        settings: of the running system.
-        aggregator: looked up at each call; it may be down.
-        limit_s: seconds until an answer is due; what takes longer goes on, and is reported as not done.
+        breach: the reported breach.
+        store: the store of the running system.
+        settings: the settings of the running system.
+        aggregator: called for each use; it may be down.
+        limit_s: seconds until the report is due; an action that takes longer continues and is reported as not done.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class BreachResponse:
         self._bundle_sha256: str | None = None
 
     def run(self) -> BreachReport:
-        """Take every action, in this order; one that fails is reported and keeps no other from happening.
+        """Take every action in this order; a failure is reported and does not prevent the next action.
 
         Freeze the ledger (nothing can be charged, so nothing can be released); stop training; quarantine the clients;
-        revoke the tokens bound to them; where it was asked for, roll back to the last release that they did not
-        contribute to; write the forensic bundle.
+        revoke the tokens bound to them; if requested, roll back to the last release that they did not contribute to;
+        write the forensic bundle.
         """
         frozen = self._take(ImmediateAction.FREEZE_LEDGER, self._freeze)
         self._take(ImmediateAction.STOP_TRAINING, self._stop)
@@ -126,10 +126,10 @@ class BreachResponse:
     def _take(self, action: str, work: Callable[[], str]) -> bool:
         try:
             taken = ActionTaken(action, True, work())
-        except Exception as error:  # Whatever it is: the next action must not wait for its cause to be understood.
+        except Exception as error:  # Any error: the next action must be taken.
             _LOG.exception("incident %s: %s", self._breach.incident_id, action)
-            told = str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"
-            taken = ActionTaken(action, False, told)
+            message = str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"
+            taken = ActionTaken(action, False, message)
         self._actions.append(taken)
         return taken.done
 
@@ -137,10 +137,10 @@ class BreachResponse:
         breach = self._breach
         reason = breach.breach_type + (f": {breach.description}" if breach.description else "")
         first = self._store.ledger.freeze(LedgerFreeze(breach.incident_id, reason, breach.reported_by, breach.at))
-        told = "Nothing can be charged and no trained version released until POST /api/emergency/stand-down."
+        detail = "Nothing can be charged and no trained version released until POST /api/emergency/stand-down."
         if first.incident_id == breach.incident_id:
-            return told
-        return f"{told} Incident {first.incident_id} froze it before; both must be stood down."
+            return detail
+        return f"{detail} Incident {first.incident_id} froze it before; both must be stood down."
 
     def _stop(self) -> str:
         progress = self._in_time(_STOP_SHARE, lambda: self._aggregator().stop_training())
@@ -169,7 +169,7 @@ class BreachResponse:
         return f"{len(self._revoked)} tokens are bound to them and revoked. Tokens bound to no client stay good."
 
     def _roll_back(self) -> str:
-        """Keeps clear of who is in quarantine for other incidents, too: what they withdrew must not come back."""
+        """Avoid the clients that are quarantined for other incidents, too: their contributions must not return."""
         avoided = {*self._breach.affected_clients, *self._store.clients.quarantined()}
         current = self._store.releases.current()
         if current is None:
@@ -199,18 +199,18 @@ class BreachResponse:
         )
         return f"Audit trail, ledger, lineage, clients, tokens and settings are in {self._bundle}."
 
-    def _in_time(self, share: float, call: Callable[[], _Answer]) -> _Answer:
-        """What ``call`` answers, if it does in time.
+    def _in_time(self, share: float, call: Callable[[], _Result]) -> _Result:
+        """The result of ``call``, within a share of the time limit.
 
         Raises:
-            PlacementError: it did not; it goes on all the same.
+            PlacementError: it takes longer; the call continues.
         """
         limit_s = min(share * self._limit_s, self._due_s - time.monotonic())
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="incident")
-        answer = pool.submit(call)
+        future = pool.submit(call)
         pool.shutdown(wait=False)
         try:
-            return answer.result(limit_s)
+            return future.result(limit_s)
         except TimeoutError:
             raise PlacementError(
                 f"Not done within {limit_s:.1f} s; it may still be.",

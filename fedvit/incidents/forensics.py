@@ -1,4 +1,4 @@
-"""The forensic bundle of an incident: one archive of what somebody may later have to prove."""
+"""Forensic bundle of an incident: an archive of audit trail, ledger, lineage, clients, tokens and settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Parts = Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]]
 
 
 def bundle_path(home: Path, incident_id: str, at: datetime) -> Path:
-    """Where the bundle of an incident lies; the incident's name is made safe for a file system."""
+    """The path of an incident's bundle; the incident's name is made safe for a file system."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", incident_id)[:80].strip("._-") or "incident"
     return home / "forensics" / f"{name}-{at:%Y%m%d-%H%M%S-%f}.tar.gz"
 
@@ -32,14 +32,14 @@ def bundle_path(home: Path, incident_id: str, at: datetime) -> Path:
 def write_bundle(store: Store, settings: Settings, path: Path, incident: Mapping[str, Any]) -> str:
     """Write the bundle with mode 0600 and return its SHA-256, hex.
 
-    Every file but ``manifest.json`` is JSON lines; the manifest has the SHA-256 of each, and names what could not be
-    read: a damaged state is evidence, and no reason to lose the rest.
+    Every file but ``manifest.json`` is JSON lines; the manifest has the SHA-256 of each, and names the parts that could
+    not be read: the other parts of a damaged state are still collected.
 
     Args:
-        store: what is collected.
-        settings: those of the running system.
+        store: the store to collect from.
+        settings: the settings of the running system.
         path: see :func:`bundle_path`.
-        incident: what was reported and done; JSON types and ``affected_clients``.
+        incident: the report and the actions taken, as JSON types, with ``affected_clients``.
 
     Raises:
         OSError: the archive cannot be written.
@@ -52,7 +52,7 @@ def write_bundle(store: Store, settings: Settings, path: Path, incident: Mapping
         facts = {file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size} for file in files}
         manifest = {"incident_id": incident["incident_id"], "files": facts, "unreadable": unreadable}
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        # The fastest level: the caller has a time limit, and lines of JSON shrink to a fifth all the same.
+        # The fastest level: the caller has a time limit, and JSON still compresses to a fifth.
         with draft_in(path.parent, 0o600) as draft:
             with tarfile.open(fileobj=draft.file, mode="w:gz", compresslevel=1) as archive:
                 for file in (scratch / MANIFEST, *files):
@@ -72,9 +72,15 @@ def _parts(store: Store, settings: Settings, incident: Mapping[str, Any]) -> _Pa
         "runs.jsonl": lambda: map(asdict, store.runs.all()),
         "versions.jsonl": lambda: map(asdict, store.versions.all()),
         "releases.jsonl": lambda: map(asdict, store.releases.all()),
-        "contributions.jsonl": lambda: _contributions(store, affected),
+        "contributions.jsonl": lambda: (
+            {"version": version, "affected_clients": sorted(client_ids)}
+            for version, client_ids in contributions(store.versions.all(), set(affected)).items()
+        ),
         "clients.jsonl": lambda: map(asdict, store.clients.all()),
-        "tokens.jsonl": lambda: (_without_secret(asdict(token)) for token in store.tokens.all()),
+        "tokens.jsonl": lambda: (
+            {name: value for name, value in asdict(token).items() if name != "secret_hash"}
+            for token in store.tokens.all()
+        ),
         "settings.jsonl": lambda: [settings.model_dump(mode="json")],
     }
 
@@ -87,18 +93,8 @@ def _verifications(store: Store) -> Iterator[dict[str, Any]]:
             yield {"chain": name, "intact": False, "error": error.message, **error.details}
 
 
-def _contributions(store: Store, client_ids: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for version, found in contributions(store.versions.all(), set(client_ids)).items():
-        yield {"version": version, "affected_clients": sorted(found)}
-
-
-def _without_secret(token: dict[str, Any]) -> dict[str, Any]:
-    del token["secret_hash"]
-    return token
-
-
 def _write_parts(folder: Path, parts: _Parts) -> dict[str, str]:
-    """Write each part to a file of its name; return why others are not whole."""
+    """Write each part to a file of its name; return the errors of incomplete parts by name."""
     unreadable = {}
     for name, lines in parts.items():
         with (folder / name).open("w") as file:

@@ -1,4 +1,4 @@
-"""An incident as people read it: its timeline, out of what alerts, audit trail and state say anyway."""
+"""Timelines of incidents, compiled from alerts, audit trail, remediations and state changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedvit.store.store import Store
 from fedvit.types import Severity
 
 AFTERMATH = timedelta(minutes=1)
-"""What is done in the first minute after the last alert is part of the incident: the call that ended it, too."""
+"""Time after the last alert in which calls still belong to the incident."""
 MAX_COMMANDS = 1000
 _LATE = timedelta(minutes=2)
 _MAX_TEXT = 300
@@ -35,19 +35,19 @@ class Entry:
 
 
 def span(incident: Incident, now: datetime) -> tuple[datetime, datetime]:
-    """From when to when things belong to an incident."""
+    """The beginning and the end of the time that belongs to an incident."""
     return incident.opened_at, now if incident.resolved_at is None else min(incident.resolved_at + AFTERMATH, now)
 
 
 def timeline(store: Store, incident: Incident, now: datetime) -> list[Entry]:
-    """All that is known of an incident, in order; of one that is open, as of ``now``."""
+    """The entries of an incident in order; those of an open one up to ``now``."""
     since, until = span(incident, now)
     lines = [
         *_alert_lines(store.incidents.alerts(incident.incident_id)),
         *_own_lines(store, incident.incident_id),
         *_command_lines(store.audit.between(since, until, MAX_COMMANDS)),
         *_remediation_lines(store.remediations.of_incident(incident.incident_id)),
-        *(Entry(found.at, "state", None, found.text) for found in store.timeline.events(since, until)),
+        *(Entry(event.at, "state", None, event.text) for event in store.timeline.events(since, until)),
     ]
     return sorted(lines, key=lambda entry: entry.at)
 
@@ -62,47 +62,47 @@ def log_breach(
     at: datetime,
     reopen_within: timedelta,
 ) -> str:
-    """Open an incident for a breach, or let it join the one that is open; return that. Repeating it is harmless.
+    """Log a breach in a new or in the open incident; return the incident's id. Repeating it is harmless.
 
-    A breach goes on until :func:`log_stand_down`.
+    A breach lasts until :func:`log_stand_down`.
     """
     fingerprint = _fingerprint(breach_id)
     for known in store.incidents.all(is_open=True):
         alerts = store.incidents.alerts(known.incident_id)
         if any(one.alert.fingerprint == fingerprint and one.alert.ends_at is None for one in alerts):
             return known.incident_id
-    told = f"{breach_id} ({breach_type}), reported by {reported_by}: {clients} clients affected"
+    summary = f"{breach_id} ({breach_type}), reported by {reported_by}: {clients} clients affected"
     labels = {"alertname": BREACH_ALERT, "severity": Severity.P0.value, "incident_id": breach_id[:200]}
-    alert = FiredAlert(BREACH_ALERT, Severity.P0, fingerprint, at, None, labels, {"summary": told})
+    alert = FiredAlert(BREACH_ALERT, Severity.P0, fingerprint, at, None, labels, {"summary": summary})
     return store.incidents.record_alerts([alert], reopen_within=reopen_within, at=at)[0]
 
 
 def log_stand_down(store: Store, breach_id: str, at: datetime) -> list[str]:
-    """A breach is over; return the incidents that it belonged to."""
+    """End a breach; return the ids of its incidents."""
     return store.incidents.end_alerts(_fingerprint(breach_id), at)
 
 
-def what_was_asked(entry: AuditEntry) -> str:
-    """A line of the audit trail as one line: method, path, body, what changed, and the answer."""
+def describe_call(entry: AuditEntry) -> str:
+    """An entry of the audit trail as one line: method, path, body, response status and changes."""
     params = entry.facts.params
     action = entry.facts.action
     for name, value in dict(params.get("path") or {}).items():
         action = action.replace(f"{{{name}}}", str(value))
     body = f" {json.dumps(params['body'], ensure_ascii=False)}" if params.get("body") else ""
     change = "; ".join(_changes(entry.facts.before, entry.facts.after))
-    asked = f"{action}{body}"[:_MAX_TEXT]
-    return f"{asked} → {entry.facts.status}{f' ({change})' if change else ''}"
+    call = f"{action}{body}"[:_MAX_TEXT]
+    return f"{call} → {entry.facts.status}{f' ({change})' if change else ''}"
 
 
-# --- the lines -------------------------------------------------------------------------------------------------------
+# --- entries ---------------------------------------------------------------------------------------------------------
 
 
 def _alert_lines(alerts: list[LoggedAlert]) -> Iterator[Entry]:
     for logged in alerts:
         alert = logged.alert
         about = alert.annotations.get("summary") or ", ".join(f"{k}={v}" for k, v in sorted(alert.labels.items()))
-        whom = client_of(alert.labels) or alert.labels.get("instance")
-        name = f"{alert.alertname} ({whom})" if whom else alert.alertname
+        origin = client_of(alert.labels) or alert.labels.get("instance")
+        name = f"{alert.alertname} ({origin})" if origin else alert.alertname
         yield Entry(alert.starts_at, "alert", None, f"{name} fired, {alert.severity}: {about}"[:_MAX_TEXT])
         if logged.received_at - alert.starts_at > _LATE:
             yield Entry(logged.received_at, "alert", None, f"{name} reached the incident log")
@@ -113,7 +113,7 @@ def _alert_lines(alerts: list[LoggedAlert]) -> Iterator[Entry]:
 def _own_lines(store: Store, incident_id: str) -> Iterator[Entry]:
     for event in store.incidents.events(incident_id):
         if event.kind == "opened":
-            continue  # Its first alert says so.
+            continue  # The entry of its first alert says the same.
         if event.kind in ("reopened", "resolved"):
             yield Entry(event.at, "incident", None, f"incident {event.kind}: {event.text}")
         else:
@@ -123,10 +123,9 @@ def _own_lines(store: Store, incident_id: str) -> Iterator[Entry]:
 def _command_lines(entries: list[AuditEntry]) -> Iterator[Entry]:
     for entry in entries:
         if entry.facts.action == _NOTE:
-            continue  # The note itself has a line.
-        # What the system did by itself has lines of its own.
+            continue  # The note itself has an entry.
         kind = _REMEDIATION if entry.facts.actor == _REMEDIATION else "command"
-        yield Entry(entry.at, kind, entry.facts.actor, what_was_asked(entry))
+        yield Entry(entry.at, kind, entry.facts.actor, describe_call(entry))
     if len(entries) == MAX_COMMANDS:
         yield Entry(entries[-1].at, "command", None, "and more: see `fedvit audit-log show`")
 
@@ -134,14 +133,14 @@ def _command_lines(entries: list[AuditEntry]) -> Iterator[Entry]:
 def _remediation_lines(remediations: list[Remediation]) -> Iterator[Entry]:
     for one in remediations:
         if one.outcome is RemediationOutcome.DONE:
-            continue  # The audit trail has the call itself.
+            continue  # The audit trail has the call.
         about = f" {one.target}" if one.target else ""
         detail = f": {one.detail}" if one.detail else ""
         yield Entry(one.at, _REMEDIATION, _REMEDIATION, f"{one.action}{about} {one.outcome}{detail}")
 
 
 def _changes(before: Any, after: Any) -> Iterator[str]:
-    """What differs between the two states that a call noted, where they are states of the same thing."""
+    """The differences between the states before and after a call, if they have the same fields."""
     if not isinstance(before, Mapping) or not isinstance(after, Mapping) or set(before) != set(after):
         return
     for name, value in list(after.items())[:20]:

@@ -1,10 +1,11 @@
-"""What the runbook says about each alert, as a table: which section, which commands, which calls.
+"""Table of alerts: the section of the runbook, its commands and their API calls.
 
-Commands stand here as docs/runbook.md prints them, character by character; a test compares the two.
+A test compares the commands with those in docs/runbook.md, character by character.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from fedvit.types import CLIENT_ID, RemediationAction
 DEVICE = "<device-id>"
 RUNBOOK = "docs/runbook.md"
 BREACH_ALERT = "PrivacyBreach"
-"""What an incident is called that nobody's alert rule saw: somebody reported a breach."""
+"""The alert name of an incident that began with a reported breach instead of an alert rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +29,15 @@ class Call:
 
     @property
     def about_a_client(self) -> bool:
-        """Whether it has to be told which client."""
+        """Whether the path needs a client's id."""
         return "{client_id}" in self.path
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing to do. ``command`` is what an operator types, ``call`` what that asks of the control API, if anything.
+    """One step: ``command`` is the command line for an operator, ``call`` its call of the control API, if any.
 
-    ``name`` is a :class:`~fedvit.types.RemediationAction` where it may ever be automatic.
+    ``name`` is a :class:`~fedvit.types.RemediationAction` if the step may be automatic.
     """
 
     name: str
@@ -45,109 +46,72 @@ class Step:
 
     @property
     def action(self) -> RemediationAction | None:
-        """The action, where this may ever be automatic."""
+        """The action, if the step may be automatic."""
         return RemediationAction(self.name) if self.name in list(RemediationAction) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Play:
-    """What to do about an alert; ``section`` is the anchor of its section in the runbook."""
+    """The steps for an alert; ``section`` is the anchor of its section in the runbook."""
 
     section: str
     steps: tuple[Step, ...]
 
 
-def _posted(path: str, body: str | None = None, *headers: str) -> str:
+def _step(name: str, path: str, body: str | None = None, *headers: str) -> Step:
+    """A step whose command is a curl POST; the call's body is parsed from the command's."""
     lines = [f'curl -X POST "http://localhost:8000{path}"', *(f'-H "{header}"' for header in headers)]
-    return " \\\n  ".join([*lines, *([] if body is None else [f"-d '{body}'"])])
+    command = " \\\n  ".join([*lines, *([] if body is None else [f"-d '{body}'"])])
+    return Step(name, command, Call("POST", path, None if body is None else json.loads(body)))
 
 
-_JSON = "Content-Type: application/json"
-RESTART = Step(
+_EMERGENCY = "Authorization: Bearer <emergency-token>"
+RESTART = _step(
     RemediationAction.RESTART_VALIDATED_ONLY,
-    _posted("/api/training/restart", '{"client_selection": "validated_only"}', _JSON),
-    Call("POST", "/api/training/restart", {"client_selection": "validated_only"}),
+    "/api/training/restart",
+    '{"client_selection": "validated_only"}',
+    "Content-Type: application/json",
 )
-RETRAIN = Step(
-    RemediationAction.FULL_RETRAIN,
-    _posted("/api/model/retrain", '{"strategy": "full_retrain"}'),
-    Call("POST", "/api/model/retrain", {"strategy": "full_retrain"}),
-)
+RETRAIN = _step(RemediationAction.FULL_RETRAIN, "/api/model/retrain", '{"strategy": "full_retrain"}')
 REMOVE = Step(
     RemediationAction.REMOVE_CLIENT,
     f'curl -X DELETE "http://localhost:8000/api/clients/{DEVICE}"',
     Call("DELETE", "/api/clients/{client_id}"),
 )
-STOP = Step(RemediationAction.STOP_TRAINING, _posted("/api/training/stop"), Call("POST", "/api/training/stop"))
-RESET = Step(
+STOP = _step(RemediationAction.STOP_TRAINING, "/api/training/stop")
+RESET = _step(
     "privacy_reset",
-    _posted(
-        "/api/privacy/reset-budget",
-        '{"new_epsilon": 1.0, "justification": "..."}',
-        "Authorization: Bearer <admin-token>",
-    ),
-    Call("POST", "/api/privacy/reset-budget", {"new_epsilon": 1.0, "justification": "..."}),
+    "/api/privacy/reset-budget",
+    '{"new_epsilon": 1.0, "justification": "..."}',
+    "Authorization: Bearer <admin-token>",
 )
-OPTIMIZE = Step(
-    RemediationAction.OPTIMIZE_EDGE,
-    _posted("/api/edge/optimize", '{"strategy": "quantization", "target_latency": 50}'),
-    Call("POST", "/api/edge/optimize", {"strategy": "quantization", "target_latency": 50}),
+OPTIMIZE = _step(
+    RemediationAction.OPTIMIZE_EDGE, "/api/edge/optimize", '{"strategy": "quantization", "target_latency": 50}'
 )
-SWITCH = Step(
-    RemediationAction.SWITCH_TO_EDGE_OPTIMIZED,
-    _posted("/api/model/switch", '{"variant": "edge_optimized"}'),
-    Call("POST", "/api/model/switch", {"variant": "edge_optimized"}),
-)
-ASYNCHRONOUS = Step(
+SWITCH = _step(RemediationAction.SWITCH_TO_EDGE_OPTIMIZED, "/api/model/switch", '{"variant": "edge_optimized"}')
+ASYNCHRONOUS = _step(
     RemediationAction.ASYNCHRONOUS_MODE,
-    _posted("/api/aggregation/mode", '{"mode": "asynchronous", "staleness_tolerance": 5}'),
-    Call("POST", "/api/aggregation/mode", {"mode": "asynchronous", "staleness_tolerance": 5}),
+    "/api/aggregation/mode",
+    '{"mode": "asynchronous", "staleness_tolerance": 5}',
 )
-FEWER = Step(
-    RemediationAction.FEWER_CLIENTS,
-    _posted("/api/training/config", '{"min_clients": 10, "wait_timeout": 300}'),
-    Call("POST", "/api/training/config", {"min_clients": 10, "wait_timeout": 300}),
-)
-BACKUP = Step(
-    RemediationAction.ENABLE_BACKUP_CHANNEL,
-    _posted("/api/communication/enable-backup"),
-    Call("POST", "/api/communication/enable-backup"),
-)
-BREACH = Step(
+FEWER = _step(RemediationAction.FEWER_CLIENTS, "/api/training/config", '{"min_clients": 10, "wait_timeout": 300}')
+BACKUP = _step(RemediationAction.ENABLE_BACKUP_CHANNEL, "/api/communication/enable-backup")
+BREACH = _step(
     "privacy_breach",
-    _posted(
-        "/api/emergency/privacy-breach",
-        "{\n"
-        '    "incident_id": "PB-$(date +%Y%m%d-%H%M%S)",\n'
-        '    "affected_clients": ["client1", "client2"],\n'
-        '    "breach_type": "data_exposure",\n'
-        '    "immediate_actions": ["stop_training", "isolate_data"]\n'
-        "  }",
-        "Authorization: Bearer <emergency-token>",
-    ),
-    Call(
-        "POST",
-        "/api/emergency/privacy-breach",
-        {
-            "incident_id": "PB-$(date +%Y%m%d-%H%M%S)",
-            "affected_clients": ["client1", "client2"],
-            "breach_type": "data_exposure",
-            "immediate_actions": ["stop_training", "isolate_data"],
-        },
-    ),
+    "/api/emergency/privacy-breach",
+    "{\n"
+    '    "incident_id": "PB-$(date +%Y%m%d-%H%M%S)",\n'
+    '    "affected_clients": ["client1", "client2"],\n'
+    '    "breach_type": "data_exposure",\n'
+    '    "immediate_actions": ["stop_training", "isolate_data"]\n'
+    "  }",
+    _EMERGENCY,
 )
-STAND_DOWN = Step(
+STAND_DOWN = _step(
     "stand_down",
-    _posted(
-        "/api/emergency/stand-down",
-        '{"incident_id": "<incident-id>", "justification": "The review found no further exposure."}',
-        "Authorization: Bearer <emergency-token>",
-    ),
-    Call(
-        "POST",
-        "/api/emergency/stand-down",
-        {"incident_id": "<incident-id>", "justification": "The review found no further exposure."},
-    ),
+    "/api/emergency/stand-down",
+    '{"incident_id": "<incident-id>", "justification": "The review found no further exposure."}',
+    _EMERGENCY,
 )
 
 _DOWN, _LOSS, _PARTITION, _BREACH = (
@@ -175,14 +139,14 @@ NOTHING = Play("common-incidents", ())
 
 
 def play_of(alertname: str) -> Play:
-    """What to do about an alert; for one that the runbook does not know, no step."""
+    """The steps for an alert; none for an alert that the runbook does not contain."""
     return PLAYBOOK.get(alertname, NOTHING)
 
 
 def client_of(labels: Mapping[str, str]) -> str | None:
-    """The client that an alert is about, if its labels name one.
+    """The id of the client that an alert's labels name, if any.
 
-    What no client can be called is none: it would become part of a command that somebody types.
+    Invalid ids are ignored, because the id becomes part of a command line.
     """
     named = (labels.get(name, "") for name in ("client_id", "device_id", "device"))
     return next((name for name in named if re.fullmatch(CLIENT_ID, name)), None)

@@ -1,4 +1,4 @@
-"""What is done about an alert without a person: proposed always, taken where the settings allow it, and never twice."""
+"""Automatic remediation of alerts: always proposed, taken if the settings allow it, and never taken twice."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _FOR_ALL = (_COOLDOWN, _CAP)
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A remediation that was taken on, and the call that it consists of."""
+    """A claimed remediation and its API call."""
 
     claimed: Remediation
     call: Call
 
     @property
     def path(self) -> str:
-        """The path, with the client in its place."""
+        """The path of the call, with the client's id."""
         return self.call.path.format(client_id=quote(self.claimed.target or "", safe=""))
 
     @property
     def key(self) -> str:
-        """The same for the same firing, so that not even a second call would act twice."""
+        """The idempotency key: equal for equal firings, so that a repeated call has no second effect."""
         claimed = self.claimed
         return f"{claimed.fingerprint}:{claimed.starts_at.isoformat()}:{claimed.action}"
 
@@ -44,7 +44,7 @@ class Order:
 class Proposal:
     """One step of the runbook for one incident.
 
-    ``automatic`` says whether the system may take it by itself, or ever might; ``taken`` what became of that.
+    ``automatic`` says whether the system may take it without a person; ``taken`` is its remediation, if there is one.
     """
 
     step: Step
@@ -55,16 +55,16 @@ class Proposal:
 
     @property
     def command(self) -> str:
-        """What an operator types, with the client in its place where one is known."""
+        """The command line, with the client's id if it is known."""
         return self.step.command if self.target is None else self.step.command.replace(DEVICE, self.target)
 
 
 def orders(store: Store, settings: Settings, incident_id: str, at: datetime) -> list[Order]:
-    """Take on what may be done now about the alerts of an incident that still fire.
+    """Claim the remediations that are allowed now for the firing alerts of an incident.
 
-    Each is claimed before it is done: whoever asks again, or at the same time, gets nothing.
+    A later or concurrent call does not return a claimed remediation again.
     """
-    found: list[Order] = []
+    claimed_orders: list[Order] = []
     exhausted: set[RemediationAction] = set()
     for logged in store.incidents.alerts(incident_id):
         for step in play_of(logged.alert.alertname).steps if logged.alert.ends_at is None else ():
@@ -73,19 +73,19 @@ def orders(store: Store, settings: Settings, incident_id: str, at: datetime) -> 
                 continue
             claimed = _claim(store, settings, logged, action, call, at)
             if claimed is not None and claimed.outcome is RemediationOutcome.BEGUN:
-                found.append(Order(claimed, call))
+                claimed_orders.append(Order(claimed, call))
             elif claimed is not None and claimed.detail.startswith(_FOR_ALL):
-                # What holds for this alert holds for a thousand others of the same message.
+                # The limit applies to the action, so to all other alerts, too.
                 exhausted.add(action)
-    return found
+    return claimed_orders
 
 
 def proposals(
     config: RemediationConfig, alertname: str, alerts: Sequence[FiredAlert], taken: Sequence[Remediation]
 ) -> list[Proposal]:
-    """Every step that the runbook knows for these alerts; one about a client appears once a client."""
+    """Every step of the runbook for these alerts; a step about a client appears once for each client."""
     play, known = play_of(alertname), {(one.action, one.target): one for one in taken}
-    found = []
+    rows = []
     for step in play.steps:
         for target in _targets(step, alerts):
             action = step.action
@@ -93,14 +93,14 @@ def proposals(
             if action is not None:
                 automatic = "allowed" if action in config.allow else "not_allowed"
             done = known.get((action, target)) if action is not None else None
-            found.append(Proposal(step, play.section, target, automatic, done))
-    return found
+            rows.append(Proposal(step, play.section, target, automatic, done))
+    return rows
 
 
 def why_withheld(
     config: RemediationConfig, action: RemediationAction, target: str | None, at: datetime, state: RemediationState
 ) -> str | None:
-    """Why an action may not be taken now, or None."""
+    """The reason why an action may not be taken now, or None."""
     if action is RemediationAction.REMOVE_CLIENT and target is None:
         return "the alert names no client"
     if action is RemediationAction.REMOVE_CLIENT and not state.target_active:
@@ -116,7 +116,7 @@ def why_withheld(
 def _too_many_left_out(config: RemediationConfig, action: RemediationAction, state: RemediationState) -> str | None:
     out, of = 0, state.active
     if action is RemediationAction.REMOVE_CLIENT:
-        # Those before it count, however long ago: else it would only take longer.
+        # All earlier removals count, so that time does not lift the limit.
         out, of = state.removed + 1, state.fleet
     if action is RemediationAction.RESTART_VALIDATED_ONLY:
         out = state.unvalidated
@@ -139,7 +139,7 @@ def _claim(
 
 
 def _why_needless(store: Store, settings: Settings, action: RemediationAction, call: Call) -> str | None:
-    """A small fleet asks for fewer clients than the runbook's number, which would then stop its training."""
+    """Why lowering ``min_clients`` has no effect: a small fleet may already use the runbook's number or less."""
     wanted = (call.body or {}).get("min_clients")
     if action is not RemediationAction.FEWER_CLIENTS or wanted is None:
         return None

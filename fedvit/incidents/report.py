@@ -1,13 +1,13 @@
-"""The report on an incident: the runbook's template, filled with what is known and blank where only people know.
+"""Incident report: the runbook's template, filled from the store; fields that only people know stay blank.
 
-The template stands here once; docs/runbook.md prints it, and a test compares the two.
+A test compares the template with the one in docs/runbook.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from fedvit.api.choices import Section
 from fedvit.config import Settings
@@ -59,7 +59,7 @@ _NAMED = 20
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a report is made of. ``epsilons`` are what was spent at the incident's beginning and end; None: unknown."""
+    """The contents of a report. ``epsilons`` are the spend at the incident's beginning and end; None if unknown."""
 
     incident: Incident
     alerts: Sequence[LoggedAlert]
@@ -73,7 +73,7 @@ class Facts:
 
 
 def collect(store: Store, settings: Settings, incident_id: str, now: datetime) -> Facts:
-    """Everything that the state knows of an incident.
+    """The facts about an incident in the store.
 
     Raises:
         NotFoundError: no such incident.
@@ -95,70 +95,43 @@ def collect(store: Store, settings: Settings, incident_id: str, now: datetime) -
 
 
 def report(facts: Facts) -> str:
-    """The template, filled; Markdown. Its headings and their order are the template's."""
-    fill = _Fill(facts)
-    lines: list[str] = []
-    for line in TEMPLATE.splitlines():
-        lines += fill.line(line)
+    """The filled template as Markdown, with the template's headings in their order."""
+    lines = (text for line in TEMPLATE.splitlines() for text in _filled(line, facts))
     return "\n".join(lines) + "\n"
 
 
-class _Fill:
-    """Goes through the template line by line; what it has no better word for stays as it is."""
-
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
-        self._told_timeline = False
-        self._fields: dict[str, Callable[[Facts], str]] = {
-            "Date": _date,
-            "Duration": _duration,
-            "Severity": _severity,
-            "Root Cause": lambda facts: _first_line(_noted(facts, Section.ROOT_CAUSE)),
-            "Clients Affected": _clients_affected,
-            "Data Loss": _data_loss,
-            "Privacy Impact": _privacy_impact,
-            "Business Impact": lambda facts: _first_line(_noted(facts, Section.BUSINESS_IMPACT)),
-        }
-
-    def line(self, line: str) -> list[str]:
-        """What stands in the report for a line of the template."""
-        facts = self._facts
-        if line.startswith("# "):
-            return [f"# Incident Report: {facts.incident.incident_id}"]
-        if line.startswith("- **"):
-            name = line.removeprefix("- **").partition("**")[0]
-            return [f"- **{name}**: {self._fields[name](facts)}".rstrip()]
-        if line.startswith("- HH:MM"):
-            told, self._told_timeline = self._told_timeline, True
-            return [] if told else _timeline_lines(facts.timeline)
-        if line == "- [ ] Add automated recovery":
-            return [line, *(f"- [ ] {text}" for text in facts.notes[Section.ACTION_ITEM])]
-        return {
-            "[Detailed analysis]": list(facts.notes[Section.ROOT_CAUSE]),
-            "[Steps taken to resolve]": _steps(facts),
-            "[Measures to prevent recurrence]": list(facts.notes[Section.PREVENTION]),
-        }.get(line) or [line]
+def _filled(line: str, facts: Facts) -> list[str]:
+    """The lines of the report for a line of the template; the line itself if there is nothing to fill in."""
+    if line.startswith("# "):
+        return [f"# Incident Report: {facts.incident.incident_id}"]
+    if line.startswith("- **"):
+        name = line.removeprefix("- **").partition("**")[0]
+        return [f"- **{name}**: {_FIELDS[name](facts)}".rstrip()]
+    if line.startswith("- HH:MM"):
+        # The timeline replaces the first of the template's lines.
+        return _timeline_lines(facts.timeline) if line.endswith("Issue detected") else []
+    if line == "- [ ] Add automated recovery":
+        return [line, *(f"- [ ] {text}" for text in facts.notes[Section.ACTION_ITEM])]
+    return {
+        "[Detailed analysis]": list(facts.notes[Section.ROOT_CAUSE]),
+        "[Steps taken to resolve]": _steps(facts),
+        "[Measures to prevent recurrence]": list(facts.notes[Section.PREVENTION]),
+    }.get(line) or [line]
 
 
-# --- the fields ------------------------------------------------------------------------------------------------------
-
-
-def _date(facts: Facts) -> str:
-    return f"{facts.incident.opened_at:%Y-%m-%d} (times are UTC)"
+# --- fields ----------------------------------------------------------------------------------------------------------
 
 
 def _duration(facts: Facts) -> str:
     resolved_at = facts.incident.resolved_at
-    took = _words((resolved_at or facts.now) - facts.incident.opened_at)
-    return took if resolved_at else f"{took}, and not over"
-
-
-def _severity(facts: Facts) -> str:
-    return f"{facts.incident.severity} ({facts.incident.alertname})"
+    minutes, seconds = divmod(int(((resolved_at or facts.now) - facts.incident.opened_at).total_seconds()), 60)
+    hours, minutes = divmod(minutes, 60)
+    duration = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    return duration if resolved_at else f"{duration}, and not over"
 
 
 def _clients_affected(facts: Facts) -> str:
-    """Those that alerts name, or that came into quarantine: whoever else was affected, nobody told the log."""
+    """The clients that alerts name or that were quarantined; the log knows no others."""
     named = {client_of(one.alert.labels) or one.alert.labels.get("instance") for one in facts.alerts} - {None}
     parts = [f"{_list(sorted(map(str, named)))} (named by alerts)"] if named else []
     if facts.quarantined:
@@ -181,41 +154,42 @@ def _privacy_impact(facts: Facts) -> str:
     return f"epsilon spent: {before:.4f} before, {after:.4f} after, at delta {facts.target_delta:g} (from the ledger)"
 
 
-def _noted(facts: Facts, section: Section) -> str:
-    return next(iter(facts.notes[section]), "")
+def _note(section: Section) -> Callable[[Facts], str]:
+    """The first note of a section, in one line."""
+    return lambda facts: _one_line(next(iter(facts.notes[section]), ""))
+
+
+_FIELDS: Mapping[str, Callable[[Facts], str]] = {
+    "Date": lambda facts: f"{facts.incident.opened_at:%Y-%m-%d} (times are UTC)",
+    "Duration": _duration,
+    "Severity": lambda facts: f"{facts.incident.severity} ({facts.incident.alertname})",
+    "Root Cause": _note(Section.ROOT_CAUSE),
+    "Clients Affected": _clients_affected,
+    "Data Loss": _data_loss,
+    "Privacy Impact": _privacy_impact,
+    "Business Impact": _note(Section.BUSINESS_IMPACT),
+}
 
 
 def _steps(facts: Facts) -> list[str]:
-    """What people wrote, then the calls that were made and answered well."""
-    found = (entry for entry in facts.timeline if entry.kind in ("command", "remediation"))
-    calls = [entry for entry in found if "→ 2" in entry.text]
-    return [
-        *facts.notes[Section.RESOLUTION],
-        *(f"- {entry.text}, by {entry.actor}" for entry in calls),
-    ]
+    """The notes, then the successful calls."""
+    calls = [entry for entry in facts.timeline if entry.kind in ("command", "remediation") and "→ 2" in entry.text]
+    return [*facts.notes[Section.RESOLUTION], *(f"- {entry.text}, by {entry.actor}" for entry in calls)]
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
 def _timeline_lines(entries: Sequence[Entry]) -> list[str]:
-    """HH:MM and what happened; with the day where that is another than the first."""
-    return [
-        f"- {moment} - {_first_line(_told(entry))}" for moment, entry in zip(_moments(entries), entries, strict=True)
-    ]
-
-
-def _moments(entries: Sequence[Entry]) -> Iterator[str]:
-    first = entries[0].at.date() if entries else None
+    """Time and text of each entry; with the date if it is not the first entry's."""
+    lines = []
     for entry in entries:
-        yield f"{entry.at:%H:%M}" if entry.at.date() == first else f"{entry.at:%Y-%m-%d %H:%M}"
+        time = f"{entry.at:%H:%M}" if entry.at.date() == entries[0].at.date() else f"{entry.at:%Y-%m-%d %H:%M}"
+        lines.append(f"- {time} - {_one_line(entry.text + (f', by {entry.actor}' if entry.actor is not None else ''))}")
+    return lines
 
 
-def _told(entry: Entry) -> str:
-    return entry.text if entry.actor is None else f"{entry.text}, by {entry.actor}"
-
-
-def _first_line(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
@@ -224,15 +198,9 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def _words(duration: timedelta) -> str:
-    minutes, seconds = divmod(int(duration.total_seconds()), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
 def _epsilons(store: Store, settings: Settings, since: datetime, until: datetime) -> tuple[float, float] | None:
     try:
         return epsilon_spent_at(store, settings, since), epsilon_spent_at(store, settings, until)
     except FedvitError:
-        # A ledger that cannot be interpreted is no reason to have no report.
+        # The report does not need an intact ledger.
         return None

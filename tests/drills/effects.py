@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from drill import CONTROL, EDGES, Call, Drill, Outcome, answers, await_that, succeeds
+from drill import CONTROL, EDGES, Call, CommandResult, Drill, accepts_connections, responds, wait_until
 from placeholders import DEVICE, doubted
 
-Check = Callable[[Drill, Outcome], None]
+Check = Callable[[Drill, CommandResult], None]
 MORE_EDGES = tuple(f"http://127.0.0.1:{port}" for port in (8083, 8084, 8085))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _doubts(drill: Drill, outcome: Outcome) -> None:
+def _doubts(drill: Drill, outcome: CommandResult) -> None:
     assert outcome.json()["client_id"] == doubted(drill)
     assert drill.client(doubted(drill))["validated"] is False
 
 
-def _restarted(drill: Drill, outcome: Outcome) -> None:
+def _restarted(drill: Drill, outcome: CommandResult) -> None:
     run_id = drill.operation(outcome)["result"]["run_id"]
-    drill.training(lambda found: found["run_id"] == run_id and found["rounds_done"] >= 1, f"{run_id} trains")
+    drill.wait_for_training(lambda found: found["run_id"] == run_id and found["rounds_done"] >= 1, f"{run_id} trains")
     history = drill.get("/api/privacy/history?hours=1&limit=10000")
     took_part = {line["client_id"] for line in history if line["run_id"] == run_id}
     before = {line["client_id"] for line in history if line["run_id"] != run_id}
@@ -37,52 +37,58 @@ def _restarted(drill: Drill, outcome: Outcome) -> None:
     assert took_part == before - {doubted(drill)}
 
 
-def _retrained(drill: Drill, outcome: Outcome) -> None:
+def _retrained(drill: Drill, outcome: CommandResult) -> None:
     result = drill.operation(outcome)["result"]
     assert result["base_version"] is None
-    drill.training(lambda found: found["run_id"] == result["run_id"] and found["rounds_done"] >= 1, "it trains")
+    drill.wait_for_training(
+        lambda found: found["run_id"] == result["run_id"] and found["rounds_done"] >= 1, "it trains"
+    )
 
 
-def _stopped(drill: Drill, _: Outcome) -> None:
-    drill.training(lambda found: found["phase"] == "resting" and found["status"] == "stopped", "training rests")
+def _stopped(drill: Drill, _: CommandResult) -> None:
+    drill.wait_for_training(
+        lambda found: found["phase"] == "resting" and found["status"] == "stopped", "training rests"
+    )
 
 
-def _started(drill: Drill, _: Outcome) -> None:
-    drill.training(lambda found: found["status"] == "running" and found["phase"] != "resting", "training runs")
+def _started(drill: Drill, _: CommandResult) -> None:
+    drill.wait_for_training(lambda found: found["status"] == "running" and found["phase"] != "resting", "training runs")
 
 
-def _configured(drill: Drill, _: Outcome) -> None:
+def _configured(drill: Drill, _: CommandResult) -> None:
     found = drill.get("/api/training/config")
     assert (found["min_clients"], found["wait_timeout"]) == (10, 300)
 
 
-def _mode_changed(drill: Drill, outcome: Outcome) -> None:
+def _mode_changed(drill: Drill, outcome: CommandResult) -> None:
     found = drill.get("/api/aggregation/mode")
     assert found == outcome.json()
     assert f'"mode": "{found["mode"]}"' in outcome.command
     if found["mode"] == "asynchronous":
         assert found["staleness_tolerance"] == 5
     done = drill.get("/api/training/status")["rounds_done"]
-    drill.training(lambda now: now["status"] != "running" or now["rounds_done"] > done, "training goes on in that mode")
+    drill.wait_for_training(
+        lambda now: now["status"] != "running" or now["rounds_done"] > done, "training goes on in that mode"
+    )
 
 
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
-def _removed(drill: Drill, _: Outcome) -> None:
+def _removed(drill: Drill, _: CommandResult) -> None:
     assert drill.client(DEVICE)["active"] is False
 
 
-def _registered(drill: Drill, _: Outcome) -> None:
+def _registered(drill: Drill, _: CommandResult) -> None:
     assert drill.client(DEVICE)["active"] is True
 
 
-def _alive(drill: Drill, _: Outcome) -> None:
-    await_that("it was heard", lambda: drill.get(f"/api/clients/{DEVICE}")["last_seen_at"])
+def _alive(drill: Drill, _: CommandResult) -> None:
+    wait_until("it was heard", lambda: drill.get(f"/api/clients/{DEVICE}")["last_seen_at"])
 
 
 def _mailbox(enabled: bool) -> Check:
-    def check(drill: Drill, _: Outcome) -> None:
+    def check(drill: Drill, _: CommandResult) -> None:
         assert drill.get("/api/communication/backup")["enabled"] is enabled
         assert drill.get("/api/clients/connectivity")["backup_channel"]["enabled"] is enabled
 
@@ -92,7 +98,7 @@ def _mailbox(enabled: bool) -> Check:
 # --- privacy ---------------------------------------------------------------------------------------------------------
 
 
-def _reset(drill: Drill, outcome: Outcome) -> None:
+def _reset(drill: Drill, outcome: CommandResult) -> None:
     budget, period = drill.get("/api/privacy/budget"), outcome.json()["period"]
     assert (budget["target_epsilon"], budget["period"]) == (1.0, period)
     assert budget["lifetime_epsilon"] > 0
@@ -101,7 +107,7 @@ def _reset(drill: Drill, outcome: Outcome) -> None:
     drill.memory["period"] = period
 
 
-def _breached(drill: Drill, outcome: Outcome) -> None:
+def _breached(drill: Drill, outcome: CommandResult) -> None:
     told = outcome.json()
     drill.memory["incident_id"] = told["incident_id"]
     assert drill.get("/api/privacy/budget")["frozen"]["incident_id"] == told["incident_id"]
@@ -113,7 +119,7 @@ def _breached(drill: Drill, outcome: Outcome) -> None:
     # Absolute, or as seen from the folder in which the system was started.
     content = (bundle if bundle.is_absolute() else drill.checkout / bundle).read_bytes()
     assert hashlib.sha256(content).hexdigest() == told["forensic_sha256"]
-    drill.training(lambda found: found["phase"] in ("resting", "idle"), "training rests")
+    drill.wait_for_training(lambda found: found["phase"] in ("resting", "idle"), "training rests")
     assert drill.get("/api/audit?limit=1", "admin")[0]["action"] == "POST /api/emergency/privacy-breach"
     if "client1" not in outcome.command:
         assert told["quarantined"] == [doubted(drill)]
@@ -121,38 +127,38 @@ def _breached(drill: Drill, outcome: Outcome) -> None:
     assert (told["quarantined"], set(told["unknown_clients"])) == ([], {"client1", "client2"})
     # The next report is to find what this one found: nothing frozen, and training under way.
     over = {"incident_id": told["incident_id"], "justification": "The drill goes on to the next report."}
-    assert drill.ask("/api/emergency/stand-down", "POST", "emergency", json=over).is_success
-    assert drill.ask("/api/training/start", "POST").is_success
+    assert drill.request("/api/emergency/stand-down", "POST", "emergency", json=over).is_success
+    assert drill.request("/api/training/start", "POST").is_success
     _started(drill, outcome)
 
 
-def _stood_down(drill: Drill, _: Outcome) -> None:
+def _stood_down(drill: Drill, _: CommandResult) -> None:
     assert drill.get("/api/privacy/budget")["frozen"] is None
 
 
-def _reinstated(drill: Drill, _: Outcome) -> None:
+def _reinstated(drill: Drill, _: CommandResult) -> None:
     assert drill.get(f"/api/clients/{doubted(drill)}")["quarantined_at"] is None
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def _optimized(drill: Drill, outcome: Outcome) -> None:
+def _optimized(drill: Drill, outcome: CommandResult) -> None:
     result = drill.operation(outcome)["result"]
     assert isinstance(result["target_met"], bool)
     if result["switched"]:
         assert drill.get("/api/model/info")["variant"] == result["variant"]
-        drill.everybody_serves(result["version"], result["variant"])
-    assert drill.ask("/api/training/start", "POST").is_success
+        drill.wait_until_served(result["version"], result["variant"])
+    assert drill.request("/api/training/start", "POST").is_success
 
 
-def _switched(drill: Drill, outcome: Outcome) -> None:
+def _switched(drill: Drill, outcome: CommandResult) -> None:
     assert drill.get("/api/model/info")["variant"] == "edge_optimized"
-    drill.everybody_serves(outcome.json()["version"], "edge_optimized")
-    drill.look_at_images()
+    drill.wait_until_served(outcome.json()["version"], "edge_optimized")
+    drill.request_inferences()
 
 
-def _rolled_back(drill: Drill, outcome: Outcome) -> None:
+def _rolled_back(drill: Drill, outcome: CommandResult) -> None:
     told, current = outcome.json(), drill.get("/api/model/current")
     asked = re.search(r'"version": "([^"]+)"', outcome.command)
     assert asked is not None
@@ -160,68 +166,68 @@ def _rolled_back(drill: Drill, outcome: Outcome) -> None:
     assert versions[told["version"]]["derived_from"] == asked[1]
     # Training may have released a later one meanwhile.
     assert current["version"] == told["version"] or current["created_at"] > versions[told["version"]]["created_at"]
-    drill.everybody_serves(told["version"], told["variant"])
+    drill.wait_until_served(told["version"], told["variant"])
 
 
-def _exported(drill: Drill, _: Outcome) -> None:
+def _exported(drill: Drill, _: CommandResult) -> None:
     assert (drill.checkout / "var/run/release/trusted_key.txt").read_text().strip()
 
 
-def _more_edges(_: Drill, __: Outcome) -> None:
+def _more_edges(_: Drill, __: CommandResult) -> None:
     for base in MORE_EDGES:
-        await_that(f"{base} has a model", partial(succeeds, f"{base}/health"))
+        wait_until(f"{base} has a model", partial(responds, f"{base}/health"))
 
 
-def _fewer_edges(_: Drill, __: Outcome) -> None:
+def _fewer_edges(_: Drill, __: CommandResult) -> None:
     for base in MORE_EDGES:
-        await_that(f"{base} is gone", partial(_silent, f"{base}/health"))
+        wait_until(f"{base} is gone", partial(_silent, f"{base}/health"))
 
 
 # --- the system ------------------------------------------------------------------------------------------------------
 
 
 def _silent(url: str) -> bool:
-    return not answers(url)
+    return not accepts_connections(url)
 
 
-def _is_down(drill: Drill, _: Outcome) -> None:
-    await_that("nothing runs", lambda: drill.fedvit("status")["system"] == "down")
+def _is_down(drill: Drill, _: CommandResult) -> None:
+    wait_until("nothing runs", lambda: drill.fedvit("status")["system"] == "down")
     for base in (CONTROL, *EDGES):
-        await_that(f"{base} is silent", partial(_silent, base))
+        wait_until(f"{base} is silent", partial(_silent, base))
 
 
-def _is_up(drill: Drill, _: Outcome) -> None:
+def _is_up(drill: Drill, _: CommandResult) -> None:
     assert drill.fedvit("status")["system"] == "ok"
     assert drill.get("/api/system/health")["status"] == "ok"
 
 
-def _is_another(drill: Drill, outcome: Outcome) -> None:
+def _is_another(drill: Drill, outcome: CommandResult) -> None:
     _is_up(drill, outcome)
     assert "Stopped." in outcome.out
-    drill.training(lambda found: found["rounds_done"] >= drill.memory["rounds_done"], "training continues")
+    drill.wait_for_training(lambda found: found["rounds_done"] >= drill.memory["rounds_done"], "training continues")
 
 
-def _shut_down(drill: Drill, outcome: Outcome) -> None:
+def _shut_down(drill: Drill, outcome: CommandResult) -> None:
     assert outcome.json()["kind"] == "shutdown"
     _is_down(drill, outcome)
     drill.memory["privacy"] = drill.fedvit("privacy", "show")
     drill.memory["versions"] = drill.fedvit("model", "list")
 
 
-def _saved(drill: Drill, _: Outcome) -> None:
+def _saved(drill: Drill, _: CommandResult) -> None:
     newest = max(drill.checkout.glob("fedvit-backup-*.tar.gz"))
     with tarfile.open(newest) as archive:
         assert {"state.db", "checksums.json", "keys/root.key"} <= set(archive.getnames())
 
 
-def _restored(drill: Drill, _: Outcome) -> None:
+def _restored(drill: Drill, _: CommandResult) -> None:
     privacy = drill.fedvit("privacy", "show")
     assert privacy["epsilon_remaining"] <= drill.memory["privacy"]["epsilon_remaining"] + 1e-9
     assert privacy["ledger_entries"] >= drill.memory["privacy"]["ledger_entries"]
     assert drill.fedvit("model", "list") == drill.memory["versions"]
 
 
-def _token_made(drill: Drill, outcome: Outcome) -> None:
+def _token_made(drill: Drill, outcome: CommandResult) -> None:
     scope = outcome.command.rsplit(" ", 1)[-1]
     text = outcome.out.strip()
     listed = {token["token_id"]: token for token in drill.fedvit("token", "list")}
@@ -229,10 +235,10 @@ def _token_made(drill: Drill, outcome: Outcome) -> None:
     drill.tokens[scope] = text
 
 
-def _noted(drill: Drill, outcome: Outcome) -> None:
+def _noted(drill: Drill, outcome: CommandResult) -> None:
     asked = re.search(r'note (\S+) "([^"]+)"', outcome.command)
     assert asked is not None
-    report = drill.ask(f"/api/incidents/{asked[1]}/report").text
+    report = drill.request(f"/api/incidents/{asked[1]}/report").text
     assert f"- **Root Cause**: {asked[2]}\n" in report
     assert drill.get(f"/api/incidents/{asked[1]}")["timeline"]
 
@@ -281,7 +287,7 @@ LOOKS = (
 )
 
 
-def check_effect(drill: Drill, outcome: Outcome) -> None:
+def check_effect(drill: Drill, outcome: CommandResult) -> None:
     """Look whether the command did what the runbook says.
 
     Raises:
@@ -309,11 +315,11 @@ def remember(drill: Drill, command: str) -> None:
     if command == "make down && make up":
         drill.memory["rounds_done"] = drill.get("/api/training/status")["rounds_done"]
     if ":9090/" in command:
-        drill.show_prometheus()
+        drill.wait_for_scrape()
     if "/api/edge/optimize" in command:
         # Rounds take seconds here and minutes elsewhere: a release in between would make it fail, as the runbook says.
-        assert drill.ask("/api/training/stop", "POST").is_success
-        drill.training(lambda found: found["phase"] == "resting", "training rests")
+        assert drill.request("/api/training/stop", "POST").is_success
+        drill.wait_for_training(lambda found: found["phase"] == "resting", "training rests")
 
 
 def values_of(text: str) -> list[Any]:

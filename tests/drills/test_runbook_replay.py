@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from drill import RUNBOOK, Drill, Outcome
+from drill import RUNBOOK, CommandResult, Drill
 from effects import check_effect, remember, values_of
 from placeholders import PLACEHOLDERS, SHELL, Placeholder
 
@@ -72,33 +72,33 @@ def play(text: str, drill: Drill) -> None:
     check_effect(drill, outcome)
 
 
-def check_refused(outcome: Outcome, placeholder: Placeholder) -> None:
+def check_refused(outcome: CommandResult, placeholder: Placeholder) -> None:
     """The operator forgot to fill it in, and is told so."""
     if SHELL in placeholder.refusals:
-        assert outcome.exit_status != 0, outcome.told()
+        assert outcome.exit_status != 0, outcome.describe()
         # What follows an angle bracket in the middle of a line is taken for a file, and there is none.
-        assert re.search("syntax error|No such file", outcome.err), outcome.told()
+        assert re.search("syntax error|No such file", outcome.err), outcome.describe()
         return
-    assert outcome.calls, outcome.told()
-    assert outcome.calls[0].status in placeholder.refusals, outcome.told()
+    assert outcome.calls, outcome.describe()
+    assert outcome.calls[0].status in placeholder.refusals, outcome.describe()
     problem = values_of(outcome.out)[0]
-    assert problem["status"] == outcome.calls[0].status, outcome.told()
-    assert problem["detail"], outcome.told()
-    assert problem[placeholder.help_in], outcome.told()
+    assert problem["status"] == outcome.calls[0].status, outcome.describe()
+    assert problem["detail"], outcome.describe()
+    assert problem[placeholder.help_in], outcome.describe()
 
 
-def check_succeeded(outcome: Outcome) -> None:
+def check_succeeded(outcome: CommandResult) -> None:
     """It ended well, every request of it was answered well, and what jq printed is JSON with nothing missing."""
-    assert outcome.exit_status == 0, outcome.told()
-    assert all(200 <= call.status < 300 for call in outcome.calls), outcome.told()
-    assert "curl" not in outcome.command.split() or outcome.calls, outcome.told()
+    assert outcome.exit_status == 0, outcome.describe()
+    assert all(200 <= call.status < 300 for call in outcome.calls), outcome.describe()
+    assert "curl" not in outcome.command.split() or outcome.calls, outcome.describe()
     if re.search(r"\| jq\b", outcome.command):
         # A loop prints titles of its own.
         values = values_of(re.sub(r"^=== .* ===$", "", outcome.out, flags=re.MULTILINE))
-        assert values, outcome.told()
-        assert None not in values, outcome.told()
+        assert values, outcome.describe()
+        assert None not in values, outcome.describe()
     if ":9090/" in outcome.command:
-        assert outcome.json()["data"]["result"], outcome.told()
+        assert outcome.json()["data"]["result"], outcome.describe()
 
 
 def test_every_command_is_run_or_mapped_or_skipped_for_a_reason(report: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Clients that lie: nowhere but in a drill's own folder, and not before the drill says so."""
+"""Faulty clients in drills: only in the folder of a drill, and only after the drill activates them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fedvit.models.trainable import trainable_weights
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.tools.simulation.rehearsal import (
+    activate_faults,
     allow_rehearsal,
-    begin_lying,
     check_rehearsal,
     faulty_clients,
     rehearsed_host,
@@ -74,24 +74,24 @@ def test_outside_a_drill_it_is_refused_in_words(settings: Settings, tmp_path: Pa
     for refuse in (check_rehearsal, rehearsed_host):
         with pytest.raises(ConfigError, match=r"drill\.faults makes clients poison.*`fedvit drill high-loss`"):
             refuse(elsewhere)
-    honest = load_settings(environ={}, overrides={"home": tmp_path})
-    check_rehearsal(honest)
+    without_faults = load_settings(environ={}, overrides={"home": tmp_path})
+    check_rehearsal(without_faults)
 
 
-def test_a_folder_with_a_state_is_never_a_rehearsals(tmp_path: Path) -> None:
+def test_a_folder_with_a_state_cannot_become_a_rehearsals(tmp_path: Path) -> None:
     Store.open(tmp_path).close()
-    with pytest.raises(StateError, match="holds a state"):
+    with pytest.raises(StateError):
         allow_rehearsal(tmp_path)
 
 
-def test_faulty_clients_lie_from_the_moment_that_the_drill_says_so(settings: Settings) -> None:
+def test_faults_occur_after_the_drill_activates_them(settings: Settings) -> None:
     allow_rehearsal(settings.home)
-    (liar,) = faulty_clients(settings)
-    honest_one = next(f"vehicle-{i:02d}" for i in range(9) if f"vehicle-{i:02d}" != liar)
+    (faulty,) = faulty_clients(settings)
+    correct = next(f"vehicle-{i:02d}" for i in range(9) if f"vehicle-{i:02d}" != faulty)
     host, plain = rehearsed_host(settings), vision_host(settings)
-    truth = {client_id: update_of(plain, settings, client_id) for client_id in (liar, honest_one)}
+    truth = {client_id: update_of(plain, settings, client_id) for client_id in (faulty, correct)}
     for client_id in truth:
         np.testing.assert_array_equal(update_of(host, settings, client_id), truth[client_id])
-    begin_lying(settings.home)
-    np.testing.assert_allclose(update_of(host, settings, liar), -FACTOR * truth[liar], rtol=1e-9)
-    np.testing.assert_array_equal(update_of(host, settings, honest_one), truth[honest_one])
+    activate_faults(settings.home)
+    np.testing.assert_allclose(update_of(host, settings, faulty), -FACTOR * truth[faulty], rtol=1e-9)
+    np.testing.assert_array_equal(update_of(host, settings, correct), truth[correct])

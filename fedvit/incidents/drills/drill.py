@@ -1,38 +1,38 @@
-"""What a drill is, and what came of one."""
+"""Drills, their stages and their results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from fedvit.incidents.drills.alerts import Alert
-from fedvit.incidents.drills.course import Course
-from fedvit.incidents.drills.tally import Tally
+from fedvit.incidents.drills.losses import Losses
+from fedvit.incidents.drills.prometheus import ExpectedAlert
+from fedvit.incidents.drills.stage_run import StageRun
 
-# Every drill types commands and watches alerts.
+# Programs that every drill needs.
 PROGRAMS = ("make", "curl", "jq", "prometheus", "prometheus-alertmanager")
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One fault and the way out of it.
+    """One fault and the recovery from it.
 
     Attributes:
-        name: "" where a drill has but one.
-        play: does everything from the fault to the end of the alert.
-        may_lose_updates: whether updates that were paid for may count nowhere: they were under way when the network,
-            or the privacy officer, cut them off. Rounds are never lost, and no update ever counts twice.
+        name: "" in a drill with a single stage.
+        play: all steps from the fault to the end of the alert.
+        may_lose_updates: whether charged updates may be missing from every round, because the network or the breach
+            response cut them off. Rounds are never lost, and no update ever counts twice.
     """
 
     name: str
-    alert: Alert
-    play: Callable[[Course], None]
+    alert: ExpectedAlert
+    play: Callable[[StageRun], None]
     may_lose_updates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Drill:
-    """One incident of the runbook. ``settings`` make its system another than the one that most drills share."""
+    """One incident of the runbook. A drill with ``settings`` runs on a system of its own."""
 
     name: str
     title: str
@@ -44,29 +44,29 @@ class Drill:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """A line of the table. Seconds are None where that never came; ``verdict`` is green, failed or skipped."""
+class DrillResult:
+    """A row of the table. Seconds are None if the event did not happen; ``verdict`` is green, failed or skipped."""
 
     drill: str
     alert: str
     verdict: str
     detected_after_s: float | None = None
     recovered_after_s: float | None = None
-    tally: Tally | None = None
+    losses: Losses | None = None
     incident: str | None = None
     why: str = ""
     notes: tuple[str, ...] = ()
 
 
-def fault_in(tally: Tally, stage: Stage) -> str | None:
-    """Why what an incident cost is too much, or None."""
-    if tally.rounds_lost:
-        return f"{tally.rounds_lost} rounds are lost"
-    if tally.updates_doubled or tally.uncharged:
-        return f"{tally.updates_doubled} updates count twice, {tally.uncharged} are not on the ledger"
-    if tally.updates_lost and not stage.may_lose_updates:
-        return f"{tally.updates_lost} updates are lost"
-    # Equal sums are equal floats: where nothing is lost, nothing may differ.
-    if tally.epsilon_difference < 0 or (tally.epsilon_difference and not tally.updates_lost):
-        return f"the ledger says {tally.epsilon_difference:+.6f} epsilon more than was released"
+def fault_in(losses: Losses, stage: Stage) -> str | None:
+    """Why the losses fail the stage, or None."""
+    if losses.rounds_lost:
+        return f"{losses.rounds_lost} rounds are lost"
+    if losses.updates_doubled or losses.uncharged:
+        return f"{losses.updates_doubled} updates count twice, {losses.uncharged} are not on the ledger"
+    if losses.updates_lost and not stage.may_lose_updates:
+        return f"{losses.updates_lost} updates are lost"
+    # Without losses both epsilons are the same sum, so they must be equal to the bit.
+    if losses.epsilon_difference < 0 or (losses.epsilon_difference and not losses.updates_lost):
+        return f"the ledger says {losses.epsilon_difference:+.6f} epsilon more than was released"
     return None

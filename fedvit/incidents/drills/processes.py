@@ -1,4 +1,4 @@
-"""The processes of one running system, found from its supervisor down; others may run on the same machine."""
+"""The processes of one running system: descendants of its supervisor, selected by title, program or arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TITLES = {"control": "ray::ServeReplica:control", "aggregator": "ray::Aggregator
 
 
 def supervisor(home: Path) -> int:
-    """The process that ``fedvit up`` left running."""
+    """The process id of the supervisor that ``fedvit up`` started."""
     return int(json.loads((home / "run" / "system.json").read_text())["pid"])
 
 
@@ -21,40 +21,36 @@ def kill(home: Path, part: str) -> None:
     Raises:
         LookupError: there is not exactly one.
     """
-    found = below(supervisor(home), TITLES[part])
-    if len(found) != 1:
-        raise LookupError(f"{len(found)} processes are {TITLES[part]}")
-    os.kill(found[0], signal.SIGKILL)
+    pids = below(supervisor(home), TITLES[part])
+    if len(pids) != 1:
+        raise LookupError(f"{len(pids)} processes are {TITLES[part]}")
+    os.kill(pids[0], signal.SIGKILL)
 
 
 def below(ancestor: int, title: str) -> list[int]:
-    """The descendants of a process whose title begins so."""
+    """The descendants of a process whose title begins with ``title``."""
     return [pid for pid in _processes() if _title(pid).startswith(title) and ancestor in _above(pid)]
 
 
 def named(ancestor: int, program: str) -> list[int]:
-    """The descendants of a process that run the program of that file name."""
-    return [pid for pid in _processes() if Path(_words(pid)[0]).name == program and ancestor in _above(pid)]
+    """The descendants of a process that run the program of this file name."""
+    return [pid for pid in _processes() if Path(_title(pid).split("\0")[0]).name == program and ancestor in _above(pid)]
 
 
 def with_words(ancestor: int, *words: str) -> list[int]:
-    """The descendants of a process whose command line has these words one after another."""
+    """The descendants of a process whose command line contains these words in sequence."""
     wanted = "\0".join(("", *words, ""))
     return [pid for pid in _processes() if wanted in f"\0{_title(pid)}" and ancestor in _above(pid)]
 
 
 def memory_mb(pid: int) -> float:
-    """What a process holds in memory now."""
+    """The resident memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-
-
-def _words(pid: int) -> list[str]:
-    return _title(pid).split("\0")
 
 
 def _title(pid: int) -> str:
@@ -66,12 +62,12 @@ def _title(pid: int) -> str:
 
 def _above(pid: int) -> set[int]:
     """The ancestors of a process."""
-    found: set[int] = set()
+    ancestors: set[int] = set()
     while pid > 1:
         try:
             # The name in parentheses may hold anything; the parent is the second field behind it.
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             break
-        found.add(pid)
-    return found
+        ancestors.add(pid)
+    return ancestors

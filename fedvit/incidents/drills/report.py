@@ -1,4 +1,4 @@
-"""The table of drills: for a terminal, for a program, and as docs/reference/drills.md."""
+"""Tables of drills and their results: for a terminal, as JSON, and as docs/reference/drills.md."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedvit.errors import UsageError
-from fedvit.incidents.drills.drill import Result
+from fedvit.incidents.drills.drill import DrillResult
 from fedvit.incidents.drills.engine import FACTOR
-from fedvit.incidents.drills.registry import ALL, SHORT
+from fedvit.incidents.drills.scenarios import ALL, SHORT
 
 COLUMNS = (
     "drill",
@@ -37,10 +37,10 @@ _LOG_WIDTH = 160
 
 
 def show_drills(console: Console, as_json: bool) -> None:
-    """Every drill, with what it needs."""
+    """Print every drill."""
     if as_json:
-        told = [{"name": drill.name, "title": drill.title, "short": drill.name in SHORT} for drill in ALL]
-        console.print_json(data=told)
+        rows = [{"name": drill.name, "title": drill.title, "short": drill.name in SHORT} for drill in ALL]
+        console.print_json(data=rows)
         return
     table = Table("drill", "fault", "alerts", "short", box=None)
     for drill in ALL:
@@ -49,38 +49,36 @@ def show_drills(console: Console, as_json: bool) -> None:
     console.print(table)
 
 
-def show_result(result: Result) -> str:
-    """One result in one line."""
+def show_result(result: DrillResult) -> str:
+    """A result in one line."""
     return " | ".join(_cells(result))
 
 
-def show_table(console: Console, results: Sequence[Result]) -> None:
-    """All of them."""
+def show_table(console: Console, results: Sequence[DrillResult]) -> None:
+    """Print all results."""
     table = Table(box=None)
     for column in COLUMNS:
         table.add_column(column, overflow="fold")
     for result in results:
         table.add_row(*_cells(result))
-    # A log has no width of its own, and eighty columns break every word.
+    # A log has no width; the default of 80 columns would break every word.
     console.print(table, width=console.width if console.is_terminal else _LOG_WIDTH)
-    for result in results:
-        for line in (result.why, *result.notes):
-            if line:
-                console.print(f"{result.drill}: {line}", highlight=False, markup=False)
+    for line in _remarks(results):
+        console.print(line, highlight=False, markup=False)
 
 
-def as_dicts(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """As JSON types."""
+def as_dicts(results: Sequence[DrillResult]) -> list[dict[str, Any]]:
+    """The results as JSON types."""
     return [asdict(result) for result in results]
 
 
-def write_docs(folder: Path, results: Sequence[Result], command: str) -> None:
+def write_docs(folder: Path, results: Sequence[DrillResult], command: str) -> None:
     """Write ``drills.json`` and ``drills.md``.
 
     Raises:
         UsageError: the folder cannot be written to.
     """
-    told = {
+    record = {
         "command": command,
         "machine": machine(),
         "measured": datetime.now(UTC).date().isoformat(),
@@ -88,14 +86,14 @@ def write_docs(folder: Path, results: Sequence[Result], command: str) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "drills.json").write_text(json.dumps(told, indent=2) + "\n")
-        (folder / "drills.md").write_text(page(results, command, told["machine"], told["measured"]))
+        (folder / "drills.json").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "drills.md").write_text(page(results, command, record["machine"], record["measured"]))
     except OSError as error:
         raise UsageError(f"The table cannot be written to {folder}: {error.strerror}.") from None
 
 
-def page(results: Sequence[Result], command: str, on: Any, measured: Any) -> str:
-    """docs/reference/drills.md."""
+def page(results: Sequence[DrillResult], command: str, on: Any, measured: Any) -> str:
+    """The text of docs/reference/drills.md."""
     lines = [
         "# Drills",
         "",
@@ -112,7 +110,7 @@ def page(results: Sequence[Result], command: str, on: Any, measured: Any) -> str
         *("| " + " | ".join(_cells(result)) + " |" for result in results),
         "",
     ]
-    lines += [f"- {result.drill}: {line}" for result in results for line in (result.why, *result.notes) if line]
+    lines += [f"- {line}" for line in _remarks(results)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -124,17 +122,15 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 
 
-def _cells(result: Result) -> list[str]:
-    cost = result.tally
-    counts = (
-        [str(cost.rounds_committed), str(cost.rounds_lost), str(cost.updates_lost), str(cost.updates_doubled)]
-        if cost
-        else ["–"] * 4
-    )
-    difference = f"{cost.epsilon_difference:.6f}" if cost else "–"
-    times = [f"{seconds:.1f}" if seconds is not None else "–" for seconds in _seconds(result)]
-    return [result.drill, result.alert, *times, *counts, difference, result.verdict]
+def _cells(result: DrillResult) -> list[str]:
+    counts, losses = ["–"] * 5, result.losses
+    if losses:
+        counts = [str(losses.rounds_committed), str(losses.rounds_lost), str(losses.updates_lost)]
+        counts += [str(losses.updates_doubled), f"{losses.epsilon_difference:.6f}"]
+    times = (result.detected_after_s, result.recovered_after_s)
+    seconds = [f"{time_s:.1f}" if time_s is not None else "–" for time_s in times]
+    return [result.drill, result.alert, *seconds, *counts, result.verdict]
 
 
-def _seconds(result: Result) -> tuple[float | None, float | None]:
-    return result.detected_after_s, result.recovered_after_s
+def _remarks(results: Sequence[DrillResult]) -> list[str]:
+    return [f"{result.drill}: {line}" for result in results for line in (result.why, *result.notes) if line]

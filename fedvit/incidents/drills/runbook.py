@@ -1,6 +1,6 @@
-"""The runbook as data: every command of its ``bash`` fences, and the table of what replaces Docker.
+"""Parser of the runbook: the commands of its ``bash`` fences, and the table of equivalents of Docker commands.
 
-Places are as seen from the checkout's folder.
+Paths are relative to the checkout.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ RUNBOOK = Path("docs") / "runbook.md"
 TABLE_HEAD = "| docker command | equivalent here |"
 ANYTHING = "…"
 DOCKER_ONLY = re.compile(r"(docker|docker-compose|kubectl|ssh)\b")
-# "1. Stop all training immediately": an order to people that the original prints among its commands.
+# "1. Stop all training immediately": an instruction for people between the commands.
 _FOR_PEOPLE = re.compile(r"\d+\. ")
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command as it is printed, with its continuation lines, loop or quoted lines."""
+    """A command as printed, including continuation lines, loops and quoted lines."""
 
     text: str
     heading: str
@@ -30,38 +30,38 @@ class Command:
 
     @property
     def docker_only(self) -> bool:
-        """Whether there is nothing on this machine that would run it."""
+        """Whether it needs Docker, Kubernetes or another machine."""
         return DOCKER_ONLY.match(self.text) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a fence that is no command: ``kind`` is comment, blank or people."""
+    """A line of a fence that is no command: ``kind`` is comment, blank or people."""
 
     text: str
     kind: str
 
 
 def fences(markdown: str, language: str = "bash") -> Iterator[tuple[str, int, list[str]]]:
-    """Each fence in that language: the heading above it, the number of its first line, its lines."""
+    """Each fence of a language: the heading above it, the number of its first line, its lines."""
     heading, begun = "", 0
-    found: list[str] | None = None
+    lines: list[str] | None = None
     for number, line in enumerate(markdown.splitlines(), start=1):
         if begun:
             if line.startswith("```"):
-                if found is not None:
-                    yield heading, begun, found
-                begun, found = 0, None
-            elif found is not None:
-                found.append(line)
+                if lines is not None:
+                    yield heading, begun, lines
+                begun, lines = 0, None
+            elif lines is not None:
+                lines.append(line)
         elif line.startswith("```"):
-            begun, found = number + 1, [] if line.strip() == f"```{language}" else None
+            begun, lines = number + 1, [] if line.strip() == f"```{language}" else None
         elif line.startswith("#"):
             heading = line.lstrip("# ")
 
 
 def parts(markdown: str) -> Iterator[Command | Line]:
-    """Everything inside the fences, in order; together it is their text.
+    """All commands and other lines of the fences, in order.
 
     Raises:
         ValueError: a fence ends in the middle of a command.
@@ -84,7 +84,7 @@ def parts(markdown: str) -> Iterator[Command | Line]:
 @lru_cache(maxsize=2)
 def commands(markdown: str) -> tuple[Command, ...]:
     """Every command, in order."""
-    # bash is asked of each line, which takes a while.
+    # Cached: bash is called for each line.
     return tuple(part for part in parts(markdown) if isinstance(part, Command))
 
 
@@ -97,30 +97,30 @@ def _no_command(line: str) -> str | None:
 
 
 def _is_whole(text: str) -> bool:
-    """Whether bash would wait for more lines; text that it refuses outright is whole, too."""
+    """Whether bash does not wait for more lines; text that bash rejects is complete, too."""
     if text.endswith("\\"):
         return False
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-n"], input=text, capture_output=True, text=True, env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"}
     )
-    return "unexpected EOF" not in done.stderr and "unexpected end of file" not in done.stderr
+    return "unexpected EOF" not in result.stderr and "unexpected end of file" not in result.stderr
 
 
 @dataclass(frozen=True, slots=True)
 class Equivalent:
-    """A row of the table. ``section`` names the heading whose own commands are the equivalent."""
+    """A row of the table. ``section`` names the heading whose commands are the equivalent."""
 
     docker: str
     here: str | None
     section: str | None
 
     def translate(self, text: str) -> str | None:
-        """What to run for ``text``, "" where the section says it, None where the row is about another command."""
+        """The equivalent of ``text``; "" if the section contains it, None if the row is about another command."""
         pattern = "(.*)".join(map(re.escape, self.docker.split(ANYTHING)))
-        found = re.fullmatch(pattern, text, re.DOTALL)
-        if found is None:
+        match = re.fullmatch(pattern, text, re.DOTALL)
+        if match is None:
             return None
-        return (self.here or "").replace(ANYTHING, found.group(found.lastindex or 0))
+        return (self.here or "").replace(ANYTHING, match.group(match.lastindex or 0))
 
 
 def equivalents(markdown: str) -> list[Equivalent]:

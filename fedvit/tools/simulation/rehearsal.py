@@ -1,4 +1,4 @@
-"""Clients that lie in a real system, for drills: only in a state folder that a drill has made for it."""
+"""Faulty clients in a real system, for drills; only in a state folder that a drill has created."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ from fedvit.errors import ConfigError, StateError
 from fedvit.ports import ClientHostPort
 from fedvit.tools.simulation.faults import Faults
 
-MARK = "rehearsal"
-"""A file of this name says that nothing in its state folder is worth keeping."""
-BEGUN = "rehearsal-begun"
-"""While there is a file of this name, faulty clients lie; before, they are as honest as the others."""
+REHEARSAL_FILE = "rehearsal"
+"""A file of this name marks a temporary state folder of a drill."""
+ACTIVE_FILE = "rehearsal-begun"
+"""Faults occur while the state folder has a file of this name."""
 
 
 def allow_rehearsal(home: Path) -> None:
-    """Mark a state folder, before anything is in it, as one in which clients may lie.
+    """Mark an empty state folder as one in which clients may be faulty.
 
     Raises:
-        StateError: there is a state already.
+        StateError: the folder holds a state.
     """
     if (home / "state.db").exists():
         raise StateError(f"{home} holds a state.", cure="Rehearse in an empty folder.")
     home.mkdir(parents=True, exist_ok=True)
-    (home / MARK).touch()
+    (home / REHEARSAL_FILE).touch()
 
 
 def check_rehearsal(settings: Settings) -> None:
-    """Make sure that clients lie in a rehearsal only.
+    """Check that faults are configured only in the state folder of a drill.
 
     Raises:
-        ConfigError: the settings let clients lie, and the state folder is none that a drill has made.
+        ConfigError: ``drill.faults`` is set, and no drill has created the state folder.
     """
-    if settings.drill.faults and not (settings.home / MARK).exists():
+    if settings.drill.faults and not (settings.home / REHEARSAL_FILE).exists():
         raise ConfigError(
             f"drill.faults makes clients poison the model, and {settings.home} is no drill's folder.",
             cure="Leave drill.faults out; `fedvit drill high-loss` rehearses it in a folder of its own.",
         )
 
 
-def begin_lying(home: Path) -> None:
-    """Let faulty clients lie from their next task on."""
-    (home / BEGUN).touch()
+def activate_faults(home: Path) -> None:
+    """Let faults occur from each client's next task on."""
+    (home / ACTIVE_FILE).touch()
 
 
 def faulty_clients(settings: Settings) -> Collection[str]:
-    """Those that lie, sorted."""
+    """The ids of the faulty clients, sorted."""
     return sorted(_faults(settings).of)
 
 
 def rehearsed_host(settings: Settings) -> ClientHostPort:
-    """What a client proxy hosts where ``drill.faults`` is set.
+    """The client host of a client proxy if ``drill.faults`` is set.
 
     Raises:
         ConfigError: see :func:`check_rehearsal`.
     """
     check_rehearsal(settings)
-    # torch, only where clients train.
+    # Imported here: these modules load torch.
     from fedvit.clients.workload import limit_threads
     from fedvit.tools.simulation.learners import faulty_host
 
-    host = faulty_host(settings, _faults(settings), (settings.home / BEGUN).exists)
+    host = faulty_host(settings, _faults(settings), (settings.home / ACTIVE_FILE).exists)
     limit_threads(settings)
     return host
 

@@ -1,4 +1,4 @@
-"""kill -9: of the control replica and the aggregator, which Ray starts again, and of Ray itself, which nobody does."""
+"""kill -9 of the control replica, of the aggregator (both restarted by Ray), and of Ray itself (restarted by hand)."""
 
 from __future__ import annotations
 
@@ -9,71 +9,69 @@ from contextlib import suppress
 from functools import partial
 
 from fedvit.errors import DrillError
-from fedvit.incidents.drills.alerts import Alert
-from fedvit.incidents.drills.course import Course
 from fedvit.incidents.drills.drill import Drill, Stage
 from fedvit.incidents.drills.processes import kill, named, supervisor
-from fedvit.incidents.drills.site import CONTROL, EDGES, succeeds
+from fedvit.incidents.drills.prometheus import ExpectedAlert
+from fedvit.incidents.drills.stage_run import StageRun
+from fedvit.incidents.drills.system import CONTROL, EDGES, responds
 
 SECTION = "1. Federated Server Down"
 HEAD = ("gcs_server", "raylet")
 
 
-def play_control(course: Course) -> None:
-    """Kill the replica that answers; edges serve on meanwhile, and another one takes its place."""
-    course.inject("kill -9 of the control replica")
-    keep_killing = _Killer(course, "control", lambda: succeeds(f"{CONTROL}/healthz"))
-    course.detect(meanwhile=keep_killing)
-    course.check("the edges serve on", partial(succeeds, f"{EDGES[0]}/health"))
-    course.look(SECTION, r"^docker ps")
-    course.look(SECTION, r"^docker stats")
-    _recovered(course)
+def play_control(run: StageRun) -> None:
+    """Kill the control replica repeatedly; the edges continue to serve, and Ray starts another replica."""
+    run.inject("kill -9 of the control replica")
+    run.detect(meanwhile=_RepeatedKill(run, "control", lambda: responds(f"{CONTROL}/healthz")))
+    run.check("the edges serve on", partial(responds, f"{EDGES[0]}/health"))
+    run.look(SECTION, r"^docker ps")
+    run.look(SECTION, r"^docker stats")
+    _check_recovery(run)
 
 
-def play_aggregator(course: Course) -> None:
-    """Kill the actor that trains; it continues its round from the state."""
-    done = course.site.get("/api/training/status")["rounds_done"]
-    course.inject("kill -9 of the aggregator")
-    course.detect(meanwhile=_Killer(course, "aggregator", lambda: True))
-    course.look(SECTION, r"^docker ps")
-    course.look(SECTION, r"/api/system/health")
-    _recovered(course)
-    course.site.training(lambda now: now["rounds_done"] > done + 1, "training goes on")
+def play_aggregator(run: StageRun) -> None:
+    """Kill the aggregator actor; it continues its round from the stored state."""
+    done = run.system.rounds_done()
+    run.inject("kill -9 of the aggregator")
+    run.detect(meanwhile=_RepeatedKill(run, "aggregator", lambda: True))
+    run.look(SECTION, r"^docker ps")
+    run.look(SECTION, r"/api/system/health")
+    _check_recovery(run)
+    run.system.wait_for_rounds(done + 1, "training goes on")
 
 
-def play_head(course: Course) -> None:
-    """Kill Ray's own processes: Serve does not outlive its cluster, so somebody must start the system again."""
-    site = course.site
-    # Whatever a former drill left running in the place of an edge ends with its machine.
-    site.end_strays()
-    done = site.get("/api/training/status")["rounds_done"]
-    above = supervisor(site.home)
-    victims = [pid for name in HEAD for pid in named(above, name)]
+def play_head(run: StageRun) -> None:
+    """Kill Ray's head processes: Serve ends with its cluster, so the operator has to start the system again."""
+    system = run.system
+    system.end_restarted_edges()
+    done = system.rounds_done()
+    previous = supervisor(system.home)
+    victims = [pid for name in HEAD for pid in named(previous, name)]
     if len(victims) != len(HEAD):
         raise DrillError(f"{len(victims)} processes are Ray's head; there should be {len(HEAD)}.")
-    course.inject(f"kill -9 of {' and '.join(HEAD)}")
+    run.inject(f"kill -9 of {' and '.join(HEAD)}")
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
-    course.detect()
-    course.look(SECTION, r"^docker ps")
-    course.look(SECTION, r"^docker logs")
-    course.follow(SECTION, r"^free")
-    course.follow(SECTION, r"^docker-compose restart")
-    course.check("another system runs", lambda: supervisor(site.home) != above)
-    _recovered(course)
-    site.training(lambda now: now["rounds_done"] > done + 1, "training continues where it was")
+    run.detect()
+    run.look(SECTION, r"^docker ps")
+    run.look(SECTION, r"^docker logs")
+    run.follow(SECTION, r"^free")
+    run.follow(SECTION, r"^docker-compose restart")
+    run.check("another system runs", lambda: supervisor(system.home) != previous)
+    _check_recovery(run)
+    system.wait_for_rounds(done + 1, "training continues where it was")
 
 
-class _Killer:
-    """Kills a part whenever it is there again: Ray mends it in seconds, and what mends itself should alarm nobody.
+class _RepeatedKill:
+    """Kills a part each time that it is back: Ray restarts it in seconds, too fast for the alert.
 
     Args:
-        is_back: whether it is worth looking for its process.
+        is_back: whether to look for the process.
     """
 
-    def __init__(self, course: Course, part: str, is_back: Callable[[], bool]) -> None:
-        self._home, self._part, self._is_back = course.site.home, part, is_back
-        self._kills, self._notes = 0, course.notes
+    def __init__(self, run: StageRun, part: str, is_back: Callable[[], bool]) -> None:
+        self._home, self._part, self._is_back = run.system.home, part, is_back
+        self._kills, self._notes = 0, run.notes
         self._notes.append("")
 
     def __call__(self) -> None:
@@ -84,20 +82,20 @@ class _Killer:
                 self._notes[-1] = f"killed {self._kills} times until the alert fired"
 
 
-def _recovered(course: Course) -> None:
-    course.clear()
-    course.check("every part is well", lambda: course.site.fedvit("status")["system"] == "ok")
-    course.follow(SECTION, r"^make health-check")
-    course.follow(SECTION, r"config.yaml")
-    course.follow(SECTION, r"test_connection")
+def _check_recovery(run: StageRun) -> None:
+    run.clear()
+    run.check("every part is healthy", lambda: run.system.fedvit("status")["system"] == "ok")
+    run.follow(SECTION, r"^make health-check")
+    run.follow(SECTION, r"config.yaml")
+    run.follow(SECTION, r"test_connection")
 
 
 DRILL = Drill(
     "server-down",
     "kill -9 of the control replica, the aggregator, and Ray's head",
     (
-        Stage("control", Alert("ServiceDown"), play_control),
-        Stage("aggregator", Alert("ComponentUnhealthy", {"component": "aggregator"}), play_aggregator),
-        Stage("head", Alert("ServiceDown"), play_head),
+        Stage("control", ExpectedAlert("ServiceDown"), play_control),
+        Stage("aggregator", ExpectedAlert("ComponentUnhealthy", {"component": "aggregator"}), play_aggregator),
+        Stage("head", ExpectedAlert("ServiceDown"), play_head),
     ),
 )

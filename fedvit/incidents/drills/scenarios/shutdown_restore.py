@@ -1,4 +1,4 @@
-"""Everything is shut down, the state is lost, and a backup brings all of it back."""
+"""The system is shut down, the state is lost, and a backup restores all of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import shutil
 from typing import Any
 
 from fedvit.errors import DrillError
-from fedvit.incidents.drills.alerts import Alert
-from fedvit.incidents.drills.course import Course
 from fedvit.incidents.drills.drill import Drill, Stage
+from fedvit.incidents.drills.prometheus import ExpectedAlert
 from fedvit.incidents.drills.runbook import RUNBOOK
-from fedvit.incidents.drills.site import CONTROL, Site, answers
+from fedvit.incidents.drills.stage_run import StageRun
+from fedvit.incidents.drills.system import CONTROL, DrillSystem, accepts_connections
 from fedvit.store.archive import DATABASE
 from fedvit.store.backup import KEPT_FOLDERS, sha256_of
 from fedvit.store.store import Store
@@ -19,36 +19,36 @@ SHUTDOWN, RESTORE = "Complete System Shutdown", "Restore from Backup"
 UNFREEZE = "fedvit privacy unfreeze --justification"
 
 
-def play(course: Course) -> None:
-    """Shut down, back up, lose, restore, compare, start."""
-    site = course.site
-    site.end_strays()
-    course.inject("shutdown, and then the state is deleted")
-    course.follow(SHUTDOWN, r"/api/system/shutdown")
-    course.check("nothing runs", lambda: site.fedvit("status")["system"] == "down" and not answers(CONTROL))
-    course.follow(SHUTDOWN, r"^docker-compose down")
-    course.follow(SHUTDOWN, r"tar czf")
-    before = snapshot(site)
-    _lose(site)
-    course.detect()
-    archive = max(path.name for path in site.checkout.glob("fedvit-backup-*.tar.gz"))
-    course.follow(RESTORE, r"^docker-compose down")
-    course.follow(RESTORE, r"tar xzf", backup_file=archive)
-    _compare(course, before)
-    # The present ledger is lost: the runbook's text says how somebody answers for it.
-    _unfreeze(course)
-    course.follow(RESTORE, r"^docker-compose up")
-    course.follow(RESTORE, r"/api/system/health")
-    course.follow(RESTORE, r"^fedvit privacy show")
-    course.follow(RESTORE, r"^fedvit audit-log verify")
+def play(run: StageRun) -> None:
+    """Shut down, back up, delete the state, restore it, compare, and start."""
+    system = run.system
+    system.end_restarted_edges()
+    run.inject("shutdown, and then the state is deleted")
+    run.follow(SHUTDOWN, r"/api/system/shutdown")
+    run.check("nothing runs", lambda: system.fedvit("status")["system"] == "down" and not accepts_connections(CONTROL))
+    run.follow(SHUTDOWN, r"^docker-compose down")
+    run.follow(SHUTDOWN, r"tar czf")
+    before = _snapshot(system)
+    _delete_state(system)
+    run.detect()
+    archive = max(path.name for path in system.checkout.glob("fedvit-backup-*.tar.gz"))
+    run.follow(RESTORE, r"^docker-compose down")
+    run.follow(RESTORE, r"tar xzf", backup_file=archive)
+    _compare(run, before)
+    # The ledger of the deleted state is lost, so the operator has to unfreeze the restored one.
+    _unfreeze(run)
+    run.follow(RESTORE, r"^docker-compose up")
+    run.follow(RESTORE, r"/api/system/health")
+    run.follow(RESTORE, r"^fedvit privacy show")
+    run.follow(RESTORE, r"^fedvit audit-log verify")
     done = before["rounds_done"]
-    site.training(lambda now: now["rounds_done"] > done, "training continues where it was")
-    course.clear()
+    system.wait_for_rounds(done, "training continues where it was")
+    run.clear()
 
 
-def snapshot(site: Site) -> dict[str, Any]:
-    """Everything that must come back: ledger, budgets, runs, rounds, models, clients, tokens, keys."""
-    with Store.open(site.home) as store:
+def _snapshot(system: DrillSystem) -> dict[str, Any]:
+    """All that must be restored: ledger, budgets, runs, rounds, models, clients, tokens, keys."""
+    with Store.open(system.home) as store:
         run = store.runs.latest()
         return {
             "ledger": list(store.ledger.lines()),
@@ -61,35 +61,35 @@ def snapshot(site: Site) -> dict[str, Any]:
             "clients": store.clients.all(),
             "tokens": store.tokens.all(),
             "blobs": {digest: store.blobs.size(digest) for digest in store.versions.blob_digests()},
-            "keys": {path.name: sha256_of(path) for path in sorted((site.home / "keys").iterdir())},
+            "keys": {path.name: sha256_of(path) for path in sorted((system.home / "keys").iterdir())},
             "rounds_done": run.rounds_done if run else 0,
         }
 
 
-def _lose(site: Site) -> None:
-    for path in site.home.glob(f"{DATABASE}*"):
+def _delete_state(system: DrillSystem) -> None:
+    for path in system.home.glob(f"{DATABASE}*"):
         path.unlink()
     for name in KEPT_FOLDERS:
-        shutil.rmtree(site.home / name)
+        shutil.rmtree(system.home / name)
 
 
-def _compare(course: Course, before: dict[str, Any]) -> None:
-    after = snapshot(course.site)
+def _compare(run: StageRun, before: dict[str, Any]) -> None:
+    after = _snapshot(run.system)
     if different := [name for name in before if after[name] != before[name]]:
         raise DrillError(f"After the restore {', '.join(different)} are not what they were.")
-    course.notes.append(f"{', '.join(before)} are after the restore what they were before")
+    run.notes.append(f"{', '.join(before)} are after the restore what they were before")
 
 
-def _unfreeze(course: Course) -> None:
-    site = course.site
-    if UNFREEZE not in (site.root / RUNBOOK).read_text():
+def _unfreeze(run: StageRun) -> None:
+    system = run.system
+    if UNFREEZE not in (system.root / RUNBOOK).read_text():
         raise DrillError(f"The runbook does not name `{UNFREEZE}` any more.")
-    course.say(f"$ {UNFREEZE} …")
-    site.run(f'{UNFREEZE} "The system was stopped before the backup was made."').checked()
+    run.say(f"$ {UNFREEZE} …")
+    system.run(f'{UNFREEZE} "The system was stopped before the backup was made."').checked()
 
 
 DRILL = Drill(
     "shutdown-restore",
     "full shutdown, loss of the state, restore from the backup",
-    (Stage("", Alert("ServiceDown"), play),),
+    (Stage("", ExpectedAlert("ServiceDown"), play),),
 )

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from control_system import System, TinyModel
 
-from fedvit.incidents.drills.alerts import Alert
-from fedvit.incidents.drills.course import Course
 from fedvit.incidents.drills.drill import Stage, fault_in
-from fedvit.incidents.drills.tally import Mark, Tally, mark, match, tally
+from fedvit.incidents.drills.losses import LossBaseline, Losses, count_losses, match
+from fedvit.incidents.drills.prometheus import ExpectedAlert
+from fedvit.incidents.drills.stage_run import StageRun
 from fedvit.privacy.accountant import epsilon_of
 from fedvit.testing.doubles import FakeFleet
 from fedvit.types import RoundRecord
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
-NOTHING = Tally(
+NOTHING = Losses(
     rounds_committed=4,
     rounds_lost=0,
     updates=20,
@@ -31,12 +31,12 @@ NOTHING = Tally(
 )
 
 
-def _play(_: Course) -> None:
+def _play(_: StageRun) -> None:
     """Nothing: only what a stage allows is asked."""
 
 
-STRICT = Stage("", Alert("ServiceDown"), _play)
-LENIENT = Stage("", Alert("ServiceDown"), _play, may_lose_updates=True)
+STRICT = Stage("", ExpectedAlert("ServiceDown"), _play)
+LENIENT = Stage("", ExpectedAlert("ServiceDown"), _play, may_lose_updates=True)
 
 
 @pytest.fixture
@@ -70,26 +70,26 @@ def test_answers_belong_to_the_draw_before_them(
 
 
 def test_a_run_that_went_well_costs_what_it_released(system: System) -> None:
-    before = mark(system.store)
-    assert before == Mark(0, frozenset())
+    before = LossBaseline.of(system.store)
+    assert before == LossBaseline(0, frozenset())
     system.trained()
-    assert tally(system.store, system.settings, before) == NOTHING
-    after = mark(system.store)
+    assert count_losses(system.store, system.settings, before) == NOTHING
+    after = LossBaseline.of(system.store)
     assert after.ledger_sequence == 20
-    assert tally(system.store, system.settings, after) == replace(NOTHING, rounds_committed=0, updates=0)
+    assert count_losses(system.store, system.settings, after) == replace(NOTHING, rounds_committed=0, updates=0)
 
 
 def test_an_update_that_is_gone_is_lost_and_was_paid_for(system: System) -> None:
-    before = mark(system.store)
+    before = LossBaseline.of(system.store)
     system.trained()
     client_id = system.store.clients.all()[0].client_id
     alter(system, f"DELETE FROM client_rounds WHERE round_index = 2 AND client_id = '{client_id}'")
-    found = tally(system.store, system.settings, before)
+    found = count_losses(system.store, system.settings, before)
     assert (found.updates, found.updates_lost) == (19, 1)
     # Everybody else has released as much, so the most exposed client has lost nothing.
     assert found.epsilon_difference == 0.0
     alter(system, "DELETE FROM client_rounds WHERE round_index = 2")
-    found = tally(system.store, system.settings, before)
+    found = count_losses(system.store, system.settings, before)
     charges = [entry.charge for entry in system.store.ledger.entries()]
     released = [charge for charge in charges if charge.round_index != 2]
     assert found.updates_lost == 5
@@ -98,27 +98,27 @@ def test_an_update_that_is_gone_is_lost_and_was_paid_for(system: System) -> None
 
 def test_a_round_that_is_gone_is_lost(system: System) -> None:
     system.trained()
-    before = mark(system.store)
+    before = LossBaseline.of(system.store)
     alter(system, "UPDATE rounds SET committed_at = NULL WHERE round_index = 3")
-    assert tally(system.store, system.settings, before).rounds_lost == 1
+    assert count_losses(system.store, system.settings, before).rounds_lost == 1
 
 
 def test_a_round_that_was_charged_and_will_never_be_is_lost_and_one_under_way_is_not(system: System) -> None:
-    before = mark(system.store)
+    before = LossBaseline.of(system.store)
     system.trained()
     alter(system, "UPDATE rounds SET committed_at = NULL WHERE round_index = 4")
     alter(system, "DELETE FROM client_rounds WHERE round_index = 4")
-    found = tally(system.store, system.settings, before)
+    found = count_losses(system.store, system.settings, before)
     assert (found.rounds_committed, found.rounds_lost, found.updates_lost) == (3, 1, 5)
     alter(system, "UPDATE runs SET status = 'running'")
-    found = tally(system.store, system.settings, before)
+    found = count_losses(system.store, system.settings, before)
     assert found == replace(NOTHING, rounds_committed=3, updates=15)
 
 
 def test_a_round_that_is_committed_while_it_is_counted_is_not_lost(
     system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = mark(system.store)
+    before = LossBaseline.of(system.store)
     system.trained()
     alter(system, "UPDATE rounds SET committed_at = NULL WHERE round_index = 4")
     alter(system, "UPDATE runs SET status = 'running'")
@@ -130,7 +130,7 @@ def test_a_round_that_is_committed_while_it_is_counted_is_not_lost(
         return found
 
     monkeypatch.setattr(system.store.rounds, "of_run", committed_meanwhile)
-    assert tally(system.store, system.settings, before).rounds_lost == 0
+    assert count_losses(system.store, system.settings, before).rounds_lost == 0
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,6 @@ def test_a_round_that_is_committed_while_it_is_counted_is_not_lost(
         (LENIENT, replace(NOTHING, updates_lost=4, epsilon_difference=-0.1), "-0.100000 epsilon more"),
     ],
 )
-def test_what_an_incident_may_cost(stage: Stage, found: Tally, told: str | None) -> None:
+def test_what_an_incident_may_cost(stage: Stage, found: Losses, told: str | None) -> None:
     fault = fault_in(found, stage)
     assert fault is None if told is None else told in (fault or "")
