@@ -43,23 +43,23 @@ def store_selector(nodes: Sequence[Node], here: str) -> dict[str, str]:
         here: id of the node of this process, which opens the store itself.
 
     Raises:
-        PlacementError: with several nodes, not exactly one bears the label, or this process runs on another one.
+        PlacementError: with several nodes, not exactly one has the label, or this process runs on another one.
     """
-    bearers = [node for node in nodes if node.has_store]
-    if len(nodes) == 1 and not bearers:
+    labelled = [node for node in nodes if node.has_store]
+    if len(nodes) == 1 and not labelled:
         return {}
     label = f"{STORE_LABEL}={STORE_HERE}"
-    if len(bearers) != 1:
-        named = ", ".join(node.name for node in bearers) or "none"
+    if len(labelled) != 1:
+        named = ", ".join(node.name for node in labelled) or "none"
         raise PlacementError(
             f"The store is a SQLite file, which processes of one node only may open; of the cluster's {len(nodes)} "
-            f"nodes {named} {'bear' if len(bearers) > 1 else 'bears'} the label {label}.",
+            f"nodes {named} {'have' if len(labelled) > 1 else 'has'} the label {label}.",
             cure=f"Start one node, on whose disk the state folder lies, with `ray start --labels={label}`.",
         )
-    if bearers[0].node_id != here:
+    if labelled[0].node_id != here:
         raise PlacementError(
-            f"The store may be opened on {bearers[0].name} alone, and this process runs on another node.",
-            cure=f"Run the command on {bearers[0].name}: `ray exec` does.",
+            f"The store may be opened on {labelled[0].name} alone, and this process runs on another node.",
+            cure=f"Run the command on {labelled[0].name}: `ray exec` does.",
         )
     return {STORE_LABEL: STORE_HERE}
 

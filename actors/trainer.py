@@ -52,7 +52,7 @@ def run_ranks(settings: Settings, job: str) -> tuple[Any, dict[str, bytes]]:
     result = fit_ranks(run_rank, config, settings, job, "finetune")
     if result.return_value is None:
         raise InterruptedRunError(
-            f"{job} was interrupted.", cure="What was kept stays: the same command goes on from there."
+            f"{job} was interrupted.", cure="The checkpoints stay: the same command continues from the last one."
         )
     return result.return_value, files_of(result.checkpoint) if result.checkpoint else {}
 
@@ -186,5 +186,5 @@ def training_error(error: train.TrainingFailedError, job: str) -> FedvitError:
     lines = str(reason).strip().splitlines() or [type(reason).__name__]
     return PlacementError(
         f"The ranks of {job} failed: {lines[-1]}",
-        cure="What was kept stays: the same command goes on from there. See `ray list actors` and the Ray dashboard.",
+        cure="The checkpoints stay: the same command continues from the last one. See the Ray dashboard.",
     )

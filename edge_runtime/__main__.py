@@ -79,7 +79,8 @@ def serve(
     device_id: Annotated[str, typer.Option(help="Name in health answers.")] = "edge-1",
     threads: ThreadsOption = 1,
     token_file: Annotated[
-        Path | None, typer.Option(help="File with the token that requests must bear; demanded off loopback.")
+        Path | None,
+        typer.Option(help="File with the token that requests must have; required on other addresses than loopback."),
     ] = None,
     source_token_file: SourceTokenOption = None,
     source_ca: SourceCaOption = None,
@@ -130,7 +131,7 @@ def train(
     data: Annotated[
         Path, typer.Option(help="Folder (or zip) with the vehicle's images: train/<class>/*, or <class>/*.")
     ],
-    device_id: Annotated[str, typer.Option(help="As whom to take part; a bound token speaks for this one only.")],
+    device_id: Annotated[str, typer.Option(help="Client id; a bound token is valid for this client only.")],
     home: Annotated[Path, typer.Option(help="Folder for the vehicle's key and its own ledger.")] = Path(
         "fedvit-edge-home"
     ),

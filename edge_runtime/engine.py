@@ -121,15 +121,14 @@ def _open_session(model: Path | bytes, manifest: ReleaseManifest, threads: int) 
 
 def _check_interface(session: ort.InferenceSession, manifest: ReleaseManifest) -> None:
     size, classes = manifest.image_size, len(manifest.classes)
-    found_in = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
-    found_out = [(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
-    wanted_in = [(INPUT_NAME, "tensor(uint8)", [size, size, 3])]
-    wanted_out = [(OUTPUT_NAME, "tensor(float)", [classes])]
-    for found, wanted in ((found_in, wanted_in), (found_out, wanted_out)):
-        if found != wanted:
+    expected_input = (INPUT_NAME, "tensor(uint8)", [size, size, 3])
+    expected_output = (OUTPUT_NAME, "tensor(float)", [classes])
+    for nodes, expected in ((session.get_inputs(), expected_input), (session.get_outputs(), expected_output)):
+        actual = [(node.name, node.type, node.shape[1:]) for node in nodes]
+        if actual != [expected]:
             raise IntegrityError(
-                f"The model of {manifest.version} has {found} (name, type, shape of one), not {wanted} as its manifest "
-                "says.",
+                f"The model of {manifest.version} has {actual} (name, type, shape of one), not {[expected]} as its "
+                "manifest says.",
                 cure="Release it again, or roll back.",
             )
 

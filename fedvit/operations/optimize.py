@@ -63,13 +63,13 @@ class Optimizer:
         self._current()
 
     def work(self, task: Task) -> dict[str, Any]:
-        """Measure the strategy's candidates and move the fleet to the most accurate one that is fast enough.
+        """Benchmark the strategy's candidates, and let the fleet serve the most accurate one that is fast enough.
 
-        Where none is, nothing is switched and the result says so.
+        Without such a candidate nothing changes; the result shows it.
 
         Raises:
             ConflictError: nothing is released, or another version was released meanwhile.
-            OperationCancelled: somebody asked for it; nothing was switched.
+            OperationCancelled: it was cancelled; nothing has changed.
         """
         release = self._current()
         served = served_variant(release, self._settings)

@@ -1,4 +1,4 @@
-"""Ranks that are threads of one process, so that what each of them does can be looked at."""
+"""Ranks as threads of one process, for tests that inspect the work of each rank."""
 
 from __future__ import annotations
 
@@ -12,65 +12,65 @@ from torch import Tensor
 from fedvit.errors import StateError
 from fedvit.finetune.ranks import Ranks
 
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
-class _Table:
-    """Where the ranks meet for a sum."""
+class _ThreadSum:
+    """A sum over threads that blocks until all ranks have contributed."""
 
     def __init__(self, count: int) -> None:
-        self._count, self._met = count, threading.Condition()
-        self._given: dict[int, Tensor] = {}
-        self._sums, self._somebody_left = 0, False
+        self._count, self._changed = count, threading.Condition()
+        self._values: dict[int, Tensor] = {}
+        self._sums, self._any_left = 0, False
 
     def sum(self, index: int, values: Tensor) -> None:
-        with self._met:
+        with self._changed:
             number = self._sums
-            self._given[index] = values.clone()
-            if len(self._given) == self._count:
-                self._total = sum((self._given[i] for i in range(1, self._count)), self._given[0])
-                self._given, self._sums = {}, number + 1
-                self._met.notify_all()
-            self._met.wait_for(lambda: self._sums > number or self._somebody_left)
+            self._values[index] = values.clone()
+            if len(self._values) == self._count:
+                self._total = sum((self._values[i] for i in range(1, self._count)), self._values[0])
+                self._values, self._sums = {}, number + 1
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._sums > number or self._any_left)
             if self._sums == number:
                 raise StateError(f"Rank {index} waits for sum {number + 1}, and another has left after {number}.")
             values.copy_(self._total)
 
     def leave(self) -> None:
-        with self._met:
-            self._somebody_left = True
-            self._met.notify_all()
+        with self._changed:
+            self._any_left = True
+            self._changed.notify_all()
 
 
 class ThreadRanks(Ranks):
-    """One of ``count`` ranks; made by :func:`on_ranks`."""
+    """One of ``count`` ranks; created by :func:`on_ranks`."""
 
-    def __init__(self, index: int, count: int, table: _Table) -> None:
+    def __init__(self, index: int, count: int, thread_sum: _ThreadSum) -> None:
         super().__init__(index, count)
-        self._table = table
+        self._thread_sum = thread_sum
 
     def sum(self, values: Tensor) -> None:
-        """Wait until all ranks have given theirs.
+        """Wait until all ranks have contributed their values.
 
         Raises:
             StateError: another rank has ended without: the ranks do not take the same number of steps.
         """
-        self._table.sum(self.index, values)
+        self._thread_sum.sum(self.index, values)
 
 
-def on_ranks(count: int, work: Callable[[Ranks], _Found]) -> list[_Found]:
+def on_ranks(count: int, work: Callable[[Ranks], _Result]) -> list[_Result]:
     """What ``work`` returns on each of ``count`` ranks, by index.
 
     Raises:
         Exception: the first one that a rank raised.
     """
-    table = _Table(count)
+    thread_sum = _ThreadSum(count)
 
-    def one(index: int) -> _Found:
+    def one(index: int) -> _Result:
         try:
-            return work(ThreadRanks(index, count, table))
+            return work(ThreadRanks(index, count, thread_sum))
         finally:
-            table.leave()
+            thread_sum.leave()
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(one, range(count)))

@@ -37,11 +37,11 @@ def test_the_labelled_node_is_where_the_store_is_opened_also_before_others_join(
 @pytest.mark.parametrize(
     ("nodes", "named"),
     [
-        ([PLAIN, Node("c", "10.0.0.12")], "none bears the label"),
-        ([HEAD, Node("c", "10.0.0.12", HEAD.labels)], "10.0.0.10, 10.0.0.12 bear the label"),
+        ([PLAIN, Node("c", "10.0.0.12")], "none has the label"),
+        ([HEAD, Node("c", "10.0.0.12", HEAD.labels)], "10.0.0.10, 10.0.0.12 have the label"),
     ],
 )
-def test_sqlite_on_several_nodes_is_refused_unless_exactly_one_bears_it(nodes: list[Node], named: str) -> None:
+def test_sqlite_on_several_nodes_is_refused_unless_exactly_one_has_the_label(nodes: list[Node], named: str) -> None:
     with raises_naming(PlacementError, "SQLite", named):
         store_selector(nodes, here="a")
 
