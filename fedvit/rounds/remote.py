@@ -118,9 +118,9 @@ class RemoteWork:
                 path.unlink(missing_ok=True)
         return offer
 
-    def leave_histogram_request(self, order: HistogramRequest, client: Client) -> None:
+    def leave_histogram_request(self, request: HistogramRequest, client: Client) -> None:
         """Request a histogram that is charged; it replaces an earlier request without an answer."""
-        value = {"order": order.to_json(), "num_examples": client.num_examples}
+        value = {"order": request.to_json(), "num_examples": client.num_examples}
         self._store.metadata.set(_HISTOGRAM_KEY + client.client_id, value)
 
     def close(self, offer: Offer, reason: str) -> None:
@@ -172,10 +172,12 @@ class RemoteWork:
         requested = self.histogram_request(client_id)
         if requested is None or (requested[0].run_id, requested[0].round_index) != (run_id, round_index):
             return False
-        order, size = requested
-        counts = checked_counts(order.spec, counts)
-        histogram = ClientHistogram(client_id, run_id, round_index, size, order.spec.digest, order.deviation, counts)
-        self._store.histograms.add([histogram], order.spec)
+        request, size = requested
+        counts = checked_counts(request.spec, counts)
+        histogram = ClientHistogram(
+            client_id, run_id, round_index, size, request.spec.digest, request.deviation, counts
+        )
+        self._store.histograms.add([histogram], request.spec)
         self._store.metadata.set(_HISTOGRAM_KEY + client_id, None)
         return True
 
