@@ -152,7 +152,7 @@ class Day:
             )
             for name in asked
         ]
-        self._rounds.committed(outcomes, quarantined=1, rejected_answers=1)
+        self._rounds.committed(outcomes, quarantined=1, unexpected=1)
         for encoding in Encoding:
             counter("update_bytes_total").labels(str(encoding)).inc(1000)
         if passed % READ_EVERY < self._step:

@@ -74,7 +74,7 @@ PHASE_BUCKETS_S = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 15.0, 60.0, 300.0, 1800.0)
 STALENESS_BUCKETS = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0)
 
 PHASES = ("drawing", "charging", "training", "committing", "releasing")
-UPDATE_OUTCOMES = ("accepted", "failed", "refused", "quarantined", "rejected_answers")
+UPDATE_OUTCOMES = ("accepted", "failed", "refused", "quarantined", "unexpected")
 INFERENCE_OUTCOMES = ("ok", "rejected", "unavailable", "failed")
 QUEUES = ("operations", "clients_in_flight", "mailbox", "telemetry", "requests", "images")
 COMPONENTS = ("store", "registry", "accountant", "aggregator", "client_proxies")

@@ -66,16 +66,16 @@ class RoundMetrics:
         if phase in PHASES:
             self._phases.labels(phase).observe(seconds)
 
-    def committed(self, outcomes: Iterable[ClientOutcome], quarantined: int = 0, rejected_answers: int = 0) -> None:
+    def committed(self, outcomes: Iterable[ClientOutcome], quarantined: int = 0, unexpected: int = 0) -> None:
         """Count a committed round.
 
         Args:
             outcomes: of the clients that got a task.
             quarantined: clients of the cohort that were in quarantine and got none.
-            rejected_answers: answers of clients that were not expected.
+            unexpected: answers of clients that were not expected.
         """
         self._rounds.inc()
-        tally = Tally({"quarantined": quarantined, "rejected_answers": rejected_answers})
+        tally = Tally({"quarantined": quarantined, "unexpected": unexpected})
         for outcome in outcomes:
             if outcome.error is None:
                 self._staleness.observe(outcome.staleness)

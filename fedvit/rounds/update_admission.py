@@ -160,7 +160,7 @@ class RoundUpdates:
                 "mode": self.mode,
                 "staleness": staleness,
                 "refused": {**self.rejected, **invalid},
-                **({"rejected_answers": self.unexpected} if self.unexpected else {}),
+                **({"unexpected": self.unexpected} if self.unexpected else {}),
             }
         sent = {o.client_id: {"bytes": o.sent_bytes, "encoding": o.encoding} for o in self.outcomes if o.sent_bytes}
         return lineage | ({"sent": sent} if sent else {})

@@ -139,7 +139,7 @@ def check_the_books(fedvit: Fedvit, told: list[dict[str, Any]]) -> None:
         assert (run.ordinal, run.status, run.rounds_done) == (1, RunStatus.COMPLETED, ROUNDS)
         lineages = [dict(version.lineage) for version in store.versions.all()]
         assert store.ledger.verify() == len(store.ledger.entries())
-        # FleetHistograms are charged beside the updates, as events of their own.
+        # Histograms are charged beside the updates, as events of their own.
         sent = Counter(entry.charge.unit_id for entry in store.ledger.entries() if entry.charge.event is None)
         charged = [entry.charge for entry in store.ledger.entries() if entry.charge.unit_id == TRUCK]
         assert [entry.charge for entry in own.ledger.entries()] == charged
@@ -150,7 +150,7 @@ def check_the_books(fedvit: Fedvit, told: list[dict[str, Any]]) -> None:
         late.update(client for client, versions in staleness.items() if versions)
         accepted.update(client for client in lineage["clients"] if not staleness[client])
         refused.update(list(aggregation.get("refused", {})))
-        assert "rejected_answers" not in aggregation
+        assert "unexpected" not in aggregation
     assert accepted + late + refused == sent
     assert 0 < late.total() + refused.total() < sent.total()
     with sqlite3.connect(fedvit.home / "state.db") as database:

@@ -36,12 +36,12 @@ def test_what_became_of_the_clients_of_a_round_is_counted() -> None:
         ClientOutcome("c", 0, "no answer"),
         ClientOutcome("d", 4, "not finite", counted_against_client=True),
     ]
-    metrics.committed(outcomes, quarantined=1, rejected_answers=2)
+    metrics.committed(outcomes, quarantined=1, unexpected=2)
     counted = {
         outcome: registry.get_sample_value("fed_vit_autorl_client_updates_total", {"outcome": outcome})
         for outcome in UPDATE_OUTCOMES
     }
-    assert counted == {"accepted": 2, "failed": 1, "refused": 1, "quarantined": 1, "rejected_answers": 2}
+    assert counted == {"accepted": 2, "failed": 1, "refused": 1, "quarantined": 1, "unexpected": 2}
     assert registry.get_sample_value("fed_vit_autorl_training_rounds_total") == 1
     assert registry.get_sample_value("fed_vit_autorl_update_staleness_sum") == 2
     assert registry.get_sample_value("fed_vit_autorl_update_staleness_bucket", {"le": "0.0"}) == 1

@@ -281,12 +281,12 @@ def test_duplicates_unexpected_clients_and_future_rounds_are_rejected_by_name(tm
     training.process()
     assert training.run().status is RunStatus.COMPLETED
     for index, started in ((1, 1), (2, 2)):
-        rejected = training.aggregation(index)["rejected_answers"]
+        rejected = training.aggregation(index)["unexpected"]
         assert rejected[BAD] == f"it has answered already; its answer to round {started} changes nothing"
         assert rejected["nobody"] == f"it was not asked in round {started}"
         np.testing.assert_allclose(training.point(index), (1 - 0.5**index) * TARGET)
         assert training.version(index).lineage["clients"] == V[:6]
-    assert training.aggregation(2)["rejected_answers"][V[3]] == "it answers round 7, which has not begun"
+    assert training.aggregation(2)["unexpected"][V[3]] == "it answers round 7, which has not begun"
 
 
 def test_an_answer_repeated_after_its_round_counts_no_second_time(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_an_answer_repeated_after_its_round_counts_no_second_time(tmp_path: Path
 
     fleet.train = train  # type: ignore[method-assign]
     training.run()
-    assert training.aggregation(2)["rejected_answers"] == {
+    assert training.aggregation(2)["unexpected"] == {
         BAD: "it has answered already; its answer to round 1 changes nothing"
     }
     # Its answer to this round counts all the same.
