@@ -24,7 +24,7 @@ class ToyWorld:
     """Implements :class:`fedvit.tools.simulation.world.World`: four clouds, some seen more by one client.
 
     Attributes:
-        trained: every piece of work that was done, as (round, client).
+        trained: every training of a client, as (round, client).
     """
 
     def __init__(self, count: int = 20) -> None:
@@ -36,8 +36,8 @@ class ToyWorld:
         self.server = self
         self.trained: list[tuple[int, str]] = []
 
-    def learners(self, settings: Settings, faults: Faults) -> _Learners:
-        return _Learners(self, settings, faults)
+    def training_clients(self, settings: Settings, faults: Faults) -> _ToyClients:
+        return _ToyClients(self, settings, faults)
 
     def initial_weights(self) -> Weights:
         return {"bias": np.zeros(CLASSES, dtype=np.float32), "weight": np.zeros((2, CLASSES), dtype=np.float32)}
@@ -55,7 +55,7 @@ class ToyWorld:
         return Evaluation(loss, float(confusion.trace() / len(labels)), {}, rows, len(labels))
 
 
-class _Learners:
+class _ToyClients:
     def __init__(self, world: ToyWorld, settings: Settings, faults: Faults) -> None:
         self._world, self._faults = world, faults
         self._by_examples = rule_for(settings).weighting == "examples"
@@ -72,7 +72,7 @@ class _Learners:
         weight = float(len(labels)) if self._by_examples else 1.0
         sums = {name: weight * (array - weights[name]) for name, array in here.items()}
         own = ClientUpdate(task.round_index, ClientOutcome(client_id, len(labels)), sums, weight)
-        return self._faults.sent(client_id, own)
+        return self._faults.alter(client_id, own)
 
 
 def _points(draw: np.random.Generator, shares: Points, count: int) -> tuple[Points, Labels]:

@@ -94,6 +94,7 @@ def _values(text: str) -> list[tuple[str, str]]:
 def _run_simulations(planned: Sequence[tuple[str, Settings]]) -> list[Simulated]:
     import torch
 
+    from fedvit.tools.simulation.run import SimulationObserver
     from fedvit.tools.simulation.run import simulate as run_simulation
     from fedvit.tools.simulation.world import ImageWorld
 
@@ -110,7 +111,7 @@ def _run_simulations(planned: Sequence[tuple[str, Settings]]) -> list[Simulated]
                 accuracy = "" if point.accuracy is None else f", accuracy {point.accuracy:.3f}"
                 status.update(f"{title}: version {point.round_index}, {point.hours:.2f} virtual hours{accuracy}")
 
-            runs.append(run_simulation(settings, world, name, on_point))
+            runs.append(run_simulation(settings, world, name, SimulationObserver(on_point)))
     return runs
 
 

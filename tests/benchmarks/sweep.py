@@ -21,7 +21,7 @@ from fedvit.atomic_write import write_atomically
 from fedvit.settings import load_settings
 from fedvit.tools.report.simulation_charts import standalone
 from fedvit.tools.report.sweep_charts import heat_chart, pareto_chart
-from fedvit.tools.sweep.outcome import TrialOutcome, candidates, choose, pareto_front
+from fedvit.tools.sweep.outcome import TrialOutcome, choose, configurations, pareto_front
 from tests.benchmarks.results import write_result
 from tests.benchmarks.simulations import PICTURES, ROOT
 from tests.command import environment
@@ -100,7 +100,7 @@ def _draw(name: str, summary: dict[str, Any]) -> None:
     kept = [{k: v for k, v in trial.items() if k != "mean_staleness"} for trial in summary["trials"]]
     outcomes = [TrialOutcome.from_json(trial) for trial in kept]
     settings = load_settings(ROOT / "examples" / "sweep.yaml", environ={})
-    found = candidates(outcomes)
+    found = configurations(outcomes)
     chosen = choose(found, settings.privacy.target_epsilon, settings.sweep.margin)
     write_atomically(PICTURES / f"{name}_pareto.svg", standalone(pareto_chart(found, pareto_front(found), chosen)))
     heat = heat_chart(outcomes, "noise_multiplier", "staleness_tolerance")

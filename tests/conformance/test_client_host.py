@@ -14,8 +14,8 @@ from fedvit.clients.workload import WorkloadHost, server_model
 from fedvit.config import Settings
 from fedvit.ports import ClientHostPort
 from fedvit.settings import load_settings
+from fedvit.tools.simulation.clients import faulty_host
 from fedvit.tools.simulation.faults import Faults
-from fedvit.tools.simulation.learners import faulty_host
 from fedvit.types import TrainTask, Weights
 
 CLIENT_LEVEL: dict[str, Any] = {

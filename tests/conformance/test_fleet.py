@@ -45,7 +45,7 @@ class TestMixedFleet(FleetOfSix):
             yield MixedFleet(settings, store, FakeFleet(TARGET))
 
 
-class Learners:
+class Clients:
     """Clients that send an update of zeros."""
 
     def answer(self, task: TrainTask, weights: Weights, client_id: str) -> ClientUpdate:
@@ -56,4 +56,4 @@ class TestSimulatedFleet(FleetOfSix):
     @pytest.fixture
     def fleet(self) -> FleetPort:
         delays = Delays(DelayConfig(kind="constant", median_s=10.0, dropout_prob=0.0), 0)
-        return SimulatedFleet(Learners(), delays, VirtualClock(), look_s=60.0)
+        return SimulatedFleet(Clients(), delays, VirtualClock(), poll_s=60.0)

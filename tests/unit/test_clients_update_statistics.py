@@ -22,8 +22,8 @@ from fedvit.models.models import build_model
 from fedvit.models.trainable import trainable_weights
 from fedvit.privacy.secrets import load_or_create_root_secret
 from fedvit.settings import load_settings
+from fedvit.tools.simulation.clients import SimulatedClients
 from fedvit.tools.simulation.faults import Faults
-from fedvit.tools.simulation.learners import SimulatedClients
 from fedvit.types import ClientOutcome, TrainTask, UpdateStatistics, Weights
 from fedvit.updates import ClientFailures, ClientUpdate
 from fedvit.wire.tensors import weights_digest

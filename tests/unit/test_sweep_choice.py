@@ -10,7 +10,7 @@ import pytest
 from fedvit.settings import load_settings
 from fedvit.tools.sweep.cost import cost_sentences, sweep_cost
 from fedvit.tools.sweep.halving import Halving, Score, score_of
-from fedvit.tools.sweep.outcome import Candidate, TrialOutcome, candidates, choose, pareto_front
+from fedvit.tools.sweep.outcome import Configuration, TrialOutcome, choose, configurations, pareto_front
 from fedvit.tools.sweep.space import plan_sweep
 
 
@@ -81,7 +81,7 @@ def outcome(trial_id: str, score: float, epsilon: float | None = 4.0, **more: ob
 
 
 def test_seeds_of_a_configuration_are_one_candidate_and_only_when_all_of_them_ended() -> None:
-    found = candidates(
+    found = configurations(
         [
             outcome("a-0", 0.8, epsilon=3.0),
             outcome("a-1", 0.6, epsilon=5.0, hours=4.0),
@@ -96,8 +96,8 @@ def test_seeds_of_a_configuration_are_one_candidate_and_only_when_all_of_them_en
     assert (found[0].epsilon, found[0].hours) == (5.0, 3.0)
 
 
-def candidate(name: str, epsilon: float, score: float, hours: float, error: float = 0.01) -> Candidate:
-    return Candidate((name,), {"name": name}, Score(score, error), epsilon, hours)
+def candidate(name: str, epsilon: float, score: float, hours: float, error: float = 0.01) -> Configuration:
+    return Configuration((name,), {"name": name}, Score(score, error), epsilon, hours)
 
 
 def test_the_front_has_what_nothing_betters_in_privacy_utility_and_time() -> None:

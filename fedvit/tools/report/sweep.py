@@ -22,7 +22,7 @@ from fedvit.tools.report.html import write_html
 from fedvit.tools.report.simulation import NOT_PRIVATE, SIMULATED_KEYS
 from fedvit.tools.report.sweep_charts import heat_chart, parallel_chart, pareto_chart, varied
 from fedvit.tools.sweep.cost import cost_sentences, sweep_cost
-from fedvit.tools.sweep.outcome import Candidate, TrialOutcome, candidates, choose, pareto_front
+from fedvit.tools.sweep.outcome import Configuration, TrialOutcome, choose, configurations, pareto_front
 from fedvit.tools.sweep.space import TrialPlan, rungs_of
 
 COLUMNS = ("Trial", "Parameters", "Seed", "Rounds", "Virtual hours", "Accuracy", "Epsilon", "Versions late", "End")
@@ -40,7 +40,7 @@ def write_report(
         UsageError: matplotlib or pyarrow is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    results = candidates(outcomes)
+    results = configurations(outcomes)
     chosen = choose(results, settings.privacy.target_epsilon, settings.sweep.margin)
     front = pareto_front(results)
     plan = next((p for p in plans if chosen is not None and p.trial_id == chosen.trial_ids[0]), None)
@@ -63,8 +63,8 @@ def _summary(
     settings: Settings,
     plans: Sequence[TrialPlan],
     outcomes: Sequence[TrialOutcome],
-    chosen: Candidate | None,
-    front: Sequence[Candidate],
+    chosen: Configuration | None,
+    front: Sequence[Configuration],
     plan: TrialPlan | None,
 ) -> JsonObject:
     cost = sweep_cost(plans, plan.settings if plan else None)
@@ -80,7 +80,7 @@ def _summary(
     }
 
 
-def _configuration(one: Candidate) -> JsonObject:
+def _configuration(one: Configuration) -> JsonObject:
     return {
         "trial_ids": list(one.trial_ids),
         "parameters": dict(one.parameters),
@@ -122,7 +122,7 @@ def best_yaml(plan: TrialPlan, remarks: Sequence[str]) -> str:
     return head + yaml.safe_dump(tree, sort_keys=False)
 
 
-def _parquet(outcomes: Sequence[TrialOutcome], front: Sequence[Candidate], chosen: Candidate | None) -> bytes:
+def _parquet(outcomes: Sequence[TrialOutcome], front: Sequence[Configuration], chosen: Configuration | None) -> bytes:
     """A row a trial; parameters have columns of their own, ``param.<name>``."""
     try:
         import pyarrow as pa
@@ -184,9 +184,9 @@ def _page(
     settings: Settings,
     summary: JsonObject,
     outcomes: Sequence[TrialOutcome],
-    results: Sequence[Candidate],
-    front: Sequence[Candidate],
-    chosen: Candidate | None,
+    results: Sequence[Configuration],
+    front: Sequence[Configuration],
+    chosen: Configuration | None,
 ) -> dict[str, Any]:
     trial_ids = chosen.trial_ids if chosen else ()
     scored = any(one.score is not None for one in outcomes)

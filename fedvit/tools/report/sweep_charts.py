@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fedvit.tools.sweep.outcome import Candidate, TrialOutcome
+    from fedvit.tools.sweep.outcome import Configuration, TrialOutcome
 
 _COLOURS = "viridis"
 
 
-def pareto_chart(found: Sequence[Candidate], front: Sequence[Candidate], chosen: Candidate | None) -> str:
+def pareto_chart(found: Sequence[Configuration], front: Sequence[Configuration], chosen: Configuration | None) -> str:
     """Score over epsilon with its standard error; colour is virtual hours.
 
     What nothing betters in all three has a rim; a line joins those that it takes no time to speak for.
@@ -53,7 +53,7 @@ def pareto_chart(found: Sequence[Candidate], front: Sequence[Candidate], chosen:
     return svg_of("pareto", "Test accuracy over epsilon, virtual hours by colour, with the Pareto front", 4.4, draw)
 
 
-def _upper(front: Sequence[Candidate]) -> tuple[list[float], list[float]]:
+def _upper(front: Sequence[Configuration]) -> tuple[list[float], list[float]]:
     """The front as it is seen in the plane of epsilon and accuracy: those that only time speaks for are no corner."""
     xs: list[float] = []
     ys: list[float] = []

@@ -1,4 +1,4 @@
-"""How long simulated clients take, and which tasks they never answer. Pure: equal arguments, equal answers."""
+"""Delays and drop-outs of simulated clients. Pure: equal arguments give equal delays."""
 
 from __future__ import annotations
 
@@ -12,25 +12,22 @@ from fedvit.config import DelayConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Trip:
-    """One task with one client: the server hears of it ``duration_s`` after it was handed out.
-
-    Where the client does not answer, that is when its silence is noticed.
-    """
+class TaskDelay:
+    """Delay of one task: seconds until its answer, or until the server detects that there is none."""
 
     duration_s: float
     answers: bool
 
 
 class Delays:
-    """Draws a :class:`Trip` for each client and round, whatever was drawn before.
+    """Draws a :class:`TaskDelay` for each client and round, independently of earlier draws.
 
     Args:
         config: the distribution.
-        seed: of the simulation.
+        seed: the seed of the simulation.
 
     Attributes:
-        stop_on_cancel: whether a client learns at once that nobody waits for it any more.
+        stop_on_cancel: whether a client stops work on a cancelled task at once.
     """
 
     def __init__(self, config: DelayConfig, seed: int) -> None:
@@ -38,15 +35,15 @@ class Delays:
         self._config = config
         self._seed = seed
 
-    def trip(self, client_id: str, round_index: int) -> Trip:
-        """What becomes of the task that ``client_id`` is handed in round ``round_index``."""
+    def of_task(self, client_id: str, round_index: int) -> TaskDelay:
+        """The delay of a client's task in a round."""
         draw = generator(self._seed, "trip", client_id, round_index)
-        takes_s = self._takes_s(client_id, float(draw.standard_normal()))
+        work_s = self._work_s(client_id, float(draw.standard_normal()))
         if draw.random() >= self._config.dropout_prob:
-            return Trip(takes_s, answers=True)
-        return Trip(float(draw.random()) * takes_s + self._config.dropout_detection_s, answers=False)
+            return TaskDelay(work_s, answers=True)
+        return TaskDelay(float(draw.random()) * work_s + self._config.dropout_detection_s, answers=False)
 
-    def _takes_s(self, client_id: str, of_task: float) -> float:
+    def _work_s(self, client_id: str, of_task: float) -> float:
         config = self._config
         if config.kind == "constant":
             return config.median_s
@@ -55,7 +52,7 @@ class Delays:
         return config.median_s * math.exp(config.sigma * z)
 
 
-def generator(seed: int, *facts: object) -> np.random.Generator:
-    """The generator of a seed and of whatever its numbers belong to; any difference gives an unrelated one."""
-    digest = hashlib.sha256(repr((seed, *facts)).encode()).digest()
+def generator(seed: int, *purpose: object) -> np.random.Generator:
+    """A generator for a seed and a purpose; different purposes give unrelated generators."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))

@@ -1,13 +1,10 @@
-"""A fleet in virtual time: the clients' work is real, the time that it takes is drawn. Implements ``FleetPort``.
-
-What a round makes of it is the business of the loop that also runs the real fleet; nothing here aggregates.
-"""
+"""Fleet in virtual time: clients train for real, their delays are drawn at random. Implements ``FleetPort``."""
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
@@ -20,38 +17,36 @@ from fedvit.updates import ClientFailures, SingleMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 
 SILENT = "it fell silent"
+"""The error of a client that does not answer."""
 
 
 class VirtualClock:
-    """A clock that the simulated fleet moves. Implements :class:`fedvit.ports.ClockPort`."""
+    """A clock that only the simulated fleet advances. Implements :class:`fedvit.ports.ClockPort`."""
 
     def __init__(self) -> None:
         self._start, self._now_s = SYSTEM_CLOCK.now(), 0.0
 
     def now(self) -> datetime:
-        """The start of the simulation and the virtual seconds since."""
         return self._start + timedelta(seconds=self._now_s)
 
     def monotonic(self) -> float:
-        """Virtual seconds since the start."""
         return self._now_s
 
     def advance_to(self, at_s: float) -> None:
-        """Let time pass; it never goes back."""
+        """Advance to ``at_s`` virtual seconds after the start; never go back."""
         self._now_s = max(self._now_s, at_s)
 
 
-class Learners(Protocol):
-    """The work that clients do."""
+class TrainingClients(Protocol):
+    """The clients of a simulation."""
 
     def answer(self, task: TrainTask, weights: Weights, client_id: str) -> SingleMessage:
         """One client's own answer, never a sum of several; a client that fails is an outcome with an error."""
-        ...
 
 
 @dataclass(order=True, frozen=True, slots=True)
-class _Errand:
-    """A task with a client, by the time at which the server hears of it."""
+class _PendingTask:
+    """A client's task, ordered by the time of its answer."""
 
     due_s: float
     client_id: str
@@ -64,27 +59,34 @@ class _Errand:
 
 
 class SimulatedFleet:
-    """Hands out tasks, lets time pass to the next answer, and only then does the work behind it.
+    """A fleet that advances the clock to the next answer, and only then trains the client that answers.
 
-    So nothing is computed for a client that drops out or is given up. One that is given up works on all the same, and
-    begins its next task when it is done, unless the delays say that it stops.
+    Nothing is computed for a client that drops out or is given up. A client that is given up continues to work and
+    begins its next task afterwards, unless ``delays.stop_on_cancel`` is set.
 
     Args:
-        learners: who does the work.
-        delays: how long it takes.
-        clock: moved by nobody else.
-        look_s: how often the caller may think again while nothing arrives, in virtual seconds.
+        clients: the clients that train.
+        delays: the delays of their tasks.
+        clock: the clock of the simulation; only this object advances it.
+        poll_s: virtual seconds after which ``train`` yields None while nothing arrives.
+        on_training: called before each client trains.
 
     Attributes:
-        counts: tasks ``handed`` out; what became of them: ``answered`` (of these ``failed``), ``silent``, ``given_up``.
+        counts: tasks by state: ``sent``; ``answered`` (of these ``failed``), ``silent`` and ``given_up``.
     """
 
-    def __init__(self, learners: Learners, delays: Delays, clock: VirtualClock, *, look_s: float) -> None:
-        self._learners = learners
-        self._delays = delays
-        self._clock = clock
-        self._look_s = look_s
-        self._errands: list[_Errand] = []
+    def __init__(
+        self,
+        clients: TrainingClients,
+        delays: Delays,
+        clock: VirtualClock,
+        *,
+        poll_s: float,
+        on_training: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._clients, self._delays, self._clock, self._poll_s = clients, delays, clock, poll_s
+        self._on_training = on_training
+        self._pending: list[_PendingTask] = []
         self._busy_until_s: dict[str, float] = {}
         self.counts: Counter[str] = Counter()
 
@@ -93,59 +95,53 @@ class SimulatedFleet:
     ) -> Iterator[SingleMessage | None]:
         """See :meth:`fedvit.ports.FleetPort.train`; one message a client, in the order of their virtual arrival."""
         for client_id in cohort.client_ids:
-            self._hand_out(task, weights, client_id)
-        began_s = heard_s = self._clock.monotonic()
-        looks = 1
-        while self._errands:
-            silent_at_s = float("inf") if timeout_s is None else heard_s + timeout_s
-            due_s, look_at_s = self._errands[0].due_s, began_s + looks * self._look_s
-            if due_s <= min(silent_at_s, look_at_s):
+            delay = self._delays.of_task(client_id, task.round_index)
+            due_s = max(self._clock.monotonic(), self._busy_until_s.get(client_id, 0.0)) + delay.duration_s
+            heapq.heappush(self._pending, _PendingTask(due_s, client_id, delay.answers, task, weights))
+            self.counts["sent"] += 1
+        began_s = last_answer_s = self._clock.monotonic()
+        polls = 1
+        while self._pending:
+            timeout_at_s = float("inf") if timeout_s is None else last_answer_s + timeout_s
+            due_s, poll_at_s = self._pending[0].due_s, began_s + polls * self._poll_s
+            if due_s <= min(timeout_at_s, poll_at_s):
                 self._clock.advance_to(due_s)
-                heard_s = self._clock.monotonic()
-                yield self._arrived(heapq.heappop(self._errands))
-            elif silent_at_s <= look_at_s:
-                self._clock.advance_to(silent_at_s)
+                last_answer_s = self._clock.monotonic()
+                yield self._answer(heapq.heappop(self._pending))
+            elif timeout_at_s <= poll_at_s:
+                self._clock.advance_to(timeout_at_s)
                 return
             else:
-                self._clock.advance_to(look_at_s)
-                looks += 1
+                self._clock.advance_to(poll_at_s)
+                polls += 1
                 yield None
 
     def in_flight(self) -> frozenset[str]:
-        """The clients that have not answered."""
-        return frozenset(errand.client_id for errand in self._errands)
+        return frozenset(pending.client_id for pending in self._pending)
 
     def give_up(self, reason: str) -> list[ClientFailures]:
-        """Wait for nobody any more."""
-        given_up = [errand.failed(reason) for errand in sorted(self._errands)]
+        given_up = [pending.failed(reason) for pending in sorted(self._pending)]
         if not self._delays.stop_on_cancel:
-            self._busy_until_s |= {errand.client_id: errand.due_s for errand in self._errands}
-        self._errands.clear()
+            self._busy_until_s |= {pending.client_id: pending.due_s for pending in self._pending}
+        self._pending.clear()
         self.counts["given_up"] += len(given_up)
         return given_up
 
     def proxies_alive(self) -> ProxyReport:
-        """There is but this process."""
         return ProxyReport({"simulation": True})
 
     def request_histograms(self, order: HistogramRequest, client_ids: Sequence[str]) -> None:
-        """Nobody is asked: a simulation looks at rounds."""
+        """Ignore the request: a simulation computes no histograms."""
 
     def histograms(self) -> list[ClientHistogram]:
-        """None ever arrive."""
         return []
 
-    def _hand_out(self, task: TrainTask, weights: Weights, client_id: str) -> None:
-        trip = self._delays.trip(client_id, task.round_index)
-        due_s = max(self._clock.monotonic(), self._busy_until_s.get(client_id, 0.0)) + trip.duration_s
-        heapq.heappush(self._errands, _Errand(due_s, client_id, trip.answers, task, weights))
-        self.counts["handed"] += 1
-
-    def _arrived(self, errand: _Errand) -> SingleMessage:
-        if not errand.answers:
+    def _answer(self, pending: _PendingTask) -> SingleMessage:
+        if not pending.answers:
             self.counts["silent"] += 1
-            return errand.failed(SILENT)
-        answer = self._learners.answer(errand.task, errand.weights, errand.client_id)
+            return pending.failed(SILENT)
+        self._on_training()
+        answer = self._clients.answer(pending.task, pending.weights, pending.client_id)
         self.counts["answered"] += 1
         self.counts["failed"] += all(
             outcome.error and not outcome.counted_against_client for outcome in answer.outcomes

@@ -61,7 +61,7 @@ def rehearsed_host(settings: Settings) -> ClientHostPort:
     check_rehearsal(settings)
     # Imported here: these modules load torch.
     from fedvit.clients.workload import limit_threads
-    from fedvit.tools.simulation.learners import faulty_host
+    from fedvit.tools.simulation.clients import faulty_host
 
     host = faulty_host(settings, _faults(settings), (settings.home / ACTIVE_FILE).exists)
     limit_threads(settings)

@@ -1,4 +1,4 @@
-"""One run in virtual time, through the loop, rules, validation and buffer that also run the real fleet."""
+"""Simulation of one run in virtual time, with the coordinator and the rules of real runs."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from fedvit.tools.simulation.faults import Faults
 from fedvit.tools.simulation.fleet import SimulatedFleet, VirtualClock
 from fedvit.tools.simulation.server import NoPrivacy, SimulatedServer
 from fedvit.tools.simulation.world import World
-from fedvit.types import RunStatus, TrainingProgress
+from fedvit.types import Evaluation, RunStatus, TrainingProgress
 
 HOUR_S = 3600.0
-# So often may a round think again before its deadline; a power of two, so that the last look is at it to the bit.
-_LOOKS = 16
+# How often a round is polled until its deadline; a power of two, so that the last poll is exactly at the deadline.
+_POLLS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A version: when it was committed, of how many updates it and all before it are made, how good it is.
+    """A committed version: virtual hours, accepted updates so far, and quality.
 
-    ``accuracy`` and ``loss`` are None where nobody looked.
+    ``accuracy`` and ``loss`` are None if the version was not evaluated.
     """
 
     hours: float
@@ -45,12 +45,11 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """What a simulation came to.
+    """The result of a simulation.
 
-    ``outcomes`` counts tasks by what became of them: ``accepted``; ``stale`` or ``refused`` when they arrived;
-    ``failed`` at the client; ``silent``; ``given_up``; ``unused``, of a round that was not committed; ``in_flight``.
-    ``staleness`` counts accepted updates by how many versions late they were. ``epsilon`` is infinite where nothing was
-    private.
+    ``outcomes`` counts tasks by outcome: ``accepted``; ``stale`` or ``refused`` on arrival; ``failed`` at the client;
+    ``silent``; ``given_up``; ``unused`` in a round that was not committed; ``in_flight`` at the end. ``staleness``
+    counts accepted updates by staleness in versions. ``epsilon`` is infinite without privacy.
     """
 
     name: str
@@ -64,88 +63,94 @@ class Simulated:
 
     @property
     def accuracy(self) -> float | None:
-        """Of the last version that was evaluated."""
+        """The accuracy of the last evaluated version."""
         known = [point.accuracy for point in self.points if point.accuracy is not None]
         return known[-1] if known else None
 
     def hours_to(self, accuracy: float) -> float | None:
-        """Virtual hours to the first version that was seen to be so good; None where none was."""
+        """Virtual hours until the first version with at least this accuracy; None if there is none."""
         return next((p.hours for p in self.points if p.accuracy is not None and p.accuracy >= accuracy), None)
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationObserver:
+    """Callbacks: for each committed version, before each client trains, for each evaluation of the global model."""
+
+    version_committed: Callable[[Point], None] = lambda _: None
+    training_begins: Callable[[], None] = lambda: None
+    evaluated: Callable[[Evaluation], None] = lambda _: None
 
 
 def simulate(
     settings: Settings,
     world: World,
     name: str = "run",
-    on_version: Callable[[Point], None] = lambda _: None,
+    observer: SimulationObserver = SimulationObserver(),
     root_secret: bytes | None = None,
 ) -> Simulated:
-    """Run what ``settings`` describe, in a state folder of its own that is gone afterwards.
+    """Simulate the run that the settings describe, in a temporary state folder.
 
     On one thread, and without privacy, equal arguments give equal points.
 
     Args:
-        settings: of a run; ``simulation`` says what is not real about it, ``home`` is not touched.
-        world: who learns what.
-        name: what the report calls it.
-        on_version: told every version; what it raises ends the run.
-        root_secret: the key of noise, samples and cohorts, where what is released shall be private; by default it
-            follows from the seed, which is no secret.
+        settings: the settings of the run; ``home`` is not touched.
+        world: the clients and the model.
+        name: the name in the report.
+        observer: called during the run; an exception that it raises ends the run.
+        root_secret: the key of noise, samples and cohorts, needed if the released values shall be private; by default
+            it is derived from the seed, which is no secret.
 
     Raises:
         FedvitError: the run could not begin; see :meth:`fedvit.rounds.coordinator.Coordinator.run`.
     """
     with tempfile.TemporaryDirectory(prefix="fedvit-simulation-") as folder:
-        own = _own_settings(settings, Path(folder))
-        drawn = root_secret or generator(own.simulation.seed, "root").bytes(SECRET_BYTES)
-        load_or_create_root_secret(own.home, lambda _: drawn)
-        with Store.open(own.home) as store:
-            return _simulated(own, store, world, name, on_version)
+        run_settings = _simulated_settings(settings, Path(folder))
+        secret = root_secret or generator(run_settings.simulation.seed, "root").bytes(SECRET_BYTES)
+        load_or_create_root_secret(run_settings.home, lambda _: secret)
+        with Store.open(run_settings.home) as store:
+            return _simulated(run_settings, store, world, name, observer)
 
 
-def _own_settings(settings: Settings, home: Path) -> Settings:
+def _simulated_settings(settings: Settings, home: Path) -> Settings:
     privacy = settings.privacy
     if not settings.simulation.private:
-        # Nobody draws any noise; what a run has to be recorded with need not be calibrated.
+        # No noise is added; the recorded noise multiplier need not be calibrated.
         privacy = privacy.model_copy(update={"noise_multiplier": LEAST_NOISE_MULTIPLIER})
-    # Nothing is sketched, so nothing of the budget is kept back for it.
+    # No histograms are requested, so no part of the budget is reserved for them.
     histograms = settings.histograms.model_copy(update={"every_rounds": None})
     return settings.model_copy(update={"home": home, "privacy": privacy, "histograms": histograms})
 
 
-def _simulated(
-    settings: Settings,
-    store: Store,
-    world: World,
-    name: str,
-    on_version: Callable[[Point], None],
-) -> Simulated:
+def _simulated(settings: Settings, store: Store, world: World, name: str, observer: SimulationObserver) -> Simulated:
     simulation, clock = settings.simulation, VirtualClock()
     _prepare(store, settings, world)
     faults = Faults(simulation.faults, [client.client_id for client in world.clients], simulation.seed)
-    learners = world.learners(settings, faults)
-    look_s = (settings.training.round_deadline_s or settings.training.round_timeout_s) / _LOOKS
-    fleet = SimulatedFleet(learners, Delays(simulation.delays, simulation.seed), clock, look_s=look_s)
+    clients = world.training_clients(settings, faults)
+    poll_s = (settings.training.round_deadline_s or settings.training.round_timeout_s) / _POLLS
+    delays = Delays(simulation.delays, simulation.seed)
+    fleet = SimulatedFleet(clients, delays, clock, poll_s=poll_s, on_training=observer.training_begins)
     accountant: AccountantPort = PrivacyAccountant(store, settings) if simulation.private else NoPrivacy(settings)
     loop = Coordinator(
         settings=settings,
         store=store,
         accountant=accountant,
         fleet=fleet,
-        model=SimulatedServer(world.server, clock.monotonic, simulation.evaluate_every_s),
-        on_progress=(watch := _Watch(settings, store, clock, on_version)),
+        model=SimulatedServer(world.server, clock.monotonic, simulation.evaluate_every_s, observer.evaluated),
+        on_progress=(recorder := _VersionRecorder(settings, store, clock, observer.version_committed)),
         clock=clock,
     )
-    watch.stop = loop.request_stop
+    recorder.stop = loop.request_stop
     run = loop.run()
-    outcomes = _outcomes(watch.outcomes, fleet)
+    outcomes = _outcomes(recorder.outcomes, fleet)
     epsilon = accountant.budget().epsilon_spent
-    return Simulated(name, settings, run.status, run.reason, tuple(watch.points), outcomes, watch.staleness, epsilon)
+    return Simulated(
+        name, settings, run.status, run.reason, tuple(recorder.points), outcomes, recorder.staleness, epsilon
+    )
 
 
 def _prepare(store: Store, settings: Settings, world: World) -> None:
     simulation, partition = settings.simulation, settings.data.partition
-    # Nothing is kept beyond this run, so there is nothing that other data could be mistaken for.
+    # The store is temporary, so the data's real digest is not needed.
     store.metadata.bind_fleet(data_digest="simulated", partition=partition.model_dump(mode="json"), classes=())
     store.clients.register(world.clients)
     change_aggregation_settings(
@@ -160,8 +165,8 @@ def _prepare(store: Store, settings: Settings, world: World) -> None:
 
 
 @dataclass(slots=True)
-class _Watch:
-    """Looks at every version as it is committed, and asks for the end when enough is seen."""
+class _VersionRecorder:
+    """Records every committed version, and stops the run at the target accuracy or the time limit."""
 
     settings: Settings
     store: Store
@@ -176,33 +181,31 @@ class _Watch:
         if progress.version is None or progress.rounds_done == len(self.points):
             return
         version = self.store.versions.get(progress.version)
-        told, accepted = version.lineage.get("aggregation", {}), version.lineage["clients"]
+        aggregation, accepted = version.lineage.get("aggregation", {}), version.lineage["clients"]
         self.outcomes["accepted"] += len(accepted)
-        for reason in told.get("refused", {}).values():
+        for reason in aggregation.get("refused", {}).values():
             self.outcomes["stale" if "versions old" in reason else "refused"] += 1
-        self.staleness.update(told.get("staleness", dict.fromkeys(accepted, 0)).values())
-        self._add(progress.rounds_done, version.metrics)
-
-    def _add(self, round_index: int, metrics: Mapping[str, float]) -> None:
+        self.staleness.update(aggregation.get("staleness", dict.fromkeys(accepted, 0)).values())
         hours, updates = self.clock.monotonic() / HOUR_S, self.outcomes["accepted"]
-        point = Point(hours, round_index, updates, _known(metrics.get("accuracy")), _known(metrics.get("loss")))
+        accuracy, loss = _finite(version.metrics.get("accuracy")), _finite(version.metrics.get("loss"))
+        point = Point(hours, progress.rounds_done, updates, accuracy, loss)
         self.points.append(point)
         self.on_version(point)
-        wanted = self.settings.simulation
-        good = point.accuracy is not None and point.accuracy >= (wanted.target_accuracy or math.inf)
-        if good or hours >= (wanted.max_hours or math.inf):
+        limits = self.settings.simulation
+        reached = accuracy is not None and accuracy >= (limits.target_accuracy or math.inf)
+        if reached or hours >= (limits.max_hours or math.inf):
             self.stop()
 
 
-def _known(value: float | None) -> float | None:
+def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _outcomes(seen: Counter[str], fleet: SimulatedFleet) -> dict[str, int]:
-    """Every task that was handed out, once."""
-    arrived = {name: seen[name] for name in ("accepted", "stale", "refused")}
+def _outcomes(judged: Counter[str], fleet: SimulatedFleet) -> dict[str, int]:
+    """The number of tasks by outcome; each task that was sent counts once."""
+    arrived = {name: judged[name] for name in ("accepted", "stale", "refused")}
     failed, counts = fleet.counts["failed"], fleet.counts
-    left = counts["handed"] - counts["answered"] - counts["silent"] - counts["given_up"]
+    left = counts["sent"] - counts["answered"] - counts["silent"] - counts["given_up"]
     unused = counts["answered"] - failed - sum(arrived.values())
-    gone = {"failed": failed, "silent": counts["silent"], "given_up": counts["given_up"]}
-    return {**arrived, **gone, "unused": unused, "in_flight": left}
+    missing = {"failed": failed, "silent": counts["silent"], "given_up": counts["given_up"]}
+    return {**arrived, **missing, "unused": unused, "in_flight": left}

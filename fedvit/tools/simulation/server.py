@@ -1,123 +1,81 @@
-"""The server's side of a simulation: it looks at the model now and then, releases nothing, and may charge nothing."""
+"""Server's side of a simulation: a model that is evaluated now and then, and an accountant that charges nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Protocol
+from typing import Any
 
 from fedvit.config import Settings
 from fedvit.errors import ConflictError
-from fedvit.ports import Charge, ExportedModel, LedgerEntry, ModelBenchmark
+from fedvit.ports import Charge, ExportedModel, LedgerEntry, ModelBenchmark, ServerModelPort
 from fedvit.types import BudgetReport, Evaluation, Variant, Weights
 from fedvit.wire.histograms import HistogramSpec
 
 
-class Evaluated(Protocol):
-    """The part of a :class:`fedvit.ports.ServerModelPort` that a simulation uses."""
-
-    def initial_weights(self) -> Weights:
-        """See :class:`fedvit.ports.ServerModelPort`."""
-        ...
-
-    def frozen_weights(self) -> Weights:
-        """See :class:`fedvit.ports.ServerModelPort`."""
-        ...
-
-    def evaluate(self, weights: Weights) -> Evaluation:
-        """See :class:`fedvit.ports.ServerModelPort`."""
-        ...
-
-
 class SimulatedServer:
-    """A model that is evaluated at most once in ``every_s`` virtual seconds. Implements ``ServerModelPort``."""
+    """A model that is evaluated at most once in ``every_s`` virtual seconds. Implements ``ServerModelPort``.
+
+    ``evaluate`` returns None in between, and calls ``on_evaluation`` with each result. A simulation releases nothing,
+    so the other methods are not used.
+    """
 
     exports = False
 
-    def __init__(self, model: Evaluated, clock: Callable[[], float], every_s: float) -> None:
-        self._model = model
-        self._clock = clock
-        self._every_s = every_s
+    def __init__(
+        self,
+        model: ServerModelPort,
+        clock: Callable[[], float],
+        every_s: float,
+        on_evaluation: Callable[[Evaluation], None],
+    ) -> None:
+        self.initial_weights = model.initial_weights
+        self.frozen_weights = model.frozen_weights
+        self._model, self._clock, self._every_s, self._on_evaluation = model, clock, every_s, on_evaluation
         self._next_s = 0.0
 
-    def initial_weights(self) -> Weights:
-        """The trainable weights that a run starts from."""
-        return self._model.initial_weights()
-
-    def frozen_weights(self) -> Weights:
-        """The weights that never travel."""
-        return self._model.frozen_weights()
-
     def evaluate(self, weights: Weights) -> Evaluation | None:
-        """The model on the held-out images; None where it was looked at a moment ago."""
         now_s = self._clock()
         if now_s < self._next_s:
             return None
         self._next_s = now_s + self._every_s
-        return self._model.evaluate(weights)
+        evaluation = self._model.evaluate(weights)
+        if evaluation is not None:
+            self._on_evaluation(evaluation)
+        return evaluation
 
     def histogram_spec(self) -> HistogramSpec | None:
-        """None: simulated clients are not asked for histograms."""
         return None
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:
-        """Never asked for, since nothing is released.
-
-        Raises:
-            ConflictError: always.
-        """
         raise ConflictError("A simulation exports nothing.")
 
     def benchmark(self, content: bytes, limit: int | None = None) -> ModelBenchmark:
-        """Never asked for, since nothing is released.
-
-        Raises:
-            ConflictError: always.
-        """
         raise ConflictError("A simulation exports nothing.")
 
 
 class NoPrivacy:
-    """Charges nothing and says that nothing is protected: epsilon is infinite. Implements ``AccountantPort``."""
+    """An accountant that charges nothing and reports an infinite epsilon. Implements ``AccountantPort``."""
 
     def __init__(self, settings: Settings) -> None:
         self._privacy = settings.privacy
 
     def charge(self, charges: Sequence[Charge]) -> BudgetReport:
-        """Write nothing."""
         return self.budget()
 
     def check(self, charges: Sequence[Charge]) -> None:
-        """Refuse nothing."""
+        pass
 
     def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
-        """Everybody: there is no budget."""
         return frozenset(charge.unit_id for charge in charges)
 
-    def reset_budget(
-        self,
-        new_epsilon: float,
-        justification: str,
-        requested_by: str,
-        approved_by: str | None = None,
-        *,
-        call_key: str | None = None,
-    ) -> BudgetReport:
-        """There is no budget.
-
-        Raises:
-            ConflictError: always.
-        """
+    def reset_budget(self, *_: Any, **__: Any) -> BudgetReport:
         raise ConflictError("A simulation without privacy has no budget.")
 
     def budget(self, *, outlook: bool = False) -> BudgetReport:
-        """Everything is spent."""
-        privacy, all_of_it = self._privacy, math.inf
-        return BudgetReport(
-            privacy.privacy_unit, all_of_it, privacy.target_delta, all_of_it, all_of_it, all_of_it, 0, 0
-        )
+        unit, delta = self._privacy.privacy_unit, self._privacy.target_delta
+        return BudgetReport(unit, math.inf, delta, math.inf, math.inf, math.inf, 0, 0)
 
     def history(self, since: datetime | None = None, limit: int = 1000) -> Sequence[LedgerEntry]:
-        """Nothing was ever charged."""
         return ()

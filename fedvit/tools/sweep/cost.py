@@ -1,4 +1,4 @@
-"""What a sweep over private data costs in privacy, said in numbers and in words."""
+"""Privacy cost of a sweep over private data, in numbers and in words."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class SweepCost:
     """Epsilons at one delta, for one unit that takes part in every round of every trial.
 
     Attributes:
-        chosen: of the chosen configuration's run alone, as if nobody had chosen it; None where none was.
-        with_sweep: of all trials of this sweep, which were looked at, and of that run after them.
-        best_of_random: of the best of a secret, random number of runs like the chosen one, as many on average. This
-            sweep is none: it shows all of its trials. None where there is but one trial.
+        chosen: of the chosen configuration's run alone, without the selection; None if none was chosen.
+        with_sweep: of all trials of this sweep, whose results are shown, and of that run after them.
+        best_of_random: of the best of a secret random number of such runs, with the same mean number. This sweep shows
+            all of its trials, so that this cost does not apply to it. None with a single trial.
     """
 
     delta: float
@@ -33,9 +33,9 @@ class SweepCost:
 
 
 def sweep_cost(plans: Sequence[TrialPlan], chosen: Settings | None) -> SweepCost | None:
-    """What it costs, or None where nothing is private.
+    """The cost of a sweep, or None without privacy.
 
-    A trial that was stopped early counts as a whole one: when it ended depended on the data.
+    A trial that was stopped early counts in full, because the time of its end depended on the data.
 
     Raises:
         ConfigError: see :func:`fedvit.privacy.epsilon.epsilon_pld`.
@@ -54,12 +54,12 @@ def sweep_cost(plans: Sequence[TrialPlan], chosen: Settings | None) -> SweepCost
 
 
 def cost_sentences(cost: SweepCost | None, unit: str) -> list[str]:
-    """For a reader."""
+    """The cost in sentences for the report."""
     if cost is None:
-        return ["Trials were not private, and what they came to says whatever it likes about the data."]
+        return ["Trials were not private, so their results may reveal anything about the data."]
     if cost.chosen is None:
-        told = f"All {cost.trials} trials, which this report shows, spend at most ε = {cost.with_sweep:.3f} together"
-        return [f"{told} at δ = {cost.delta:g} on one {unit}."]
+        total = f"All {cost.trials} trials, which this report shows, spend at most ε = {cost.with_sweep:.3f} together"
+        return [f"{total} at δ = {cost.delta:g} on one {unit}."]
     sentences = [
         f"The chosen run alone spends at most ε = {cost.chosen:.3f} at δ = {cost.delta:g} on one {unit}. That it was "
         f"chosen on the same data is not in this number, and no ledger of a real run knows of the sweep.",

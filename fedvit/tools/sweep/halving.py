@@ -1,11 +1,11 @@
-"""Whom a sweep stops early: asynchronous successive halving between equals, with room for chance.
+"""Early stopping by asynchronous successive halving, with two changes for noisy training.
 
-After Li et al. 2020 (ASHA, arXiv:1810.05934), with two changes that noise asks for:
+After Li et al. 2020 (ASHA, arXiv:1810.05934); the changes are:
 
-- A trial is compared only with those that are at least as private. Less noise learns faster; compared with all, a sweep
-  would stop every private trial at its first rung, and the Pareto front would lose its better half.
-- A score comes with its standard error, and a trial goes only if it lies clearly behind: that an accuracy on a few
-  hundred images, of weights that are noised anew in every round, is a little lower says nothing.
+- A trial is compared only with trials that are at least as private. Trials with less noise learn faster, so that a
+  comparison with all would stop every private trial at its first rung.
+- Each score has a standard error, and a trial is stopped only if it is clearly behind: a small difference between
+  accuracies on a few hundred images, of weights with new noise in every round, is not significant.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# Spends that differ by less are equal: they are found by numerical composition.
+# Spends that differ by less are equal, since numerical composition computes them.
 _SAME_EPSILON = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How good a trial is, as far as can be told: an accuracy and its standard error."""
+    """An accuracy and its standard error."""
 
     value: float
     error: float
@@ -34,8 +34,8 @@ class Score:
 def score_of(accuracies: Sequence[float], num_test: int, window: int) -> Score:
     """The mean of the last ``window`` accuracies.
 
-    Its variance has two parts: that of an accuracy on ``num_test`` images, which all versions share, and that of
-    the versions' mean, since every round brings new noise.
+    Its variance is the sum of that of an accuracy on ``num_test`` images, which all versions share, and that of the
+    versions' mean, since every round adds new noise.
 
     Raises:
         ValueError: there is no accuracy.
@@ -49,28 +49,28 @@ def score_of(accuracies: Sequence[float], num_test: int, window: int) -> Score:
 
 @dataclass(slots=True)
 class Halving:
-    """Decides at every rung; what it has seen may be given to it again in any order, and twice.
+    """The decision at every rung; results may be recorded in any order, and repeatedly.
 
     Args:
-        reduction_factor: one of so many goes on.
+        reduction_factor: one of so many trials continues.
         margin: see :meth:`Score.clearly_below`.
     """
 
     reduction_factor: int
     margin: float
-    _seen: dict[int, dict[str, tuple[float, Score]]] = field(default_factory=dict)
+    _results: dict[int, dict[str, tuple[float, Score]]] = field(default_factory=dict)
 
     def record(self, trial_id: str, rung: int, epsilon: float, score: Score) -> None:
-        """Remember what a trial came to at a rung."""
-        self._seen.setdefault(rung, {})[trial_id] = (epsilon, score)
+        """Record the score of a trial at a rung."""
+        self._results.setdefault(rung, {})[trial_id] = (epsilon, score)
 
     def goes_on(self, trial_id: str, rung: int, epsilon: float, score: Score) -> bool:
-        """Record it, and tell whether it is worth its further rounds; the first few always are."""
+        """Record the score and return whether the trial continues; the first few always do."""
         self.record(trial_id, rung, epsilon, score)
         limit = epsilon * (1 + _SAME_EPSILON)
-        rivals = [s for spent, s in self._seen[rung].values() if spent <= limit]
-        if len(rivals) < self.reduction_factor:
+        scores = [s for spent, s in self._results[rung].values() if spent <= limit]
+        if len(scores) < self.reduction_factor:
             return True
-        rivals.sort(key=lambda s: -s.value)
-        last_in = rivals[math.ceil(len(rivals) / self.reduction_factor) - 1]
+        scores.sort(key=lambda s: -s.value)
+        last_in = scores[math.ceil(len(scores) / self.reduction_factor) - 1]
         return not score.clearly_below(last_in, self.margin)

@@ -1,4 +1,4 @@
-"""The folder of a sweep: what it is, and what every finished trial came to. A killed sweep goes on from here."""
+"""Journal of a sweep: its identity and the outcomes of finished trials, from which a killed sweep continues."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fedvit.tools.sweep.space import TrialPlan, sweep_digest
 
 
 class Journal:
-    """One file a finished trial, written whole or not at all.
+    """A folder with one file for each finished trial, written atomically.
 
     Args:
-        folder: made when the sweep begins.
+        folder: created when the sweep begins.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,10 +29,10 @@ class Journal:
         self._identity = folder / "sweep.json"
 
     def check(self, settings: Settings) -> None:
-        """Whether this folder is free, or this very sweep's; nothing is written.
+        """Check that the folder is unused or belongs to this sweep; nothing is written.
 
         Raises:
-            ConflictError: it is another sweep's.
+            ConflictError: the folder belongs to another sweep.
         """
         if not self._identity.exists():
             return
@@ -44,11 +44,11 @@ class Journal:
 
     @contextmanager
     def working(self, settings: Settings) -> Iterator[None]:
-        """Have the folder to oneself.
+        """Lock the folder.
 
         Raises:
-            ConflictError: it is another sweep's.
-            StateError: another process works on it.
+            ConflictError: the folder belongs to another sweep.
+            StateError: another process has locked it.
         """
         self._trials.mkdir(parents=True, exist_ok=True)
         try:
@@ -67,23 +67,23 @@ class Journal:
             lock.__exit__(None, None, None)
 
     def secret(self) -> bytes:
-        """The sweep's key, behind the noise of all its trials; made once, so that an interrupted trial repeats itself.
+        """The secret of the noise of all trials; created once, so that an interrupted trial can be repeated.
 
         Raises:
-            StateError: somebody changed it.
+            StateError: the file was changed.
         """
         return load_or_create_root_secret(self.folder)
 
     def write(self, outcome: TrialOutcome) -> None:
-        """Remember a trial that will not be run again."""
+        """Store the outcome of a finished trial."""
         text = json.dumps(outcome.to_json(), allow_nan=False)
         write_atomically(self._trials / f"{outcome.trial_id}.json", text)
 
     def finished(self, plans: list[TrialPlan]) -> list[TrialOutcome]:
-        """What is known of these trials, in their order.
+        """The stored outcomes of these trials, in their order.
 
         Raises:
-            StateError: a file is not what this program wrote.
+            StateError: a file cannot be read.
         """
         paths = [self._trials / f"{plan.trial_id}.json" for plan in plans]
         return [_read(path) for path in paths if path.exists()]

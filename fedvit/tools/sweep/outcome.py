@@ -1,4 +1,4 @@
-"""What trials came to, which of them are worth considering, and which one is taken. Pure."""
+"""Outcomes of trials, their Pareto front, and the choice of a configuration. Pure."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from fedvit.tools.sweep.halving import Score
 
 STOPPED_EARLY = "stopped_early"
 FINISHED = frozenset({"completed", "budget_exhausted", "stopped"})
-"""Ways in which a simulated run ends by itself; ``stopped`` is by ``simulation.max_hours`` or ``target_accuracy``."""
+"""Statuses of a complete simulated run; ``stopped`` is by ``simulation.max_hours`` or ``target_accuracy``."""
 
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """A trial at its end.
+    """The outcome of a trial.
 
     Attributes:
-        status: of the run, ``stopped_early`` or ``failed``.
-        epsilon: what the most exposed unit has spent; None where nothing is private.
-        planned_epsilon: what the whole run would have spent at most.
-        score: mean accuracy of the last versions; None where none was evaluated.
-        hours: virtual ones, to the last version.
-        seconds: real ones, of work.
-        startup_s: real seconds between the end of the trial before it on its worker, or the worker's own beginning,
-            and its first client's work.
-        warm: whether that worker had its data and model already.
-        rungs: scores at the rungs that it came to, by round.
+        status: the status of the run, ``stopped_early`` or ``failed``.
+        epsilon: the spend of the most exposed unit; None without privacy.
+        planned_epsilon: the maximum spend of the whole run.
+        score: the mean accuracy of the last versions; None if none was evaluated.
+        hours: virtual hours to the last version.
+        seconds: real seconds of work.
+        startup_s: real seconds from the end of the worker's previous trial, or the worker's start, to the first
+            client's work.
+        warm: whether the worker had loaded data and model before.
+        rungs: (score, standard error) at the rungs that it reached, by round.
         curve: (virtual hours, round, accuracy) of every evaluated version.
-        staleness: accepted updates by how many versions late.
+        staleness: accepted updates by staleness in versions.
     """
 
     trial_id: str
@@ -54,29 +54,29 @@ class TrialOutcome:
     staleness: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON types only."""
+        """The outcome as JSON types."""
         rungs = {name: list(score) for name, score in self.rungs.items()}
         return asdict(self) | {"curve": [list(point) for point in self.curve], "rungs": rungs}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> TrialOutcome:
+    def from_json(cls, fields: Mapping[str, Any]) -> TrialOutcome:
         """The inverse of :meth:`to_json`.
 
         Raises:
             TypeError: a field is missing or unknown.
         """
-        return cls(**found)
+        return cls(**fields)
 
     @property
     def mean_staleness(self) -> float | None:
-        """Of the accepted updates, in versions."""
+        """The mean staleness of the accepted updates, in versions."""
         total = sum(self.staleness.values())
         return sum(int(late) * count for late, count in self.staleness.items()) / total if total else None
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One configuration over all its seeds: means, and the largest epsilon."""
+class Configuration:
+    """A configuration: means over its seeds, and the largest epsilon."""
 
     trial_ids: tuple[str, ...]
     parameters: Mapping[str, Any]
@@ -85,19 +85,19 @@ class Candidate:
     hours: float
 
 
-def candidates(outcomes: Sequence[TrialOutcome]) -> list[Candidate]:
-    """Every configuration of which all seeds ran to their end, in the order of the trials."""
+def configurations(outcomes: Sequence[TrialOutcome]) -> list[Configuration]:
+    """The configurations whose trials are all complete, in the order of the trials."""
     groups: dict[str, list[TrialOutcome]] = {}
     for one in outcomes:
         groups.setdefault(repr(sorted(one.parameters.items())), []).append(one)
-    return [found for group in groups.values() if (found := _candidate(group)) is not None]
+    return [mean for group in groups.values() if (mean := _configuration(group)) is not None]
 
 
-def _candidate(group: Sequence[TrialOutcome]) -> Candidate | None:
+def _configuration(group: Sequence[TrialOutcome]) -> Configuration | None:
     scores = [Score(o.score, o.standard_error or 0.0) for o in group if o.score is not None and o.status in FINISHED]
     if len(scores) < len(group):
         return None
-    return Candidate(
+    return Configuration(
         trial_ids=tuple(o.trial_id for o in group),
         parameters=group[0].parameters,
         score=_mean(scores),
@@ -107,31 +107,31 @@ def _candidate(group: Sequence[TrialOutcome]) -> Candidate | None:
 
 
 def _mean(scores: Sequence[Score]) -> Score:
-    """Seeds share the test images, whose part of the error does not average out: the larger of the two estimates."""
+    """The mean score; its error is the larger of two estimates, since all seeds share the test images."""
     values = [s.value for s in scores]
     between = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return Score(statistics.fmean(values), max(between, statistics.fmean(s.error for s in scores)))
 
 
-def pareto_front(found: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other one equals or betters in epsilon, score and virtual hours at once, by epsilon."""
-    front = [c for c in found if not any(_dominates(other, c) for other in found)]
+def pareto_front(results: Sequence[Configuration]) -> list[Configuration]:
+    """The configurations that no other dominates in epsilon, score and virtual hours, by epsilon."""
+    front = [c for c in results if not any(_dominates(other, c) for other in results)]
     return sorted(front, key=lambda c: (c.epsilon, c.hours))
 
 
-def _dominates(one: Candidate, other: Candidate) -> bool:
+def _dominates(one: Configuration, other: Configuration) -> bool:
     ours = (one.epsilon, -one.score.value, one.hours)
     theirs = (other.epsilon, -other.score.value, other.hours)
     return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
 
 
-def choose(found: Sequence[Candidate], target_epsilon: float, margin: float) -> Candidate | None:
-    """The one to take: the most private of those that cannot be told from the best, then the fastest.
+def choose(results: Sequence[Configuration], target_epsilon: float, margin: float) -> Configuration | None:
+    """The most private of the configurations that are not clearly below the best, then the fastest.
 
-    That is the rule of one standard error (Breiman et al. 1984): the highest of many noisy scores is so by luck as
-    well, and what it costs more in privacy is certain. Those beyond the budget are left out, unless nothing is private.
+    That is the rule of one standard error (Breiman et al. 1984): the highest of many noisy scores is partly due to
+    chance, and its cost in privacy is certain. Configurations beyond the budget are excluded.
     """
-    allowed = [c for c in found if c.epsilon <= target_epsilon or math.isinf(c.epsilon)]
+    allowed = [c for c in results if c.epsilon <= target_epsilon or math.isinf(c.epsilon)]
     if not allowed:
         return None
     best = max(allowed, key=lambda c: c.score.value)

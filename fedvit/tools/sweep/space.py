@@ -1,4 +1,4 @@
-"""Which trials a sweep is made of: settings, varied. Pure: equal settings plan equal trials under equal names."""
+"""Search space of a sweep: the trials that its settings describe. Pure: equal settings give equal trials and names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,7 +37,7 @@ PARAMETERS = {
     "trainable": "model.trainable",
     "adapter_rank": "model.adapter_rank",
 }
-"""Short names of what is usually varied; any other setting of these sections goes by ``section.key``."""
+"""Short names of frequent parameters; other settings of :data:`SECTIONS` are named ``section.key``."""
 SECTIONS = ("model", "training", "privacy", "simulation")
 MOST_TRIALS = 10_000
 
@@ -49,9 +49,9 @@ class TrialPlan:
     """One trial: a whole simulated run.
 
     Attributes:
-        trial_id: its place in the plan and a digest of its settings.
-        parameters: what makes it differ from others, by the name that the sweep uses; seeds have the same.
-        settings: all of them.
+        trial_id: its position in the plan and a digest of its settings.
+        parameters: the varied settings by their names in the sweep; equal for all seeds.
+        settings: the settings of the run.
     """
 
     trial_id: str
@@ -60,29 +60,30 @@ class TrialPlan:
 
     @cached_property
     def epsilon(self) -> float:
-        """What the whole run spends at most on one unit, by PLD; infinite where nothing is private."""
+        """The maximum spend of the whole run for one unit, by PLD; infinite without privacy."""
         if not self.settings.simulation.private:
             return math.inf
         return epsilon_pld(run_spend(self.settings), self.settings.privacy.target_delta)
 
 
 def plan_sweep(settings: Settings) -> list[TrialPlan]:
-    """Every trial, in the order in which they begin.
+    """The trials in the order in which they begin.
 
     Raises:
-        ConfigError: nothing is varied; a parameter is unknown or one of its values out of range; two parameters say the
-            same; ranges without a number of trials.
+        ConfigError: nothing is varied; a parameter is unknown or a value out of range; two parameters set the same
+            setting; ranges without a number of trials.
     """
     sweep = settings.sweep
     _check(settings)
-    found = list(_drawn(sweep) if sweep.trials is not None else _every(sweep))
-    plans = [_plan(settings, one, seed) for one in found for seed in range(sweep.seeds)]
+    combinations = list(_sampled(sweep) if sweep.trials is not None else _grid(sweep))
+    plans = [_plan(settings, one, seed) for one in combinations for seed in range(sweep.seeds)]
     _check_count(len(plans))
-    return [TrialPlan(f"{i:03d}-{_digest(p.settings)}", p.parameters, p.settings) for i, p in enumerate(plans)]
+    digests = [_sha256(_trial_settings(plan.settings))[:8] for plan in plans]
+    return [replace(plan, trial_id=f"{i:03d}-{digests[i]}") for i, plan in enumerate(plans)]
 
 
 def rungs_of(settings: Settings) -> tuple[int, ...]:
-    """After how many rounds trials are compared; none where nobody is stopped early.
+    """The rounds after which trials are compared; empty without early stopping.
 
     Raises:
         ConfigError: the first rung lies beyond the last round.
@@ -95,14 +96,17 @@ def rungs_of(settings: Settings) -> tuple[int, ...]:
             f"sweep.first_rung is {sweep.first_rung}, and a trial has {rounds} rounds.",
             cure=f"Choose one below {rounds}, or leave it out to run every trial to its end.",
         )
-    return tuple(itertools.takewhile(lambda rung: rung < rounds, _powers(sweep.first_rung, sweep.reduction_factor)))
+    rungs = [sweep.first_rung]
+    while (rung := rungs[-1] * sweep.reduction_factor) < rounds:
+        rungs.append(rung)
+    return tuple(rungs)
 
 
 def check_room(settings: Settings, cpus: float) -> None:
-    """Whether so many trials can run at a time.
+    """Check that the CPUs suffice for the concurrent trials.
 
     Raises:
-        PlacementError: they cannot.
+        PlacementError: they do not.
     """
     count, each = settings.sweep.concurrent_trials, settings.sweep.cpus_per_trial
     if count * each > cpus + 1e-9:
@@ -110,12 +114,6 @@ def check_room(settings: Settings, cpus: float) -> None:
             f"There is no room for {count} trials at a time: each asks for {each:g} CPU, and {cpus:g} are free.",
             cure=f"Lower sweep.concurrent_trials to {max(1, int(cpus / each))}, or sweep.cpus_per_trial, or add nodes.",
         )
-
-
-def _powers(first: int, factor: int) -> Iterator[int]:
-    while True:
-        yield first
-        first *= factor
 
 
 def _check(settings: Settings) -> None:
@@ -142,10 +140,10 @@ def _check(settings: Settings) -> None:
 
 
 def _path(name: str) -> str:
-    """The setting that a parameter names.
+    """The path of the setting that a parameter names.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the parameter is unknown.
     """
     if name == LOCAL_EPOCHS:
         return PARAMETERS["local_steps"]
@@ -181,20 +179,15 @@ def _check_noise(settings: Settings) -> None:
         )
 
 
-def _every(sweep: SweepConfig) -> Iterator[Parameters]:
+def _grid(sweep: SweepConfig) -> Iterator[Parameters]:
     """Every combination of the lists; the last parameter varies fastest."""
-    lists = [_listed(values) for values in sweep.parameters.values()]
+    lists = [values for values in sweep.parameters.values() if not isinstance(values, RangeConfig)]
     _check_count(math.prod(map(len, lists)) * sweep.seeds)
-    for chosen in itertools.product(*lists):
-        yield dict(zip(sweep.parameters, chosen, strict=True))
+    for values in itertools.product(*lists):
+        yield dict(zip(sweep.parameters, values, strict=True))
 
 
-def _listed(values: Sequence[Any] | RangeConfig) -> Sequence[Any]:
-    assert not isinstance(values, RangeConfig)
-    return values
-
-
-def _drawn(sweep: SweepConfig) -> Iterator[Parameters]:
+def _sampled(sweep: SweepConfig) -> Iterator[Parameters]:
     generator = np.random.default_rng(sweep.seed)
     for _ in range(sweep.trials or 0):
         yield {name: _draw(values, generator) for name, values in sweep.parameters.items()}
@@ -206,8 +199,8 @@ def _draw(values: Sequence[Any] | RangeConfig, generator: np.random.Generator) -
     low, high, whole = values.low, values.high, isinstance(values.low, int) and isinstance(values.high, int)
     if not values.log:
         return int(generator.integers(int(low), int(high) + 1)) if whole else float(generator.uniform(low, high))
-    drawn = math.exp(generator.uniform(math.log(low), math.log(high)))
-    return round(drawn) if whole else drawn
+    value = math.exp(generator.uniform(math.log(low), math.log(high)))
+    return round(value) if whole else value
 
 
 def _check_count(count: int) -> None:
@@ -235,20 +228,16 @@ def _steps(epochs: Any, sampling_prob: float) -> int:
 
 
 def sweep_digest(settings: Settings) -> str:
-    """SHA-256, hex, of all that decides what a sweep tries out and whom it stops."""
+    """SHA-256, hex, of all settings that determine a sweep's trials and their early stopping."""
     sweep = settings.sweep.model_dump(mode="json", exclude={"concurrent_trials", "cpus_per_trial"})
-    return _sha256({"sweep": sweep, "settings": _of_a_trial(settings)})
+    return _sha256({"sweep": sweep, "settings": _trial_settings(settings)})
 
 
-def _digest(settings: Settings) -> str:
-    return _sha256(_of_a_trial(settings))[:8]
-
-
-def _of_a_trial(settings: Settings) -> dict[str, Any]:
-    found = settings.model_dump(mode="json", include={"data", *SECTIONS})
-    # A folder that was named differently holds the same images.
-    found["data"]["path"] = None if settings.data.path is None else str(settings.data.path.absolute())
-    return found
+def _trial_settings(settings: Settings) -> dict[str, Any]:
+    tree = settings.model_dump(mode="json", include={"data", *SECTIONS})
+    # A relative and an absolute path of the same folder give the same digest.
+    tree["data"]["path"] = None if settings.data.path is None else str(settings.data.path.absolute())
+    return tree
 
 
 def _sha256(value: Any) -> str:

@@ -1,52 +1,41 @@
-"""One trial at work: a simulated run that stops at every rung until somebody says that it is worth its next rounds."""
+"""Trial of a sweep: a simulated run that pauses at every rung until it is continued or abandoned."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from queue import SimpleQueue
 
 from fedvit.errors import FedvitError
 from fedvit.privacy.secrets import derive_secret
-from fedvit.tools.simulation.faults import Faults
-from fedvit.tools.simulation.fleet import Learners
-from fedvit.tools.simulation.run import Point, Simulated, simulate
-from fedvit.tools.simulation.server import Evaluated
+from fedvit.tools.simulation.run import Point, Simulated, SimulationObserver, simulate
 from fedvit.tools.simulation.world import World
 from fedvit.tools.sweep.halving import Score, score_of
 from fedvit.tools.sweep.outcome import STOPPED_EARLY, TrialOutcome
 from fedvit.tools.sweep.space import TrialPlan
-from fedvit.types import Client, Evaluation, TrainTask, Weights
-from fedvit.updates import SingleMessage
+from fedvit.types import Evaluation
 
 RUNNING = "running"
-PATIENCE_S = 300.0
+ABANDONED_AFTER_S = 300.0
 
 
 class _AbandonedError(Exception):
-    """Nobody wants more of this trial."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    outcome: TrialOutcome | None = None
-    error: BaseException | None = None
+    """The trial is not to be continued."""
 
 
 class SteppedTrial:
-    """Runs in a thread of its own; whoever drives it calls :meth:`advance` until the status is another than running.
+    """A trial in its own thread; call :meth:`advance` until the status is not ``running``.
 
     Args:
-        plan: what to run.
-        world: the data and the model, as earlier trials have left them warm.
-        rungs: after how many rounds it stops, ascending.
-        since_s: ``time.monotonic()`` of when its worker was free.
-        warm: whether the world was there already.
-        patience_s: a trial that is left at a rung for so long ends.
+        plan: the trial.
+        world: the data and the model, which several trials may share.
+        rungs: the rounds after which it pauses, ascending.
+        since_s: ``time.monotonic()`` when its worker became free.
+        warm: whether the world was loaded before.
+        abandoned_after_s: a trial that is not continued at a rung for so long ends.
         root_secret: see :func:`fedvit.tools.simulation.run.simulate`.
     """
 
@@ -58,84 +47,86 @@ class SteppedTrial:
         *,
         since_s: float,
         warm: bool = True,
-        patience_s: float = PATIENCE_S,
+        abandoned_after_s: float = ABANDONED_AFTER_S,
         root_secret: bytes | None = None,
     ) -> None:
-        self._plan = plan
-        self._world = _Watched(world)
-        self._rungs = list(rungs)
-        self._since_s = since_s
-        self._patience_s = patience_s
-        self._warm = warm
-        self._root_secret = root_secret
+        self._plan, self._world, self._root_secret = plan, world, root_secret
+        self._rungs, self._abandoned_after_s = list(rungs), abandoned_after_s
+        self._since_s, self._warm = since_s, warm
+        self._began_s: float | None = None
+        self._num_test = 0
         self._points: list[Point] = []
         self._scores: dict[str, tuple[float, float]] = {}
-        self._told: SimpleQueue[_Told] = SimpleQueue()
-        self._go = threading.Semaphore(0)
+        self._results: SimpleQueue[TrialOutcome | BaseException] = SimpleQueue()
+        self._continue = threading.Semaphore(0)
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=plan.trial_id, daemon=True)
         self._thread.start()
 
     @property
     def over(self) -> bool:
-        """Whether it does nothing any more."""
+        """Whether its thread has ended."""
         return not self._thread.is_alive()
 
     def advance(self) -> TrialOutcome:
-        """Go on to the next rung or to the end, and tell where it is; faults of the run are an outcome.
+        """Continue to the next rung or to the end, and return the outcome so far; a ``FedvitError`` is an outcome.
 
         Raises:
-            Exception: what is no fault that fedvit understands.
+            Exception: any other error of the run.
         """
-        self._go.release()
-        told = self._told.get()
-        if told.error is not None:
-            raise told.error
-        assert told.outcome is not None
-        return told.outcome
+        self._continue.release()
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def abandon(self) -> None:
-        """Do no further round."""
+        """End the trial without a further round."""
         self._abandoned = True
-        self._go.release()
+        self._continue.release()
 
     def _run(self) -> None:
         try:
             self._wait()
-            found = simulate(
-                self._plan.settings, self._world, self._plan.trial_id, self._seen, root_secret=self._root_secret
-            )
-            self._told.put(_Told(self._outcome(found.status.value, found.reason, found)))
+            observer = SimulationObserver(self._version_committed, self._training_begins, self._evaluated)
+            plan, secret = self._plan, self._root_secret
+            run = simulate(plan.settings, self._world, plan.trial_id, observer, root_secret=secret)
+            self._results.put(self._outcome(run.status.value, run.reason, run))
         except _AbandonedError:
             pass
         except FedvitError as error:
-            self._told.put(_Told(self._outcome("failed", str(error))))
+            self._results.put(self._outcome("failed", str(error)))
         except BaseException as error:
-            self._told.put(_Told(error=error))
+            self._results.put(error)
 
-    def _seen(self, point: Point) -> None:
+    def _training_begins(self) -> None:
+        self._began_s = self._began_s or time.monotonic()
+
+    def _evaluated(self, evaluation: Evaluation) -> None:
+        self._num_test = evaluation.num_examples
+
+    def _version_committed(self, point: Point) -> None:
         self._points.append(point)
         if self._rungs and point.round_index >= self._rungs[0]:
             rung = self._rungs.pop(0)
             if (score := self._score()) is not None:
                 self._scores[str(rung)] = (score.value, score.error)
-                self._told.put(_Told(self._outcome(RUNNING)))
+                self._results.put(self._outcome(RUNNING))
                 self._wait()
 
     def _wait(self) -> None:
-        if not self._go.acquire(timeout=self._patience_s) or self._abandoned:
+        if not self._continue.acquire(timeout=self._abandoned_after_s) or self._abandoned:
             raise _AbandonedError
 
     def _score(self) -> Score | None:
-        known = [p.accuracy for p in self._points if p.accuracy is not None]
-        if not known:
-            return None
-        return score_of(known, self._world.num_test, self._plan.settings.sweep.window)
+        accuracies = [p.accuracy for p in self._points if p.accuracy is not None]
+        return score_of(accuracies, self._num_test, self._plan.settings.sweep.window) if accuracies else None
 
-    def _outcome(self, status: str, reason: str | None = None, found: Simulated | None = None) -> TrialOutcome:
+    def _outcome(self, status: str, reason: str | None = None, run: Simulated | None = None) -> TrialOutcome:
         score, now_s, plan = self._score(), time.monotonic(), self._plan
-        began_s = self._world.began_s or now_s
-        spent = found.epsilon if found is not None else math.inf
+        began_s = self._began_s or now_s
+        last = self._points[-1] if self._points else None
+        spent = run.epsilon if run is not None else math.inf
         return TrialOutcome(
             trial_id=plan.trial_id,
             parameters=plan.parameters,
@@ -145,83 +136,35 @@ class SteppedTrial:
             epsilon=spent if math.isfinite(spent) else None,
             score=None if score is None else score.value,
             standard_error=None if score is None else score.error,
-            rounds=self._points[-1].round_index if self._points else 0,
-            hours=self._points[-1].hours if self._points else 0.0,
+            rounds=last.round_index if last else 0,
+            hours=last.hours if last else 0.0,
             seconds=max(0.0, now_s - began_s),
             startup_s=began_s - self._since_s,
             warm=self._warm,
             rungs=dict(self._scores),
             curve=[(p.hours, p.round_index, p.accuracy) for p in self._points if p.accuracy is not None],
-            outcomes=dict(found.outcomes) if found else {},
-            staleness={str(late): count for late, count in sorted(found.staleness.items())} if found else {},
+            outcomes=dict(run.outcomes) if run else {},
+            staleness={str(late): count for late, count in sorted(run.staleness.items())} if run else {},
         )
 
 
 def stopped_early(outcome: TrialOutcome) -> TrialOutcome:
-    """What a trial came to that was not worth its further rounds."""
+    """The outcome of a trial that was stopped at a rung."""
     last = list(outcome.rungs)[-1]
     return replace(outcome, status=STOPPED_EARLY, reason=f"behind those as private after {last} rounds")
 
 
-class _Watched:
-    """A world that remembers when its first client began to work, and on how many images its model was looked at."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self.began_s: float | None = None
-        self.num_test = 0
-
-    @property
-    def clients(self) -> list[Client]:
-        return self._world.clients
-
-    @property
-    def server(self) -> Evaluated:
-        return _WatchedServer(self, self._world.server)
-
-    def learners(self, settings: object, faults: Faults) -> Learners:
-        return _WatchedLearners(self, self._world.learners(settings, faults))  # type: ignore[arg-type]
-
-
-class _WatchedServer:
-    def __init__(self, watched: _Watched, server: Evaluated) -> None:
-        self._watched = watched
-        self._server = server
-        self.initial_weights = server.initial_weights
-        self.frozen_weights = server.frozen_weights
-
-    def evaluate(self, weights: Weights) -> Evaluation:
-        found = self._server.evaluate(weights)
-        self._watched.num_test = found.num_examples
-        return found
-
-
-class _WatchedLearners:
-    def __init__(self, watched: _Watched, learners: Learners) -> None:
-        self._watched = watched
-        self._learners = learners
-
-    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> SingleMessage:
-        self._watched.began_s = self._watched.began_s or time.monotonic()
-        return self._learners.answer(task, weights, client_id)
-
-
-WorldOf = Callable[[TrialPlan], World]
-
-
 class WarmTrials:
-    """What one worker keeps between trials: data and models, and when it was last free.
+    """The trials of one worker, one at a time; data and models are kept between trials.
 
     Args:
-        open_world: makes a world for settings that no kept one fits.
-        secret: of the sweep; every trial has a key of its own from it, and repeats itself.
-        most_worlds: so many are kept; the one that was used least lately goes first.
+        open_world: opens the world of a trial that fits no kept one.
+        secret: the secret of the sweep; each trial's key is derived from it, so that a trial can be repeated.
+        most_worlds: how many worlds are kept; the least recently used one is dropped first.
     """
 
-    def __init__(self, open_world: WorldOf, secret: bytes, most_worlds: int = 4) -> None:
-        self._secret = secret
-        self._open_world = open_world
-        self._most = most_worlds
+    def __init__(self, open_world: Callable[[TrialPlan], World], secret: bytes, most_worlds: int = 4) -> None:
+        self._open_world, self._secret, self._most = open_world, secret, most_worlds
         self._worlds: dict[str, World] = {}
         self._free_since_s = time.monotonic()
         self._beginning = threading.Lock()
@@ -229,10 +172,10 @@ class WarmTrials:
         self._trial_id = ""
 
     def begin(self, plan: TrialPlan, rungs: Sequence[int]) -> bool:
-        """Begin a trial, unless another one is under way. Safe for threads."""
+        """Begin a trial unless another one is under way; return whether it began. Thread-safe."""
         if not self._beginning.acquire(blocking=False):
             return False
-        with self._beginning_ends():
+        try:
             if self._trial is not None and not self._trial.over:
                 return False
             world, warm = self._world(plan)
@@ -240,11 +183,6 @@ class WarmTrials:
             self._trial = SteppedTrial(plan, world, rungs, since_s=self._free_since_s, warm=warm, root_secret=secret)
             self._trial_id = plan.trial_id
             return True
-
-    @contextmanager
-    def _beginning_ends(self) -> Iterator[None]:
-        try:
-            yield
         finally:
             self._beginning.release()
 
@@ -257,15 +195,15 @@ class WarmTrials:
         return outcome
 
     def abandon(self, trial_id: str) -> None:
-        """See :meth:`SteppedTrial.abandon`; harmless where it is over, or where another one began."""
+        """See :meth:`SteppedTrial.abandon`; no effect on a trial that is over or on another trial."""
         if self._trial is not None and self._trial_id == trial_id:
             self._trial.abandon()
 
     def _world(self, plan: TrialPlan) -> tuple[World, bool]:
         settings = plan.settings
         key = settings.data.model_dump_json() + settings.model.model_dump_json()
-        found = self._worlds.pop(key, None)
-        self._worlds[key] = found or self._open_world(plan)
+        kept = self._worlds.pop(key, None)
+        self._worlds[key] = kept or self._open_world(plan)
         while len(self._worlds) > self._most:
             del self._worlds[next(iter(self._worlds))]
-        return self._worlds[key], found is not None
+        return self._worlds[key], kept is not None

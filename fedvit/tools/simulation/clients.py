@@ -81,7 +81,7 @@ class SimulatedClients:
             return answer
         if isinstance(answer, PartialSum):
             answer = _single(answer)
-        answer, monitor = self._faults.sent(client_id, answer), self._host.monitor
+        answer, monitor = self._faults.alter(client_id, answer), self._host.monitor
         return answer if monitor is None else monitor.observe(task, weights, answer)
 
 
@@ -91,7 +91,7 @@ def faulty_host(settings: Settings, faults: Faults, active: Callable[[], bool]) 
     model = build_model(settings.model, len(fleet.source.classes), settings.data.image_size)
 
     def alter_answer(client_id: str, answer: ClientAnswer) -> ClientAnswer:
-        return faults.sent(client_id, answer) if active() else answer
+        return faults.alter(client_id, answer) if active() else answer
 
     return vision_host(
         settings,
