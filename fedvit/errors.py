@@ -1,47 +1,7 @@
-"""Every error that fedvit raises on purpose, as one tree.
+"""Every error that fedvit raises on purpose, as one tree below :class:`FedvitError`.
 
-::
-
-    FedvitError                 something went wrong that fedvit understands
-    +-- UsageError              what was asked cannot be done as asked (exit status 2, HTTP 4xx)
-    |   +-- ConfigError         a setting is unknown, of the wrong type or out of range
-    |   +-- DataError           a data set is missing, empty, undecodable or lacks a class
-    |   +-- ModelError          a model is unknown or cannot be trained or exported as asked
-    |   +-- StateError          the state folder is unreadable, corrupt, in use or another fleet's
-    |   |   +-- StateUnavailableError  the state cannot be written now; the same request may succeed later (HTTP 503)
-    |   |   +-- MailboxError           the mailbox cannot be reached (HTTP 503)
-    |   +-- PortInUseError      a port that must be listened on is taken
-    |   +-- PlacementError      Ray cannot place an actor or a replica
-    |   +-- NotFoundError       the named thing does not exist (HTTP 404)
-    |   +-- ConflictError       the request contradicts the present state (HTTP 409)
-    |   |   +-- ReleaseRefusedError  a model did not pass the release gate (HTTP 409)
-    |   |   +-- StaleRequestError    the request names a state that is no longer the present one (HTTP 412)
-    |   |   +-- LedgerFrozenError    an incident froze the privacy ledger: nothing may be charged (HTTP 409)
-    |   +-- UnauthorizedError   the request carries no good token (HTTP 401)
-    |   +-- ForbiddenError      the identity may not do this (HTTP 403)
-    |   +-- RateLimitedError    too many requests of one identity (HTTP 429)
-    |   +-- InvalidRequestError a field is missing, unknown or out of range (HTTP 422)
-    |   +-- PayloadTooLargeError  the body is larger than an image may be (HTTP 413)
-    |   +-- SlowBodyError       the image does not arrive in time (HTTP 408)
-    +-- HttpFaultError          the HTTP exchange itself is at fault; a client raises ControlApiError for it
-    |   +-- BodyTooLargeError   the body is too large (HTTP 413)
-    |   +-- CompressedBodyError the body is compressed (HTTP 415)
-    |   +-- InvalidJsonError    the body is not JSON (HTTP 400)
-    |   +-- InvalidIdempotencyKeyError  the Idempotency-Key is malformed (HTTP 400)
-    |   +-- BodyTimeoutError    the body does not arrive in time (HTTP 408)
-    |   +-- ResponseTimeoutError  the request is not answered in time (HTTP 504)
-    +-- BudgetExhaustedError    the privacy budget does not admit the release (HTTP 409)
-    +-- UpdateRejectedError     an update failed update validation (HTTP 422)
-    +-- IntegrityError          content does not match its hash or its signature (HTTP 502)
-    +-- FeedUnavailableError    the source of releases does not answer, or not as it should (HTTP 503)
-    +-- InferenceError          the model ran and gave no usable answer
-    +-- NoModelError            there is no model to serve yet (HTTP 503)
-    +-- OverloadedError         more requests wait than can be answered in time (HTTP 503)
-    +-- ControlApiError         the control API answered with something that has no class here
-    +-- ControlUnreachableError the control API does not answer
-    +-- DrillError              a drill did not show what it has to show
-    +-- StillRunningError       a long operation has not ended within the time that was given
-    +-- InterruptedRunError     the user or a signal ended the work early (exit status 130)
+A :class:`UsageError` says that what was asked cannot be done as asked (exit status 2, HTTP 4xx). An
+:class:`HttpFaultError` says that the HTTP exchange itself is at fault.
 
 Each message is one sentence that names what was wrong; ``cure`` is one that names what would be right. ``code``,
 ``title`` and ``http_status`` of a class are the ``type``, ``title`` and ``status`` of its problem document; see
@@ -67,9 +27,17 @@ class FedvitError(Exception):
     http_status: ClassVar[int] = 500
     exit_status: ClassVar[int] = 1
 
-    def __init_subclass__(cls) -> None:
-        if "title" not in vars(cls):
-            cls.title = cls.__name__.removesuffix("Error")
+    def __init_subclass__(
+        cls,
+        *,
+        code: str | None = None,
+        title: str | None = None,
+        http_status: int | None = None,
+        exit_status: int | None = None,
+    ) -> None:
+        # All but the title are inherited.
+        cls.code, cls.title = code or cls.code, title or cls.__name__.removesuffix("Error")
+        cls.http_status, cls.exit_status = http_status or cls.http_status, exit_status or cls.exit_status
 
     def __init__(self, message: str, *, cure: str | None = None, **details: Any) -> None:
         super().__init__(message)
@@ -89,101 +57,68 @@ def _rebuild(kind: type[FedvitError], message: str, cure: str | None, details: d
     return kind(message, cure=cure, **details)
 
 
-class UsageError(FedvitError):
+class UsageError(FedvitError, code="invalid-request", http_status=400, exit_status=2):
     """What was asked cannot be done as asked."""
 
-    code, http_status = "invalid-request", 400
-    exit_status = 2
 
-
-class ConfigError(UsageError):
+class ConfigError(UsageError, code="invalid-config", http_status=422):
     """A setting is unknown, of the wrong type or out of range."""
 
-    code, http_status = "invalid-config", 422
 
-
-class DataError(UsageError):
+class DataError(UsageError, code="invalid-data", http_status=422):
     """A data set is missing, empty, undecodable or lacks a class."""
 
-    code, http_status = "invalid-data", 422
 
-
-class ModelError(UsageError):
+class ModelError(UsageError, code="invalid-model", http_status=422):
     """A model is unknown, or cannot be built, trained or exported as asked."""
 
-    code, http_status = "invalid-model", 422
 
-
-class StateError(UsageError):
+class StateError(UsageError, code="invalid-state", http_status=409):
     """The state folder is unreadable, corrupt, in use, or belongs to another fleet."""
 
-    code, http_status = "invalid-state", 409
 
-
-class StateUnavailableError(StateError):
+class StateUnavailableError(StateError, title="State unavailable", http_status=503):
     """The state cannot be read or written now; the same request may succeed later."""
 
-    title, http_status = "State unavailable", 503
 
-
-class MailboxError(StateError):
+class MailboxError(StateError, code="mailbox-unreachable", http_status=503):
     """The mailbox cannot be reached."""
 
-    code, http_status = "mailbox-unreachable", 503
 
-
-class PortInUseError(UsageError):
+class PortInUseError(UsageError, code="port-in-use", http_status=409):
     """A port that must be listened on is taken."""
 
-    code, http_status = "port-in-use", 409
 
-
-class PlacementError(UsageError):
+class PlacementError(UsageError, code="cannot-place", http_status=503):
     """Ray cannot place an actor or a replica within its time limit."""
 
-    code, http_status = "cannot-place", 503
 
-
-class NotFoundError(UsageError):
+class NotFoundError(UsageError, code="not-found", http_status=404):
     """The named thing does not exist."""
 
-    code, http_status = "not-found", 404
 
-
-class ConflictError(UsageError):
+class ConflictError(UsageError, code="conflict", http_status=409):
     """The request contradicts the present state."""
 
-    code, http_status = "conflict", 409
 
-
-class ReleaseRefusedError(ConflictError):
+class ReleaseRefusedError(ConflictError, code="release-refused"):
     """A model did not pass the release gate; what served before keeps serving."""
 
-    code = "release-refused"
 
-
-class StaleRequestError(ConflictError):
+class StaleRequestError(ConflictError, code="stale-request", http_status=412):
     """The request names a state (``If-Match``) that is no longer the present one."""
 
-    code, http_status = "stale-request", 412
 
-
-class LedgerFrozenError(ConflictError):
+class LedgerFrozenError(ConflictError, code="ledger-frozen"):
     """An incident froze the privacy ledger; nothing is charged, so nothing is released, until it is lifted."""
 
-    code = "ledger-frozen"
 
-
-class UnauthorizedError(UsageError):
+class UnauthorizedError(UsageError, code="unauthorized", http_status=401):
     """The request carries no good token."""
 
-    code, http_status = "unauthorized", 401
 
-
-class ForbiddenError(UsageError):
+class ForbiddenError(UsageError, code="forbidden", http_status=403):
     """The identity is known and may not do this."""
-
-    code, http_status = "forbidden", 403
 
 
 class RateLimitedError(UsageError):
@@ -192,110 +127,76 @@ class RateLimitedError(UsageError):
     code, http_status = "rate-limited", 429
 
 
-class InvalidRequestError(UsageError):
+class InvalidRequestError(UsageError, title="Invalid request", http_status=422):
     """A field of a request is missing, unknown or out of range."""
 
-    title, http_status = "Invalid request", 422
 
-
-class PayloadTooLargeError(UsageError):
+class PayloadTooLargeError(UsageError, code="payload-too-large", http_status=413):
     """The body is larger than an image may be."""
 
-    code, http_status = "payload-too-large", 413
 
-
-class SlowBodyError(UsageError):
+class SlowBodyError(UsageError, code="slow-body", http_status=408):
     """The image does not arrive in time."""
-
-    code, http_status = "slow-body", 408
 
 
 class HttpFaultError(FedvitError):
     """The HTTP exchange itself is at fault. A client raises :class:`ControlApiError` for it."""
 
 
-class BodyTooLargeError(HttpFaultError):
+class BodyTooLargeError(HttpFaultError, code="body-too-large", title="Body too large", http_status=413):
     """The body is too large."""
 
-    code, title, http_status = "body-too-large", "Body too large", 413
 
-
-class CompressedBodyError(HttpFaultError):
+class CompressedBodyError(HttpFaultError, code="compressed-body", title="Unsupported encoding", http_status=415):
     """The body is compressed."""
 
-    code, title, http_status = "compressed-body", "Unsupported encoding", 415
 
-
-class InvalidJsonError(HttpFaultError):
+class InvalidJsonError(HttpFaultError, code="invalid-json", title="Invalid JSON", http_status=400):
     """The body is not JSON, or nests too deeply."""
 
-    code, title, http_status = "invalid-json", "Invalid JSON", 400
 
-
-class InvalidIdempotencyKeyError(HttpFaultError):
+class InvalidIdempotencyKeyError(HttpFaultError, code="invalid-idempotency-key", title="Invalid key", http_status=400):
     """The Idempotency-Key is malformed, or there are several."""
 
-    code, title, http_status = "invalid-idempotency-key", "Invalid key", 400
 
-
-class BodyTimeoutError(HttpFaultError):
+class BodyTimeoutError(HttpFaultError, code="request-timeout", title="Request timeout", http_status=408):
     """The body does not arrive in time."""
 
-    code, title, http_status = "request-timeout", "Request timeout", 408
 
-
-class ResponseTimeoutError(HttpFaultError):
+class ResponseTimeoutError(HttpFaultError, code="timeout", title="Timeout", http_status=504):
     """The request is not answered in time; it may still take effect."""
 
-    code, title, http_status = "timeout", "Timeout", 504
 
-
-class BudgetExhaustedError(FedvitError):
+class BudgetExhaustedError(FedvitError, code="privacy-budget-exhausted", http_status=409):
     """The privacy budget does not admit the release that was asked for."""
 
-    code, http_status = "privacy-budget-exhausted", 409
 
-
-class UpdateRejectedError(FedvitError):
+class UpdateRejectedError(FedvitError, code="update-rejected", http_status=422):
     """An update failed update validation."""
 
-    code, http_status = "update-rejected", 422
 
-
-class IntegrityError(FedvitError):
+class IntegrityError(FedvitError, code="integrity", http_status=502):
     """Content does not match its hash or its signature."""
 
-    code, http_status = "integrity", 502
 
-
-class FeedUnavailableError(FedvitError):
+class FeedUnavailableError(FedvitError, code="feed-unavailable", http_status=503):
     """The source of releases does not answer, or not as it should; a later poll may succeed."""
 
-    code, http_status = "feed-unavailable", 503
 
-
-class InferenceError(FedvitError):
+class InferenceError(FedvitError, code="inference-failed"):
     """The model ran and gave no usable answer."""
 
-    code = "inference-failed"
 
-
-class NoModelError(FedvitError):
+class NoModelError(FedvitError, code="no-model", http_status=503):
     """There is no model to serve yet."""
 
-    code, http_status = "no-model", 503
 
-
-class OverloadedError(FedvitError):
+class OverloadedError(FedvitError, code="overloaded", http_status=503):
     """More requests wait than can be answered in time."""
 
-    code, http_status = "overloaded", 503
 
-
-class ControlApiError(FedvitError):
+class ControlApiError(FedvitError, code="control-api", http_status=502):
     """The control API answered with a problem that has no class of its own here, or with no sense at all."""
-
-    code, http_status = "control-api", 502
 
     @property
     def status(self) -> int:
@@ -325,20 +226,13 @@ class ControlUnreachableError(FedvitError):
     code, http_status = "control-unreachable", 503
 
 
-class DrillError(FedvitError):
+class DrillError(FedvitError, code="drill-failed"):
     """A drill did not show what it has to show: an alert, an effect, or an end."""
 
-    code = "drill-failed"
 
-
-class StillRunningError(FedvitError):
+class StillRunningError(FedvitError, code="still-running", http_status=504):
     """A long operation has not ended within the time that was given; it goes on."""
 
-    code, http_status = "still-running", 504
 
-
-class InterruptedRunError(FedvitError):
+class InterruptedRunError(FedvitError, code="interrupted", exit_status=130):
     """The user or a signal ended the work early; the state continues from the last committed step."""
-
-    code = "interrupted"
-    exit_status = 130

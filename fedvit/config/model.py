@@ -14,44 +14,42 @@ class PartitionConfig(Section):
     """How the training images are divided among virtual clients."""
 
     scheme: Literal["iid", "dirichlet", "shard", "natural"] = Field(
-        default="dirichlet",
+        "dirichlet",
         description="'iid': uniformly at random. 'dirichlet': each class in shares drawn from Dirichlet(alpha) (Hsu et "
         "al. 2019, arXiv:1909.06335). 'shard': sorted by label and cut into pieces (McMahan et al. 2017). 'natural': "
         "whole units of the data set, such as GTSRB tracks.",
     )
-    clients: PositiveInt = Field(default=30, description="Number of virtual clients.")
-    alpha: PositiveFloat = Field(default=1.0, description="Dirichlet concentration; smaller means more skewed classes.")
-    shards_per_client: PositiveInt = Field(default=2, description="Pieces for each client under scheme 'shard'.")
-    min_examples: PositiveInt = Field(default=8, description="Fewest images that a client may have.")
-    seed: int = Field(default=7, description="Seed of the partition.")
+    clients: PositiveInt = Field(30, description="Number of virtual clients.")
+    alpha: PositiveFloat = Field(1.0, description="Dirichlet concentration; smaller means more skewed classes.")
+    shards_per_client: PositiveInt = Field(2, description="Pieces for each client under scheme 'shard'.")
+    min_examples: PositiveInt = Field(8, description="Fewest images that a client may have.")
+    seed: int = Field(7, description="Seed of the partition.")
 
 
 class DataConfig(Section):
     """The labelled images that clients train on and the server evaluates with."""
 
     source: str = Field(
-        default="traffic-lights",
+        "traffic-lights",
         description="'traffic-lights' (generated), 'folder', 'gtsrb', or the import path of a torchvision data set.",
     )
-    path: Path | None = Field(default=None, description="Folder of the data set, relative to the settings file.")
-    image_size: Annotated[int, Field(ge=16, le=1024)] = Field(
-        default=64, description="Side of the square images, in pixels."
-    )
+    path: Path | None = Field(None, description="Folder of the data set, relative to the settings file.")
+    image_size: Annotated[int, Field(ge=16, le=1024)] = Field(64, description="Side of the square images, in pixels.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the data source.")
-    partition: PartitionConfig = Field(default=PartitionConfig(), description="Division among virtual clients.")
+    partition: PartitionConfig = Field(PartitionConfig(), description="Division among virtual clients.")
 
 
 class HybridConfig(Section):
     """The small ViT on the frozen EfficientNet-Lite0 stem (``model.name: hybrid_lite0``)."""
 
-    depth: PositiveInt = Field(default=2, description="Number of transformer blocks.")
-    width: Annotated[int, Field(ge=8)] = Field(default=96, description="Token width; a multiple of heads.")
-    heads: PositiveInt = Field(default=4, description="Attention heads of each block.")
-    mlp_ratio: PositiveFloat = Field(default=2.0, description="Width of a block's MLP over the token width.")
+    depth: PositiveInt = Field(2, description="Number of transformer blocks.")
+    width: Annotated[int, Field(ge=8)] = Field(96, description="Token width; a multiple of heads.")
+    heads: PositiveInt = Field(4, description="Attention heads of each block.")
+    mlp_ratio: PositiveFloat = Field(2.0, description="Width of a block's MLP over the token width.")
     pooling_bands: PositiveInt = Field(
-        default=3, description="Horizontal bands of the image whose tokens are averaged separately before the head."
+        3, description="Horizontal bands of the image whose tokens are averaged separately before the head."
     )
-    layer_scale_init: PositiveFloat = Field(default=1e-3, description="Initial LayerScale of each residual branch.")
+    layer_scale_init: PositiveFloat = Field(1e-3, description="Initial LayerScale of each residual branch.")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> HybridConfig:
@@ -63,26 +61,24 @@ class HybridConfig(Section):
 class ModelConfig(Section):
     """The Vision Transformer, and which of its parameters are trained."""
 
-    name: str = Field(default="hybrid_lite0", description="'hybrid_lite0', or the name of any ViT in timm.")
-    pretrained: bool = Field(
-        default=True, description="Start from pretrained weights, which timm downloads where necessary."
-    )
+    name: str = Field("hybrid_lite0", description="'hybrid_lite0', or the name of any ViT in timm.")
+    pretrained: bool = Field(True, description="Start from pretrained weights, which timm downloads where necessary.")
     checkpoint: Path | None = Field(
-        default=None, description="Local .safetensors or .pth file used instead of the download of pretrained weights."
+        None, description="Local .safetensors or .pth file used instead of the download of pretrained weights."
     )
     trainable: Literal["all", "head", "biases", "adapters"] = Field(
-        default="all", description="Trained parameters: all, the head, biases and head, or LoRA adapters and head."
+        "all", description="Trained parameters: all, the head, biases and head, or LoRA adapters and head."
     )
-    adapter_rank: PositiveInt = Field(default=4, description="Rank of the LoRA adapters under trainable 'adapters'.")
-    seed: int = Field(default=0, description="Seed of the initial weights.")
-    hybrid: HybridConfig = Field(default=HybridConfig(), description="Architecture of 'hybrid_lite0'.")
+    adapter_rank: PositiveInt = Field(4, description="Rank of the LoRA adapters under trainable 'adapters'.")
+    seed: int = Field(0, description="Seed of the initial weights.")
+    hybrid: HybridConfig = Field(HybridConfig(), description="Architecture of 'hybrid_lite0'.")
 
 
 class WorkloadConfig(Section):
     """A model and clients of your own in the place of a Vision Transformer on images."""
 
     clients_class: str | None = Field(
-        default=None,
+        None,
         description="Import path, package.module:Class, of a fedvit.clients.workload.VirtualClients. Every proxy "
         "imports it: name only code that you trust.",
     )

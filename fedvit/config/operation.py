@@ -15,24 +15,24 @@ from fedvit.types import NEVER_AUTOMATIC, RemediationAction, Variant
 class ReleaseConfig(Section):
     """When a committed version is exported, checked, signed and offered to replicas and vehicles."""
 
-    every_rounds: PositiveInt = Field(default=10, description="Rounds from one release to the next.")
+    every_rounds: PositiveInt = Field(10, description="Rounds from one release to the next.")
     variants: tuple[Variant, ...] = Field(
-        default=(Variant.STANDARD, Variant.EDGE_OPTIMIZED), description="Exported variants of each released version."
+        (Variant.STANDARD, Variant.EDGE_OPTIMIZED), description="Exported variants of each released version."
     )
     serve_variant: Variant = Field(
-        default=Variant.STANDARD, description="Variant that a new state folder serves, until an operator switches it."
+        Variant.STANDARD, description="Variant that a new state folder serves, until an operator switches it."
     )
     min_export_agreement: Probability = Field(
-        default=0.995, description="Least share of images on which an export must predict the same class as the model."
+        0.995, description="Least share of images on which an export must predict the same class as the model."
     )
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.05, description="Largest loss of held-out accuracy against the current release."
+        0.05, description="Largest loss of held-out accuracy against the current release."
     )
     canary_images: PositiveInt = Field(
-        default=64, description="Held-out images that a canary sends through the candidate and the current model."
+        64, description="Held-out images that a canary sends through the candidate and the current model."
     )
     min_canary_agreement: Probability = Field(
-        default=0.9, description="Least share of canary images on which both models must predict the same class."
+        0.9, description="Least share of canary images on which both models must predict the same class."
     )
 
     @model_validator(mode="after")
@@ -46,27 +46,24 @@ class ServingConfig(Section):
     """The HTTP API and inference on Ray Serve."""
 
     host: str = Field(
-        default="127.0.0.1",
-        description="Address that the API listens on; others than loopback need access.mode 'tokens'.",
+        "127.0.0.1", description="Address that the API listens on; others than loopback need access.mode 'tokens'."
     )
-    port: Port = Field(default=8000, description="Port of the API.")
-    control_replicas: PositiveInt = Field(default=1, description="Replicas of the control API.")
-    inference_min_replicas: PositiveInt = Field(default=1, description="Fewest inference replicas.")
-    inference_max_replicas: PositiveInt = Field(default=2, description="Most inference replicas, under load.")
+    port: Port = Field(8000, description="Port of the API.")
+    control_replicas: PositiveInt = Field(1, description="Replicas of the control API.")
+    inference_min_replicas: PositiveInt = Field(1, description="Fewest inference replicas.")
+    inference_max_replicas: PositiveInt = Field(2, description="Most inference replicas, under load.")
     poll_interval_s: PositiveFloat = Field(
-        default=1.0, description="Seconds from one query of an inference replica for a new release to the next."
+        1.0, description="Seconds from one query of an inference replica for a new release to the next."
     )
 
 
 class EdgeConfig(Section):
     """The edge processes started beside the system; a real vehicle runs ``fedvit-edge`` with the same options."""
 
-    host: str = Field(default="127.0.0.1", description="Address that the edge processes listen on.")
-    ports: tuple[Port, ...] = Field(
-        default=(8081, 8082), description="One edge process for each port; empty starts none."
-    )
+    host: str = Field("127.0.0.1", description="Address that the edge processes listen on.")
+    ports: tuple[Port, ...] = Field((8081, 8082), description="One edge process for each port; empty starts none.")
     poll_interval_s: PositiveFloat = Field(
-        default=1.0, description="Seconds from one query of an edge process for a new release to the next."
+        1.0, description="Seconds from one query of an edge process for a new release to the next."
     )
 
     @field_validator("ports")
@@ -81,26 +78,26 @@ class FleetConfig(Section):
     """Liveness of vehicles and the exchange of messages with them."""
 
     heartbeat_interval_s: PositiveFloat = Field(
-        default=60.0,
+        60.0,
         description="Seconds from one heartbeat of a vehicle to the next. One replica on two cores serves 10,000 "
         "vehicles a minute.",
     )
     heartbeat_timeout_s: PositiveFloat = Field(
-        default=150.0, description="Seconds after its last heartbeat for which a client counts as connected."
+        150.0, description="Seconds after its last heartbeat for which a client counts as connected."
     )
     mailbox_url: str | None = Field(
-        default=None,
+        None,
         description="Path or fsspec URL where vehicles that cannot reach the API leave messages; null is the folder "
         "mailbox in home.",
     )
     check_interval_s: PositiveFloat = Field(
-        default=5.0, description="Seconds from one count of the fleet, and collection of the mailbox, to the next."
+        5.0, description="Seconds from one count of the fleet, and collection of the mailbox, to the next."
     )
     task_interval_s: PositiveFloat = Field(
-        default=5.0, description="Seconds from one query of a remote training client for a task to the next."
+        5.0, description="Seconds from one query of a remote training client for a task to the next."
     )
     scrape_vehicles: bool = Field(
-        default=False,
+        False,
         description="Let Prometheus scrape the host:port that a vehicle registered as its capability 'metrics'. The "
         "vehicle chooses that address.",
     )
@@ -116,20 +113,18 @@ class IncidentsConfig(Section):
     """The incident log."""
 
     reopen_within_s: PositiveFloat = Field(
-        default=3600.0, description="Seconds after an incident's end within which the same alert reopens it."
+        3600.0, description="Seconds after an incident's end within which the same alert reopens it."
     )
 
 
 class RemediationConfig(Section):
     """Runbook actions that the system may take by itself on an alert."""
 
-    allow: tuple[RemediationAction, ...] = Field(default=(), description="Actions that may be taken automatically.")
-    cooldown_s: PositiveFloat = Field(
-        default=900.0, description="Fewest seconds between two automatic runs of one action."
-    )
-    max_actions_per_hour: PositiveInt = Field(default=4, description="Most automatic actions of all kinds in an hour.")
+    allow: tuple[RemediationAction, ...] = Field((), description="Actions that may be taken automatically.")
+    cooldown_s: PositiveFloat = Field(900.0, description="Fewest seconds between two automatic runs of one action.")
+    max_actions_per_hour: PositiveInt = Field(4, description="Most automatic actions of all kinds in an hour.")
     max_client_share: Probability = Field(
-        default=0.1, description="Largest share of the active clients that an automatic action may leave out."
+        0.1, description="Largest share of the active clients that an automatic action may leave out."
     )
 
     @field_validator("allow", mode="before")
@@ -148,10 +143,10 @@ class OidcConfig(Section):
 
     issuer: str = Field(description="Required value of the claim iss.")
     audience: str = Field(description="Required value of the claim aud.")
-    jwks_path: Path | None = Field(default=None, description="File with the issuer's JSON Web Key Set.")
-    jwks_url: str | None = Field(default=None, description="https URL of the issuer's JSON Web Key Set.")
-    algorithm: Literal["RS256", "PS256", "ES256", "EdDSA"] = Field(default="RS256", description="Signature algorithm.")
-    scope_claim: str = Field(default="scope", description="Claim that lists the scopes.")
+    jwks_path: Path | None = Field(None, description="File with the issuer's JSON Web Key Set.")
+    jwks_url: str | None = Field(None, description="https URL of the issuer's JSON Web Key Set.")
+    algorithm: Literal["RS256", "PS256", "ES256", "EdDSA"] = Field("RS256", description="Signature algorithm.")
+    scope_claim: str = Field("scope", description="Claim that lists the scopes.")
 
     @model_validator(mode="after")
     def _one_source_of_keys(self) -> OidcConfig:
@@ -166,29 +161,29 @@ class AccessConfig(Section):
     """Who may call the control API, and how often. Limits hold for each control replica."""
 
     mode: Literal["open_loopback", "tokens"] = Field(
-        default="open_loopback",
+        "open_loopback",
         description="'open_loopback' is the development mode: every caller on the loopback interface may do everything "
         "but reset the privacy budget and report a breach. 'tokens' requires one with every request.",
     )
     behind_tls_proxy: bool = Field(
-        default=False, description="A reverse proxy ends TLS before the API; its X-Forwarded-For names the caller."
+        False, description="A reverse proxy ends TLS before the API; its X-Forwarded-For names the caller."
     )
-    tls_cert: Path | None = Field(default=None, description="PEM file with the certificate of the API.")
-    tls_key: Path | None = Field(default=None, description="PEM file with the key of that certificate.")
-    oidc: OidcConfig | None = Field(default=None, description="OpenID Connect issuer; null accepts none.")
-    requests_per_s: PositiveFloat = Field(default=50.0, description="Sustained requests a second of one caller.")
-    burst: PositiveInt = Field(default=100, description="Requests that one caller may send at once.")
+    tls_cert: Path | None = Field(None, description="PEM file with the certificate of the API.")
+    tls_key: Path | None = Field(None, description="PEM file with the key of that certificate.")
+    oidc: OidcConfig | None = Field(None, description="OpenID Connect issuer; null accepts none.")
+    requests_per_s: PositiveFloat = Field(50.0, description="Sustained requests a second of one caller.")
+    burst: PositiveInt = Field(100, description="Requests that one caller may send at once.")
     max_failed_attempts: PositiveInt = Field(
-        default=10, description="Failed authentications of one address within the window before it gets 429."
+        10, description="Failed authentications of one address within the window before it gets 429."
     )
-    failed_attempts_window_s: PositiveFloat = Field(default=60.0, description="Length of that window, in seconds.")
+    failed_attempts_window_s: PositiveFloat = Field(60.0, description="Length of that window, in seconds.")
     max_body_bytes: PositiveInt = Field(
-        default=1_048_576, description="Largest request body, in bytes, where a route sets no limit of its own."
+        1_048_576, description="Largest request body, in bytes, where a route sets no limit of its own."
     )
     max_json_depth: PositiveInt = Field(
-        default=32, description="Deepest nesting of a JSON request body; a deeper one is refused."
+        32, description="Deepest nesting of a JSON request body; a deeper one is refused."
     )
-    request_timeout_s: PositiveFloat = Field(default=60.0, description="Seconds that a request may take.")
+    request_timeout_s: PositiveFloat = Field(60.0, description="Seconds that a request may take.")
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> AccessConfig:
@@ -201,14 +196,13 @@ class RayConfig(Section):
     """Placement of actors. CPUs are Ray's book-keeping; threads are what an actor computes with."""
 
     address: str | None = Field(
-        default=None,
-        description="Address of the Ray cluster to join; null takes RAY_ADDRESS, else starts one on this machine.",
+        None, description="Address of the Ray cluster to join; null takes RAY_ADDRESS, else starts one on this machine."
     )
-    proxies: PositiveInt = Field(default=2, description="ClientProxy actors that host the virtual clients.")
-    threads_per_proxy: PositiveInt = Field(default=1, description="Torch threads of each ClientProxy.")
-    actor_cpus: Annotated[float, Field(ge=0)] = Field(default=0.1, description="CPUs that each actor reserves in Ray.")
-    start_timeout_s: PositiveFloat = Field(default=180.0, description="Seconds that all actors may take to start.")
-    dashboard: bool = Field(default=True, description="Start Ray's dashboard, which also exports metrics.")
+    proxies: PositiveInt = Field(2, description="ClientProxy actors that host the virtual clients.")
+    threads_per_proxy: PositiveInt = Field(1, description="Torch threads of each ClientProxy.")
+    actor_cpus: Annotated[float, Field(ge=0)] = Field(0.1, description="CPUs that each actor reserves in Ray.")
+    start_timeout_s: PositiveFloat = Field(180.0, description="Seconds that all actors may take to start.")
+    dashboard: bool = Field(True, description="Start Ray's dashboard, which also exports metrics.")
 
     def cluster_address(self) -> str | None:
         """The running cluster to join, by ``address`` or Ray's own ``RAY_ADDRESS``; None to start one here."""

@@ -13,12 +13,11 @@ class AdaptiveClipConfig(Section):
     """A clipping norm that follows a quantile of the updates' norms (Andrew et al. 2021, arXiv:1905.03871)."""
 
     target_quantile: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.5, description="Share of updates that stay below the clipping norm."
+        0.5, description="Share of updates that stay below the clipping norm."
     )
-    learning_rate: PositiveFloat = Field(default=0.2, description="Step of the norm's logarithm in each round.")
+    learning_rate: PositiveFloat = Field(0.2, description="Step of the norm's logarithm in each round.")
     count_noise_multiplier: PositiveFloat = Field(
-        default=10.0,
-        description="Noise multiplier of the count of unclipped updates, which is charged beside their sum.",
+        10.0, description="Noise multiplier of the count of unclipped updates, which is charged beside their sum."
     )
 
 
@@ -26,41 +25,36 @@ class PrivacyConfig(Section):
     """What is protected, how well, and by which noise."""
 
     privacy_unit: Literal["record", "client"] = Field(
-        default="record",
+        "record",
         description="'record': DP-SGD in each client, every example's gradient clipped. 'client': a client's whole "
         "update is clipped, and the aggregator adds noise to the sum.",
     )
-    target_epsilon: PositiveFloat = Field(
-        default=8.0, description="Budget: most epsilon that all rounds together may spend."
-    )
-    target_delta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=1e-5, description="Delta at which epsilon is stated."
-    )
+    target_epsilon: PositiveFloat = Field(8.0, description="Budget: most epsilon that all rounds together may spend.")
+    target_delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="Delta at which epsilon is stated.")
     noise_multiplier: Annotated[float, Field(ge=LEAST_NOISE_MULTIPLIER)] | None = Field(
-        default=None,
+        None,
         description="Standard deviation of the noise over the clipping norm; null calibrates it so that all rounds "
         "together spend at most target_epsilon.",
     )
     sampling_prob: Probability = Field(
-        default=0.5, description="Probability that a record takes part in a local step (Poisson sampling)."
+        0.5, description="Probability that a record takes part in a local step (Poisson sampling)."
     )
     l2_clip_norm: PositiveFloat = Field(
-        default=1.0,
-        description="L2 norm to which a gradient, or with privacy_unit 'client' a whole update, is clipped.",
+        1.0, description="L2 norm to which a gradient, or with privacy_unit 'client' a whole update, is clipped."
     )
     noise: Literal["independent", "banded"] = Field(
-        default="independent",
+        "independent",
         description="With privacy_unit 'client': independent noise, or the noise of a banded matrix mechanism, which "
         "later rounds partly cancel.",
     )
     bands: PositiveInt | None = Field(
-        default=None, description="Bands of the matrix mechanism; at most training.cohort.min_separation."
+        None, description="Bands of the matrix mechanism; at most training.cohort.min_separation."
     )
     adaptive_clip: AdaptiveClipConfig | None = Field(
-        default=None, description="Adaptation of the clipping norm, with privacy_unit 'client'; null keeps it fixed."
+        None, description="Adaptation of the clipping norm, with privacy_unit 'client'; null keeps it fixed."
     )
     require_second_approver: bool = Field(
-        default=False, description="A budget reset comes into force only when a second admin has approved it."
+        False, description="A budget reset comes into force only when a second admin has approved it."
     )
 
     @model_validator(mode="after")
@@ -78,10 +72,10 @@ class HistogramConfig(Section):
     """Private histograms of the clients' data, which show drift and bad data."""
 
     every_rounds: PositiveInt | None = Field(
-        default=10,
+        10,
         description="Rounds from one collection to the next, the first of them in the first round; null collects none. "
         "A client is left out where its budget would not bear the rest of the run as well.",
     )
     noise_multiplier: Annotated[float, Field(ge=1)] = Field(
-        default=5.25, description="Standard deviation of the Gaussian noise over the sensitivity of all counts."
+        5.25, description="Standard deviation of the Gaussian noise over the sensitivity of all counts."
     )

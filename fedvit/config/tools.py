@@ -16,28 +16,28 @@ class FinetuneConfig(Section):
     Sampling, clipping and noise are those of section ``privacy``; ``training.physical_batch_size`` is that of a rank.
     """
 
-    ranks: PositiveInt = Field(default=1, description="Processes of the job.")
+    ranks: PositiveInt = Field(1, description="Processes of the job.")
     min_ranks: PositiveInt | None = Field(
-        default=None,
+        None,
         description="Fewest ranks with which the job starts, or continues after the loss of a node; null needs all.",
     )
-    steps: PositiveInt = Field(default=60, description="Optimizer steps of the job.")
+    steps: PositiveInt = Field(60, description="Optimizer steps of the job.")
     checkpoint_every_steps: PositiveInt = Field(
-        default=20, description="Steps from one checkpoint to the next, which are charged together in advance."
+        20, description="Steps from one checkpoint to the next, which are charged together in advance."
     )
-    optimizer: Literal["sgd", "adam"] = Field(default="sgd", description="Optimizer.")
-    learning_rate: PositiveFloat = Field(default=2.0, description="Learning rate.")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="Momentum of optimizer 'sgd'.")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="Optimizer.")
+    learning_rate: PositiveFloat = Field(2.0, description="Learning rate.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Momentum of optimizer 'sgd'.")
     precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Floating-point type of forward and backward passes; noise is always float32."
+        "float32", description="Floating-point type of forward and backward passes; noise is always float32."
     )
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Device of a rank; 'cuda' reserves a GPU for it.")
-    cpus_per_rank: Annotated[float, Field(gt=0)] = Field(default=0.5, description="CPUs reserved in Ray for each rank.")
-    threads_per_rank: PositiveInt = Field(default=1, description="Torch threads of each rank.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Device of a rank; 'cuda' reserves a GPU for it.")
+    cpus_per_rank: Annotated[float, Field(gt=0)] = Field(0.5, description="CPUs reserved in Ray for each rank.")
+    threads_per_rank: PositiveInt = Field(1, description="Torch threads of each rank.")
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        default=3, description="How often a job that lost ranks continues from its last checkpoint."
+        3, description="How often a job that lost ranks continues from its last checkpoint."
     )
-    start_timeout_s: PositiveFloat = Field(default=60.0, description="Seconds that all ranks may take to start.")
+    start_timeout_s: PositiveFloat = Field(60.0, description="Seconds that all ranks may take to start.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneConfig:
@@ -52,24 +52,23 @@ class DelayConfig(Section):
     """Time of a simulated client from task to answer, in virtual seconds."""
 
     kind: Literal["log_normal", "constant"] = Field(
-        default="log_normal",
-        description="'log_normal': median_s * exp(sigma z), z standard normal. 'constant': median_s.",
+        "log_normal", description="'log_normal': median_s * exp(sigma z), z standard normal. 'constant': median_s."
     )
-    median_s: PositiveFloat = Field(default=300.0, description="Median time, in virtual seconds.")
-    sigma: Annotated[float, Field(ge=0, le=5)] = Field(default=1.2, description="Standard deviation of log time.")
+    median_s: PositiveFloat = Field(300.0, description="Median time, in virtual seconds.")
+    sigma: Annotated[float, Field(ge=0, le=5)] = Field(1.2, description="Standard deviation of log time.")
     client_variance_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.5,
+        0.5,
         description="Share of the variance of log time that belongs to the client in all its tasks; the rest is drawn "
         "for each task.",
     )
     dropout_prob: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.1, description="Probability that a task is never answered because its client disconnects."
+        0.1, description="Probability that a task is never answered because its client disconnects."
     )
     dropout_detection_s: PositiveFloat = Field(
-        default=150.0, description="Virtual seconds from a disconnection until the server notices it."
+        150.0, description="Virtual seconds from a disconnection until the server notices it."
     )
     stop_on_cancel: bool = Field(
-        default=False,
+        False,
         description="A client whose task was cancelled stops at once. Otherwise it works to the end of that task, and "
         "its next one begins late.",
     )
@@ -86,26 +85,26 @@ class FaultConfig(Section):
         description="Faults, applied in this order. 'label_flip' trains class c as C - 1 - c. 'sign_flip' negates the "
         "update, 'scale' multiplies it by factor, 'noise' adds normal noise, 'nan' makes one value NaN."
     )
-    factor: float = Field(default=10.0, description="Factor of 'scale'.")
-    noise_stddev: PositiveFloat = Field(default=1.0, description="Standard deviation of 'noise'.")
+    factor: float = Field(10.0, description="Factor of 'scale'.")
+    noise_stddev: PositiveFloat = Field(1.0, description="Standard deviation of 'noise'.")
 
 
 class SimulationConfig(AggregationModeConfig):
     """What ``fedvit simulate`` adds to the settings of a run: simulated clients, faults and virtual time."""
 
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Seed of delays, faults, cohorts and batches.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of delays, faults, cohorts and batches.")
     private: bool = Field(
-        default=True,
+        True,
         description="Clip, add noise and charge the budget. If false, clients train by plain SGD; the report says so.",
     )
     evaluate_every_s: Annotated[float, Field(ge=0)] = Field(
-        default=0.0,
+        0.0,
         description="Virtual seconds from one evaluation on held-out images to the next; 0 evaluates every version.",
     )
-    target_accuracy: Probability | None = Field(default=None, description="Held-out accuracy at which the run ends.")
-    max_hours: PositiveFloat | None = Field(default=None, description="Virtual hours after which the run ends.")
-    delays: DelayConfig = Field(default=DelayConfig(), description="Times of the simulated clients.")
-    faults: tuple[FaultConfig, ...] = Field(default=(), description="Groups of faulty clients.")
+    target_accuracy: Probability | None = Field(None, description="Held-out accuracy at which the run ends.")
+    max_hours: PositiveFloat | None = Field(None, description="Virtual hours after which the run ends.")
+    delays: DelayConfig = Field(DelayConfig(), description="Times of the simulated clients.")
+    faults: tuple[FaultConfig, ...] = Field((), description="Groups of faulty clients.")
 
     @model_validator(mode="after")
     def _faulty_groups_fit(self) -> SimulationConfig:
@@ -118,7 +117,7 @@ class DrillConfig(Section):
     """Faults that ``fedvit drill`` injects into a running system."""
 
     faults: tuple[FaultConfig, ...] = Field(
-        default=(), description="Groups of faulty virtual clients; refused outside the state folder of a drill."
+        (), description="Groups of faulty virtual clients; refused outside the state folder of a drill."
     )
 
 
@@ -127,7 +126,7 @@ class RangeConfig(Section):
 
     low: int | float = Field(description="Lower end.")
     high: int | float = Field(description="Upper end.")
-    log: bool = Field(default=False, description="Uniform in the logarithm, instead of in the value.")
+    log: bool = Field(False, description="Uniform in the logarithm, instead of in the value.")
 
     @model_validator(mode="after")
     def _is_a_range(self) -> RangeConfig:
@@ -146,21 +145,21 @@ class SweepConfig(Section):
         description="Settings to vary, by a short name or as section.key, each with a list of values or a range.",
     )
     trials: PositiveInt | None = Field(
-        default=None, description="Configurations to draw; null tries every combination of the lists."
+        None, description="Configurations to draw; null tries every combination of the lists."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Seed of the drawn configurations.")
-    seeds: PositiveInt = Field(default=1, description="Seeds of the simulation with which each configuration is run.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the drawn configurations.")
+    seeds: PositiveInt = Field(1, description="Seeds of the simulation with which each configuration is run.")
     first_rung: PositiveInt | None = Field(
-        default=None, description="Rounds after which trials are compared for the first time; null stops none early."
+        None, description="Rounds after which trials are compared for the first time; null stops none early."
     )
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
-        default=3,
+        3,
         description="Rounds of each rung over those of the rung before. A trial continues while it is among the best "
         "1/reduction_factor of those that are at least as private.",
     )
     margin: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="Standard errors by which a trial may miss that and continue."
+        1.0, description="Standard errors by which a trial may miss that and continue."
     )
-    window: PositiveInt = Field(default=3, description="Last versions over which the accuracy of a trial is averaged.")
-    concurrent_trials: PositiveInt = Field(default=2, description="Trials that run at the same time.")
-    cpus_per_trial: PositiveFloat = Field(default=1.0, description="CPUs that each trial reserves in Ray.")
+    window: PositiveInt = Field(3, description="Last versions over which the accuracy of a trial is averaged.")
+    concurrent_trials: PositiveInt = Field(2, description="Trials that run at the same time.")
+    cpus_per_trial: PositiveFloat = Field(1.0, description="CPUs that each trial reserves in Ray.")

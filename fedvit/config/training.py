@@ -15,31 +15,27 @@ class CohortConfig(Section):
     """Which clients take part in a round."""
 
     selection: Literal["all", "uniform", "poisson"] = Field(
-        default="all",
+        "all",
         description="'all': every eligible client. 'uniform': size of them at random. 'poisson': each with probability "
         "sampling_prob, by a secret coin.",
     )
-    size: PositiveInt | None = Field(
-        default=None, description="Updates that a round wants; required by selection 'uniform'."
-    )
+    size: PositiveInt | None = Field(None, description="Updates that a round wants; required by selection 'uniform'.")
     over_selection: Annotated[float, Field(ge=0, le=10)] = Field(
-        default=0.0,
+        0.0,
         description="Additional clients drawn by 'uniform', as a share of size: a synchronous round commits with the "
         "first size updates and cancels the others (Bonawitz et al. 2019, arXiv:1902.01046).",
     )
     sampling_prob: Probability | None = Field(
-        default=None, description="Probability that a client takes part in a round; required by selection 'poisson'."
+        None, description="Probability that a client takes part in a round; required by selection 'poisson'."
     )
-    min_clients: PositiveInt = Field(default=1, description="Fewest clients with which a round begins.")
+    min_clients: PositiveInt = Field(1, description="Fewest clients with which a round begins.")
     client_selection: Literal["any", "validated_only"] = Field(
-        default="any", description="Eligible clients: any active one, or only those that passed validation."
+        "any", description="Eligible clients: any active one, or only those that passed validation."
     )
     max_participations: PositiveInt | None = Field(
-        default=None, description="Most rounds of one run that a client takes part in."
+        None, description="Most rounds of one run that a client takes part in."
     )
-    min_separation: PositiveInt = Field(
-        default=1, description="Fewest rounds from one participation of a client to its next."
-    )
+    min_separation: PositiveInt = Field(1, description="Fewest rounds from one participation of a client to its next.")
 
     @model_validator(mode="after")
     def _each_selection_has_what_it_needs(self) -> CohortConfig:
@@ -63,98 +59,84 @@ class StalenessConfig(Section):
     """Weight of an update that is s versions old (Xie et al. 2019, arXiv:1903.03934); a fresh update weighs 1."""
 
     weight: Literal["constant", "polynomial", "hinge"] = Field(
-        default="polynomial",
+        "polynomial",
         description="'constant': 1. 'polynomial': (1 + s)^-exponent. 'hinge': 1 up to s = hinge_from, then "
         "1 / (1 + hinge_slope (s - hinge_from)).",
     )
-    exponent: PositiveFloat = Field(
-        default=0.5, description="Exponent of 'polynomial'; larger discounts stale updates more."
-    )
-    hinge_from: Annotated[int, Field(ge=0)] = Field(
-        default=4, description="Staleness, in versions, up to which 'hinge' is 1."
-    )
-    hinge_slope: PositiveFloat = Field(
-        default=10.0, description="Discount of 'hinge' for each version beyond hinge_from."
-    )
+    exponent: PositiveFloat = Field(0.5, description="Exponent of 'polynomial'; larger discounts stale updates more.")
+    hinge_from: Annotated[int, Field(ge=0)] = Field(4, description="Staleness, in versions, up to which 'hinge' is 1.")
+    hinge_slope: PositiveFloat = Field(10.0, description="Discount of 'hinge' for each version beyond hinge_from.")
 
 
 class ValidationConfig(Section):
     """Validation of client updates before aggregation."""
 
     max_update_norm: PositiveFloat | None = Field(
-        default=None,
-        description="Largest L2 norm of one client's update, privacy noise included; null accepts any finite one.",
+        None, description="Largest L2 norm of one client's update, privacy noise included; null accepts any finite one."
     )
     quarantine_after_rejections: PositiveInt | None = Field(
-        default=3, description="Rejected updates after which a client is quarantined; null leaves that to the operator."
+        3, description="Rejected updates after which a client is quarantined; null leaves that to the operator."
     )
-    max_update_bytes: PositiveInt = Field(default=64 * 2**20, description="Largest encoded update, in bytes.")
+    max_update_bytes: PositiveInt = Field(64 * 2**20, description="Largest encoded update, in bytes.")
 
 
 class CompressionConfig(Section):
     """Encoding of single updates: those of remote clients, and of all where the rule needs single updates."""
 
     encodings: tuple[Encoding, ...] = Field(
-        default=(),
+        (),
         description="Encodings in order of preference; the first that a client supports is used, else float32. See "
         "fedvit.wire.encoding.",
     )
-    top_k_fraction: Probability = Field(default=0.05, description="Share of all values that 'top_k' transmits.")
+    top_k_fraction: Probability = Field(0.05, description="Share of all values that 'top_k' transmits.")
 
 
 class AggregationModeConfig(Section):
     """Synchronous or buffered asynchronous rounds; see :class:`fedvit.rounds.steering.AggregationSettings`."""
 
     mode: Literal["synchronous", "asynchronous"] = Field(
-        default="synchronous",
-        description="A round waits for its whole cohort, or commits as soon as its buffer is full.",
+        "synchronous", description="A round waits for its whole cohort, or commits as soon as its buffer is full."
     )
     buffer_size: PositiveInt | None = Field(
-        default=None,
-        description="Updates that an asynchronous round commits with; null takes half of those that take part.",
+        None, description="Updates that an asynchronous round commits with; null takes half of those that take part."
     )
     staleness_tolerance: Annotated[int, Field(ge=0)] = Field(
-        default=5, description="Most versions by which an update may be stale; a staler one is rejected."
+        5, description="Most versions by which an update may be stale; a staler one is rejected."
     )
 
 
 class TrainingConfig(Section):
     """Rounds, local steps and aggregation."""
 
-    rounds: PositiveInt = Field(default=30, description="Rounds of a run.")
+    rounds: PositiveInt = Field(30, description="Rounds of a run.")
     evaluate_every_rounds: PositiveInt = Field(
-        default=1,
+        1,
         description="Rounds from one evaluation on held-out images to the next. Other versions have no loss and no "
         "accuracy; a version that may be released is always evaluated.",
     )
-    local_steps: PositiveInt = Field(default=1, description="Optimizer steps of a client in one round.")
-    learning_rate: PositiveFloat = Field(default=2.0, description="Learning rate of the local steps.")
-    server_learning_rate: PositiveFloat = Field(default=1.0, description="Factor on the aggregated update.")
-    aggregation: str = Field(
-        default="fedavg",
-        description="Name of the aggregation rule, of this package or of a plug-in.",
-    )
+    local_steps: PositiveInt = Field(1, description="Optimizer steps of a client in one round.")
+    learning_rate: PositiveFloat = Field(2.0, description="Learning rate of the local steps.")
+    server_learning_rate: PositiveFloat = Field(1.0, description="Factor on the aggregated update.")
+    aggregation: str = Field("fedavg", description="Name of the aggregation rule, of this package or of a plug-in.")
     aggregation_options: dict[str, Any] = Field(default_factory=dict, description="Options of the aggregation rule.")
-    staleness: StalenessConfig = Field(default=StalenessConfig(), description="Weights of stale updates.")
-    validation: ValidationConfig = Field(default=ValidationConfig(), description="Validation of client updates.")
-    compression: CompressionConfig = Field(default=CompressionConfig(), description="Encoding of client updates.")
+    staleness: StalenessConfig = Field(StalenessConfig(), description="Weights of stale updates.")
+    validation: ValidationConfig = Field(ValidationConfig(), description="Validation of client updates.")
+    compression: CompressionConfig = Field(CompressionConfig(), description="Encoding of client updates.")
     physical_batch_size: PositiveInt = Field(
-        default=32, description="Examples differentiated at once. It bounds memory and does not change the result."
+        32, description="Examples differentiated at once. It bounds memory and does not change the result."
     )
     ranks: PositiveInt = Field(
-        default=1,
+        1,
         description="Processes that take a client's local steps. Above 1 every client is a silo, placed as section "
         "finetune says.",
     )
-    round_timeout_s: PositiveFloat = Field(
-        default=600.0, description="Seconds without any answer after which a round ends."
-    )
+    round_timeout_s: PositiveFloat = Field(600.0, description="Seconds without any answer after which a round ends.")
     round_deadline_s: PositiveFloat | None = Field(
-        default=None,
+        None,
         description="Seconds after its start at which a round ends; null sets no deadline. It does not apply to "
         "Poisson cohorts, where an update that came late would change the sampling probability.",
     )
     initial_mode: AggregationModeConfig = Field(
-        default=AggregationModeConfig(), description="Mode of a new state folder, until an operator sets one."
+        AggregationModeConfig(), description="Mode of a new state folder, until an operator sets one."
     )
-    cohort: CohortConfig = Field(default=CohortConfig(), description="Selection of clients.")
+    cohort: CohortConfig = Field(CohortConfig(), description="Selection of clients.")
