@@ -64,7 +64,7 @@ def problem_of(error: Exception) -> JSONResponse:
         error = _invalid(error)
     if not isinstance(error, FedvitError):
         _LOG.error("A request failed", exc_info=error)
-        error = FedvitError("The request failed for a reason nobody foresaw; the log has it under this request_id.")
+        error = FedvitError("The request failed for an unforeseen reason; the log has it under this request_id.")
     return _response(problem_document(error), problem_headers(error))
 
 

@@ -86,10 +86,10 @@ class MailboxAccess(View):
 
 
 class HeartbeatView(View):
-    """What a vehicle is told: when it was heard, after how many seconds it shall beat again, and the second way.
+    """The response to a heartbeat: when it was received, after how many seconds it shall beat again, and the second way.
 
     ``backup_channel`` says whether messages in the mailbox are taken now. ``mailbox`` is for a token that is bound to
-    this client; it is told before it is needed, since later it could not be.
+    this client; it is given before it is needed, since later it could not be.
     """
 
     client_id: str
@@ -203,7 +203,7 @@ class KindView(View):
 
 
 class LostClientView(View):
-    """A client that is not connected, or of which nobody can tell; ``reason`` says which, in words."""
+    """A client that is not connected, or whose connection is unknown; ``reason`` says which, in words."""
 
     client_id: str
     kind: str

@@ -1,4 +1,4 @@
-"""Whether a justification says anything: it is all that somebody will find who asks later why."""
+"""Check of justifications: the text has to explain the decision to a later reader."""
 
 from __future__ import annotations
 

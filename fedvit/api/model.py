@@ -42,7 +42,7 @@ class ModelInfo(View):
 
 
 class ReleaseView(View):
-    """What replicas and vehicles are told to run. ``variant`` is what everybody runs who is not pinned."""
+    """What replicas and vehicles shall run. ``variant`` applies to all that are not pinned to another one."""
 
     version: str
     sequence: int

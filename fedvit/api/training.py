@@ -28,7 +28,7 @@ class ProgressView(View):
 
 
 class RestartRequest(RequestBody):
-    """Who may be drawn in the new run; left out, whoever may be drawn now."""
+    """Which clients may be drawn in the new run; if left out, those that may be drawn now."""
 
     client_selection: ClientSelection | None = None
 

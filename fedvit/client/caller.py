@@ -148,7 +148,7 @@ class Group:
 
 
 def pages(read: Callable[[int, int], Sequence[T]], page_size: int) -> Iterator[T]:
-    """Everything that ``read(limit, offset)`` hands out page by page."""
+    """All items that ``read(limit, offset)`` returns page by page."""
     offset = 0
     while page := read(page_size, offset):
         yield from page

@@ -62,7 +62,7 @@ def _validated(client: Client, verdict: str | None, decided_at: datetime | None,
     if automatic:
         reason, message = "ByQuality", verdict or "It follows from what was seen of its data."
     elif decided_at is None:
-        reason, message = "ByDefault", "Nobody decided on it."
+        reason, message = "ByDefault", "No decision was made about it."
     else:
         reason, message = "ByOperator", verdict or "An operator decided so, without a word."
     return Condition("Validated", _status(client.validated), reason, message, decided_at)

@@ -156,7 +156,7 @@ class BreachResponse:
         reason = f"incident {breach.incident_id}: {breach.breach_type}"
         self._quarantined = self._store.clients.quarantine(breach.affected_clients, reason, breach.at)
         return (
-            f"{len(self._quarantined)} clients are in quarantine: they get no task, whoever asks for one, and with "
+            f"{len(self._quarantined)} clients are in quarantine: they get no task, and with "
             "their tokens revoked no release. Only POST /api/clients/{client_id}/reinstate lifts it."
         )
 

@@ -101,7 +101,7 @@ def _add_artifacts(api: FastAPI, services: Services) -> None:
         | {200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}},
     )
     def blob(digest: str) -> Response:
-        """An artifact of the current release by its SHA-256. Weights and other blobs are not handed out."""
+        """An artifact of the current release by its SHA-256. Weights and other blobs are not served."""
         if digest not in _current_release(store).artifacts.values():
             raise NotFoundError(f"The current release has no artifact {digest!r}.", cure="Read its manifest again.")
         return Response(store.blobs.get(digest), media_type="application/octet-stream")

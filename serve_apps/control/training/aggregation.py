@@ -42,7 +42,7 @@ def add_aggregation_routes(api: FastAPI, services: Services) -> None:
         """
         if request.mode == "asynchronous" and services.settings.training.cohort.selection == "poisson":
             raise ConflictError(
-                "The cohorts are Poisson samples, and privacy is amplified by that: nobody who is drawn may be late.",
+                "The cohorts are Poisson samples, which amplifies privacy: no drawn client may answer late.",
                 cure="Train with training.cohort.selection 'uniform' or 'all' and a cap on participations.",
             )
         check_mode(create_rule(services.settings.training), request.mode)
