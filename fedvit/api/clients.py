@@ -86,7 +86,7 @@ class MailboxAccess(View):
 
 
 class HeartbeatView(View):
-    """The response to a heartbeat: when it was received, after how many seconds it shall beat again, and the second way.
+    """The response to a heartbeat: when it was received, the interval to the next one in seconds, and the mailbox.
 
     ``backup_channel`` says whether messages in the mailbox are taken now. ``mailbox`` is for a token that is bound to
     this client; it is given before it is needed, since later it could not be.
