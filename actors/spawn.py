@@ -22,7 +22,7 @@ from actors.privacy_accountant import PrivacyAccountantActor
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
 from fedvit.ports import AggregatorPort
-from fedvit.privacy.secrets import load_or_create_root_secret
+from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.settings import settings_to_json
 from fedvit.tools.sweep.space import check_room
 

@@ -12,16 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedvit.types import (
-    BudgetReport,
-    Cohort,
-    Evaluation,
-    Operation,
-    TrainingProgress,
-    TrainTask,
-    Variant,
-    Weights,
-)
+from fedvit.types import BudgetReport, Cohort, Evaluation, Operation, TrainingProgress, TrainTask, Variant, Weights
 from fedvit.updates import ClientFailures, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 
@@ -76,12 +67,7 @@ class AccountantPort(Protocol):
         """
 
     def check(self, charges: Sequence[Charge]) -> None:
-        """Raise what :meth:`charge` would raise now; write nothing.
-
-        Raises:
-            BudgetExhaustedError: the charges would exceed the budget.
-            LedgerFrozenError: an incident froze the ledger.
-        """
+        """Raise what :meth:`charge` would raise now; write nothing."""
 
     def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
         """The units whose own charge alone would fit into the budget now; nothing is written.
@@ -378,7 +364,7 @@ class ClockPort(Protocol):
 
 
 class BlobStorePort(Protocol):
-    """Content-addressed bytes."""
+    """Content-addressed bytes. Every read of an unknown digest raises :class:`fedvit.errors.NotFoundError`."""
 
     def put(self, content: bytes) -> str:
         """Store ``content``; return its SHA-256, hex. Idempotent."""
@@ -390,20 +376,11 @@ class BlobStorePort(Protocol):
         """The bytes of ``digest``, verified.
 
         Raises:
-            NotFoundError: no such blob.
             IntegrityError: the stored bytes no longer match.
         """
 
     def get_range(self, digest: str, start: int, stop: int) -> bytes:
-        """The bytes from ``start`` to before ``stop``, not verified; fewer where the blob ends before.
-
-        Raises:
-            NotFoundError: no such blob.
-        """
+        """The bytes from ``start`` to before ``stop``, not verified; fewer where the blob ends before."""
 
     def size(self, digest: str) -> int:
-        """The length in bytes of a blob, whose content is not verified.
-
-        Raises:
-            NotFoundError: no such blob.
-        """
+        """The length in bytes of a blob, whose content is not verified."""

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedvit.config import Settings
-from fedvit.config.renamed import new_key
+from fedvit.config.renamed import RENAMED_KEYS
 from fedvit.errors import ConfigError
 
 ENV_PREFIX = "FEDVIT_"
@@ -72,7 +72,9 @@ def _validated(where: str, *trees: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate(merged(*trees))
     except ValidationError as error:
-        raise _explain(error, where) from None
+        faults = error.errors(include_url=False)
+    more = f" ({len(faults) - 3} more.)" if len(faults) > 3 else ""
+    raise ConfigError(f"{where}: {' '.join(map(_explain, faults[:3]))}{more}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -132,19 +134,12 @@ def _environment_tree(environ: Mapping[str, str]) -> dict[str, Any]:
     return tree
 
 
-def _explain(error: ValidationError, where: str) -> ConfigError:
-    """The first three faults as sentences: key, value, what is allowed."""
-    faults = error.errors(include_url=False)
-    sentences = [_explain_one(fault) for fault in faults[:3]]
-    more = f" ({len(faults) - 3} more.)" if len(faults) > 3 else ""
-    return ConfigError(f"{where}: {' '.join(sentences)}{more}")
-
-
-def _explain_one(fault: Any) -> str:
+def _explain(fault: Any) -> str:
+    """A fault as a sentence: key, value, what is allowed."""
     path = [str(part) for part in fault["loc"]]
     key = ".".join(path) or "the file"
     if fault["type"] == "extra_forbidden":
-        if (renamed := new_key(path)) is not None:
+        if renamed := RENAMED_KEYS.get(".".join(part for part in path if not part.isdigit())):
             return f"'{key}' is now '{renamed}'."
         section = _section_at(path[:-1])
         allowed = list(section.model_fields) if section else []

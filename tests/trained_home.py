@@ -14,7 +14,7 @@ from fedvit.cli.main import app
 from fedvit.ports import Charge
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
-from fedvit.privacy.secrets import load_or_create_root_secret
+from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.settings import load_settings
 from fedvit.store.backup import write_backup
 from fedvit.store.records import RoundCommit

@@ -34,7 +34,7 @@ from fedvit.models.models import build_model
 from fedvit.models.trainable import frozen_weights
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.events import Event, Gaussian
-from fedvit.privacy.outputs import output_id
+from fedvit.privacy.randomness import output_id
 from fedvit.privacy.round_cost import charge_of, round_event
 from fedvit.settings import load_settings
 from fedvit.store.store import Store

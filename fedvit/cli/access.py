@@ -63,8 +63,7 @@ def list_tokens(options: Options) -> None:
 
 @local_command(token, "revoke")
 def revoke(
-    options: Options,
-    token_id: Annotated[str, Argument(help="The 12 characters between fvt_ and the next underscore.")],
+    options: Options, token_id: Annotated[str, Argument(help="The 12 characters between fvt_ and the next underscore.")]
 ) -> None:
     """End a token at once."""
     from fedvit.types import utc_now

@@ -81,9 +81,8 @@ class ApiSession:
         result = operation if no_wait else self._follow(operation, timeout_s)
         self.show(result)
         if result.status.ended and result.status != "succeeded":
-            errors.print(
-                f"[bold red]Error:[/] The operation {result.operation_id} is {result.status}.", highlight=False
-            )
+            words = f"The operation {result.operation_id} is {result.status}."
+            errors.print(f"[bold red]Error:[/] {words}", highlight=False)
             raise typer.Exit(1)
 
     def _follow(self, operation: OperationView, timeout_s: float | None) -> OperationView:
@@ -203,11 +202,7 @@ def control_client(
 
 
 def check_token(settings: Settings) -> None:
-    """Check, before anything is started, that there is a token for a control API that demands one.
-
-    Raises:
-        UnauthorizedError: a token is demanded, and FEDVIT_TOKEN is empty.
-    """
+    """Raise UnauthorizedError, before anything is started, where a token is demanded and FEDVIT_TOKEN is empty."""
     if settings.access.mode == "tokens" and environment_token() is None:
         raise UnauthorizedError("This system demands a token.", cure=_TOKEN_CURE, reason="missing")
 

@@ -8,19 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedvit.cli import (
-    access,
-    clients,
-    incident,
-    maintenance,
-    model,
-    monitoring,
-    operation,
-    privacy,
-    research,
-    system,
-    training,
-)
+from fedvit.cli import access, clients, incident, maintenance, model, monitoring, privacy, research, system, training
 
 app = typer.Typer(
     name="fedvit",
@@ -45,7 +33,7 @@ PANELS: dict[str, dict[str, typer.Typer | Callable[..., None]]] = {
         "logs": maintenance.logs,
         "diagnostics": maintenance.diagnostics,
         "model": model.app,
-        "operation": operation.app,
+        "operation": system.operation,
     },
     "Monitor and respond to incidents": {
         "monitoring": monitoring.app,

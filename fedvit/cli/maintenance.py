@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -17,7 +17,7 @@ from typer import Argument, Option
 
 from fedvit.cli.api_session import control_client
 from fedvit.cli.options import SYSTEM, Options, local_command
-from fedvit.cli.output import console, print_json, show_text
+from fedvit.cli.output import console, print_facts, print_json, show_text
 from fedvit.cli.state import local_actor, named_edges, required_system, trusted_certificate
 from fedvit.cli.system import system_facts
 from fedvit.errors import FedvitError, NotFoundError
@@ -111,16 +111,9 @@ def restore(
 @local_command()
 def diagnostics(options: Options) -> None:
     """Versions, machine, state, disk and the last lines of the logs, for a support request."""
-    facts = _diagnose(options.settings())
-    if options.as_json:
-        print_json(facts)
-    else:
-        console.print_json(data=facts, default=str)
-
-
-def _diagnose(settings: Settings) -> dict[str, Any]:
+    settings = options.settings()
     disk = shutil.disk_usage(settings.home if settings.home.exists() else Path.cwd())
-    return {
+    facts = {
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -131,6 +124,7 @@ def _diagnose(settings: Settings) -> dict[str, Any]:
         "status": system_facts(settings),
         "logs": {path.name: path.read_text(errors="replace").splitlines()[-20:] for path in _log_files(settings)},
     }
+    print_facts(facts, options.as_json)
 
 
 def _version(name: str) -> str:
@@ -179,8 +173,4 @@ def inspect_data(options: Options) -> None:
     from fedvit.data.manifest import inspect
 
     fleet = VirtualFleet.open(options.settings().data)
-    facts = inspect(fleet.source, tuple(fleet.parts.values()))
-    if options.as_json:
-        print_json(facts)
-    else:
-        console.print_json(data=facts)
+    print_facts(inspect(fleet.source, tuple(fleet.parts.values())), options.as_json)

@@ -143,11 +143,6 @@ def retrain(
 
 
 def _version(model: Model, name: str) -> ModelView:
-    """The version called ``name``.
-
-    Raises:
-        NotFoundError: there is none.
-    """
     for version in model.iterate_versions():
         if version.version == name:
             return version

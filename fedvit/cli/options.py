@@ -50,8 +50,7 @@ class Options:
     )
     home: Annotated[Path | None, Option("--home", help="State folder (default: FEDVIT_HOME, or ./var).")] = None
     url: Annotated[
-        str | None,
-        Option("--url", help="Address of a control API (default: FEDVIT_URL, or the system on --home)."),
+        str | None, Option("--url", help="Address of a control API (default: FEDVIT_URL, or the system on --home).")
     ] = None
     config: Annotated[Path | None, Option("--config", "-c", help="YAML file of settings.", envvar="FEDVIT_CONFIG")] = (
         None

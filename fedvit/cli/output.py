@@ -24,6 +24,14 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str))
 
 
+def print_facts(facts: Any, as_json: bool) -> None:
+    """Print one JSON document, coloured for people unless ``as_json``."""
+    if as_json:
+        print_json(facts)
+    else:
+        console.print_json(data=facts, default=str)
+
+
 def print_step(step: str, *, quiet: bool = False) -> None:
     """Print one step of a longer command."""
     if not quiet:

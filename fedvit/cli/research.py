@@ -17,7 +17,7 @@ from fedvit.cli.supervisor import interruptible
 from fedvit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from fedvit.config import Settings
     from fedvit.tools.simulation.run import Simulated
@@ -161,11 +161,7 @@ def sweep(
 
 
 def _check_settings(settings: Settings) -> None:
-    """Check what every trial needs, once and before the first trial.
-
-    Raises:
-        FedvitError: the data cannot be opened, or the workload is not of images.
-    """
+    """Check, once and before the first trial, that the workload is of images and its data can be opened."""
     from fedvit.data.fleet import VirtualFleet
 
     if settings.workload.clients_class is not None:
@@ -181,18 +177,14 @@ def _run_trials(settings: Settings, folder: Path, total: int, done: int, quiet: 
         return
     if done:
         print_step(f"{done} of {total} trials are finished already", quiet=quiet)
-    with stdout_for_json(quiet), errors.status("Starting Ray") as status:
-        find_system(settings).sweep(folder, _progress_callback(status.update, total, done))
-
-
-def _progress_callback(update: Callable[[str], Any], total: int, done: int) -> Callable[[TrialOutcome], None]:
     numbers = iter(range(done + 1, total + 1))
+    with stdout_for_json(quiet), errors.status("Starting Ray") as status:
 
-    def on_outcome(outcome: TrialOutcome) -> None:
-        score = "" if outcome.score is None else f", accuracy {outcome.score:.3f}"
-        update(f"{next(numbers, total)} of {total} trials; {outcome.trial_id}: {outcome.status}{score}")
+        def on_outcome(outcome: TrialOutcome) -> None:
+            score = "" if outcome.score is None else f", accuracy {outcome.score:.3f}"
+            status.update(f"{next(numbers, total)} of {total} trials; {outcome.trial_id}: {outcome.status}{score}")
 
-    return on_outcome
+        find_system(settings).sweep(folder, on_outcome)
 
 
 def _show_plan(trials: list[tuple[str, dict[str, Any], float]], rungs: tuple[int, ...], as_json: bool) -> None:

@@ -21,15 +21,10 @@ if TYPE_CHECKING:
 
 
 def find_system(settings: Settings) -> SystemPort:
-    """The installed implementation of a whole system.
-
-    Raises:
-        ConfigError: only the library or the edge runtime is installed.
-    """
-    found = list(entry_points(group="fedvit.system"))
+    """The installed implementation of a system; ConfigError where only the library or the edge runtime is installed."""
     try:
-        return found[0].load()(settings)  # type: ignore[no-any-return]
-    except (IndexError, ModuleNotFoundError) as error:
+        return next(iter(entry_points(group="fedvit.system"))).load()(settings)  # type: ignore[no-any-return]
+    except (StopIteration, ModuleNotFoundError) as error:
         raise ConfigError(
             f"This installation cannot run a whole system ({error}).", cure="Install fedvit[server,edge]."
         ) from None
@@ -58,11 +53,7 @@ def running_system(home: Path) -> RunningSystem | None:
 
 
 def required_system(home: Path, cure: str = "Start it with `fedvit up`.") -> RunningSystem:
-    """The system that runs on this state folder.
-
-    Raises:
-        StateError: none runs.
-    """
+    """The system that runs on this state folder; StateError where none runs."""
     running = running_system(home)
     if running is None:
         raise StateError(f"Nothing runs on {home}.", cure=cure)
@@ -94,11 +85,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def open_existing_store(settings: Settings) -> Store:
-    """The store of a state folder that exists; reading must not make one.
-
-    Raises:
-        StateError: there is none, or it is corrupt.
-    """
+    """The store of a state folder that exists, else StateError; reading must not make one."""
     if not (settings.home / "state.db").exists():
         raise StateError(
             f"There is no fedvit state at {settings.home}.", cure="Run `fedvit run`, or name the folder with --home."

@@ -69,10 +69,7 @@ def temporary_system(
 ) -> Iterator[SystemUrls]:
     """The system that runs on this state folder already, or one that runs as long as the block.
 
-    Args:
-        settings: of the system.
-        quiet: print no steps; standard output is for one JSON document.
-        seconds: the time of the start is added as ``start``.
+    ``quiet`` prints no steps; the time of the start is added to ``seconds`` as ``start``.
     """
     running = running_system(settings.home)
     if running is not None:
@@ -81,10 +78,8 @@ def temporary_system(
     check_token(settings)
     started_s = time.monotonic()
     on_step = functools.partial(print_step, quiet=quiet)
-    with (
-        stdout_for_json(quiet),
-        find_system(settings).running(on_step, end_this_process, train=False) as urls,
-    ):
+    system = find_system(settings)
+    with stdout_for_json(quiet), system.running(on_step, end_this_process, train=False) as urls:
         if seconds is not None:
             seconds["start"] = time.monotonic() - started_s
         yield urls
@@ -101,15 +96,9 @@ def spawn_supervisor(settings: Settings, on_step: Callable[[str], None]) -> None
     Raises:
         FedvitError: the system could not start; with the supervisor's own message.
     """
-    log = supervisor_log(settings)
-    command = [sys.executable, "-m", "fedvit.cli.supervisor"]
+    command, pipe = [sys.executable, "-m", "fedvit.cli.supervisor"], subprocess.PIPE
     child = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        text=True,
+        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True, text=True
     )
     assert child.stdin is not None
     assert child.stdout is not None
@@ -125,7 +114,9 @@ def spawn_supervisor(settings: Settings, on_step: Callable[[str], None]) -> None
             raise failure(report["error"], cure=report["cure"])
         elif report.get("ready"):
             return
-    raise FedvitError(f"The system ended at its start with status {child.wait()}.", cure=f"See {log}.")
+    raise FedvitError(
+        f"The system ended at its start with status {child.wait()}.", cure=f"See {supervisor_log(settings)}."
+    )
 
 
 def _report(line: str) -> dict[str, Any]:
@@ -138,11 +129,7 @@ def _report(line: str) -> dict[str, Any]:
 
 
 def supervise(settings: Settings, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Run the system until a signal ends it, and report its steps as JSON lines.
-
-    Raises:
-        FedvitError: the system could not start; reported as a line, too.
-    """
+    """Run the system until a signal ends it, and report its steps, or why it could not start, as JSON lines."""
 
     def report(**fields: Any) -> None:
         # The parent process may be gone by the time the system stops.
@@ -163,11 +150,7 @@ def supervise(settings: Settings, on_ready: Callable[[], None] = lambda: None) -
 
 
 def stop_process(pid: int) -> None:
-    """Send SIGTERM to a process and wait for its end.
-
-    Raises:
-        FedvitError: it did not end in time.
-    """
+    """Send SIGTERM to a process and wait for its end; FedvitError where that takes too long."""
     try:
         handle = os.pidfd_open(pid)
         os.kill(pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""``fedvit run | up | down | status``: the whole system."""
+"""``fedvit run | up | down | status | operation``: the whole system, and its long operations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from typer import Option
+import typer
+from typer import Argument, Option
 
 from fedvit.api.choices import ShutdownMode
-from fedvit.cli.api_session import POLL_S, ApiSession, api_session, control_client, environment_token
-from fedvit.cli.options import SYSTEM, NoWaitOption, Options, local_command
+from fedvit.cli.api_session import POLL_S, ApiSession, api_command, api_session, control_client, environment_token
+from fedvit.cli.options import SYSTEM, LimitOption, NoWaitOption, OffsetOption, Options, local_command
 from fedvit.cli.output import console, plain, print_json, print_step, show, show_text
 from fedvit.cli.state import named_edges, running_system
 from fedvit.cli.supervisor import (
@@ -24,6 +25,7 @@ from fedvit.cli.supervisor import (
 )
 from fedvit.cli.training import follow_training
 from fedvit.errors import ControlApiError, ControlUnreachableError, FedvitError, StateError
+from fedvit.types import OperationStatus
 
 if TYPE_CHECKING:
     from fedvit.config import Settings
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHUTDOWN_TIMEOUT_S = 120.0
+operation = typer.Typer(help="List, follow and cancel long operations.", no_args_is_help=True)
+
+OperationArgument = Annotated[str, Argument(help="The operation's id, as `fedvit operation list` shows it.")]
 
 
 @local_command(options=SYSTEM)
@@ -195,3 +200,43 @@ def _stored_facts(settings: Settings) -> dict[str, Any]:
         "epsilon_spent": budget.epsilon_spent,
         "epsilon_remaining": budget.epsilon_remaining,
     }
+
+
+@api_command(
+    operation, "list", columns=("operation_id", "kind", "status", "progress", "stage", "created_at", "ended_at")
+)
+def list_operations(
+    session: ApiSession,
+    statuses: Annotated[
+        list[OperationStatus] | None, Option("--status", help="Only those with this status (repeatable).")
+    ] = None,
+    limit: LimitOption = 50,
+    offset: OffsetOption = 0,
+) -> object:
+    """Operations, newest first."""
+    return session.client.operations.list(*(statuses or ()), limit=limit, offset=offset)
+
+
+@api_command(operation, "show")
+def show_operation(session: ApiSession, operation_id: OperationArgument) -> object:
+    """One operation: its progress and its result."""
+    return session.client.operations.get(operation_id)
+
+
+@api_command(operation, "cancel", change=True)
+def cancel_operation(session: ApiSession, operation_id: OperationArgument) -> object:
+    """End it early: at once while it is queued, at its next step while it runs; harmless after its end."""
+    operations = session.client.operations
+    return session.change(lambda: operations.cancel(operation_id), present=lambda: operations.get(operation_id))
+
+
+@api_command(operation, "wait")
+def wait_for_operation(
+    session: ApiSession,
+    operation_id: OperationArgument,
+    timeout_s: Annotated[
+        float | None, Option("--timeout", min=0, help="Longest wait, in seconds; the operation goes on.")
+    ] = None,
+) -> None:
+    """Wait until it has ended; status 1 unless it succeeded."""
+    session.finish(session.client.operations.get(operation_id), timeout_s=timeout_s)

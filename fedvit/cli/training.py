@@ -126,10 +126,7 @@ def mode(
     if new_mode is not None:
         return session.change(
             lambda: group.set_mode(
-                new_mode,
-                staleness_tolerance=staleness_tolerance,
-                buffer_size=buffer_size,
-                if_match=_etag(if_match),
+                new_mode, staleness_tolerance=staleness_tolerance, buffer_size=buffer_size, if_match=_etag(if_match)
             ),
             present=group.mode,
         )

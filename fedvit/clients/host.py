@@ -27,7 +27,7 @@ from fedvit.models.models import build_model
 from fedvit.models.trainable import trainable_weights
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.mechanism import clip_update
-from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret
 from fedvit.types import ClientOutcome, Encoding, FloatArray, TrainTask, Weights
 from fedvit.updates import ClientAnswer, ClientUpdate, EncodedUpdate, SingleMessage, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest

@@ -19,8 +19,7 @@ from fedvit.dp.gradients import PerExampleGradients
 from fedvit.errors import DataError
 from fedvit.models.trainable import load_weights
 from fedvit.models.vision import VisionModel
-from fedvit.privacy.outputs import output_id
-from fedvit.privacy.randomness import SecretStream
+from fedvit.privacy.randomness import SecretStream, output_id
 from fedvit.types import FloatArray, TrainTask, Weights
 
 _CHECKED_EXAMPLES = 2

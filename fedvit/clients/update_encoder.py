@@ -10,9 +10,7 @@ import numpy as np
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.client_state import ClientState
 from fedvit.errors import UpdateRejectedError
-from fedvit.privacy.outputs import output_id
-from fedvit.privacy.randomness import SecretStream
-from fedvit.privacy.secrets import derive_secret
+from fedvit.privacy.randomness import SecretStream, derive_secret, output_id
 from fedvit.types import Encoding, TrainTask
 from fedvit.updates import ClientAnswer, ClientFailures, ClientUpdate, EncodedUpdate
 from fedvit.wire.updates import encode_smaller

@@ -23,7 +23,7 @@ from fedvit.errors import ConfigError, ModelError, UpdateRejectedError
 from fedvit.exact_sums import Sums, largest, subtract
 from fedvit.ports import ClientHostPort, ExportedModel, ModelBenchmark, ServerModelPort
 from fedvit.privacy.mechanism import clip_factor
-from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret
 from fedvit.types import Client, ClientKind, ClientOutcome, Evaluation, FloatArray, TrainTask, Variant, Weights
 from fedvit.updates import ClientAnswer, ClientUpdate, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec

@@ -1,9 +1,5 @@
 """Settings keys that have a new name; the old one is refused with a pointer to the new."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-
 RENAMED_KEYS = {
     "training.door": "training.validation",
     "training.first_mode": "training.initial_mode",
@@ -23,8 +19,3 @@ RENAMED_KEYS = {
     "drill.faults.deviation": "drill.faults.noise_stddev",
 }
 """Old key to new key, both as dotted paths without the indices of lists."""
-
-
-def new_key(path: Iterable[str]) -> str | None:
-    """The present name of the renamed key at ``path``; None for a key that never existed."""
-    return RENAMED_KEYS.get(".".join(part for part in path if not part.isdigit()))

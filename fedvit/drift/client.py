@@ -15,7 +15,7 @@ from fedvit.data.sources import ImageSource, Record
 from fedvit.drift.measures import ClientRecords, Counts, Floats, embeddings_of, filtered, noised_histogram, risk_of
 from fedvit.errors import DataError
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
-from fedvit.privacy.secrets import derive_secret
+from fedvit.privacy.randomness import derive_secret
 from fedvit.types import ImageArray, LabelArray
 from fedvit.wire.histograms import RISK, ClientHistogram, HistogramRequest
 

@@ -119,14 +119,10 @@ def concerns_by_client(
         comparison: of these with the reference window.
     """
     concerns: dict[str, list[Concern]] = {}
-    by_kind = (
-        _contradictions(update_statistics),
-        _oversized(update_statistics),
-        _unsound(histograms, spec),
-        _moved(comparison),
-    )
-    for client_id, concern in (item for kind in by_kind for item in kind.items()):
-        concerns.setdefault(client_id, []).append(concern)
+    of_updates = _contradictions(update_statistics), _oversized(update_statistics)
+    for kind in (*of_updates, _unsound(histograms, spec), _moved(comparison)):
+        for client_id, concern in kind.items():
+            concerns.setdefault(client_id, []).append(concern)
     return concerns
 
 
@@ -156,11 +152,6 @@ class ValidationStreak:
         if validated and self.against >= ROUNDS_AGAINST:
             return False
         return True if not validated and self.speaking_for >= ROUNDS_FOR else None
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, int] | None) -> ValidationStreak:
-        """The stored streak; an empty one where nothing is stored."""
-        return cls(**stored) if stored else cls()
 
 
 def _contradictions(update_statistics: Mapping[str, UpdateStatistics]) -> dict[str, Concern]:

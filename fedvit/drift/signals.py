@@ -88,13 +88,11 @@ def histogram_signals(comparison: Comparison | None, clients: int) -> tuple[Sign
     if comparison is None:
         words = "No client has sent a histogram before the release and another after it."
         return (Signal("histograms", None, None, None, f"{words} {clients} have sent one."),)
-    return tuple(_histogram_signal(comparison, feature) for feature in comparison.fleet)
-
-
-def _histogram_signal(comparison: Comparison, feature: str) -> Signal:
-    worst = comparison.worst(feature)
-    size, least = comparison.fleet[feature].size
-    return Signal(f"histogram_{feature}", size, least, worst.score, _explanation(comparison, worst))
+    worst = {feature: comparison.worst(feature) for feature in comparison.fleet}
+    return tuple(
+        Signal(f"histogram_{name}", *comparison.fleet[name].size, shift.score, _explanation(comparison, shift))
+        for name, shift in worst.items()
+    )
 
 
 def _explanation(comparison: Comparison, worst: Shift) -> str:

@@ -33,8 +33,7 @@ from fedvit.models.models import build_model
 from fedvit.models.trainable import load_trainable_weights, load_weights, trainable_weights
 from fedvit.ports import POPULATION, Charge
 from fedvit.privacy.epsilon import calibrate_noise_multiplier, check_delta
-from fedvit.privacy.outputs import output_id
-from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret, output_id
 from fedvit.types import Evaluation, TrainTask, Weights
 from fedvit.wire.tensors import weights_digest
 

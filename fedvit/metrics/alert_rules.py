@@ -77,16 +77,9 @@ def shortened(groups: Sequence[dict[str, Any]], factor: float) -> list[dict[str,
 def alerts(groups: Sequence[dict[str, Any]]) -> Iterator[AlertRule]:
     """The alert rules of the groups."""
     for rule in (rule for group in groups for rule in group["rules"] if "alert" in rule):
-        annotations = rule["annotations"]
-        yield AlertRule(
-            name=rule["alert"],
-            severity=rule["labels"]["severity"],
-            condition=" ".join(rule["expr"].split()),
-            waits=str(rule.get("for", "")),
-            summary=annotations["summary"],
-            respond_within=annotations["respond_within"],
-            runbook_url=annotations["runbook_url"],
-        )
+        annotations = {name: rule["annotations"][name] for name in ("summary", "respond_within", "runbook_url")}
+        condition, waits = " ".join(rule["expr"].split()), str(rule.get("for", ""))
+        yield AlertRule(rule["alert"], rule["labels"]["severity"], condition, waits, **annotations)
 
 
 def markdown(groups: Sequence[dict[str, Any]]) -> str:

@@ -6,10 +6,9 @@ list with :meth:`Label.of` and never becomes a label value itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
 from fedvit.types import Encoding, Severity
 
@@ -43,9 +42,8 @@ class Metric:
         of_release: the series end with the release that serves now; see :mod:`fedvit.metrics.releases`.
     """
 
-    group: str
-    name: str
     kind: Kind
+    name: str
     unit: str
     meaning: str
     labels: tuple[Label, ...] = ()
@@ -87,169 +85,142 @@ METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", OTHER)
 _PRIVACY_UNIT = Label("privacy_unit", ("record", "client"))
 _VERSION = Label("model_version", origin="the versions that are served now: one, during a switch two")
 
-CATALOGUE = (
-    Metric("training", "training_loss", "gauge", "nats", "Loss of the global model on the held-out images."),
-    Metric("training", "training_accuracy", "gauge", "ratio", "Accuracy of the global model on the held-out images."),
-    Metric("training", "training_rounds_total", "counter", "rounds", "Rounds committed since the system was started."),
-    Metric(
-        "training",
-        "client_updates_total",
-        "counter",
-        "updates",
-        "Outcomes of the clients of committed rounds: accepted; failed or silent; refused by update validation; "
-        "quarantined by an incident; answers rejected as unexpected or repeated.",
-        (Label("outcome", UPDATE_OUTCOMES),),
-    ),
-    Metric(
-        "training",
-        "update_staleness",
-        "histogram",
-        "versions",
-        "Versions committed between the one that an accepted update started from and its round.",
-        buckets=STALENESS_BUCKETS,
-    ),
-    Metric(
-        "training",
-        "round_duration_seconds",
-        "histogram",
-        "seconds",
-        "Duration of the phases of a round.",
-        (Label("phase", PHASES),),
-        PHASE_BUCKETS_S,
-    ),
-    Metric(
-        "training",
-        "update_bytes_total",
-        "counter",
-        "bytes",
-        "Bytes of received encoded updates.",
-        (Label("encoding", tuple(Encoding)),),
-    ),
-    Metric("fleet", "total_clients", "gauge", "clients", "Registered clients that were not removed."),
-    Metric("fleet", "active_clients", "gauge", "clients", "Registered clients that are not in quarantine."),
-    Metric(
-        "fleet",
-        "connected_clients",
-        "gauge",
-        "clients",
-        "Connected clients: hosted by a proxy that answers, or with a recent heartbeat.",
-    ),
-    Metric(
-        "fleet",
-        "heartbeats_total",
-        "counter",
-        "heartbeats",
-        "Received heartbeats, by the status that the vehicle reports.",
-        (Label("status", ("ok", "degraded")),),
-    ),
-    Metric(
-        "privacy",
-        "privacy_epsilon_remaining",
-        "gauge",
-        "epsilon",
-        "Epsilon left to the most exposed unit, as of the scrape; 0 while the ledger is frozen.",
-        (_PRIVACY_UNIT,),
-    ),
-    Metric(
-        "privacy",
-        "privacy_epsilon_spent",
-        "gauge",
-        "epsilon",
-        "Epsilon spent by the most exposed unit in the present budget period.",
-        (_PRIVACY_UNIT,),
-    ),
-    Metric(
-        "serving",
-        "inference_duration_seconds",
-        "histogram",
-        "seconds",
-        "From image bytes to prediction, for the release that serves now.",
-        (_VERSION,),
-        INFERENCE_BUCKETS_S,
-        of_release=True,
-    ),
-    Metric(
-        "serving",
-        "predictions_total",
-        "counter",
-        "answers",
-        "Predictions of the server's replicas by class index; vehicles count none.",
-        (_VERSION, Label("label", origin="the indices of the model's classes")),
-        of_release=True,
-    ),
-    Metric(
-        "serving",
-        "inference_requests_total",
-        "counter",
-        "requests",
-        "Inference requests: answered, rejected as invalid, without a model or capacity, or failed.",
-        (Label("outcome", INFERENCE_OUTCOMES),),
-    ),
-    Metric(
-        "data",
-        "data_quality_score",
-        "gauge",
-        "score",
-        "Quality of the fleet's data, 0 to 1; absent while nothing is known.",
-    ),
-    Metric(
-        "data",
-        "data_drift_score",
-        "gauge",
-        "score",
-        "Drift of the fleet's data from the release's reference, 0 to 1; absent while nothing is known.",
-    ),
-    Metric(
-        "access",
-        "unauthorized_requests_total",
-        "counter",
-        "requests",
-        "Requests refused by authentication or authorization.",
-        (Label("reason", REFUSALS),),
-    ),
-    Metric(
-        "access",
-        "request_duration_seconds",
-        "histogram",
-        "seconds",
-        "Duration of requests to the control API.",
-        (
-            Label("method", METHODS),
-            Label("route", origin="the templates of the control API's routes, and other"),
-            Label("status", ("1xx", "2xx", "3xx", "4xx", "5xx")),
+_counter, _gauge, _histogram = (partial(Metric, kind) for kind in get_args(Kind))
+GROUPS: dict[str, tuple[Metric, ...]] = {
+    "training": (
+        _gauge("training_loss", "nats", "Loss of the global model on the held-out images."),
+        _gauge("training_accuracy", "ratio", "Accuracy of the global model on the held-out images."),
+        _counter("training_rounds_total", "rounds", "Rounds committed since the system was started."),
+        _counter(
+            "client_updates_total",
+            "updates",
+            "Outcomes of the clients of committed rounds: accepted; failed or silent; refused by update validation; "
+            "quarantined by an incident; answers rejected as unexpected or repeated.",
+            (Label("outcome", UPDATE_OUTCOMES),),
         ),
-        REQUEST_BUCKETS_S,
+        _histogram(
+            "update_staleness",
+            "versions",
+            "Versions committed between the one that an accepted update started from and its round.",
+            buckets=STALENESS_BUCKETS,
+        ),
+        _histogram(
+            "round_duration_seconds",
+            "seconds",
+            "Duration of the phases of a round.",
+            (Label("phase", PHASES),),
+            PHASE_BUCKETS_S,
+        ),
+        _counter(
+            "update_bytes_total", "bytes", "Bytes of received encoded updates.", (Label("encoding", tuple(Encoding)),)
+        ),
     ),
-    Metric(
-        "health",
-        "queue_depth",
-        "gauge",
-        "items",
-        "Waiting items: operations; clients with a task; messages in the mailbox; heartbeats not yet stored; requests "
-        "in the control API; images in the inference replicas.",
-        (Label("queue", QUEUES),),
-        over_processes="livesum",
+    "fleet": (
+        _gauge("total_clients", "clients", "Registered clients that were not removed."),
+        _gauge("active_clients", "clients", "Registered clients that are not in quarantine."),
+        _gauge(
+            "connected_clients",
+            "clients",
+            "Connected clients: hosted by a proxy that answers, or with a recent heartbeat.",
+        ),
+        _counter(
+            "heartbeats_total",
+            "heartbeats",
+            "Received heartbeats, by the status that the vehicle reports.",
+            (Label("status", ("ok", "degraded")),),
+        ),
     ),
-    Metric(
-        "health",
-        "component_healthy",
-        "gauge",
-        "boolean",
-        "1 if the component is healthy as of the scrape: the store reads, the registry has every artifact of the "
-        "release, accountant and aggregator answer, every client proxy lives.",
-        (Label("component", COMPONENTS),),
+    "privacy": (
+        _gauge(
+            "privacy_epsilon_remaining",
+            "epsilon",
+            "Epsilon left to the most exposed unit, as of the scrape; 0 while the ledger is frozen.",
+            (_PRIVACY_UNIT,),
+        ),
+        _gauge(
+            "privacy_epsilon_spent",
+            "epsilon",
+            "Epsilon spent by the most exposed unit in the present budget period.",
+            (_PRIVACY_UNIT,),
+        ),
     ),
-    Metric(
-        "health",
-        "incidents_open",
-        "gauge",
-        "incidents",
-        "Unresolved incidents, as of the scrape.",
-        (Label("severity", tuple(Severity)),),
+    "serving": (
+        _histogram(
+            "inference_duration_seconds",
+            "seconds",
+            "From image bytes to prediction, for the release that serves now.",
+            (_VERSION,),
+            INFERENCE_BUCKETS_S,
+            of_release=True,
+        ),
+        _counter(
+            "predictions_total",
+            "answers",
+            "Predictions of the server's replicas by class index; vehicles count none.",
+            (_VERSION, Label("label", origin="the indices of the model's classes")),
+            of_release=True,
+        ),
+        _counter(
+            "inference_requests_total",
+            "requests",
+            "Inference requests: answered, rejected as invalid, without a model or capacity, or failed.",
+            (Label("outcome", INFERENCE_OUTCOMES),),
+        ),
     ),
-    Metric("health", "store_bytes", "gauge", "bytes", "Size of the state database with its write-ahead log."),
-)
+    "data": (
+        _gauge("data_quality_score", "score", "Quality of the fleet's data, 0 to 1; absent while nothing is known."),
+        _gauge(
+            "data_drift_score",
+            "score",
+            "Drift of the fleet's data from the release's reference, 0 to 1; absent while nothing is known.",
+        ),
+    ),
+    "access": (
+        _counter(
+            "unauthorized_requests_total",
+            "requests",
+            "Requests refused by authentication or authorization.",
+            (Label("reason", REFUSALS),),
+        ),
+        _histogram(
+            "request_duration_seconds",
+            "seconds",
+            "Duration of requests to the control API.",
+            (
+                Label("method", METHODS),
+                Label("route", origin="the templates of the control API's routes, and other"),
+                Label("status", ("1xx", "2xx", "3xx", "4xx", "5xx")),
+            ),
+            REQUEST_BUCKETS_S,
+        ),
+    ),
+    "health": (
+        _gauge(
+            "queue_depth",
+            "items",
+            "Waiting items: operations; clients with a task; messages in the mailbox; heartbeats not yet stored; "
+            "requests in the control API; images in the inference replicas.",
+            (Label("queue", QUEUES),),
+            over_processes="livesum",
+        ),
+        _gauge(
+            "component_healthy",
+            "boolean",
+            "1 if the component is healthy as of the scrape: the store reads, the registry has every artifact of the "
+            "release, accountant and aggregator answer, every client proxy lives.",
+            (Label("component", COMPONENTS),),
+        ),
+        _gauge(
+            "incidents_open",
+            "incidents",
+            "Unresolved incidents, as of the scrape.",
+            (Label("severity", tuple(Severity)),),
+        ),
+        _gauge("store_bytes", "bytes", "Size of the state database with its write-ahead log."),
+    ),
+}
 
+CATALOGUE = tuple(metric for metrics in GROUPS.values() for metric in metrics)
 BY_NAME = {metric.name: metric for metric in CATALOGUE}
 
 
@@ -262,30 +233,15 @@ def markdown() -> str:
         f"`{PREFIX}`. A gauge has one value for all processes of a node. Counters and histograms are summed over them.",
         "",
     ]
-    for group, metrics in groupby(CATALOGUE, lambda metric: metric.group):
+    for group, metrics in GROUPS.items():
         lines += [
             f"## {group.capitalize()}",
             "",
             "| metric | type | unit | labels | meaning |",
             "|---|---|---|---|---|",
         ]
-        lines += [_row(metric) for metric in metrics]
+        for metric in metrics:
+            labels = "; ".join(f"`{label.name}`: {', '.join(label.values) or label.origin}" for label in metric.labels)
+            lines.append(f"| `{metric.name}` | {metric.kind} | {metric.unit} | {labels or '–'} | {metric.meaning} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _row(metric: Metric) -> str:
-    labels = "; ".join(_described(label) for label in metric.labels) or "–"
-    return f"| `{metric.name}` | {metric.kind} | {metric.unit} | {labels} | {metric.meaning} |"
-
-
-def _described(label: Label) -> str:
-    return f"`{label.name}`: {', '.join(label.values) or label.origin}"
-
-
-def sample_labels(metric: Metric) -> Iterator[dict[str, str]]:
-    """The label sets of a metric that are known in advance, with "0" for a label whose values are not."""
-    sets: list[dict[str, str]] = [{}]
-    for label in metric.labels:
-        sets = [{**known, label.name: value} for known in sets for value in label.values or ("0",)]
-    yield from sets

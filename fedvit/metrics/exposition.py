@@ -77,11 +77,10 @@ def lasting_figures(multiprocess_dir: Path) -> Iterator[tuple[Metric, dict[str, 
 
 
 def _source(multiprocess_dir: Path | None, registry: CollectorRegistry) -> CollectorRegistry:
-    if multiprocess_dir is None:
-        return registry
-    merged = CollectorRegistry()
-    merged.register(NodeCollector(multiprocess_dir))
-    return merged
+    if multiprocess_dir is not None:
+        registry = CollectorRegistry()
+        registry.register(NodeCollector(multiprocess_dir))
+    return registry
 
 
 def _instrument(kind: type[_Instrument], name: str, registry: CollectorRegistry | None) -> _Instrument:
@@ -92,16 +91,15 @@ def _instrument(kind: type[_Instrument], name: str, registry: CollectorRegistry 
         known = {} if registry is None else _registered.setdefault(registry, {})
         if name not in known:
             known[name] = _created(kind, metric, registry)
-        instrument: _Instrument = known[name]
-        return instrument
+        return known[name]  # type: ignore[no-any-return]
 
 
 def _created(kind: type[_Instrument], metric: Metric, registry: CollectorRegistry | None) -> _Instrument:
-    options: dict[str, Any] = {}
-    if metric.kind == "gauge":
-        options["multiprocess_mode"] = metric.over_processes
-    if metric.kind == "histogram":
-        options["buckets"] = metric.buckets
+    options: dict[str, Any] = {
+        "counter": {},
+        "gauge": {"multiprocess_mode": metric.over_processes},
+        "histogram": {"buckets": metric.buckets},
+    }[metric.kind]
     labels = [label.name for label in metric.labels]
     instrument = kind(metric.full_name, metric.meaning, labels, registry=registry, **options)
     if metric.kind == "counter" and labels:

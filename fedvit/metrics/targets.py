@@ -38,9 +38,8 @@ def write_targets(home: Path, group: str, targets: Iterable[Target]) -> None:
     """Replace the targets of a group atomically, if they changed."""
     path = targets_file(home, group)
     text = json.dumps([{"targets": [target.address], "labels": target.labels} for target in targets], indent=1)
-    if path.is_file() and path.read_text() == text:
-        return
-    write_atomically(path, text)
+    if not (path.is_file() and path.read_text() == text):
+        write_atomically(path, text)
 
 
 def link_targets(home: Path, group: str, source: Path) -> None:

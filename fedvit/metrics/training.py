@@ -79,8 +79,7 @@ class RoundMetrics:
         for outcome in outcomes:
             if outcome.error is None:
                 self._staleness.observe(outcome.staleness)
-            tally[
-                "accepted" if outcome.error is None else "refused" if outcome.counted_against_client else "failed"
-            ] += 1
+            failure = "refused" if outcome.counted_against_client else "failed"
+            tally["accepted" if outcome.error is None else failure] += 1
         for kind, count in tally.items():
             self._updates.labels(kind).inc(count)

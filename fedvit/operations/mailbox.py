@@ -25,7 +25,7 @@ from fedvit.clock import SYSTEM_CLOCK
 from fedvit.config import Settings
 from fedvit.errors import DataError, FedvitError, IntegrityError, MailboxError, NotFoundError, StateError
 from fedvit.ports import ClockPort
-from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret
 from fedvit.rounds.remote import Receipt, RemoteWork
 from fedvit.store.store import Store
 from fedvit.types import CLIENT_ID

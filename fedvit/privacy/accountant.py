@@ -64,12 +64,7 @@ class PrivacyAccountant:
         self._read_ledger(self._store)
 
     def charge(self, charges: Sequence[Charge]) -> BudgetReport:
-        """Write all charges, or none.
-
-        Raises:
-            BudgetExhaustedError: some unit would exceed the period's budget.
-            LedgerFrozenError: the ledger is frozen.
-        """
+        """Write all charges, or none, and report the budget."""
         self.write(charges)
         return self.budget()
 
@@ -89,11 +84,7 @@ class PrivacyAccountant:
             self._check(self._store, charges)
 
     def within_budget(self, charges: Sequence[Charge]) -> frozenset[str]:
-        """The units that could each be charged their own of these charges now.
-
-        Raises:
-            LedgerFrozenError: the ledger is frozen.
-        """
+        """The units that could each be charged their own of these charges now."""
         self._store.ledger.check_not_frozen()
         with self._lock:
             self._read_ledger(self._store)
@@ -121,10 +112,7 @@ class PrivacyAccountant:
         return self.budget(outlook=True)
 
     def budget(self, *, outlook: bool = False) -> BudgetReport:
-        """Epsilon of the most exposed unit, in this period by PLD and by RDP, and over its lifetime.
-
-        With ``outlook`` also epsilon after one more round, and how many more rounds the budget allows.
-        """
+        """Epsilon of the most exposed unit, in this period by PLD and by RDP, and over its lifetime."""
         with self._lock:
             # Read first: what is committed during the report is read again by the next one.
             counter = self._store.change_counter()
@@ -148,7 +136,6 @@ class PrivacyAccountant:
         self._read_ledger(self._store)
         privacy, period, spends = self._settings.privacy, self._period, self._spends
         self._lifetime.read(self._store)
-        everybody = bool(spends.population)
         return BudgetReport(
             privacy_unit=privacy.privacy_unit,
             target_epsilon=self._target_epsilon,
@@ -157,7 +144,7 @@ class PrivacyAccountant:
             epsilon_spent_rdp=_most_exposed(spends.all(), privacy.target_delta, epsilon_rdp),
             lifetime_epsilon=_most_exposed(self._lifetime.all(), privacy.target_delta, epsilon_pld),
             rounds_charged=len(spends.rounds),
-            clients_charged=max(len(spends.own), self._store.clients.population() if everybody else 0),
+            clients_charged=max(len(spends.own), self._store.clients.population() if spends.population else 0),
             period=period.period if period else 1,
             period_started_at=period.at if period else None,
             frozen=self._store.ledger.current_freeze(),

@@ -39,11 +39,7 @@ def epsilon_pld(composition: Composition, delta: float) -> float:
 
 
 def epsilon_rdp(composition: Composition, delta: float) -> float:
-    """Epsilon at ``delta`` of the composition, by Renyi differential privacy; never below :func:`epsilon_pld`.
-
-    Raises:
-        ConfigError: see :func:`epsilon_pld`.
-    """
+    """Like :func:`epsilon_pld`, by Renyi differential privacy; never below it."""
     return _epsilon_rdp(_key(composition), check_delta(delta))
 
 
@@ -53,11 +49,7 @@ def _epsilon_roughly(composition: Composition, delta: float) -> float:
 
 
 def check_epsilon(epsilon: float) -> float:
-    """``epsilon`` if it can be a budget.
-
-    Raises:
-        ConfigError: it is not finite, or not above 0.
-    """
+    """``epsilon`` if it can be a budget; ConfigError unless it is finite and above 0."""
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ConfigError(f"epsilon is {epsilon}.", cure="It must be finite and above 0.")
     return epsilon
@@ -135,14 +127,18 @@ def _epsilon_rdp(composition: frozenset[tuple[Simple, int]], delta: float) -> fl
 @lru_cache(maxsize=256)
 def _rdp(event: Simple) -> tuple[Any, Any]:
     """Orders, and the Renyi divergence of one event at each; takes a tenth of a second."""
+    accountant = rdp_accountant(dp_event_of(event))
+    return accountant.orders, accountant.rdp
+
+
+def rdp_accountant(event: Any) -> Any:
+    """dp-accounting's RdpAccountant of one of its own events."""
     from absl import logging as absl_logging
     from dp_accounting.rdp import RdpAccountant
 
     # RdpAccountant logs every order that it leaves out; the bound holds without them.
     absl_logging.set_verbosity(absl_logging.ERROR)
-    accountant = RdpAccountant()
-    accountant.compose(dp_event_of(event))
-    return accountant.orders, accountant.rdp
+    return RdpAccountant().compose(event)
 
 
 def dp_event_of(event: Simple) -> Any:
@@ -150,9 +146,7 @@ def dp_event_of(event: Simple) -> Any:
     from dp_accounting import dp_event
 
     gaussian = dp_event.GaussianDpEvent(event.noise_multiplier)
-    if isinstance(event, Gaussian):
-        return gaussian
-    return dp_event.PoissonSampledDpEvent(event.sampling_prob, gaussian)
+    return gaussian if isinstance(event, Gaussian) else dp_event.PoissonSampledDpEvent(event.sampling_prob, gaussian)
 
 
 def _finite(epsilon: float, composition: frozenset[tuple[Simple, int]], delta: float) -> float:
@@ -161,9 +155,6 @@ def _finite(epsilon: float, composition: frozenset[tuple[Simple, int]], delta: f
             f"No finite epsilon exists for {dict(composition)} at delta {delta}.", cure="Raise the noise multiplier."
         )
     return epsilon
-
-
-# --- calibration -----------------------------------------------------------------------------------------------------
 
 
 def calibrate_noise_multiplier(

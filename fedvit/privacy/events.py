@@ -143,9 +143,6 @@ def _unfolded(event: Event, count: int) -> Iterable[tuple[Simple, int]]:
     )
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
-
-
 def event_to_json(event: Event) -> str:
     """Canonical JSON: equal events give equal text."""
     return json.dumps(_facts(event), sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -42,16 +42,11 @@ def clip_factor(update: Arrays, l2_clip_norm: float) -> tuple[float, bool]:
             f"The update has the norm {norm}.", cure="Lower the learning rate; nothing of it was added up."
         )
     within = norm <= l2_clip_norm
-    scale = 1.0 if within else l2_clip_norm / norm
-    return scale, within
+    return 1.0 if within else l2_clip_norm / norm, within
 
 
 def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
-    """The update times its :func:`clip_factor`, float64, and whether it was already within the bound.
-
-    Raises:
-        UpdateRejectedError: the update has no finite norm.
-    """
+    """The update times its :func:`clip_factor`, float64, and whether it was already within the bound."""
     scale, within = clip_factor(update, l2_clip_norm)
     return {name: np.asarray(scale * array.astype(np.float64)) for name, array in update.items()}, within
 

@@ -1,18 +1,27 @@
-"""Secret randomness for Poisson sampling and privacy noise.
+"""Secret randomness for Poisson sampling, privacy noise and cohort selection: keys, identities of outputs, streams.
 
-Each client has one secret key, and each mechanism output one stream, derived from everything that identifies the
-output. A retry of the same output draws the same numbers, so it publishes the same value and costs nothing more. An
-output with any difference (base weights, data, settings) has an unrelated stream, so no noise protects two values.
+Each client has one secret key. Those of virtual clients are derived from one root key in the state folder (mode 0600).
+A real vehicle generates its own key and never sends it.
+
+Each mechanism output has one stream, derived from everything that identifies the output. A retry of the same output
+draws the same numbers, so it publishes the same value and costs nothing more. An output with any difference (base
+weights, data, settings) has an unrelated stream, so no noise protects two values.
 
 The generator is AES-256 in counter mode, keyed by HKDF-SHA256 (RFC 5869; similar to NIST SP 800-90A's CTR_DRBG).
+Imports no torch, because the accountant uses it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
+import secrets
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from dataclasses import asdict
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +30,61 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from fedvit.atomic_write import create_atomically
+from fedvit.errors import StateError
+from fedvit.types import TrainTask
+
 SECRET_BYTES = 32
 _TWO_POW_MINUS_53 = 2.0**-53
 _PAIRS_AT_ONCE = 1 << 14
+
+
+def load_or_create_root_secret(home: Path, create: Callable[[int], bytes] = secrets.token_bytes) -> bytes:
+    """The root key of a state folder, created by the first call.
+
+    Args:
+        home: the state folder.
+        create: returns that many random bytes; only a simulation replaces the system's secret ones.
+
+    Raises:
+        StateError: the key file has the wrong length.
+    """
+    path = home / "keys" / "root.key"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        # Of two processes that start together, one key wins for both.
+        create_atomically(path, create(SECRET_BYTES), mode=0o600)
+    secret = path.read_bytes()
+    if len(secret) != SECRET_BYTES:
+        raise StateError(
+            f"The key file {path} holds {len(secret)} bytes instead of {SECRET_BYTES}.",
+            cure="Restore it from a backup; without it an interrupted round cannot be repeated exactly.",
+        )
+    return secret
+
+
+def derive_secret(root: bytes, name: str) -> bytes:
+    """An independent key for ``name`` (a client id, or a purpose such as ``cohort``)."""
+    return hmac.digest(root, name.encode(), "sha256")
+
+
+def output_id(task: TrainTask, client_id: str, num_examples: int) -> str:
+    """SHA-256, hex, of all that determines the output: the task, the client and its number of examples.
+
+    A retry has the same identity, draws the same noise and is charged once; anything else is another output.
+    """
+    # Canonical JSON with sorted keys; the task is encoded once for a cohort.
+    whose = f'"client_id":{json.dumps(client_id)},"num_examples":{num_examples:d}'
+    return hashlib.sha256(f'{{{whose},"task":{_canonical(task)}}}'.encode()).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _canonical(task: TrainTask) -> str:
+    facts = asdict(task)
+    if facts["privacy_unit"] == "record":
+        # Outputs that were charged before privacy_unit existed keep their identity.
+        del facts["privacy_unit"]
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 class SecretStream:

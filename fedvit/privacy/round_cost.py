@@ -81,19 +81,14 @@ def histogram_is_due(settings: Settings, round_index: int) -> bool:
 
 
 def run_spend(settings: Settings) -> dict[Event, int]:
-    """Most that a whole run costs one unit.
-
-    Raises:
-        ConfigError: see :func:`round_noise_multiplier` and :func:`round_event`.
-    """
+    """Most that a whole run costs one unit; see :func:`round_noise_multiplier` and :func:`round_event`."""
     rounds = {round_event(settings, round_noise_multiplier(settings)): _rounds_of_one(settings)}
     return rounds | histogram_spend(settings)
 
 
 def _rounds_of_one(settings: Settings) -> int:
     """Most rounds of a run in which one client is charged."""
-    rounds, cap = settings.training.rounds, settings.training.cohort.max_participations
-    return rounds if cap is None else min(rounds, cap)
+    return min(settings.training.rounds, settings.training.cohort.max_participations or settings.training.rounds)
 
 
 def check_units(settings: Settings, clients: int, num_examples: int) -> None:
@@ -127,11 +122,7 @@ def charge_of(event: Event, *, run_id: str, round_index: int, unit_id: str, outp
 
 
 def spend_of(charge: Charge) -> tuple[Event, int]:
-    """Event of a ledger entry, and how often it happened.
-
-    Raises:
-        StateError: the event is of an unknown kind, which is named.
-    """
+    """Event of a ledger entry, and how often it happened; see :func:`fedvit.privacy.events.event_from_json`."""
     if charge.event is None:
         return PoissonGaussian(charge.noise_multiplier, charge.sampling_prob), charge.steps
     return event_from_json(charge.event), 1

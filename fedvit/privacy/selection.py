@@ -9,7 +9,6 @@ fixed number of trials has no such bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 
 from fedvit.errors import ConfigError
-from fedvit.privacy.epsilon import Composition, check_delta, dp_event_of, epsilon_pld, epsilon_rdp
+from fedvit.privacy.epsilon import Composition, check_delta, dp_event_of, epsilon_pld, epsilon_rdp, rdp_accountant
 from fedvit.privacy.events import simplified
 from fedvit.privacy.randomness import SecretStream
 
@@ -71,23 +70,15 @@ def selection_cost(trial: Composition, *, mean_trials: float, delta: float, shap
 
 
 def _select_best(trial: Composition, mean_trials: float, delta: float, shape: float) -> float:
-    from absl import logging as absl_logging
     from dp_accounting import dp_event
-    from dp_accounting.rdp import RdpAccountant
 
-    absl_logging.set_verbosity(absl_logging.ERROR)
     events = [dp_event.SelfComposedDpEvent(dp_event_of(event), n) for event, n in simplified(trial).items()]
-    accountant = RdpAccountant()
-    accountant.compose(dp_event.RepeatAndSelectDpEvent(dp_event.ComposedDpEvent(events), mean_trials, shape))
-    return float(accountant.get_epsilon(delta))
+    selected = dp_event.RepeatAndSelectDpEvent(dp_event.ComposedDpEvent(events), mean_trials, shape)
+    return float(rdp_accountant(selected).get_epsilon(delta))
 
 
 def draw_number_of_trials(stream: SecretStream, *, mean_trials: float, shape: float = 1.0) -> int:
-    """Secret number of trials with which :func:`selection_cost` holds for a sweep.
-
-    Raises:
-        ConfigError: a number is out of range.
-    """
+    """Secret number of trials with which :func:`selection_cost` holds for a sweep."""
     _check(mean_trials, shape)
     cumulated, number, uniform = 0.0, 0, float(stream.uniform(1)[0])
     for probability in number_of_trials(mean_trials, shape):
@@ -108,11 +99,11 @@ def number_of_trials(mean_trials: float, shape: float) -> npt.NDArray[np.float64
 
 
 def _gamma(mean_trials: float, shape: float) -> float:
-    mean: Callable[[float], float]
-    if shape == 0:
-        mean = lambda gamma: (1 / gamma - 1) / math.log(1 / gamma)  # noqa: E731  # a formula of two cases
-    else:
-        mean = lambda gamma: shape * (1 - gamma) / (gamma * (1 - gamma**shape))  # noqa: E731
+    def mean(gamma: float) -> float:
+        if shape == 0:
+            return (1 / gamma - 1) / math.log(1 / gamma)
+        return shape * (1 - gamma) / (gamma * (1 - gamma**shape))
+
     return float(brentq(lambda gamma: mean(gamma) - mean_trials, 1e-9, 1 - 1e-9))
 
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 from fedvit.cohort.eligible_clients import EligibleClients
 from fedvit.config import CohortConfig, Settings
 from fedvit.ports import AccountantPort, ClockPort
-from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret
 from fedvit.rounds.protection import Protection
 from fedvit.rounds.steering import run_request
 from fedvit.store.store import Store

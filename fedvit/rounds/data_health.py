@@ -100,7 +100,7 @@ def judge(
             streaks.pop(client_id, None)
             continue
         concerns = against.get(client_id, [])
-        streak = ValidationStreak.from_json(stored.get(client_id)).after(quality.score_of(concerns))
+        streak = ValidationStreak(**(stored.get(client_id) or {})).after(quality.score_of(concerns))
         validated = store.clients.get(client_id).validated
         verdict = streak.verdict(validated)
         if verdict is not None:

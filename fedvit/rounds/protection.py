@@ -21,10 +21,8 @@ from fedvit.privacy import mechanism
 from fedvit.privacy.adaptive_clip import next_norm, noised_share, sum_noise_multiplier
 from fedvit.privacy.correlated import BandedNoise, Vector
 from fedvit.privacy.events import Event
-from fedvit.privacy.outputs import output_id
-from fedvit.privacy.randomness import SecretStream
+from fedvit.privacy.randomness import SecretStream, derive_secret, load_or_create_root_secret, output_id
 from fedvit.privacy.round_cost import charge_of, round_event
-from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
 from fedvit.rounds.round_base import RoundBase
 from fedvit.store.store import Store
 from fedvit.types import FloatArray, Run, TrainTask

@@ -22,7 +22,7 @@ from fedvit.atomic_write import create_atomically
 from fedvit.config import Settings
 from fedvit.errors import NotFoundError, UpdateRejectedError
 from fedvit.ports import POPULATION
-from fedvit.privacy.outputs import output_id
+from fedvit.privacy.randomness import output_id
 from fedvit.store.store import Store
 from fedvit.types import Client, ClientOutcome, Encoding, RunStatus, TrainTask
 from fedvit.updates import ClientFailures, EncodedUpdate

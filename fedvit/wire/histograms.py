@@ -142,7 +142,7 @@ class HistogramRequest:
         return self.noise_multiplier * self.spec.sensitivity(self.privacy_unit)
 
     def output_id(self, client_id: str, num_examples: int) -> str:
-        """SHA-256, hex, of everything that determines the counts; see :func:`fedvit.privacy.outputs.output_id`."""
+        """SHA-256, hex, of everything that determines the counts; see :func:`fedvit.privacy.randomness.output_id`."""
         facts = [self.run_id, self.round_index, self.noise_multiplier, self.privacy_unit, self.spec.digest]
         return hashlib.sha256(json.dumps(["histogram", client_id, num_examples, *facts]).encode()).hexdigest()
 

@@ -20,7 +20,7 @@ from fedvit.data.fleet import VirtualFleet
 from fedvit.drift.quality import concerns_by_client, score_of
 from fedvit.models.models import build_model
 from fedvit.models.trainable import trainable_weights
-from fedvit.privacy.secrets import load_or_create_root_secret
+from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.settings import load_settings
 from fedvit.tools.simulation.clients import SimulatedClients
 from fedvit.tools.simulation.faults import Faults

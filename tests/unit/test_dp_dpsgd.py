@@ -20,8 +20,7 @@ from fedvit.models.layers import Body
 from fedvit.models.models import build_model
 from fedvit.models.trainable import apply_trainable, trainable_weights
 from fedvit.models.vision import VisionModel
-from fedvit.privacy.outputs import output_id
-from fedvit.privacy.randomness import SecretStream
+from fedvit.privacy.randomness import SecretStream, output_id
 from fedvit.types import FloatArray, TrainTask
 
 # Torch threads that wait for each other on shared cores take ten times as long.

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from metric_labels import sample_labels
 from prometheus_client import CollectorRegistry
 
 from fedvit.metrics import catalogue, exposition
@@ -21,7 +22,7 @@ QUIET = {Phase.IDLE, Phase.RESTING}
 def test_every_metric_is_made_and_rendered_under_its_name(metric: catalogue.Metric) -> None:
     registry = CollectorRegistry()
     instrument = getattr(exposition, metric.kind)(metric.name, registry)
-    labels = next(catalogue.sample_labels(metric))
+    labels = next(sample_labels(metric))
     series = instrument.labels(**labels) if labels else instrument
     getattr(series, {"counter": "inc", "gauge": "set", "histogram": "observe"}[metric.kind])(1.0)
     suffix = "_count" if metric.kind == "histogram" else ""

@@ -19,7 +19,7 @@ from actors.placement import (
     write_marker,
 )
 from fedvit.errors import PlacementError
-from fedvit.privacy.secrets import load_or_create_root_secret
+from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.settings import load_settings, settings_to_json
 
 HEAD = Node("a", "10.0.0.10", {STORE_LABEL: STORE_HERE})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedvit.privacy.outputs import output_id
+from fedvit.privacy.randomness import output_id
 from fedvit.types import TrainTask
 
 TASK = TrainTask("run-1", 3, "base", "data", 1.5, 0.5, 1.0, 1, 0.1)
@@ -47,5 +47,5 @@ def test_a_task_that_is_no_number_has_no_identity() -> None:
 
 
 def test_the_module_loads_no_torch() -> None:
-    program = "import sys, fedvit.privacy.outputs; sys.exit('torch' in sys.modules)"
+    program = "import sys, fedvit.privacy.randomness; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

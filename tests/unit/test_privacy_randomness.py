@@ -8,8 +8,7 @@ import pytest
 from scipy.stats import expon, kstest, norm
 
 from fedvit.errors import StateError
-from fedvit.privacy.randomness import SecretStream
-from fedvit.privacy.secrets import derive_secret, load_or_create_root_secret
+from fedvit.privacy.randomness import SecretStream, derive_secret, load_or_create_root_secret
 
 SECRET = bytes(range(32))
 

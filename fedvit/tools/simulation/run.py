@@ -12,8 +12,7 @@ from pathlib import Path
 from fedvit.config import LEAST_NOISE_MULTIPLIER, Settings
 from fedvit.ports import AccountantPort
 from fedvit.privacy.accountant import PrivacyAccountant
-from fedvit.privacy.randomness import SECRET_BYTES
-from fedvit.privacy.secrets import load_or_create_root_secret
+from fedvit.privacy.randomness import SECRET_BYTES, load_or_create_root_secret
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import change_aggregation_settings
 from fedvit.store.store import Store

@@ -10,7 +10,7 @@ from pathlib import Path
 from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, StateError
-from fedvit.privacy.secrets import load_or_create_root_secret
+from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.store.locks import system_lock
 from fedvit.tools.sweep.outcome import TrialOutcome
 from fedvit.tools.sweep.space import TrialPlan, sweep_digest

@@ -10,7 +10,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 
 from fedvit.errors import FedvitError
-from fedvit.privacy.secrets import derive_secret
+from fedvit.privacy.randomness import derive_secret
 from fedvit.tools.simulation.run import Point, Simulated, SimulationObserver, simulate
 from fedvit.tools.simulation.world import World
 from fedvit.tools.sweep.halving import Score, score_of
