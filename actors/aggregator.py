@@ -13,8 +13,7 @@ from actors.fleet import RayFleet
 from actors.handles import connect_accountant, forwards
 from actors.ray_metrics import RayMirror
 from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
-from fedvit.metrics.throttled_publisher import ThrottledPublisher
-from fedvit.metrics.training import publish_connected, publish_data_scores, publish_training
+from fedvit.metrics.training import ThrottledPublisher, publish_connected, publish_data_scores, publish_training
 from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.operations.periodic_tasks import PeriodicTasks
 from fedvit.ports import AggregatorPort, ProxyReport

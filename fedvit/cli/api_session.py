@@ -56,12 +56,9 @@ class ApiSession:
         return self.options.as_json
 
     def change(self, call: Callable[[], T], *, present: Callable[[], Any], question: str | None = None) -> T:
-        """Make a change: show it in a dry run, ask for confirmation where there is a question, then call.
+        """Make a change by ``call``: only show it in a dry run, and first ask the ``question`` where there is one.
 
-        Args:
-            call: makes the change.
-            present: reads what the change affects; called for a dry run and before a question, never with ``--yes``.
-            question: the confirmation; None for a harmless change.
+        ``present`` reads what the change affects; called for a dry run and before a question, never with ``--yes``.
 
         Raises:
             UsageError: a confirmation is needed, and standard input is no terminal.

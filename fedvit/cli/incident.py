@@ -11,7 +11,7 @@ from typer import Argument, Option
 from fedvit.api.choices import ImmediateAction, IncidentStatus, Section
 from fedvit.cli.api_session import ApiSession, api_command
 from fedvit.cli.options import LimitOption, OffsetOption, Options, local_command
-from fedvit.cli.output import console, plain, print_json, show_fields, show_rows
+from fedvit.cli.output import console, plain, print_json, show_fields, show_rows, show_text
 from fedvit.cli.supervisor import interruptible
 from fedvit.errors import NotFoundError, UsageError
 
@@ -67,17 +67,14 @@ def note(
     incident_id: IncidentArgument,
     text: Annotated[str, Argument(help="The text of the note.")],
     section: Annotated[Section, Option("--section", help="Section of the report.")] = Section.REMARK,
-) -> object:
+) -> None:
     """Add a note; notes are never changed."""
     incidents = session.client.incidents
     noted = session.change(
         lambda: incidents.add_note(incident_id, text, section=section),
         present=lambda: {"status": incidents.get(incident_id).status},
     )
-    if session.as_json:
-        return noted
-    console.print(f"Noted for {noted.incident_id}.", highlight=False)
-    return None
+    show_text(f"Noted for {noted.incident_id}.", plain(noted), session.as_json)
 
 
 @api_command(app, "report")

@@ -68,22 +68,14 @@ class Options:
         return (url or "").strip() or None
 
     def settings(self, *assignments: str) -> Settings:
-        """Settings from --config, --home, --data and --set; ``assignments`` follow those of --set.
-
-        Raises:
-            ConfigError: see :func:`fedvit.settings.load_settings`.
-        """
+        """Settings from --config, --home, --data and --set; ``assignments`` follow those of --set."""
         return settings_from(self.config, self.home, self.data, [*(self.assignments or []), *assignments])
 
 
 def settings_from(
     config: Path | None, home: Path | None = None, data: Path | None = None, assignments: Sequence[str] = ()
 ) -> Settings:
-    """Settings from a file, overridden by a state folder, a data set and assignments (``section.key=value``).
-
-    Raises:
-        ConfigError: see :func:`fedvit.settings.load_settings`.
-    """
+    """Settings from a file, overridden by a state folder, a data set and assignments (``section.key=value``)."""
     # Imported here to keep `fedvit --help` fast.
     from fedvit.settings import load_settings
 
@@ -149,10 +141,7 @@ def with_options(
 ) -> Callable[..., None]:
     """A Typer command with the parameters of ``function`` but its first, and the shared options called ``names``.
 
-    Args:
-        function: gives the name, the help text and the parameters.
-        names: fields of :class:`Options`.
-        invoke: runs the command on the shared options and the values of the other parameters.
+    ``invoke`` runs the command on the shared options and the values of the other parameters.
     """
     own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
     parameters = [*own, *(SHARED[name] for name in names)]

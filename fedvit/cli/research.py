@@ -59,11 +59,7 @@ def simulate(
 def planned_runs(
     configs: Sequence[Path] | None, data: Path | None, assignments: Sequence[str], vary: Sequence[str], seeds: int
 ) -> Iterator[tuple[str, Settings]]:
-    """Name and settings of every run; the arguments are the options of :func:`simulate`.
-
-    Raises:
-        ConfigError: a setting of ``vary`` has no values, or see :func:`fedvit.settings.load_settings`.
-    """
+    """Name and settings of every run; the arguments are the options of :func:`simulate`."""
     varied = [_values(one) for one in vary]
     files: list[Path | None] = [*configs] if configs else [None]
     for config in files:
@@ -136,6 +132,7 @@ def sweep(
     index.html, summary.json, and best.yaml, which `fedvit run --config` takes.
     """
     with interruptible():
+        from fedvit.data.fleet import VirtualFleet
         from fedvit.tools.sweep.journal import Journal
         from fedvit.tools.sweep.space import plan_sweep, rungs_of
 
@@ -146,7 +143,13 @@ def sweep(
         if plan:
             _show_plan([(p.trial_id, dict(p.parameters), p.epsilon) for p in plans], rungs, as_json)
             return
-        _check_settings(settings)
+        # What every trial needs is checked once, before the first trial.
+        if settings.workload.clients_class is not None:
+            raise ConfigError(
+                "A sweep simulates vehicles with images; workload.clients_class names others.",
+                cure="Leave workload.clients_class out.",
+            )
+        VirtualFleet.open(settings.data)
         journal = Journal(folder)
         journal.check(settings)
         with journal.working(settings):
@@ -158,18 +161,6 @@ def sweep(
             print_json(summary)
         else:
             _show_sweep(summary, folder)
-
-
-def _check_settings(settings: Settings) -> None:
-    """Check, once and before the first trial, that the workload is of images and its data can be opened."""
-    from fedvit.data.fleet import VirtualFleet
-
-    if settings.workload.clients_class is not None:
-        raise ConfigError(
-            "A sweep simulates vehicles with images; workload.clients_class names others.",
-            cure="Leave workload.clients_class out.",
-        )
-    VirtualFleet.open(settings.data)
 
 
 def _run_trials(settings: Settings, folder: Path, total: int, done: int, quiet: bool) -> None:

@@ -107,15 +107,12 @@ def _shortened(rule: dict[str, Any], factor: float) -> dict[str, Any]:
 
     def shorter(text: str, least_s: int) -> str:
         long_s = int(text[:-1]) * _UNITS_S[text[-1]]
-        return _duration(min(long_s, max(round(long_s / factor), least_s)))
+        seconds = min(long_s, max(round(long_s / factor), least_s))
+        unit = next(unit for unit, length_s in _UNITS_S.items() if seconds % length_s == 0)
+        return f"{seconds // _UNITS_S[unit]}{unit}"
 
     expr = _RANGE.sub(lambda match: shorter(match[0], SAMPLES_A_RANGE * interval_s), rule["expr"])
     expr = _OFFSET.sub(lambda match: shorter(match[0], interval_s), expr)
     least_s = {"for": interval_s, "keep_firing_for": LEAST_KEPT_S}
     waits = {name: shorter(rule[name], least) for name, least in least_s.items() if name in rule}
     return {**rule, "expr": expr, **waits}
-
-
-def _duration(seconds: int) -> str:
-    unit = next(unit for unit, length_s in _UNITS_S.items() if seconds % length_s == 0)
-    return f"{seconds // _UNITS_S[unit]}{unit}"

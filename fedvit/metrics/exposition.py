@@ -95,13 +95,12 @@ def _instrument(kind: type[_Instrument], name: str, registry: CollectorRegistry 
 
 
 def _created(kind: type[_Instrument], metric: Metric, registry: CollectorRegistry | None) -> _Instrument:
-    options: dict[str, Any] = {
-        "counter": {},
+    options: dict[str, dict[str, Any]] = {
         "gauge": {"multiprocess_mode": metric.over_processes},
         "histogram": {"buckets": metric.buckets},
-    }[metric.kind]
+    }
     labels = [label.name for label in metric.labels]
-    instrument = kind(metric.full_name, metric.meaning, labels, registry=registry, **options)
+    instrument = kind(metric.full_name, metric.meaning, labels, registry=registry, **options.get(metric.kind, {}))
     if metric.kind == "counter" and labels:
         # A series that begins with its first event hides that event from rate().
         for values in product(*(label.values for label in metric.labels)):

@@ -102,7 +102,7 @@ def _gamma(mean_trials: float, shape: float) -> float:
     def mean(gamma: float) -> float:
         if shape == 0:
             return (1 / gamma - 1) / math.log(1 / gamma)
-        return shape * (1 - gamma) / (gamma * (1 - gamma**shape))
+        return float(shape * (1 - gamma) / (gamma * (1 - gamma**shape)))
 
     return float(brentq(lambda gamma: mean(gamma) - mean_trials, 1e-9, 1 - 1e-9))
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedvit.cohort.connectivity import connectivity
 from fedvit.errors import NotFoundError
-from fedvit.metrics.throttled_publisher import ThrottledPublisher
+from fedvit.metrics.training import ThrottledPublisher
 from fedvit.ports import ProxyReport
 from fedvit.store import clients
 from fedvit.store.blobs import FileBlobStore
