@@ -60,13 +60,13 @@ def run(
 ) -> None:
     """Run Prometheus and Alertmanager with the alerts of the checkout, until Ctrl-C."""
     from fedvit.cli.supervisor import sigterm_unwinds
-    from fedvit.tools.monitoring_stack import Watchers, watching
+    from fedvit.tools.monitoring_stack import MonitoringStack, run_monitoring
 
-    watchers = Watchers(factor, prometheus_port, alertmanager_port)
+    stack = MonitoringStack(factor, prometheus_port, alertmanager_port)
     try:
-        with sigterm_unwinds(), watching(options.settings(), watchers) as attend:
-            typer.echo(f"Prometheus: http://{watchers.prometheus}\nAlertmanager: http://{watchers.alertmanager}")
-            attend()
+        with sigterm_unwinds(), run_monitoring(options.settings(), stack) as wait:
+            typer.echo(f"Prometheus: http://{stack.prometheus}\nAlertmanager: http://{stack.alertmanager}")
+            wait()
     except KeyboardInterrupt:
         typer.echo("Stopped.")
 

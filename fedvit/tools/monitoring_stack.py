@@ -1,6 +1,6 @@
-"""Prometheus and Alertmanager beside a system: their configuration from the checkout's, and both as one command.
+"""Prometheus and Alertmanager of a system, configured from the files of the checkout.
 
-Both listen on loopback. Where the control API demands tokens they get their own, which are good while they run.
+Both listen on loopback. If the control API demands tokens, they get tokens that are valid while they run.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from fedvit.store.store import Store
 
 LOOPBACK = "127.0.0.1"
 READY_S = 30.0
-LOOK_S = 0.2
+POLL_S = 0.2
 WEBHOOK = "/api/incidents/alerts"
 SCRAPER, NOTIFIER = "prometheus of this system", "alertmanager of this system"
 ALERTMANAGERS = ("prometheus-alertmanager", "alertmanager")
 
 
 @dataclass(frozen=True, slots=True)
-class Watchers:
-    """How Prometheus and Alertmanager are run; ``factor`` times as fast as in service."""
+class MonitoringStack:
+    """Ports and configuration of Prometheus and Alertmanager; they run ``factor`` times as fast as in service."""
 
     factor: float = 1.0
     prometheus_port: int = 9090
@@ -45,76 +45,76 @@ class Watchers:
 
     @property
     def prometheus(self) -> str:
-        """Where Prometheus listens, host:port."""
+        """The address of Prometheus, host:port."""
         return f"{LOOPBACK}:{self.prometheus_port}"
 
     @property
     def alertmanager(self) -> str:
-        """Where Alertmanager listens, host:port."""
+        """The address of Alertmanager, host:port."""
         return f"{LOOPBACK}:{self.alertmanager_port}"
 
 
 @contextmanager
-def watching(settings: Settings, watchers: Watchers) -> Iterator[Callable[[], None]]:
-    """Run both; what is yielded returns never, and raises when one of them ends by itself.
+def run_monitoring(settings: Settings, stack: MonitoringStack) -> Iterator[Callable[[], None]]:
+    """Run both programs; yield a function that waits until one of them ends, and then raises.
 
     Raises:
-        ConfigError: a program is missing, or there is no configuration in this folder.
+        ConfigError: a program is missing, or this folder has no configuration.
         PortInUseError: a port is taken.
-        PlacementError: one of them did not start, or ended; its log says why.
+        PlacementError: a program did not start, or ended; see its log.
     """
     programs = _program("prometheus"), _program(*ALERTMANAGERS)
-    for port in (watchers.prometheus_port, watchers.alertmanager_port):
+    for port in (stack.prometheus_port, stack.alertmanager_port):
         check_port_free(LOOPBACK, port)
-    with ExitStack() as stack:
-        scraper, notifier = stack.enter_context(watcher_tokens(settings))
-        folder = write_configs(settings, watchers, scraper, notifier)
+    with ExitStack() as children_stack:
+        scraper, notifier = children_stack.enter_context(monitoring_tokens(settings))
+        folder = write_configs(settings, stack, scraper, notifier)
         children = [
-            _Child.start(stack, settings, "alertmanager", _alertmanager(programs[1], folder, watchers)),
-            _Child.start(stack, settings, "prometheus", _prometheus(programs[0], folder, watchers)),
+            _Child.start(children_stack, settings, "alertmanager", _alertmanager(programs[1], folder, stack)),
+            _Child.start(children_stack, settings, "prometheus", _prometheus(programs[0], folder, stack)),
         ]
-        for child, address in zip(children, (watchers.alertmanager, watchers.prometheus), strict=True):
+        for child, address in zip(children, (stack.alertmanager, stack.prometheus), strict=True):
             child.await_ready(f"http://{address}/-/ready")
-        yield lambda: _attend(children)
+        yield lambda: _wait_for_end(children)
 
 
 def write_configs(
-    settings: Settings, watchers: Watchers, scraper_token: Path | None, notifier_token: Path | None
+    settings: Settings, stack: MonitoringStack, scraper_token: Path | None, notifier_token: Path | None
 ) -> Path:
-    """Write ``prometheus.yml``, ``rules.yml`` and ``alertmanager.yml`` into the state folder; return where.
+    """Write ``prometheus.yml``, ``rules.yml`` and ``alertmanager.yml`` into the state folder; return its path.
 
     Raises:
-        ConfigError: the checkout's cannot be read.
+        ConfigError: a file of the checkout cannot be read.
     """
     folder = (settings.home / "monitoring").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    groups = shortened(read_groups(watchers.configs / "rules"), watchers.factor)
+    groups = shortened(read_groups(stack.configs / "rules"), stack.factor)
     _write(folder / "rules.yml", {"groups": groups})
-    _write(folder / "prometheus.yml", prometheus_config(settings, watchers, folder, scraper_token))
-    _write(folder / "alertmanager.yml", alertmanager_config(settings, watchers, notifier_token))
+    _write(folder / "prometheus.yml", prometheus_config(settings, stack, folder, scraper_token))
+    _write(folder / "alertmanager.yml", alertmanager_config(settings, stack, notifier_token))
     if not targets_file(settings.home, SERVER).exists():
-        # Before its first start, too, a server that is not there is down.
+        # So that a server that was never started is reported as down.
         write_targets(settings.home, SERVER, [server_target(settings)])
     return folder
 
 
 def server_target(settings: Settings) -> Target:
-    """The control API, as Prometheus is to reach it."""
+    """The scrape target of the control API."""
     serving, secure = settings.serving, settings.access.tls_cert is not None
     return Target(f"{serving.host}:{serving.port}", {"__scheme__": "https"} if secure else {})
 
 
-def prometheus_config(settings: Settings, watchers: Watchers, folder: Path, token: Path | None) -> dict[str, Any]:
+def prometheus_config(settings: Settings, stack: MonitoringStack, folder: Path, token: Path | None) -> dict[str, Any]:
     """The checkout's ``prometheus.yml`` for this state folder."""
-    config = _read(watchers.configs / "prometheus.yml")
-    interval = f"{round(scrape_interval_s(watchers.factor) * 1000)}ms"
+    config = _read(stack.configs / "prometheus.yml")
+    interval = f"{round(scrape_interval_s(stack.factor) * 1000)}ms"
     config["global"] |= dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), interval)
     config["rule_files"] = [str(folder / "rules.yml")]
-    config["alerting"]["alertmanagers"][0]["static_configs"] = [{"targets": [watchers.alertmanager]}]
-    own = {"prometheus": watchers.prometheus, "alertmanager": watchers.alertmanager}
+    config["alerting"]["alertmanagers"][0]["static_configs"] = [{"targets": [stack.alertmanager]}]
+    own = {"prometheus": stack.prometheus, "alertmanager": stack.alertmanager}
     for job in config["scrape_configs"]:
-        for found in job.get("file_sd_configs", ()):
-            found["files"] = [str((settings.home / FOLDER).resolve() / Path(name).name) for name in found["files"]]
+        for files in job.get("file_sd_configs", ()):
+            files["files"] = [str((settings.home / FOLDER).resolve() / Path(name).name) for name in files["files"]]
         if job["job_name"] in own:
             job["static_configs"] = [{"targets": [own[job["job_name"]]]}]
         if job["job_name"] == "fed-server":
@@ -122,12 +122,12 @@ def prometheus_config(settings: Settings, watchers: Watchers, folder: Path, toke
     return config
 
 
-def alertmanager_config(settings: Settings, watchers: Watchers, token: Path | None) -> dict[str, Any]:
+def alertmanager_config(settings: Settings, stack: MonitoringStack, token: Path | None) -> dict[str, Any]:
     """The checkout's ``alertmanager.yml`` for this system."""
-    config = _read(watchers.configs / "alertmanager.yml")
+    config = _read(stack.configs / "alertmanager.yml")
     route = config["route"]
     for wait in ("group_wait", "group_interval"):
-        route[wait] = f"{max(1, round(int(route[wait].removesuffix('s')) / watchers.factor))}s"
+        route[wait] = f"{max(1, round(int(route[wait].removesuffix('s')) / stack.factor))}s"
     target = server_target(settings)
     for hook in (hook for receiver in config["receivers"] for hook in receiver.get("webhook_configs", ())):
         hook["url"] = f"{target.labels.get('__scheme__', 'http')}://{target.address}{WEBHOOK}"
@@ -137,8 +137,8 @@ def alertmanager_config(settings: Settings, watchers: Watchers, token: Path | No
 
 
 @contextmanager
-def watcher_tokens(settings: Settings) -> Iterator[tuple[Path | None, Path | None]]:
-    """Files with a token to scrape with and one to tell alerts with; None each where no token is demanded."""
+def monitoring_tokens(settings: Settings) -> Iterator[tuple[Path | None, Path | None]]:
+    """Files with a token for scraping and one for sending alerts; None each if no token is demanded."""
     if settings.access.mode != "tokens":
         yield None, None
         return
@@ -169,7 +169,7 @@ class _Child:
         log = settings.home / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            # A group of its own: Ctrl-C reaches it through us.
+            # A session of its own, so that Ctrl-C reaches only this process.
             process = subprocess.Popen(
                 command, stdout=output, stderr=output, start_new_session=True, preexec_fn=end_with_parent
             )
@@ -189,37 +189,37 @@ class _Child:
                     return
             except httpx.HTTPError:
                 pass
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
         raise PlacementError(f"{self.name} is not ready after {READY_S:g} s.", cure=f"See {self.log}.")
 
 
-def _attend(children: list[_Child]) -> None:
+def _wait_for_end(children: list[_Child]) -> None:
     while True:
         for child in children:
             child.check()
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
 
 
 def _program(*names: str) -> str:
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        raise ConfigError(f"{names[0]} is missing.", cure="apt-get install prometheus prometheus-alertmanager")
-    return found
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise ConfigError(f"{names[0]} is missing.", cure="apt-get install prometheus prometheus-alertmanager")
 
 
-def _prometheus(program: str, folder: Path, watchers: Watchers) -> list[str]:
+def _prometheus(program: str, folder: Path, stack: MonitoringStack) -> list[str]:
     return [
         *(program, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'series'}"),
-        *(f"--web.listen-address={watchers.prometheus}", f"--web.external-url=http://{watchers.prometheus}"),
+        *(f"--web.listen-address={stack.prometheus}", f"--web.external-url=http://{stack.prometheus}"),
         "--log.level=warn",
     ]
 
 
-def _alertmanager(program: str, folder: Path, watchers: Watchers) -> list[str]:
+def _alertmanager(program: str, folder: Path, stack: MonitoringStack) -> list[str]:
     return [
         *(program, f"--config.file={folder / 'alertmanager.yml'}", f"--storage.path={folder / 'alertmanager'}"),
-        *(f"--web.listen-address={watchers.alertmanager}", f"--web.external-url=http://{watchers.alertmanager}"),
-        # Alone: else it would listen for others of its kind on every address.
+        *(f"--web.listen-address={stack.alertmanager}", f"--web.external-url=http://{stack.alertmanager}"),
+        # Without clustering: otherwise it would listen for peers on every address.
         *("--cluster.listen-address=", "--log.level=warn"),
     ]
 

@@ -53,7 +53,7 @@ def test_each_way_to_write_a_command_is_one_command() -> None:
 
 
 def test_a_command_that_does_not_end_is_an_error() -> None:
-    with pytest.raises(ValueError, match="ends inside the command"):
+    with pytest.raises(ValueError):
         commands("```bash\necho 'open\n```\n")
 
 

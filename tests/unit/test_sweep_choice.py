@@ -21,7 +21,7 @@ def test_a_score_knows_the_noise_of_its_images_and_of_its_rounds() -> None:
     shaky = score_of([0.9, 0.7, 0.8], num_test=400, window=3)
     assert shaky.value == pytest.approx(0.8)
     assert shaky.error == pytest.approx(math.sqrt(0.8 * 0.2 / 400 + 0.01 / 3))
-    with pytest.raises(ValueError, match="at least one data point"):
+    with pytest.raises(ValueError):
         score_of([], num_test=400, window=3)
 
 

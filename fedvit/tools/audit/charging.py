@@ -1,4 +1,4 @@
-"""Every release is charged before it happens, once, and no restart forgets it."""
+"""Check that every release is charged before it happens, once, and that charges survive a restart."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CHECK = "charging"
 _ROUNDS = 3
 
 
-class _Watchful(FakeFleet):
-    """Looks into the ledger when it is asked to train."""
+class _LedgerReadingFleet(FakeFleet):
+    """A fleet that reads the ledger when it is asked to train."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(np.zeros(2, np.float32))
@@ -44,19 +44,18 @@ class _Watchful(FakeFleet):
 
 
 def check(scope: Scope) -> Iterator[Finding]:
-    """A run of whole clients, and then another process on the same state folder."""
+    """Run client-level rounds, then open the same state folder again."""
     zeros: Update = {"point": np.zeros(2, np.float32), "scale": np.zeros((), np.float32)}
     with tempfile.TemporaryDirectory() as folder:
         rounds = Rounds(Path(folder), scope, {"vehicle-0000": zeros, "vehicle-0001": zeros}, rounds=_ROUNDS)
-        fleet = _Watchful(rounds.store)
+        fleet = _LedgerReadingFleet(rounds.store)
         rounds.released(fleet)
         before = rounds.accountant.budget().epsilon_spent
         rounds.store.close()
-        faults = list(_order_faults(fleet.charged))
-        yield Finding(CHECK, "before release", not faults, faults[0] if faults else f"{_ROUNDS} rounds")
+        yield Finding.of(CHECK, "before release", list(_order_faults(fleet.charged)), f"{_ROUNDS} rounds")
         faults = list(_restart_faults(Path(folder), rounds, scope, before))
-        detail = faults[0] if faults else f"epsilon {before:.6f} before and after, and the chain is whole"
-        yield Finding(CHECK, "after a restart", not faults, detail)
+        detail = f"epsilon {before:.6f} before and after, and the chain is whole"
+        yield Finding.of(CHECK, "after a restart", faults, detail)
 
 
 def _order_faults(charged: Sequence[set[int]]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""With and without one client, through the real rounds: clip, add up, add noise once, divide by a constant."""
+"""Check of neighbouring clients: one client changes a round's sum by at most the clipping norm."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ class _Fleet(FakeFleet):
 
 
 class Rounds:
-    """A run of whole clients, by the real loop over a real store and ledger."""
+    """Client-level rounds by the real coordinator with a real store and ledger."""
 
     def __init__(self, home: Path, scope: Scope, updates: Mapping[str, Update], *, rounds: int = 1) -> None:
         self.settings = client_settings(home, scope, rounds)
-        settle_key(home)
+        write_fixed_key(home)
         self.store = Store.open(home)
         self.store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
         self.store.clients.register([Client(client_id, ClientKind.VIRTUAL, 10) for client_id in updates])
@@ -103,11 +103,11 @@ class Rounds:
         self._point, self._updates = np.zeros(size, np.float32), updates
 
     def released(self, fleet: FakeFleet | None = None) -> list[Release]:
-        """What a run releases, round by round.
+        """The releases of a run, by round.
 
         Raises:
-            FedvitError: it could not begin.
-            RuntimeError: it did not end well.
+            FedvitError: the run could not begin.
+            RuntimeError: the run was not completed.
         """
         loop = Coordinator(
             settings=self.settings,
@@ -116,22 +116,22 @@ class Rounds:
             fleet=fleet or _Fleet(self.settings, self._updates, self._point),
             model=_Model(self._point),
         )
-        with released_rounds() as seen:
+        with released_rounds() as releases:
             run = loop.run()
         if run.rounds_done != run.rounds_total:
             raise RuntimeError(f"the run ended as {run.status.value}: {run.reason}")
-        return seen
+        return releases
 
 
-def settle_key(home: Path) -> None:
-    """The same root key in every audit: what one finds, the next one finds as well."""
+def write_fixed_key(home: Path) -> None:
+    """Write the same root key in every audit, so that its findings are reproducible."""
     keys = home / "keys"
     keys.mkdir(mode=0o700, parents=True, exist_ok=True)
     (keys / "root.key").write_bytes(bytes(range(SECRET_BYTES)))
 
 
 def client_settings(home: Path, scope: Scope, rounds: int) -> Settings:
-    """Everybody takes part for certain, and the budget is no obstacle."""
+    """Settings with which all clients take part and the budget is never spent."""
     privacy: dict[str, Any] = {
         "privacy_unit": "client",
         "noise_multiplier": scope.noise_multiplier,
@@ -145,7 +145,7 @@ def client_settings(home: Path, scope: Scope, rounds: int) -> Settings:
 
 
 def hostile_updates(l2_clip_norm: float) -> dict[str, Update]:
-    """Long and short ones, one all in the number without dimensions, a duplicate, a zero, and what is no update."""
+    """Long and short updates, one only in the scalar, a duplicate, a zero, and non-finite ones."""
     points = [[3.0, -4.0], [0.1, 0.2], [0.0, 0.0], [1e30, 0.0], [0.0, 0.0], [3.0, -4.0], [np.nan, 1.0], [np.inf, 0.0]]
     scales = [0.5, 0.0, 50.0, 0.0, 0.0, 0.5, 0.0, 1.0]
     return {
@@ -158,12 +158,11 @@ def hostile_updates(l2_clip_norm: float) -> dict[str, Update]:
 
 
 def check(scope: Scope) -> Iterator[Finding]:
-    """Rounds with and without each client, and late answers."""
+    """Compare rounds with and without each client, and weights of late answers."""
     faults, furthest = _round_faults(scope)
-    detail = faults[0] if faults else f"moves by {furthest:.7f} of the clipping norm at most"
-    yield Finding(CHECK, "a round with and without each client", not faults, detail)
-    faults = list(_late_faults(scope))
-    yield Finding(CHECK, "late answers", not faults, faults[0] if faults else "a weight of 1 when fresh, then less")
+    detail = f"moves by {furthest:.7f} of the clipping norm at most"
+    yield Finding.of(CHECK, "a round with and without each client", faults, detail)
+    yield Finding.of(CHECK, "late answers", list(_late_faults(scope)), "a weight of 1 when fresh, then less")
 
 
 def _round_faults(scope: Scope) -> tuple[list[str], float]:
@@ -224,19 +223,9 @@ def _late_faults(scope: Scope) -> Iterator[str]:
 
 
 def client_task(scope: Scope, round_index: int = 9) -> TrainTask:
-    """A round of whole clients."""
-    return TrainTask(
-        "run-0001",
-        round_index,
-        "base",
-        "data",
-        scope.noise_multiplier,
-        1.0,
-        scope.l2_clip_norm,
-        1,
-        1.0,
-        privacy_unit="client",
-    )
+    """A client-level task."""
+    task = scope.train_task(round_index, learning_rate=1.0)
+    return replace(task, run_id="run-0001", privacy_unit="client")
 
 
 def _host_answer(settings: Settings, task: TrainTask, base: Weights, update: Update) -> PartialSum:

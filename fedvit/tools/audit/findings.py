@@ -1,26 +1,30 @@
-"""What an audit looks at and what it found."""
+"""Scope and findings of an audit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedvit.config import ModelConfig, Settings
+from fedvit.types import TrainTask
 
 ALPHA = 1e-4
-"""How often, at most, a statement about chance may be wrong."""
+"""The probability, at most, with which a statistical statement is wrong."""
+STANDSTILL = 1e-30
+"""A learning rate at which weights do not change by a bit, so that each step starts from the same weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of a check of one subject.
 
     Attributes:
-        check: which part of the suite.
-        subject: what was looked at.
-        passed: whether it is as the accountant assumes.
-        detail: what was seen.
-        claimed_epsilon: what the accountant says, where the finding is about that.
-        lower_bound: on epsilon, by what was released.
+        check: the name of the check.
+        subject: what was checked.
+        passed: whether the assumption of the accountant holds.
+        detail: the observation.
+        claimed_epsilon: the accountant's epsilon, in findings about epsilon.
+        lower_bound: a lower bound on epsilon from the released values.
     """
 
     check: str
@@ -29,6 +33,11 @@ class Finding:
     detail: str
     claimed_epsilon: float | None = None
     lower_bound: float | None = None
+
+    @classmethod
+    def of(cls, check: str, subject: str, faults: Sequence[str], detail: str) -> Finding:
+        """A finding that passes if there are no faults; its detail is the first fault, or ``detail``."""
+        return cls(check, subject, not faults, faults[0] if faults else detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +58,7 @@ class Scope:
 
     @classmethod
     def of(cls, settings: Settings, *, quick: bool) -> Scope:
-        """What these settings would train with. The weights do not matter to what is checked: none are fetched.
+        """The scope of these settings. Pretrained weights are not fetched, because they do not matter for the checks.
 
         Raises:
             ConfigError: no noise keeps a run within the budget.
@@ -66,3 +75,15 @@ class Scope:
             image_size=settings.data.image_size,
             quick=quick,
         )
+
+    def train_task(
+        self,
+        round_index: int = 1,
+        *,
+        sampling_prob: float = 1.0,
+        local_steps: int = 1,
+        learning_rate: float = STANDSTILL,
+    ) -> TrainTask:
+        """A record-level task with this scope's noise and clipping norm."""
+        mechanism = self.noise_multiplier, sampling_prob, self.l2_clip_norm
+        return TrainTask("audit", round_index, "base", "data", *mechanism, local_steps, learning_rate)

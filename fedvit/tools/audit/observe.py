@@ -1,6 +1,6 @@
-"""Windows onto what training keeps to itself: sums before noise, noise, draws. Nothing they watch is computed anew.
+"""Observation of training internals for audits: sums before noise, noise, and drawn batches.
 
-Each watches a class, or a module's function, while it is open. For one thread, and for audits and tests alone.
+Each context manager replaces a function while it is open. For one thread, and for audits and tests only.
 """
 
 from __future__ import annotations
@@ -46,53 +46,53 @@ def _replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterato
 @contextmanager
 def released_steps() -> Iterator[list[Release]]:
     """Every addition of noise to a sum of clipped gradients."""
-    seen: list[Release] = []
+    releases: list[Release] = []
     add_noise = SecretDPOptimizer.add_noise
 
-    def watched(optimizer: SecretDPOptimizer) -> None:
+    def recorded(optimizer: SecretDPOptimizer) -> None:
         total = _flat([parameter.summed_grad for parameter in optimizer.params])
         add_noise(optimizer)
         noised = _flat([parameter.grad for parameter in optimizer.params])
-        seen.append(Release(total, noised - total, float(optimizer.expected_batch_size)))
+        releases.append(Release(total, noised - total, float(optimizer.expected_batch_size)))
 
-    with _replaced(SecretDPOptimizer, "add_noise", watched):
-        yield seen
+    with _replaced(SecretDPOptimizer, "add_noise", recorded):
+        yield releases
 
 
 @contextmanager
 def released_rounds() -> Iterator[list[Release]]:
     """Every addition of noise to a sum of clipped client updates, in the order of the arrays' names."""
-    seen: list[Release] = []
+    releases: list[Release] = []
     noised_mean = mechanism.noised_mean
 
-    def watched(sums: Sums, noise: Vector, *, divisor: float) -> Sums:
-        seen.append(Release(flat_arrays(sums), noise.copy(), divisor))
+    def recorded(sums: Sums, noise: Vector, *, divisor: float) -> Sums:
+        releases.append(Release(flat_arrays(sums), noise.copy(), divisor))
         return noised_mean(sums, noise, divisor=divisor)
 
-    with _replaced(mechanism, "noised_mean", watched):
-        yield seen
+    with _replaced(mechanism, "noised_mean", recorded):
+        yield releases
 
 
 @contextmanager
 def drawn_batches() -> Iterator[list[npt.NDArray[np.float64]]]:
-    """The first feature of every example of every batch that is clipped, as an example's number."""
-    seen: list[npt.NDArray[np.float64]] = []
+    """The first feature of each example in every clipped batch; audits use it as the number of the example."""
+    batches: list[npt.NDArray[np.float64]] = []
     clip = PerExampleGradients.clip
 
-    def watched(engine: PerExampleGradients, features: torch.Tensor, labels: torch.Tensor, norm: float) -> None:
-        seen.append(features.flatten(1)[:, 0].double().numpy().copy())
+    def recorded(engine: PerExampleGradients, features: torch.Tensor, labels: torch.Tensor, norm: float) -> None:
+        batches.append(features.flatten(1)[:, 0].double().numpy().copy())
         clip(engine, features, labels, norm)
 
-    with _replaced(PerExampleGradients, "clip", watched):
-        yield seen
+    with _replaced(PerExampleGradients, "clip", recorded):
+        yield batches
 
 
 @contextmanager
 def shared_randomness(secret: bytes) -> Iterator[None]:
-    """Coins and noise by purpose and step alone: two neighbouring data sets get the same.
+    """Make coins and noise depend on purpose and step only, so that neighbouring data sets get equal ones.
 
-    Otherwise they never do, because streams are bound to the very records. A shorter draw of coins begins like a longer
-    one: the record that one of the data sets lacks is best the last.
+    Without it, streams also depend on the records. A shorter draw of coins is a prefix of a longer one, so the record
+    that one data set lacks should be the last.
     """
 
     def stream(_: bytes, purpose: str, release: str, step: int) -> SecretStream:

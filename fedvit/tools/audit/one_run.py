@@ -14,24 +14,23 @@ from fedvit.privacy.randomness import SecretStream
 from fedvit.tools.audit import subjects
 from fedvit.tools.audit.bounds import one_run_epsilon
 from fedvit.tools.audit.findings import ALPHA, Finding, Scope
-from fedvit.types import TrainTask
 
 CHECK = "one run with canaries"
 CANARIES, GUESSES, STEPS = 768, 384, 16
 _SECRET = bytes(range(32))
-# Small: the canaries' gradients stay what they were at the start, which is the worst that a run can do to them.
+# Small: the canaries' gradients hardly change during the run, which is the worst case.
 _LEARNING_RATE = 1e-3
 
 
 def check(scope: Scope) -> Iterator[Finding]:
-    """A private run of the real trainer: a linear head, and 768 pictures of one lit pixel each, about half of them in.
+    """A private run of the real trainer on a linear head, and 768 images of one lit pixel, about half of them present.
 
-    Whoever is out is in its place a record without gradient: the number of records is public, and would give away
-    how many coins fell which way. The guesses are on the highest and the lowest scores, half of them each.
+    An absent canary is replaced by a record without gradient, because the number of records is public. Half of the
+    guesses are on the highest scores and half on the lowest.
     """
     present = SecretStream(_SECRET, "canaries", {}).coins(CANARIES, 0.5)
     correct = _correct_guesses(_scores(scope, present), present)
-    # The theorem pays 2 * canaries * delta for each guess more or less: at a larger delta alpha would be spent by that.
+    # The theorem adds up to 2 * canaries * delta to the p-value; a larger delta would use up alpha.
     delta = min(scope.target_delta, ALPHA / (10 * CANARIES))
     bound = one_run_epsilon(canaries=CANARIES, guesses=GUESSES, correct=correct, delta=delta, alpha=ALPHA)
     claimed = epsilon_pld({PoissonGaussian(scope.noise_multiplier, scope.sampling_prob): STEPS}, delta)
@@ -43,22 +42,13 @@ def check(scope: Scope) -> Iterator[Finding]:
 
 
 def _scores(scope: Scope, present: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """How far each canary's own weights moved towards its label."""
-    model = subjects.lamps(CANARIES)
+    """The change of each canary's own weights towards its label."""
+    model = subjects.linear_model(CANARIES)
     trainer = subjects.trainer_of(model, "Book-keeping", physical_batch_size=CANARIES)
     labels = torch.arange(CANARIES) % subjects.CLASSES
     shown = torch.where(torch.from_numpy(present), labels, subjects.NO_CLASS)
-    task = TrainTask(
-        "audit",
-        1,
-        "base",
-        "data",
-        scope.noise_multiplier,
-        scope.sampling_prob,
-        scope.l2_clip_norm,
-        STEPS,
-        _LEARNING_RATE * CANARIES / scope.l2_clip_norm,
-    )
+    learning_rate = _LEARNING_RATE * CANARIES / scope.l2_clip_norm
+    task = scope.train_task(sampling_prob=scope.sampling_prob, local_steps=STEPS, learning_rate=learning_rate)
     features = 8.0 * torch.eye(CANARIES)
     delta = trainer.train(task, subjects.weights_of(model), features, shown, _SECRET, "car")
     moved = delta["body.head.weight"].astype(np.float64)

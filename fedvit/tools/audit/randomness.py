@@ -1,4 +1,4 @@
-"""Noise that is as large as charged and never used twice; batches and cohorts that are Poisson samples."""
+"""Checks that noise has the charged deviation and is fresh, and that batches and cohorts are Poisson samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from fedvit.tools.audit import subjects
 from fedvit.tools.audit.clients import Rounds
 from fedvit.tools.audit.findings import Finding, Scope
 from fedvit.tools.audit.observe import Release, drawn_batches, released_steps
-from fedvit.types import TrainTask
 
 NOISE_CHECK, SAMPLING_CHECK = "fresh noise", "Poisson sampling"
 _SECRET = bytes(range(32))
@@ -28,26 +27,26 @@ _UNITS, _ROUNDS = 48, 150
 
 
 def check_noise(scope: Scope) -> Iterator[Finding]:
-    """Noise of steps and rounds, of one client and of others, in one place."""
+    """The noise of several steps, rounds and clients."""
     for subject, releases in (
         ("steps, rounds and clients", _steps(scope)),
         ("rounds of whole clients", _rounds(scope)),
     ):
         faults = list(noise_faults(releases, scope.noise_multiplier * scope.l2_clip_norm))
         size = len(releases[0].noise)
-        detail = faults[0] if faults else f"{len(releases)} times {size} numbers, of the charged deviation, unrelated"
-        yield Finding(NOISE_CHECK, subject, not faults, detail)
+        detail = f"{len(releases)} times {size} numbers, of the charged deviation, unrelated"
+        yield Finding.of(NOISE_CHECK, subject, faults, detail)
 
 
 def _steps(scope: Scope) -> list[Release]:
-    model = subjects.lamps(768)
+    model = subjects.linear_model(768)
     trainer, base = subjects.trainer_of(model, "Book-keeping"), subjects.weights_of(model)
     features, labels = subjects.ordinary_records(model, 2)
-    with released_steps() as seen:
+    with released_steps() as releases:
         for round_index, client_id in ((1, "car"), (2, "car"), (2, "bus")):
-            task = _task(scope, round_index, sampling_prob=1e-9, local_steps=2)
+            task = scope.train_task(round_index, sampling_prob=1e-9, local_steps=2)
             trainer.train(task, base, features, labels, _SECRET, client_id)
-    return seen
+    return releases
 
 
 def _rounds(scope: Scope) -> list[Release]:
@@ -61,12 +60,12 @@ def _rounds(scope: Scope) -> list[Release]:
 
 
 def noise_faults(releases: list[Release], deviation: float) -> Iterator[str]:
-    """How noise differs from independent normals of this deviation: in size, in its mean, from one draw to another."""
+    """Differences of noise from independent normals of this deviation: in deviation, mean and correlation."""
     for number, release in enumerate(releases):
         size = len(release.noise)
-        found = float(release.noise.std()) / deviation
-        if abs(found - 1) > _DEVIATIONS / math.sqrt(2 * size):
-            yield f"the noise of release {number} has {found:.4f} of the charged deviation"
+        share = float(release.noise.std()) / deviation
+        if abs(share - 1) > _DEVIATIONS / math.sqrt(2 * size):
+            yield f"the noise of release {number} has {share:.4f} of the charged deviation"
         if abs(float(release.noise.mean())) > _DEVIATIONS * deviation / math.sqrt(size):
             yield f"the noise of release {number} is not centred"
     for (one, first), (other, second) in combinations(enumerate(releases), 2):
@@ -76,16 +75,15 @@ def noise_faults(releases: list[Release], deviation: float) -> Iterator[str]:
 
 
 def check_sampling(scope: Scope) -> Iterator[Finding]:
-    """Which records and which clients are drawn, over many rounds."""
+    """The drawn records and clients of many rounds."""
     q = min(0.5, scope.sampling_prob)
     for subject, drawn in (("records of a step", _drawn_records(scope, q)), ("clients of a round", _drawn_clients(q))):
         faults = list(sampling_faults(drawn, q))
-        detail = faults[0] if faults else f"{len(drawn)} draws of {drawn.shape[1]}, each for itself"
-        yield Finding(SAMPLING_CHECK, subject, not faults, detail)
+        yield Finding.of(SAMPLING_CHECK, subject, faults, f"{len(drawn)} draws of {drawn.shape[1]}, each for itself")
 
 
 def sampling_faults(drawn: npt.NDArray[np.bool_], probability: float) -> Iterator[str]:
-    """How draws [R, N] differ from independent coins: in size, in who is drawn, from one draw to the next."""
+    """Differences of draws [R, N] from independent coins: in size, in frequency of units, from one draw to the next."""
     rounds, units = drawn.shape
     variance = probability * (1 - probability)
     sizes = drawn.sum(axis=1)
@@ -104,12 +102,12 @@ def sampling_faults(drawn: npt.NDArray[np.bool_], probability: float) -> Iterato
 
 
 def _drawn_records(scope: Scope, probability: float) -> npt.NDArray[np.bool_]:
-    model = subjects.lamps(1)
+    model = subjects.linear_model(1)
     trainer, base = subjects.trainer_of(model, "Book-keeping"), subjects.weights_of(model)
     features, labels = torch.arange(_UNITS).float()[:, None], torch.zeros(_UNITS, dtype=torch.int64)
     drawn = np.zeros((2 * _ROUNDS, _UNITS), np.bool_)
     for round_index in range(_ROUNDS):
-        task = _task(scope, round_index, sampling_prob=probability, local_steps=2)
+        task = scope.train_task(round_index, sampling_prob=probability, local_steps=2)
         with drawn_batches() as batches:
             trainer.train(task, base, features, labels, _SECRET, "car")
         for step, batch in enumerate(batches):
@@ -125,11 +123,3 @@ def _drawn_clients(probability: float) -> npt.NDArray[np.bool_]:
         cohort = draw_cohort(config, ids, run_id="audit", round_index=round_index, secret=_SECRET)
         drawn[round_index] = np.isin(ids, cohort.client_ids)
     return drawn
-
-
-def _task(scope: Scope, round_index: int, *, sampling_prob: float, local_steps: int) -> TrainTask:
-    # A learning rate at which weights stay where they are: a step's records do not matter here.
-    norm = scope.l2_clip_norm
-    return TrainTask(
-        "audit", round_index, "base", "data", scope.noise_multiplier, sampling_prob, norm, local_steps, 1e-30
-    )

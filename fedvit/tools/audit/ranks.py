@@ -1,4 +1,4 @@
-"""Several ranks that take a step together: one record in one share, unrelated noise by blocks, equally many steps."""
+"""Check of several ranks: each record on one rank, unrelated noise in each block, equally many steps."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ from fedvit.tools.audit import subjects
 from fedvit.tools.audit.findings import Finding, Scope
 from fedvit.tools.audit.observe import Release, released_steps, shared_randomness
 from fedvit.tools.audit.randomness import noise_faults
-from fedvit.types import TrainTask
 
 CHECK = "ranks"
 _COUNT, _IMAGE_SIZE = 2, 32
 _ROUNDING, _SAME_SUM = 1e-5, 1e-4
 _SECRET = bytes(range(32))
-_STANDSTILL = 1e-30
 
 
 def check(scope: Scope) -> Iterator[Finding]:
-    """What a record moves on two ranks, what noise they add together, and whether nobody is left waiting."""
+    """The effect of a record on two ranks, their noise, and steps in which a rank has no record."""
     audit = _Ranks(scope)
     for subject, faults in (
         ("a record on two ranks", audit.record_faults),
@@ -36,10 +34,10 @@ def check(scope: Scope) -> Iterator[Finding]:
         ("ranks without a record", audit.empty_faults),
     ):
         try:
-            found = list(faults())
+            found_faults = list(faults())
         except StateError as error:
-            found = [error.message]
-        yield Finding(CHECK, subject, not found, found[0] if found else audit.detail)
+            found_faults = [error.message]
+        yield Finding.of(CHECK, subject, found_faults, audit.detail)
 
 
 class _Ranks:
@@ -48,19 +46,19 @@ class _Ranks:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
         config = ModelConfig(pretrained=False, hybrid=HybridConfig(width=64))
-        models = [subjects.stirred(build_model(config, subjects.CLASSES, _IMAGE_SIZE)) for _ in range(_COUNT + 1)]
+        models = [subjects.perturbed(build_model(config, subjects.CLASSES, _IMAGE_SIZE)) for _ in range(_COUNT + 1)]
         self._models, self._alone = models[:_COUNT], models[_COUNT]
         self._base = subjects.weights_of(self._alone)
         self._features, self._labels = subjects.hostile_records(self._alone)
         self.detail = ""
 
     def record_faults(self) -> Iterator[str]:
-        """With every record and without one: the sum of all ranks before noise, and that of one."""
+        """Compare the sums before noise: with and without each record, and of two ranks and one."""
         everybody = list(range(len(self._labels)))
         whole, furthest = self._together(everybody)[0].total, 0.0
-        with released_steps() as seen, shared_randomness(_SECRET):
+        with released_steps() as releases, shared_randomness(_SECRET):
             self._train(Ranks(), everybody)
-        error = float(np.linalg.norm(whole - seen[0].total) / np.linalg.norm(seen[0].total))
+        error = float(np.linalg.norm(whole - releases[0].total) / np.linalg.norm(releases[0].total))
         if not error <= _SAME_SUM:
             yield f"the sum of {_COUNT} ranks differs from that of one by {error:.2g} of it"
         for gone in (0, 4, 5, 7) if self._scope.quick else everybody:
@@ -72,7 +70,7 @@ class _Ranks:
         self.detail = f"moves by {furthest:.7f} of the clipping norm at most; {_COUNT} ranks sum what one does"
 
     def noise_faults(self) -> Iterator[str]:
-        """Each step as a whole, its last and shorter block too; then block by block, which may not be related."""
+        """Check the noise of whole steps, and of single blocks, which must be unrelated."""
         releases = self._together([0], sampling_prob=1e-9, steps=2)
         blocks = [
             Release(release.total[start:stop], release.noise[start:stop], release.divisor)
@@ -84,36 +82,31 @@ class _Ranks:
         return chain(noise_faults(releases, deviation), noise_faults(blocks, deviation))
 
     def empty_faults(self) -> Iterator[str]:
-        """One record, so that a rank has none for certain; then none at all."""
+        """Train with one record, so that one rank has none, and with empty batches."""
         for sampling_prob in (1.0, 1e-9):
             releases = self._together([1], sampling_prob=sampling_prob, steps=2)
             if len(releases) != 2:
                 yield f"2 steps add noise {len(releases)} times"
             if sampling_prob < 1 and any(release.total.any() for release in releases):
                 yield "an empty batch has a sum"
-        self.detail = "2 steps, on all ranks, whoever is dealt a record"
+        self.detail = "2 steps, on all ranks, whether they have a record or not"
 
     def _together(self, chosen: Sequence[int], sampling_prob: float = 1.0, steps: int = 1) -> list[Release]:
-        """Each step's sum and noise, added up over the ranks."""
-        with released_steps() as seen, shared_randomness(_SECRET):
+        """The sum and the noise of each step, added up over the ranks."""
+        with released_steps() as releases, shared_randomness(_SECRET):
             deltas = on_ranks(_COUNT, lambda ranks: self._train(ranks, chosen, sampling_prob, steps))
         if not all(torch.equal(deltas[0], delta) for delta in deltas):
             raise StateError("The ranks end with different weights.")
-        # A rank goes on only when all have given their sum: those of a step come one after another.
-        shares = [seen[start : start + _COUNT] for start in range(0, len(seen), _COUNT)]
+        # A rank continues only after all have contributed their sum, so the releases of a step are consecutive.
+        shares = [releases[start : start + _COUNT] for start in range(0, len(releases), _COUNT)]
         return [
             Release(np.sum([s.total for s in step], axis=0), np.sum([s.noise for s in step], axis=0), step[0].divisor)
             for step in shares
         ]
 
     def _train(self, ranks: Ranks, chosen: Sequence[int], sampling_prob: float = 1.0, steps: int = 1) -> Tensor:
-        scope = self._scope
         model = self._alone if ranks.count == 1 else self._models[ranks.index]
-        task = TrainTask(
-            *("audit", 1, "base", "data", scope.noise_multiplier, sampling_prob, scope.l2_clip_norm),
-            local_steps=steps,
-            learning_rate=_STANDSTILL,
-        )
+        task = self._scope.train_task(sampling_prob=sampling_prob, local_steps=steps)
         trainer = RankedTrainer(model, ranks, physical_batch_size=3)
         features, labels = self._features[list(chosen)], self._labels[list(chosen)]
         delta = trainer.train(task, self._base, features, labels, _SECRET, "depot")

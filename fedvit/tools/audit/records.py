@@ -1,4 +1,4 @@
-"""With and without one record, under the same randomness: what is released moves by the noise's measure at most."""
+"""Check of neighbouring records: one record changes the released sum by at most the clipping norm."""
 
 from __future__ import annotations
 
@@ -20,19 +20,16 @@ from fedvit.models.vision import VisionModel
 from fedvit.tools.audit import subjects
 from fedvit.tools.audit.findings import Finding, Scope
 from fedvit.tools.audit.observe import Release, Vector, released_steps, shared_randomness
-from fedvit.types import TrainTask
 
 CHECK = "neighbouring records"
 ROUNDING = 1e-5
 _SAME_SUM = 1e-4
 _SECRET = bytes(range(32))
-# Weights stay where they are to the bit: each step of a run is then that of both data sets.
-_STANDSTILL = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A way to compute one and the same sum."""
+    """One of several ways to compute the same sum."""
 
     name: str = "as it is"
     physical_batch_size: int = 64
@@ -63,7 +60,7 @@ BRIEF = (PLAIN, Case("channels_last, three at a time", physical_batch_size=3, ch
 def check(scope: Scope) -> Iterator[Finding]:
     """The configured model, then the families, each by both engines where both can."""
     model = build_model(scope.model, subjects.CLASSES, scope.image_size)
-    yield _audited(f"configured {scope.model.name}, {scope.model.trainable}", subjects.stirred(model), scope)
+    yield _audited(f"configured {scope.model.name}, {scope.model.trainable}", subjects.perturbed(model), scope)
     for name, mode, engine in _subjects(scope.quick):
         cases = CASES if not scope.quick or name in (subjects.PATCHES, "vit") else BRIEF
         yield _audited(f"{name}, {mode}, {engine}", subjects.family(name, mode), scope, engine, cases)
@@ -85,12 +82,12 @@ def _audited(
     try:
         trainer = subjects.trainer_of(model, engine)
     except ModelError as error:
-        # A refusal releases nothing: it is what the other engine is there for.
+        # A refused model releases nothing; the other engine trains it.
         return Finding(CHECK, subject, engine == OpacusGradients.engine, f"refused: {error.message}")
     audit = _Neighbours(model, trainer, scope)
     faults = [fault for case in cases for fault in audit.faults(case)]
-    detail = faults[0] if faults else f"{len(cases)} cases; moves by {audit.furthest:.7f} of the clipping norm at most"
-    return Finding(CHECK, subject, not faults, detail)
+    detail = f"{len(cases)} cases; moves by {audit.furthest:.7f} of the clipping norm at most"
+    return Finding.of(CHECK, subject, faults, detail)
 
 
 class _Neighbours:
@@ -99,13 +96,13 @@ class _Neighbours:
     def __init__(self, model: VisionModel, trainer: LocalTrainer, scope: Scope) -> None:
         self._trainer, self._base = trainer, subjects.weights_of(model)
         self._features, self._labels = subjects.hostile_records(model)
-        self._noise_multiplier, self._whole_norm = scope.noise_multiplier, scope.l2_clip_norm
+        self._scope, self._whole_norm = scope, scope.l2_clip_norm
         self._gone = (0, 4, 5, 7) if scope.quick else tuple(range(len(self._labels)))
         self._plain: Vector | None = None
         self.furthest = 0.0
 
     def faults(self, case: Case) -> Iterator[str]:
-        """What the case does that no accountant assumes, in words."""
+        """The violations of the accountant's assumptions in a case."""
         self._trainer.physical_batch_size = case.physical_batch_size
         precision = torch.autocast("cpu", torch.bfloat16) if case.bfloat16 else nullcontext()
         furthest = 0.0
@@ -116,7 +113,7 @@ class _Neighbours:
                 if case.sampling_prob == 1:
                     whole = together = together or self._released(case, everybody)
                 else:
-                    # Whose coin is the last one, the others' are the same without it.
+                    # The last record's coin is drawn last, so the others' coins are the same without it.
                     whole = self._released(case, [*rest, gone])
                 without = self._released(case, rest)
                 yield from self._control_faults(case, whole, without)
@@ -131,21 +128,11 @@ class _Neighbours:
         self.furthest = max(self.furthest, furthest)
 
     def _released(self, case: Case, chosen: list[int]) -> list[Release]:
-        task = TrainTask(
-            "audit",
-            1,
-            "base",
-            "data",
-            self._noise_multiplier,
-            case.sampling_prob,
-            self._whole_norm,
-            case.local_steps,
-            _STANDSTILL,
-        )
+        task = self._scope.train_task(sampling_prob=case.sampling_prob, local_steps=case.local_steps)
         features, labels = case.records(self._features[chosen]), self._labels[chosen]
-        with shared_randomness(_SECRET), released_steps() as seen:
+        with shared_randomness(_SECRET), released_steps() as releases:
             self._trainer.train(task, self._base, features, labels, _SECRET, "car")
-        return seen
+        return releases
 
     def _control_faults(self, case: Case, whole: list[Release], without: list[Release]) -> Iterator[str]:
         if not len(whole) == len(without) == case.local_steps:
@@ -162,7 +149,7 @@ class _Neighbours:
             yield f"{case.name}: an empty batch has a sum"
 
     def _other_sum(self, case: Case, total: Vector) -> Iterator[str]:
-        """Micro-batches and memory formats are no part of the mathematics."""
+        """Micro-batches and memory formats must not change the sum."""
         if self._plain is None:
             self._plain = total
         error = np.linalg.norm(total - self._plain) / np.linalg.norm(self._plain)

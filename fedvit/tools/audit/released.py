@@ -1,9 +1,9 @@
-"""White-box audit of one release: thousands with a canary and without it, and epsilon as far as they tell them apart.
+"""White-box audit of one release: a lower bound on epsilon from thousands of releases with and without a canary.
 
-The auditor is the accountant's adversary: it knows everything but the noise and whether the canary takes part, which
-it does for certain (no sampling: amplification would hide it from this test, not from the accountant). It looks along
-the canary's own, clipped contribution. The bound is that of Gaussian mechanisms (Nasr et al. 2023, arXiv:2302.07956);
-without that assumption 10,000 releases cannot show much at a small delta, whatever the mechanism.
+The auditor is the accountant's adversary: it knows everything but the noise and whether the canary takes part. There
+is no sampling, because amplification would weaken this test. Scores are projections on the canary's clipped
+contribution. The bound is that of Gaussian mechanisms (Nasr et al. 2023, arXiv:2302.07956); without that assumption
+10,000 releases show little at a small delta.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +31,14 @@ from fedvit.store.store import Store
 from fedvit.testing.ranks import on_ranks
 from fedvit.tools.audit import subjects
 from fedvit.tools.audit.bounds import best_threshold, epsilon_of_mu, epsilon_without_assumptions, errors_at, mu_of
-from fedvit.tools.audit.clients import client_settings, client_task, settle_key
+from fedvit.tools.audit.clients import client_settings, client_task, write_fixed_key
 from fedvit.tools.audit.findings import ALPHA, Finding, Scope
-from fedvit.types import ClientOutcome, Run, RunStatus, TrainTask, utc_now
+from fedvit.types import ClientOutcome, Run, RunStatus, utc_now
 from fedvit.updates import PartialSum
 
 RECORD_CHECK, RANKS_CHECK, CLIENT_CHECK = "released step", "released step of two ranks", "released round"
 DRAWS, PILOT = 10_000, 2_000
-"""Released values each way: for the bound, and before it for the threshold."""
+"""Releases with and releases without the canary: for the bound, and before it for the threshold."""
 TIGHTNESS = 0.8
 _MOST_DRAWS = 60_000
 _SECRET = bytes(range(32))
@@ -48,7 +47,7 @@ _RANKS = 2
 
 Scores = npt.NDArray[np.float64]
 Draw = Callable[[bool, int, int], Scores]
-"""Scores of the releases with or without the canary, from one number on, so many."""
+"""Scores of releases; arguments: whether the canary is present, the first release's number, the count."""
 
 
 def check_step(scope: Scope) -> Iterator[Finding]:
@@ -65,13 +64,13 @@ def check_ranks(scope: Scope) -> Iterator[Finding]:
 def check_round(scope: Scope) -> Iterator[Finding]:
     """One round of whole clients, noise at the aggregator."""
     with tempfile.TemporaryDirectory() as home, Store.open(Path(home)) as store:
-        settle_key(Path(home))
+        write_fixed_key(Path(home))
         releases = _RoundReleases(scope, ClientLevel(client_settings(Path(home), scope, 1), store))
         yield _finding(CLIENT_CHECK, scope, releases.draw)
 
 
 def draws_for(noise_multiplier: float) -> int:
-    """How many releases show 0.8 of epsilon or more: the weaker the signal, the more; its square counts."""
+    """The number of releases that show 0.8 of epsilon or more; it grows with the square of the noise."""
     return min(_MOST_DRAWS, math.ceil(DRAWS * max(1.0, noise_multiplier**2)))
 
 
@@ -96,11 +95,11 @@ def _finding(check: str, scope: Scope, draw: Draw) -> Finding:
 
 
 class _StepReleases:
-    """A linear head on six pixels; the canary is a picture of which a single one is lit."""
+    """Releases of a linear head on six pixels; the canary is an image with a single lit pixel."""
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
-        self._model = subjects.lamps(6)
+        self._model = subjects.linear_model(6)
         self._trainer = subjects.trainer_of(self._model, "Book-keeping")
         self._base = subjects.weights_of(self._model)
         features, labels = subjects.ordinary_records(self._model, 4)
@@ -115,18 +114,18 @@ class _StepReleases:
         self._direction = (whole - rest) / np.linalg.norm(whole - rest)
 
     def one_by_one(self, present: bool, first: int, count: int) -> Scores:
-        """Each of them a client's whole round."""
+        """Scores of whole client rounds."""
         features, labels = self._with if present else self._without
-        found = np.empty(count)
+        scores = np.empty(count)
         for number in range(count):
-            task = _step_task(self._scope, first + number)
+            task = self._scope.train_task(first + number, learning_rate=1.0)
             delta = self._trainer.train(task, self._base, features, labels, _SECRET, "car")
             released = -np.concatenate([delta[name].ravel() for name in self._engine.parameters]) * len(labels)
-            found[number] = self._direction @ (released - self._known)
-        return found / self._scope.l2_clip_norm
+            scores[number] = self._direction @ (released - self._known)
+        return scores / self._scope.l2_clip_norm
 
     def batched(self, present: bool, first: int, count: int) -> Scores:
-        """The optimiser's noise on many copies of the real clipped sum at once."""
+        """Scores of many noised copies of the clipped sum at once."""
         total = self._sum(*(self._with if present else self._without))
         parts = [self._noised(total, present, first + start) for start in range(0, count, _BATCH)]
         return np.concatenate(parts)[:count] / self._scope.l2_clip_norm
@@ -158,7 +157,7 @@ class _StepReleases:
 
 
 class _RankedReleases(_StepReleases):
-    """Every rank has its own records' clipped sum, and each copy its own noise."""
+    """Releases of ranks that each have the clipped sum of their own records; each copy has its own noise."""
 
     def _noised(self, total: npt.NDArray[np.float64], present: bool, number: int) -> Scores:
         features, labels = self._with if present else self._without
@@ -183,12 +182,8 @@ class _RankedReleases(_StepReleases):
         return (released - self._known) @ self._direction
 
 
-def _step_task(scope: Scope, number: int) -> TrainTask:
-    return TrainTask("audit", number, "base", "data", scope.noise_multiplier, 1.0, scope.l2_clip_norm, 1, 1.0)
-
-
 class _RoundReleases:
-    """Three ordinary clients and one whose whole update is in a single number."""
+    """Rounds of three ordinary clients and a canary, whose update has a single number other than 0."""
 
     def __init__(self, scope: Scope, protection: ClientLevel) -> None:
         self._scope, self._protection = scope, protection
@@ -202,7 +197,7 @@ class _RoundReleases:
         )
 
     def draw(self, present: bool, first: int, count: int) -> Scores:
-        """The aggregator's own folding; quick, of many copies of the sum at once."""
+        """Scores of releases by the aggregator's fold; if the scope is quick, of many copies of the sum at once."""
         numbers = range(first, first + count, self._copies)
         parts = [self._released(present, number)[:, 3] - self._others[3] for number in numbers]
         return np.concatenate(parts)[:count] / self._scope.l2_clip_norm
@@ -212,7 +207,7 @@ class _RoundReleases:
         clients = 4 if present else 3
         outcomes = tuple(ClientOutcome(f"vehicle-{i:04d}", 1) for i in range(clients))
         sums = {"point": np.tile(point, (self._copies, 1))}
-        task = replace(client_task(self._scope, round_index=number + 1))
+        task = client_task(self._scope, round_index=number + 1)
         answer = PartialSum(task.round_index, outcomes, sums, float(clients))
         zeros = {"point": np.zeros(sums["point"].shape, np.float32)}
         base = RoundBase.of(self._protection.rule, zeros, "", {})

@@ -1,4 +1,4 @@
-"""What audits train: every family of models at its smallest, a bare linear one, and records that nobody wishes for."""
+"""Models and records of audits: the smallest model of each family, a linear model, and hostile records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedvit.types import FloatArray
 
 IMAGE_SIZE, CLASSES = 16, 3
 NO_CLASS = -100
-"""The label that cross-entropy leaves out: an example without any gradient."""
+"""The label that cross-entropy ignores: an example without a gradient."""
 _NARROW = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", _NARROW),
@@ -40,17 +40,17 @@ HYBRID, PATCHES = "hybrid", "patches alone"
 
 
 def family(name: str, mode: TrainableMode) -> VisionModel:
-    """A family's smallest model, its weights random and none of them zero, which would hide faults below."""
+    """A family's smallest model; its trained weights are random and not zero, because zeros would hide faults."""
     if name == HYBRID:
         config = ModelConfig(pretrained=False, trainable=mode, hybrid=HybridConfig(width=16, heads=2))
-        return stirred(build_model(config, CLASSES, 32))
+        return perturbed(build_model(config, CLASSES, 32))
     if name == PATCHES:
         with torch.random.fork_rng(devices=[]):
-            # Under these weights hostile pictures saturate all patches but a few.
+            # With these weights hostile images saturate almost all patches.
             torch.manual_seed(42)
             patches = VisionModel(Normalise([0.5] * 3, [0.5] * 3), _Patches(), IMAGE_SIZE, CLASSES)
         apply_trainable(patches, mode, 2)
-        return stirred(patches)
+        return perturbed(patches)
     import timm
 
     architecture, options = FAMILIES[name]
@@ -59,11 +59,11 @@ def family(name: str, mode: TrainableMode) -> VisionModel:
         vit = timm.create_model(architecture, img_size=IMAGE_SIZE, num_classes=CLASSES, **options)
     model = VisionModel(Normalise([0.5] * 3, [0.5] * 3), TimmBody(vit), IMAGE_SIZE, CLASSES)
     apply_trainable(model, mode, 2)
-    return stirred(model)
+    return perturbed(model)
 
 
 class _Patches(Body):
-    """A patch embedding and a head, no token beside them: Opacus takes every layer by itself, as in no whole ViT."""
+    """A patch embedding and a head without other tokens, so that Opacus handles every layer by itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ class _Patches(Body):
         return logits
 
 
-def stirred(model: VisionModel, deviation: float = 0.1) -> VisionModel:
-    """The model with something added to each trained weight."""
+def perturbed(model: VisionModel, deviation: float = 0.1) -> VisionModel:
+    """The model after adding random numbers to each trained weight."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.body.parameters():
@@ -88,8 +88,8 @@ def stirred(model: VisionModel, deviation: float = 0.1) -> VisionModel:
     return model
 
 
-class _Lamps(nn.Module):
-    """uint8 images to their first ``count`` numbers, 0 to ``brightness`` each: one pixel lit is one feature."""
+class _Pixels(nn.Module):
+    """The first ``count`` numbers of uint8 images, scaled to 0 to ``brightness``: one lit pixel is one feature."""
 
     def __init__(self, count: int, brightness: float) -> None:
         super().__init__()
@@ -99,22 +99,22 @@ class _Lamps(nn.Module):
         return images_u8.flatten(1)[:, : self._count].float() * (self._brightness / 255)
 
 
-def lamps(count: int, brightness: float = 8.0) -> VisionModel:
-    """A linear head of zeros on ``count`` pixels, at most 768; so bright that the bias has little of a gradient."""
+def linear_model(count: int, brightness: float = 8.0) -> VisionModel:
+    """A linear head of zeros on ``count`` pixels (at most 768); with this brightness the bias has a small gradient."""
     head = nn.Linear(count, CLASSES)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.zero_()
-    return VisionModel(_Lamps(count, brightness), HeadBody(head), IMAGE_SIZE, CLASSES)
+    return VisionModel(_Pixels(count, brightness), HeadBody(head), IMAGE_SIZE, CLASSES)
 
 
 def trainer_of(model: VisionModel, engine: str | None = None, physical_batch_size: int = 64) -> LocalTrainer:
-    """A trainer that clips with the named engine, or with the one that it chooses.
+    """A trainer with the named engine, or with the one that it selects.
 
-    Book-keeping is not checked before, or a faulty one would be replaced by Opacus and never be audited.
+    Book-keeping is not checked first: a faulty one would be replaced by Opacus, and not be audited.
 
     Raises:
-        ModelError: the engine cannot do the model.
+        ModelError: the engine does not support the model.
     """
     gradients: PerExampleGradients | None = None
     if engine == BookKeeping.engine:
@@ -126,14 +126,14 @@ def trainer_of(model: VisionModel, engine: str | None = None, physical_batch_siz
 
 
 def weights_of(model: VisionModel) -> dict[str, FloatArray]:
-    """What a client starts from."""
+    """The initial trainable weights."""
     from fedvit.models.trainable import trainable_weights
 
     return trainable_weights(model)
 
 
 def ordinary_records(model: VisionModel, count: int) -> tuple[Tensor, Tensor]:
-    """Features [count, ...] of random pictures and labels [count]."""
+    """Features [count, ...] of random images, and labels [count]."""
     generator = torch.Generator().manual_seed(6)
     shape = (count, model.image_size, model.image_size, 3)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -141,7 +141,7 @@ def ordinary_records(model: VisionModel, count: int) -> tuple[Tensor, Tensor]:
 
 
 def hostile_records(model: VisionModel) -> tuple[Tensor, Tensor]:
-    """Ordinary ones, and: a duplicate, one without gradient, huge pixels, pixels beyond float, no picture at all."""
+    """Ordinary records, a duplicate, one without a gradient, and ones with large, overflowing and NaN features."""
     features, labels = ordinary_records(model, 8)
     features[3], labels[3] = features[0], labels[0]
     labels[4] = NO_CLASS

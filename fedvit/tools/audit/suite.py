@@ -1,4 +1,4 @@
-"""The audit suite: each check by name, and what becomes of one that breaks off."""
+"""Audit suite: all checks by name, and their runner."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ CHECKS: dict[str, Callable[[Scope], Iterator[Finding]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A finding, and how long it took."""
+    """A finding and its duration."""
 
     finding: Finding
     seconds: float
 
 
 def audit(scope: Scope, only: Sequence[str] = ()) -> Iterator[Timed]:
-    """Findings as they come; a check that breaks off has found that much, and the next one begins.
+    """Run checks and yield their findings; an exception ends a check with a failed finding.
 
     Raises:
-        UsageError: there is no check of such a name.
+        UsageError: there is no check of this name.
     """
     for name in only:
         if name not in CHECKS:
             raise UsageError(f"There is no check {name!r}.", cure=f"There are: {', '.join(CHECKS)}.")
     for name in only or CHECKS:
         started_s = time.monotonic()
-        for finding in _guarded(name, scope):
+        for finding in _findings(name, scope):
             yield Timed(finding, time.monotonic() - started_s)
             started_s = time.monotonic()
 
 
-def _guarded(name: str, scope: Scope) -> Iterator[Finding]:
+def _findings(name: str, scope: Scope) -> Iterator[Finding]:
     try:
         yield from CHECKS[name](scope)
     except Exception as error:
-        # Whatever it is, what was to be shown is not shown.
+        # Any error: the check has not shown what it should.
         yield Finding(name, "broke off", False, f"{type(error).__name__}: {error}")

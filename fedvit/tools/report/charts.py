@@ -1,4 +1,4 @@
-"""The page's charts, as SVG that takes its ink from the page and so suits a light and a dark one.
+"""Charts as SVG that uses the page's colours, so that it suits light and dark pages.
 
 Every series carries an id, ``<chart>-series-<name>``.
 """
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 _Floats = npt.NDArray[np.float64]
 # An annotation's place: a share of the width, a value on the y axis.
 _ABOVE_LINE = ("axes fraction", "data")
-# Matplotlib writes colours literally: these two unlikely ones become the page's own.
+# Matplotlib writes literal colours; these two are replaced by those of the page.
 _INK, _GRID = "#010203", "#040506"
 _PAGE_COLOURS = {_INK: "currentColor", _GRID: "var(--grid)"}
-# Legible on white and on near black, and told apart by most colour-blind readers (after Okabe & Ito).
+# Legible on white and on near black, and distinguishable for most colour-blind readers (after Okabe & Ito).
 BLUE, ORANGE, GREEN, RED = "#3a87c8", "#d98020", "#1f9e77", "#d0504c"
 PURPLE, GREY = "#9a6cc4", "#8a8f98"
 # The stubs of some versions list every key as a literal type, those of others do not.
@@ -56,7 +56,7 @@ _STYLE: Any = {
 
 
 def learning_chart(curve: Sequence[RoundRecord]) -> str:
-    """Accuracy above loss, by round; rounds that were not evaluated are left out."""
+    """Accuracy and loss by round; rounds that were not evaluated are left out."""
 
     def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True)
@@ -87,7 +87,7 @@ def privacy_chart(curve: Sequence[RoundRecord], target_epsilon: float) -> str:
 
 
 def latency_chart(latencies_s: Mapping[str, Sequence[float]]) -> str:
-    """One histogram a target over a shared logarithmic axis in milliseconds, with its median and 95th percentile."""
+    """A histogram for each target on a shared logarithmic axis in milliseconds, with median and 95th percentile."""
     times_ms = {name: np.asarray(values, dtype=np.float64) * 1e3 for name, values in latencies_s.items()}
     everything = np.concatenate(list(times_ms.values()))
     bins = np.geomspace(everything.min() / 1.15, everything.max() * 1.15, 50)
@@ -130,7 +130,7 @@ def _millisecond_axis(axes: Axes) -> None:
 
 
 def svg_of(chart: str, description: str, height_in: float, draw: Callable[[Figure], None]) -> Markup:
-    """What ``draw`` puts into a figure, as an ``svg`` element whose ids begin with ``chart``."""
+    """The figure that ``draw`` draws, as an ``svg`` element whose ids begin with ``chart``."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -145,7 +145,7 @@ def svg_of(chart: str, description: str, height_in: float, draw: Callable[[Figur
 
 
 def _for_the_page(document: str, chart: str, description: str) -> Markup:
-    """An SVG document as an element: no size of its own, the page's colours and font, ids that no other chart has."""
+    """An SVG document as an element with the page's size, colours and font, and with unique ids."""
     text = document[document.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{chart}-", text)

@@ -1,4 +1,4 @@
-"""After training: every test image through every target, one table, one JSON file, one page."""
+"""Measurement of a trained system: every test image through every inference target, and the report of the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_WEIGHTS_BYTES = 8 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """What torch says with the released weights."""
+    """The released version, evaluated with torch."""
 
     version: ModelVersion
     evaluation: Evaluation
@@ -39,20 +39,15 @@ class _Reference:
 
 
 def measure(
-    settings: Settings,
-    urls: SystemUrls,
-    seconds: dict[str, float],
-    *,
-    quiet: bool,
-    token: str | None = None,
+    settings: Settings, urls: SystemUrls, seconds: dict[str, float], *, quiet: bool, token: str | None = None
 ) -> dict[str, Any]:
     """Probe the inference application and the edges with every test image and write the report.
 
     Writes ``report/summary.json`` and ``report/index.html`` in the state folder and prints the summary as a table.
 
     Args:
-        seconds: how long each phase took so far; the measuring is added.
-        token: the bearer token of the inference application, where it demands one.
+        seconds: the duration of each phase so far; that of the measurement is added.
+        token: the bearer token of the inference application, if it demands one.
 
     Raises:
         NotFoundError: nothing is released, or a target does not serve the current release in time.
@@ -66,35 +61,33 @@ def measure(
     labels = [record.label for record in source.test]
     results = _probe_all(_targets(settings, urls, token), images, reference.version.version, quiet)
     seconds["measuring"] = time.monotonic() - started_s
-    run = store.runs.get(reference.version.run_id)
-    manifest = build_manifest(source)
+    manifest, page = build_manifest(source), settings.home / "report" / "index.html"
     summary = build_summary(
         evaluation=reference.evaluation,
         budget=PrivacyAccountant(store, settings).budget(),
-        run=run,
+        run=store.runs.get(reference.version.run_id),
         model_version=reference.version.version,
         manifest=manifest,
         targets={name: summarise(r, labels, reference.predictions.tolist()) for name, r in results.items()},
         seconds=seconds,
     )
-    folder = settings.home / "report"
-    write_summary(folder / "summary.json", summary)
+    write_summary(page.with_name("summary.json"), summary)
     write_page(
-        folder / "index.html",
+        page,
         summary,
-        curve=store.rounds.of_run(run.run_id),
+        curve=store.rounds.of_run(reference.version.run_id),
         confusion=reference.evaluation.confusion,
         latencies={name: result.latencies_s for name, result in results.items()},
         manifest=manifest,
         target_epsilon=settings.privacy.target_epsilon,
     )
     if not quiet:
-        Console().print(Group(*summary_tables(summary)), f"Report: {folder / 'index.html'}")
+        Console().print(Group(*summary_tables(summary)), f"Report: {page}")
     return summary
 
 
 def _targets(settings: Settings, urls: SystemUrls, token: str | None) -> dict[str, Target]:
-    # The token is the control API's, which shares its port with the inference application, and no edge's.
+    # The token is valid for the control API and the inference application on its port, not for edges.
     inference = Target(urls.inference, token, settings.access.tls_cert)
     return {"inference": inference} | {f"edge-{i}": Target(url) for i, url in enumerate(urls.edges, start=1)}
 
@@ -120,16 +113,16 @@ def _probe_all(targets: Mapping[str, Target], images: list[bytes], version: str,
 
 
 def _await_version(name: str, target: Target, version: str) -> None:
-    """Replicas and vehicles switch when they next look; give them that time."""
+    """Wait until a target serves the version: replicas and vehicles poll for new releases."""
     deadline_s = time.monotonic() + SWITCH_TIMEOUT_S
-    told: Any = None
+    health: Any = None
     with target.client(timeout_s=10) as client:
         while time.monotonic() < deadline_s:
-            told = client.get(f"{target.url}/health/detailed").json()
-            if ((told.get("model") or {}).get("version")) == version:
+            health = client.get(f"{target.url}/health/detailed").json()
+            if ((health.get("model") or {}).get("version")) == version:
                 return
             time.sleep(0.2)
     raise NotFoundError(
-        f"{name} does not serve {version} after {SWITCH_TIMEOUT_S:g} s; it says {told!r}.",
+        f"{name} does not serve {version} after {SWITCH_TIMEOUT_S:g} s; it says {health!r}.",
         cure="See its log with `make logs`.",
     )

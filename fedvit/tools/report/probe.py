@@ -1,4 +1,4 @@
-"""Measure a running inference target from the client's side: what it answers, and how long that takes."""
+"""Client-side measurement of an inference target: predictions and latencies."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ REQUEST_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """The answers to one pass over the images, in their order.
+    """The predictions and latencies of one pass over the images, in their order.
 
-    ``latencies_s`` is seen by this client, connection included; ``server_latencies_s`` is what the target says it
-    took.
+    ``latencies_s`` is measured by this client and includes the connection; ``server_latencies_s`` is reported by the
+    target.
     """
 
     predictions: tuple[int, ...]
@@ -34,7 +34,7 @@ class ProbeResult:
 
 @dataclass(frozen=True, slots=True)
 class TargetSummary:
-    """One target in figures. ``agreement`` is the share of images on which it says what the reference says."""
+    """The figures of one target. ``agreement`` is the share of images on which it predicts what the reference does."""
 
     accuracy: float
     agreement: float
@@ -53,7 +53,7 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where images are sent. ``ca_file`` is trusted instead of the machine's certificates (PEM)."""
+    """An inference target. ``ca_file`` (PEM) is trusted instead of the machine's certificates."""
 
     url: str
     token: str | None = None
@@ -80,10 +80,7 @@ def probe(
         raise DataError(f"There is no image to send to {infer_url}.", cure="Probe with at least one test image.")
     answers: list[_Answer] = []
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    with (
-        target.client(limits=limits) as client,
-        ThreadPoolExecutor(concurrency) as pool,
-    ):
+    with target.client(limits=limits) as client, ThreadPoolExecutor(concurrency) as pool:
         for answer in pool.map(lambda image: _ask(client, infer_url, image), images):
             answers.append(answer)
             if on_image is not None:
@@ -111,7 +108,7 @@ def _ask(client: httpx.Client, url: str, image: bytes) -> _Answer:
 
 
 def _reason(response: httpx.Response) -> str:
-    """The detail of a problem document (RFC 9457), or the beginning of whatever was sent."""
+    """The detail of a problem document (RFC 9457), or the beginning of the body."""
     try:
         text = str(response.json()["detail"])
     except (ValueError, TypeError, KeyError):

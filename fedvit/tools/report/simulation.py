@@ -1,8 +1,7 @@
-"""The report of simulations: ``summary.json`` for a program, ``index.html`` for a reader."""
+"""Report of simulations: ``summary.json`` and the page ``index.html``."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fedvit.atomic_write import write_atomically
 from fedvit.tools.report.html import write_html
 from fedvit.tools.report.simulation_charts import accuracy_chart, outcomes_chart, staleness_chart
+from fedvit.tools.report.summary import write_summary
 
 if TYPE_CHECKING:
     from fedvit.tools.simulation.run import Simulated
@@ -30,7 +29,7 @@ COLUMNS = ("Run", "Seed", "Versions", "Updates", "Virtual hours", "Accuracy", "H
 
 
 def summary_of(runs: Sequence[Simulated], target_accuracy: float | None) -> dict[str, Any]:
-    """What ``summary.json`` holds; ``epsilon`` is None where nothing was private."""
+    """The contents of ``summary.json``; ``epsilon`` is None without privacy."""
     return {
         "private": all(run.settings.simulation.private for run in runs),
         "target_accuracy": target_accuracy,
@@ -63,7 +62,7 @@ def write_report(folder: Path, runs: Sequence[Simulated], target_accuracy: float
         UsageError: matplotlib is not installed.
     """
     summary = summary_of(runs, target_accuracy)
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_summary(folder / "summary.json", summary)
     first_runs = list({run.name: run for run in reversed(runs)}.values())[::-1]
     write_html(
         folder / "index.html",
@@ -81,7 +80,7 @@ def write_report(folder: Path, runs: Sequence[Simulated], target_accuracy: float
 
 
 def run_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One line a run, in the order of :data:`COLUMNS`."""
+    """One row for each run, in the order of :data:`COLUMNS`."""
     return [
         (
             run["name"],
@@ -89,21 +88,22 @@ def run_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             str(len(run["curve"])),
             f"{run['outcomes']['accepted']:,}",
             f"{run['hours']:.2f}",
-            _number(run["accuracy"], "{:.4f}"),
-            _number(run["hours_to_target"], "{:.2f}"),
-            _number(run["epsilon"], "{:.3f}") if run["epsilon"] is not None else "not private",
+            cell(run["accuracy"], ".4f"),
+            cell(run["hours_to_target"], ".2f"),
+            cell(run["epsilon"], ".3f", missing="not private"),
             run["status"] if run["reason"] is None else f"{run['status']}: {run['reason']}",
         )
         for run in summary["runs"]
     ]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
+def cell(value: float | None, form: str, missing: str = "–") -> str:
+    """A number in a table."""
+    return missing if value is None else format(value, form)
 
 
 def _by_name(runs: Sequence[Simulated], attribute: str) -> dict[str, Counter[Any]]:
-    """Counts added up over the seeds of each name."""
+    """The sum of counts over the seeds of each name."""
     counts: dict[str, Counter[Any]] = {}
     for run in runs:
         counts.setdefault(run.name, Counter()).update(getattr(run, attribute))

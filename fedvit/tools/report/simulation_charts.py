@@ -1,4 +1,4 @@
-"""Charts of simulations: accuracy over virtual time, what became of the tasks, how late updates were."""
+"""Charts of simulations: accuracy over virtual time, outcomes of tasks, staleness of updates."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ OUTCOMES = {
     "unused": "#5b6775",
     "in_flight": BLUE,
 }
-# A page on its own has none to take its colours from; legible in a light and in a dark surrounding.
+# Colours of a chart in a file of its own; legible in light and dark surroundings.
 _OWN_COLOURS = "<style>svg{color:#1c2530;--grid:#dfe4ea;background:#ffffff}</style>"
 
 
 def accuracy_chart(runs: Sequence[Simulated], *, target: float | None = None, log_time: bool = False) -> str:
-    """Accuracy by virtual hours, where it was looked at: a colour for each name, a line for each run of it."""
+    """Accuracy of evaluated versions by virtual hours: a colour for each name, a line for each run."""
     colours = _colours(runs)
 
     def draw(figure: Figure) -> None:
@@ -47,7 +47,7 @@ def accuracy_chart(runs: Sequence[Simulated], *, target: float | None = None, lo
 
 
 def outcomes_chart(outcomes: Mapping[str, Mapping[str, int]]) -> str:
-    """A bar for each run: its tasks by what became of them, as shares."""
+    """A bar for each run with the shares of its tasks by outcome."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -61,14 +61,14 @@ def outcomes_chart(outcomes: Mapping[str, Mapping[str, int]]) -> str:
                 axes.barh(names, [shares[name] for name in names], left=starts, color=colour, label=label, height=0.6)
             left = {name: left[name] + shares[name] for name in names}
         axes.set_xlim(0, 1)
-        axes.set_xlabel("Share of the tasks that were handed out")
+        axes.set_xlabel("Share of tasks")
         figure.legend(loc="outside upper center", ncols=4)
 
-    return svg_of("outcomes", "Tasks by what became of them", 1.4 + 0.4 * len(outcomes), draw)
+    return svg_of("outcomes", "Tasks by outcome", 1.4 + 0.4 * len(outcomes), draw)
 
 
 def staleness_chart(staleness: Mapping[str, Mapping[int, int]]) -> str:
-    """Accepted updates by how many versions late, a line for each name."""
+    """Accepted updates by staleness in versions, a line for each name."""
 
     def draw(figure: Figure) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -85,7 +85,7 @@ def staleness_chart(staleness: Mapping[str, Mapping[int, int]]) -> str:
         axes.set_ylabel("Share of accepted updates")
         axes.legend()
 
-    return svg_of("staleness", "Accepted updates by how late they were", 3.0, draw)
+    return svg_of("staleness", "Accepted updates by staleness", 3.0, draw)
 
 
 def bars_chart(accuracies: Mapping[str, Mapping[str, float]], *, reference: float | None = None) -> str:
@@ -118,7 +118,7 @@ def bars_chart(accuracies: Mapping[str, Mapping[str, float]], *, reference: floa
 
 
 def standalone(svg: str) -> str:
-    """A chart as a file of its own, with colours and a ground of its own."""
+    """A chart as a file of its own, with its own colours and background."""
     opening, rest = svg.split(">", 1)
     return f"{opening}>{_OWN_COLOURS}{rest}\n"
 

@@ -1,4 +1,4 @@
-"""The outcome of a run in one JSON object, for a script to read, and as a table, for a terminal."""
+"""Summary of a run: as a JSON object and as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_summary(
     targets: Mapping[str, TargetSummary],
     seconds: Mapping[str, float],
 ) -> JsonObject:
-    """The object that ``summary.json`` holds; ``seconds`` by phase, ``epsilon`` as spent at ``delta``."""
+    """The contents of ``summary.json``; ``seconds`` by phase, ``epsilon`` as spent at ``delta``."""
     return {
         "test_accuracy": evaluation.accuracy,
         "recall": dict(evaluation.recall_by_class),
@@ -43,22 +43,21 @@ def build_summary(
             "num_train": manifest.num_train,
             "num_test": manifest.num_test,
         },
-        "targets": {name: _target(target) for name, target in targets.items()},
+        "targets": {
+            name: {
+                "accuracy": target.accuracy,
+                "agreement": target.agreement,
+                "p50_ms": round(target.p50_ms, 3),
+                "p95_ms": round(target.p95_ms, 3),
+            }
+            for name, target in targets.items()
+        },
         "seconds": {phase: round(value_s, 3) for phase, value_s in seconds.items()},
     }
 
 
-def _target(target: TargetSummary) -> JsonObject:
-    return {
-        "accuracy": target.accuracy,
-        "agreement": target.agreement,
-        "p50_ms": round(target.p50_ms, 3),
-        "p95_ms": round(target.p95_ms, 3),
-    }
-
-
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write ``summary`` so that a reader finds the old file or the whole new one, never a part.
+    """Write a summary atomically.
 
     Raises:
         ValueError: a number is NaN or infinite, which JSON cannot hold; nothing was written.
@@ -67,7 +66,7 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The summary as (what, value) lines for a reader; recall and data digest included, targets not."""
+    """The summary without the targets as (name, value) rows."""
     data = summary["data"]
     recall = ", ".join(f"{name} {value:.3f}" for name, value in summary["recall"].items())
     return [
@@ -92,7 +91,7 @@ TARGET_COLUMNS = ("Target", "Accuracy", "Agreement", "p50 (ms)", "p95 (ms)")
 
 
 def target_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One line a target, in the order of :data:`TARGET_COLUMNS`."""
+    """One row for each target, in the order of :data:`TARGET_COLUMNS`."""
     return [
         (name, f"{t['accuracy']:.4f}", f"{t['agreement']:.4f}", f"{t['p50_ms']:.1f}", f"{t['p95_ms']:.1f}")
         for name, t in summary["targets"].items()

@@ -1,7 +1,4 @@
-"""The report of a sweep: ``trials.parquet`` and ``summary.json`` for a program, ``index.html`` for a reader.
-
-And ``best.yaml``, the chosen configuration, for ``fedvit run --config``.
-"""
+"""Report of a sweep: ``trials.parquet``, ``summary.json``, the page ``index.html``, and the choice as ``best.yaml``."""
 
 from __future__ import annotations
 
@@ -19,7 +16,8 @@ from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.errors import UsageError
 from fedvit.tools.report.html import write_html
-from fedvit.tools.report.simulation import NOT_PRIVATE, SIMULATED_KEYS
+from fedvit.tools.report.simulation import NOT_PRIVATE, SIMULATED_KEYS, cell
+from fedvit.tools.report.summary import JsonObject, write_summary
 from fedvit.tools.report.sweep_charts import heat_chart, parallel_chart, pareto_chart, varied
 from fedvit.tools.sweep.cost import cost_sentences, sweep_cost
 from fedvit.tools.sweep.outcome import Configuration, TrialOutcome, choose, configurations, pareto_front
@@ -28,13 +26,11 @@ from fedvit.tools.sweep.space import TrialPlan, rungs_of
 COLUMNS = ("Trial", "Parameters", "Seed", "Rounds", "Virtual hours", "Accuracy", "Epsilon", "Versions late", "End")
 _PREFERRED = ("noise_multiplier", "staleness_tolerance")
 
-JsonObject = dict[str, Any]
-
 
 def write_report(
     folder: Path, settings: Settings, plans: Sequence[TrialPlan], outcomes: Sequence[TrialOutcome]
 ) -> JsonObject:
-    """Write all of it into ``folder``, each file whole or not at all, and give back the summary.
+    """Write all files into ``folder``, each atomically, and return the summary.
 
     Raises:
         UsageError: matplotlib or pyarrow is not installed.
@@ -48,7 +44,7 @@ def write_report(
     write_atomically(folder / "trials.parquet", _parquet(outcomes, front, chosen))
     if plan is not None:
         write_atomically(folder / "best.yaml", best_yaml(plan, summary["cost"]["sentences"]))
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_summary(folder / "summary.json", summary)
     write_html(
         folder / "index.html",
         "sweep.html",
@@ -68,12 +64,13 @@ def _summary(
     plan: TrialPlan | None,
 ) -> JsonObject:
     cost = sweep_cost(plans, plan.settings if plan else None)
+    command = ["fedvit", "run", "--config", str(folder / "best.yaml"), "--home", str(folder / "run")]
     return {
         "planned": len(plans),
         "private": settings.simulation.private,
         "privacy_unit": settings.privacy.privacy_unit,
         "rungs": list(rungs_of(settings)),
-        "chosen": None if chosen is None else _configuration(chosen) | {"command": _command(folder)},
+        "chosen": None if chosen is None else _configuration(chosen) | {"command": shlex.join(command)},
         "pareto_front": [_configuration(one) for one in front],
         "cost": {**(asdict(cost) if cost else {}), "sentences": cost_sentences(cost, settings.privacy.privacy_unit)},
         "trials": [one.to_json() | {"mean_staleness": one.mean_staleness} for one in outcomes],
@@ -93,19 +90,12 @@ def _configuration(one: Configuration) -> JsonObject:
 
 
 def _text(parameters: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={_value(value)}" for name, value in parameters.items())
-
-
-def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
-
-
-def _command(folder: Path) -> str:
-    return shlex.join(["fedvit", "run", "--config", str(folder / "best.yaml"), "--home", str(folder / "run")])
+    values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in parameters.items()}
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def best_yaml(plan: TrialPlan, remarks: Sequence[str]) -> str:
-    """The configuration of a trial, as a real run takes it: rounds begin in the mode that was simulated."""
+    """The configuration of a trial for a real run, whose rounds begin in the simulated mode."""
     simulation, own = plan.settings.simulation, plan.settings
     mode = {name: getattr(simulation, name) for name in ("mode", "buffer_size", "staleness_tolerance")}
     initial_mode = type(own.training.initial_mode)(**mode)
@@ -116,22 +106,22 @@ def best_yaml(plan: TrialPlan, remarks: Sequence[str]) -> str:
             "data": own.data.model_copy(update={"path": path}),
         }
     )
-    kept = {"data", "model", "training", "privacy", "release"}
-    tree = real.model_dump(mode="json", include=kept, exclude_defaults=True)
+    sections = {"data", "model", "training", "privacy", "release"}
+    tree = real.model_dump(mode="json", include=sections, exclude_defaults=True)
     head = "".join(f"# {line}\n" for line in (f"Trial {plan.trial_id}: {_text(plan.parameters)}.", *remarks))
     return head + yaml.safe_dump(tree, sort_keys=False)
 
 
 def _parquet(outcomes: Sequence[TrialOutcome], front: Sequence[Configuration], chosen: Configuration | None) -> bytes:
-    """A row a trial; parameters have columns of their own, ``param.<name>``."""
+    """One row for each trial; each parameter has a column ``param.<name>``."""
     try:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
         raise UsageError("The report needs pyarrow.", cure="Run: pip install 'fedvit[server]'") from None
     on_front = {trial_id for one in front for trial_id in one.trial_ids}
-    taken = set(chosen.trial_ids) if chosen else set()
-    rows = [_row(one, one.trial_id in on_front, one.trial_id in taken) for one in outcomes]
+    selected = set(chosen.trial_ids) if chosen else set()
+    rows = [_row(one, one.trial_id in on_front, one.trial_id in selected) for one in outcomes]
     columns = {name: _column([row.get(name) for row in rows]) for name in dict.fromkeys(n for row in rows for n in row)}
     buffer = io.BytesIO()
     parquet.write_table(pa.table(columns), buffer)
@@ -153,12 +143,12 @@ def _column(values: list[Any]) -> Any:
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        # Numbers beside words: what a parameter may be is its user's affair.
+        # A parameter may have numbers and words as values.
         return pa.array([None if value is None else str(value) for value in values])
 
 
 def trial_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One line a trial, in the order of :data:`COLUMNS`."""
+    """One row for each trial, in the order of :data:`COLUMNS`."""
     return [
         (
             one["trial_id"],
@@ -167,17 +157,12 @@ def trial_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             str(one["rounds"]),
             f"{one['hours']:.2f}",
             "–" if one["score"] is None else f"{one['score']:.4f} ± {one['standard_error']:.4f}",
-            "–" if one["epsilon"] is None else f"{one['epsilon']:.3f}",
-            "–" if one["mean_staleness"] is None else f"{one['mean_staleness']:.2f}",
-            _end(one),
+            cell(one["epsilon"], ".3f"),
+            cell(one["mean_staleness"], ".2f"),
+            ": ".join(filter(None, (one["status"].replace("_", " "), one["reason"]))),
         )
         for one in summary["trials"]
     ]
-
-
-def _end(one: Mapping[str, Any]) -> str:
-    status = one["status"].replace("_", " ")
-    return status if one["reason"] is None else f"{status}: {one['reason']}"
 
 
 def _page(

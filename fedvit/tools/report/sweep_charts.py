@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 _COLOURS = "viridis"
 
 
-def pareto_chart(found: Sequence[Configuration], front: Sequence[Configuration], chosen: Configuration | None) -> str:
+def pareto_chart(results: Sequence[Configuration], front: Sequence[Configuration], chosen: Configuration | None) -> str:
     """Score over epsilon with its standard error; colour is virtual hours.
 
-    What nothing betters in all three has a rim; a line joins those that it takes no time to speak for.
+    Configurations on the front of all three have a rim; the line is the front of epsilon and score alone.
     """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        shown = [c for c in found if math.isfinite(c.epsilon)]
+        shown = [c for c in results if math.isfinite(c.epsilon)]
         xs, ys = [c.epsilon for c in shown], [c.score.value for c in shown]
         bars = [c.score.error for c in shown]
         axes.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=GREY, elinewidth=0.8, alpha=0.6, zorder=1)
@@ -54,7 +54,7 @@ def pareto_chart(found: Sequence[Configuration], front: Sequence[Configuration],
 
 
 def _upper(front: Sequence[Configuration]) -> tuple[list[float], list[float]]:
-    """The front as it is seen in the plane of epsilon and accuracy: those that only time speaks for are no corner."""
+    """The front in epsilon and accuracy, without configurations that are on it only for their time."""
     xs: list[float] = []
     ys: list[float] = []
     for one in front:
@@ -94,15 +94,15 @@ _Column = tuple[str, list[float], list[tuple[float, str]]]
 
 
 def _columns(shown: Sequence[TrialOutcome]) -> list[_Column]:
-    """Name, place of each trial between 0 and 1, and the labels with theirs."""
+    """Name, position of each trial between 0 and 1, and labels with their positions."""
     names = list(dict.fromkeys(name for one in shown for name in one.parameters))
-    found: list[_Column] = [(name, *_placed([one.parameters.get(name) for one in shown])) for name in names]
-    # Of a trial that was stopped early nobody knows what it would have spent but by its plan.
+    columns: list[_Column] = [(name, *_placed([one.parameters.get(name) for one in shown])) for name in names]
+    # The planned epsilon, because a trial that was stopped early has not spent all of it.
     spent = [one.planned_epsilon for one in shown if one.planned_epsilon is not None]
     if len(spent) == len(shown):
-        found.append(("planned epsilon", *_on_a_scale(spent)))
-    found.append(("virtual hours", *_on_a_scale([one.hours for one in shown])))
-    return [*found, ("accuracy", *_on_a_scale([one.score or 0.0 for one in shown]))]
+        columns.append(("planned epsilon", *_on_a_scale(spent)))
+    columns.append(("virtual hours", *_on_a_scale([one.hours for one in shown])))
+    return [*columns, ("accuracy", *_on_a_scale([one.score or 0.0 for one in shown]))]
 
 
 def _on_a_scale(values: Sequence[float]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -116,7 +116,7 @@ def _placed(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]
     distinct: list[Any] = sorted(set(values)) if numbers else sorted({str(v) for v in values})
     if numbers and len(distinct) > 8:
         return _on_a_scale(values)
-    # Few values, or words: one place each, so that none hides another.
+    # Few values, or words: a position for each value.
     place = {value: i / max(1, len(distinct) - 1) for i, value in enumerate(distinct)}
     labels = [(place[value], f"{value:.4g}" if numbers else value) for value in distinct]
     return [place[v if numbers else str(v)] for v in values], labels
@@ -136,9 +136,9 @@ def _axes_of(axes: Axes, columns: Sequence[_Column]) -> None:
 
 
 def heat_chart(outcomes: Sequence[TrialOutcome], across: str, up: str) -> str:
-    """Mean score by two parameters; every cell says it.
+    """Mean score by two parameters.
 
-    Where some trials of a cell were stopped early, their scores are of fewer rounds, which a star tells.
+    A star marks cells with trials that were stopped early, whose scores are of fewer rounds.
     """
     cells: dict[tuple[Any, Any], list[TrialOutcome]] = {}
     for one in outcomes:
@@ -153,9 +153,10 @@ def heat_chart(outcomes: Sequence[TrialOutcome], across: str, up: str) -> str:
         image = axes.imshow(grid, origin="lower", aspect="auto", cmap=_COLOURS)
         middle = (min(means.values()) + max(means.values())) / 2
         for (x, y), cell in cells.items():
-            ink = "#101418" if means[x, y] > middle else "#ffffff"
+            colour = "#101418" if means[x, y] > middle else "#ffffff"
+            star = "*" if any(o.status == "stopped_early" for o in cell) else ""
             axes.annotate(
-                _cell_text(means[x, y], cell), (xs.index(x), ys.index(y)), color=ink, ha="center", va="center"
+                f"{means[x, y]:.3f}{star}", (xs.index(x), ys.index(y)), color=colour, ha="center", va="center"
             )
         figure.colorbar(image, ax=axes, label="Test accuracy")
         axes.set_xticks(range(len(xs)), [f"{x}" for x in xs])
@@ -172,11 +173,6 @@ def _ordered(values: set[Any]) -> list[Any]:
         return sorted(values)
     except TypeError:
         return sorted(values, key=str)
-
-
-def _cell_text(mean: float, cell: Sequence[TrialOutcome]) -> str:
-    star = "*" if any(o.status == "stopped_early" for o in cell) else ""
-    return f"{mean:.3f}{star}"
 
 
 def varied(parameters: Sequence[Mapping[str, Any]]) -> list[str]:
