@@ -1,4 +1,4 @@
-"""Sums of arrays whose bits depend neither on the order of the addends nor on how they were grouped into partial sums.
+"""Sums of arrays whose bits do not depend on the order of the addends or their grouping into partial sums.
 
 Pre-rounding (Demmel and Nguyen 2015, IEEE Trans. Computers 64(7)): every addend is rounded once, to a multiple of
 :data:`QUANTUM`. From then on float64 addition makes no error while the sum stays below :data:`ROOM`, so that it is
@@ -16,18 +16,18 @@ Sums = dict[str, npt.NDArray[np.float64]]
 Arrays = Mapping[str, npt.NDArray[np.floating]]
 
 QUANTUM = 2.0**-40
-"""What an addend is rounded to: a hundred-thousandth of the last bit of a float32 weight of 0.01."""
+"""The unit to which an addend is rounded: a hundred-thousandth of the last bit of a float32 weight of 0.01."""
 ROOM = 2.0**11
-"""How large the magnitudes of the addends may be together before something is carried."""
+"""The maximum sum of the addends' magnitudes before a carry."""
 _COARSE = 2.0**9
 # Adding 1.5 * 2^52 of a unit to a float64 leaves no bits below that unit.
 _ROUND, _ROUND_COARSE = 1.5 * 2.0**52 * QUANTUM, 1.5 * 2.0**52 * _COARSE
 _BLOCK = 1 << 16
-"""Numbers that fit a processor's own cache together with what is made of them."""
+"""How many numbers, with intermediate results, fit the processor's cache."""
 
 
 def peak_of(update: Arrays) -> float:
-    """The largest magnitude in an update; NaN or infinity if there is one, 0 if there is nothing."""
+    """The largest magnitude in an update; NaN or infinity if there is one, 0 without numbers."""
     return largest(float(bound) for array in update.values() if array.size for bound in (array.max(), -array.min()))
 
 
@@ -43,7 +43,7 @@ def largest(numbers: Iterable[float]) -> float:
 
 
 def subtract(local: npt.ArrayLike, base: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> float:
-    """``out = local - base``, and the peak of it, while each piece is in the processor's cache."""
+    """Write ``local - base`` to ``out`` and return its peak, piece by piece in the processor's cache."""
     one, other, target = np.asarray(local).reshape(-1), base.reshape(-1), out.reshape(-1)
     extremes = list[float]()
     for start in range(0, target.size, _BLOCK):
@@ -113,7 +113,7 @@ class ExactSums:
 
 
 def _blocks(array: npt.NDArray[np.floating]) -> Iterator[tuple[npt.NDArray[np.float64], slice]]:
-    """Pieces of an array as float64, in one buffer that each of them overwrites, and where they lie."""
+    """Pieces of an array as float64, in one buffer that each piece overwrites, and their slices."""
     flat, buffer = array.reshape(-1), np.empty(min(_BLOCK, array.size))
     for start in range(0, flat.size, _BLOCK):
         at = slice(start, min(start + _BLOCK, flat.size))

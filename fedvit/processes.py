@@ -31,7 +31,7 @@ def end_child(process: subprocess.Popen[bytes]) -> None:
 
 
 def why_taken(host: str, port: int) -> str | None:
-    """Why nobody could listen there, or None."""
+    """Why no process could listen there, or None."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -110,10 +110,6 @@ def why_withheld(
         return f"{_COOLDOWN}{action} was taken less than {config.cooldown_s:g} s before"
     if sum(one.at > at - HOUR for one in state.attempted) >= config.max_actions_per_hour:
         return f"{_CAP}{config.max_actions_per_hour} actions were taken within the hour"
-    return _too_many_left_out(config, action, state)
-
-
-def _too_many_left_out(config: RemediationConfig, action: RemediationAction, state: RemediationState) -> str | None:
     out, of = 0, state.active
     if action is RemediationAction.REMOVE_CLIENT:
         # All earlier removals count, so that time does not lift the limit.
@@ -130,21 +126,16 @@ def _claim(
 ) -> Remediation | None:
     alert = logged.alert
     target = client_of(alert.labels) if call.about_a_client else None
-    needless = _why_needless(store, settings, action, call)
+    needless, lower = None, (call.body or {}).get("min_clients")
+    if action is RemediationAction.FEWER_CLIENTS and lower is not None:
+        # A small fleet may already use the runbook's number or less; a higher one would stop its training.
+        present = round_settings(store, settings).min_clients
+        needless = None if present > lower else f"min_clients is {present}, not above {lower}"
     remediation = Remediation(logged.incident_id, alert.fingerprint, alert.starts_at, action, target, at)
     with store.transaction() as transaction:
         state = transaction.remediations.state(target)
         reason = needless or why_withheld(settings.remediation, action, target, at, state)
         return transaction.remediations.claim(remediation, reason)
-
-
-def _why_needless(store: Store, settings: Settings, action: RemediationAction, call: Call) -> str | None:
-    """Why lowering ``min_clients`` has no effect: a small fleet may already use the runbook's number or less."""
-    wanted = (call.body or {}).get("min_clients")
-    if action is not RemediationAction.FEWER_CLIENTS or wanted is None:
-        return None
-    present = round_settings(store, settings).min_clients
-    return None if present > wanted else f"min_clients is {present}, not above {wanted}"
 
 
 def _targets(step: Step, alerts: Sequence[FiredAlert]) -> list[str | None]:

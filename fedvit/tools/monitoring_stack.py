@@ -63,16 +63,21 @@ def run_monitoring(settings: Settings, stack: MonitoringStack) -> Iterator[Calla
         PortInUseError: a port is taken.
         PlacementError: a program did not start, or ended; see its log.
     """
-    programs = _program("prometheus"), _program(*ALERTMANAGERS)
+    prometheus, alertmanager = _program("prometheus"), _program(*ALERTMANAGERS)
     for port in (stack.prometheus_port, stack.alertmanager_port):
         check_port_free(LOOPBACK, port)
-    with ExitStack() as children_stack:
-        scraper, notifier = children_stack.enter_context(monitoring_tokens(settings))
+    with ExitStack() as exits:
+        scraper, notifier = exits.enter_context(monitoring_tokens(settings))
         folder = write_configs(settings, stack, scraper, notifier)
-        children = [
-            _Child.start(children_stack, settings, "alertmanager", _alertmanager(programs[1], folder, stack)),
-            _Child.start(children_stack, settings, "prometheus", _prometheus(programs[0], folder, stack)),
-        ]
+        # Without clustering: otherwise Alertmanager would listen for peers on every address.
+        options = f"--storage.path={folder / 'alertmanager'}", "--cluster.listen-address="
+        commands = {
+            "alertmanager": _command(alertmanager, folder / "alertmanager.yml", stack.alertmanager, *options),
+            "prometheus": _command(
+                prometheus, folder / "prometheus.yml", stack.prometheus, f"--storage.tsdb.path={folder / 'series'}"
+            ),
+        }
+        children = [_Child.start(exits, settings, name, command) for name, command in commands.items()]
         for child, address in zip(children, (stack.alertmanager, stack.prometheus), strict=True):
             child.await_ready(f"http://{address}/-/ready")
         yield lambda: _wait_for_end(children)
@@ -207,21 +212,9 @@ def _program(*names: str) -> str:
     raise ConfigError(f"{names[0]} is missing.", cure="apt-get install prometheus prometheus-alertmanager")
 
 
-def _prometheus(program: str, folder: Path, stack: MonitoringStack) -> list[str]:
-    return [
-        *(program, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'series'}"),
-        *(f"--web.listen-address={stack.prometheus}", f"--web.external-url=http://{stack.prometheus}"),
-        "--log.level=warn",
-    ]
-
-
-def _alertmanager(program: str, folder: Path, stack: MonitoringStack) -> list[str]:
-    return [
-        *(program, f"--config.file={folder / 'alertmanager.yml'}", f"--storage.path={folder / 'alertmanager'}"),
-        *(f"--web.listen-address={stack.alertmanager}", f"--web.external-url=http://{stack.alertmanager}"),
-        # Without clustering: otherwise it would listen for peers on every address.
-        *("--cluster.listen-address=", "--log.level=warn"),
-    ]
+def _command(program: str, config: Path, address: str, *options: str) -> list[str]:
+    listen = f"--web.listen-address={address}", f"--web.external-url=http://{address}"
+    return [program, f"--config.file={config}", *listen, "--log.level=warn", *options]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from control_system import System, TinyModel
 
-from fedvit.incidents.drills.drill import Stage, fault_in
+from fedvit.incidents.drills.drill import ExpectedAlert, Stage, StageRun, fault_in
 from fedvit.incidents.drills.losses import LossBaseline, Losses, count_losses, match
-from fedvit.incidents.drills.prometheus import ExpectedAlert
-from fedvit.incidents.drills.stage_run import StageRun
 from fedvit.privacy.accountant import epsilon_of
 from fedvit.testing.doubles import FakeFleet
 from fedvit.types import RoundRecord

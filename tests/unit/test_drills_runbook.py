@@ -11,10 +11,9 @@ from types import ModuleType
 import pytest
 
 from fedvit.errors import ConfigError, DrillError, NotFoundError
-from fedvit.incidents.drills.drill import PROGRAMS
+from fedvit.incidents.drills.drill import PROGRAMS, runbook_command
 from fedvit.incidents.drills.engine import check_checkout, what_is_missing
 from fedvit.incidents.drills.scenarios import ALL, SHORT, drills_named
-from fedvit.incidents.drills.stage_run import runbook_command
 from fedvit.incidents.drills.system import DrillSystem
 from fedvit.metrics.alert_rules import RULES, alerts, read_groups
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fedvit.errors import ConfigError, FedvitError
-from fedvit.incidents.drills.drill import PROGRAMS, Drill, DrillResult, Stage, fault_in
+from fedvit.incidents.drills.drill import PROGRAMS, Drill, DrillResult, Stage, StageRun, fault_in
 from fedvit.incidents.drills.losses import LossBaseline, count_losses
 from fedvit.incidents.drills.runbook import RUNBOOK
-from fedvit.incidents.drills.stage_run import StageRun
 from fedvit.incidents.drills.system import DrillSystem, wait_until
 from fedvit.metrics.alert_rules import RULES
 from fedvit.store.store import Store

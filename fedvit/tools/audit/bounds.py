@@ -1,15 +1,14 @@
-"""Lower bounds on epsilon from what was released, each right but for a probability of ``alpha``."""
+"""Lower bounds on epsilon from released values, each correct with probability ``1 - alpha``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-_HIGHEST = 100.0
+_HIGHEST, _TOLERANCE = 100.0, 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +21,7 @@ class Errors:
     with_it: int
 
     def upper(self, alpha: float) -> tuple[float, float]:
-        """Upper ends of both rates, together right but for ``alpha`` (Clopper and Pearson 1934)."""
+        """Upper bounds of both rates, jointly correct with probability ``1 - alpha`` (Clopper and Pearson 1934)."""
         return (
             clopper_pearson_upper(self.false_alarms, self.without, alpha / 2),
             clopper_pearson_upper(self.misses, self.with_it, alpha / 2),
@@ -81,14 +80,14 @@ def epsilon_of_mu(mu: float, delta: float) -> float:
 
 
 def best_threshold(without: npt.NDArray[np.float64], with_it: npt.NDArray[np.float64]) -> float:
-    """Where a test for the canary errs least on these scores; to be used on others, or it would be too good."""
+    """The threshold with the fewest errors on these scores; to be applied to other scores only."""
     candidates = np.quantile(np.concatenate([without, with_it]), np.linspace(0.02, 0.98, 97))
     wrong = [np.mean(without > t) + np.mean(with_it <= t) for t in candidates]
     return float(candidates[int(np.argmin(wrong))])
 
 
 def errors_at(threshold: float, without: npt.NDArray[np.float64], with_it: npt.NDArray[np.float64]) -> Errors:
-    """The errors of the test that takes scores above ``threshold`` for the canary's."""
+    """The errors of the test that assigns scores above ``threshold`` to the canary."""
     alarms, misses = int(np.sum(without > threshold)), int(np.sum(with_it <= threshold))
     return Errors(alarms, len(without), misses, len(with_it))
 
@@ -97,7 +96,7 @@ def errors_at(threshold: float, without: npt.NDArray[np.float64], with_it: npt.N
 
 
 def one_run_p_value(*, canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """How probable so many ``correct`` of ``guesses`` are at most, if the run is (epsilon, delta)-DP.
+    """The maximum probability of so many ``correct`` of ``guesses`` if the run is (epsilon, delta)-DP.
 
     Steinke, Nasr and Jagielski 2023 (arXiv:2305.08846), Theorem 5.2. ``canaries`` independent fair coins say which took
     part; with ``q = 1 / (1 + e^-epsilon)`` and W ~ Binomial(guesses, q) it is
@@ -126,13 +125,8 @@ def one_run_epsilon(*, canaries: int, guesses: int, correct: int, delta: float, 
         p = one_run_p_value(canaries=canaries, guesses=guesses, correct=correct, epsilon=epsilon, delta=delta)
         return p < alpha
 
-    return _last_true(refuted, _HIGHEST)
-
-
-def _last_true(holds: Callable[[float], bool], high: float, tolerance: float = 1e-6) -> float:
-    """Where a condition that holds below some point ends, seen from below."""
-    low = 0.0
-    while high - low > tolerance:
+    low, high = 0.0, _HIGHEST
+    while high - low > _TOLERANCE:
         middle = (low + high) / 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        low, high = (middle, high) if refuted(middle) else (low, middle)
     return low

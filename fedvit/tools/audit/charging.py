@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,16 +52,12 @@ def check(scope: Scope) -> Iterator[Finding]:
         rounds.released(fleet)
         before = rounds.accountant.budget().epsilon_spent
         rounds.store.close()
-        yield Finding.of(CHECK, "before release", list(_order_faults(fleet.charged)), f"{_ROUNDS} rounds")
+        uncharged = [index for index, charged in enumerate(fleet.charged, start=1) if index not in charged]
+        faults = [f"round {index} is released, and the ledger has no charge for it" for index in uncharged]
+        yield Finding.of(CHECK, "before release", faults, f"{_ROUNDS} rounds")
         faults = list(_restart_faults(Path(folder), rounds, scope, before))
         detail = f"epsilon {before:.6f} before and after, and the chain is whole"
         yield Finding.of(CHECK, "after a restart", faults, detail)
-
-
-def _order_faults(charged: Sequence[set[int]]) -> Iterator[str]:
-    for round_index, known in enumerate(charged, start=1):
-        if round_index not in known:
-            yield f"round {round_index} is released, and the ledger has no charge for it"
 
 
 def _restart_faults(home: Path, rounds: Rounds, scope: Scope, before: float) -> Iterator[str]:

@@ -72,11 +72,9 @@ class _Ranks:
     def noise_faults(self) -> Iterator[str]:
         """Check the noise of whole steps, and of single blocks, which must be unrelated."""
         releases = self._together([0], sampling_prob=1e-9, steps=2)
-        blocks = [
-            Release(release.total[start:stop], release.noise[start:stop], release.divisor)
-            for release in releases
-            for start, stop in _whole_blocks(len(release.noise))
-        ]
+        starts = range(0, len(releases[0].noise) - NOISE_BLOCK + 1, NOISE_BLOCK)
+        pieces = [(release, slice(start, start + NOISE_BLOCK)) for release in releases for start in starts]
+        blocks = [Release(release.total[at], release.noise[at], release.divisor) for release, at in pieces]
         self.detail = f"{len(blocks)} blocks of {NOISE_BLOCK} numbers, of the charged deviation, unrelated"
         deviation = self._scope.noise_multiplier * self._scope.l2_clip_norm
         return chain(noise_faults(releases, deviation), noise_faults(blocks, deviation))
@@ -111,7 +109,3 @@ class _Ranks:
         features, labels = self._features[list(chosen)], self._labels[list(chosen)]
         delta = trainer.train(task, self._base, features, labels, _SECRET, "depot")
         return torch.cat([torch.from_numpy(delta[name]).flatten() for name in sorted(delta)])
-
-
-def _whole_blocks(size: int) -> list[tuple[int, int]]:
-    return [(start, start + NOISE_BLOCK) for start in range(0, size - NOISE_BLOCK + 1, NOISE_BLOCK)]

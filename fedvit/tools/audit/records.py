@@ -117,7 +117,8 @@ class _Neighbours:
                     whole = self._released(case, [*rest, gone])
                 without = self._released(case, rest)
                 yield from self._control_faults(case, whole, without)
-                moved = max((_distance(a, b) for a, b in zip(whole, without, strict=False)), default=0.0)
+                distances = (np.linalg.norm(a.total - b.total) for a, b in zip(whole, without, strict=False))
+                moved = float(max(distances, default=0.0))
                 furthest = max(furthest, moved / self._whole_norm)
                 if not moved <= self._whole_norm * (1 + ROUNDING):
                     yield f"{case.name}: record {gone} moves the sum by {moved / self._whole_norm:.7f} clipping norms"
@@ -155,7 +156,3 @@ class _Neighbours:
         error = np.linalg.norm(total - self._plain) / np.linalg.norm(self._plain)
         if not error <= _SAME_SUM:
             yield f"{case.name}: the sum differs from the plain one by {error:.2g} of it"
-
-
-def _distance(one: Release, other: Release) -> float:
-    return float(np.linalg.norm(one.total - other.total))

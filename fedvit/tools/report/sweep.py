@@ -40,7 +40,18 @@ def write_report(
     chosen = choose(results, settings.privacy.target_epsilon, settings.sweep.margin)
     front = pareto_front(results)
     plan = next((p for p in plans if chosen is not None and p.trial_id == chosen.trial_ids[0]), None)
-    summary = _summary(folder, settings, plans, outcomes, chosen, front, plan)
+    cost = sweep_cost(plans, plan.settings if plan else None)
+    command = ["fedvit", "run", "--config", str(folder / "best.yaml"), "--home", str(folder / "run")]
+    summary: JsonObject = {
+        "planned": len(plans),
+        "private": settings.simulation.private,
+        "privacy_unit": settings.privacy.privacy_unit,
+        "rungs": list(rungs_of(settings)),
+        "chosen": None if chosen is None else _configuration(chosen) | {"command": shlex.join(command)},
+        "pareto_front": [_configuration(one) for one in front],
+        "cost": {**(asdict(cost) if cost else {}), "sentences": cost_sentences(cost, settings.privacy.privacy_unit)},
+        "trials": [one.to_json() | {"mean_staleness": one.mean_staleness} for one in outcomes],
+    }
     write_atomically(folder / "trials.parquet", _parquet(outcomes, front, chosen))
     if plan is not None:
         write_atomically(folder / "best.yaml", best_yaml(plan, summary["cost"]["sentences"]))
@@ -52,29 +63,6 @@ def write_report(
         best_yaml=None if plan is None else best_yaml(plan, ()),
     )
     return summary
-
-
-def _summary(
-    folder: Path,
-    settings: Settings,
-    plans: Sequence[TrialPlan],
-    outcomes: Sequence[TrialOutcome],
-    chosen: Configuration | None,
-    front: Sequence[Configuration],
-    plan: TrialPlan | None,
-) -> JsonObject:
-    cost = sweep_cost(plans, plan.settings if plan else None)
-    command = ["fedvit", "run", "--config", str(folder / "best.yaml"), "--home", str(folder / "run")]
-    return {
-        "planned": len(plans),
-        "private": settings.simulation.private,
-        "privacy_unit": settings.privacy.privacy_unit,
-        "rungs": list(rungs_of(settings)),
-        "chosen": None if chosen is None else _configuration(chosen) | {"command": shlex.join(command)},
-        "pareto_front": [_configuration(one) for one in front],
-        "cost": {**(asdict(cost) if cost else {}), "sentences": cost_sentences(cost, settings.privacy.privacy_unit)},
-        "trials": [one.to_json() | {"mean_staleness": one.mean_staleness} for one in outcomes],
-    }
 
 
 def _configuration(one: Configuration) -> JsonObject:

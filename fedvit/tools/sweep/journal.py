@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedvit.atomic_write import write_atomically
@@ -51,20 +51,17 @@ class Journal:
             StateError: another process has locked it.
         """
         self._trials.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = system_lock(self.folder)
-            lock.__enter__()
-        except StateError:
-            raise StateError(
-                f"Another process works on the sweep in {self.folder}.",
-                cure="Wait for its end, or name another folder with --to.",
-            ) from None
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(system_lock(self.folder))
+            except StateError:
+                raise StateError(
+                    f"Another process works on the sweep in {self.folder}.",
+                    cure="Wait for its end, or name another folder with --to.",
+                ) from None
             self.check(settings)
             write_atomically(self._identity, json.dumps({"digest": sweep_digest(settings)}))
             yield
-        finally:
-            lock.__exit__(None, None, None)
 
     def secret(self) -> bytes:
         """The secret of the noise of all trials; created once, so that an interrupted trial can be repeated.
@@ -85,12 +82,12 @@ class Journal:
         Raises:
             StateError: a file cannot be read.
         """
-        paths = [self._trials / f"{plan.trial_id}.json" for plan in plans]
-        return [_read(path) for path in paths if path.exists()]
-
-
-def _read(path: Path) -> TrialOutcome:
-    try:
-        return TrialOutcome.from_json(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise StateError(f"{path} cannot be read: {error}.", cure="Delete it; its trial is then run again.") from None
+        outcomes = []
+        for path in (self._trials / f"{plan.trial_id}.json" for plan in plans):
+            try:
+                if path.exists():
+                    outcomes.append(TrialOutcome.from_json(json.loads(path.read_text())))
+            except (ValueError, TypeError) as error:
+                cure = "Delete it; its trial is then run again."
+                raise StateError(f"{path} cannot be read: {error}.", cure=cure) from None
+        return outcomes

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from fedvit.errors import DrillError
-from fedvit.incidents.drills.drill import Drill, Stage
-from fedvit.incidents.drills.prometheus import ExpectedAlert
-from fedvit.incidents.drills.stage_run import StageRun
+from fedvit.incidents.drills.drill import Drill, ExpectedAlert, Stage, StageRun
 from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.round_cost import round_event, round_noise_multiplier
 

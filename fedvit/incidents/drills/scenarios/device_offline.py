@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from fedvit.errors import DrillError
-from fedvit.incidents.drills.drill import Drill, Stage
+from fedvit.incidents.drills.drill import Drill, ExpectedAlert, Stage, StageRun
 from fedvit.incidents.drills.processes import supervisor, with_words
-from fedvit.incidents.drills.prometheus import ExpectedAlert
-from fedvit.incidents.drills.stage_run import StageRun
 from fedvit.incidents.drills.system import EDGES, DrillSystem, accepts_connections, responds
 
 DEVICE = "edge-2"

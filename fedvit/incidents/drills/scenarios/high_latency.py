@@ -5,11 +5,8 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 
-from fedvit.incidents.drills.drill import Drill, Stage
-from fedvit.incidents.drills.load import BusyProcesses, inference_requests, pinned
-from fedvit.incidents.drills.processes import supervisor, with_words
-from fedvit.incidents.drills.prometheus import ExpectedAlert
-from fedvit.incidents.drills.stage_run import StageRun
+from fedvit.incidents.drills.drill import Drill, ExpectedAlert, Stage, StageRun
+from fedvit.incidents.drills.processes import BusyProcesses, inference_requests, pinned, supervisor, with_words
 from fedvit.incidents.drills.system import EDGES, DrillSystem, query
 
 SECTION = "5. High Inference Latency"

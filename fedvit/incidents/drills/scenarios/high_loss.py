@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedvit.errors import DrillError
-from fedvit.incidents.drills.drill import Drill, Stage
-from fedvit.incidents.drills.prometheus import ExpectedAlert
-from fedvit.incidents.drills.stage_run import StageRun
+from fedvit.incidents.drills.drill import Drill, ExpectedAlert, Stage, StageRun
 from fedvit.store.store import Store
 from fedvit.tools.simulation.rehearsal import activate_faults, faulty_clients
 

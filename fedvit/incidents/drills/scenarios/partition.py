@@ -11,10 +11,8 @@ from typing import Any
 from fedvit.config import DataConfig
 from fedvit.data.sources import open_source
 from fedvit.errors import DrillError
-from fedvit.incidents.drills.drill import Drill, Stage
+from fedvit.incidents.drills.drill import Drill, ExpectedAlert, Stage, StageRun
 from fedvit.incidents.drills.network import CHILDREN, Link, linked_namespaces, start_child
-from fedvit.incidents.drills.prometheus import ExpectedAlert
-from fedvit.incidents.drills.stage_run import StageRun
 from fedvit.incidents.drills.system import DrillSystem
 
 SECTION = "6. Network Partition"

@@ -8,9 +8,7 @@ from typing import Any
 
 import httpx
 
-from fedvit.incidents.drills.drill import Drill, Stage
-from fedvit.incidents.drills.prometheus import ExpectedAlert
-from fedvit.incidents.drills.stage_run import StageRun
+from fedvit.incidents.drills.drill import Drill, ExpectedAlert, Stage, StageRun
 from fedvit.incidents.drills.system import CONTROL, DrillSystem
 from fedvit.store.store import Store
 

@@ -9,10 +9,8 @@ from contextlib import suppress
 from functools import partial
 
 from fedvit.errors import DrillError
-from fedvit.incidents.drills.drill import Drill, Stage
+from fedvit.incidents.drills.drill import Drill, ExpectedAlert, Stage, StageRun
 from fedvit.incidents.drills.processes import kill, named, supervisor
-from fedvit.incidents.drills.prometheus import ExpectedAlert
-from fedvit.incidents.drills.stage_run import StageRun
 from fedvit.incidents.drills.system import CONTROL, EDGES, responds
 
 SECTION = "1. Federated Server Down"

@@ -6,10 +6,8 @@ import shutil
 from typing import Any
 
 from fedvit.errors import DrillError
-from fedvit.incidents.drills.drill import Drill, Stage
-from fedvit.incidents.drills.prometheus import ExpectedAlert
+from fedvit.incidents.drills.drill import Drill, ExpectedAlert, Stage, StageRun
 from fedvit.incidents.drills.runbook import RUNBOOK
-from fedvit.incidents.drills.stage_run import StageRun
 from fedvit.incidents.drills.system import CONTROL, DrillSystem, accepts_connections
 from fedvit.store.archive import DATABASE
 from fedvit.store.backup import KEPT_FOLDERS, sha256_of
