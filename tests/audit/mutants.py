@@ -57,7 +57,7 @@ MUTANTS = (
         "no clipping of clients",
         "privacy/mechanism.py",
         CLIENTS,
-        (("scale = 1.0 if within else l2_clip_norm / norm", "scale = 1.0"),),
+        (("return 1.0 if within else l2_clip_norm / norm, within", "return 1.0, within"),),
     ),
     Mutant(
         "every step the same noise",
