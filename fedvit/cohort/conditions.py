@@ -24,11 +24,7 @@ class Condition:
 
 
 def client_conditions(
-    client: Client,
-    connection: Connection,
-    verdict: str | None,
-    decided_at: datetime | None,
-    automatic: bool = False,
+    client: Client, connection: Connection, verdict: str | None, decided_at: datetime | None, automatic: bool = False
 ) -> tuple[Condition, ...]:
     """Connected, Validated, Active and Quarantined.
 

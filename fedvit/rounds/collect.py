@@ -8,13 +8,10 @@ from dataclasses import replace
 from itertools import chain
 
 from fedvit.aggregation.validation import UpdateValidator
-from fedvit.config import Settings
-from fedvit.ports import ClockPort, FleetPort
+from fedvit.rounds.context import RoundContext
 from fedvit.rounds.machine import TrainRound
-from fedvit.rounds.protection import Protection
 from fedvit.rounds.steering import AggregationSettings, aggregation_settings
 from fedvit.rounds.update_admission import AdmissionPolicy, RoundUpdates, UpdateAdmission, ValidAnswer
-from fedvit.store.store import Store
 from fedvit.types import TrainTask, Weights
 
 
@@ -30,14 +27,9 @@ class Collector:
     until then its clients are in flight.
     """
 
-    def __init__(
-        self, settings: Settings, store: Store, fleet: FleetPort, protection: Protection, clock: ClockPort
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._fleet = fleet
-        self._protection = protection
-        self._clock = clock
+    def __init__(self, context: RoundContext) -> None:
+        self._settings, self._store, self._fleet = context.settings, context.store, context.fleet
+        self._protection, self._clock = context.protection, context.clock
         self._carried_over: list[ValidAnswer] = []
 
     def in_flight(self) -> frozenset[str]:
@@ -63,7 +55,9 @@ class Collector:
         # After a failed attempt at this very round, some of the cohort may still work on it.
         cohort = replace(effect.cohort, client_ids=tuple(c for c in effect.cohort.client_ids if c not in in_flight))
         client_ids = [*cohort.client_ids, *in_flight]
-        deadline_s, ended = self._deadline_s(), f"no answer in {timeout_s:g} s"
+        ended, limit_s = f"no answer in {timeout_s:g} s", self._settings.training.round_deadline_s
+        # In monotonic time; infinite where no client may be late.
+        deadline_s = math.inf if limit_s is None or self._protection.sampled else self._clock.monotonic() + limit_s
         messages = self._fleet.train(task, sent, cohort, timeout_s=timeout_s)
         # The first step sends the task out, so that clients train while the validation is prepared.
         first = next(messages, None)
@@ -76,7 +70,7 @@ class Collector:
                 ended = "the round has as many updates as it wants"
                 break
             if self._clock.monotonic() >= deadline_s:
-                ended = f"no answer within the round's {self._settings.training.round_deadline_s:g} s"
+                ended = f"no answer within the round's {limit_s:g} s"
                 break
         policy = self._policy(effect, len(client_ids))
         admission.apply(policy)
@@ -100,11 +94,6 @@ class Collector:
             carried_over=self._carried_over,
             staleness=self._settings.training.staleness,
         )
-
-    def _deadline_s(self) -> float:
-        """The monotonic time at which the round that begins now ends; infinite where no client may be late."""
-        limit_s = self._settings.training.round_deadline_s
-        return math.inf if limit_s is None or self._protection.sampled else self._clock.monotonic() + limit_s
 
     def _policy(self, effect: TrainRound, taking_part: int) -> AdmissionPolicy:
         """Read at every message: an operator may change the mode, or quarantine a client, while the round waits."""

@@ -9,21 +9,75 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.config import Settings
 from fedvit.errors import FedvitError
 from fedvit.ports import AccountantPort, ClockPort, FleetPort, ServerModelPort
 from fedvit.rounds import machine
-from fedvit.rounds.cohorts import CohortSelector
+from fedvit.rounds.context import RoundContext
 from fedvit.rounds.execution import METRICS, RoundExecution
 from fedvit.rounds.lifecycle import RunLifecycle
-from fedvit.rounds.machine import LoopState, RunPlan
-from fedvit.rounds.progress import ProgressReporter
+from fedvit.rounds.machine import LoopState, Phase, RunPlan
 from fedvit.rounds.protection import protection_for
 from fedvit.rounds.steering import RunRequest
 from fedvit.store.store import Store
-from fedvit.types import Run, RunStatus, TrainingProgress
+from fedvit.types import Evaluation, Run, RunStatus, TrainingProgress
+
+
+class ProgressReporter:
+    """Keeps the latest progress and reports it after every event, from the thread that runs the loop."""
+
+    latest: TrainingProgress
+
+    def __init__(self, context: RoundContext, on_progress: Callable[[TrainingProgress], None]) -> None:
+        self._context, self._on_progress = context, on_progress
+        self.reset()
+
+    def announce(self) -> TrainingProgress:
+        self.latest = replace(self.latest, phase=Phase.IDLE.value, status=RunStatus.RUNNING, message=None)
+        return self.latest
+
+    def committed(self, round_index: int, version: str, evaluation: Evaluation | None, epsilon: float) -> None:
+        """Note a committed round; where it was not evaluated, the last figures stay."""
+        self.latest = replace(
+            self.latest,
+            rounds_done=round_index,
+            loss=evaluation.loss if evaluation else self.latest.loss,
+            accuracy=evaluation.accuracy if evaluation else self.latest.accuracy,
+            epsilon=epsilon,
+            version=version,
+        )
+
+    def report(self, run: Run, state: LoopState) -> None:
+        ending = state.ending if state.phase is Phase.RESTING else None
+        self.latest = replace(
+            self.latest,
+            run_id=run.run_id,
+            rounds_total=run.rounds_total,
+            phase=state.phase.value,
+            status=ending.status if ending else RunStatus.RUNNING,
+            message=ending.reason if ending else None,
+        )
+        self._on_progress(self.latest)
+
+    def reset(self) -> None:
+        """Go back to the latest run as the store holds it, for a loop that has not begun."""
+        run = self._context.store.runs.latest()
+        version = self._context.store.versions.latest(run.run_id) if run else None
+        self.latest = TrainingProgress(
+            run_id=run.run_id if run else None,
+            status=run.status if run else None,
+            phase=Phase.IDLE.value if run is None or run.status is RunStatus.RUNNING else Phase.RESTING.value,
+            rounds_total=run.rounds_total if run else self._context.settings.training.rounds,
+            rounds_done=run.rounds_done if run else 0,
+            loss=version.metrics.get("loss") if version else None,
+            accuracy=version.metrics.get("accuracy") if version else None,
+            epsilon=self._context.accountant.budget().epsilon_spent,
+            version=version.version if version else None,
+            message=run.reason if run else None,
+        )
 
 
 class Coordinator:
@@ -51,26 +105,11 @@ class Coordinator:
         clock: ClockPort = SYSTEM_CLOCK,
         on_health: Callable[[float | None, float | None], None] = lambda quality, drift: None,
     ) -> None:
-        self._settings, self._store, self._clock = settings, store, clock
-        self._protection = protection_for(settings, store)
-        self._stopping = threading.Event()
-        self._progress = ProgressReporter(settings, store, accountant, on_progress)
-        cohorts = CohortSelector(settings, store, accountant, self._protection, clock)
-        self.lifecycle = RunLifecycle(settings, store, accountant, model, self._protection, cohorts)
-        self._execution = RoundExecution(
-            settings,
-            store,
-            accountant,
-            fleet,
-            model,
-            protection=self._protection,
-            cohorts=cohorts,
-            lifecycle=self.lifecycle,
-            progress=self._progress,
-            clock=clock,
-            stopping=self._stopping,
-            on_health=on_health,
-        )
+        context = RoundContext(settings, store, accountant, fleet, model, clock, protection_for(settings, store))
+        self._context, self._store, self._stopping = context, store, threading.Event()
+        self._progress = ProgressReporter(context, on_progress)
+        self.lifecycle = RunLifecycle(context)
+        self._execution = RoundExecution(context, self.lifecycle, self._stopping, on_health, self._progress.committed)
         self.publisher = self._execution.publisher
 
     def request_stop(self) -> None:
@@ -82,7 +121,7 @@ class Coordinator:
         return self._progress.latest
 
     def announce(self) -> TrainingProgress:
-        """See :meth:`fedvit.rounds.progress.ProgressReporter.announce`; :meth:`run` is to follow."""
+        """Show the loop as running, not as the last run ended; :meth:`run` is to follow."""
         return self._progress.announce()
 
     def begin(self, request: RunRequest) -> Run:
@@ -102,12 +141,9 @@ class Coordinator:
         if run.status is not RunStatus.COMPLETED:
             self._store.runs.set_status(run.run_id, RunStatus.RUNNING)
         self._execution.enter(run)
-        plan = RunPlan(
-            run.rounds_total,
-            self._settings.training.cohort.min_clients,
-            self._settings.release.every_rounds,
-            self._protection.sampled,
-        )
+        min_clients = self._context.settings.training.cohort.min_clients
+        release_every, sampled = self._context.settings.release.every_rounds, self._context.protection.sampled
+        plan = RunPlan(run.rounds_total, min_clients, release_every, sampled)
         started = machine.Started(run.rounds_done, self.lifecycle.unreleased_version(run))
         self._drive(LoopState(plan), started)
         return self._store.runs.get(run.run_id)
@@ -117,9 +153,9 @@ class Coordinator:
         queue = deque(effects)
         while queue:
             self._progress.report(self._execution.run, state)
-            began_s = self._clock.monotonic()
+            began_s = self._context.clock.monotonic()
             event = self._perform(queue.popleft())
-            METRICS.phase_took(state.phase.value, self._clock.monotonic() - began_s)
+            METRICS.phase_took(state.phase.value, self._context.clock.monotonic() - began_s)
             if event is not None:
                 if self._stopping.is_set() and not state.stop_requested:
                     state, _ = machine.step(state, machine.StopRequested())

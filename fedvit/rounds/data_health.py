@@ -1,10 +1,10 @@
-"""Health of the fleet's data, read from the store, and the automatic validation of clients that follows from it."""
+"""Health of the fleet's data, read from the store, and the automatic validation and quarantine of clients."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from fedvit.drift import quality
@@ -20,6 +20,7 @@ from fedvit.wire.histograms import ClientHistogram, HistogramSpec
 
 _LOG = logging.getLogger(__name__)
 _STREAKS = "standing"
+_REFUSED = "refused_updates/"
 _COUNTED = 20_000
 
 
@@ -47,10 +48,8 @@ def histograms(store: Store) -> FleetHistograms:
     if release is None or spec is None:
         return FleetHistograms(newest, spec, None)
     reference = store.histograms.latest(until=_trained(store, release.version).created_at)
-    specs = {
-        digest: store.histograms.spec(digest) for digest in {histogram.spec_digest for histogram in reference.values()}
-    }
-    same_basis = {digest for digest, other in specs.items() if other is not None and other.basis == spec.basis}
+    specs = ((digest, store.histograms.spec(digest)) for digest in {h.spec_digest for h in reference.values()})
+    same_basis = {digest for digest, other in specs if other is not None and other.basis == spec.basis}
     return FleetHistograms(newest, spec, compare(reference, newest, spec, same_basis))
 
 
@@ -71,9 +70,8 @@ def drift(store: Store, histograms: FleetHistograms, *others: Signal) -> DriftRe
     run = store.runs.latest()
     rounds = store.rounds.of_run(run.run_id) if run else []
     losses = [record.loss for record in rounds if record.committed and record.loss is not None]
-    return DriftReport(
-        (loss_signal(losses), *others, *histogram_signals(histograms.comparison, len(histograms.newest)))
-    )
+    by_histograms = histogram_signals(histograms.comparison, len(histograms.newest))
+    return DriftReport((loss_signal(losses), *others, *by_histograms))
 
 
 def fleet_quality(store: Store, against: Mapping[str, list[Concern]]) -> FleetQuality:
@@ -115,6 +113,44 @@ def judge(
     return changed
 
 
+def count_invalid_updates(
+    store: Store,
+    run_id: str,
+    round_index: int,
+    outcomes: Iterable[ClientOutcome],
+    quarantine_after_rejections: int | None,
+    clock: ClockPort,
+) -> list[str]:
+    """Count the updates that are held against each client, once a round however often it is tried.
+
+    The count begins anew with the quarantine, so that a client that is reinstated has as many attempts again.
+
+    Returns:
+        The clients that are now in quarantine.
+    """
+    quarantined = []
+    for outcome in outcomes:
+        if not outcome.counted_against_client:
+            continue
+        count = _counted(store, run_id, round_index, outcome.client_id)
+        if quarantine_after_rejections is not None and count >= quarantine_after_rejections:
+            last = f"the last in round {round_index} of {run_id}: {outcome.error}"
+            reason = f"{count} of its updates were refused; {last}"
+            quarantined += store.clients.quarantine([outcome.client_id], reason, clock.now())
+            store.metadata.set(_REFUSED + outcome.client_id, {"count": 0, "last": [run_id, round_index]})
+    return quarantined
+
+
+def _counted(store: Store, run_id: str, round_index: int, client_id: str) -> int:
+    with store.transaction() as transaction:
+        counted = transaction.metadata.get(_REFUSED + client_id) or {"count": 0, "last": None}
+        count = int(counted["count"])
+        if counted["last"] != [run_id, round_index]:
+            count += 1
+            transaction.metadata.set(_REFUSED + client_id, {"count": count, "last": [run_id, round_index]})
+        return count
+
+
 class DataHealthMonitor:
     """Measures the health of the fleet's data after rounds with new statistics, in the thread of the loop.
 
@@ -143,12 +179,8 @@ class DataHealthMonitor:
         newest = self._histograms = self._histograms or histograms(self._store)
         against = doubts(self._store, newest)
         for client_id, validated in judge(self._store, client_ids, against, self._clock).items():
-            _LOG.warning(
-                "%s is %s: %s",
-                client_id,
-                "validated" if validated else "not validated any more",
-                against.get(client_id),
-            )
+            verdict = "validated" if validated else "not validated any more"
+            _LOG.warning("%s is %s: %s", client_id, verdict, against.get(client_id))
         # For a very large fleet it is computed on request only: GET /api/clients/data-quality.
         if self._store.clients.population() <= _COUNTED:
             report = drift(self._store, newest)

@@ -10,25 +10,19 @@ from dataclasses import dataclass
 from fedvit.aggregation.rule import RoundFacts
 from fedvit.aggregation.staleness import staleness_weight
 from fedvit.aggregation.state import encode_state
-from fedvit.config import Settings
 from fedvit.errors import BudgetExhaustedError, LedgerFrozenError, ReleaseRefusedError
 from fedvit.metrics.training import RoundMetrics
-from fedvit.ports import AccountantPort, ClockPort, FleetPort, ServerModelPort
 from fedvit.registry.publisher import Publisher
 from fedvit.rounds import machine
-from fedvit.rounds.cohorts import CohortSelector
 from fedvit.rounds.collect import Collector
-from fedvit.rounds.data_health import DataHealthMonitor
+from fedvit.rounds.context import RoundBase, RoundContext, train_task
+from fedvit.rounds.data_health import DataHealthMonitor, count_invalid_updates
 from fedvit.rounds.histogram_collection import HistogramCollection
 from fedvit.rounds.lifecycle import RunLifecycle
-from fedvit.rounds.progress import ProgressReporter
-from fedvit.rounds.protection import POPULATION_SIZE, Folded, Protection
-from fedvit.rounds.quarantine import count_invalid_updates
-from fedvit.rounds.round_base import RoundBase, train_task
+from fedvit.rounds.protection import POPULATION_SIZE, Folded
 from fedvit.rounds.steering import round_settings
 from fedvit.rounds.update_admission import RoundUpdates
 from fedvit.store.records import RoundCommit
-from fedvit.store.store import Store
 from fedvit.store.versions import RULE_STATE
 from fedvit.types import ClientOutcome, Cohort, Evaluation, RoundRecord, Run, TrainTask, Weights
 from fedvit.wire.tensors import encoded_pieces
@@ -64,6 +58,7 @@ class RoundExecution:
 
     Args:
         stopping: set when the loop is to end after the round under way.
+        on_committed: called with the round, its version and evaluation, and the epsilon that is spent.
 
     Attributes:
         publisher: releases versions.
@@ -71,27 +66,18 @@ class RoundExecution:
 
     def __init__(
         self,
-        settings: Settings,
-        store: Store,
-        accountant: AccountantPort,
-        fleet: FleetPort,
-        model: ServerModelPort,
-        *,
-        protection: Protection,
-        cohorts: CohortSelector,
+        context: RoundContext,
         lifecycle: RunLifecycle,
-        progress: ProgressReporter,
-        clock: ClockPort,
         stopping: threading.Event,
         on_health: Callable[[float | None, float | None], None],
+        on_committed: Callable[[int, str, Evaluation | None, float], None],
     ) -> None:
-        self._settings, self._store, self._accountant, self._model = settings, store, accountant, model
-        self._protection, self._cohorts, self._lifecycle = protection, cohorts, lifecycle
-        self._progress, self._clock, self._stopping = progress, clock, stopping
-        self._collector = Collector(settings, store, fleet, protection, clock)
-        self._histograms = HistogramCollection(settings, store, accountant, fleet, model)
-        self._data_health = DataHealthMonitor(store, on_health, clock)
-        self.publisher = Publisher(store, settings)
+        self._settings, self._store, self._accountant = context.settings, context.store, context.accountant
+        self._model, self._protection, self._clock = context.model, context.protection, context.clock
+        self._lifecycle, self._stopping, self._on_committed = lifecycle, stopping, on_committed
+        self._collector, self._histograms = Collector(context), HistogramCollection(context)
+        self._data_health = DataHealthMonitor(context.store, on_health, context.clock)
+        self.publisher = Publisher(context.store, context.settings)
         # Weights are written while they are evaluated.
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
         self._open: _OpenRun | None = None
@@ -133,12 +119,13 @@ class RoundExecution:
         in_flight, quarantined = self._collector.in_flight(), set(self._store.clients.quarantined())
         min_clients = round_settings(self._store, self._settings).min_clients
         min_clients = max(min_clients, self._protection.rule.least_updates)
-        config = self._cohorts.config()
+        cohorts = self._lifecycle.cohorts
+        config = cohorts.config()
         try:
-            cohort = self._cohorts.draw(self._task(round_index), config, in_flight)
+            cohort = cohorts.draw(self._task(round_index), config, in_flight)
         except BudgetExhaustedError as error:
             return machine.ChargeRefused(str(error))
-        if sampled and (count := self._cohorts.count(config, min_clients)) < min_clients:
+        if sampled and (count := cohorts.count(config, min_clients)) < min_clients:
             return machine.Failed(f"{count} clients may be drawn; at least {min_clients} are needed.")
         record = self._store.rounds.open(self.run.run_id, round_index, cohort)
         # A retry gets the recorded cohort, but an incident since then keeps its clients out.
@@ -225,7 +212,7 @@ class RoundExecution:
         self._data_health.after_round(updates.outcomes)
         self._trained = None
         self._current.base = RoundBase.of(self._protection.rule, weights, digest, state)
-        self._progress.committed(round_index, version.version, evaluation, budget.epsilon_spent)
+        self._on_committed(round_index, version.version, evaluation, budget.epsilon_spent)
         return machine.Committed(version.version)
 
     def _left_out(self, record: RoundRecord, outcomes: Sequence[ClientOutcome]) -> tuple[ClientOutcome, ...]:

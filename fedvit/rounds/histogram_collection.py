@@ -6,13 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from fedvit.config import Settings
 from fedvit.errors import BudgetExhaustedError, LedgerFrozenError
-from fedvit.ports import AccountantPort, Charge, FleetPort, ServerModelPort
+from fedvit.ports import Charge
 from fedvit.privacy.events import Composed, Event, Gaussian, Repeated
 from fedvit.privacy.round_cost import charge_of, histogram_is_due, round_event
+from fedvit.rounds.context import RoundContext
 from fedvit.rounds.data_health import reference_spec
-from fedvit.store.store import Store
 from fedvit.types import Run, Weights
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec, checked_counts
 
@@ -23,11 +22,9 @@ _ALIKE = 0.8
 class HistogramCollection:
     """Collects the histograms of a run; a round never waits for one."""
 
-    def __init__(
-        self, settings: Settings, store: Store, accountant: AccountantPort, fleet: FleetPort, model: ServerModelPort
-    ) -> None:
-        self._settings, self._store, self._accountant = settings, store, accountant
-        self._fleet, self._model = fleet, model
+    def __init__(self, context: RoundContext) -> None:
+        self._settings, self._store, self._accountant = context.settings, context.store, context.accountant
+        self._fleet, self._model = context.fleet, context.model
         self._requested: dict[str, HistogramSpec] = {}
 
     def ask(self, run: Run, round_index: int, client_ids: Sequence[str], weights: Weights) -> tuple[str, ...]:
@@ -45,9 +42,8 @@ class HistogramCollection:
         request = HistogramRequest(run.run_id, round_index, noise_multiplier, unit, spec)
         sizes = self._store.clients.num_examples(client_ids)
         try:
-            affordable = self._accountant.within_budget(
-                self._charges(request, sizes, self._with_the_rest(run, round_index))
-            )
+            with_the_rest = self._charges(request, sizes, self._with_the_rest(run, round_index))
+            affordable = self._accountant.within_budget(with_the_rest)
             asked = {client_id: size for client_id, size in sizes.items() if client_id in affordable}
             self._accountant.charge(self._charges(request, asked, Gaussian(noise_multiplier)))
         except (BudgetExhaustedError, LedgerFrozenError):

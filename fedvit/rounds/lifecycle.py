@@ -6,15 +6,12 @@ from functools import cached_property
 
 from fedvit.aggregation.registry import check_mode
 from fedvit.aggregation.state import decode_state
-from fedvit.config import Settings
 from fedvit.errors import ConfigError, ConflictError
-from fedvit.ports import AccountantPort, ServerModelPort
 from fedvit.privacy.round_cost import check_units, round_noise_multiplier
 from fedvit.registry.weights import stored_weights
 from fedvit.rounds.cohorts import CohortSelector
-from fedvit.rounds.protection import Protection
+from fedvit.rounds.context import RoundBase, RoundContext, train_task
 from fedvit.rounds.remote import FROZEN_DIGEST
-from fedvit.rounds.round_base import RoundBase, train_task
 from fedvit.rounds.steering import (
     RunRequest,
     aggregation_settings,
@@ -23,26 +20,17 @@ from fedvit.rounds.steering import (
     run_identity,
     run_request,
 )
-from fedvit.store.store import Store
 from fedvit.store.versions import RULE_STATE
 from fedvit.types import Run, RunStatus, Weights
 from fedvit.wire.tensors import encode_weights
 
 
 class RunLifecycle:
-    """Opens runs and reads where they stand."""
+    """Opens runs and reads where they stand; ``cohorts`` selects their clients."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: Store,
-        accountant: AccountantPort,
-        model: ServerModelPort,
-        protection: Protection,
-        cohorts: CohortSelector,
-    ) -> None:
-        self._settings, self._store, self._accountant = settings, store, accountant
-        self._model, self._protection, self._cohorts = model, protection, cohorts
+    def __init__(self, context: RoundContext) -> None:
+        self._settings, self._store, self._accountant = context.settings, context.store, context.accountant
+        self._model, self._protection, self.cohorts = context.model, context.protection, CohortSelector(context)
 
     def check_fleet(self) -> None:
         """Check that the settings still promise something to a fleet of this size: vehicles may have joined.
@@ -65,8 +53,8 @@ class RunLifecycle:
             BudgetExhaustedError: some client's budget does not admit one round more.
             UpdateRejectedError: the version to start from was trained as another model.
         """
-        config = self._cohorts.config(request.client_selection)
-        count = self._cohorts.count(config)
+        config = self.cohorts.config(request.client_selection)
+        count = self.cohorts.count(config)
         needed = max(1, round_settings(self._store, self._settings).min_clients)
         if count < needed:
             raise ConflictError(
@@ -90,7 +78,7 @@ class RunLifecycle:
             noise_multiplier=self._noise_multiplier,
             l2_clip_norm=self._settings.privacy.l2_clip_norm,
         )
-        self._accountant.check(self._protection.charges(task, self._cohorts.affordable(task, config, needed)))
+        self._accountant.check(self._protection.charges(task, self.cohorts.affordable(task, config, needed)))
 
     def begin(self, request: RunRequest) -> Run:
         """Put a request in force and open its run. Repeatable."""
@@ -113,7 +101,7 @@ class RunLifecycle:
         check_mode(self._protection.rule, aggregation_settings(self._store).mode)
         if latest is not None and latest.config_digest == digest:
             return latest
-        count = self._cohorts.count(self._cohorts.config())
+        count = self.cohorts.count(self.cohorts.config())
         if not count:
             raise ConflictError(
                 "No client may take part: none that is active, and is heard where it is remote, has data.",

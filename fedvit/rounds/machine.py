@@ -126,18 +126,8 @@ class Failed:
     reason: str
 
 
-Event = (
-    Started
-    | CohortDrawn
-    | Charged
-    | ChargeRefused
-    | Trained
-    | Committed
-    | Released
-    | ReleaseRefused
-    | StopRequested
-    | Failed
-)
+RoundEvent = CohortDrawn | Charged | ChargeRefused | Trained | Committed | Released | ReleaseRefused
+Event = Started | RoundEvent | StopRequested | Failed
 
 
 # --- effects: what to do ---------------------------------------------------------------------------------------------
@@ -215,40 +205,30 @@ def step(state: LoopState, event: Event) -> Step:
         case Phase.IDLE, Started(rounds_done, unreleased):
             return _next(replace(state, round_index=rounds_done, unreleased=unreleased))
         case Phase.DRAWING, CohortDrawn(cohort, min_clients, in_flight):
-            return _with_cohort(_needing(state, min_clients), cohort, in_flight)
+            if min_clients is not None:
+                state = replace(state, plan=replace(state.plan, min_clients=min_clients))
+            short = _too_few(state, len(cohort.client_ids) + in_flight, "eligible clients")
+            charging = replace(state, phase=Phase.CHARGING, cohort=cohort)
+            return _finish(state, short) if short else (charging, (ChargeRound(cohort),))
         case Phase.CHARGING, Charged() if state.cohort:
             last = state.round_index >= state.plan.rounds_total
             effect = TrainRound(state.cohort, _needed(state), wait_for_all=last or state.plan.sampled)
             return replace(state, phase=Phase.TRAINING), (effect,)
         case Phase.DRAWING | Phase.CHARGING, ChargeRefused(reason):
             return _finish(state, EndRun(RunStatus.BUDGET_EXHAUSTED, reason))
-        case Phase.TRAINING, Trained():
-            return _trained(state, event)
+        case Phase.TRAINING, Trained(num_updates, num_failed, first_error):
+            first = f", the first with: {first_error}" if first_error else ""
+            short = _too_few(state, num_updates, f"updates ({num_failed} clients failed{first})")
+            committing = replace(state, phase=Phase.COMMITTING)
+            return _finish(state, short) if short else (committing, (CommitRound(state.round_index),))
         case Phase.COMMITTING, Committed(version):
-            return _committed(replace(state, unreleased=version))
+            state = replace(state, unreleased=version)
+            due = state.round_index % state.plan.release_every_rounds == 0
+            return _release(state, version) if due else _next(state)
         case Phase.RELEASING, Released() | ReleaseRefused():
             state = replace(state, unreleased=None)
             return _end(state, state.ending) if state.ending else _next(state)
     raise ImpossibleEventError(f"{type(event).__name__} in phase {state.phase}")
-
-
-def _needing(state: LoopState, min_clients: int | None) -> LoopState:
-    return state if min_clients is None else replace(state, plan=replace(state.plan, min_clients=min_clients))
-
-
-def _with_cohort(state: LoopState, cohort: Cohort, in_flight: int) -> Step:
-    short = _too_few(state, len(cohort.client_ids) + in_flight, "eligible clients")
-    if short:
-        return _finish(state, short)
-    return replace(state, phase=Phase.CHARGING, cohort=cohort), (ChargeRound(cohort),)
-
-
-def _trained(state: LoopState, trained: Trained) -> Step:
-    first = f", the first with: {trained.first_error}" if trained.first_error else ""
-    short = _too_few(state, trained.num_updates, f"updates ({trained.num_failed} clients failed{first})")
-    if short:
-        return _finish(state, short)
-    return replace(state, phase=Phase.COMMITTING), (CommitRound(state.round_index),)
 
 
 def _too_few(state: LoopState, count: int, what: str) -> EndRun | None:
@@ -260,12 +240,6 @@ def _too_few(state: LoopState, count: int, what: str) -> EndRun | None:
 
 def _needed(state: LoopState) -> int:
     return 0 if state.plan.sampled else max(1, state.plan.min_clients)
-
-
-def _committed(state: LoopState) -> Step:
-    if state.round_index % state.plan.release_every_rounds == 0:
-        return _release(state)
-    return _next(state)
 
 
 def _next(state: LoopState) -> Step:
@@ -281,13 +255,11 @@ def _finish(state: LoopState, ending: EndRun) -> Step:
     """End, after the last committed version is released."""
     if state.unreleased is None:
         return _end(state, ending)
-    return _release(replace(state, ending=ending))
+    return _release(replace(state, ending=ending), state.unreleased)
 
 
-def _release(state: LoopState) -> Step:
-    if state.unreleased is None:
-        return _next(state)
-    return replace(state, phase=Phase.RELEASING), (ReleaseVersion(state.unreleased),)
+def _release(state: LoopState, version: str) -> Step:
+    return replace(state, phase=Phase.RELEASING), (ReleaseVersion(version),)
 
 
 def _end(state: LoopState, ending: EndRun) -> Step:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from fedvit.aggregation.registry import rule_for
-from fedvit.aggregation.rule import MeanRule, RoundFacts, Rule, State, Updates
+from fedvit.aggregation.rule import MeanRule, RoundFacts, State, Updates
 from fedvit.config import Settings
 from fedvit.errors import ConfigError
 from fedvit.ports import POPULATION, Charge
 from fedvit.privacy import mechanism
 from fedvit.privacy.adaptive_clip import next_norm, noised_share, sum_noise_multiplier
 from fedvit.privacy.correlated import BandedNoise, Vector
-from fedvit.privacy.events import Event
 from fedvit.privacy.randomness import SecretStream, derive_secret, load_or_create_root_secret, output_id
 from fedvit.privacy.round_cost import charge_of, round_event
-from fedvit.rounds.round_base import RoundBase
+from fedvit.rounds.context import RoundBase
 from fedvit.store.store import Store
 from fedvit.types import FloatArray, Run, TrainTask
 from fedvit.updates import WeightedUpdate
@@ -45,30 +45,47 @@ class Folded:
     state: State = field(default_factory=dict)
 
 
-class Protection(Protocol):
-    """How a privacy unit is protected in a round."""
+class Protection(ABC):
+    """How a privacy unit is protected in a round; ``rule`` folds the updates."""
 
-    rule: Rule
-    """Folds the updates."""
-    sampled: bool
+    sampled = False
     """Whether the cohort is a secret sample: then a round without clients is committed with noise alone."""
 
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings, self._store, self.rule = settings, store, rule_for(settings)
+
+    @abstractmethod
     def run_facts(self, eligible: int) -> dict[str, Any]:
-        """Facts that a run with so many eligible clients is recorded with."""
-        ...
+        """Facts that a run with so many eligible clients is recorded with.
+
+        Raises:
+            ConfigError: the clients are too few for the rule, or for cohorts to rest between rounds.
+        """
 
     def l2_clip_norm(self, run_id: str, round_index: int) -> float:
         """The clipping norm of the round."""
-        ...
+        return self._settings.privacy.l2_clip_norm
 
     def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
         """The charges of the round if these clients take part."""
-        ...
+        event = round_event(self._settings, task.noise_multiplier)
+        return [
+            charge_of(
+                event,
+                run_id=task.run_id,
+                round_index=task.round_index,
+                unit_id=unit_id,
+                output_id=output_id(task, unit_id, size),
+                unit=task.privacy_unit,
+            )
+            for unit_id, size in self._charged_units(client_ids)
+        ]
 
     def fault_of(self, update: WeightedUpdate, run_id: str) -> str | None:
         """Why an update must not be folded, as the end of a sentence about it; or None."""
-        ...
+        return None
 
+    @abstractmethod
     def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Updates, facts: RoundFacts) -> Folded:
         """The weights after the round.
 
@@ -78,7 +95,14 @@ class Protection(Protocol):
         Raises:
             UpdateRejectedError: too few updates for the rule.
         """
-        ...
+
+    @abstractmethod
+    def _charged_units(self, client_ids: Sequence[str]) -> Iterable[tuple[str, int]]:
+        """The units that are charged, each with its size."""
+
+    def _cohort_size(self, wanted: int | None, eligible: int) -> int:
+        everybody = wanted is None or self._settings.training.cohort.selection == "all"
+        return eligible if wanted is None or everybody else min(wanted, eligible)
 
 
 def protection_for(settings: Settings, store: Store) -> Protection:
@@ -87,28 +111,14 @@ def protection_for(settings: Settings, store: Store) -> Protection:
     Raises:
         ConfigError: see :func:`fedvit.aggregation.registry.rule_for`.
     """
-    kind = RecordLevel if settings.privacy.privacy_unit == "record" else ClientLevel
-    return kind(settings, store)
+    return (RecordLevel if settings.privacy.privacy_unit == "record" else ClientLevel)(settings, store)
 
 
-class RecordLevel:
-    """Each client protects its records and is charged by itself."""
-
-    sampled = False
-
-    def __init__(self, settings: Settings, store: Store) -> None:
-        self._settings = settings
-        self._store = store
-        self.rule = rule_for(settings)
+class RecordLevel(Protection):
+    """Each client protects its records and is charged by itself. Noised updates have no bound."""
 
     def run_facts(self, eligible: int) -> dict[str, Any]:
-        """The population size.
-
-        Raises:
-            ConfigError: cohorts are too small for the rule.
-        """
-        cohort = self._settings.training.cohort
-        size = eligible if cohort.size is None or cohort.selection == "all" else min(cohort.size, eligible)
+        size = self._cohort_size(self._settings.training.cohort.size, eligible)
         if size < self.rule.least_updates:
             raise ConfigError(
                 f"{self.rule.what()} needs {self.rule.least_updates} updates a round; cohorts have {size} clients.",
@@ -116,27 +126,16 @@ class RecordLevel:
             )
         return {POPULATION_SIZE: eligible}
 
-    def l2_clip_norm(self, run_id: str, round_index: int) -> float:
-        """The clipping norm of one record's gradient."""
-        return self._settings.privacy.l2_clip_norm
-
-    def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
-        """One charge a client."""
-        sizes = self._store.clients.num_examples(client_ids)
-        event = round_event(self._settings, task.noise_multiplier)
-        return [_charge(event, task, c, output_id(task, c, sizes[c])) for c in client_ids]
-
-    def fault_of(self, update: WeightedUpdate, run_id: str) -> str | None:
-        """None: the update is noised already, and nothing bounds it."""
-        return None
-
     def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Updates, facts: RoundFacts) -> Folded:
-        """The rule's fold."""
         fold = self.rule.fold(base.weights, updates, base.rule_state, facts)
         return Folded(fold.weights, state=fold.state)
 
+    def _charged_units(self, client_ids: Sequence[str]) -> Iterable[tuple[str, int]]:
+        sizes = self._store.clients.num_examples(client_ids)
+        return ((client_id, sizes[client_id]) for client_id in client_ids)
 
-class ClientLevel:
+
+class ClientLevel(Protection):
     """The aggregator protects whole clients; see :mod:`fedvit.privacy.mechanism`.
 
     The noise is derived from the output's identity and from the sum that it protects: a repeated round repeats it, and
@@ -145,11 +144,9 @@ class ClientLevel:
     """
 
     def __init__(self, settings: Settings, store: Store) -> None:
-        self._settings = settings
-        self._store = store
+        super().__init__(settings, store)
         self._secret = derive_secret(load_or_create_root_secret(store.home), "client-level-noise")
         self._clip = settings.privacy.adaptive_clip
-        self.rule = rule_for(settings)
         if not isinstance(self.rule, MeanRule):
             raise ConfigError(
                 f"training.aggregation {self.rule.name!r} cannot fold a noised mean.", cure=self.rule.instead
@@ -160,16 +157,12 @@ class ClientLevel:
         self.sampled = settings.training.cohort.selection == "poisson"
 
     def run_facts(self, eligible: int) -> dict[str, Any]:
-        """The constant divisor: the expected size of a cohort.
-
-        Raises:
-            ConfigError: there are too few clients to fill the cohorts and rest between them.
-        """
+        """The constant divisor: the expected size of a cohort."""
         cohort = self._settings.training.cohort
         if cohort.sampling_prob is not None:
             return {EXPECTED_COHORT: cohort.sampling_prob * eligible}
-        size = eligible if cohort.size is None or cohort.selection == "all" else min(cohort.size, eligible)
-        drawn = size if cohort.draw_size is None or cohort.selection == "all" else min(cohort.draw_size, eligible)
+        size = self._cohort_size(cohort.size, eligible)
+        drawn = size if cohort.draw_size is None else self._cohort_size(cohort.draw_size, eligible)
         if drawn * cohort.min_separation > eligible:
             raise ConfigError(
                 f"Cohorts of {drawn} with min_separation {cohort.min_separation} need {drawn * cohort.min_separation} "
@@ -185,11 +178,9 @@ class ClientLevel:
         earlier = self._facts(run_id)[: round_index - 1]
         return float(earlier[-1]["next_l2_clip_norm"]) if earlier else self._settings.privacy.l2_clip_norm
 
-    def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
-        """One charge for the population where the cohort is a secret sample, otherwise one a client."""
-        event = round_event(self._settings, task.noise_multiplier)
-        units = [POPULATION] if self.sampled else list(client_ids)
-        return [_charge(event, task, unit, output_id(task, unit, 1)) for unit in units]
+    def _charged_units(self, client_ids: Sequence[str]) -> Iterable[tuple[str, int]]:
+        """The population where the cohort is a secret sample, otherwise each client."""
+        return ((unit_id, 1) for unit_id in ([POPULATION] if self.sampled else client_ids))
 
     def fault_of(self, update: WeightedUpdate, run_id: str) -> str | None:
         """A norm above what that number of clipped updates allows."""
@@ -249,14 +240,3 @@ class ClientLevel:
             known.append(self._store.versions.get(str(record.version)).lineage[FACTS])
         self._history = run_id, known
         return known
-
-
-def _charge(event: Event, task: TrainTask, unit_id: str, output: str) -> Charge:
-    return charge_of(
-        event,
-        run_id=task.run_id,
-        round_index=task.round_index,
-        unit_id=unit_id,
-        output_id=output,
-        unit=task.privacy_unit,
-    )

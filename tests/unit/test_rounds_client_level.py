@@ -22,9 +22,9 @@ from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import BandedGaussian, Event, Gaussian, PoissonGaussian, SampledTogether
 from fedvit.privacy.round_cost import spend_of
 from fedvit.registry.weights import stored_weights
+from fedvit.rounds.context import RoundBase, train_task
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.protection import ClientLevel, protection_for
-from fedvit.rounds.round_base import RoundBase, train_task
 from fedvit.rounds.steering import AggregationSettings, change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store

@@ -25,8 +25,8 @@ from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import Event, Gaussian
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream
+from fedvit.rounds.context import RoundBase
 from fedvit.rounds.protection import EXPECTED_COHORT, ClientLevel
-from fedvit.rounds.round_base import RoundBase
 from fedvit.store.store import Store
 from fedvit.testing.ranks import on_ranks
 from fedvit.tools.audit import subjects

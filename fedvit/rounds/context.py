@@ -1,13 +1,32 @@
-"""Starting point of a round: the weights, the rule's state, and what of both is sent to the clients."""
+"""Shared context of the training loop, and the starting point and the task of a round."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fedvit.aggregation.rule import Rule, State
 from fedvit.config import Settings
+from fedvit.ports import AccountantPort, ClockPort, FleetPort, ServerModelPort
+from fedvit.store.store import Store
 from fedvit.types import TrainTask, Weights
 from fedvit.wire.tensors import weights_digest
+
+if TYPE_CHECKING:
+    from fedvit.rounds.protection import Protection
+
+
+@dataclass(frozen=True, slots=True)
+class RoundContext:
+    """The settings, the store and the ports of a training loop, and the protection that the settings ask for."""
+
+    settings: Settings
+    store: Store
+    accountant: AccountantPort
+    fleet: FleetPort
+    model: ServerModelPort
+    clock: ClockPort
+    protection: Protection
 
 
 @dataclass(frozen=True, slots=True)
