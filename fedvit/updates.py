@@ -31,19 +31,11 @@ class ClientFailures:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientUpdate:
-    """The decoded update of one client, float64 by parameter name, multiplied by its weight.
-
-    ``weighted_sum[name] = total_weight * (local - base)``, as in a :class:`PartialSum` over this client alone. Where
-    clients are the privacy unit, the update is clipped and its weight is 1; ``within_clip`` is 1 if clipping changed
-    nothing.
-    """
+class _OneClient:
+    """The answer of one client."""
 
     round_index: int
     outcome: ClientOutcome
-    weighted_sum: Mapping[str, npt.NDArray[np.float64]]
-    total_weight: float
-    within_clip: int = 0
 
     @property
     def outcomes(self) -> tuple[ClientOutcome, ...]:
@@ -52,20 +44,27 @@ class ClientUpdate:
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedUpdate:
+class ClientUpdate(_OneClient):
+    """The decoded update of one client, float64 by parameter name, multiplied by its weight.
+
+    ``weighted_sum[name] = total_weight * (local - base)``, as in a :class:`PartialSum` over this client alone. Where
+    clients are the privacy unit, the update is clipped and its weight is 1; ``within_clip`` is 1 if clipping changed
+    nothing.
+    """
+
+    weighted_sum: Mapping[str, npt.NDArray[np.float64]]
+    total_weight: float
+    within_clip: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedUpdate(_OneClient):
     """The answer of one client as bytes, see :mod:`fedvit.wire.updates`.
 
     ``outcome`` says which client was asked, and of how many examples; the bytes may contradict it.
     """
 
-    round_index: int
-    outcome: ClientOutcome
     content: bytes
-
-    @property
-    def outcomes(self) -> tuple[ClientOutcome, ...]:
-        """The client's outcome."""
-        return (self.outcome,)
 
 
 @dataclass(frozen=True, slots=True)

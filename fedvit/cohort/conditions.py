@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Literal
 
 from fedvit.cohort.connectivity import Connection
+from fedvit.store.records import ClientValidation
 from fedvit.types import BudgetReport, Client, RunStatus, TrainingProgress
 
 Status = Literal["True", "False", "Unknown"]
@@ -24,18 +25,13 @@ class Condition:
 
 
 def client_conditions(
-    client: Client, connection: Connection, verdict: str | None, decided_at: datetime | None, automatic: bool = False
+    client: Client, connection: Connection, validation: ClientValidation | None
 ) -> tuple[Condition, ...]:
-    """Connected, Validated, Active and Quarantined.
-
-    Args:
-        verdict: the reason that an operator gave for validating the client or not.
-        decided_at: when that was; None if no operator decided.
-        automatic: the validation follows from the quality of the client's data.
-    """
+    """Connected, Validated, Active and Quarantined; ``validation`` is None where no decision was made."""
+    connected = _status(connection.connected)
     return (
-        Condition("Connected", _status(connection.connected), connection.reason, connection.message, connection.since),
-        _validated(client, verdict, decided_at, automatic),
+        Condition("Connected", connected, connection.reason, connection.message, connection.since),
+        _validated(client, validation),
         _active(client),
         _quarantined(client),
     )
@@ -54,14 +50,14 @@ def progress_conditions(
     return (_running(progress), _budget(budget, frozen), _released(release))
 
 
-def _validated(client: Client, verdict: str | None, decided_at: datetime | None, automatic: bool) -> Condition:
-    if automatic:
-        reason, message = "ByQuality", verdict or "It follows from what was seen of its data."
-    elif decided_at is None:
-        reason, message = "ByDefault", "No decision was made about it."
+def _validated(client: Client, validation: ClientValidation | None) -> Condition:
+    if validation is None:
+        return Condition("Validated", _status(client.validated), "ByDefault", "No decision was made about it.")
+    if validation.automatic:
+        reason, message = "ByQuality", validation.reason or "It follows from what was seen of its data."
     else:
-        reason, message = "ByOperator", verdict or "An operator decided so, without a word."
-    return Condition("Validated", _status(client.validated), reason, message, decided_at)
+        reason, message = "ByOperator", validation.reason or "An operator decided so, without a word."
+    return Condition("Validated", _status(client.validated), reason, message, validation.at)
 
 
 def _active(client: Client) -> Condition:

@@ -79,22 +79,14 @@ def connection_of(contact: LastContact, proxies: ProxyReport | None, now: dateti
         timeout_s: how old the last sign of life may be.
     """
     if contact.kind is ClientKind.VIRTUAL:
-        return _hosted(contact.client_id, proxies)
-    return _heard(contact.last_seen_at, now, timeout_s)
-
-
-def _hosted(client_id: str, proxies: ProxyReport | None) -> Connection:
-    if proxies is None:
-        return Connection(None, "AggregatorSilent", "The aggregator does not say which client proxies answer.")
-    if proxies.reaches(client_id):
-        return Connection(True, "ProxyAnswers", "A client proxy that can host it answers.")
-    return Connection(False, "ProxySilent", "The client proxy that hosts it does not answer.")
-
-
-def _heard(last_seen_at: datetime | None, now: datetime, timeout_s: float) -> Connection:
-    if last_seen_at is None:
+        if proxies is None:
+            return Connection(None, "AggregatorSilent", "The aggregator does not say which client proxies answer.")
+        if proxies.reaches(contact.client_id):
+            return Connection(True, "ProxyAnswers", "A client proxy that can host it answers.")
+        return Connection(False, "ProxySilent", "The client proxy that hosts it does not answer.")
+    if contact.last_seen_at is None:
         return Connection(False, "NeverSeen", "It was never heard.")
-    until = last_seen_at + timedelta(seconds=timeout_s)
+    until = contact.last_seen_at + timedelta(seconds=timeout_s)
     if now <= until:
         return Connection(True, "HeartbeatFresh", f"It was heard within {timeout_s:g} s.", until=until)
     return Connection(False, "HeartbeatMissing", f"It was not heard for more than {timeout_s:g} s.", since=until)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from datetime import datetime, timedelta
 
-from fedvit.cohort.eligible_clients import EligibleClients
+from fedvit.cohort.selection import EligibleClients
 from fedvit.config import CohortConfig
 from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret
 from fedvit.rounds.context import RoundContext

@@ -45,9 +45,8 @@ class MixedFleet:
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
     ) -> Iterator[UpdateMessage | None]:
-        """See :class:`fedvit.ports.FleetPort`."""
         patience_s = self._settings.training.round_timeout_s if timeout_s is None else timeout_s
-        remote = self._remote(cohort)
+        remote = self._remote(cohort.client_ids)
         virtual = replace(cohort, client_ids=tuple(c for c in cohort.client_ids if c not in remote))
         uncharged = self._ask(task, weights, remote.values())
         if uncharged.outcomes:
@@ -69,11 +68,10 @@ class MixedFleet:
                 self._pause(POLL_S)
 
     def in_flight(self) -> frozenset[str]:
-        """The clients that have not answered."""
         return self._virtual.in_flight() | self._asked.keys()
 
     def give_up(self, reason: str) -> list[ClientFailures]:
-        """See :class:`fedvit.ports.FleetPort`; a remote client that answers later gets the reason."""
+        """A remote client that answers later gets the reason."""
         given_up = self._virtual.give_up(reason)
         for client_id, offer in self._asked.items():
             self._work.close(offer, reason)
@@ -87,7 +85,7 @@ class MixedFleet:
 
     def request_histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> None:
         """A remote client gets the request with its next poll, and its histogram is stored as it arrives."""
-        remote = {client.client_id: client for client in self._store.clients.remote(client_ids)}
+        remote = self._remote(client_ids)
         for client in remote.values():
             self._work.leave_histogram_request(request, client)
         self._virtual.request_histograms(request, [client_id for client_id in client_ids if client_id not in remote])
@@ -96,8 +94,8 @@ class MixedFleet:
         """Of virtual clients."""
         return self._virtual.histograms()
 
-    def _remote(self, cohort: Cohort) -> dict[str, Client]:
-        return {client.client_id: client for client in self._store.clients.remote(cohort.client_ids)}
+    def _remote(self, client_ids: Sequence[str]) -> dict[str, Client]:
+        return {client.client_id: client for client in self._store.clients.remote(client_ids)}
 
     def _ask(self, task: TrainTask, weights: Weights, clients: Collection[Client]) -> ClientFailures:
         """Store the task for each client; the clients that could not be asked."""

@@ -77,7 +77,7 @@ class Offer:
 
     def to_json(self) -> dict[str, Any]:
         """As stored."""
-        return {**asdict(self), "encoding": self.encoding.value}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Offer:
@@ -93,7 +93,10 @@ def encoding_for(client: Client, settings: Settings) -> Encoding:
 
 
 class RemoteWork:
-    """The tasks of remote clients and their answers."""
+    """The tasks of remote clients and their answers.
+
+    All methods of the client's side raise NotFoundError for a client that is not registered.
+    """
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings, self._store = settings, store
@@ -139,11 +142,7 @@ class RemoteWork:
     # --- the client's side -------------------------------------------------------------------------------------------
 
     def task(self, client_id: str) -> Offer | None:
-        """The client's present task; None where it has answered, or may not take part.
-
-        Raises:
-            NotFoundError: no such client.
-        """
+        """The client's present task; None where it has answered, or may not take part."""
         client, offer, run = self._store.clients.get(client_id), self._offer(client_id), self._store.runs.latest()
         if offer is None or offer.closed or client.quarantined or not client.active or run is None:
             return None
@@ -152,11 +151,7 @@ class RemoteWork:
         return offer if under_way and not answered else None
 
     def histogram_request(self, client_id: str) -> tuple[HistogramRequest, int] | None:
-        """The histogram that is requested of the client, and the number of records charged for it; None once received.
-
-        Raises:
-            NotFoundError: no such client.
-        """
+        """The requested histogram, and the number of records charged for it; None once received."""
         client, value = self._store.clients.get(client_id), self._store.metadata.get(_HISTOGRAM_KEY + client_id)
         if value is None or client.quarantined or not client.active:
             return None
@@ -166,7 +161,6 @@ class RemoteWork:
         """Store a client's histogram; whether it was expected. Repeating it does nothing.
 
         Raises:
-            NotFoundError: no such client.
             UpdateRejectedError: it is not what was requested.
         """
         requested = self.histogram_request(client_id)
@@ -174,21 +168,16 @@ class RemoteWork:
             return False
         request, size = requested
         counts = checked_counts(request.spec, counts)
-        histogram = ClientHistogram(
-            client_id, run_id, round_index, size, request.spec.digest, request.deviation, counts
-        )
-        self._store.histograms.add([histogram], request.spec)
+        spec, deviation = request.spec, request.deviation
+        histogram = ClientHistogram(client_id, run_id, round_index, size, spec.digest, deviation, counts)
+        self._store.histograms.add([histogram], spec)
         self._store.metadata.set(_HISTOGRAM_KEY + client_id, None)
         return True
 
     def receive(self, client_id: str, run_id: str, round_index: int, content: bytes) -> Receipt:
         """Take an answer, or return the receipt of the one before; repeating it does nothing.
 
-        An invalid answer is stored, too: the round has to know that this client is done.
-
-        Raises:
-            NotFoundError: no such client.
-        """
+        An invalid answer is stored, too: the round has to know that this client is done."""
         known = self.receipt(client_id, run_id, round_index)
         offer = self._offer(client_id)
         if known.status is not ReceiptStatus.REJECTED or offer is None or not offer.is_for(run_id, round_index):
@@ -202,11 +191,7 @@ class RemoteWork:
         return self.receipt(client_id, run_id, round_index)
 
     def receipt(self, client_id: str, run_id: str, round_index: int) -> Receipt:
-        """The receipt of the client's answer to a round.
-
-        Raises:
-            NotFoundError: no such client.
-        """
+        """The receipt of the client's answer to a round."""
         self._store.clients.get(client_id)
         of = (client_id, run_id, round_index)
         offer, content = self._offer(client_id), _read(self._place(*of))
@@ -227,9 +212,8 @@ class RemoteWork:
 
     def _is_charged(self, offer: Offer) -> bool:
         task = offer.task
-        units = {offer.client_id: offer.num_examples}
-        if task.privacy_unit == "client":
-            units = {offer.client_id: 1, POPULATION: 1}
+        by_record = task.privacy_unit == "record"
+        units = {offer.client_id: offer.num_examples} if by_record else {offer.client_id: 1, POPULATION: 1}
         outputs = ((unit, output_id(task, unit, size)) for unit, size in units.items())
         return any(self._store.ledger.is_charged(task.run_id, task.round_index, *output) for output in outputs)
 
@@ -249,11 +233,9 @@ class RemoteWork:
 
     def _fault(self, offer: Offer, content: bytes) -> str | None:
         """The fault that update validation finds, if any."""
-        rule = rule_for(self._settings)
-        sizes = {offer.client_id: offer.num_examples}
-        validator = UpdateValidator.of(self._settings, rule, {}, sizes).with_shapes(
-            self._shapes(offer.task.base_digest)
-        )
+        rule, sizes = rule_for(self._settings), {offer.client_id: offer.num_examples}
+        shapes = self._shapes(offer.task.base_digest)
+        validator = UpdateValidator.of(self._settings, rule, {}, sizes).with_shapes(shapes)
         try:
             update = validator.decoded(offer.answer(content))
             return None if isinstance(update, ClientFailures) else validator.fault_of(update)

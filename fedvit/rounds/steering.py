@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fedvit.config import Settings
 from fedvit.errors import StaleRequestError
@@ -20,6 +20,7 @@ _REQUEST_KEY = "run_request"
 _ROUND_KEY = "round_settings"
 _AGGREGATION_KEY = "aggregation_settings"
 STALENESS_TOLERANCE = 5
+_Changeable = TypeVar("_Changeable", "RoundSettings", "AggregationSettings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +95,15 @@ def change_round_settings(
     Raises:
         StaleRequestError: ``expected_revisions`` are given and the present one is not among them.
     """
-    with store.transaction() as transaction:
-        now = _round_settings(transaction.metadata.get(_ROUND_KEY), settings)
-        _check_revision("training configuration", now.revision, expected_revisions)
-        wanted = replace(
-            now,
-            min_clients=now.min_clients if min_clients is None else min_clients,
-            wait_timeout_s=now.wait_timeout_s if wait_timeout_s is None else wait_timeout_s,
-        )
-        changed = now if wanted == now else replace(wanted, revision=now.revision + 1)
-        transaction.metadata.set(_ROUND_KEY, asdict(changed))
-        return changed
+
+    def wish(now: RoundSettings) -> RoundSettings:
+        fewest = now.min_clients if min_clients is None else min_clients
+        return RoundSettings(now.revision, fewest, now.wait_timeout_s if wait_timeout_s is None else wait_timeout_s)
+
+    def read(value: Any | None) -> RoundSettings:
+        return _round_settings(value, settings)
+
+    return _change(store, _ROUND_KEY, "training configuration", read, wish, expected_revisions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +129,13 @@ class AggregationSettings:
 
 def aggregation_settings(store: Store) -> AggregationSettings:
     """The settings in force."""
-    return AggregationSettings(**store.metadata.get(_AGGREGATION_KEY) or {})
+    return _aggregation_settings(store.metadata.get(_AGGREGATION_KEY))
 
 
 def begin_in_initial_mode(store: Store, settings: Settings) -> AggregationSettings:
     """Put ``training.initial_mode`` in force where no mode was ever set."""
-    wanted = settings.training.initial_mode
-
-    def wish(now: AggregationSettings) -> AggregationSettings:
-        return replace(now, **wanted.model_dump()) if now.revision == 0 else now
-
-    return change_aggregation_settings(store, wish)
+    wanted = settings.training.initial_mode.model_dump()
+    return change_aggregation_settings(store, lambda now: now if now.revision else replace(now, **wanted))
 
 
 def change_aggregation_settings(
@@ -154,25 +149,35 @@ def change_aggregation_settings(
     Raises:
         StaleRequestError: ``expected_revisions`` are given and the present one is not among them.
     """
+    return _change(store, _AGGREGATION_KEY, "aggregation mode", _aggregation_settings, wish, expected_revisions)
+
+
+def _change(
+    store: Store,
+    key: str,
+    name: str,
+    read: Callable[[Any | None], _Changeable],
+    wish: Callable[[_Changeable], _Changeable],
+    expected_revisions: Collection[int] | None,
+) -> _Changeable:
     with store.transaction() as transaction:
-        now = AggregationSettings(**transaction.metadata.get(_AGGREGATION_KEY) or {})
-        _check_revision("aggregation mode", now.revision, expected_revisions)
+        now = read(transaction.metadata.get(key))
+        if expected_revisions is not None and now.revision not in expected_revisions:
+            raise StaleRequestError(
+                f"The {name} was changed meanwhile; it has the revision {now.revision}.",
+                cure="Read it again and repeat the change with its ETag.",
+            )
         wanted = wish(now)
         changed = now if wanted == now else replace(wanted, revision=now.revision + 1)
-        transaction.metadata.set(_AGGREGATION_KEY, asdict(changed))
+        transaction.metadata.set(key, asdict(changed))
         return changed
 
 
-def _check_revision(what: str, revision: int, expected: Collection[int] | None) -> None:
-    if expected is not None and revision not in expected:
-        raise StaleRequestError(
-            f"The {what} was changed meanwhile; it has the revision {revision}.",
-            cure="Read it again and repeat the change with its ETag.",
-        )
+def _aggregation_settings(value: Any | None) -> AggregationSettings:
+    return AggregationSettings(**value or {})
 
 
 def _round_settings(value: Any | None, settings: Settings) -> RoundSettings:
     if value is not None:
         return RoundSettings(**value)
-    training = settings.training
-    return RoundSettings(0, training.cohort.min_clients, training.round_timeout_s)
+    return RoundSettings(0, settings.training.cohort.min_clients, settings.training.round_timeout_s)

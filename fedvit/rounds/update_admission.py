@@ -108,9 +108,8 @@ class ValidAnswer:
         """The answer as the round records it: its staleness in every outcome, and no arrays if it is rejected."""
         update, staleness = self.update, round_index - self.update.round_index
         reasons = {rejection.client_id: rejection.reason for rejection in self.rejections}
-        outcomes = tuple(
-            replace(o, error=reasons.get(o.client_id, o.error), staleness=staleness) for o in update.outcomes
-        )
+        own = update.outcomes
+        outcomes = tuple(replace(o, error=reasons.get(o.client_id, o.error), staleness=staleness) for o in own)
         if reasons or isinstance(update, ClientFailures):
             return ClientFailures(update.round_index, outcomes)
         if isinstance(update, ClientUpdate):
@@ -228,10 +227,8 @@ class UpdateAdmission:
         rejected = {rejection.client_id: rejection.reason for answer in taken for rejection in answer.rejections}
         unexpected = {client_id: rejection.reason for client_id, rejection in self._unexpected.items()}
         answers = tuple(answer.outcome(self._round_index) for answer in taken)
-        updates = RoundUpdates(
-            self._round_index, self._policy.mode, answers, rejected, unexpected, staleness=self._staleness
-        )
-        return updates, left
+        mode = self._policy.mode
+        return RoundUpdates(self._round_index, mode, answers, rejected, unexpected, self._staleness), left
 
     def _judge_all(self) -> int:
         for answer in self._answers:
@@ -276,7 +273,9 @@ class UpdateAdmission:
         except UpdateRejectedError as error:
             reason = f"its update is refused: {error.message}"
             return _rejected(part.round_index, part.outcomes, RejectionCode.INVALID_UPDATE, reason)
-        _count_bytes(update.outcomes)
+        for outcome in update.outcomes:
+            if outcome.sent_bytes is not None:
+                _BYTES.labels(str(outcome.encoding)).inc(outcome.sent_bytes)
         if isinstance(update, ClientFailures) or all(outcome.error for outcome in update.outcomes):
             return ValidAnswer(ClientFailures(update.round_index, update.outcomes)), []
         if fault := self._validator.fault_of(update):
@@ -294,9 +293,3 @@ def _rejected(
     failed = tuple(o if o.error else replace(o, error=reason, counted_against_client=counted) for o in outcomes)
     rejections = [Rejection(client_id, code, reason) for client_id in contributors]
     return ValidAnswer(ClientFailures(round_index, failed)), rejections
-
-
-def _count_bytes(outcomes: Iterable[ClientOutcome]) -> None:
-    for outcome in outcomes:
-        if outcome.sent_bytes is not None:
-            _BYTES.labels(str(outcome.encoding)).inc(outcome.sent_bytes)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedvit.aggregation.rule import Rule
+from fedvit.errors import NotFoundError
 from fedvit.ports import Charge, ExportedModel, LedgerEntry, ModelBenchmark, ProxyReport
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream
@@ -54,6 +55,32 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         """Let time pass."""
         self._now += timedelta(seconds=seconds)
+
+
+class MemoryBlobStore:
+    """Blobs in memory, where nothing can damage them. Implements :class:`fedvit.ports.BlobStorePort`."""
+
+    def __init__(self) -> None:
+        self._contents: dict[str, bytes] = {}
+
+    def put(self, content: bytes) -> str:
+        digest = hashlib.sha256(content).hexdigest()
+        self._contents[digest] = bytes(content)
+        return digest
+
+    def put_pieces(self, pieces: Sequence[bytes | memoryview]) -> str:
+        return self.put(b"".join(pieces))
+
+    def get(self, digest: str) -> bytes:
+        if digest not in self._contents:
+            raise NotFoundError(f"There is no blob {digest[:80]!r}.", cure="Store it first.")
+        return self._contents[digest]
+
+    def get_range(self, digest: str, start: int, stop: int) -> bytes:
+        return self.get(digest)[start:stop]
+
+    def size(self, digest: str) -> int:
+        return len(self.get(digest))
 
 
 class GenerousAccountant:

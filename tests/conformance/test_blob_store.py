@@ -10,7 +10,7 @@ import pytest
 from fedvit.errors import NotFoundError
 from fedvit.ports import BlobStorePort
 from fedvit.store.blobs import FileBlobStore
-from fedvit.testing.blobs import MemoryBlobStore
+from fedvit.testing.doubles import MemoryBlobStore
 
 CONTENT = b"weights"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

@@ -55,13 +55,7 @@ class Liveness:
     def shown(self, client: Client, verdict: ClientValidation | None) -> ClientView:
         """One client whose validation is read already."""
         client = self._newest(client)
-        conditions = client_conditions(
-            client,
-            self._connection(client.last_contact),
-            verdict=verdict.reason if verdict else None,
-            decided_at=verdict.at if verdict else None,
-            automatic=verdict.automatic if verdict else False,
-        )
+        conditions = client_conditions(client, self._connection(client.last_contact), verdict)
         return ClientView.of(client, conditions=conditions)
 
     def good_until(self, clients: Iterable[Client]) -> datetime | None:
