@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
@@ -13,7 +12,6 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from fedvit.api.problems import error_of
-from fedvit.api.transport import open_http
 from fedvit.errors import ControlApiError, ControlUnreachableError, UsageError
 from fedvit.ports import ClockPort
 
@@ -32,27 +30,20 @@ class Caller:
     Idempotency-Key.
 
     Args:
+        http: its connections; ``base_url`` is its URL as it was given, without a slash at the end.
         before_change: called with every changing request before it is sent; what it raises reaches the caller.
-
-    Raises:
-        UsageError: ``base_url`` is no http(s) URL, ``token`` no token, or ``verify`` names no certificates.
     """
 
     def __init__(
         self,
+        http: httpx.Client,
         base_url: str,
-        *,
-        token: str | None,
-        timeout_s: float,
-        verify: Path | bool,
-        transport: httpx.BaseTransport | None,
         sleep: Callable[[float], None],
         clock: ClockPort,
         before_change: Callable[[httpx.Request], None] | None,
     ) -> None:
-        self.base_url, self.sleep, self.clock = base_url.rstrip("/"), sleep, clock
-        self._before_change = before_change
-        self._http = open_http(base_url, timeout_s=timeout_s, token=token, verify=verify, transport=transport)
+        self.base_url, self.sleep, self.clock = base_url, sleep, clock
+        self._http, self._before_change = http, before_change
 
     def close(self) -> None:
         """Give connections back."""
@@ -77,25 +68,13 @@ class Caller:
         repeatable: bool = True,
     ) -> httpx.Response:
         """The answer to a change; without a ``key`` it gets one of its own, unless it shall not be ``repeatable``."""
-        headers = {} if if_match is None else {"If-Match": if_match}
-        if repeatable:
-            headers["Idempotency-Key"] = key or uuid.uuid4().hex
-        request = self._http.build_request(method, path, json=body, headers=headers)
-        if self._before_change is not None:
-            self._before_change(request)
-        return self._exchange(request)
+        headers = given(**{"If-Match": if_match, "Idempotency-Key": key or uuid.uuid4().hex if repeatable else None})
+        return self._change(self._http.build_request(method, path, json=body, headers=headers))
 
     def put(self, path: str, content: bytes) -> httpx.Response:
         """The answer to bytes that are put in their place; to repeat that does nothing."""
         headers = {"Content-Type": "application/octet-stream"}
-        request = self._http.build_request("PUT", path, content=content, headers=headers)
-        if self._before_change is not None:
-            self._before_change(request)
-        return self._exchange(request)
-
-    def change(self, kind: type[T], method: str, path: str, body: Mapping[str, Any] | None = None, **more: Any) -> T:
-        """A change's answer as a ``kind``; ``more`` is that of :meth:`send`."""
-        return self.parsed(kind, self.send(method, path, body, **more))
+        return self._change(self._http.build_request("PUT", path, content=content, headers=headers))
 
     def parsed(self, kind: type[T], response: httpx.Response) -> T:
         """The answer as a ``kind``.
@@ -104,8 +83,7 @@ class Caller:
             ControlApiError: it is none.
         """
         try:
-            adapter: TypeAdapter[T] = _adapter(cast(Any, kind))
-            return adapter.validate_json(response.content)
+            return cast(T, _adapter(cast(Any, kind)).validate_json(response.content))
         except ValidationError as error:
             fault = error.errors(include_url=False)[0]
             place = ".".join(map(str, fault["loc"])) or "the body"
@@ -114,6 +92,11 @@ class Caller:
                 cure="See that the URL is a control API's, and that both sides have the same version of fedvit.",
                 status=response.status_code,
             ) from None
+
+    def _change(self, request: httpx.Request) -> httpx.Response:
+        if self._before_change is not None:
+            self._before_change(request)
+        return self._exchange(request)
 
     def _exchange(self, request: httpx.Request) -> httpx.Response:
         repeatable = request.method in ("GET", "PUT") or "Idempotency-Key" in request.headers
@@ -126,17 +109,20 @@ class Caller:
             except httpx.HTTPError as error:
                 raise self._unreachable(request, error) from None
             else:
-                if pause_s is None or not _is_under_way(response):
-                    return _checked(response)
+                # 409 with Retry-After: the same request, sent before, is still being worked on.
+                under_way = response.status_code == httpx.codes.CONFLICT and "Retry-After" in response.headers
+                if pause_s is None or not under_way:
+                    if response.is_success:
+                        return response
+                    raise error_of(response.status_code, response.text, response.reason_phrase)
             self.sleep(pause_s)
         raise AssertionError("the last attempt returns or raises")
 
     def _unreachable(self, request: httpx.Request, error: httpx.HTTPError) -> ControlUnreachableError:
-        key = request.headers.get("Idempotency-Key")
         return ControlUnreachableError(
             f"The control API at {self.base_url} does not answer: {str(error) or type(error).__name__}.",
             cure="See that it runs (`fedvit status`) and that the URL is right.",
-            **given(idempotency_key=key),
+            **given(idempotency_key=request.headers.get("Idempotency-Key")),
         )
 
 
@@ -144,7 +130,13 @@ class Group:
     """Some routes of one control API."""
 
     def __init__(self, caller: Caller) -> None:
-        self._caller = caller
+        self._caller, self._read = caller, caller.read
+
+    def _post(
+        self, kind: type[T], path: str, body: Mapping[str, Any] | None = None, key: str | None = None, **more: Any
+    ) -> T:
+        """A change's answer as a ``kind``; ``more`` is that of :meth:`Caller.send`."""
+        return self._caller.parsed(kind, self._caller.send(more.pop("method", "POST"), path, body, key=key, **more))
 
 
 def pages(read: Callable[[int, int], Sequence[T]], page_size: int) -> Iterator[T]:
@@ -173,17 +165,6 @@ def segment(name: str) -> str:
     return quote(name, safe="")
 
 
-def _checked(response: httpx.Response) -> httpx.Response:
-    if response.is_success:
-        return response
-    raise error_of(response.status_code, response.text, response.reason_phrase)
-
-
 @lru_cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
-
-
-def _is_under_way(response: httpx.Response) -> bool:
-    """Whether it says that the same request, sent before, is still being worked on."""
-    return response.status_code == httpx.codes.CONFLICT and "Retry-After" in response.headers

@@ -25,7 +25,7 @@ class Clients(Group):
 
     def status(self, limit: int = 100, offset: int = 0) -> ClientsStatus:
         """A page of clients, and the totals."""
-        return self._caller.read(ClientsStatus, "/api/clients/status", limit=limit, offset=offset)
+        return self._read(ClientsStatus, "/api/clients/status", limit=limit, offset=offset)
 
     def iterate(self, page_size: int = PAGE) -> Iterator[ClientView]:
         """Every client."""
@@ -33,7 +33,7 @@ class Clients(Group):
 
     def get(self, client_id: str) -> ClientView:
         """One client."""
-        return self._caller.read(ClientView, f"/api/clients/{segment(client_id)}")
+        return self._read(ClientView, f"/api/clients/{segment(client_id)}")
 
     def register(
         self,
@@ -46,37 +46,34 @@ class Clients(Group):
     ) -> ClientView:
         """Add a vehicle, or bring one back; registering twice is harmless."""
         body = given(device_id=device_id, kind=kind, num_examples=num_examples, capabilities=capabilities)
-        return self._caller.change(ClientView, "POST", "/api/clients/register", body, key=idempotency_key)
+        return self._post(ClientView, "/api/clients/register", body, key=idempotency_key)
 
     def remove(self, client_id: str, *, idempotency_key: str | None = None) -> ClientView:
         """Take a client out of the active list; its record and its privacy spend remain."""
-        return self._caller.change(ClientView, "DELETE", f"/api/clients/{segment(client_id)}", key=idempotency_key)
+        return self._post(ClientView, f"/api/clients/{segment(client_id)}", key=idempotency_key, method="DELETE")
 
     def validate(
         self, client_id: str, validated: bool = True, *, reason: str | None = None, idempotency_key: str | None = None
     ) -> ClientView:
         """Say whether a client's data was checked."""
         body = given(validated=validated, reason=reason)
-        path = f"/api/clients/{segment(client_id)}/validate"
-        return self._caller.change(ClientView, "POST", path, body, key=idempotency_key)
+        return self._post(ClientView, f"/api/clients/{segment(client_id)}/validate", body, key=idempotency_key)
 
     def reinstate(self, client_id: str, justification: str, *, idempotency_key: str | None = None) -> ClientView:
         """Lift a client's quarantine."""
         body = {"justification": justification}
-        path = f"/api/clients/{segment(client_id)}/reinstate"
-        return self._caller.change(ClientView, "POST", path, body, key=idempotency_key)
+        return self._post(ClientView, f"/api/clients/{segment(client_id)}/reinstate", body, key=idempotency_key)
 
     def heartbeat(
         self, client_id: str, *, status: HeartbeatStatus = "ok", model_version: str | None = None
     ) -> HeartbeatView:
         """Say that a vehicle is there. Not repeated when the line breaks: the next one does as well."""
         body = given(status=status, model_version=model_version)
-        path = f"/api/clients/{segment(client_id)}/heartbeat"
-        return self._caller.change(HeartbeatView, "POST", path, body, repeatable=False)
+        return self._post(HeartbeatView, f"/api/clients/{segment(client_id)}/heartbeat", body, repeatable=False)
 
     def task(self, client_id: str) -> RemoteTaskView:
         """What a remote client shall train now, if anything."""
-        return self._caller.read(RemoteTaskView, f"/api/clients/{segment(client_id)}/task")
+        return self._read(RemoteTaskView, f"/api/clients/{segment(client_id)}/task")
 
     def task_weights(self, client_id: str) -> bytes:
         """What its task starts from, as safetensors; unverified."""
@@ -90,20 +87,19 @@ class Clients(Group):
     def histogram(self, client_id: str, run_id: str, round_index: int, counts: Sequence[int]) -> HistogramReceipt:
         """Bring a client's noised counts; repeating it does nothing."""
         path = f"/api/clients/{segment(client_id)}/histograms/{segment(run_id)}/{round_index}"
-        return self._caller.change(HistogramReceipt, "PUT", path, {"counts": list(counts)})
+        return self._post(HistogramReceipt, path, {"counts": list(counts)}, method="PUT")
 
     def receipt(self, client_id: str, run_id: str, round_index: int) -> ReceiptView:
         """What became of a client's update to a round."""
-        path = f"/api/clients/{segment(client_id)}/updates/{segment(run_id)}/{round_index}"
-        return self._caller.read(ReceiptView, path)
+        return self._read(ReceiptView, f"/api/clients/{segment(client_id)}/updates/{segment(run_id)}/{round_index}")
 
     def connectivity(self, limit: int = 100, offset: int = 0) -> ConnectivityView:
         """Who is heard; the page is one of the clients that are not."""
-        return self._caller.read(ConnectivityView, "/api/clients/connectivity", limit=limit, offset=offset)
+        return self._read(ConnectivityView, "/api/clients/connectivity", limit=limit, offset=offset)
 
     def data_quality(self, limit: int = 100, offset: int = 0) -> QualityView:
         """How far the clients' contributions can be trusted."""
-        return self._caller.read(QualityView, "/api/clients/data-quality", limit=limit, offset=offset)
+        return self._read(QualityView, "/api/clients/data-quality", limit=limit, offset=offset)
 
 
 class Monitoring(Group):
@@ -111,7 +107,7 @@ class Monitoring(Group):
 
     def data_drift(self) -> DriftView:
         """Whether what vehicles see has moved away from what the model learned."""
-        return self._caller.read(DriftView, "/api/monitoring/data-drift")
+        return self._read(DriftView, "/api/monitoring/data-drift")
 
 
 class Communication(Group):
@@ -119,14 +115,12 @@ class Communication(Group):
 
     def backup(self) -> BackupView:
         """Whether it is open, and what went through it."""
-        return self._caller.read(BackupView, "/api/communication/backup")
+        return self._read(BackupView, "/api/communication/backup")
 
     def enable_backup(self, *, idempotency_key: str | None = None) -> BackupView:
         """Open it; harmless when repeated."""
-        path = "/api/communication/enable-backup"
-        return self._caller.change(BackupView, "POST", path, key=idempotency_key)
+        return self._post(BackupView, "/api/communication/enable-backup", key=idempotency_key)
 
     def disable_backup(self, *, idempotency_key: str | None = None) -> BackupView:
         """Close it; harmless when repeated."""
-        path = "/api/communication/disable-backup"
-        return self._caller.change(BackupView, "POST", path, key=idempotency_key)
+        return self._post(BackupView, "/api/communication/disable-backup", key=idempotency_key)

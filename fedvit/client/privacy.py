@@ -18,15 +18,15 @@ class Privacy(Group):
 
     def budget(self) -> BudgetView:
         """The budget, for the most exposed client."""
-        return self._caller.read(BudgetView, "/api/privacy/budget")
+        return self._read(BudgetView, "/api/privacy/budget")
 
     def history(self, hours: float = 24, limit: int = 1000) -> tuple[SpendView, ...]:
         """The ledger's entries of the last hours, oldest first."""
-        return self._caller.read(tuple[SpendView, ...], "/api/privacy/history", hours=hours, limit=limit)
+        return self._read(tuple[SpendView, ...], "/api/privacy/history", hours=hours, limit=limit)
 
     def periods(self) -> tuple[PeriodView, ...]:
         """Every budget that was granted anew: what, why and by whom."""
-        return self._caller.read(tuple[PeriodView, ...], "/api/privacy/periods")
+        return self._read(tuple[PeriodView, ...], "/api/privacy/periods")
 
     def reset_budget(
         self, new_epsilon: float, justification: str, *, idempotency_key: str | None = None
@@ -40,8 +40,7 @@ class Privacy(Group):
 
     def approve_reset(self, request_id: str, *, idempotency_key: str | None = None) -> BudgetView:
         """Put a reset that another admin requested in force."""
-        path = f"/api/privacy/reset-budget/{segment(request_id)}/approve"
-        return self._caller.change(BudgetView, "POST", path, key=idempotency_key)
+        return self._post(BudgetView, f"/api/privacy/reset-budget/{segment(request_id)}/approve", key=idempotency_key)
 
 
 class Emergency(Group):
@@ -49,7 +48,7 @@ class Emergency(Group):
 
     def status(self) -> EmergencyView:
         """The incident in force, and the clients in quarantine."""
-        return self._caller.read(EmergencyView, "/api/emergency")
+        return self._read(EmergencyView, "/api/emergency")
 
     def privacy_breach(
         self,
@@ -73,12 +72,12 @@ class Emergency(Group):
             immediate_actions=list(immediate_actions),
             description=description,
         )
-        return self._caller.change(BreachView, "POST", "/api/emergency/privacy-breach", body, key=idempotency_key)
+        return self._post(BreachView, "/api/emergency/privacy-breach", body, key=idempotency_key)
 
     def stand_down(self, incident_id: str, justification: str, *, idempotency_key: str | None = None) -> StandDownView:
         """End an incident: the ledger thaws; quarantined clients stay so until each is reinstated."""
         body = {"incident_id": incident_id, "justification": justification}
-        return self._caller.change(StandDownView, "POST", "/api/emergency/stand-down", body, key=idempotency_key)
+        return self._post(StandDownView, "/api/emergency/stand-down", body, key=idempotency_key)
 
 
 class Incidents(Group):
@@ -86,12 +85,12 @@ class Incidents(Group):
 
     def receive(self, message: Mapping[str, Any]) -> ReceivedView:
         """Tell alerts as Alertmanager does (webhook, payload version 4); harmless when repeated."""
-        return self._caller.change(ReceivedView, "POST", "/api/incidents/alerts", message)
+        return self._post(ReceivedView, "/api/incidents/alerts", message)
 
     def list(self, incident_status: str | None = None, limit: int = 50, offset: int = 0) -> tuple[IncidentSummary, ...]:
         """Incidents, newest first; ``incident_status`` is ``open`` or ``resolved``, None filters nothing."""
         kind = tuple[IncidentSummary, ...]
-        return self._caller.read(kind, "/api/incidents", status=incident_status, limit=limit, offset=offset)
+        return self._read(kind, "/api/incidents", status=incident_status, limit=limit, offset=offset)
 
     def iterate(self, incident_status: str | None = None, page_size: int = PAGE) -> Iterator[IncidentSummary]:
         """Every incident, newest first."""
@@ -99,7 +98,7 @@ class Incidents(Group):
 
     def get(self, incident_id: str) -> IncidentDetail:
         """One incident, with its timeline and what the runbook says to do."""
-        return self._caller.read(IncidentDetail, f"/api/incidents/{segment(incident_id)}")
+        return self._read(IncidentDetail, f"/api/incidents/{segment(incident_id)}")
 
     def add_note(
         self, incident_id: str, text: str, *, section: str | None = None, idempotency_key: str | None = None
@@ -110,7 +109,7 @@ class Incidents(Group):
         ``action_item``.
         """
         path = f"/api/incidents/{segment(incident_id)}/notes"
-        return self._caller.change(IncidentDetail, "POST", path, given(section=section, text=text), key=idempotency_key)
+        return self._post(IncidentDetail, path, given(section=section, text=text), key=idempotency_key)
 
     def report(self, incident_id: str) -> str:
         """The runbook's template in Markdown, filled with what is known."""

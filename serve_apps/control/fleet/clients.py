@@ -29,8 +29,8 @@ from serve_apps.control.fleet.liveness import Liveness
 from serve_apps.control.http.access import OPERATOR, VIEWER, CurrentIdentity, Note, requires
 from serve_apps.control.http.pages import Page, Pages
 from serve_apps.control.http.parameters import Limit, RowOffset
+from serve_apps.control.http.route import route
 from serve_apps.control.services import Services
-from serve_apps.problems import documented
 
 
 def add_client_routes(
@@ -58,7 +58,7 @@ def _add_status(api: FastAPI, services: Services, liveness: Liveness, heartbeats
         )
         return Page(view.model_dump_json().encode(), good_until)
 
-    @api.get("/api/clients/status", tags=["clients"], dependencies=VIEWER, response_model=ClientsStatus)
+    @route(api, "GET /api/clients/status", "clients", VIEWER, response_model=ClientsStatus)
     async def status(limit: Limit = 100, offset: RowOffset = 0) -> Response:
         """A page of clients and the totals; ``last_seen_at`` may be a second old."""
         body = pages.find((offset, limit))
@@ -68,7 +68,7 @@ def _add_status(api: FastAPI, services: Services, liveness: Liveness, heartbeats
 
 
 def _add_connectivity(api: FastAPI, services: Services, liveness: Liveness, mailbox: Mailbox) -> None:
-    @api.get("/api/clients/connectivity", tags=["clients"], dependencies=VIEWER)
+    @route(api, "GET /api/clients/connectivity", "clients", VIEWER)
     def connectivity(limit: Limit = 100, offset: RowOffset = 0) -> ConnectivityView:
         """Which active clients are connected: virtual ones while their proxy answers, others while they are heard."""
         fleet = liveness.connectivity()
@@ -91,12 +91,7 @@ def _add_connectivity(api: FastAPI, services: Services, liveness: Liveness, mail
 
 
 def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
-    @api.post(
-        "/api/clients/register",
-        tags=["clients"],
-        status_code=201,
-        dependencies=[requires(Scope.OPERATOR, Scope.DEVICE)],
-    )
+    @route(api, "POST /api/clients/register", "clients", [requires(Scope.OPERATOR, Scope.DEVICE)], status_code=201)
     def register(request: RegisterClient, note: Note, who: CurrentIdentity) -> ClientView:
         """Add a vehicle, or bring one back; registering twice is harmless."""
         who.check_speaks_for(request.device_id)
@@ -120,7 +115,7 @@ def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
         note.after = _facts(client)
         return liveness.view(client)
 
-    @api.delete("/api/clients/{client_id}", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
+    @route(api, "DELETE /api/clients/{client_id}", "clients", OPERATOR, 404)
     def remove(client_id: str, note: Note) -> ClientView:
         """Take a client out of the active list; its record and its privacy spend remain."""
         note.before = _facts(store.clients.get(client_id))
@@ -129,7 +124,7 @@ def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
         return liveness.view(client)
 
     # Behind the lists: their paths would be taken for a client's.
-    @api.get("/api/clients/{client_id}", tags=["clients"], dependencies=VIEWER, responses=documented(404))
+    @route(api, "GET /api/clients/{client_id}", "clients", VIEWER, 404)
     def client(client_id: str) -> ClientView:
         """One client, and what holds of it."""
         return liveness.view(store.clients.get(client_id))
@@ -138,7 +133,7 @@ def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
 def _add_verdicts(api: FastAPI, services: Services, liveness: Liveness) -> None:
     store = services.store
 
-    @api.post("/api/clients/{client_id}/reinstate", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
+    @route(api, "POST /api/clients/{client_id}/reinstate", "clients", OPERATOR, 404)
     def reinstate(client_id: str, request: ReinstateRequest, note: Note) -> ClientView:
         """Lift a client's quarantine; harmless where there is none. The justification stands in the audit trail."""
         note.before = _facts(store.clients.get(client_id))
@@ -146,7 +141,7 @@ def _add_verdicts(api: FastAPI, services: Services, liveness: Liveness) -> None:
         note.after = _facts(client)
         return liveness.view(client)
 
-    @api.post("/api/clients/{client_id}/validate", tags=["clients"], dependencies=OPERATOR, responses=documented(404))
+    @route(api, "POST /api/clients/{client_id}/validate", "clients", OPERATOR, 404)
     def validate(client_id: str, request: ValidateRequest, note: Note) -> ClientView:
         """Record whether a client's data can be trusted; a run with ``validated_only`` draws no others."""
         note.before = _facts(store.clients.get(client_id))

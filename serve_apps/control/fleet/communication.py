@@ -7,15 +7,13 @@ from fastapi import FastAPI
 from fedvit.api.clients import BackupView
 from fedvit.operations.mailbox import Mailbox
 from serve_apps.control.http.access import OPERATOR, VIEWER, Note
-from serve_apps.problems import documented
+from serve_apps.control.http.route import route
 
 
 def add_communication_routes(api: FastAPI, mailbox: Mailbox) -> None:
     """Add the routes of the backup channel."""
 
-    @api.post(
-        "/api/communication/enable-backup", tags=["communication"], dependencies=OPERATOR, responses=documented(503)
-    )
+    @route(api, "POST /api/communication/enable-backup", "communication", OPERATOR, 503)
     def enable(note: Note) -> BackupView:
         """Take the messages that vehicles left in the mailbox, those left before included; harmless when repeated."""
         note.before = {"enabled": mailbox.enabled()}
@@ -23,9 +21,7 @@ def add_communication_routes(api: FastAPI, mailbox: Mailbox) -> None:
         note.after = {"enabled": state.enabled, "url": state.url}
         return BackupView.of(state)
 
-    @api.post(
-        "/api/communication/disable-backup", tags=["communication"], dependencies=OPERATOR, responses=documented(503)
-    )
+    @route(api, "POST /api/communication/disable-backup", "communication", OPERATOR, 503)
     def disable(note: Note) -> BackupView:
         """Leave messages where they are; harmless when repeated."""
         note.before = {"enabled": mailbox.enabled()}
@@ -33,7 +29,7 @@ def add_communication_routes(api: FastAPI, mailbox: Mailbox) -> None:
         note.after = {"enabled": state.enabled, "url": state.url}
         return BackupView.of(state)
 
-    @api.get("/api/communication/backup", tags=["communication"], dependencies=VIEWER, responses=documented(422, 503))
+    @route(api, "GET /api/communication/backup", "communication", VIEWER, 422, 503)
     def backup() -> BackupView:
         """How the channel stands."""
         return BackupView.of(mailbox.state())

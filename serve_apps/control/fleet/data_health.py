@@ -18,6 +18,7 @@ from fedvit.store.records import Release
 from serve_apps.control.fleet.liveness import Liveness
 from serve_apps.control.http.access import VIEWER
 from serve_apps.control.http.parameters import Limit, RowOffset
+from serve_apps.control.http.route import route
 from serve_apps.control.services import Services
 
 
@@ -25,7 +26,7 @@ def add_data_health_routes(api: FastAPI, services: Services, liveness: Liveness)
     """Add the routes of data quality and data drift."""
     store = services.store
 
-    @api.get("/api/clients/data-quality", tags=["clients"], dependencies=VIEWER)
+    @route(api, "GET /api/clients/data-quality", "clients", VIEWER)
     def data_quality(limit: Limit = 100, offset: RowOffset = 0) -> QualityView:
         """How far clients can be relied on: rounds, records, silence, and what noised histograms and updates show."""
         against = data_health.doubts(store, data_health.histograms(store))
@@ -39,7 +40,7 @@ def add_data_health_routes(api: FastAPI, services: Services, liveness: Liveness)
             clients=tuple(ClientQualityView.of(client) for client in fleet.clients[offset : offset + limit]),
         )
 
-    @api.get("/api/monitoring/data-drift", tags=["monitoring"], dependencies=VIEWER)
+    @route(api, "GET /api/monitoring/data-drift", "monitoring", VIEWER)
     def data_drift() -> DriftView:
         """Whether held-out loss, the mix of answers of the inference replicas, or clients' histograms have moved."""
         release, histograms = store.releases.current(), data_health.histograms(store)

@@ -16,9 +16,9 @@ from fedvit.operations.mailbox import Mailbox
 from fedvit.ports import ClockPort
 from fedvit.store.store import Store
 from serve_apps.control.http.access import CurrentIdentity, requires
+from serve_apps.control.http.route import route
 from serve_apps.control.http.write_behind import WriteBehind
 from serve_apps.control.services import Services
-from serve_apps.problems import documented
 
 # One a process, however many applications it builds.
 _COUNTED = counter("heartbeats_total")
@@ -92,11 +92,12 @@ def add_heartbeat_routes(api: FastAPI, services: Services, heartbeats: Heartbeat
     interval_s = services.settings.fleet.heartbeat_interval_s
     channel = _Channel(services.store, mailbox)
 
-    @api.post(
-        "/api/clients/{client_id}/heartbeat",
-        tags=["clients"],
-        dependencies=[requires(Scope.DEVICE, Scope.OPERATOR, audited=False)],
-        responses=documented(404),
+    @route(
+        api,
+        "POST /api/clients/{client_id}/heartbeat",
+        "clients",
+        [requires(Scope.DEVICE, Scope.OPERATOR, audited=False)],
+        404,
     )
     async def heartbeat(client_id: str, request: HeartbeatRequest, who: CurrentIdentity) -> HeartbeatView:
         """A vehicle is there; a token that is bound to a client speaks for that one only."""

@@ -23,9 +23,8 @@ from fedvit.rounds.remote import FROZEN_DIGEST, Offer, Receipt, RemoteWork
 from fedvit.wire.histograms import HistogramRequest
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.http.access import CurrentIdentity, requires
-from serve_apps.control.http.route import takes_bytes
+from serve_apps.control.http.route import route, takes_bytes
 from serve_apps.control.services import Services
-from serve_apps.problems import documented
 
 _DEVICE = [requires(Scope.DEVICE, Scope.OPERATOR)]
 # What becomes of an update stands in the round's outcomes and in the version's lineage, not in the audit trail.
@@ -46,7 +45,7 @@ def add_remote_client_routes(api: FastAPI, services: Services, heartbeats: Heart
 def _add_tasks(api: FastAPI, services: Services, heartbeats: Heartbeats, work: RemoteWork) -> None:
     store, fleet = services.store, services.settings.fleet
 
-    @api.get("/api/clients/{client_id}/task", tags=["clients"], dependencies=_DEVICE, responses=documented(404))
+    @route(api, "GET /api/clients/{client_id}/task", "clients", _DEVICE, 404)
     def task(client_id: str, who: CurrentIdentity) -> RemoteTaskView:
         """What a remote client shall train now. To ask is to show that one is there."""
         who.check_speaks_for(client_id)
@@ -60,13 +59,14 @@ def _add_tasks(api: FastAPI, services: Services, heartbeats: Heartbeats, work: R
             histogram=None if wanted is None else _histogram_view(client_id, *wanted),
         )
 
-    @api.get(
-        "/api/clients/{client_id}/task/weights",
-        tags=["clients"],
-        response_class=Response,
-        dependencies=_DEVICE,
-        responses=documented(404, 502)
-        | {200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}},
+    @route(
+        api,
+        "GET /api/clients/{client_id}/task/weights",
+        "clients",
+        _DEVICE,
+        404,
+        502,
+        media_type="application/octet-stream",
     )
     def weights(client_id: str, who: CurrentIdentity) -> Response:
         """What the client's task starts from, as safetensors; its SHA-256 is the task's ``base_digest``."""
@@ -80,12 +80,14 @@ def _add_tasks(api: FastAPI, services: Services, heartbeats: Heartbeats, work: R
 def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
     place = "/api/clients/{client_id}/updates/{run_id}/{round_index}"
 
-    @api.put(
-        place,
-        tags=["clients"],
+    @route(
+        api,
+        f"PUT {place}",
+        "clients",
+        _UPLOADER,
+        404,
+        responses={200: {"model": ReceiptView}},
         status_code=202,
-        dependencies=_UPLOADER,
-        responses=documented(404) | {200: {"model": ReceiptView}},
         openapi_extra=takes_bytes(services.settings.training.validation.max_update_bytes),
     )
     async def upload(
@@ -105,7 +107,7 @@ def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
             response.status_code = 200
         return ReceiptView.of(receipt)
 
-    @api.get(place, tags=["clients"], dependencies=_DEVICE, responses=documented(404))
+    @route(api, f"GET {place}", "clients", _DEVICE, 404)
     def receipt(client_id: str, run_id: str, round_index: RoundIndex, who: CurrentIdentity) -> ReceiptView:
         """What became of a client's update to a round."""
         who.check_speaks_for(client_id)
@@ -113,12 +115,7 @@ def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
 
 
 def _add_histograms(api: FastAPI, work: RemoteWork) -> None:
-    @api.put(
-        "/api/clients/{client_id}/histograms/{run_id}/{round_index}",
-        tags=["clients"],
-        dependencies=_UPLOADER,
-        responses=documented(404),
-    )
+    @route(api, "PUT /api/clients/{client_id}/histograms/{run_id}/{round_index}", "clients", _UPLOADER, 404)
     def histogram(
         client_id: str, run_id: str, round_index: RoundIndex, body: HistogramBody, who: CurrentIdentity
     ) -> HistogramReceipt:

@@ -8,12 +8,12 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, params
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -55,6 +55,7 @@ _KEY_PARAMETER = {
 _DURATION = histogram("request_duration_seconds")
 _METHOD = BY_NAME["request_duration_seconds"].label("method")
 _UNDER_WAY = gauge("queue_depth").labels("requests")
+_F = TypeVar("_F", bound=Callable[..., Any])
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 # Without a reference a task may be collected before it is done.
 _running: set[asyncio.Task[Response]] = set()
@@ -77,6 +78,29 @@ def takes_bytes(max_bytes: int) -> dict[str, Any]:
     schema = {"type": "string", "format": "binary"}
     body = {"required": True, "content": {"application/octet-stream": {"schema": schema}}}
     return {"requestBody": body, _MAX_BYTES: max_bytes}
+
+
+def route(
+    api: FastAPI,
+    place: str,
+    tag: str,
+    dependencies: Sequence[params.Depends],
+    *errors: int,
+    media_type: str | None = None,
+    responses: dict[int | str, dict[str, Any]] | None = None,
+    **options: Any,
+) -> Callable[[_F], _F]:
+    """Add a route at ``place``, "METHOD PATH"; the OpenAPI document has ``errors`` beside those of every route.
+
+    ``media_type`` is for a handler that returns a :class:`fastapi.Response` of that type; ``options`` are FastAPI's.
+    """
+    method, path = place.split()
+    responses = documented(*errors) | (responses or {})
+    if media_type is not None:
+        schema = {"type": "object" if media_type == "application/json" else "string"}
+        responses[200] = {"content": {media_type: {"schema": schema}}}
+        options["response_class"] = Response
+    return api.api_route(path, methods=[method], tags=[tag], dependencies=dependencies, responses=responses, **options)
 
 
 def install_control(api: FastAPI, control: Control) -> None:

@@ -30,17 +30,16 @@ from fedvit.store.records import FiredAlert, Incident, IncidentEvent
 from fedvit.store.store import Store
 from serve_apps.control.http.access import VIEWER, CurrentIdentity, Note, requires
 from serve_apps.control.http.parameters import Limit, Offset
+from serve_apps.control.http.route import route
 from serve_apps.control.incidents.alerts import to_alerts
 from serve_apps.control.services import Services
 from serve_apps.control.system.in_process_client import REMEDIATION, call_as
-from serve_apps.problems import documented
 
 LOG = logging.getLogger("fedvit.control")
 # Telemetry: Alertmanager repeats it every few minutes. The actions that follow are on the audit trail.
 _ALERTS = [requires(Scope.ALERTS, Scope.OPERATOR, audited=False)]
 # A timeline shows what others asked for, and their words.
 _ON_CALL = [requires(Scope.OPERATOR, Scope.EMERGENCY)]
-_MARKDOWN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/markdown": {"schema": {"type": "string"}}}}}
 
 
 def add_incident_routes(api: FastAPI, services: Services) -> None:
@@ -62,7 +61,7 @@ def _add_alerts(api: FastAPI, services: Services) -> None:
             # Alertmanager tries again what was answered with 5xx, and nothing else.
             raise StateUnavailableError(str(error)) from error
 
-    @api.post("/api/incidents/alerts", tags=["incidents"], dependencies=_ALERTS, responses=documented(503))
+    @route(api, "POST /api/incidents/alerts", "incidents", _ALERTS, 503)
     async def receive(message: AlertmanagerMessage) -> ReceivedView:
         """Alertmanager's webhook. A firing is known by fingerprint and start; to tell it again changes nothing.
 
@@ -79,7 +78,7 @@ def _add_alerts(api: FastAPI, services: Services) -> None:
 def _add_log(api: FastAPI, services: Services) -> None:
     store = services.store
 
-    @api.get("/api/incidents", tags=["incidents"], dependencies=VIEWER)
+    @route(api, "GET /api/incidents", "incidents", VIEWER)
     def incidents(
         status: IncidentStatus | None = None,
         limit: Limit = 50,
@@ -89,14 +88,12 @@ def _add_log(api: FastAPI, services: Services) -> None:
         is_open = None if status is None else status == "open"
         return [_summary(incident) for incident in store.incidents.all(is_open=is_open, offset=offset, limit=limit)]
 
-    @api.get("/api/incidents/{incident_id}", tags=["incidents"], dependencies=_ON_CALL, responses=documented(404))
+    @route(api, "GET /api/incidents/{incident_id}", "incidents", _ON_CALL, 404)
     def incident(incident_id: str) -> IncidentDetail:
         """One incident: alerts, commands and changes of state in order, and what the runbook says to do."""
         return _detail(services, store.incidents.get(incident_id))
 
-    @api.post(
-        "/api/incidents/{incident_id}/notes", tags=["incidents"], dependencies=_ON_CALL, responses=documented(404)
-    )
+    @route(api, "POST /api/incidents/{incident_id}/notes", "incidents", _ON_CALL, 404)
     def add_note(incident_id: str, request: NoteRequest, who: CurrentIdentity, note: Note) -> IncidentDetail:
         """Write down what only people know; notes are added, never changed."""
         store.incidents.add_event(
@@ -105,13 +102,7 @@ def _add_log(api: FastAPI, services: Services) -> None:
         note.after = {"section": request.section.value}
         return _detail(services, store.incidents.get(incident_id))
 
-    @api.get(
-        "/api/incidents/{incident_id}/report",
-        tags=["incidents"],
-        response_class=Response,
-        dependencies=_ON_CALL,
-        responses=documented(404) | _MARKDOWN,
-    )
+    @route(api, "GET /api/incidents/{incident_id}/report", "incidents", _ON_CALL, 404, media_type="text/markdown")
     def write_report(incident_id: str) -> Response:
         """The runbook's template in Markdown, filled with what is known and blank where only people know."""
         facts = collect(store, services.settings, incident_id, services.clock.now())

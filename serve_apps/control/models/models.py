@@ -24,9 +24,9 @@ from fedvit.store.store import Store
 from fedvit.types import Variant
 from serve_apps.control.http.access import FOLLOWER, OPERATOR, VIEWER, CallKey, Note
 from serve_apps.control.http.parameters import Limit, Offset
+from serve_apps.control.http.route import route
 from serve_apps.control.services import Services
 from serve_apps.control.training.operations import accepted, progress_facts
-from serve_apps.problems import documented
 
 
 def add_model_routes(api: FastAPI, services: Services) -> None:
@@ -39,7 +39,7 @@ def add_model_routes(api: FastAPI, services: Services) -> None:
 def _add_versions(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
 
-    @api.get("/api/model/info", tags=["model"], dependencies=VIEWER, responses=documented(404))
+    @route(api, "GET /api/model/info", "model", VIEWER, 404)
     def info() -> ModelInfo:
         """The served model: size in bytes by variant, complexity of the variant that the fleet runs, classes."""
         release = _current_release(store)
@@ -59,12 +59,12 @@ def _add_versions(api: FastAPI, services: Services) -> None:
             image_size=settings.data.image_size,
         )
 
-    @api.get("/api/model/versions", tags=["model"], dependencies=VIEWER)
+    @route(api, "GET /api/model/versions", "model", VIEWER)
     def versions(limit: Limit = 50, offset: Offset = 0) -> list[ModelView]:
         """Model versions, newest first."""
         return [ModelView.of(version) for version in store.versions.all(offset=offset, limit=limit)]
 
-    @api.get("/api/model/current", tags=["model"], dependencies=VIEWER, responses=documented(404))
+    @route(api, "GET /api/model/current", "model", VIEWER, 404)
     def current() -> ModelView:
         """The version that replicas and vehicles are offered."""
         return ModelView.of(store.versions.get(_current_release(store).version))
@@ -73,13 +73,7 @@ def _add_versions(api: FastAPI, services: Services) -> None:
 def _add_artifacts(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
 
-    @api.get(
-        "/api/model/release",
-        tags=["model"],
-        response_class=Response,
-        dependencies=FOLLOWER,
-        responses=documented(404) | {200: {"content": {"application/json": {"schema": {"type": "object"}}}}},
-    )
+    @route(api, "GET /api/model/release", "model", FOLLOWER, 404, media_type="application/json")
     def release(variant: Variant | None = None) -> Response:
         """The signed manifest of the current release, byte for byte as it was signed.
 
@@ -92,14 +86,7 @@ def _add_artifacts(api: FastAPI, services: Services) -> None:
             raise NotFoundError(f"The current release has no variant {name!r}.", cure="See release.variants.")
         return Response(envelope, media_type="application/json")
 
-    @api.get(
-        "/api/model/blobs/{digest}",
-        tags=["model"],
-        response_class=Response,
-        dependencies=FOLLOWER,
-        responses=documented(404, 502)
-        | {200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}},
-    )
+    @route(api, "GET /api/model/blobs/{digest}", "model", FOLLOWER, 404, 502, media_type="application/octet-stream")
     def blob(digest: str) -> Response:
         """An artifact of the current release by its SHA-256. Weights and other blobs are not served."""
         if digest not in _current_release(store).artifacts.values():
@@ -145,27 +132,27 @@ def _add_changes(api: FastAPI, services: Services) -> None:
             lineage=store.versions.get(version).lineage,
         )
 
-    @api.post("/api/model/rollback", tags=["model"], dependencies=OPERATOR, responses=documented(404, 502, 503))
+    @route(api, "POST /api/model/rollback", "model", OPERATOR, 404, 502, 503)
     def rollback(request: RollbackRequest, note: Note) -> ReleaseView:
         """Make an older version's content current again, as a new and higher version."""
         note.before = release_facts()
         version = services.aggregator().rollback(request.version, force=request.force, reason=request.reason)
         return current(version, note)
 
-    @api.post("/api/model/switch", tags=["model"], dependencies=OPERATOR, responses=documented(502, 503))
+    @route(api, "POST /api/model/switch", "model", OPERATOR, 502, 503)
     def switch(request: SwitchRequest, note: Note) -> ReleaseView:
         """Move replicas and vehicles to another variant of the current version; harmless when repeated."""
         note.before = release_facts()
         return current(services.aggregator().switch_variant(request.variant), note)
 
-    @api.post("/api/edge/optimize", tags=["edge"], status_code=202, dependencies=OPERATOR, responses=documented(503))
+    @route(api, "POST /api/edge/optimize", "edge", OPERATOR, 503, status_code=202)
     def optimize(request: OptimizeRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
         """Measure faster variants and move the fleet to the most accurate one that meets the target."""
         note.before = release_facts()
         params = {"strategy": request.strategy, "target_latency_ms": request.target_latency}
         return accepted(services.aggregator().submit("optimize", params, call_key), response, note)
 
-    @api.post("/api/model/retrain", tags=["model"], status_code=202, dependencies=OPERATOR, responses=documented(503))
+    @route(api, "POST /api/model/retrain", "model", OPERATOR, 503, status_code=202)
     def retrain(request: RetrainRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
         """End the present run after its round and begin another; GET /api/training/status tells how that fares."""
         aggregator = services.aggregator()

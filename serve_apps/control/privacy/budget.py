@@ -13,8 +13,8 @@ from fedvit.access.identity import Scope
 from fedvit.api.privacy import AwaitingApproval, BudgetView, PeriodView, ResetBudget, SpendView
 from fedvit.ports import AccountantPort, LedgerEntry
 from serve_apps.control.http.access import VIEWER, AuditNote, CurrentIdentity, Note, requires
+from serve_apps.control.http.route import route
 from serve_apps.control.services import Services
-from serve_apps.problems import documented
 
 # Access to an open loopback port must not suffice to raise the privacy budget.
 _ADMIN_BY_TOKEN = [requires(Scope.ADMIN, token_always=True)]
@@ -27,12 +27,12 @@ def add_privacy_routes(api: FastAPI, services: Services) -> None:
 
 
 def _add_readings(api: FastAPI, services: Services) -> None:
-    @api.get("/api/privacy/budget", tags=["privacy"], dependencies=VIEWER)
+    @route(api, "GET /api/privacy/budget", "privacy", VIEWER)
     def budget() -> BudgetView:
         """What is spent and what is left, for the most exposed client, and how many rounds that is."""
         return BudgetView.of(services.accountant().budget(outlook=True))
 
-    @api.get("/api/privacy/history", tags=["privacy"], dependencies=VIEWER)
+    @route(api, "GET /api/privacy/history", "privacy", VIEWER)
     def history(
         hours: Annotated[float, Query(gt=0, le=24 * 366)] = 24, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000
     ) -> list[SpendView]:
@@ -40,7 +40,7 @@ def _add_readings(api: FastAPI, services: Services) -> None:
         since = services.clock.now() - timedelta(hours=hours)
         return [_spend_view(entry) for entry in services.accountant().history(since, limit)]
 
-    @api.get("/api/privacy/periods", tags=["privacy"], dependencies=VIEWER)
+    @route(api, "GET /api/privacy/periods", "privacy", VIEWER)
     def periods() -> list[PeriodView]:
         """Every budget that was granted anew, oldest first; the first period is that of the settings and not here."""
         return [PeriodView.of(period) for period in services.store.budget.periods()]
@@ -49,12 +49,13 @@ def _add_readings(api: FastAPI, services: Services) -> None:
 def _add_reset(api: FastAPI, services: Services) -> None:
     store, require_second_approver = services.store, services.settings.privacy.require_second_approver
 
-    @api.post(
-        "/api/privacy/reset-budget",
-        tags=["privacy"],
-        dependencies=_ADMIN_BY_TOKEN,
-        response_model=BudgetView,
+    @route(
+        api,
+        "POST /api/privacy/reset-budget",
+        "privacy",
+        _ADMIN_BY_TOKEN,
         responses={202: {"model": AwaitingApproval, "description": "Another admin has to approve it."}},
+        response_model=BudgetView,
     )
     def reset_budget(request: ResetBudget, who: CurrentIdentity, note: Note) -> Any:
         """Begin a new period: from now on ``new_epsilon`` may be spent. What was spent stays on the ledger."""
@@ -64,12 +65,7 @@ def _add_reset(api: FastAPI, services: Services) -> None:
         note.after = AwaitingApproval.of(pending).model_dump(mode="json")
         return JSONResponse(note.after, status_code=202)
 
-    @api.post(
-        "/api/privacy/reset-budget/{request_id}/approve",
-        tags=["privacy"],
-        dependencies=_ADMIN_BY_TOKEN,
-        responses=documented(404),
-    )
+    @route(api, "POST /api/privacy/reset-budget/{request_id}/approve", "privacy", _ADMIN_BY_TOKEN, 404)
     def approve(request_id: str, who: CurrentIdentity, note: Note) -> BudgetView:
         """Put a budget in force that another admin asked for within the last 24 hours."""
         pending = store.budget.approve(request_id, who.actor, services.clock.now())

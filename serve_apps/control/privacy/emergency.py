@@ -17,6 +17,7 @@ from fedvit.incidents.log import log_breach, log_stand_down
 from fedvit.store.store import Store
 from fedvit.types import LedgerFreeze
 from serve_apps.control.http.access import EMERGENCY, VIEWER, CurrentIdentity, Note
+from serve_apps.control.http.route import route
 from serve_apps.control.services import Services
 
 LOG = logging.getLogger("fedvit.control")
@@ -28,14 +29,14 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
     """Add the routes that contain a privacy breach and end its incident."""
     store, settings = services.store, services.settings
 
-    @api.get("/api/emergency", tags=["emergency"], dependencies=VIEWER)
+    @route(api, "GET /api/emergency", "emergency", VIEWER)
     def emergency() -> EmergencyView:
         """The incident in force (the first, where there are several), and the clients in quarantine."""
         freeze = store.ledger.current_freeze()
         incident = None if freeze is None else IncidentView.of(freeze)
         return EmergencyView(incident=incident, quarantined=tuple(store.clients.quarantined()))
 
-    @api.post("/api/emergency/privacy-breach", tags=["emergency"], dependencies=EMERGENCY)
+    @route(api, "POST /api/emergency/privacy-breach", "emergency", EMERGENCY)
     def privacy_breach(request: BreachRequest, identity: CurrentIdentity, note: Note) -> BreachView:
         """Contain a privacy breach. Answers 200 whatever could be done, and says of each action whether it was.
 
@@ -58,7 +59,7 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
         _log_incident(services, breach)
         return BreachView.of(report, incident_id=request.incident_id, forensic_bundle=str(report.forensic_bundle))
 
-    @api.post("/api/emergency/stand-down", tags=["emergency"], dependencies=EMERGENCY)
+    @route(api, "POST /api/emergency/stand-down", "emergency", EMERGENCY)
     def stand_down(request: StandDownRequest, note: Note) -> StandDownView:
         """Lift an incident's freeze of the ledger. Nobody's quarantine ends by it, and no training begins."""
         note.before = _state_facts(store)

@@ -14,11 +14,11 @@ from fedvit.api.system import AuditView, HealthView
 from fedvit.metrics.exposition import render
 from serve_apps.control.http.access import ADMIN, OPERATOR, VIEWER, CallKey, Note, public
 from serve_apps.control.http.parameters import Limit
+from serve_apps.control.http.route import route
 from serve_apps.control.services import Services
 from serve_apps.control.system.health_metrics import HealthMetrics
 from serve_apps.control.training.operations import accepted, progress_facts
 from serve_apps.control.training.training import progress_view
-from serve_apps.problems import documented
 
 
 def add_system_routes(api: FastAPI, services: Services, health_metrics: HealthMetrics) -> None:
@@ -29,12 +29,12 @@ def add_system_routes(api: FastAPI, services: Services, health_metrics: HealthMe
 
 
 def _add_health(api: FastAPI, services: Services, health_metrics: HealthMetrics) -> None:
-    @api.get("/healthz", tags=["system"], dependencies=[public()])
+    @route(api, "GET /healthz", "system", [public()])
     def healthz() -> dict[str, str]:
         """Whether this replica answers."""
         return {"status": "ok"}
 
-    @api.get("/api/system/health", tags=["system"], dependencies=VIEWER)
+    @route(api, "GET /api/system/health", "system", VIEWER)
     def health() -> HealthView:
         """Whether each part answers, where training stands, what is released."""
         parts = {
@@ -50,13 +50,7 @@ def _add_health(api: FastAPI, services: Services, health_metrics: HealthMetrics)
             release=release.version if release else None,
         )
 
-    @api.get(
-        "/metrics",
-        tags=["system"],
-        response_class=Response,
-        dependencies=VIEWER,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-    )
+    @route(api, "GET /metrics", "system", VIEWER, media_type="text/plain")
     def metrics() -> Response:
         """Prometheus exposition of every process of this node; the budget as it is now, also while nothing trains."""
         health_metrics.publish()
@@ -73,9 +67,7 @@ def _ailment(check: Callable[[], object]) -> str:
 
 
 def _add_shutdown(api: FastAPI, services: Services) -> None:
-    @api.post(
-        "/api/system/shutdown", tags=["system"], status_code=202, dependencies=OPERATOR, responses=documented(503)
-    )
+    @route(api, "POST /api/system/shutdown", "system", OPERATOR, 503, status_code=202)
     def shutdown(request: ShutdownRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
         """End the whole system, as `fedvit down` does. The operation has succeeded when all is safe and the end begins.
 
@@ -87,7 +79,7 @@ def _add_shutdown(api: FastAPI, services: Services) -> None:
 
 
 def _add_audit_routes(api: FastAPI, services: Services) -> None:
-    @api.get("/api/audit", tags=["audit"], dependencies=ADMIN)
+    @route(api, "GET /api/audit", "audit", ADMIN)
     def audit(
         limit: Limit = 100,
         after: Annotated[int | None, Query(ge=0, le=MAX_INTEGER)] = None,

@@ -17,21 +17,21 @@ from fedvit.rounds.steering import (
     change_aggregation_settings,
 )
 from serve_apps.control.http.access import OPERATOR, VIEWER, Note
+from serve_apps.control.http.route import route
 from serve_apps.control.services import Services
 from serve_apps.control.training.training import IfMatch, revisions
-from serve_apps.problems import documented
 
 
 def add_aggregation_routes(api: FastAPI, services: Services) -> None:
     """Add the routes of the aggregation mode."""
     store = services.store
 
-    @api.get("/api/aggregation/mode", tags=["training"], dependencies=VIEWER)
+    @route(api, "GET /api/aggregation/mode", "training", VIEWER)
     def read_mode(response: Response) -> AggregationModeView:
         """Whom a round waits for; the ETag names this revision."""
         return _view(aggregation_settings(store), response)
 
-    @api.post("/api/aggregation/mode", tags=["training"], dependencies=OPERATOR, responses=documented(409, 412))
+    @route(api, "POST /api/aggregation/mode", "training", OPERATOR, 409, 412)
     def change_mode(
         request: AggregationModeRequest, response: Response, note: Note, if_match: IfMatch = None
     ) -> AggregationModeView:

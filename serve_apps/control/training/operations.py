@@ -10,8 +10,8 @@ from fedvit.api.operations import OperationView
 from fedvit.types import Operation, OperationStatus, TrainingProgress
 from serve_apps.control.http.access import OPERATOR, VIEWER, AuditNote, Note
 from serve_apps.control.http.parameters import Limit, Offset
+from serve_apps.control.http.route import route
 from serve_apps.control.services import Services
-from serve_apps.problems import documented
 
 
 def accepted(operation: Operation, response: Response, note: AuditNote) -> OperationView:
@@ -35,7 +35,7 @@ def add_operation_routes(api: FastAPI, services: Services) -> None:
     """Add the routes that list, show and cancel long operations."""
     store = services.store
 
-    @api.get("/api/operations", tags=["operations"], dependencies=VIEWER)
+    @route(api, "GET /api/operations", "operations", VIEWER)
     def operations(
         status: Annotated[list[OperationStatus] | None, Query()] = None,
         limit: Limit = 50,
@@ -44,18 +44,12 @@ def add_operation_routes(api: FastAPI, services: Services) -> None:
         """Operations, newest first; ``status`` may be given several times."""
         return [OperationView.of(row) for row in store.operations.all(*(status or ()), offset=offset, limit=limit)]
 
-    @api.get("/api/operations/{operation_id}", tags=["operations"], dependencies=VIEWER, responses=documented(404))
+    @route(api, "GET /api/operations/{operation_id}", "operations", VIEWER, 404)
     def operation(operation_id: str) -> OperationView:
         """One operation."""
         return OperationView.of(store.operations.get(operation_id))
 
-    @api.delete(
-        "/api/operations/{operation_id}",
-        tags=["operations"],
-        status_code=202,
-        dependencies=OPERATOR,
-        responses=documented(404, 503),
-    )
+    @route(api, "DELETE /api/operations/{operation_id}", "operations", OPERATOR, 404, 503, status_code=202)
     def cancel(operation_id: str, note: Note) -> OperationView:
         """End it early: at once while it is queued, at its next step while it runs; harmless after its end."""
         note.before = _facts(store.operations.get(operation_id))

@@ -14,9 +14,9 @@ from fedvit.cohort.conditions import progress_conditions
 from fedvit.rounds.steering import RoundSettings, change_round_settings, round_settings
 from fedvit.types import TrainingProgress
 from serve_apps.control.http.access import OPERATOR, VIEWER, CallKey, Note
+from serve_apps.control.http.route import route
 from serve_apps.control.services import Services
 from serve_apps.control.training.operations import accepted, progress_facts
-from serve_apps.problems import documented
 
 IfMatch = Annotated[str | None, Header(description="The ETag that was read, or several; 412 if it has changed.")]
 
@@ -28,14 +28,12 @@ def add_training_routes(api: FastAPI, services: Services) -> None:
 
 
 def _add_loop(api: FastAPI, services: Services) -> None:
-    @api.get("/api/training/status", tags=["training"], dependencies=VIEWER, responses=documented(503))
+    @route(api, "GET /api/training/status", "training", VIEWER, 503)
     def status() -> ProgressView:
         """Where the training loop stands."""
         return progress_view(services, services.aggregator().progress())
 
-    @api.post(
-        "/api/training/start", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
-    )
+    @route(api, "POST /api/training/start", "training", OPERATOR, 503, status_code=202)
     def start(note: Note) -> ProgressView:
         """Begin or continue the run that the settings describe; harmless when it is under way."""
         aggregator = services.aggregator()
@@ -44,9 +42,7 @@ def _add_loop(api: FastAPI, services: Services) -> None:
         note.after = progress_facts(progress)
         return progress_view(services, progress)
 
-    @api.post(
-        "/api/training/stop", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
-    )
+    @route(api, "POST /api/training/stop", "training", OPERATOR, 503, status_code=202)
     def stop(note: Note) -> ProgressView:
         """End the loop after the round under way; a start continues it."""
         aggregator = services.aggregator()
@@ -55,9 +51,7 @@ def _add_loop(api: FastAPI, services: Services) -> None:
         note.after = progress_facts(progress)
         return progress_view(services, progress)
 
-    @api.post(
-        "/api/training/restart", tags=["training"], status_code=202, dependencies=OPERATOR, responses=documented(503)
-    )
+    @route(api, "POST /api/training/restart", "training", OPERATOR, 503, status_code=202)
     def restart(request: RestartRequest, response: Response, note: Note, call_key: CallKey) -> OperationView:
         """End the present run after its round and begin another from the base weights."""
         params = request.model_dump(exclude_none=True)
@@ -69,12 +63,12 @@ def _add_loop(api: FastAPI, services: Services) -> None:
 def _add_settings(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
 
-    @api.get("/api/training/config", tags=["training"], dependencies=VIEWER)
+    @route(api, "GET /api/training/config", "training", VIEWER)
     def read_config(response: Response) -> TrainingConfigView:
         """What the next round goes by; the ETag names this revision."""
         return _config_view(round_settings(store, settings), response)
 
-    @api.post("/api/training/config", tags=["training"], dependencies=OPERATOR, responses=documented(412))
+    @route(api, "POST /api/training/config", "training", OPERATOR, 412)
     def change_config(
         request: TrainingConfigRequest, response: Response, note: Note, if_match: IfMatch = None
     ) -> TrainingConfigView:
