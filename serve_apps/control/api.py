@@ -5,8 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fedvit.operations.mailbox import Mailbox
-from serve_apps.control.fleet.clients import add_client_routes
-from serve_apps.control.fleet.communication import add_communication_routes
+from serve_apps.control.fleet.clients import add_backup_routes, add_client_routes
 from serve_apps.control.fleet.data_health import add_data_health_routes
 from serve_apps.control.fleet.heartbeats import Heartbeats, add_heartbeat_routes
 from serve_apps.control.fleet.liveness import Liveness
@@ -20,9 +19,7 @@ from serve_apps.control.models.models import add_model_routes
 from serve_apps.control.privacy.budget import add_privacy_routes
 from serve_apps.control.privacy.emergency import add_emergency_routes
 from serve_apps.control.services import Services
-from serve_apps.control.system.health_metrics import HealthMetrics
-from serve_apps.control.system.system import add_system_routes
-from serve_apps.control.training.aggregation import add_aggregation_routes
+from serve_apps.control.system.system import HealthMetrics, add_system_routes
 from serve_apps.control.training.operations import add_operation_routes
 from serve_apps.control.training.training import add_training_routes
 from serve_apps.problems import install_problem_handlers
@@ -56,11 +53,10 @@ def create_api(services: Services, guard: Guard | None = None) -> FastAPI:
     add_client_routes(api, services, heartbeats, liveness, mailbox)
     add_heartbeat_routes(api, services, heartbeats, mailbox)
     add_remote_client_routes(api, services, heartbeats)
-    add_communication_routes(api, mailbox)
+    add_backup_routes(api, mailbox)
     add_model_routes(api, services)
     add_privacy_routes(api, services)
     add_training_routes(api, services)
-    add_aggregation_routes(api, services)
     add_operation_routes(api, services)
     add_emergency_routes(api, services)
     add_incident_routes(api, services)

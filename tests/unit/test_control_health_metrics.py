@@ -17,7 +17,7 @@ from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from serve_apps.control.api import Services, create_api
-from serve_apps.control.system.health_metrics import HealthMetrics
+from serve_apps.control.system.system import HealthMetrics
 
 WAIT_S = 20.0
 

@@ -1,7 +1,9 @@
-"""Routes of the fleet: membership, connectivity, and decisions of an operator on a client."""
+"""Routes of the fleet: membership, connectivity, decisions of an operator on a client, and the backup channel."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -9,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from fedvit.access.identity import Scope
 from fedvit.api.clients import (
+    BackupView,
     ChannelView,
     ClientsStatus,
     ClientView,
@@ -20,16 +23,14 @@ from fedvit.api.clients import (
     ValidateRequest,
 )
 from fedvit.errors import ConflictError, FedvitError, NotFoundError
-from fedvit.operations.mailbox import Mailbox
+from fedvit.operations.mailbox import Mailbox, MailboxState
 from fedvit.store.records import ClientValidation
-from fedvit.store.store import Store
 from fedvit.types import Client, ClientKind
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.fleet.liveness import Liveness
-from serve_apps.control.http.access import OPERATOR, VIEWER, CurrentIdentity, Note, requires
+from serve_apps.control.http.access import OPERATOR, VIEWER, AuditNote, CurrentIdentity, Note, requires
 from serve_apps.control.http.pages import Page, Pages
-from serve_apps.control.http.parameters import Limit, RowOffset
-from serve_apps.control.http.route import route
+from serve_apps.control.http.route import Limit, RowOffset, route
 from serve_apps.control.services import Services
 
 
@@ -37,13 +38,13 @@ def add_client_routes(
     api: FastAPI, services: Services, heartbeats: Heartbeats, liveness: Liveness, mailbox: Mailbox
 ) -> None:
     """Add the routes that list, register, remove and judge clients."""
-    _add_status(api, services, liveness, heartbeats)
-    _add_connectivity(api, services, liveness, mailbox)
-    _add_membership(api, services.store, liveness)
-    _add_verdicts(api, services, liveness)
+    _add_readings(api, services, heartbeats, liveness, mailbox)
+    _add_changes(api, services, liveness)
 
 
-def _add_status(api: FastAPI, services: Services, liveness: Liveness, heartbeats: Heartbeats) -> None:
+def _add_readings(
+    api: FastAPI, services: Services, heartbeats: Heartbeats, liveness: Liveness, mailbox: Mailbox
+) -> None:
     store = services.store
     pages = Pages(lambda: (store.change_counter(), heartbeats.arrivals), services.clock.now)
 
@@ -66,8 +67,6 @@ def _add_status(api: FastAPI, services: Services, liveness: Liveness, heartbeats
             body = await run_in_threadpool(pages.render, (offset, limit), lambda: page_of(offset, limit))
         return Response(body, media_type="application/json")
 
-
-def _add_connectivity(api: FastAPI, services: Services, liveness: Liveness, mailbox: Mailbox) -> None:
     @route(api, "GET /api/clients/connectivity", "clients", VIEWER)
     def connectivity(limit: Limit = 100, offset: RowOffset = 0) -> ConnectivityView:
         """Which active clients are connected: virtual ones while their proxy answers, others while they are heard."""
@@ -80,9 +79,7 @@ def _add_connectivity(api: FastAPI, services: Services, liveness: Liveness, mail
             partition_suspected=fleet.partition_suspected,
             heartbeat_timeout_s=services.settings.fleet.heartbeat_timeout_s,
             backup_channel=_channel(mailbox),
-            by_kind={
-                kind: KindView(total=total, connected=connected) for kind, (total, connected) in fleet.by_kind.items()
-            },
+            by_kind={kind: KindView(total=all_, connected=here) for kind, (all_, here) in fleet.by_kind.items()},
             disconnected_clients=tuple(
                 LostClientView.of(contact, reason=connection.message)
                 for contact, connection in fleet.lost[offset : offset + limit]
@@ -90,38 +87,34 @@ def _add_connectivity(api: FastAPI, services: Services, liveness: Liveness, mail
         )
 
 
-def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
+def _add_changes(api: FastAPI, services: Services, liveness: Liveness) -> None:
+    store = services.store
+
+    def changed(client: Client, note: AuditNote) -> ClientView:
+        note.after = _facts(client)
+        return liveness.view(client)
+
     @route(api, "POST /api/clients/register", "clients", [requires(Scope.OPERATOR, Scope.DEVICE)], status_code=201)
     def register(request: RegisterClient, note: Note, who: CurrentIdentity) -> ClientView:
         """Add a vehicle, or bring one back; registering twice is harmless."""
         who.check_speaks_for(request.device_id)
-        known = _find_client(store, request.device_id)
+        known: Client | None = None
+        with contextlib.suppress(NotFoundError):
+            known = store.clients.get(request.device_id)
         if known is not None and known.kind is ClientKind.VIRTUAL:
-            raise ConflictError(
-                f"{request.device_id!r} is a virtual client of this system.", cure="Choose another device_id."
-            )
-        store.clients.register(
-            [
-                Client(
-                    client_id=request.device_id,
-                    kind=ClientKind(request.kind),
-                    num_examples=request.num_examples,
-                    capabilities=request.capabilities,
-                )
-            ]
-        )
+            name = request.device_id
+            raise ConflictError(f"{name!r} is a virtual client of this system.", cure="Choose another device_id.")
+        kind = ClientKind(request.kind)
+        vehicle = Client(request.device_id, kind, request.num_examples, capabilities=request.capabilities)
+        store.clients.register([vehicle])
         note.before = _facts(known) if known else None
-        client = store.clients.update(request.device_id, active=True)
-        note.after = _facts(client)
-        return liveness.view(client)
+        return changed(store.clients.update(request.device_id, active=True), note)
 
     @route(api, "DELETE /api/clients/{client_id}", "clients", OPERATOR, 404)
     def remove(client_id: str, note: Note) -> ClientView:
         """Take a client out of the active list; its record and its privacy spend remain."""
         note.before = _facts(store.clients.get(client_id))
-        client = store.clients.update(client_id, active=False)
-        note.after = _facts(client)
-        return liveness.view(client)
+        return changed(store.clients.update(client_id, active=False), note)
 
     # Behind the lists: their paths would be taken for a client's.
     @route(api, "GET /api/clients/{client_id}", "clients", VIEWER, 404)
@@ -129,26 +122,18 @@ def _add_membership(api: FastAPI, store: Store, liveness: Liveness) -> None:
         """One client, and what holds of it."""
         return liveness.view(store.clients.get(client_id))
 
-
-def _add_verdicts(api: FastAPI, services: Services, liveness: Liveness) -> None:
-    store = services.store
-
     @route(api, "POST /api/clients/{client_id}/reinstate", "clients", OPERATOR, 404)
     def reinstate(client_id: str, request: ReinstateRequest, note: Note) -> ClientView:
         """Lift a client's quarantine; harmless where there is none. The justification stands in the audit trail."""
         note.before = _facts(store.clients.get(client_id))
-        client = store.clients.reinstate(client_id)
-        note.after = _facts(client)
-        return liveness.view(client)
+        return changed(store.clients.reinstate(client_id), note)
 
     @route(api, "POST /api/clients/{client_id}/validate", "clients", OPERATOR, 404)
     def validate(client_id: str, request: ValidateRequest, note: Note) -> ClientView:
         """Record whether a client's data can be trusted; a run with ``validated_only`` draws no others."""
         note.before = _facts(store.clients.get(client_id))
         validation = ClientValidation(request.validated, request.reason, services.clock.now())
-        client = store.clients.validate(client_id, validation)
-        note.after = _facts(client)
-        return liveness.view(client)
+        return changed(store.clients.validate(client_id, validation), note)
 
 
 def _channel(mailbox: Mailbox) -> ChannelView:
@@ -165,8 +150,26 @@ def _facts(client: Client) -> dict[str, Any]:
     return ClientView.of(client, conditions=()).model_dump(mode="json", exclude={"conditions"})
 
 
-def _find_client(store: Store, client_id: str) -> Client | None:
-    try:
-        return store.clients.get(client_id)
-    except NotFoundError:
-        return None
+def add_backup_routes(api: FastAPI, mailbox: Mailbox) -> None:
+    """Add the routes of the backup channel, a mailbox in blob storage for vehicles that cannot reach this API."""
+
+    def change(to: Callable[[], MailboxState], note: AuditNote) -> BackupView:
+        note.before = {"enabled": mailbox.enabled()}
+        state = to()
+        note.after = {"enabled": state.enabled, "url": state.url}
+        return BackupView.of(state)
+
+    @route(api, "POST /api/communication/enable-backup", "communication", OPERATOR, 503)
+    def enable(note: Note) -> BackupView:
+        """Take the messages that vehicles left in the mailbox, those left before included; harmless when repeated."""
+        return change(mailbox.enable, note)
+
+    @route(api, "POST /api/communication/disable-backup", "communication", OPERATOR, 503)
+    def disable(note: Note) -> BackupView:
+        """Leave messages where they are; harmless when repeated."""
+        return change(mailbox.disable, note)
+
+    @route(api, "GET /api/communication/backup", "communication", VIEWER, 422, 503)
+    def backup() -> BackupView:
+        """How the channel stands."""
+        return BackupView.of(mailbox.state())

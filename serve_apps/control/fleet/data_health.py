@@ -17,8 +17,7 @@ from fedvit.rounds import data_health
 from fedvit.store.records import Release
 from serve_apps.control.fleet.liveness import Liveness
 from serve_apps.control.http.access import VIEWER
-from serve_apps.control.http.parameters import Limit, RowOffset
-from serve_apps.control.http.route import route
+from serve_apps.control.http.route import Limit, RowOffset, route
 from serve_apps.control.services import Services
 
 

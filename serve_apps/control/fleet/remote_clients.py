@@ -23,7 +23,7 @@ from fedvit.rounds.remote import FROZEN_DIGEST, Offer, Receipt, RemoteWork
 from fedvit.wire.histograms import HistogramRequest
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.http.access import CurrentIdentity, requires
-from serve_apps.control.http.route import route, takes_bytes
+from serve_apps.control.http.route import OCTETS, route, takes_bytes
 from serve_apps.control.services import Services
 
 _DEVICE = [requires(Scope.DEVICE, Scope.OPERATOR)]
@@ -66,7 +66,7 @@ def _add_tasks(api: FastAPI, services: Services, heartbeats: Heartbeats, work: R
         _DEVICE,
         404,
         502,
-        media_type="application/octet-stream",
+        media_type=OCTETS,
     )
     def weights(client_id: str, who: CurrentIdentity) -> Response:
         """What the client's task starts from, as safetensors; its SHA-256 is the task's ``base_digest``."""
@@ -74,7 +74,7 @@ def _add_tasks(api: FastAPI, services: Services, heartbeats: Heartbeats, work: R
         offer = work.task(client_id)
         if offer is None:
             raise NotFoundError(f"There is no task for {client_id!r}.", cure="Ask for one, and fetch its weights then.")
-        return Response(store.blobs.get(offer.task.base_digest), media_type="application/octet-stream")
+        return Response(store.blobs.get(offer.task.base_digest), media_type=OCTETS)
 
 
 def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:

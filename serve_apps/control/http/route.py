@@ -11,9 +11,9 @@ import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from fastapi import FastAPI, Request, Response, params
+from fastapi import FastAPI, Query, Request, Response, params
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -23,6 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedvit.access.identity import Identity
+from fedvit.api.base import MAX_INTEGER
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import BodyTimeoutError, FedvitError, InvalidIdempotencyKeyError, ResponseTimeoutError
 from fedvit.metrics.catalogue import BY_NAME, OTHER
@@ -51,6 +52,12 @@ _KEY_PARAMETER = {
     "description": "A repetition under the same key gets the first answer again, for 24 hours, and changes nothing.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]*$"},
 }
+# Query parameters that several routes take.
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Offset = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
+# SQLite's integers end there.
+RowOffset = Annotated[int, Query(ge=0, le=2**63 - 1)]
+OCTETS = "application/octet-stream"
 # One a process, however many applications it builds.
 _DURATION = histogram("request_duration_seconds")
 _METHOD = BY_NAME["request_duration_seconds"].label("method")
@@ -76,7 +83,7 @@ def takes_bytes(max_bytes: int) -> dict[str, Any]:
     Such a route's requirement says ``audited=False``.
     """
     schema = {"type": "string", "format": "binary"}
-    body = {"required": True, "content": {"application/octet-stream": {"schema": schema}}}
+    body = {"required": True, "content": {OCTETS: {"schema": schema}}}
     return {"requestBody": body, _MAX_BYTES: max_bytes}
 
 

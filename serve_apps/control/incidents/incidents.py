@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from datetime import timedelta
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -12,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from fedvit.access.identity import Scope
 from fedvit.api.choices import IncidentStatus
 from fedvit.api.incidents import (
+    AlertmanagerAlert,
     AlertmanagerMessage,
     IncidentDetail,
     IncidentSummary,
@@ -28,10 +30,9 @@ from fedvit.incidents.remediation import Order, Proposal, orders, proposals
 from fedvit.incidents.report import collect, report
 from fedvit.store.records import FiredAlert, Incident, IncidentEvent
 from fedvit.store.store import Store
+from fedvit.types import Severity
 from serve_apps.control.http.access import VIEWER, CurrentIdentity, Note, requires
-from serve_apps.control.http.parameters import Limit, Offset
-from serve_apps.control.http.route import route
-from serve_apps.control.incidents.alerts import to_alerts
+from serve_apps.control.http.route import Limit, Offset, route
 from serve_apps.control.services import Services
 from serve_apps.control.system.in_process_client import REMEDIATION, call_as
 
@@ -44,18 +45,14 @@ _ON_CALL = [requires(Scope.OPERATOR, Scope.EMERGENCY)]
 
 def add_incident_routes(api: FastAPI, services: Services) -> None:
     """Add the routes of the incident log."""
-    _add_alerts(api, services)
     _add_log(api, services)
-
-
-def _add_alerts(api: FastAPI, services: Services) -> None:
     store, settings = services.store, services.settings
     window = timedelta(seconds=settings.incidents.reopen_within_s)
 
     def record(message: AlertmanagerMessage) -> tuple[list[str], list[Order]]:
         now = services.clock.now()
         try:
-            incident_ids = store.incidents.record_alerts(to_alerts(message, now), reopen_within=window, at=now)
+            incident_ids = store.incidents.record_alerts(_to_alerts(message, now), reopen_within=window, at=now)
             return incident_ids, [order for name in incident_ids for order in orders(store, settings, name, now)]
         except StateError as error:
             # Alertmanager tries again what was answered with 5xx, and nothing else.
@@ -79,11 +76,7 @@ def _add_log(api: FastAPI, services: Services) -> None:
     store = services.store
 
     @route(api, "GET /api/incidents", "incidents", VIEWER)
-    def incidents(
-        status: IncidentStatus | None = None,
-        limit: Limit = 50,
-        offset: Offset = 0,
-    ) -> list[IncidentSummary]:
+    def incidents(status: IncidentStatus | None = None, limit: Limit = 50, offset: Offset = 0) -> list[IncidentSummary]:
         """Incidents, newest first."""
         is_open = None if status is None else status == "open"
         return [_summary(incident) for incident in store.incidents.all(is_open=is_open, offset=offset, limit=limit)]
@@ -96,9 +89,8 @@ def _add_log(api: FastAPI, services: Services) -> None:
     @route(api, "POST /api/incidents/{incident_id}/notes", "incidents", _ON_CALL, 404)
     def add_note(incident_id: str, request: NoteRequest, who: CurrentIdentity, note: Note) -> IncidentDetail:
         """Write down what only people know; notes are added, never changed."""
-        store.incidents.add_event(
-            incident_id, IncidentEvent(services.clock.now(), request.section.value, who.actor, request.text)
-        )
+        event = IncidentEvent(services.clock.now(), request.section.value, who.actor, request.text)
+        store.incidents.add_event(incident_id, event)
         note.after = {"section": request.section.value}
         return _detail(services, store.incidents.get(incident_id))
 
@@ -164,3 +156,50 @@ async def _carry_out(api: FastAPI, store: Store, order: Order) -> None:
 
 def _problem(document: Any) -> str:
     return str(document.get("detail", "")) if isinstance(document, dict) else str(document)
+
+
+MAX_LABELS = 64
+MAX_TEXT = 2000
+UNNAMED = "unnamed"
+WATCHDOG = "Watchdog"
+"""An alert that always fires, so that its absence shows a broken pipeline; it is no incident."""
+# Go says "0001-01-01T00:00:00Z" where there is no moment.
+_NEVER = datetime(1, 1, 2, tzinfo=UTC)
+
+
+def _to_alerts(message: AlertmanagerMessage, now: datetime) -> list[FiredAlert]:
+    """The alerts as the log keeps them, without the watchdog. What is unknown is passed over, what is too long is cut:
+    Alertmanager repeats nothing that was answered with 4xx."""
+    alerts = (_to_alert(alert, now) for alert in message.alerts)
+    return [alert for alert in alerts if alert.alertname != WATCHDOG]
+
+
+def _to_alert(alert: AlertmanagerAlert, now: datetime) -> FiredAlert:
+    """One alert as the log keeps it; one that is resolved and has no end ended ``now``."""
+    labels, annotations = _bounded(alert.labels), _bounded(alert.annotations)
+    ended = alert.endsAt if alert.endsAt is not None and alert.endsAt > _NEVER else now
+    return FiredAlert(
+        alertname=labels.get("alertname", UNNAMED)[:200],
+        severity=_severity_of(labels),
+        fingerprint=alert.fingerprint,
+        starts_at=alert.startsAt,
+        ends_at=ended if alert.status == "resolved" else None,
+        labels=labels,
+        annotations=annotations,
+        generator_url=alert.generatorURL[:MAX_TEXT],
+    )
+
+
+def _severity_of(labels: Mapping[str, str]) -> Severity:
+    """The severity that the label ``severity`` names; the lowest for any other text."""
+    name = labels.get("severity", "").upper()
+    return Severity(name) if name in list(Severity) else Severity.P3
+
+
+def _bounded(texts: Mapping[str, str]) -> dict[str, str]:
+    """The first :data:`MAX_LABELS` texts, cut at :data:`MAX_TEXT` characters; nothing in them steers a terminal."""
+    return {_plain(name[:200]): _plain(text[:MAX_TEXT]) for name, text in list(texts.items())[:MAX_LABELS]}
+
+
+def _plain(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)

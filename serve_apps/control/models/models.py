@@ -23,8 +23,7 @@ from fedvit.store.records import Release
 from fedvit.store.store import Store
 from fedvit.types import Variant
 from serve_apps.control.http.access import FOLLOWER, OPERATOR, VIEWER, CallKey, Note
-from serve_apps.control.http.parameters import Limit, Offset
-from serve_apps.control.http.route import route
+from serve_apps.control.http.route import OCTETS, Limit, Offset, route
 from serve_apps.control.services import Services
 from serve_apps.control.training.operations import accepted, progress_facts
 
@@ -86,12 +85,12 @@ def _add_artifacts(api: FastAPI, services: Services) -> None:
             raise NotFoundError(f"The current release has no variant {name!r}.", cure="See release.variants.")
         return Response(envelope, media_type="application/json")
 
-    @route(api, "GET /api/model/blobs/{digest}", "model", FOLLOWER, 404, 502, media_type="application/octet-stream")
+    @route(api, "GET /api/model/blobs/{digest}", "model", FOLLOWER, 404, 502, media_type=OCTETS)
     def blob(digest: str) -> Response:
         """An artifact of the current release by its SHA-256. Weights and other blobs are not served."""
         if digest not in _current_release(store).artifacts.values():
             raise NotFoundError(f"The current release has no artifact {digest!r}.", cure="Read its manifest again.")
-        return Response(store.blobs.get(digest), media_type="application/octet-stream")
+        return Response(store.blobs.get(digest), media_type=OCTETS)
 
 
 def _trainable(store: Store, weights_digest: str) -> dict[str, int]:

@@ -9,8 +9,7 @@ from fastapi import FastAPI, Query, Response
 from fedvit.api.operations import OperationView
 from fedvit.types import Operation, OperationStatus, TrainingProgress
 from serve_apps.control.http.access import OPERATOR, VIEWER, AuditNote, Note
-from serve_apps.control.http.parameters import Limit, Offset
-from serve_apps.control.http.route import route
+from serve_apps.control.http.route import Limit, Offset, route
 from serve_apps.control.services import Services
 
 
