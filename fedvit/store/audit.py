@@ -7,12 +7,12 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row
+from sqlalchemy import Select
 
 from fedvit.store.chain import AUDIT_CHAIN
-from fedvit.store.database import Repository
 from fedvit.store.records import AuditEntry, AuditFacts
-from fedvit.store.tables import AuditRow, record_of
+from fedvit.store.repository import Repository, record_of
+from fedvit.store.tables import AuditRow
 
 
 class Audit(Repository):
@@ -32,20 +32,17 @@ class Audit(Repository):
     def entries(self, after: int = 0, limit: int | None = None) -> list[AuditEntry]:
         """Lines behind sequence ``after``, oldest first."""
         query = AUDIT_CHAIN.lines.where(AuditRow.sequence > after).order_by(AuditRow.sequence).limit(limit)
-        with self._read() as session:
-            return [_to_entry(row) for row in session.execute(query)]
+        return self._entries(query)
 
     def latest(self, limit: int) -> list[AuditEntry]:
         """The last lines, oldest of them first."""
         query = AUDIT_CHAIN.lines.order_by(AuditRow.sequence.desc()).limit(limit)
-        with self._read() as session:
-            return [_to_entry(row) for row in session.execute(query)][::-1]
+        return self._entries(query)[::-1]
 
     def between(self, since: datetime, until: datetime, limit: int) -> list[AuditEntry]:
         """Lines from ``since`` to ``until``, both included, oldest first, at most ``limit``."""
         query = AUDIT_CHAIN.lines.where(AuditRow.at.between(since, until)).order_by(AuditRow.sequence).limit(limit)
-        with self._read() as session:
-            return [_to_entry(row) for row in session.execute(query)]
+        return self._entries(query)
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The audit trail as it is stored, hashes included, oldest line first; read to the end, or closed."""
@@ -61,6 +58,7 @@ class Audit(Repository):
         with self._read() as session:
             return AUDIT_CHAIN.verify(session)
 
-
-def _to_entry(row: Row[Any]) -> AuditEntry:
-    return AuditEntry(row.sequence, row.at, record_of(AuditFacts, row, scopes=tuple(row.scopes)))
+    def _entries(self, query: Select[Any]) -> list[AuditEntry]:
+        with self._read() as session:
+            rows = session.execute(query)
+            return [AuditEntry(row.sequence, row.at, record_of(AuditFacts, row)) for row in rows]

@@ -11,15 +11,16 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ForbiddenError, NotFoundError
 from fedvit.store.chain import BUDGET_CHAIN, LEDGER_CHAIN
-from fedvit.store.database import Repository
 from fedvit.store.ledger import Ledger
 from fedvit.store.metadata import BUDGET_CALL_KEY, BUDGET_REQUESTS_KEY, get_value, set_value
 from fedvit.store.records import BudgetPeriod, BudgetRequest
-from fedvit.store.tables import BudgetPeriodRow, record_of
+from fedvit.store.repository import Repository
+from fedvit.store.tables import BudgetPeriodRow
 
 REQUEST_LIFETIME = timedelta(hours=24)
 
@@ -63,16 +64,11 @@ class Budget(Repository):
 
     def current(self) -> BudgetPeriod | None:
         """The period in force; None in the first one, which is that of the settings."""
-        query = BUDGET_CHAIN.lines.order_by(BudgetPeriodRow.sequence.desc()).limit(1)
-        with self._read() as session:
-            row = session.execute(query).one_or_none()
-            return None if row is None else record_of(BudgetPeriod, row)
+        return self._first(BudgetPeriod, select(BudgetPeriodRow).order_by(BudgetPeriodRow.sequence.desc()))
 
     def periods(self) -> list[BudgetPeriod]:
         """All periods that were granted, oldest first."""
-        with self._read() as session:
-            rows = session.execute(BUDGET_CHAIN.lines.order_by(BudgetPeriodRow.sequence))
-            return [record_of(BudgetPeriod, row) for row in rows]
+        return self._records(BudgetPeriod, select(BudgetPeriodRow).order_by(BudgetPeriodRow.sequence))
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Every budget period with its hashes, oldest first, as it is stored."""

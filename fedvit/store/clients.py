@@ -11,11 +11,10 @@ from typing import cast as typed
 from sqlalchemy import ColumnElement, Integer, Select, Table, and_, bindparam, cast, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from fedvit.errors import NotFoundError
-from fedvit.store.database import Repository
 from fedvit.store.metadata import get_value, set_value
 from fedvit.store.records import ClientPage, ClientValidation
-from fedvit.store.tables import ClientRow, MetaRow, among, record_of
+from fedvit.store.repository import Repository, among, get_row, record_of
+from fedvit.store.tables import ClientRow, MetaRow
 from fedvit.types import Client, ClientKind, LastContact
 
 # Followed by the client's id: a fleet of ten thousand must not rewrite one long value for each decision.
@@ -56,21 +55,14 @@ class Clients(Repository):
         Raises:
             NotFoundError: no such client.
         """
-        with self._read() as session:
-            return _to_client(_client_row(session, client_id))
+        return self._get(Client, ClientRow, client_id)
 
     def all(
-        self,
-        *,
-        active: bool | None = None,
-        validated: bool | None = None,
-        offset: int = 0,
-        limit: int | None = None,
+        self, *, active: bool | None = None, validated: bool | None = None, offset: int = 0, limit: int | None = None
     ) -> list[Client]:
         """Clients ordered by id; None filters nothing."""
         query = _matching(select(ClientRow), active, validated).order_by(ClientRow.client_id)
-        with self._read() as session:
-            return [_to_client(row) for row in session.scalars(query.offset(offset).limit(limit))]
+        return self._records(Client, query.offset(offset).limit(limit))
 
     def page(self, offset: int, limit: int) -> ClientPage:
         """Clients ordered by id, and the totals, as of one moment."""
@@ -78,15 +70,14 @@ class Clients(Repository):
         with self._read() as session:
             total, active, validated = session.execute(select(*flags).select_from(ClientRow)).one()
             rows = session.scalars(select(ClientRow).order_by(ClientRow.client_id).offset(offset).limit(limit))
-            clients = tuple(_to_client(row) for row in rows)
+            clients = tuple(record_of(Client, row) for row in rows)
             validations = _validations(session, [client.client_id for client in clients])
             return ClientPage(total, active or 0, validated or 0, clients, validations)
 
     def remote(self, client_ids: Sequence[str]) -> list[Client]:
         """Those of these clients that are active and not virtual, ordered by id."""
         query = select(ClientRow).where(ClientRow.active, ~_IS_VIRTUAL, among(ClientRow.client_id, client_ids))
-        with self._read() as session:
-            return [_to_client(row) for row in session.scalars(query.order_by(ClientRow.client_id))]
+        return self._records(Client, query.order_by(ClientRow.client_id))
 
     def population(self) -> int:
         """How many clients are registered; each has a position below that."""
@@ -100,8 +91,7 @@ class Clients(Repository):
         query = _matching(select(func.count()).select_from(ClientRow), active, validated)
         if quarantined is not None:
             query = query.where(_IN_QUARANTINE if quarantined else ~_IN_QUARANTINE)
-        with self._read() as session:
-            return session.scalar(query) or 0
+        return self._count(query)
 
     def count_virtual(self) -> int:
         """How many active clients are virtual."""
@@ -141,8 +131,7 @@ class Clients(Repository):
     ) -> int:
         """How many clients may be selected; no more than ``at_most`` are counted."""
         eligible = select(ClientRow.position).where(*_eligibility(validated_only, heard_since)).limit(at_most)
-        with self._read() as session:
-            return session.scalar(select(func.count()).select_from(eligible.subquery())) or 0
+        return self._count(select(func.count()).select_from(eligible.subquery()))
 
     def metrics_addresses(self) -> dict[str, str]:
         """The metrics addresses that active remote clients have registered, by client. They are not verified."""
@@ -160,10 +149,10 @@ class Clients(Repository):
             NotFoundError: no such client.
         """
         with self._write() as session:
-            row = _client_row(session, client_id)
+            row = get_row(session, ClientRow, client_id)
             row.active = row.active if active is None else active
             row.validated = row.validated if validated is None else validated
-            return _to_client(row)
+            return record_of(Client, row)
 
     def last_contacts(self, *, include_virtual: bool = True) -> list[LastContact]:
         """When each active client was last heard, ordered by id; virtual ones only with ``include_virtual``."""
@@ -192,15 +181,15 @@ class Clients(Repository):
         key = _VALIDATION_KEY + client_id
         value = {"validated": decision.validated, "reason": decision.reason, "at": decision.at.isoformat()}
         with self._write() as session:
-            row = _client_row(session, client_id)
+            row = get_row(session, ClientRow, client_id)
             if decision.automatic:
                 # Read in this transaction: an operator may have decided while the data was judged.
                 if (present := get_value(session, key)) and not present.get("automatic"):
-                    return _to_client(row)
+                    return record_of(Client, row)
                 value["automatic"] = True
             row.validated = decision.validated
             set_value(session, key, value)
-            return _to_client(row)
+            return record_of(Client, row)
 
     def validations(self, client_ids: Sequence[str]) -> dict[str, ClientValidation]:
         """The last decision on each of these clients; a client that nobody decided on is left out."""
@@ -212,23 +201,19 @@ class Clients(Repository):
         with self._write() as session:
             known = sorted(_known_ids(session, client_ids))
             for client_id in known:
-                row = _client_row(session, client_id)
+                row = get_row(session, ClientRow, client_id)
                 if row.quarantined_at is None:
                     row.quarantined_at, row.quarantine_reason = at, reason
             return known
 
     def quarantined(self) -> list[str]:
         """Ids of all clients in quarantine, sorted."""
-        with self._read() as session:
-            return list(
-                session.scalars(select(ClientRow.client_id).where(_IN_QUARANTINE).order_by(ClientRow.client_id))
-            )
+        return self._values(select(ClientRow.client_id).where(_IN_QUARANTINE).order_by(ClientRow.client_id))
 
     def quarantined_between(self, since: datetime, until: datetime) -> list[str]:
         """The clients that came into quarantine then and are still in it, sorted."""
         query = select(ClientRow.client_id).where(ClientRow.quarantined_at.between(since, until))
-        with self._read() as session:
-            return list(session.scalars(query.order_by(ClientRow.client_id)))
+        return self._values(query.order_by(ClientRow.client_id))
 
     def reinstate(self, client_id: str) -> Client:
         """Lift a client's quarantine; harmless where there is none.
@@ -237,9 +222,9 @@ class Clients(Repository):
             NotFoundError: no such client.
         """
         with self._write() as session:
-            row = _client_row(session, client_id)
+            row = get_row(session, ClientRow, client_id)
             row.quarantined_at = row.quarantine_reason = None
-            return _to_client(row)
+            return record_of(Client, row)
 
 
 def _population(session: Session) -> int:
@@ -272,17 +257,6 @@ def _matching(query: _Query, active: bool | None, validated: bool | None) -> _Qu
     if validated is not None:
         query = query.where(ClientRow.validated.is_(validated))
     return query
-
-
-def _client_row(session: Session, client_id: str) -> ClientRow:
-    row = session.get(ClientRow, client_id)
-    if row is None:
-        raise NotFoundError(f"There is no client {client_id!r}.", cure="Name a registered client.")
-    return row
-
-
-def _to_client(row: ClientRow) -> Client:
-    return record_of(Client, row, kind=ClientKind(row.kind))
 
 
 def _to_validation(value: Mapping[str, Any]) -> ClientValidation:

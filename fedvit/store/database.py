@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from datetime import datetime
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -168,22 +167,6 @@ class Transaction:
 
     def change_counter(self) -> None:
         """Nothing: this transaction sees its own writes, which no counter counts."""
-
-
-class Repository:
-    """Base of the classes that read and write one subject in the state database."""
-
-    def __init__(self, sessions: Sessions) -> None:
-        self._sessions = sessions
-
-    def _read(self) -> AbstractContextManager[Session]:
-        return self._sessions.read()
-
-    def _write(self) -> AbstractContextManager[Session]:
-        return self._sessions.write()
-
-    def _now(self) -> datetime:
-        return self._sessions.clock.now()
 
 
 def open_database(home: Path, clock: ClockPort = SYSTEM_CLOCK, new_id: NewId = secrets.token_hex) -> Database:

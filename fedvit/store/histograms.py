@@ -9,8 +9,8 @@ import numpy as np
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from fedvit.store.database import Repository
 from fedvit.store.metadata import get_value, set_value
+from fedvit.store.repository import Repository
 from fedvit.store.tables import HistogramRow
 from fedvit.wire.histograms import ClientHistogram, HistogramSpec
 

@@ -8,8 +8,8 @@ from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError
-from fedvit.store.database import Repository
 from fedvit.store.records import RequestKey, StoredResponse
+from fedvit.store.repository import Repository
 from fedvit.store.tables import IdempotencyRow
 
 KEPT = timedelta(hours=24)

@@ -14,14 +14,14 @@ from datetime import datetime, timedelta
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from fedvit.errors import NotFoundError
-from fedvit.store.database import Repository
 from fedvit.store.records import FiredAlert, Incident, IncidentEvent, LoggedAlert
-from fedvit.store.tables import IncidentAlertRow, IncidentEventRow, IncidentRow, record_of
+from fedvit.store.repository import Repository, get_row, insert_row, next_number, record_of
+from fedvit.store.tables import IncidentAlertRow, IncidentEventRow, IncidentRow
 from fedvit.types import Severity
 
 MONITORING = "monitoring"
 """The actor of an event that no person caused: an alert fired, or ended."""
+_FIRING = IncidentAlertRow.ends_at.is_(None)
 
 
 class Incidents(Repository):
@@ -39,9 +39,7 @@ class Incidents(Repository):
 
     def end_alerts(self, fingerprint: str, at: datetime) -> list[str]:
         """End every alert that fires under a fingerprint; return the incidents concerned."""
-        firing = select(IncidentAlertRow).where(
-            IncidentAlertRow.fingerprint == fingerprint, IncidentAlertRow.ends_at.is_(None)
-        )
+        firing = select(IncidentAlertRow).where(IncidentAlertRow.fingerprint == fingerprint, _FIRING)
         with self._write() as session:
             rows = list(session.scalars(firing))
             for row in rows:
@@ -55,7 +53,7 @@ class Incidents(Repository):
             NotFoundError: no such incident.
         """
         with self._write() as session:
-            _row(session, incident_id)
+            get_row(session, IncidentRow, incident_id)
             _add_event(session, incident_id, event)
 
     def get(self, incident_id: str) -> Incident:
@@ -65,7 +63,7 @@ class Incidents(Repository):
             NotFoundError: no such incident.
         """
         with self._read() as session:
-            return _to_incident(session, _row(session, incident_id))
+            return _to_incident(session, get_row(session, IncidentRow, incident_id))
 
     def all(self, *, is_open: bool | None = None, offset: int = 0, limit: int | None = None) -> list[Incident]:
         """Incidents, newest first; None filters nothing."""
@@ -86,14 +84,13 @@ class Incidents(Repository):
         """The alerts of an incident, in the order in which they began."""
         query = select(IncidentAlertRow).where(IncidentAlertRow.incident_id == incident_id)
         with self._read() as session:
-            return [_to_logged(row) for row in session.scalars(query.order_by(IncidentAlertRow.starts_at))]
+            rows = session.scalars(query.order_by(IncidentAlertRow.starts_at))
+            return [LoggedAlert(row.incident_id, row.received_at, record_of(FiredAlert, row)) for row in rows]
 
     def events(self, incident_id: str) -> list[IncidentEvent]:
         """The history of an incident, in the order of recording."""
         query = select(IncidentEventRow).where(IncidentEventRow.incident_id == incident_id)
-        with self._read() as session:
-            rows = session.scalars(query.order_by(IncidentEventRow.sequence))
-            return [record_of(IncidentEvent, row) for row in rows]
+        return self._records(IncidentEvent, query.order_by(IncidentEventRow.sequence))
 
 
 def _record(session: Session, alert: FiredAlert, reopen_within: timedelta, at: datetime) -> str:
@@ -115,9 +112,8 @@ def _incident_for(session: Session, alert: FiredAlert, reopen_within: timedelta,
         return _open(session, alert, began)
     if row.resolved_at is not None and alert.ends_at is None:
         row.resolved_at = None
-        _add_event(
-            session, row.incident_id, IncidentEvent(began, "reopened", MONITORING, f"{alert.alertname} fired again")
-        )
+        event = IncidentEvent(began, "reopened", MONITORING, f"{alert.alertname} fired again")
+        _add_event(session, row.incident_id, event)
     row.opened_at = min(row.opened_at, began)
     row.severity = min(row.severity, alert.severity.value)
     return row
@@ -126,14 +122,13 @@ def _incident_for(session: Session, alert: FiredAlert, reopen_within: timedelta,
 def _open(session: Session, alert: FiredAlert, began: datetime) -> IncidentRow:
     row = IncidentRow(
         incident_id=_new_id(session, began),
-        ordinal=1 + (session.scalar(select(func.max(IncidentRow.ordinal))) or 0),
+        ordinal=next_number(session, IncidentRow.ordinal),
         alertname=alert.alertname,
         severity=alert.severity.value,
         summary=alert.annotations.get("summary", ""),
         opened_at=began,
     )
-    session.add(row)
-    session.flush()
+    insert_row(session, row)
     _add_event(session, row.incident_id, IncidentEvent(began, "opened", MONITORING, f"{alert.alertname} fired"))
     return row
 
@@ -148,56 +143,29 @@ def _new_id(session: Session, began: datetime) -> str:
 def _add(session: Session, alert: FiredAlert, incident: IncidentRow, at: datetime) -> IncidentAlertRow:
     facts = {field.name: getattr(alert, field.name) for field in fields(alert) if field.name != "ends_at"}
     facts |= {"severity": alert.severity.value, "labels": dict(alert.labels), "annotations": dict(alert.annotations)}
-    row = IncidentAlertRow(**facts, incident_id=incident.incident_id, received_at=at)
-    session.add(row)
-    session.flush()
-    return row
+    return insert_row(session, IncidentAlertRow(**facts, incident_id=incident.incident_id, received_at=at))
 
 
 def _end(session: Session, row: IncidentAlertRow, ends_at: datetime, at: datetime) -> None:
     row.ends_at = min(ends_at, at)
     session.flush()
-    still = select(func.count()).where(
-        IncidentAlertRow.incident_id == row.incident_id, IncidentAlertRow.ends_at.is_(None)
-    )
-    incident = _row(session, row.incident_id)
+    still = select(func.count()).where(IncidentAlertRow.incident_id == row.incident_id, _FIRING)
+    incident = get_row(session, IncidentRow, row.incident_id)
     if session.scalar(still) == 0:
-        was_open, incident.resolved_at = incident.resolved_at is None, _last_end(session, row.incident_id)
+        ends = select(func.max(IncidentAlertRow.ends_at)).where(IncidentAlertRow.incident_id == row.incident_id)
+        last, was_open = session.scalar(ends) or row.ends_at, incident.resolved_at is None
+        incident.resolved_at = last
         if was_open:
-            event = IncidentEvent(incident.resolved_at, "resolved", MONITORING, "All its alerts have cleared")
+            event = IncidentEvent(last, "resolved", MONITORING, "All its alerts have cleared")
             _add_event(session, row.incident_id, event)
 
 
-def _last_end(session: Session, incident_id: str) -> datetime:
-    query = select(IncidentAlertRow.ends_at).where(IncidentAlertRow.incident_id == incident_id)
-    return max(ends_at for ends_at in session.scalars(query) if ends_at is not None)
-
-
 def _add_event(session: Session, incident_id: str, event: IncidentEvent) -> None:
-    last = select(func.max(IncidentEventRow.sequence)).where(IncidentEventRow.incident_id == incident_id)
-    sequence = 1 + (session.scalar(last) or 0)
-    session.add(IncidentEventRow(incident_id=incident_id, sequence=sequence, **asdict(event)))
-    session.flush()
-
-
-def _row(session: Session, incident_id: str) -> IncidentRow:
-    row = session.get(IncidentRow, incident_id)
-    if row is None:
-        raise NotFoundError(f"There is no incident {incident_id!r}.", cure="See GET /api/incidents.")
-    return row
+    sequence = next_number(session, IncidentEventRow.sequence, IncidentEventRow.incident_id == incident_id)
+    insert_row(session, IncidentEventRow(incident_id=incident_id, sequence=sequence, **asdict(event)))
 
 
 def _to_incident(session: Session, row: IncidentRow) -> Incident:
     alerts = select(func.count()).where(IncidentAlertRow.incident_id == row.incident_id)
-    return record_of(
-        Incident,
-        row,
-        severity=Severity(row.severity),
-        alerts=session.scalar(alerts) or 0,
-        firing=session.scalar(alerts.where(IncidentAlertRow.ends_at.is_(None))) or 0,
-    )
-
-
-def _to_logged(row: IncidentAlertRow) -> LoggedAlert:
-    alert = record_of(FiredAlert, row, severity=Severity(row.severity))
-    return LoggedAlert(row.incident_id, row.received_at, alert)
+    firing = session.scalar(alerts.where(_FIRING)) or 0
+    return record_of(Incident, row, alerts=session.scalar(alerts) or 0, firing=firing)

@@ -13,9 +13,9 @@ from sqlalchemy.orm import Session
 from fedvit.errors import ConflictError, LedgerFrozenError
 from fedvit.ports import Charge, LedgerEntry
 from fedvit.store.chain import BUDGET_CHAIN, LEDGER_CHAIN
-from fedvit.store.database import Repository
 from fedvit.store.metadata import COPY_KEY, FREEZE_KEY, get_value, set_value
-from fedvit.store.tables import ChargeRow, record_of
+from fedvit.store.repository import Repository, record_of
+from fedvit.store.tables import ChargeRow
 from fedvit.types import LedgerFreeze
 
 RESTORE = "restore"
@@ -204,17 +204,9 @@ def _key(charge: Charge) -> _ChargeKey:
 
 def _normal(charge: Charge) -> Charge:
     """The types that the database gives back, or the hash over ``1`` would not match the one over ``1.0``."""
-    if _is_normal(charge):
-        return charge
-    return replace(
-        charge,
-        round_index=int(charge.round_index),
-        noise_multiplier=float(charge.noise_multiplier),
-        sampling_prob=float(charge.sampling_prob),
-        steps=int(charge.steps),
-    )
-
-
-def _is_normal(charge: Charge) -> bool:
     types = (type(charge.round_index), type(charge.noise_multiplier), type(charge.sampling_prob), type(charge.steps))
-    return types == (int, float, float, int)
+    if types == (int, float, float, int):
+        return charge
+    noise_multiplier, sampling_prob = float(charge.noise_multiplier), float(charge.sampling_prob)
+    charge = replace(charge, noise_multiplier=noise_multiplier, sampling_prob=sampling_prob)
+    return replace(charge, round_index=int(charge.round_index), steps=int(charge.steps))

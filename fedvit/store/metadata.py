@@ -9,8 +9,9 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, StateError
-from fedvit.store.database import Repository, Sessions
+from fedvit.store.database import Sessions
 from fedvit.store.records import FleetInfo
+from fedvit.store.repository import Repository
 from fedvit.store.tables import MetaRow
 
 FLEET_KEY = "fleet"

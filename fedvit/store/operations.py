@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fedvit.errors import ConflictError, NotFoundError
-from fedvit.store.database import Repository
-from fedvit.store.tables import OperationRow, record_of
+from fedvit.errors import ConflictError
+from fedvit.store.repository import Repository, get_row, insert_row, next_number, record_of
+from fedvit.store.tables import OperationRow
 from fedvit.types import Operation, OperationStatus
 
 
@@ -31,10 +31,10 @@ class Operations(Repository):
                     raise ConflictError(
                         f"The call key of {known.operation_id} was used for another request.", cure="Choose a new key."
                     )
-                return _to_operation(known), False
+                return record_of(Operation, known), False
             row = OperationRow(
                 operation_id=f"op-{self._sessions.new_id(8)}",
-                ordinal=1 + (session.scalar(select(func.max(OperationRow.ordinal))) or 0),
+                ordinal=next_number(session, OperationRow.ordinal),
                 kind=kind,
                 status=OperationStatus.QUEUED.value,
                 progress=0.0,
@@ -44,9 +44,7 @@ class Operations(Repository):
                 cancel_requested=False,
                 call_key=call_key,
             )
-            session.add(row)
-            session.flush()
-            return _to_operation(row), True
+            return record_of(Operation, insert_row(session, row)), True
 
     def key_exists(self, call_key: str) -> bool:
         """Whether an operation was created under that key."""
@@ -59,34 +57,32 @@ class Operations(Repository):
         Raises:
             NotFoundError: no such operation.
         """
-        with self._read() as session:
-            return _to_operation(_row(session, operation_id))
+        return self._get(Operation, OperationRow, operation_id)
 
     def all(self, *statuses: OperationStatus, offset: int = 0, limit: int | None = None) -> list[Operation]:
         """Operations, newest first; no statuses filter nothing."""
         query = select(OperationRow).order_by(OperationRow.ordinal.desc()).offset(offset).limit(limit)
         if statuses:
             query = query.where(OperationRow.status.in_([status.value for status in statuses]))
-        with self._read() as session:
-            return [_to_operation(row) for row in session.scalars(query)]
+        return self._records(Operation, query)
 
     def begin(self, operation_id: str) -> Operation:
         """Move an operation to RUNNING, unless it has ended or is to be cancelled."""
         with self._write() as session:
-            row = _row(session, operation_id)
+            row = get_row(session, OperationRow, operation_id)
             if not _has_ended(row) and not row.cancel_requested:
                 row.status = OperationStatus.RUNNING.value
                 row.started_at = row.started_at or self._now()
                 row.progress, row.stage = 0.0, "started"
-            return _to_operation(row)
+            return record_of(Operation, row)
 
     def advance(self, operation_id: str, progress: float, stage: str) -> Operation:
         """Record how far an operation has come; ``progress`` from 0 to 1."""
         with self._write() as session:
-            row = _row(session, operation_id)
+            row = get_row(session, OperationRow, operation_id)
             if not _has_ended(row):
                 row.progress, row.stage = min(max(progress, 0.0), 1.0), stage
-            return _to_operation(row)
+            return record_of(Operation, row)
 
     def end(
         self,
@@ -98,12 +94,12 @@ class Operations(Repository):
     ) -> Operation:
         """Give an operation its end, unless it has one."""
         with self._write() as session:
-            row = _row(session, operation_id)
+            row = get_row(session, OperationRow, operation_id)
             if not _has_ended(row):
                 _end(row, status, self._now())
                 row.result = None if result is None else dict(result)
                 row.error = None if error is None else dict(error)
-            return _to_operation(row)
+            return record_of(Operation, row)
 
     def cancel(self, operation_id: str) -> Operation:
         """Cancel a queued operation at once, ask a running one to end, leave an ended one as it is.
@@ -112,12 +108,12 @@ class Operations(Repository):
             NotFoundError: no such operation.
         """
         with self._write() as session:
-            row = _row(session, operation_id)
+            row = get_row(session, OperationRow, operation_id)
             if not _has_ended(row):
                 row.cancel_requested = True
             if row.status == OperationStatus.QUEUED.value:
                 _end(row, OperationStatus.CANCELLED, self._now())
-            return _to_operation(row)
+            return record_of(Operation, row)
 
 
 def _has_ended(row: OperationRow) -> bool:
@@ -135,14 +131,3 @@ def _with_key(session: Session, call_key: str | None) -> OperationRow | None:
     if call_key is None:
         return None
     return session.scalar(select(OperationRow).where(OperationRow.call_key == call_key))
-
-
-def _row(session: Session, operation_id: str) -> OperationRow:
-    row = session.get(OperationRow, operation_id)
-    if row is None:
-        raise NotFoundError(f"There is no operation {operation_id!r}.", cure="See GET /api/operations.")
-    return row
-
-
-def _to_operation(row: OperationRow) -> Operation:
-    return record_of(Operation, row, status=OperationStatus(row.status))

@@ -9,15 +9,15 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError
-from fedvit.store.database import Repository
 from fedvit.store.ledger import Ledger
 from fedvit.store.metadata import RELEASE_FLOOR_KEY, get_value, set_value
 from fedvit.store.records import Release
-from fedvit.store.tables import ReleaseRow, record_of
-from fedvit.store.versions import version_row
+from fedvit.store.repository import Repository, get_row, insert_row, record_of
+from fedvit.store.tables import ReleaseRow, VersionRow
 
 RELEASE_MARGIN = 10_000
 """More releases than anybody makes between a backup and the loss of its original."""
+_NEWEST_FIRST = select(ReleaseRow).order_by(ReleaseRow.sequence.desc())
 
 
 class Releases(Repository):
@@ -52,11 +52,11 @@ class Releases(Repository):
         with self._sessions.transaction() as transaction, transaction.write() as session:
             if not while_frozen:
                 Ledger(transaction).check_not_frozen()
-            row = version_row(session, version)
+            row = get_row(session, VersionRow, version)
             if not artifacts:
                 cure = "Export at least one variant."
                 raise ConflictError(f"Version {version} was released without artifacts.", cure=cure)
-            current = _current_row(session)
+            current = session.scalar(_NEWEST_FIRST.limit(1))
             if current is not None:
                 serve_variant = serve_variant or current.serve_variant
                 offered = (version, dict(artifacts), serve_variant)
@@ -70,29 +70,20 @@ class Releases(Repository):
                 )
             row.artifacts, row.refusal = dict(artifacts), None
             release = Release(free, version, dict(artifacts), dict(envelopes), self._now(), reason, serve_variant)
-            session.add(ReleaseRow(**asdict(release)))
-            session.flush()
+            insert_row(session, ReleaseRow(**asdict(release)))
             return release
 
     def current(self) -> Release | None:
         """The release that replicas and vehicles run now, or None."""
-        with self._read() as session:
-            row = _current_row(session)
-            return None if row is None else record_of(Release, row)
+        return self._first(Release, _NEWEST_FIRST)
 
     def of_version(self, version: str) -> Release | None:
         """The last release of a version, or None."""
-        query = select(ReleaseRow).where(ReleaseRow.version == version).order_by(ReleaseRow.sequence.desc()).limit(1)
-        with self._read() as session:
-            row = session.scalar(query)
-            return None if row is None else record_of(Release, row)
+        return self._first(Release, _NEWEST_FIRST.where(ReleaseRow.version == version))
 
     def all(self) -> list[Release]:
         """All releases, oldest first."""
-        with self._read() as session:
-            return [
-                record_of(Release, row) for row in session.scalars(select(ReleaseRow).order_by(ReleaseRow.sequence))
-            ]
+        return self._records(Release, select(ReleaseRow).order_by(ReleaseRow.sequence))
 
     def next_sequence(self) -> int:
         """The number that the next release gets, from 1."""
@@ -112,7 +103,3 @@ def next_sequence(session: Session) -> int:
     """The number that the next release gets."""
     last = session.scalar(select(func.max(ReleaseRow.sequence))) or 0
     return 1 + max(last, get_value(session, RELEASE_FLOOR_KEY) or 0)
-
-
-def _current_row(session: Session) -> ReleaseRow | None:
-    return session.scalar(select(ReleaseRow).order_by(ReleaseRow.sequence.desc()).limit(1))

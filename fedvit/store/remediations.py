@@ -6,9 +6,9 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from fedvit.api.incidents import RemediationOutcome
-from fedvit.store.database import Repository
 from fedvit.store.records import Remediation, RemediationState
-from fedvit.store.tables import ClientRow, RemediationRow, record_of
+from fedvit.store.repository import Repository, record_of
+from fedvit.store.tables import ClientRow, RemediationRow
 from fedvit.types import RemediationAction
 
 
@@ -20,7 +20,7 @@ class Remediations(Repository):
         query = select(RemediationRow).where(RemediationRow.outcome != RemediationOutcome.WITHHELD.value)
         counts = select(func.count()).select_from(ClientRow).where(ClientRow.active.is_(True))
         with self._read() as session:
-            attempted = tuple(_to_remediation(row) for row in session.scalars(query))
+            attempted = tuple(record_of(Remediation, row) for row in session.scalars(query))
             active = session.scalar(counts) or 0
             validated = session.scalar(counts.where(ClientRow.validated.is_(True))) or 0
             gone, leaving = _removed(session, attempted)
@@ -41,25 +41,20 @@ class Remediations(Repository):
         same transaction.
         """
         with self._write() as session:
-            row = session.get(
-                RemediationRow, (remediation.fingerprint, remediation.starts_at, remediation.action.value)
-            )
+            key = (remediation.fingerprint, remediation.starts_at, remediation.action.value)
+            row = session.get(RemediationRow, key)
             if row is not None and row.outcome != RemediationOutcome.WITHHELD:
                 return None
             if row is None:
-                row = RemediationRow(
-                    fingerprint=remediation.fingerprint,
-                    starts_at=remediation.starts_at,
-                    action=remediation.action.value,
-                    incident_id=remediation.incident_id,
-                )
+                names = ("fingerprint", "starts_at", "action")
+                row = RemediationRow(**dict(zip(names, key, strict=True)), incident_id=remediation.incident_id)
                 session.add(row)
             elif row.detail == withheld_for:
-                return _to_remediation(row)
+                return record_of(Remediation, row)
             row.at, row.target, row.detail = remediation.at, remediation.target, withheld_for or ""
             row.outcome = (RemediationOutcome.BEGUN if withheld_for is None else RemediationOutcome.WITHHELD).value
             session.flush()
-            return _to_remediation(row)
+            return record_of(Remediation, row)
 
     def finish(self, claimed: Remediation, outcome: RemediationOutcome, detail: str) -> Remediation:
         """Record the outcome of a remediation that was taken on."""
@@ -67,13 +62,12 @@ class Remediations(Repository):
             row = session.get_one(RemediationRow, (claimed.fingerprint, claimed.starts_at, claimed.action.value))
             row.outcome, row.detail = outcome.value, detail
             session.flush()
-            return _to_remediation(row)
+            return record_of(Remediation, row)
 
     def of_incident(self, incident_id: str) -> list[Remediation]:
         """The remediations of an incident that were taken or withheld, in order."""
         query = select(RemediationRow).where(RemediationRow.incident_id == incident_id).order_by(RemediationRow.at)
-        with self._read() as session:
-            return [_to_remediation(row) for row in session.scalars(query)]
+        return self._records(Remediation, query)
 
 
 def _removed(session: Session, attempted: tuple[Remediation, ...]) -> tuple[set[str], set[str]]:
@@ -87,8 +81,3 @@ def _removed(session: Session, attempted: tuple[Remediation, ...]) -> tuple[set[
         elif row is not None and remediation.outcome is RemediationOutcome.BEGUN:
             leaving.add(row.client_id)
     return gone, leaving
-
-
-def _to_remediation(row: RemediationRow) -> Remediation:
-    converted = {"action": RemediationAction(row.action), "outcome": RemediationOutcome(row.outcome)}
-    return record_of(Remediation, row, **converted)

@@ -10,10 +10,10 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, NotFoundError
-from fedvit.store.database import Repository
 from fedvit.store.records import RoundCommit, RoundTally
-from fedvit.store.runs import RESUMABLE, run_row
-from fedvit.store.tables import ChargeRow, ClientRoundRow, ClientRow, RoundRow, RunRow, VersionRow, among, record_of
+from fedvit.store.repository import Repository, among, get_row, record_of
+from fedvit.store.runs import RESUMABLE
+from fedvit.store.tables import ChargeRow, ClientRoundRow, ClientRow, RoundRow, RunRow, VersionRow
 from fedvit.store.versions import insert_version
 from fedvit.types import ClientOutcome, Cohort, ModelVersion, Participation, RoundRecord, UpdateStatistics
 
@@ -38,7 +38,7 @@ class Rounds(Repository):
             ConflictError: ``round_index`` is not ``rounds_done + 1``, or the cohort was drawn for another round.
         """
         with self._write() as session:
-            expected = run_row(session, run_id).rounds_done + 1
+            expected = get_row(session, RunRow, run_id).rounds_done + 1
             if round_index != expected:
                 raise ConflictError(
                     f"Round {round_index} of {run_id} cannot be opened.", cure=f"Its next round is {expected}."
@@ -68,7 +68,7 @@ class Rounds(Repository):
                 round that it started in.
         """
         with self._write() as session:
-            run, row = run_row(session, run_id), _round_row(session, run_id, round_index)
+            run, row = get_row(session, RunRow, run_id), _round_row(session, run_id, round_index)
             if row.committed_at is not None:
                 raise ConflictError(
                     f"Round {round_index} of {run_id} is committed already.",
@@ -77,10 +77,8 @@ class Rounds(Repository):
             _check_outcomes(session, row, commit.outcomes)
             _check_quarantine(session, row, commit.outcomes)
             now = self._now()
-            row.committed_at = now
+            row.committed_at, row.epsilon, row.duration_s = now, commit.epsilon, commit.duration_s
             row.loss, row.accuracy = _finite(commit.loss), _finite(commit.accuracy)
-            row.epsilon = commit.epsilon
-            row.duration_s = commit.duration_s
             row.num_updates = sum(outcome.error is None for outcome in commit.outcomes)
             run.rounds_done = round_index
             _insert_outcomes(session, row, commit.outcomes)
@@ -102,7 +100,7 @@ class Rounds(Repository):
             NotFoundError: no such run.
         """
         with self._read() as session:
-            run_row(session, run_id)
+            get_row(session, RunRow, run_id)
             return _records(session, RoundRow.run_id == run_id)
 
     def engagements(
@@ -252,17 +250,9 @@ def _check_quarantine(session: Session, row: RoundRow, outcomes: Sequence[Client
 
 
 def _insert_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientOutcome]) -> None:
+    key = (row.run_id, row.round_index)
     facts = [
-        (
-            row.run_id,
-            row.round_index,
-            o.client_id,
-            o.num_examples,
-            o.error,
-            _finite(o.update_norm),
-            _finite(o.alignment),
-        )
-        for o in outcomes
+        (*key, o.client_id, o.num_examples, o.error, _finite(o.update_norm), _finite(o.alignment)) for o in outcomes
     ]
     if facts:
         # By the driver: to bind so many values by name would take longer than to write the rows.
@@ -284,7 +274,9 @@ def _records(session: Session, *conditions: ColumnElement[bool]) -> list[RoundRe
     )
     query = select(RoundRow, VersionRow.version).outerjoin(VersionRow, trained)
     pairs = session.execute(query.where(*conditions).order_by(RoundRow.round_index))
-    return [_to_round(row, version) for row, version in pairs]
+    return [
+        record_of(RoundRecord, row, committed=row.committed_at is not None, version=version) for row, version in pairs
+    ]
 
 
 def _round_row(session: Session, run_id: str, round_index: int) -> RoundRow:
@@ -300,8 +292,3 @@ def _no_round(run_id: str, round_index: int) -> NotFoundError:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _to_round(row: RoundRow, version: str | None) -> RoundRecord:
-    committed = row.committed_at is not None
-    return record_of(RoundRecord, row, cohort=tuple(row.cohort), committed=committed, version=version)

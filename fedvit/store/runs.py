@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fedvit.errors import ConflictError, NotFoundError
-from fedvit.store.database import Repository
-from fedvit.store.tables import RunRow, record_of
+from fedvit.errors import ConflictError
+from fedvit.store.repository import Repository, get_row, insert_row, next_number, record_of
+from fedvit.store.tables import RunRow
 from fedvit.types import Run, RunStatus
 
 RESUMABLE = [status.value for status in RunStatus if status.resumable]
@@ -35,7 +35,7 @@ class Runs(Repository):
         """
         with self._write() as session:
             _check_none_resumable(session, except_for=None)
-            ordinal = 1 + (session.scalar(select(func.max(RunRow.ordinal))) or 0)
+            ordinal = next_number(session, RunRow.ordinal)
             row = RunRow(
                 run_id=f"run-{ordinal:04d}",
                 ordinal=ordinal,
@@ -48,9 +48,7 @@ class Runs(Repository):
                 data_digest=data_digest,
                 started_at=self._now(),
             )
-            session.add(row)
-            session.flush()
-            return _to_run(row)
+            return record_of(Run, insert_row(session, row))
 
     def get(self, run_id: str) -> Run:
         """One run.
@@ -58,19 +56,15 @@ class Runs(Repository):
         Raises:
             NotFoundError: no such run.
         """
-        with self._read() as session:
-            return _to_run(run_row(session, run_id))
+        return self._get(Run, RunRow, run_id)
 
     def all(self) -> list[Run]:
         """All runs, oldest first."""
-        with self._read() as session:
-            return [_to_run(row) for row in session.scalars(select(RunRow).order_by(RunRow.ordinal))]
+        return self._records(Run, select(RunRow).order_by(RunRow.ordinal))
 
     def latest(self) -> Run | None:
         """The run begun last, or None."""
-        with self._read() as session:
-            row = session.scalar(select(RunRow).order_by(RunRow.ordinal.desc()).limit(1))
-            return None if row is None else _to_run(row)
+        return self._first(Run, select(RunRow).order_by(RunRow.ordinal.desc()))
 
     def set_status(self, run_id: str, status: RunStatus, reason: str | None = None) -> Run:
         """Move a run to ``status``; every status but RUNNING sets ``ended_at``, RUNNING clears it.
@@ -80,33 +74,15 @@ class Runs(Repository):
             ConflictError: ``status`` is resumable, and another run is so already.
         """
         with self._write() as session:
-            row = run_row(session, run_id)
+            row = get_row(session, RunRow, run_id)
             if status.resumable:
                 _check_none_resumable(session, except_for=run_id)
-            row.status = status.value
-            row.reason = reason
+            row.status, row.reason = status.value, reason
             row.ended_at = None if status is RunStatus.RUNNING else self._now()
-            return _to_run(row)
-
-
-def run_row(session: Session, run_id: str) -> RunRow:
-    """The row of one run.
-
-    Raises:
-        NotFoundError: no such run.
-    """
-    row = session.get(RunRow, run_id)
-    if row is None:
-        raise NotFoundError(f"There is no run {run_id!r}.", cure="Runs are named like run-0001.")
-    return row
+            return record_of(Run, row)
 
 
 def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
-    others = session.scalars(select(RunRow.run_id).where(RunRow.status.in_(RESUMABLE)))
-    for run_id in others:
+    for run_id in session.scalars(select(RunRow.run_id).where(RunRow.status.in_(RESUMABLE))):
         if run_id != except_for:
             raise ConflictError(f"{run_id} is not finished.", cure="Continue it, or end it before another run goes on.")
-
-
-def _to_run(row: RunRow) -> Run:
-    return record_of(Run, row, status=RunStatus(row.status))

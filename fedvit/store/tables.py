@@ -5,17 +5,11 @@ A change here comes with a new revision in ``migrations/versions``; a test compa
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import fields
 from datetime import UTC, datetime
-from functools import cache
-from operator import attrgetter
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from sqlalchemy import (
     JSON,
-    ColumnElement,
     DateTime,
     Dialect,
     Double,
@@ -23,18 +17,13 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     LargeBinary,
-    Row,
     String,
     Text,
     UniqueConstraint,
-    func,
-    select,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
-
-_Record = TypeVar("_Record")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -401,21 +390,3 @@ class RemediationRow(Base):
     at: Mapped[datetime]
     outcome: Mapped[str] = mapped_column(String(16), index=True)
     detail: Mapped[str] = mapped_column(Text())
-
-
-def record_of(record_type: type[_Record], row: Base | Row[Any], **converted: Any) -> _Record:
-    """A frozen record (a dataclass) of the row's columns of the same names, except those given ``converted``."""
-    names, values_of = _columns(cast(Hashable, record_type), tuple(converted))
-    return record_type(**dict(zip(names, values_of(row), strict=True)), **converted)
-
-
-@cache
-def _columns(record_type: Any, converted: tuple[str, ...]) -> tuple[tuple[str, ...], Callable[[object], Any]]:
-    names = tuple(field.name for field in fields(record_type) if field.name not in converted)
-    return names, attrgetter(*names)
-
-
-def among(column: InstrumentedAttribute[Any], values: Iterable[str] | Iterable[int]) -> ColumnElement[bool]:
-    """Whether a column's value is one of these; they are one bound parameter, however many they are."""
-    listed = func.json_each(json.dumps(list(values))).table_valued("value")
-    return column.in_(select(listed.c.value))

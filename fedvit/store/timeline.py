@@ -8,9 +8,9 @@ from datetime import datetime
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from fedvit.store.database import Repository
 from fedvit.store.ledger import Ledger
 from fedvit.store.records import TimelineEvent
+from fedvit.store.repository import Repository
 from fedvit.store.tables import BudgetPeriodRow, ClientRow, OperationRow, ReleaseRow, RunRow
 from fedvit.types import LedgerFreeze
 

@@ -7,12 +7,10 @@ from dataclasses import asdict
 from datetime import datetime
 
 from sqlalchemy import select, update
-from sqlalchemy.orm import Session
 
-from fedvit.errors import NotFoundError
-from fedvit.store.database import Repository
 from fedvit.store.records import Token
-from fedvit.store.tables import TokenRow, record_of
+from fedvit.store.repository import Repository, get_row, record_of
+from fedvit.store.tables import TokenRow
 
 
 class Tokens(Repository):
@@ -29,13 +27,11 @@ class Tokens(Repository):
         Raises:
             NotFoundError: no such token.
         """
-        with self._read() as session:
-            return _to_token(_token_row(session, token_id))
+        return self._get(Token, TokenRow, token_id)
 
     def all(self) -> list[Token]:
         """All tokens, revoked ones included, oldest first."""
-        with self._read() as session:
-            return [_to_token(row) for row in session.scalars(select(TokenRow).order_by(TokenRow.created_at))]
+        return self._records(Token, select(TokenRow).order_by(TokenRow.created_at))
 
     def revoke(self, token_id: str, at: datetime) -> Token:
         """End a token; harmless when it is ended already, the first moment stands.
@@ -44,9 +40,9 @@ class Tokens(Repository):
             NotFoundError: no such token.
         """
         with self._write() as session:
-            row = _token_row(session, token_id)
+            row = get_row(session, TokenRow, token_id)
             row.revoked_at = row.revoked_at or at
-            return _to_token(row)
+            return record_of(Token, row)
 
     def set_last_used(self, last_used: Mapping[str, datetime]) -> None:
         """Record when these tokens were used last."""
@@ -54,14 +50,3 @@ class Tokens(Repository):
         with self._write() as session:
             if rows:
                 session.execute(update(TokenRow), rows)
-
-
-def _token_row(session: Session, token_id: str) -> TokenRow:
-    row = session.get(TokenRow, token_id)
-    if row is None:
-        raise NotFoundError(f"There is no token {token_id!r}.", cure="See `fedvit token list`.")
-    return row
-
-
-def _to_token(row: TokenRow) -> Token:
-    return record_of(Token, row, scopes=tuple(row.scopes))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from fedvit.errors import NotFoundError
-from fedvit.store.database import Repository
 from fedvit.store.records import Derivation, RoundCommit
-from fedvit.store.tables import ReleaseRow, RunRow, VersionRow, record_of
+from fedvit.store.repository import Repository, get_row, insert_row, next_number, record_of
+from fedvit.store.tables import ReleaseRow, RunRow, VersionRow
 from fedvit.types import ModelVersion
 
 RULE_STATE = "rule_state"
@@ -29,23 +29,19 @@ class Versions(Repository):
         Raises:
             NotFoundError: no such version.
         """
-        with self._read() as session:
-            return record_of(ModelVersion, version_row(session, version))
+        return self._get(ModelVersion, VersionRow, version)
 
     def all(self, offset: int = 0, limit: int | None = None) -> list[ModelVersion]:
         """Model versions, newest first: v1.1.10 before v1.1.9."""
         query = select(VersionRow).order_by(*_NEWEST_FIRST).offset(offset).limit(limit)
-        with self._read() as session:
-            return [record_of(ModelVersion, row) for row in session.scalars(query)]
+        return self._records(ModelVersion, query)
 
     def latest(self, run_id: str | None = None) -> ModelVersion | None:
         """The newest version that one run trained, or the newest of all; None before the first."""
-        query = select(VersionRow).order_by(*_NEWEST_FIRST).limit(1)
+        query = select(VersionRow).order_by(*_NEWEST_FIRST)
         if run_id is not None:
             query = query.where(VersionRow.run_id == run_id, VersionRow.derived_from.is_(None))
-        with self._read() as session:
-            row = session.scalar(query)
-            return None if row is None else record_of(ModelVersion, row)
+        return self._first(ModelVersion, query)
 
     def derive(self, derivation: Derivation) -> ModelVersion:
         """Insert a version above all others with the weights of an older one.
@@ -54,10 +50,10 @@ class Versions(Repository):
             NotFoundError: no such origin.
         """
         with self._write() as session:
-            origin = version_row(session, derivation.origin)
+            origin = get_row(session, VersionRow, derivation.origin)
             newest = session.scalars(select(VersionRow).order_by(*_NEWEST_FIRST).limit(1)).one()
-            row = VersionRow(
-                version=f"v1.{newest.run_ordinal}.{newest.number + 1}",
+            return _insert(
+                session,
                 run_id=origin.run_id,
                 round_index=origin.round_index,
                 run_ordinal=newest.run_ordinal,
@@ -66,14 +62,10 @@ class Versions(Repository):
                 frozen_digest=origin.frozen_digest,
                 created_at=self._now(),
                 epsilon=origin.epsilon,
-                metrics=_finite(derivation.metrics),
+                metrics=derivation.metrics,
                 lineage={**origin.lineage, **derivation.lineage},
-                artifacts={},
                 derived_from=origin.version,
             )
-            session.add(row)
-            session.flush()
-            return record_of(ModelVersion, row)
 
     def refuse(self, version: str, reason: str) -> ModelVersion:
         """Record why a version is not offered to replicas and vehicles.
@@ -82,7 +74,7 @@ class Versions(Repository):
             NotFoundError: no such version.
         """
         with self._write() as session:
-            row = version_row(session, version)
+            row = get_row(session, VersionRow, version)
             row.refusal = reason
             return record_of(ModelVersion, row)
 
@@ -98,38 +90,25 @@ class Versions(Repository):
 
 def insert_version(session: Session, run: RunRow, round_index: int, commit: RoundCommit, at: datetime) -> ModelVersion:
     """Insert the next version of a run: ``v1.<run ordinal>.<n>``."""
-    newest = session.scalar(select(func.max(VersionRow.number)).where(VersionRow.run_ordinal == run.ordinal))
-    number = 1 + (newest or 0)
-    row = VersionRow(
-        version=f"v1.{run.ordinal}.{number}",
+    return _insert(
+        session,
         run_id=run.run_id,
         round_index=round_index,
         run_ordinal=run.ordinal,
-        number=number,
+        number=next_number(session, VersionRow.number, VersionRow.run_ordinal == run.ordinal),
         weights_digest=commit.weights_digest,
         frozen_digest=commit.frozen_digest,
         created_at=at,
         epsilon=commit.epsilon,
-        metrics=_finite(commit.metrics),
+        metrics=commit.metrics,
         lineage=dict(commit.lineage),
-        artifacts={},
     )
-    session.add(row)
-    session.flush()
-    return record_of(ModelVersion, row)
 
 
-def version_row(session: Session, version: str) -> VersionRow:
-    """The row of one version.
-
-    Raises:
-        NotFoundError: no such version.
-    """
-    row = session.get(VersionRow, version)
-    if row is None:
-        raise NotFoundError(f"There is no model version {version!r}.", cure="Versions are named like v1.1.30.")
-    return row
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+def _insert(
+    session: Session, *, run_ordinal: int, number: int, metrics: Mapping[str, float], **columns: Any
+) -> ModelVersion:
+    name = f"v1.{run_ordinal}.{number}"
+    finite = {metric: value for metric, value in metrics.items() if math.isfinite(value)}
+    row = VersionRow(version=name, run_ordinal=run_ordinal, number=number, metrics=finite, artifacts={}, **columns)
+    return record_of(ModelVersion, insert_row(session, row))

@@ -12,7 +12,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-INTEGER, DOUBLE, TEXT, MOMENT = sa.Integer(), sa.Double(), sa.Text(), sa.DateTime(timezone=True)
+INTEGER, DOUBLE, TEXT, MOMENT = sa.Integer, sa.Double, sa.Text, sa.DateTime(timezone=True)
 STR64, STR200, JSON, NULLABLE_JSON = sa.String(64), sa.String(200), sa.JSON(), sa.JSON(none_as_null=True)
 
 
