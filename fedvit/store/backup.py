@@ -23,8 +23,8 @@ from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import StateError, UsageError
 from fedvit.ports import ClockPort
 from fedvit.store.archive import CHECKSUMS, DATABASE, WRITE_AHEAD_LOG
-from fedvit.store.releases import RELEASE_MARGIN
 from fedvit.store.store import Store
+from fedvit.store.versions import RELEASE_MARGIN
 
 KEPT_FOLDERS = ("blobs", "keys")
 

@@ -58,11 +58,15 @@ class Chain:
             IntegrityError: lines are missing at the end of the table.
             ValueError: a number is not finite.
         """
-        head = self._checked_head(session)
-        rows = self._chained(lines, head["sequence"], head["hash"], at)
+        head, rows = self._checked_head(session), []
+        sequence, prev_hash = int(head["sequence"]), head["hash"]
+        for line in lines:
+            sequence += 1
+            link = _link(prev_hash, self._content(sequence, at, line))
+            rows.append({"sequence": sequence, "at": at, **line, "prev_hash": prev_hash, "hash": link})
+            prev_hash = link
         session.connection().execute(insert(typed(Table, self.table.__table__)), rows)
-        sequence: int = rows[-1]["sequence"]
-        set_value(session, self.head_key, {"sequence": sequence, "hash": rows[-1]["hash"]})
+        set_value(session, self.head_key, {"sequence": sequence, "hash": prev_hash})
         return sequence
 
     def length(self, session: Session) -> int:
@@ -135,17 +139,6 @@ class Chain:
             cure="Restore the state folder from a backup.",
             sequence=sequence,
         )
-
-    def _chained(
-        self, lines: Sequence[Mapping[str, Any]], sequence: int, prev_hash: str, at: datetime
-    ) -> list[dict[str, Any]]:
-        rows = []
-        for line in lines:
-            sequence += 1
-            link = _link(prev_hash, self._content(sequence, at, line))
-            rows.append({"sequence": sequence, "at": at, **line, "prev_hash": prev_hash, "hash": link})
-            prev_hash = link
-        return rows
 
     def _content(self, sequence: int, at: datetime, facts: Mapping[str, Any]) -> str:
         hashed = {name: value for name, value in facts.items() if self.unhashed.get(name, _HASHED) != value}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 from typing import cast as typed
 
-from sqlalchemy import ColumnElement, Integer, Select, Table, and_, bindparam, cast, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Integer, Table, and_, bindparam, cast, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from fedvit.store.metadata import get_value, set_value
@@ -23,7 +23,6 @@ _VALIDATION_KEY = "validation/"
 BULK = 10_000
 _IN_QUARANTINE = ClientRow.quarantined_at.is_not(None)
 _IS_VIRTUAL = ClientRow.kind == ClientKind.VIRTUAL.value
-_Query = TypeVar("_Query", bound=Select[Any])
 
 
 class Clients(Repository):
@@ -50,19 +49,12 @@ class Clients(Repository):
             return position - before
 
     def get(self, client_id: str) -> Client:
-        """One client.
-
-        Raises:
-            NotFoundError: no such client.
-        """
+        """One client; raises NotFoundError where there is none."""
         return self._get(Client, ClientRow, client_id)
 
-    def all(
-        self, *, active: bool | None = None, validated: bool | None = None, offset: int = 0, limit: int | None = None
-    ) -> list[Client]:
+    def all(self, *, active: bool | None = None) -> list[Client]:
         """Clients ordered by id; None filters nothing."""
-        query = _matching(select(ClientRow), active, validated).order_by(ClientRow.client_id)
-        return self._records(Client, query.offset(offset).limit(limit))
+        return self._records(Client, select(ClientRow).where(*_activity(active)).order_by(ClientRow.client_id))
 
     def page(self, offset: int, limit: int) -> ClientPage:
         """Clients ordered by id, and the totals, as of one moment."""
@@ -84,11 +76,9 @@ class Clients(Repository):
         with self._read() as session:
             return _population(session)
 
-    def count(
-        self, *, active: bool | None = None, validated: bool | None = None, quarantined: bool | None = None
-    ) -> int:
+    def count(self, *, active: bool | None = None, quarantined: bool | None = None) -> int:
         """How many clients match; None filters nothing."""
-        query = _matching(select(func.count()).select_from(ClientRow), active, validated)
+        query = select(func.count()).select_from(ClientRow).where(*_activity(active))
         if quarantined is not None:
             query = query.where(_IN_QUARANTINE if quarantined else ~_IN_QUARANTINE)
         return self._count(query)
@@ -143,11 +133,7 @@ class Clients(Repository):
             return {client_id: str(address) for client_id, address in rows}
 
     def update(self, client_id: str, *, active: bool | None = None, validated: bool | None = None) -> Client:
-        """Change what is not None.
-
-        Raises:
-            NotFoundError: no such client.
-        """
+        """Change what is not None. Raises NotFoundError where there is no such client."""
         with self._write() as session:
             row = get_row(session, ClientRow, client_id)
             row.active = row.active if active is None else active
@@ -251,12 +237,8 @@ def _known_ids(session: Session, client_ids: Sequence[str]) -> set[str]:
     return set(session.scalars(select(ClientRow.client_id).where(among(ClientRow.client_id, client_ids))))
 
 
-def _matching(query: _Query, active: bool | None, validated: bool | None) -> _Query:
-    if active is not None:
-        query = query.where(ClientRow.active.is_(active))
-    if validated is not None:
-        query = query.where(ClientRow.validated.is_(validated))
-    return query
+def _activity(active: bool | None) -> list[ColumnElement[bool]]:
+    return [] if active is None else [ClientRow.active.is_(active)]
 
 
 def _to_validation(value: Mapping[str, Any]) -> ClientValidation:

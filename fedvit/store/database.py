@@ -46,19 +46,15 @@ class Sessions(Protocol):
 
     def read(self) -> AbstractContextManager[Session]:
         """A session on one consistent snapshot."""
-        ...
 
     def write(self) -> AbstractContextManager[Session]:
         """A session that holds the write lock."""
-        ...
 
     def transaction(self) -> AbstractContextManager[Sessions]:
         """One transaction, for several repositories: committed at the end, rolled back by any exception."""
-        ...
 
     def change_counter(self) -> int | None:
-        """A number that every commit changes; None inside a transaction, where nothing may be cached."""
-        ...
+        """A number that every commit of any process changes; None inside a transaction, where nothing may be cached."""
 
 
 class Database:
@@ -82,11 +78,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A session on one consistent snapshot.
-
-        Raises:
-            StateError: the file cannot be read.
-        """
+        """See :meth:`Sessions.read`; raises StateError where the file cannot be read."""
         with _explained(self._path), Session(self._engine) as session, session.begin():
             yield session
 
@@ -103,21 +95,14 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """See :meth:`Sessions.transaction`. It holds the write lock from its beginning: what it reads stays true.
-
-        Raises:
-            StateError: see :meth:`write`.
-        """
+        """See :meth:`Sessions.transaction`. It holds the write lock from its beginning: what it reads stays true."""
         with self.write() as session:
             yield Transaction(session, self.clock, self.new_id)
 
     def change_counter(self) -> int:
-        """A number that differs from an earlier one if anything was committed in between, by whatever process.
+        """See :meth:`Sessions.change_counter`; some microseconds. Raises StateError where the file cannot be read.
 
-        It costs some microseconds: SQLite counts the commits of others for a connection that only watches.
-
-        Raises:
-            StateError: the file cannot be read.
+        SQLite counts the commits of other connections, in any process, for a connection that only watches.
         """
         with self._watching:
             try:
@@ -222,11 +207,11 @@ def migration_config() -> Config:
 
 def _create(path: Path) -> None:
     """Create it atomically, so that an empty or partial ``state.db`` is always damage."""
-    wal = _beside(path, "-wal")
+    wal, *others = (path.with_name(path.name + ending) for ending in ("-wal", "-shm", "-journal"))
     if wal.exists() and wal.stat().st_size:
         raise StateError(f"{path} is missing, yet its write-ahead log {wal.name} is there.", cure=_RESET)
     # What a creator that was killed has left.
-    for leftover in (*(_beside(path, end) for end in ("-wal", "-shm", "-journal")), *path.parent.glob(".tmp-*")):
+    for leftover in (wal, *others, *path.parent.glob(".tmp-*")):
         leftover.unlink(missing_ok=True)
     with _explained(path):
         content = empty_database()
@@ -269,17 +254,15 @@ def _revisions() -> tuple[frozenset[str], str]:
 def _checked_revision(path: Path) -> str:
     """The schema revision of an intact file, read without writing a byte to it."""
     try:
-        with closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S)
-        ) as connection:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)) as connection:
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise StateError(f"The state database {path} is corrupt: {_one_line(verdict)}.", cure=_RESET)
             rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
     except sqlite3.DatabaseError as error:
-        raise StateError(
-            f"{path} cannot be read as a fedvit state database: {_one_line(error)}.", cure=_RESET
-        ) from error
+        message = f"{path} cannot be read as a fedvit state database: {_one_line(error)}."
+        raise StateError(message, cure=_RESET) from error
     if len(rows) != 1:
         raise StateError(f"{path} names {len(rows)} schema revisions instead of one.", cure=_RESET)
     return str(rows[0][0])
@@ -317,10 +300,6 @@ def _explained(path: Path) -> Iterator[None]:
         busy = "locked" in cause
         cure = "Try again when the other process is done." if busy else "Check the disk, or restore a backup."
         raise StateError(f"The state database {path} cannot be used: {cause}.", cure=cure) from error
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(path.name + ending)
 
 
 def _one_line(text: object) -> str:

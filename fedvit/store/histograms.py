@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from fedvit.store.metadata import get_value, set_value
-from fedvit.store.repository import Repository
+from fedvit.store.repository import Repository, columns_of, record_of
 from fedvit.store.tables import HistogramRow
 from fedvit.wire.histograms import ClientHistogram, HistogramSpec
 
@@ -28,7 +28,8 @@ class Histograms(Repository):
                 set_value(session, key, spec.to_json())
             for histogram in histograms:
                 if session.get(HistogramRow, (histogram.run_id, histogram.round_index, histogram.client_id)) is None:
-                    session.add(_row(histogram, at))
+                    counts = np.array(histogram.counts, dtype="<i4").tobytes()
+                    session.add(HistogramRow(at=at, **columns_of(histogram, counts=counts)))
                     new += 1
         return new
 
@@ -62,20 +63,6 @@ def _spec(session: Session, digest: str) -> HistogramSpec | None:
     return HistogramSpec.from_json(value) if value is not None and "risk_votes" in value else None
 
 
-def _row(histogram: ClientHistogram, at: datetime) -> HistogramRow:
-    return HistogramRow(
-        run_id=histogram.run_id,
-        round_index=histogram.round_index,
-        client_id=histogram.client_id,
-        at=at,
-        num_examples=histogram.num_examples,
-        spec_digest=histogram.spec_digest,
-        deviation=histogram.deviation,
-        counts=np.array(histogram.counts, dtype="<i4").tobytes(),
-    )
-
-
 def _to_histogram(row: HistogramRow) -> ClientHistogram:
     counts = tuple(int(count) for count in np.frombuffer(row.counts, dtype="<i4"))
-    place = (row.client_id, row.run_id, row.round_index, row.num_examples)
-    return ClientHistogram(*place, row.spec_digest, row.deviation, counts)
+    return record_of(ClientHistogram, row, counts=counts)

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from fedvit.errors import ConflictError, StateError
 from fedvit.store.database import Sessions
 from fedvit.store.records import FleetInfo
-from fedvit.store.repository import Repository
+from fedvit.store.repository import Repository, columns_of
 from fedvit.store.tables import MetaRow
 
 FLEET_KEY = "fleet"
@@ -85,11 +85,10 @@ class Metadata(Repository):
         with self._sessions.transaction() as transaction, transaction.write() as session:
             bound = Metadata(transaction).fleet()
             if bound is None:
-                value = {"data_digest": data_digest, "partition": dict(partition), "classes": list(classes)}
-                set_value(session, FLEET_KEY, value)
+                set_value(session, FLEET_KEY, columns_of(info))
             elif bound != info:
-                names = ("data_digest", "partition", "classes")
-                differing = [name for name in names if getattr(bound, name) != getattr(info, name)]
+                new = columns_of(info)
+                differing = [name for name, value in columns_of(bound).items() if value != new[name]]
                 raise StateError(
                     f"This state folder belongs to data {bound.data_digest}, and what was started brings data "
                     f"{info.data_digest}; they differ in {', '.join(differing)}.",

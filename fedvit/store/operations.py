@@ -52,11 +52,7 @@ class Operations(Repository):
             return _with_key(session, call_key) is not None
 
     def get(self, operation_id: str) -> Operation:
-        """One operation.
-
-        Raises:
-            NotFoundError: no such operation.
-        """
+        """One operation; raises NotFoundError where there is none."""
         return self._get(Operation, OperationRow, operation_id)
 
     def all(self, *statuses: OperationStatus, offset: int = 0, limit: int | None = None) -> list[Operation]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from datetime import datetime
-from enum import EnumType
+from enum import Enum, EnumType
 from functools import cache
 from operator import attrgetter
 from typing import Any, TypeVar, cast, get_origin, get_type_hints
@@ -111,6 +111,18 @@ def record_of(record_type: type[_Record], row: Base | Row[Any], **converted: Any
     for name, convert in conversions:
         values[name] = convert(values[name])
     return record_type(**values, **converted)
+
+
+def columns_of(record: object, **converted: Any) -> dict[str, Any]:
+    """The columns of a record, except those given ``converted``: the inverse of :func:`record_of`."""
+    names, values_of, _ = _columns(cast(Hashable, type(record)), tuple(converted))
+    return {name: _plain(value) for name, value in zip(names, values_of(record), strict=True)} | converted
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
 
 
 @cache

@@ -31,9 +31,9 @@ from fedvit.store.database import Database, open_database
 from fedvit.store.locks import opening_lock, system_lock
 from fedvit.store.metadata import COPY_KEY, FREEZE_KEY, RELEASE_FLOOR_KEY, get_value, set_value
 from fedvit.store.records import AuditFacts
-from fedvit.store.releases import next_sequence
 from fedvit.store.store import Repositories
 from fedvit.store.tables import ClientRow, TokenRow
+from fedvit.store.versions import next_sequence
 from fedvit.types import LedgerFreeze
 
 STAGING = ".restore"
@@ -82,7 +82,8 @@ def restore_backup(
         with system_lock(home), _staging(home) as staging:
             unpack(archive, staging)
             with refused(archive):
-                _verify(staging)
+                _verify(staging, LEDGER_CHAIN, BUDGET_CHAIN, AUDIT_CHAIN)
+                _check_blobs(staging)
             with opening_lock(home):
                 ledger_lines, carried, frozen = _prepare(home, staging, archive, actor, nothing_since, clock)
                 return Restored(ledger_lines, carried, frozen, _swap(home, staging, clock.now()))
@@ -111,20 +112,18 @@ def _opened(folder: Path, clock: ClockPort = SYSTEM_CLOCK) -> Iterator[Database]
         yield database
 
 
-def _verify_chains(folder: Path, *chains: Chain) -> None:
+def _verify(folder: Path, *chains: Chain) -> None:
     """Raises FedvitError when the database or one of its chains is not whole."""
     with _opened(folder) as database, database.read() as session:
         for chain in chains:
             chain.verify(session)
 
 
-def _verify(folder: Path) -> None:
-    """Raises FedvitError when the unpacked state is not whole: database, schema, chains, blobs."""
-    _verify_chains(folder, LEDGER_CHAIN, BUDGET_CHAIN, AUDIT_CHAIN)
+def _check_blobs(folder: Path) -> None:
+    """Raises FedvitError when a blob that the database names is missing; its content was hashed on unpacking."""
+    blobs = FileBlobStore(folder / "blobs")
     with _opened(folder) as database:
-        blobs = FileBlobStore(folder / "blobs")
         for digest in Repositories(database).versions.blob_digests():
-            # Its content was hashed when it was unpacked.
             blobs.size(digest)
 
 
@@ -147,13 +146,8 @@ def _prepare(
         elif nothing_since:
             restored.ledger.unfreeze_copy()
         frozen = restored.ledger.current_freeze()
-        params = {
-            "archive": archive.name,
-            "sha256": sha256_of(archive),
-            "nothing_since": nothing_since,
-            "carried_ledger_lines": carried,
-            "frozen": frozen is not None,
-        }
+        params = {"archive": archive.name, "sha256": sha256_of(archive), "nothing_since": nothing_since}
+        params |= {"carried_ledger_lines": carried, "frozen": frozen is not None}
         restored.audit.append(AuditFacts(actor, (), "local", "cli", "CLI restore", params, None, None, 200))
         return restored.ledger.verify(), carried, frozen
 
@@ -168,7 +162,7 @@ def _present_session(home: Path, folder: Path, stack: ExitStack) -> Session | No
         return None
     try:
         _copy_exclusively(home / DATABASE, folder)
-        _verify_chains(folder, LEDGER_CHAIN, BUDGET_CHAIN)
+        _verify(folder, LEDGER_CHAIN, BUDGET_CHAIN)
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):
             return None

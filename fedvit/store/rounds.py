@@ -1,27 +1,108 @@
-"""Rounds: opened with a cohort, committed with outcomes, results and a model version in one transaction."""
+"""Training runs and their rounds.
+
+A round is opened with a cohort, and committed with outcomes, results and a model version in one transaction.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError, NotFoundError
 from fedvit.store.records import RoundCommit, RoundTally
-from fedvit.store.repository import Repository, among, get_row, record_of
-from fedvit.store.runs import RESUMABLE
+from fedvit.store.repository import Repository, among, get_row, insert_row, next_number, record_of
 from fedvit.store.tables import ChargeRow, ClientRoundRow, ClientRow, RoundRow, RunRow, VersionRow
 from fedvit.store.versions import insert_version
-from fedvit.types import ClientOutcome, Cohort, ModelVersion, Participation, RoundRecord, UpdateStatistics
+from fedvit.types import (
+    ClientOutcome,
+    Cohort,
+    ModelVersion,
+    Participation,
+    RoundRecord,
+    Run,
+    RunStatus,
+    UpdateStatistics,
+)
 
+RESUMABLE = [status.value for status in RunStatus if status.resumable]
 _INSERT_OUTCOME = (
     "INSERT INTO client_rounds (run_id, round_index, client_id, num_examples, error, update_norm, alignment) "
     "VALUES (?, ?, ?, ?, ?, ?, ?)"
 )
 _ROUND_OF_OUTCOME = (ClientRoundRow.run_id == RoundRow.run_id) & (ClientRoundRow.round_index == RoundRow.round_index)
+
+
+class Runs(Repository):
+    """Training runs. At most one of them can be continued."""
+
+    def create(
+        self,
+        *,
+        rounds_total: int,
+        noise_multiplier: float,
+        config: Mapping[str, Any],
+        config_digest: str,
+        data_digest: str,
+    ) -> Run:
+        """Begin the next run, ``run-0001`` and so on. ``config`` holds JSON types only.
+
+        Raises:
+            ConflictError: another run can still be continued.
+        """
+        with self._write() as session:
+            _check_none_resumable(session, except_for=None)
+            ordinal = next_number(session, RunRow.ordinal)
+            row = RunRow(
+                run_id=f"run-{ordinal:04d}",
+                ordinal=ordinal,
+                status=RunStatus.RUNNING.value,
+                rounds_total=rounds_total,
+                rounds_done=0,
+                noise_multiplier=noise_multiplier,
+                config=dict(config),
+                config_digest=config_digest,
+                data_digest=data_digest,
+                started_at=self._now(),
+            )
+            return record_of(Run, insert_row(session, row))
+
+    def get(self, run_id: str) -> Run:
+        """One run; raises NotFoundError where there is none."""
+        return self._get(Run, RunRow, run_id)
+
+    def all(self) -> list[Run]:
+        """All runs, oldest first."""
+        return self._records(Run, select(RunRow).order_by(RunRow.ordinal))
+
+    def latest(self) -> Run | None:
+        """The run begun last, or None."""
+        return self._first(Run, select(RunRow).order_by(RunRow.ordinal.desc()))
+
+    def set_status(self, run_id: str, status: RunStatus, reason: str | None = None) -> Run:
+        """Move a run to ``status``; every status but RUNNING sets ``ended_at``, RUNNING clears it.
+
+        Raises:
+            NotFoundError: no such run.
+            ConflictError: ``status`` is resumable, and another run is so already.
+        """
+        with self._write() as session:
+            row = get_row(session, RunRow, run_id)
+            if status.resumable:
+                _check_none_resumable(session, except_for=run_id)
+            row.status, row.reason = status.value, reason
+            row.ended_at = None if status is RunStatus.RUNNING else self._now()
+            return record_of(Run, row)
+
+
+def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
+    for run_id in session.scalars(select(RunRow.run_id).where(RunRow.status.in_(RESUMABLE))):
+        if run_id != except_for:
+            raise ConflictError(f"{run_id} is not finished.", cure="Continue it, or end it before another run goes on.")
 
 
 class Rounds(Repository):
@@ -85,20 +166,12 @@ class Rounds(Repository):
             return insert_version(session, run, round_index, commit, now)
 
     def get(self, run_id: str, round_index: int) -> RoundRecord:
-        """One round.
-
-        Raises:
-            NotFoundError: no such round.
-        """
+        """One round; raises NotFoundError where there is none."""
         with self._read() as session:
             return _record(session, run_id, round_index)
 
     def of_run(self, run_id: str) -> list[RoundRecord]:
-        """The rounds of a run in order, the open one included.
-
-        Raises:
-            NotFoundError: no such run.
-        """
+        """The rounds of a run in order, the open one included. Raises NotFoundError where there is no such run."""
         with self._read() as session:
             get_row(session, RunRow, run_id)
             return _records(session, RoundRow.run_id == run_id)
@@ -260,10 +333,8 @@ def _insert_outcomes(session: Session, row: RoundRow, outcomes: Sequence[ClientO
 
 
 def _record(session: Session, run_id: str, round_index: int) -> RoundRecord:
-    records = _records(session, RoundRow.run_id == run_id, RoundRow.round_index == round_index)
-    if not records:
-        raise _no_round(run_id, round_index)
-    return records[0]
+    _round_row(session, run_id, round_index)
+    return _records(session, RoundRow.run_id == run_id, RoundRow.round_index == round_index)[0]
 
 
 def _records(session: Session, *conditions: ColumnElement[bool]) -> list[RoundRecord]:
@@ -282,12 +353,9 @@ def _records(session: Session, *conditions: ColumnElement[bool]) -> list[RoundRe
 def _round_row(session: Session, run_id: str, round_index: int) -> RoundRow:
     row = session.get(RoundRow, (run_id, round_index))
     if row is None:
-        raise _no_round(run_id, round_index)
+        cure = "A round exists once it has been opened."
+        raise NotFoundError(f"{run_id} has no round {round_index}.", cure=cure)
     return row
-
-
-def _no_round(run_id: str, round_index: int) -> NotFoundError:
-    return NotFoundError(f"{run_id} has no round {round_index}.", cure="A round exists once it has been opened.")
 
 
 def _finite(value: float | None) -> float | None:

@@ -11,24 +11,18 @@ from types import TracebackType
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import StateError
 from fedvit.ports import BlobStorePort, ClockPort
-from fedvit.store.audit import Audit
+from fedvit.store.access import Audit, Idempotency, Tokens
 from fedvit.store.blobs import FileBlobStore
-from fedvit.store.budget import Budget
 from fedvit.store.clients import Clients
 from fedvit.store.database import Database, NewId, Sessions, open_database
 from fedvit.store.histograms import Histograms
-from fedvit.store.idempotency import Idempotency
-from fedvit.store.incidents import Incidents
-from fedvit.store.ledger import Ledger
+from fedvit.store.incidents import Incidents, Remediations
+from fedvit.store.ledger import Budget, Ledger
 from fedvit.store.metadata import Metadata
 from fedvit.store.operations import Operations
-from fedvit.store.releases import Releases
-from fedvit.store.remediations import Remediations
-from fedvit.store.rounds import Rounds
-from fedvit.store.runs import Runs
+from fedvit.store.rounds import Rounds, Runs
 from fedvit.store.timeline import Timeline
-from fedvit.store.tokens import Tokens
-from fedvit.store.versions import Versions
+from fedvit.store.versions import Releases, Versions
 
 
 class Repositories:

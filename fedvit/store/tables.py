@@ -60,6 +60,11 @@ class Base(DeclarativeBase):
     }
 
 
+def _where(condition: str) -> dict[str, Any]:
+    """The condition of a partial index."""
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+
+
 class MetaRow(Base):
     """Small facts about the state folder as a whole."""
 
@@ -74,14 +79,7 @@ class ClientRow(Base):
 
     __tablename__ = "clients"
     # Finds the few clients in quarantine of a large fleet without reading it.
-    __table_args__ = (
-        Index(
-            "ix_clients_quarantined",
-            "client_id",
-            sqlite_where=text("quarantined_at IS NOT NULL"),
-            postgresql_where=text("quarantined_at IS NOT NULL"),
-        ),
-    )
+    __table_args__ = (Index("ix_clients_quarantined", "client_id", **_where("quarantined_at IS NOT NULL")),)
 
     client_id: Mapped[str] = mapped_column(String(200), primary_key=True)
     # From 0, without gaps, and never changed: cohorts are drawn by position.
@@ -173,14 +171,7 @@ class VersionRow(Base):
     __tablename__ = "model_versions"
     __table_args__ = (
         UniqueConstraint("run_ordinal", "number"),
-        Index(
-            "ix_model_versions_trained",
-            "run_id",
-            "round_index",
-            unique=True,
-            sqlite_where=text("derived_from IS NULL"),
-            postgresql_where=text("derived_from IS NULL"),
-        ),
+        Index("ix_model_versions_trained", "run_id", "round_index", unique=True, **_where("derived_from IS NULL")),
         ForeignKeyConstraint(["run_id", "round_index"], ["rounds.run_id", "rounds.round_index"]),
     )
 

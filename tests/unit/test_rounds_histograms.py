@@ -246,14 +246,18 @@ def test_validated_follows_from_what_was_seen_and_a_restart_leaves_the_liars_out
 def test_who_behaves_again_is_validated_again_but_not_against_an_operator(poisoned: Loop) -> None:
     poisoned.run()
     store = poisoned.store
-    assert [c.client_id for c in store.clients.all(validated=False)] == ["vehicle-0001", "vehicle-0002", "vehicle-0004"]
+    assert [c.client_id for c in store.clients.all() if not c.validated] == [
+        "vehicle-0001",
+        "vehicle-0002",
+        "vehicle-0004",
+    ]
     http = TestClient(create_api(Services(poisoned.settings, store, _nobody, _nobody)))
     http.post("/api/clients/vehicle-0004/validate", json={"validated": False, "reason": "Scrapped."})
     for client_id in ("vehicle-0001", "vehicle-0004"):
         poisoned.fleet.tamper[client_id] = misbehaving(0.7, 0.4)
     poisoned.settings = settings(poisoned.settings.home, training={"rounds": 12})
     poisoned.run()
-    assert [c.client_id for c in store.clients.all(validated=False)] == ["vehicle-0002", "vehicle-0004"]
+    assert [c.client_id for c in store.clients.all() if not c.validated] == ["vehicle-0002", "vehicle-0004"]
 
 
 def _nobody() -> Any:

@@ -78,11 +78,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("ordinal"),
     )
     op.create_index("ix_incidents_alertname", "incidents", ["alertname", "ordinal"])
-    op.create_table(
-        "meta",
-        *_required(key=STR200, value=JSON),
-        sa.PrimaryKeyConstraint("key"),
-    )
+    op.create_table("meta", *_required(key=STR200, value=JSON), sa.PrimaryKeyConstraint("key"))
     op.create_table(
         "operations",
         *_required(operation_id=STR64, ordinal=INTEGER, kind=STR64, status=sa.String(16), progress=DOUBLE, stage=TEXT),
