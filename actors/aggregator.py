@@ -15,7 +15,7 @@ from actors.ray_metrics import RayMirror
 from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
 from fedvit.metrics.training import ThrottledPublisher, publish_connected, publish_data_scores, publish_training
 from fedvit.operations.local_aggregator import LocalAggregator
-from fedvit.operations.periodic_tasks import PeriodicTasks
+from fedvit.operations.runner import PeriodicTasks
 from fedvit.ports import AggregatorPort, ProxyReport
 from fedvit.rounds.fleets import MixedFleet
 from fedvit.settings import settings_from_json

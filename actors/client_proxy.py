@@ -35,7 +35,7 @@ class ClientProxy:
         return os.getpid()
 
     def ping(self) -> None:
-        """Answer, also during training: this method has its own concurrency group, :data:`actors.names.PING`."""
+        """Answer, also during training: this method has its own concurrency group, :data:`actors.handles.PING`."""
 
     def _warm_host(self) -> ClientHostPort:
         # At each call: a restarted actor is not prepared again.

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from actors.names import ACCOUNTANT, AGGREGATOR
 from fedvit.errors import FedvitError, PlacementError
 from fedvit.ports import AccountantPort, AggregatorPort
 
 CALL_TIMEOUT_S = 60.0
 PROXIES_TIMEOUT_S = 4.0
 _Class = TypeVar("_Class", bound=type)
+AGGREGATOR = "fedvit-aggregator"
+ACCOUNTANT = "fedvit-accountant"
+PING = "ping"
+"""The concurrency group of a client proxy's ``ping``, which answers while another thread trains."""
+
+
+def proxy_name(index: int) -> str:
+    """The name of a client proxy, as the Ray dashboard shows it."""
+    return f"fedvit-proxy-{index}"
+
+
+def namespace_of(home: Path) -> str:
+    """The Ray namespace of a state folder, so that two systems on one cluster do not share actors."""
+    return f"fedvit-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:8]}"
 
 
 def fetch(reference: Any, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:

@@ -15,8 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.aggregator import Aggregator
 from actors.client_proxy import ClientProxy
-from actors.handles import aggregator_handle, fetch
-from actors.names import ACCOUNTANT, AGGREGATOR, PING, namespace_of, proxy_name
+from actors.handles import ACCOUNTANT, AGGREGATOR, PING, aggregator_handle, fetch, namespace_of, proxy_name
 from actors.placement import Node, check_probes, probe_node, store_selector, write_marker
 from actors.privacy_accountant import PrivacyAccountantActor
 from fedvit.config import Settings

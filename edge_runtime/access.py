@@ -1,4 +1,7 @@
-"""Access to an inference process: a bearer token (RFC 6750) is required except on the loopback interface."""
+"""Access rules and error responses of an inference process, which runs without FastAPI.
+
+A bearer token (RFC 6750) is required except on the loopback interface.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,46 @@ import hmac
 from pathlib import Path
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edge_runtime.problems import problem_of
+from fedvit.api.problems import MEDIA_TYPE, problem, problem_document, problem_headers
 from fedvit.api.transport import is_loopback
-from fedvit.errors import UnauthorizedError, UsageError
+from fedvit.errors import FedvitError, UnauthorizedError, UsageError
 
+RETRY_AFTER_S = 1
 MIN_TOKEN_CHARACTERS = 16
 # Probes have no token, and get nothing but the version.
 _OPEN_PATHS = frozenset({"/health"})
+
+
+def problem_of(error: FedvitError) -> JSONResponse:
+    """The problem document of an error; a status of 503 says when to try again."""
+    headers = problem_headers(error)
+    if error.http_status == 503:
+        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+    return JSONResponse(problem_document(error), error.http_status, headers, MEDIA_TYPE)
+
+
+async def on_fedvit_error(_: Request, error: Exception) -> JSONResponse:
+    """The handler of :class:`FedvitError`."""
+    assert isinstance(error, FedvitError)
+    return problem_of(error)
+
+
+async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+    """The handler of Starlette's own errors: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    body = problem(error.status_code, "http", error.detail, f"{request.method} {request.url.path}: {error.detail}.")
+    return JSONResponse(body, error.status_code, error.headers, MEDIA_TYPE)
+
+
+async def on_unexpected_error(_: Request, error: Exception) -> JSONResponse:
+    """The handler of everything else. The log says what went wrong; the response does not."""
+    return problem_of(FedvitError(f"The server failed ({type(error).__name__}); its log says more."))
 
 
 class BearerToken:

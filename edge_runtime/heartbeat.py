@@ -37,11 +37,7 @@ class HeartbeatLoop:
     """
 
     def __init__(
-        self,
-        http: httpx.Client,
-        client_id: str,
-        describe: Callable[[], Mapping[str, Any]],
-        mailbox: MailboxSender,
+        self, http: httpx.Client, client_id: str, describe: Callable[[], Mapping[str, Any]], mailbox: MailboxSender
     ) -> None:
         self._http, self._describe, self._mailbox = http, describe, mailbox
         self._path = f"/api/clients/{quote(client_id, safe='')}/heartbeat"

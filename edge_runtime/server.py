@@ -19,8 +19,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from edge_runtime.access import on_fedvit_error, on_http_error, on_unexpected_error
 from edge_runtime.engine import InferenceEngine, Prediction
-from edge_runtime.problems import on_fedvit_error, on_http_error, on_unexpected_error
 from edge_runtime.service import ModelService
 from edge_runtime.stats import ProcessMeter, RequestStats
 from fedvit.errors import DataError, FedvitError, OverloadedError, PayloadTooLargeError, SlowBodyError

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.mailbox import MailboxSender
-from edge_runtime.training.records import OwnRecords, count_images
 from fedvit.api.clients import HistogramRequestView, TaskView
 from fedvit.client import FedvitClient
 from fedvit.clients.host import ClientHost, vision_host
 from fedvit.config import LEAST_NOISE_MULTIPLIER, Settings
+from fedvit.data.folder import class_records, images_below, subfolders
+from fedvit.data.records import Record, TreeSource
+from fedvit.data.trees import FileTree, open_tree
 from fedvit.errors import (
     ConflictError,
     ControlApiError,
@@ -53,6 +55,48 @@ _TASK_FIELDS = tuple(field.name for field in fields(TrainTask))
 
 
 @dataclass(frozen=True, slots=True)
+class OwnRecords:
+    """One vehicle's data set; implements :class:`fedvit.clients.host.ClientRecords`."""
+
+    source: TreeSource
+
+    @classmethod
+    def open(cls, path: Path, classes: Sequence[str]) -> OwnRecords:
+        """The images of the fleet's ``classes``, which define the labels; a vehicle need not have all classes.
+
+        Raises:
+            DataError: there is no image, or a folder is not named like one of the classes.
+        """
+        tree = open_tree(path)
+        parent = _parent(tree)
+        if unknown := sorted(set(subfolders(tree, parent)) - set(classes)):
+            raise DataError(f"{path} has a folder {unknown[0]!r}.", cure=f"The fleet's classes: {', '.join(classes)}.")
+        train = class_records(tree, parent, classes)
+        if not train:
+            raise DataError(f"{path} holds no image.", cure="Put images into folders named like the fleet's classes.")
+        return cls(TreeSource("own", tuple(classes), train, (), tree))
+
+    def records(self, client_id: str) -> tuple[Record, ...]:
+        """All records: there is one client."""
+        return self.source.train
+
+
+def count_images(path: Path) -> int:
+    """The number of images in folders of any name.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    tree = open_tree(path)
+    parent = _parent(tree)
+    return sum(len(images_below(tree, f"{parent}{name}/")) for name in subfolders(tree, parent))
+
+
+def _parent(tree: FileTree) -> str:
+    return "train/" if "train/" in tree.names else ""
+
+
+@dataclass(frozen=True, slots=True)
 class OwnerBudget:
     """The owner's privacy budget for the vehicle's records, over all rounds and runs together."""
 
@@ -76,7 +120,7 @@ class Vehicle:
     Args:
         client: of the control server's API, with the vehicle's own token.
         client_id: the vehicle's identity.
-        data: folder of its images; see :mod:`edge_runtime.training.records`.
+        data: folder of its images; see :mod:`edge_runtime.training.vehicle`.
         home: folder of its key, its ledger and its client state.
         checkpoint: file of pretrained weights, if they cannot be downloaded.
         mailbox: receives updates while the server does not answer.

@@ -18,10 +18,9 @@ from fedvit.metrics.exposition import gauge
 from fedvit.metrics.targets import ADDRESS, VEHICLES, Target, write_targets
 from fedvit.operations.mailbox import Mailbox
 from fedvit.operations.optimize import Optimizer
-from fedvit.operations.periodic_tasks import PeriodicTasks
-from fedvit.operations.runner import OperationCancelled, OperationKind, OperationRunner, Task
+from fedvit.operations.runner import OperationCancelled, OperationKind, OperationRunner, PeriodicTasks, Task
 from fedvit.ports import AccountantPort, ClockPort, ExportedModel, FleetPort, ProxyReport, ServerModelPort
-from fedvit.registry.weights import stored_weights
+from fedvit.registry.publisher import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunRequest, run_request
 from fedvit.store.backup import write_backup

@@ -13,8 +13,7 @@ from fedvit.config import Settings
 from fedvit.errors import ConflictError, ModelError, ReleaseRefusedError
 from fedvit.operations.runner import Task
 from fedvit.ports import ExportedModel, ModelBenchmark, ServerModelPort
-from fedvit.registry.publisher import Publisher, artifacts_of, served_variant
-from fedvit.registry.weights import stored_weights
+from fedvit.registry.publisher import Publisher, artifacts_of, served_variant, stored_weights
 from fedvit.store.records import Release
 from fedvit.store.store import Store
 from fedvit.types import Variant

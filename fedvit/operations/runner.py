@@ -1,4 +1,4 @@
-"""Long operations: a thread that runs them one after another, and their recovery after a restart."""
+"""Long operations: a thread that runs them one after another, and their recovery after a restart; periodic tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedvit.types import Operation, OperationStatus
 
 _LOG = logging.getLogger(__name__)
 _UNFINISHED = (OperationStatus.QUEUED, OperationStatus.RUNNING)
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S, JOIN_S = 5.0, 10.0
 _Result = TypeVar("_Result")
 
 
@@ -195,3 +195,30 @@ class OperationRunner:
 
 def _described(error: FedvitError, code: str | None = None) -> dict[str, Any]:
     return {"code": code or error.code, "message": error.message, "cure": error.cure}
+
+
+class PeriodicTasks:
+    """Calls ``tasks`` one after another, every ``interval_s`` seconds; a task that fails is called again next time."""
+
+    def __init__(self, interval_s: float, *tasks: Callable[[], object]) -> None:
+        self._interval_s, self._tasks = interval_s, tasks
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="periodic-tasks", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; the first calls come after one interval."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the present calls; harmless when it was never started."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(JOIN_S)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            for task in self._tasks:
+                try:
+                    task()
+                except Exception:
+                    _LOG.exception("the periodic task %s failed", getattr(task, "__name__", task))

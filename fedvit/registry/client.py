@@ -20,8 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fedvit.atomic_write import write_atomically
 from fedvit.errors import FedvitError, IntegrityError, StateError, UsageError
 from fedvit.registry.feed import ENVELOPE_FILE, MODEL_FILE, Feed
-from fedvit.wire.keys import key_id
-from fedvit.wire.manifest import ReleaseManifest, verify_manifest
+from fedvit.wire.manifest import ReleaseManifest, key_id, verify_manifest
 
 _CURRENT = "release.json"
 _PREVIOUS = "previous.json"

@@ -18,10 +18,12 @@ from fedvit.errors import ConflictError, ModelError, ReleaseRefusedError
 from fedvit.ports import ExportedModel
 from fedvit.store.records import Derivation, Release
 from fedvit.store.store import Repositories, Store
-from fedvit.types import ModelVersion, Variant
+from fedvit.types import FloatArray, ModelVersion, Variant
 from fedvit.wire.manifest import ReleaseManifest, load_or_create_signing_key, public_key_text, sign_manifest
+from fedvit.wire.tensors import decode_weights
 
 Exports = Mapping[Variant, ExportedModel]
+MAX_WEIGHTS_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,3 +297,15 @@ class Publisher:
             created_at=version.created_at.isoformat(),
             metrics=artifact.metrics,
         )
+
+
+def stored_weights(
+    store: Store, digest: str, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, FloatArray]:
+    """The weights blob ``digest``.
+
+    Raises:
+        NotFoundError, IntegrityError: the blob is missing or damaged.
+        UpdateRejectedError: it does not have the names and shapes that are ``expected``.
+    """
+    return decode_weights(store.blobs.get(digest), expected=expected, max_bytes=MAX_WEIGHTS_BYTES)

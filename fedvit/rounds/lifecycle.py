@@ -8,7 +8,7 @@ from fedvit.aggregation.registry import check_mode
 from fedvit.aggregation.state import decode_state
 from fedvit.errors import ConfigError, ConflictError
 from fedvit.privacy.round_cost import check_units, round_noise_multiplier
-from fedvit.registry.weights import stored_weights
+from fedvit.registry.publisher import stored_weights
 from fedvit.rounds.cohorts import CohortSelector
 from fedvit.rounds.context import RoundBase, RoundContext, train_task
 from fedvit.rounds.remote import FROZEN_DIGEST

@@ -10,8 +10,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from ray import serve
 
-from actors.handles import connect_accountant, connect_aggregator
-from actors.names import namespace_of
+from actors.handles import connect_accountant, connect_aggregator, namespace_of
 from fedvit.config import Settings
 from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.store.store import Store

@@ -16,8 +16,7 @@ from contracts.client_host import ClientHostContract
 from contracts.fleet import FleetContract, task_for
 
 from actors.fleet import RayFleet
-from actors.handles import ActorHandle, accountant_handle
-from actors.names import ACCOUNTANT, proxy_name
+from actors.handles import ACCOUNTANT, ActorHandle, accountant_handle, proxy_name
 from actors.spawn import Actors, connect, spawn_actors
 from fedvit.clients.workload import load_workload, server_model
 from fedvit.config import Settings

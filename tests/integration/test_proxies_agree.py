@@ -12,7 +12,7 @@ import ray
 
 from actors.client_proxy import ClientProxy
 from actors.fleet import RayFleet
-from actors.names import proxy_name
+from actors.handles import proxy_name
 from actors.spawn import connect, spawn
 from fedvit.clients.workload import load_workload, server_model
 from fedvit.config import Settings

@@ -12,7 +12,7 @@ import pytest
 from fedvit.aggregation.registry import SHIPPED, create_rule, rule_for, rule_names
 from fedvit.config import TrainingConfig
 from fedvit.errors import ConfigError
-from fedvit.registry.weights import stored_weights
+from fedvit.registry.publisher import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.settings import load_settings
 from fedvit.store.store import Store

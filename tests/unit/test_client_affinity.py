@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.client_affinity import ClientAffinity
+from actors.fleet import ClientAffinity
 
 V = [f"v{i:02d}" for i in range(12)]
 

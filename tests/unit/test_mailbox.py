@@ -24,7 +24,7 @@ from fedvit.api.transport import open_http
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, DataError, MailboxError, NotFoundError, PlacementError, UsageError
 from fedvit.operations.mailbox import PER_CLIENT, Mailbox
-from fedvit.operations.periodic_tasks import PeriodicTasks
+from fedvit.operations.runner import PeriodicTasks
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import ManualClock

@@ -96,7 +96,7 @@ def test_training_after_a_rollback_goes_on_above_it(make: Make) -> None:
 
 
 def _point(system: System, version: str) -> Any:
-    from fedvit.registry.weights import stored_weights
+    from fedvit.registry.publisher import stored_weights
 
     return stored_weights(system.store, system.store.versions.get(version).weights_digest)["point"]
 

@@ -19,7 +19,7 @@ from fedvit.access.tokens import create_token
 from fedvit.metrics.catalogue import BY_NAME
 from fedvit.operations.mailbox import Mailbox
 from fedvit.privacy.randomness import SecretStream
-from fedvit.registry.weights import stored_weights
+from fedvit.registry.publisher import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.fleets import UNCHARGED, MixedFleet
 from fedvit.rounds.steering import change_aggregation_settings

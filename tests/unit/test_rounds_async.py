@@ -14,7 +14,7 @@ import pytest
 
 from fedvit.cohort.selection import draw_cohort
 from fedvit.config import CohortConfig, Settings
-from fedvit.registry.weights import stored_weights
+from fedvit.registry.publisher import stored_weights
 from fedvit.rounds import machine as m
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import (

@@ -15,7 +15,7 @@ import pytest
 
 from fedvit.aggregation.registry import rule_for
 from fedvit.errors import ConfigError, ConflictError
-from fedvit.registry.weights import stored_weights
+from fedvit.registry.publisher import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import change_aggregation_settings
 from fedvit.settings import load_settings

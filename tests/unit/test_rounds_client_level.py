@@ -21,7 +21,7 @@ from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import BandedGaussian, Event, Gaussian, PoissonGaussian, SampledTogether
 from fedvit.privacy.round_cost import spend_of
-from fedvit.registry.weights import stored_weights
+from fedvit.registry.publisher import stored_weights
 from fedvit.rounds.context import RoundBase, train_task
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.protection import ClientLevel, protection_for

@@ -16,7 +16,7 @@ from fedvit.aggregation.state import decode_state
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, ConflictError
 from fedvit.privacy import mechanism
-from fedvit.registry.weights import stored_weights
+from fedvit.registry.publisher import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.steering import RunRequest, change_aggregation_settings
 from fedvit.settings import load_settings

@@ -16,8 +16,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from edge_runtime.mailbox import MailboxSender
-from edge_runtime.training.records import OwnRecords, count_images
-from edge_runtime.training.vehicle import OwnerBudget, PollResult, Vehicle
+from edge_runtime.training.vehicle import OwnerBudget, OwnRecords, PollResult, Vehicle, count_images
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.api.clients import HistogramRequestView
 from fedvit.client import FedvitClient

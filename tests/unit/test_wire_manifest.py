@@ -14,9 +14,10 @@ from raises import raises_naming
 from tiny_release import manifest_of
 
 from fedvit.errors import IntegrityError, StateError, UsageError
-from fedvit.wire.keys import SIGNING_KEY_FILE, key_id
 from fedvit.wire.manifest import (
     MAX_ENVELOPE_BYTES,
+    SIGNING_KEY_FILE,
+    key_id,
     load_or_create_signing_key,
     parse_public_key,
     public_key_text,
