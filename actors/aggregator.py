@@ -6,13 +6,16 @@ torch is loaded in the actor's own process, not in those that start or find the 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from ray.util.metrics import Gauge
 
 from actors.fleet import RayFleet
 from actors.handles import connect_accountant, forwards
-from actors.ray_metrics import RayMirror
-from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
+from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE, lasting_figures
 from fedvit.metrics.training import ThrottledPublisher, publish_connected, publish_data_scores, publish_training
 from fedvit.operations.local_aggregator import LocalAggregator
 from fedvit.operations.runner import PeriodicTasks
@@ -90,3 +93,24 @@ class Aggregator:
         if self._settings.ray.dashboard and (folder := os.environ.get(MULTIPROCESS_VARIABLE)):
             PeriodicTasks(MIRROR_EVERY_S, RayMirror(Path(folder)).copy).start()
         return local
+
+
+class RayMirror:
+    """Copies the counters and gauges in ``folder`` to Ray's own metrics, for users of the Ray dashboard.
+
+    Ray's agent exports them with the prefix ``ray_``, and the dashboard draws them from Prometheus. They are read from
+    the files that the node's processes write for Prometheus, so that both agree. Series that end with a release are
+    left out: Ray's series do not end. ``make`` makes a gauge from its name, meaning and labels.
+    """
+
+    def __init__(self, folder: Path, make: Callable[[str, str, tuple[str, ...]], Any] = Gauge) -> None:
+        self._folder, self._make = folder, make
+        self._gauges: dict[str, Any] = {}
+
+    def copy(self) -> None:
+        """Set Ray's gauges to the present values; a counter becomes a gauge of its total."""
+        for metric, labels, value in lasting_figures(self._folder):
+            if metric.full_name not in self._gauges:
+                names = tuple(label.name for label in metric.labels)
+                self._gauges[metric.full_name] = self._make(metric.full_name, metric.meaning, names)
+            self._gauges[metric.full_name].set(value, labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -53,7 +53,9 @@ def finetune(settings: Settings, on_step: Callable[[str], None]) -> FinetuneRepo
         on_step(f"Training {plan.job} on {settings.finetune.ranks} ranks")
         outcome, files = run_ranks(settings, plan.job)
         spent = accountant_handle(accountant).budget().epsilon_spent
-    weights = _write_weights(settings.home / "finetune" / plan.job, files, plan.digest)
+    weights = settings.home / "finetune" / plan.job / WEIGHTS if files else None
+    if weights is not None:
+        write_atomically(weights, encode_weights(Checkpoint.from_files(files, plan.digest).weights))
     return _report(settings, plan, outcome, spent, weights, time.monotonic() - started_s)
 
 
@@ -66,14 +68,6 @@ def _check_folder(home: Path, plan: Plan, source: ImageSource) -> None:
             f"{plan.task.data_digest[:12]}.",
             cure="Name another folder with --home: a ledger is about one data set.",
         )
-
-
-def _write_weights(folder: Path, files: Mapping[str, bytes], digest: str) -> Path | None:
-    if not files:
-        return None
-    weights = Checkpoint.from_files(files, digest).weights
-    write_atomically(folder / WEIGHTS, encode_weights(weights))
-    return folder / WEIGHTS
 
 
 def _report(

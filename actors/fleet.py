@@ -29,10 +29,6 @@ class ClientAffinity:
     """Remembers which proxy trained each of the last :data:`REMEMBERED` clients.
 
     The assignment affects only speed: a client's update is the same on every proxy.
-
-    Args:
-        proxies: how many proxies there are.
-        remembered: how many clients are remembered, at least.
     """
 
     def __init__(self, proxies: int, remembered: int = REMEMBERED) -> None:
@@ -40,11 +36,7 @@ class ClientAffinity:
         self._proxy_of: dict[str, int] = {}
 
     def assign(self, client_ids: Sequence[str], load: Mapping[int, int]) -> dict[int, list[str]]:
-        """The clients that each proxy shall train, by proxy.
-
-        Args:
-            load: how many clients each proxy is still training; it is assigned so many fewer.
-        """
+        """The clients for each proxy; it is assigned fewer by the ``load`` of clients that it is still training."""
         share = -(-(len(client_ids) + sum(load.values())) // self._proxies)
         room = {index: share - load.get(index, 0) for index in range(self._proxies)}
         groups: dict[int, list[str]] = {index: [] for index in room}
@@ -90,21 +82,15 @@ class RayFleet:
 
     def __init__(self, proxies: Sequence[Any], *, timeout_s: float, clock: ClockPort = SYSTEM_CLOCK) -> None:
         self._proxies = list(proxies)
-        self._timeout_s = timeout_s
-        self._clock = clock
+        self._timeout_s, self._clock = timeout_s, clock
         self._affinity = ClientAffinity(len(self._proxies))
         self._pending: dict[Any, _PendingCall] = {}
         self._histogram_calls: list[Any] = []
 
     @classmethod
     def connect(cls, namespace: str, proxies: int, *, timeout_s: float) -> RayFleet:
-        """The ``proxies`` client proxies of the running system.
-
-        Raises:
-            PlacementError: they do not run there.
-        """
-        actors = [find_actor(proxy_name(index), namespace) for index in range(proxies)]
-        return cls(actors, timeout_s=timeout_s)
+        """The ``proxies`` client proxies of the running system; see :func:`actors.handles.find_actor`."""
+        return cls([find_actor(proxy_name(index), namespace) for index in range(proxies)], timeout_s=timeout_s)
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None

@@ -60,11 +60,7 @@ def fetch(reference: Any, timeout_s: float | None = CALL_TIMEOUT_S) -> Any:
 
 
 def find_actor(name: str, namespace: str) -> Any:
-    """The actor of that name.
-
-    Raises:
-        PlacementError: none runs there.
-    """
+    """The actor of that name; raises PlacementError where none runs."""
     try:
         return ray.get_actor(name, namespace=namespace)
     except ValueError:
@@ -125,20 +121,12 @@ def aggregator_handle(actor: Any) -> AggregatorPort:
 
 
 def connect_accountant(namespace: str) -> AccountantPort:
-    """The accountant of the running system.
-
-    Raises:
-        PlacementError: none runs there.
-    """
+    """The accountant of the running system; see :func:`find_actor`."""
     return accountant_handle(find_actor(ACCOUNTANT, namespace))
 
 
 def connect_aggregator(namespace: str) -> AggregatorPort:
-    """The aggregator of the running system.
-
-    Raises:
-        PlacementError: none runs there.
-    """
+    """The aggregator of the running system; see :func:`find_actor`."""
     return aggregator_handle(find_actor(AGGREGATOR, namespace))
 
 

@@ -29,11 +29,7 @@ def silo_host(settings: Settings) -> ClientHost:
 
 
 class SiloTrainer:
-    """Implements :class:`fedvit.clients.local.Trainer` by a Ray Train job.
-
-    Args:
-        settings: the section ``finetune`` sets where ranks run and with which resources.
-    """
+    """Implements :class:`fedvit.clients.local.Trainer` by a Ray Train job, placed by the section ``finetune``."""
 
     def __init__(self, settings: Settings) -> None:
         ranks = {"ranks": settings.training.ranks, "min_ranks": None}
@@ -51,13 +47,9 @@ class SiloTrainer:
         client_id: str,
         correction: GradientCorrection | None = None,
     ) -> Mapping[str, FloatArray]:
-        """See :meth:`fedvit.clients.local.BodyTrainer.train`.
+        """See :meth:`fedvit.clients.local.BodyTrainer.train`, and :func:`actors.trainer.run_ranks` for the errors.
 
-        Raises:
-            ConfigError: the aggregation rule corrects the gradients of local steps.
-            DataError: there are no records, or labels and features differ in number.
-            PlacementError: there is no room for a rank; it is named.
-            FedvitError: ranks failed more often than the settings allow.
+        A rule that corrects the gradients of local steps is a ConfigError.
         """
         if correction is not None:
             raise ConfigError(

@@ -101,7 +101,7 @@ def spawn_actors(settings: Settings) -> Actors:
     selector = selector_of_store()
     # On the store's node: a proxy that created its own key would draw other noise than the other proxies.
     load_or_create_root_secret(settings.home)
-    check_nodes(settings)
+    _check_nodes(settings)
     text = settings_to_json(settings)
     accountant = spawn(PrivacyAccountantActor, ACCOUNTANT, settings, text, label_selector=selector)
     proxies = {
@@ -131,26 +131,23 @@ def spawn_accountant(settings: Settings) -> Any:
 
 
 def selector_of_store() -> dict[str, str]:
-    """The labels of the node where the store may be opened; see :func:`actors.placement.store_selector`.
-
-    Raises:
-        PlacementError: there is no such node, or this process runs on another one.
-    """
+    """The labels of the node where the store may be opened; see :func:`actors.placement.store_selector`."""
     return store_selector(_nodes(), ray.get_runtime_context().get_node_id())
 
 
-def check_nodes(settings: Settings) -> None:
-    """Make sure, on every node of a larger cluster, that a client proxy finds the files that it reads.
-
-    Raises:
-        PlacementError: a node lacks a file; both are named.
-    """
+def _check_nodes(settings: Settings) -> None:
+    """Make sure, on every node of a larger cluster, that a client proxy finds the files that it reads."""
     nodes = _nodes()
     if len(nodes) == 1:
         return
     marker = write_marker(settings.home)
     paths = [str(path) for path in (settings.data.path, settings.model.checkpoint) if path is not None]
-    calls = {node.name: _probe_on(node).remote(settings.home, paths) for node in nodes}
+    remote = ray.remote(num_cpus=0, max_retries=0)(probe_node)
+    calls = {}
+    for node in nodes:
+        strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        probe = remote.options(name=f"fedvit-probe-{node.name}", scheduling_strategy=strategy)
+        calls[node.name] = probe.remote(settings.home, paths)
     ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=NODE_PROBE_TIMEOUT_S)
     probes = {name: fetch(reference) if reference in ready else None for name, reference in calls.items()}
     check_probes(probes, marker, settings.home, version("fedvit"))
@@ -161,19 +158,8 @@ def _nodes() -> list[Node]:
     return [Node(node["NodeID"], node["NodeManagerAddress"], node.get("Labels") or {}) for node in alive]
 
 
-def _probe_on(node: Node) -> Any:
-    strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-    remote = ray.remote(num_cpus=0, max_retries=0)(probe_node)
-    return remote.options(name=f"fedvit-probe-{node.name}", scheduling_strategy=strategy)
-
-
 def spawn(kind: type, name: str, settings: Settings, *arguments: Any, **placement: Any) -> Any:
-    """Start one actor of a class of this package, with restarts.
-
-    Args:
-        arguments: of the class.
-        placement: options of Ray that say where it may run.
-    """
+    """Start one actor of a class of this package, with restarts; ``placement``: Ray's options for where it may run."""
     options = ray.remote(
         num_cpus=settings.ray.actor_cpus,
         max_restarts=-1,
@@ -212,11 +198,7 @@ def spawn_trial_workers(settings: Settings, secret: bytes) -> list[Any]:
 
 
 def _check_room(settings: Settings) -> None:
-    """Refuse at once actors that could never be placed.
-
-    Raises:
-        PlacementError: the actors ask for more CPUs than the cluster has free.
-    """
+    """Refuse at once actors that ask for more CPUs than the cluster has free."""
     names = [ACCOUNTANT, *(proxy_name(index) for index in range(settings.ray.proxies)), AGGREGATOR]
     free = ray.available_resources().get("CPU", 0)
     room = int(free / settings.ray.actor_cpus + 1e-9) if settings.ray.actor_cpus else len(names)

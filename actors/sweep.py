@@ -38,12 +38,7 @@ _OUTCOME = "outcome"
 
 
 class TrialWorker:
-    """Runs trials one after another on data and models that it keeps in memory.
-
-    Args:
-        threads: how many threads torch may use.
-        secret: the sweep's secret.
-    """
+    """Runs trials with the sweep's secret, one after another, on data and models that it keeps in memory."""
 
     def __init__(self, threads: int, secret: bytes) -> None:
         import torch
@@ -179,15 +174,13 @@ def _outcome(result: Mapping[str, Any]) -> TrialOutcome:
 
 
 class _HalvingScheduler(FIFOScheduler):
-    """:class:`fedvit.tools.sweep.halving.Halving` as a scheduler of Tune."""
+    """:class:`fedvit.tools.sweep.halving.Halving` as a scheduler of Tune: it stops trials that are clearly behind."""
 
     def __init__(self, halving: Halving, planned: Mapping[str, float]) -> None:
         super().__init__()
-        self._halving = halving
-        self._planned = planned
+        self._halving, self._planned = halving, planned
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Stop a trial that is clearly behind the others at the rung that it has reached."""
         outcome = _outcome(result)
         if outcome.status != RUNNING:
             return str(TrialScheduler.CONTINUE)
@@ -203,9 +196,7 @@ class _TrialRecorder(Callback):
     def __init__(
         self, journal: Journal, planned: Mapping[str, float], on_trial: Callable[[TrialOutcome], None]
     ) -> None:
-        self._journal = journal
-        self._planned = planned
-        self._on_trial = on_trial
+        self._journal, self._planned, self._on_trial = journal, planned, on_trial
         self.broken: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -213,7 +204,6 @@ class _TrialRecorder(Callback):
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Write the outcome of a trial that ran to its end or was stopped by the scheduler."""
         outcome = _outcome(trial.last_result)
         if outcome.status == RUNNING:
             outcome = stopped_early(outcome)

@@ -69,7 +69,6 @@ class RankConfig(TorchConfig):
 
     @property
     def backend_cls(self) -> type[_Backend]:
-        """See Ray Train."""
         return _Backend
 
 

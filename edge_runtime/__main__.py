@@ -220,8 +220,7 @@ def _read(path: Path) -> bytes:
 
 
 def _trusted(keys: Sequence[str]) -> list[Ed25519PublicKey]:
-    lines = [line for key in keys for line in _key_lines(key)]
-    return [parse_public_key(line) for line in lines]
+    return [parse_public_key(line) for key in keys for line in _key_lines(key)]
 
 
 def _key_lines(key: str) -> list[str]:

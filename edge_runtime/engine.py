@@ -50,7 +50,11 @@ class InferenceEngine:
         self.manifest = manifest
         self._session = _open_session(model, manifest, threads)
         _check_interface(self._session, manifest)
-        self._warm_up()
+        # Run once, so that the first image is not slow and a broken model is refused.
+        try:
+            self._run(decode_image(_ONE_PIXEL, manifest.image_size))
+        except InferenceError as error:
+            raise IntegrityError(f"{error.message} It was its first run.", cure=error.cure) from None
 
     def infer(self, image_bytes: bytes) -> Prediction:
         """Classify one encoded image; ``duration_s`` covers decoding and the model.
@@ -60,13 +64,11 @@ class InferenceEngine:
             InferenceError: the model's output is not finite.
         """
         started = time.perf_counter()
-        image = decode_image(image_bytes, self.manifest.image_size)
-        return self._predict(image, started)
-
-    def _predict(self, image: ImageArray, started: float) -> Prediction:
-        probabilities = _softmax(self._run(image))
-        best = int(probabilities.argmax())
         manifest = self.manifest
+        logits = self._run(decode_image(image_bytes, manifest.image_size))
+        exponentials = np.exp(logits - logits.max())
+        probabilities = exponentials / exponentials.sum()
+        best = int(probabilities.argmax())
         return Prediction(
             class_index=best,
             label=manifest.classes[best],
@@ -90,13 +92,6 @@ class InferenceEngine:
                 cure="Roll back to the previous version.",
             )
         return np.asarray(logits[0], dtype=np.float64)
-
-    def _warm_up(self) -> None:
-        """Run the model once, so that the first image is not slow and a broken model is refused."""
-        try:
-            self._run(decode_image(_ONE_PIXEL, self.manifest.image_size))
-        except InferenceError as error:
-            raise IntegrityError(f"{error.message} It was its first run.", cure=error.cure) from None
 
 
 def _open_session(model: Path | bytes, manifest: ReleaseManifest, threads: int) -> ort.InferenceSession:
@@ -131,11 +126,6 @@ def _check_interface(session: ort.InferenceSession, manifest: ReleaseManifest) -
                 "manifest says.",
                 cure="Release it again, or roll back.",
             )
-
-
-def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    exponentials = np.exp(logits - logits.max())
-    return np.asarray(exponentials / exponentials.sum(), dtype=np.float64)
 
 
 def _first_line(error: Exception) -> str:

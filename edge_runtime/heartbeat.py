@@ -27,13 +27,9 @@ class HeartbeatChannel(StrEnum):
 
 
 class HeartbeatLoop:
-    """Sends heartbeats in the interval that the server sets.
+    """Sends heartbeats of a registered client in the interval that the server sets.
 
-    Args:
-        http: connection to the control server.
-        client_id: the id under which the vehicle is registered.
-        describe: the body of a heartbeat; see ``POST /api/clients/{client_id}/heartbeat``.
-        mailbox: the second channel.
+    ``describe`` returns the body of a heartbeat; see ``POST /api/clients/{client_id}/heartbeat``.
     """
 
     def __init__(

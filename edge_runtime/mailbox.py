@@ -19,41 +19,30 @@ KEY_BYTES = 32
 
 
 class MailboxSender:
-    """Signs messages and writes them into the mailbox; a heartbeat that cannot be written is kept and tried again.
+    """Signs messages of a registered client with its mailbox key, and writes them into the mailbox ``folder``.
 
-    Args:
-        folder: the mailbox.
-        client_id: the id under which the vehicle is registered.
-        key: its mailbox key, from the server.
+    What cannot be written is not kept.
     """
 
     def __init__(self, folder: Folder, client_id: str, key: bytes, clock: ClockPort = SYSTEM_CLOCK) -> None:
         self._folder, self._client_id, self._key, self._clock = folder, client_id, key, clock
-        self._unsent: Message | None = None
         self._last_path: str | None = None
 
     def heartbeat(self, body: Mapping[str, Any]) -> bool:
         """Write a heartbeat, which replaces all earlier ones; return whether it is in the mailbox."""
-        self._unsent = self._message(MessageKind.HEARTBEAT, body)
-        return self.flush()
+        message = self._message(MessageKind.HEARTBEAT, body)
+        # The earlier heartbeat, if the server has not taken it, says nothing that the new one does not.
+        if not self._write({message.path: sign_message(message, self._key)}, remove=self._last_path):
+            return False
+        self._last_path = message.path
+        return True
 
     def update(self, run_id: str, round_index: int, content: bytes) -> bool:
-        """Write an update; return whether it is in the mailbox. It is not kept, so that the caller has to try again."""
+        """Write an update; return whether it is in the mailbox. Otherwise the caller has to try again."""
         digest = hashlib.sha256(content).hexdigest()
         message = self._message(MessageKind.UPDATE, {"run_id": run_id, "round_index": round_index, "sha256": digest})
         weights_path = message.path.removesuffix(".json") + ".safetensors"
         return self._write({weights_path: content, message.path: sign_message(message, self._key)})
-
-    def flush(self) -> bool:
-        """Write the last heartbeat if it is not in the mailbox yet; return whether it is there."""
-        message = self._unsent
-        if message is None:
-            return True
-        # The earlier heartbeat, if the server has not taken it, says nothing that the new one does not.
-        if not self._write({message.path: sign_message(message, self._key)}, remove=self._last_path):
-            return False
-        self._unsent, self._last_path = None, message.path
-        return True
 
     def _message(self, kind: MessageKind, body: Mapping[str, Any]) -> Message:
         return Message(self._client_id, new_message_id(self._clock.now()), kind, dict(body))
@@ -71,11 +60,7 @@ class MailboxSender:
 
 
 def read_mailbox_key(path: Path) -> bytes:
-    """The mailbox key in a file, which holds it in hex.
-
-    Raises:
-        UsageError: the file holds no such key.
-    """
+    """The mailbox key in a file, which holds it in hex; raises UsageError where it holds no such key."""
     try:
         key = bytes.fromhex(path.read_text(encoding="ascii").strip())
     except (OSError, ValueError) as error:

@@ -53,11 +53,7 @@ class ServingOptions:
 
 
 class ServingProcess:
-    """A model service with its routes, counters and bounded pool of inference threads.
-
-    Attributes:
-        registry: the metrics of this process.
-    """
+    """A model service with its routes, metrics (``registry``) and bounded pool of inference threads."""
 
     def __init__(self, client: ReleaseClient, options: ServingOptions) -> None:
         self.options = options
@@ -73,7 +69,7 @@ class ServingProcess:
     def heartbeat(self) -> dict[str, str | None]:
         """The body of a heartbeat to the control server."""
         engine = self.service.current
-        healthy = engine is not None and self.service.report().last_error is None
+        healthy = engine is not None and self.service.last_error is None
         return {"status": "ok" if healthy else "degraded", "model_version": engine.manifest.version if engine else None}
 
     def app(self, *middleware: Middleware) -> Starlette:
@@ -142,8 +138,8 @@ class ServingProcess:
         return JSONResponse({"status": "ok", "model_version": manifest.version, "variant": manifest.variant})
 
     async def _health_detailed(self, _: Request) -> Response:
-        report, engine = self.service.report(), self.service.current
-        status = "no model" if engine is None else "degraded" if report.last_error else "ok"
+        service, engine = self.service, self.service.current
+        status = "no model" if engine is None else "degraded" if service.last_error else "ok"
         body = {
             "status": status,
             "device_id": self.options.device_id,
@@ -157,8 +153,8 @@ class ServingProcess:
             "memory_bytes": self._meter.memory_bytes(),
             "cache": await asyncio.to_thread(_describe_cache, self._cache),
             "source": self.options.source,
-            "last_poll_at": report.last_poll_at.isoformat() if report.last_poll_at else None,
-            "last_error": report.last_error,
+            "last_poll_at": service.last_poll_at.isoformat() if service.last_poll_at else None,
+            "last_error": service.last_error,
         }
         return JSONResponse(body, status_code=503 if engine is None else 200)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 
 from edge_runtime.engine import InferenceEngine
@@ -19,14 +18,6 @@ _LOG = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceReport:
-    """State of the service, for a health answer."""
-
-    last_poll_at: datetime | None
-    last_error: str | None
-
-
 class ModelService:
     """Holds the current engine. Reading takes no lock; an engine is replaced only by one that works.
 
@@ -34,6 +25,10 @@ class ModelService:
         client: the source of verified releases.
         threads: the number of threads for one image.
         on_swap: called with each release just before it serves.
+
+    Attributes:
+        current: the engine that serves, or None.
+        last_poll_at: the time of the last poll, or None.
     """
 
     def __init__(
@@ -44,9 +39,9 @@ class ModelService:
         clock: ClockPort = SYSTEM_CLOCK,
     ) -> None:
         self._client, self._threads, self._on_swap, self._clock = client, threads, on_swap, clock
-        self._engine: InferenceEngine | None = None
+        self.current: InferenceEngine | None = None
         self._refreshing = threading.Lock()
-        self._last_poll_at: datetime | None = None
+        self.last_poll_at: datetime | None = None
         self._feed_error: str | None = None
         self._load_error: str | None = None
         self._stop = threading.Event()
@@ -59,20 +54,16 @@ class ModelService:
         Raises:
             NoModelError: no release was loaded yet.
         """
-        engine = self._engine
+        engine = self.current
         if engine is None:
-            reason = self._load_error or self._feed_error or "The source has no release yet."
+            reason = self.last_error or "The source has no release yet."
             raise NoModelError(f"There is no model to serve yet. {reason}", cure="Ask again later.")
         return engine
 
     @property
-    def current(self) -> InferenceEngine | None:
-        """The current engine, or None."""
-        return self._engine
-
-    def report(self) -> ServiceReport:
-        """The time of the last poll, and the error since the last success."""
-        return ServiceReport(self._last_poll_at, self._load_error or self._feed_error)
+    def last_error(self) -> str | None:
+        """The error since the last success."""
+        return self._load_error or self._feed_error
 
     def load_cached(self) -> bool:
         """Serve the newest cached release that works, without polling the source; False when there is none."""
@@ -92,7 +83,7 @@ class ModelService:
                 self._note(str(error))
                 return False
             finally:
-                self._last_poll_at = self._clock.now()
+                self.last_poll_at = self._clock.now()
             self._feed_error = None
             return release is not None and self._swap(release)
 
@@ -134,7 +125,7 @@ class ModelService:
             self._load_error = str(error)
             return False
         self._on_swap(engine.manifest)
-        self._engine = engine
+        self.current = engine
         self._load_error = None
         _LOG.info("serving %s (%s)", engine.manifest.version, engine.manifest.variant)
         return True

@@ -22,10 +22,9 @@ _MIN_CPU_SPAN_S = 0.2
 
 
 class RequestStats:
-    """Counts requests for health answers and for Prometheus. Thread-safe.
+    """Counts requests for health answers and for Prometheus; thread-safe.
 
-    Args:
-        count_answers: count the predicted classes, too: for drift, on a server; never on a vehicle.
+    ``count_answers`` counts the predicted classes, too: for drift, on a server; never on a vehicle.
     """
 
     def __init__(self, registry: CollectorRegistry, *, count_answers: bool = False) -> None:

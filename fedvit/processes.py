@@ -42,11 +42,7 @@ def why_taken(host: str, port: int) -> str | None:
 
 
 def check_port_free(host: str, port: int, setting: str | None = None) -> None:
-    """Make sure that a port can be listened on.
-
-    Raises:
-        PortInUseError: it cannot; ``setting`` names what would choose another.
-    """
+    """Raise PortInUseError where a port cannot be listened on; ``setting`` names what would choose another."""
     reason = why_taken(host, port)
     if reason is not None:
         other = f", or set {setting} to another port" if setting else ""

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedvit.access.exposure import check_exposure
+from fedvit.access.identity import check_exposure
 from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.metrics.targets import EDGES, SERVER, Target, write_targets

@@ -48,7 +48,6 @@ from fedvit.wire.updates import encode_update
 
 _LOG = logging.getLogger(__name__)
 RETRY_S = 5.0
-# Temporary errors.
 _TEMPORARY = (ControlUnreachableError, ControlApiError, RateLimitedError)
 _MAX_WEIGHTS_BYTES = 8 * 2**30
 _TASK_FIELDS = tuple(field.name for field in fields(TrainTask))
@@ -82,11 +81,7 @@ class OwnRecords:
 
 
 def count_images(path: Path) -> int:
-    """The number of images in folders of any name.
-
-    Raises:
-        DataError: there is no such folder.
-    """
+    """The number of images in folders of any name; raises DataError where there is no such folder."""
     tree = open_tree(path)
     parent = _parent(tree)
     return sum(len(images_below(tree, f"{parent}{name}/")) for name in subfolders(tree, parent))
@@ -149,11 +144,7 @@ class Vehicle:
         self._store.close()
 
     def register(self) -> None:
-        """Register as a client, with the present number of images.
-
-        Raises:
-            DataError: there are none.
-        """
+        """Register as a client, with the present number of images; raises DataError where there are none."""
         count = count_images(self._data)
         if not count:
             raise DataError(f"{self._data} holds no image.", cure="A vehicle without data has nothing to train on.")
@@ -164,7 +155,11 @@ class Vehicle:
         """Take part until ``stop`` is set, or in the given number of rounds."""
         done = 0
         while not stop.is_set() and done != rounds:
-            result = self._poll_or_retry()
+            try:
+                result = self.poll()
+            except _TEMPORARY as error:
+                _LOG.warning("%s", error)
+                result = PollResult(RETRY_S)
             if result.status is None:
                 stop.wait(result.poll_after_s)
                 continue
@@ -202,13 +197,6 @@ class Vehicle:
         except FedvitError as error:
             _LOG.error("round %d of %s: %s", view.round_index, view.run_id, error)
             return encode_update(ClientFailures.of(view.round_index, [self._client_id], error.message))
-
-    def _poll_or_retry(self) -> PollResult:
-        try:
-            return self.poll()
-        except _TEMPORARY as error:
-            _LOG.warning("%s", error)
-            return PollResult(RETRY_S)
 
     def _answer_histogram(self, view: HistogramRequestView | None) -> None:
         """Send a requested histogram. A refusal is final. Before the first task, the model is not known yet."""
@@ -282,13 +270,7 @@ class _RunTrainer:
         return len(self.records.records(self.client_id))
 
     def check(self, task: TrainTask, view: TaskView) -> None:
-        """Check that the update will be what was charged, and is protected here.
-
-        Raises:
-            ForbiddenError: the update would leave without noise.
-            IntegrityError: the task contradicts itself, or the model here is another.
-            DataError: the number of images is not the charged one.
-        """
+        """Check that the update will be what was charged, and is protected here."""
         if task.privacy_unit != "record":
             raise ForbiddenError("This vehicle releases nothing without noise of its own.")
         if self.num_examples != view.num_examples:
@@ -303,23 +285,12 @@ class _RunTrainer:
             raise IntegrityError("The weights that never travel are others here than on the server.")
 
     def charge(self, task: TrainTask) -> None:
-        """Charge an update to the vehicle's own ledger; a repetition is charged once.
-
-        Raises:
-            BudgetExhaustedError: the owner's budget does not allow it.
-        """
+        """Charge an update to the vehicle's own ledger; a repetition is charged once."""
         output = output_id(task, self.client_id, self.num_examples)
         self._charge(round_event(self.settings, task.noise_multiplier), task, output)
 
     def histogram(self, request: HistogramRequest, view: HistogramRequestView) -> tuple[int, ...]:
-        """The requested counts with noise, after they are charged to the vehicle's own ledger.
-
-        Raises:
-            ForbiddenError: the noise would be less than the charge is for.
-            IntegrityError: the request is not the one that was charged.
-            DataError: the number of images is not the charged one, or they cannot be counted.
-            BudgetExhaustedError: the owner's budget does not allow it.
-        """
+        """The requested counts with noise, after they are charged to the vehicle's own ledger."""
         if request.privacy_unit != "record" or not request.noise_multiplier >= LEAST_NOISE_MULTIPLIER:
             raise ForbiddenError("This vehicle histograms records, and not without noise of its own.")
         count = self.num_examples

@@ -1,4 +1,4 @@
-"""Identity of a caller, and the scopes that it may use."""
+"""Identity of a caller, the scopes that it may use, and the addresses at which callers have to prove it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fedvit.api.transport import is_loopback
+from fedvit.config import Settings
 from fedvit.errors import ConfigError, ForbiddenError
+
+_EVERYWHERE = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - compared, not listened on
 
 
 class Scope(StrEnum):
@@ -52,11 +56,7 @@ class Identity:
         return any(wanted in _IMPLIED[held] for held in self.scopes for wanted in any_of)
 
     def check_speaks_for(self, client_id: str) -> None:
-        """Make sure that the caller may act for this client.
-
-        Raises:
-            ForbiddenError: its token is bound to another client.
-        """
+        """Raise ForbiddenError if the caller's token is bound to another client."""
         if self.client_id not in (None, client_id):
             raise ForbiddenError(
                 f"This token speaks for the client {self.client_id!r}.", cure="Use the token of the client you name."
@@ -67,14 +67,36 @@ ANONYMOUS = Identity("anonymous", frozenset(Scope), authenticated=False)
 
 
 def parse_scopes(names: Iterable[str]) -> frozenset[Scope]:
-    """Scopes by name.
-
-    Raises:
-        ConfigError: there are none, or a name is unknown.
-    """
+    """Scopes by name; raises ConfigError where there are none, or a name is unknown."""
     wanted = set(names)
     unknown = sorted(wanted - set(Scope))
     if unknown or not wanted:
         given = ", ".join(map(repr, unknown)) or "nothing"
         raise ConfigError(f"No scope is called {given}.", cure=f"Name one or more of: {', '.join(Scope)}.")
     return frozenset(map(Scope, wanted))
+
+
+def check_exposure(settings: Settings) -> None:
+    """Refuse an address at which others could send requests without a token, or could read one on the network.
+
+    Raises:
+        ConfigError: ``serving.host`` is not loopback, and tokens or their protection are missing.
+    """
+    host, access = settings.serving.host, settings.access
+    if is_loopback(host):
+        return
+    if access.mode != "tokens":
+        raise ConfigError(
+            f"'serving.host' is {host!r}, which others can reach, and 'access.mode' is {access.mode!r}.",
+            cure="Set access.mode to tokens, or serving.host to 127.0.0.1.",
+        )
+    if access.tls_cert is not None and host in _EVERYWHERE:
+        raise ConfigError(
+            f"'serving.host' is {host!r}, which no certificate names, so that replicas and edges could not trust it.",
+            cure="Set serving.host to the name or address that access.tls_cert names.",
+        )
+    if access.tls_cert is None and not access.behind_tls_proxy:
+        raise ConfigError(
+            f"'serving.host' is {host!r}, and tokens would cross the network in the clear.",
+            cure="Set access.tls_cert and access.tls_key, or access.behind_tls_proxy if a proxy ends TLS before it.",
+        )

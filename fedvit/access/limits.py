@@ -12,13 +12,9 @@ MAX_NAMES = 10_000
 
 
 class TokenBuckets:
-    """One token bucket for each name: ``burst`` requests at once, ``rate`` a second in the long run.
+    """One token bucket for each name: ``burst`` requests (at least 1) at once, ``rate`` a second in the long run.
 
-    Args:
-        rate: requests a second.
-        burst: at least 1.
-        clock: seconds, monotonic.
-        max_names: how many names are remembered.
+    ``clock`` returns monotonic seconds.
     """
 
     def __init__(self, rate: float, burst: int, clock: Callable[[], float], max_names: int = MAX_NAMES) -> None:
@@ -44,12 +40,9 @@ class TokenBuckets:
 
 
 class FailureWindow:
-    """Failures of each name within the last ``window_s`` seconds.
+    """Failures of each name within the last ``window_s`` seconds, of which ``allowed`` are tolerated.
 
-    Args:
-        allowed: how many are tolerated.
-        clock: seconds, monotonic.
-        max_names: how many names are remembered.
+    ``clock`` returns monotonic seconds.
     """
 
     def __init__(self, allowed: int, window_s: float, clock: Callable[[], float], max_names: int = MAX_NAMES) -> None:

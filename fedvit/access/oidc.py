@@ -17,11 +17,7 @@ _FETCH_TIMEOUT_S = 5
 
 
 class OidcVerifier:
-    """Checks signature, issuer, audience and expiry, always with the configured algorithm.
-
-    Raises:
-        ConfigError: the key file cannot be read.
-    """
+    """Checks signature, issuer, audience and expiry, always with the configured algorithm and key file."""
 
     def __init__(self, config: OidcConfig) -> None:
         self._config = config

@@ -51,11 +51,8 @@ class LazyFeatures:
     """Implements :class:`fedvit.clients.local.Features`.
 
     If the frozen prefix has weights, its output is cached, because it is expensive to compute. Otherwise the pixels are
-    cached, which need a quarter of the memory. The cache is in host memory, not on a GPU.
-
-    Args:
-        model: on the device that computes the prefix.
-        records: of ``source``; an index refers to this sequence.
+    cached, which need a quarter of the memory. The cache is in host memory, not on a GPU. The model is on the device
+    that computes the prefix; an index refers to ``records``, which are of ``source``.
     """
 
     def __init__(self, model: VisionModel, source: ImageSource, records: Sequence[Record]) -> None:
@@ -250,7 +247,9 @@ class Finetuning:
             IntegrityError: the checkpoint is damaged, or belongs to another job.
             DataError: an image cannot be read or decoded.
         """
-        self._check_agreed()
+        self._ranks.check_agreed("data set or configuration", bytes.fromhex(self.plan.digest))
+        # Derived by a one-way function: the digest that ranks exchange is no secret.
+        self._ranks.check_agreed("secret key", derive_secret(self._secret, "told to other ranks"))
         step, optimizer = self._resume(checkpoint)
         error = None
         while step < self._config.steps:
@@ -321,11 +320,6 @@ class Finetuning:
         whole = torch.cat([features[part].to(self._ranks.device) for part in index])
         return evaluate(self._model, whole, labels, self._source.classes)
 
-    def _check_agreed(self) -> None:
-        self._ranks.check_agreed("data set or configuration", bytes.fromhex(self.plan.digest))
-        # Derived by a one-way function: the digest that ranks exchange is no secret.
-        self._ranks.check_agreed("secret key", derive_secret(self._secret, "told to other ranks"))
-
 
 def _inner_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of the noised gradient, which is no longer private."""
@@ -338,11 +332,7 @@ def _device_name(device: torch.device) -> str:
     """The vendor's name of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads a rank"
-
-
-def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads a rank"

@@ -31,12 +31,9 @@ _DIGEST_BYTES = 32
 
 
 class Ranks:
-    """The processes that take a step together, from the view of one of them.
+    """The ``count`` processes that take a step together, from the view of the one of this ``index``, from 0.
 
-    Args:
-        index: of this process, from 0.
-        count: number of processes.
-        device: of the tensors that are summed.
+    ``device`` is that of the tensors that are summed.
     """
 
     def __init__(self, index: int = 0, count: int = 1, device: torch.device | None = None) -> None:
@@ -85,11 +82,7 @@ class Ranks:
 
 
 class RankNoise:
-    """Standard normals in this rank's blocks of a step and zeros elsewhere; the sum over ranks has all numbers.
-
-    Args:
-        stream_of: the secret stream of the block of this index.
-    """
+    """Standard normals in this rank's blocks of a step and zeros elsewhere; the sum over ranks has all numbers."""
 
     def __init__(self, ranks: Ranks, stream_of: Callable[[int], SecretStream]) -> None:
         self._ranks, self._stream_of = ranks, stream_of

@@ -56,11 +56,8 @@ class LocalAggregator:
         on_health: Callable[[float | None, float | None], None] = lambda quality, drift: None,
         clock: ClockPort = SYSTEM_CLOCK,
     ) -> None:
-        self._settings = settings
-        self._store = store
-        self._system_id = system_id
-        self._fleet = fleet
-        self._model = model
+        self._settings, self._store, self._system_id = settings, store, system_id
+        self._fleet, self._model, self._on_connected, self._clock = fleet, model, on_connected, clock
         self._coordinator = Coordinator(
             settings=settings,
             store=store,
@@ -75,8 +72,6 @@ class LocalAggregator:
         self._loop: Future[Run] | None = None
         self._shutting_down = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-loop")
-        self._on_connected = on_connected
-        self._clock = clock
         self._mailbox = Mailbox(settings, store, clock)
         tasks = (self._mailbox.take, self._count_connected, self._count_messages, self._list_vehicles)
         self._periodic_tasks = PeriodicTasks(settings.fleet.check_interval_s, *tasks)
@@ -179,8 +174,6 @@ class LocalAggregator:
         weights = stored_weights(self._store, version.weights_digest)
         return {variant: self._model.export(weights, variant) for variant in self._publisher.variants()}
 
-    # --- the loop ----------------------------------------------------------------------------------------------------
-
     def _start(self) -> None:
         # A run that an operation begins while the system shuts down is continued by the next start.
         if self._is_idle() and not self._shutting_down.is_set():
@@ -189,8 +182,6 @@ class LocalAggregator:
 
     def _is_idle(self) -> bool:
         return self._loop is None or self._loop.done()
-
-    # --- retrain and restart -----------------------------------------------------------------------------------------
 
     def _admit_run(self, params: Mapping[str, Any]) -> None:
         self._coordinator.lifecycle.check_new_run(self._run_request("", params))
@@ -257,8 +248,6 @@ class LocalAggregator:
             "client_selection": run.config["order"]["client_selection"],
             "rounds_total": run.rounds_total,
         }
-
-    # --- shutting down -----------------------------------------------------------------------------------------------
 
     def _admit_shutdown(self, params: Mapping[str, Any]) -> None:
         if params["mode"] == "graceful" and self._shutting_down.is_set():

@@ -74,21 +74,18 @@ class _Batch:
     delivered: int = 0
 
 
-def mailbox_url(settings: Settings) -> str:
-    """The URL of the mailbox, as sent to vehicles."""
-    return settings.fleet.mailbox_url or str((settings.home / "mailbox").resolve())
-
-
 class Mailbox:
-    """The mailbox of a state folder. Only one process at a time may call :meth:`take`."""
+    """The mailbox of a state folder. Only one process at a time may call :meth:`take`.
+
+    ``url`` is sent to vehicles.
+    """
 
     def __init__(self, settings: Settings, store: Store, clock: ClockPort = SYSTEM_CLOCK) -> None:
-        self.url = mailbox_url(settings)
+        self.url = settings.fleet.mailbox_url or str((settings.home / "mailbox").resolve())
         self._store, self._clock = store, clock
         self._home = settings.home
         self._work = RemoteWork(settings, store)
         self._max_update_bytes = settings.training.validation.max_update_bytes
-        self._opened: Folder | None = None
 
     def key_of(self, client_id: str) -> bytes:
         """The key with which this client signs its messages."""
@@ -169,18 +166,15 @@ class Mailbox:
         except OSError as error:
             raise _unreachable(self.url, error) from error
 
-    @property
+    @cached_property
     def _folder(self) -> Folder:
-        if self._opened is None:
-            self._opened = open_folder(self.url)
-        return self._opened
+        return open_folder(self.url)
 
     def _take(self) -> int:
         batch = _Batch()
-        for client, name in self._arrived(WAITING):
-            self._process_waiting(client, name, batch)
-        for client, name in self._arrived(INBOX):
-            self._process(client, name, batch)
+        for place in (WAITING, INBOX):
+            for client, name in self._arrived(place):
+                self._process(place, client, name, batch)
         # The store first: a message that was moved and not stored would be lost; storing it twice does no harm.
         self._store.clients.set_last_seen(batch.last_seen)
         for path, target in batch.moves:
@@ -205,46 +199,26 @@ class Mailbox:
                 left -= 1
                 yield client, name.removesuffix(".json")
 
-    def _process(self, client: str, name: str, batch: _Batch) -> None:
-        path = f"{INBOX}/{client}/{name}.json"
+    def _process(self, place: str, client: str, name: str, batch: _Batch) -> None:
+        """Process a message, with the update beside it, and record the result."""
+        path = f"{place}/{client}/{name}"
         try:
-            message = self._verified(client, name)
+            message = self._verified(place, client, name)
+            if place == INBOX:
+                # Names sort by time, so the last one is the newest.
+                batch.last_seen[client] = min(message.sent_at, self._clock.now())
+            if place == WAITING or message.kind is MessageKind.UPDATE:
+                batch.removals.append(f"{path}.safetensors")
+                receipt = self._received(f"{path}.safetensors", message)
+                if receipt.status not in (ReceiptStatus.RECEIVED, ReceiptStatus.ACCEPTED):
+                    raise DataError(f"The update is {receipt.status.value}: {receipt.reason}.")
         except FedvitError as error:
-            self._reject(path, client, name, f"{error}", batch)
-            return
-        # Names sort by time, so the last one is the newest.
-        batch.last_seen[client] = min(message.sent_at, self._clock.now())
-        if message.kind is MessageKind.UPDATE:
-            self._deliver(INBOX, message, batch)
-            return
-        batch.moves.append((path, f"{DELIVERED}/{client}/{name}.json"))
-        batch.delivered += 1
-
-    def _process_waiting(self, client: str, name: str, batch: _Batch) -> None:
-        """Process an update whose age was checked when it arrived."""
-        path = f"{WAITING}/{client}/{name}.json"
-        try:
-            message = verify_message(self._folder.read(path, MAX_MESSAGE_BYTES), self.key_of(client), client, name)
-        except FedvitError as error:
-            self._reject(path, client, name, f"{error}", batch)
-            return
-        self._deliver(WAITING, message, batch)
-
-    def _deliver(self, place: str, message: Message, batch: _Batch) -> None:
-        """Process the update beside a message, and record the result."""
-        path = f"{place}/{message.client_id}/{message.message_id}"
-        batch.removals.append(f"{path}.safetensors")
-        try:
-            receipt = self._received(f"{path}.safetensors", message)
-        except FedvitError as error:
-            self._reject(f"{path}.json", message.client_id, message.message_id, f"{error}", batch)
-            return
-        if receipt.status not in (ReceiptStatus.RECEIVED, ReceiptStatus.ACCEPTED):
-            reason = f"The update is {receipt.status.value}: {receipt.reason}."
-            self._reject(f"{path}.json", message.client_id, message.message_id, reason, batch)
-            return
-        batch.moves.append((f"{path}.json", f"{DELIVERED}/{message.client_id}/{message.message_id}.json"))
-        batch.delivered += 1
+            target = f"{REJECTED}/{_safe(client, _is_client_id)}/{_safe(name, is_message_id)}.json"
+            batch.reasons[target] = f"{error}\n"
+        else:
+            target = f"{DELIVERED}/{client}/{name}.json"
+            batch.delivered += 1
+        batch.moves.append((f"{path}.json", target))
 
     def _received(self, path: str, message: Message) -> Receipt:
         """The receipt for the update beside a message.
@@ -261,28 +235,23 @@ class Mailbox:
             raise IntegrityError("The update is not the one that the message was signed for.")
         return self._work.receive(message.client_id, note.run_id, note.round_index, content)
 
-    @staticmethod
-    def _reject(path: str, client: str, name: str, reason: str, batch: _Batch) -> None:
-        target = f"{REJECTED}/{_safe(client, _is_client_id)}/{_safe(name, is_message_id)}.json"
-        batch.moves.append((path, target))
-        batch.reasons[target] = f"{reason}\n"
-
-    def _verified(self, client: str, name: str) -> Message:
-        """The message in a file of the inbox.
+    def _verified(self, place: str, client: str, name: str) -> Message:
+        """The valid message in a file. Its sender and age were checked before it was moved to ``waiting/``.
 
         Raises:
             FedvitError: it is not valid; the error gives the reason.
         """
-        if not _is_client_id(client) or not is_message_id(name):
-            raise NotFoundError("No client, or no message, is called so.")
-        self._store.clients.get(client)
-        now, at = self._clock.now(), sent_at(name)
-        if not now - WINDOW <= at <= now + AHEAD:
-            raise StateError(f"The message was sent at {at.isoformat()} and arrived at {now.isoformat()}.")
-        message = verify_message(
-            self._folder.read(f"{INBOX}/{client}/{name}.json", MAX_MESSAGE_BYTES), self.key_of(client), client, name
-        )
-        if any(f"{name}.json" in self._folder.files(f"{place}/{client}") for place in (DELIVERED, WAITING)):
+        if place == INBOX:
+            if not _is_client_id(client) or not is_message_id(name):
+                raise NotFoundError("No client, or no message, is called so.")
+            self._store.clients.get(client)
+            now, at = self._clock.now(), sent_at(name)
+            if not now - WINDOW <= at <= now + AHEAD:
+                raise StateError(f"The message was sent at {at.isoformat()} and arrived at {now.isoformat()}.")
+        content = self._folder.read(f"{place}/{client}/{name}.json", MAX_MESSAGE_BYTES)
+        message = verify_message(content, self.key_of(client), client, name)
+        before = (DELIVERED, WAITING) if place == INBOX else ()
+        if any(f"{name}.json" in self._folder.files(f"{folder}/{client}") for folder in before):
             raise StateError("The message was taken before.")
         return message
 

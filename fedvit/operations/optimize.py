@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedvit.config import Settings
-from fedvit.errors import ConflictError, ModelError, ReleaseRefusedError
+from fedvit.errors import ModelError, ReleaseRefusedError
 from fedvit.operations.runner import Task
 from fedvit.ports import ExportedModel, ModelBenchmark, ServerModelPort
 from fedvit.registry.publisher import Publisher, artifacts_of, served_variant, stored_weights
@@ -48,18 +48,11 @@ class Optimizer:
     """The work of ``optimize``: parameters ``strategy`` (a key of ``CANDIDATES``) and ``target_latency_ms`` (p95)."""
 
     def __init__(self, settings: Settings, store: Store, publisher: Publisher, model: ServerModelPort) -> None:
-        self._settings = settings
-        self._store = store
-        self._publisher = publisher
-        self._model = model
+        self._settings, self._store, self._publisher, self._model = settings, store, publisher, model
 
     def admit(self, params: Mapping[str, Any]) -> None:
-        """Refuse where there is nothing to optimise.
-
-        Raises:
-            ConflictError: nothing is released yet.
-        """
-        self._current()
+        """Raise ConflictError where nothing is released yet."""
+        self._publisher.current()
 
     def work(self, task: Task) -> dict[str, Any]:
         """Benchmark the strategy's candidates, and let the fleet serve the most accurate one that is fast enough.
@@ -70,7 +63,7 @@ class Optimizer:
             ConflictError: nothing is released, or another version was released meanwhile.
             OperationCancelled: it was cancelled; nothing has changed.
         """
-        release = self._current()
+        release = self._publisher.current()
         served = served_variant(release, self._settings)
         content = self._store.blobs.get(release.artifacts[served])
         task.report(0.02, f"measuring {served}, which serves now")
@@ -162,12 +155,6 @@ class Optimizer:
             "accuracy": artifact.metrics.get("accuracy"),
             "agreement": artifact.metrics.get("agreement"),
         }
-
-    def _current(self) -> Release:
-        release = self._store.releases.current()
-        if release is None:
-            raise ConflictError("No model version is released yet.", cure="Start training: POST /api/training/start.")
-        return release
 
 
 def _unchanged(release: Release, reason: str) -> dict[str, Any]:

@@ -24,25 +24,14 @@ class OperationCancelled(Exception):
 
 
 class Task:
-    """A running operation: its parameters, progress reports and cancellation.
-
-    Args:
-        operation: its state at the beginning.
-        cancelled: set when the operation is cancelled.
-    """
+    """A running operation, as it was at the beginning: its parameters, progress reports and cancellation."""
 
     def __init__(self, operation: Operation, store: Store, cancelled: threading.Event) -> None:
-        self.operation = operation
-        self.params = operation.params
-        self.cancelled = cancelled
-        self._store = store
+        self.operation, self.params = operation, operation.params
+        self.cancelled, self._store = cancelled, store
 
     def report(self, progress: float, stage: str) -> None:
-        """Store the present stage and the share that is done.
-
-        Raises:
-            OperationCancelled: the operation was cancelled.
-        """
+        """Store the present stage and the share that is done, unless :meth:`check` raises."""
         self.check()
         self._store.operations.advance(self.operation.operation_id, progress, stage)
 
@@ -73,8 +62,7 @@ class OperationRunner:
     """One thread that runs one operation at a time, in the order of submission; urgent ones run beside it."""
 
     def __init__(self, store: Store, kinds: Mapping[str, OperationKind]) -> None:
-        self._store = store
-        self._kinds = dict(kinds)
+        self._store, self._kinds = store, dict(kinds)
         self._queue: SimpleQueue[str | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._ended = threading.Condition()
@@ -120,11 +108,7 @@ class OperationRunner:
         return operation
 
     def wait(self, operation_id: str, timeout_s: float) -> Operation:
-        """The operation once it has ended, or its state after ``timeout_s``.
-
-        Raises:
-            NotFoundError: no such operation.
-        """
+        """The operation once it has ended, or its state after ``timeout_s``."""
         self.wait_until(lambda: self._store.operations.get(operation_id).status.ended, timeout_s)
         return self._store.operations.get(operation_id)
 

@@ -56,9 +56,7 @@ class ReleaseClient:
     ) -> None:
         if not trusted:
             raise UsageError("No trusted key was given.", cure="Give the server's public key.")
-        self._feed = feed
-        self._trusted = tuple(trusted)
-        self._variant = variant
+        self._feed, self._trusted, self._variant = feed, tuple(trusted), variant
         self.folder = cache_dir / (variant or FOLLOWED)
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

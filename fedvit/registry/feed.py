@@ -17,7 +17,6 @@ from fedvit.wire.manifest import MAX_ENVELOPE_BYTES
 
 ENVELOPE_FILE = "release.json"
 MODEL_FILE = "model.onnx"
-TRUSTED_KEY_FILE = "trusted_key.txt"
 
 
 class Feed(Protocol):
@@ -49,8 +48,7 @@ def open_feed(
 ) -> Feed:
     """The feed that ``source`` names: an http(s) URL of a control server, or a release folder.
 
-    ``token_file`` and ``ca_file`` are for a control server that demands a token, or whose certificate a private
-    authority signed.
+    ``token_file`` holds the bearer token to send, ``ca_file`` the certificates (PEM) to trust instead of the machine's.
 
     Raises:
         UsageError: a URL that cannot be one, or a folder or file that does not exist.
@@ -68,14 +66,7 @@ def open_feed(
 class HttpFeed:
     """Releases of a control server: ``GET /api/model/release`` and ``GET /api/model/blobs/{digest}``.
 
-    Args:
-        base_url: ``http://HOST:PORT`` of the control server.
-        timeout_s: the longest time without data before a request fails.
-        token_file: file with the bearer token to send.
-        ca_file: certificates to trust, PEM, instead of the machine's.
-
-    Raises:
-        UsageError: ``base_url`` is no http(s) URL, or a file cannot be used.
+    See :func:`open_feed`. A request fails after ``timeout_s`` without data.
     """
 
     def __init__(
@@ -127,7 +118,6 @@ class FolderFeed:
         self._path = path
 
     def current(self, variant: str | None) -> str | None:
-        """The folder's one release, whatever its variant, which the client checks."""
         path = self._path / ENVELOPE_FILE
         return self._read(path, MAX_ENVELOPE_BYTES).decode("utf-8", errors="replace") if path.exists() else None
 

@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, ModelError, ReleaseRefusedError
 from fedvit.ports import ExportedModel
@@ -37,13 +35,8 @@ class Artifact:
 
 def artifacts_of(release: Release) -> dict[str, Artifact]:
     """The artifacts of a release of this server, as its manifests name them."""
-    return {variant: _artifact(json.loads(envelope)["signed"]) for variant, envelope in release.envelopes.items()}
-
-
-def _artifact(signed: Mapping[str, object]) -> Artifact:
-    metrics = signed["metrics"]
-    assert isinstance(metrics, dict)
-    return Artifact(str(signed["artifact_digest"]), int(str(signed["artifact_bytes"])), metrics)
+    signed = {variant: json.loads(envelope)["signed"] for variant, envelope in release.envelopes.items()}
+    return {v: Artifact(s["artifact_digest"], s["artifact_bytes"], s["metrics"]) for v, s in signed.items()}
 
 
 def served_variant(release: Release | None, settings: Settings) -> str:
@@ -57,9 +50,8 @@ class Publisher:
     """Turns exported variants into signed releases. The signing key never leaves the state folder."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        self._store = store
-        self._settings = settings
-        self._key: Ed25519PrivateKey = load_or_create_signing_key(store.home / "keys")
+        self._store, self._settings = store, settings
+        self._key = load_or_create_signing_key(store.home / "keys")
         # The training loop and requests of operators publish from different threads.
         self._lock = threading.RLock()
 
@@ -91,7 +83,8 @@ class Publisher:
                 with the version, and the current release keeps serving.
         """
         with self._lock:
-            serve = self._served_of(exports)
+            served = served_variant(self._store.releases.current(), self._settings)
+            serve = Variant(self._first_offered({v.value: e for v, e in exports.items()}, served))
             try:
                 self._check_agreement(version, exports)
                 self._check_accuracy(version.version, exports[serve].accuracy)
@@ -119,7 +112,7 @@ class Publisher:
             IntegrityError: a stored artifact no longer matches its hash.
         """
         with self._lock:
-            target, current = self._store.versions.get(name), self._current()
+            target, current = self._store.versions.get(name), self.current()
             if current.version == name:
                 raise ConflictError(f"{name} is what serves now.", cure="Name another version.")
             serving = self._store.versions.get(current.version)
@@ -129,7 +122,10 @@ class Publisher:
             past = self._store.releases.of_version(name)
             if not force:
                 self._check_target(target, past)
-            artifacts = artifacts_of(past) if past else self._stored_checked(target, export(target))
+            if past is None:
+                exports = export(target)
+                self._check_agreement(target, exports)
+            artifacts = artifacts_of(past) if past else self._stored(exports)
             for artifact in artifacts.values():
                 self._store.blobs.get(artifact.digest)
             lineage = {"rollback_of": name, "replaces": current.version, "reason": reason, "forced": force}
@@ -148,7 +144,7 @@ class Publisher:
             IntegrityError: the stored artifact no longer matches its hash.
         """
         with self._lock:
-            current = self._current()
+            current = self.current()
             if variant.value not in current.artifacts:
                 raise ConflictError(
                     f"{current.version} has no variant {variant.value!r}.",
@@ -172,7 +168,7 @@ class Publisher:
             ReleaseRefusedError: on held-out images the variant is too much worse than what serves now.
         """
         with self._lock:
-            current = self._current()
+            current = self.current()
             if current.version != origin:
                 raise ConflictError(
                     f"{current.version} was released while a variant of {origin} was made.", cure="Ask again."
@@ -183,15 +179,12 @@ class Publisher:
             derivation = Derivation(origin, lineage, metrics)
             return self._release_derived(derivation, artifacts, reason, variant.value)
 
-    def _current(self) -> Release:
+    def current(self) -> Release:
+        """The current release; raises ConflictError where nothing is released yet."""
         current = self._store.releases.current()
         if current is None:
             raise ConflictError("No model version is released yet.", cure="Start training: POST /api/training/start.")
         return current
-
-    def _served_of(self, exports: Exports) -> Variant:
-        served = served_variant(self._store.releases.current(), self._settings)
-        return Variant(self._first_offered({v.value: e for v, e in exports.items()}, served))
 
     def _first_offered(self, offered: Mapping[str, object], *preferred: str) -> str:
         """The first preferred variant that is offered, else any that is."""
@@ -227,10 +220,6 @@ class Publisher:
                 f"images; {floor:.2%} are needed.",
                 cure="The previous release keeps serving; look at the exporter's log.",
             )
-
-    def _stored_checked(self, version: ModelVersion, exports: Exports) -> dict[str, Artifact]:
-        self._check_agreement(version, exports)
-        return self._stored(exports)
 
     def _stored(self, exports: Exports) -> dict[str, Artifact]:
         return {

@@ -91,8 +91,7 @@ class LocalFolder:
         return _bounded(path, content or b"", max_bytes)
 
     def write(self, path: str, content: bytes) -> None:
-        target = self._root / path
-        write_atomically(target, content)
+        write_atomically(self._root / path, content)
 
     def move(self, path: str, target: str) -> None:
         (self._root / target).parent.mkdir(parents=True, exist_ok=True)

@@ -108,11 +108,7 @@ class HistogramSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> HistogramSpec:
-        """The inverse.
-
-        Raises:
-            UpdateRejectedError: it is none, or has too many bins.
-        """
+        """The inverse; raises UpdateRejectedError where it is none, or has too many bins."""
         try:
             edges = {str(name): tuple(float(edge) for edge in given) for name, given in value["edges"].items()}
             spec = cls(edges, int(value["classes"]), tuple(int(vote) for vote in value["risk_votes"]))

@@ -23,7 +23,12 @@ def decode_image(content: bytes, image_size: int) -> ImageArray:
     Raises:
         DataError: the content is empty, over ``MAX_IMAGE_BYTES`` or ``MAX_IMAGE_PIXELS``, or not a whole image.
     """
-    _check_length(content)
+    if not content:
+        raise DataError("The image is empty: 0 bytes.", cure=_CURE)
+    if len(content) > MAX_IMAGE_BYTES:
+        raise DataError(
+            f"The image has {len(content)} bytes; at most {MAX_IMAGE_BYTES} are read.", cure="Send a smaller one."
+        )
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_pixels(image)
@@ -39,15 +44,6 @@ def decode_image(content: bytes, image_size: int) -> ImageArray:
         raise DataError(f"The image is damaged: {reason}.", cure="Send a whole image file.") from None
     resized = upright.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.array(resized, dtype=np.uint8)
-
-
-def _check_length(content: bytes) -> None:
-    if not content:
-        raise DataError("The image is empty: 0 bytes.", cure=_CURE)
-    if len(content) > MAX_IMAGE_BYTES:
-        raise DataError(
-            f"The image has {len(content)} bytes; at most {MAX_IMAGE_BYTES} are read.", cure="Send a smaller one."
-        )
 
 
 def _check_pixels(image: Image.Image) -> None:

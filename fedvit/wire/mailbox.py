@@ -27,8 +27,6 @@ _FORMAT = 1
 _ID = re.compile(r"[0-9]{13}-[0-9a-f]{16}")
 # Domain separation: no other use of the key gives the HMAC of a message.
 _PURPOSE = b"fedvit mailbox message\0"
-
-
 _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
@@ -69,11 +67,7 @@ class UpdateNote:
 
     @classmethod
     def of(cls, message: Message) -> UpdateNote:
-        """The note in a message.
-
-        Raises:
-            KeyError, TypeError, ValueError: there is none.
-        """
+        """The note in a message; raises KeyError, TypeError or ValueError where there is none."""
         body = message.body
         note = cls(body["run_id"], body["round_index"], body["sha256"])
         if not isinstance(note.run_id, str) or type(note.round_index) is not int or not isinstance(note.sha256, str):

@@ -118,16 +118,13 @@ def _check_signatures(
     named = [s for s in signatures if isinstance(s, dict) and isinstance(s.get("keyid"), str)]
     known = [s for s in named if s["keyid"] in trusted]
     if not known:
+        signers = ", ".join(f"key {s['keyid'][:12]!r}" for s in named[:3]) or "no key"
         raise IntegrityError(
-            f"The release is signed by {_short(named)}, which is not trusted here.",
+            f"The release is signed by {signers}, which is not trusted here.",
             cure="Give the server's public key as the trusted key.",
         )
     if not any(_is_good(trusted[s["keyid"]], s.get("sig"), content) for s in known):
         raise IntegrityError("The release's signature does not match its manifest.", cure="It was altered: refuse it.")
-
-
-def _short(signatures: Sequence[Mapping[str, str]]) -> str:
-    return ", ".join(f"key {s['keyid'][:12]!r}" for s in signatures[:3]) or "no key"
 
 
 def _is_good(key: Ed25519PublicKey, signature: Any, content: bytes) -> bool:
@@ -202,7 +199,11 @@ def load_or_create_signing_key(folder: Path) -> Ed25519PrivateKey:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
-            _create(path)
+            content = Ed25519PrivateKey.generate().private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+            # Of two processes that begin together, both must end with the same key.
+            create_atomically(path, content, mode=0o600)
         return _load(path)
     except OSError as error:
         raise StateError(f"The signing key {path} cannot be used: {error.strerror}.") from None
@@ -218,14 +219,6 @@ def _load(path: Path) -> Ed25519PrivateKey:
             f"{path} holds no Ed25519 private key in PEM.", cure="Restore it from a backup; vehicles trust no other."
         )
     return key
-
-
-def _create(path: Path) -> None:
-    content = Ed25519PrivateKey.generate().private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    # Of two processes that begin together, both must end with the same key.
-    create_atomically(path, content, mode=0o600)
 
 
 def public_key_text(key: Ed25519PublicKey) -> str:

@@ -30,11 +30,7 @@ def encode_weights(weights: Weights) -> bytes:
 
 
 def weights_digest(weights: Weights) -> str:
-    """SHA-256, hex, of :func:`encode_weights`, without encoding them as a whole.
-
-    Raises:
-        ValueError: an array is not float32.
-    """
+    """SHA-256, hex, of :func:`encode_weights`, with its errors, without encoding them as a whole."""
     digest = hashlib.sha256()
     for piece in encoded_pieces(weights):
         digest.update(piece)
@@ -42,11 +38,7 @@ def weights_digest(weights: Weights) -> str:
 
 
 def encoded_pieces(weights: Weights) -> list[bytes | memoryview]:
-    """:func:`encode_weights` piece by piece, without a copy of the numbers.
-
-    Raises:
-        ValueError: an array is not float32.
-    """
+    """:func:`encode_weights` piece by piece, with its errors, without a copy of the numbers."""
     named = {name: np.asarray(weights[name], order="C") for name in sorted(weights)}
     return [_prefix(named), *(array.reshape(-1).view(np.uint8).data for array in named.values())]
 

@@ -109,15 +109,13 @@ def _header(content: bytes) -> Any:
 
 def _update(facts: Any) -> PartialSum:
     outcomes = tuple(
-        ClientOutcome(_typed(name, str), _typed(count, int), None if error is None else _reason(error))
+        ClientOutcome(
+            _typed(name, str), _typed(count, int), None if error is None else _typed(error, str)[:_MAX_REASON]
+        )
         for name, count, error in facts["outcomes"]
     )
     round_index, within_clip = _typed(facts["round_index"], int), _typed(facts["within_clip"], int)
     return PartialSum(round_index, outcomes, {}, float(facts["total_weight"]), within_clip)
-
-
-def _reason(error: Any) -> str:
-    return str(_typed(error, str))[:_MAX_REASON]
 
 
 def _typed(value: Any, kind: type) -> Any:

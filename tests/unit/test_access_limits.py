@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from raises import raises_naming
 
-from fedvit.access.exposure import check_exposure
+from fedvit.access.identity import check_exposure
 from fedvit.access.limits import FailureWindow, TokenBuckets, whole_seconds
 from fedvit.api.transport import is_loopback
 from fedvit.errors import ConfigError

@@ -192,7 +192,7 @@ def test_compose_builds_stages_that_the_dockerfile_has() -> None:
 
 
 def test_the_server_in_a_container_may_listen_as_compose_configures_it() -> None:
-    from fedvit.access.exposure import check_exposure
+    from fedvit.access.identity import check_exposure
     from fedvit.settings import load_settings
 
     told = read("docker/compose.yaml")["services"]["fed-server"]["environment"]

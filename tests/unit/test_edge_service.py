@@ -29,7 +29,7 @@ def test_before_the_first_release_there_is_no_model(feed: MemoryFeed, connect: C
     with pytest.raises(NoModelError):
         _ = service.engine
     assert service.current is None
-    assert service.report().last_poll_at is not None
+    assert service.last_poll_at is not None
     feed.offer(tiny_model(), 1)
     assert service.refresh()
     assert service.engine.manifest.sequence == 1
@@ -48,10 +48,10 @@ def test_an_altered_release_is_refused_and_the_old_one_serves_on(
     assert not service.refresh()
     assert service.engine.manifest.sequence == 1
     assert service.engine.infer(png()).label == "red"
-    assert "artifact of v0.0.2" in (service.report().last_error or "")
+    assert "artifact of v0.0.2" in (service.last_error or "")
     feed.offer(tiny_model(1.0), 3)
     assert service.refresh()
-    assert service.report().last_error is None
+    assert service.last_error is None
 
 
 def test_a_signed_release_that_cannot_be_loaded_is_remembered_until_the_next_one(
@@ -64,13 +64,13 @@ def test_a_signed_release_that_cannot_be_loaded_is_remembered_until_the_next_one
     assert not service.refresh()
     assert not service.refresh()
     assert service.engine.manifest.sequence == 1
-    assert "v0.0.2 cannot be loaded" in (service.report().last_error or "")
+    assert "v0.0.2 cannot be loaded" in (service.last_error or "")
     restarted = connect()
     assert restarted.load_cached()
     assert restarted.engine.manifest.sequence == 1
     feed.offer(tiny_model(2.0), 3)
     assert restarted.refresh()
-    assert restarted.report().last_error is None
+    assert restarted.last_error is None
 
 
 def test_a_lost_source_is_reported_and_recovered_from(feed: MemoryFeed, connect: Callable[[], ModelService]) -> None:
@@ -79,10 +79,10 @@ def test_a_lost_source_is_reported_and_recovered_from(feed: MemoryFeed, connect:
     assert service.refresh()
     feed.error = FeedUnavailableError("The source is away.")
     assert not service.refresh()
-    assert service.report().last_error == "The source is away."
+    assert service.last_error == "The source is away."
     feed.error = None
     assert not service.refresh()
-    assert service.report().last_error is None
+    assert service.last_error is None
 
 
 def test_an_offline_start_serves_from_the_cache(feed: MemoryFeed, connect: Callable[[], ModelService]) -> None:

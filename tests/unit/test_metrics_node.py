@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.ray_metrics import RayMirror
+from actors.aggregator import RayMirror
 from fedvit.metrics import node
 from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE, predictions_by_class, render
 
