@@ -1,4 +1,4 @@
-"""Models of the system's health and of the audit trail."""
+"""Models of the system's health, of long operations and of the audit trail."""
 
 from __future__ import annotations
 
@@ -8,6 +8,24 @@ from typing import Any, Literal
 
 from fedvit.api.base import View
 from fedvit.api.training import ProgressView
+from fedvit.types import OperationStatus
+
+
+class OperationView(View):
+    """A long operation; ``progress`` runs from 0 to 1."""
+
+    operation_id: str
+    kind: str
+    status: OperationStatus
+    progress: float
+    stage: str
+    params: Mapping[str, Any]
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    result: Mapping[str, Any] | None
+    error: Mapping[str, Any] | None
+    cancel_requested: bool
 
 
 class HealthView(View):

@@ -20,7 +20,7 @@ from fedvit.errors import FedvitError, InterruptedRunError, UnauthorizedError, U
 if TYPE_CHECKING:
     import httpx
 
-    from fedvit.api.operations import OperationView
+    from fedvit.api.system import OperationView
     from fedvit.client import FedvitClient
     from fedvit.config import Settings
     from fedvit.store.store import Store

@@ -82,7 +82,7 @@ class FedvitClient:
 
     def close(self) -> None:
         """Give connections back."""
-        self._caller.close()
+        self._caller.http.close()
 
     def __enter__(self) -> FedvitClient:
         return self

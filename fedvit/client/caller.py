@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
@@ -23,6 +24,7 @@ PAUSES_S = (0.2, 1.0, 2.0)
 _BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Sends requests to one control API.
 
@@ -34,24 +36,15 @@ class Caller:
         before_change: called with every changing request before it is sent; what it raises reaches the caller.
     """
 
-    def __init__(
-        self,
-        http: httpx.Client,
-        base_url: str,
-        sleep: Callable[[float], None],
-        clock: ClockPort,
-        before_change: Callable[[httpx.Request], None] | None,
-    ) -> None:
-        self.base_url, self.sleep, self.clock = base_url, sleep, clock
-        self._http, self._before_change = http, before_change
-
-    def close(self) -> None:
-        """Give connections back."""
-        self._http.close()
+    http: httpx.Client
+    base_url: str
+    sleep: Callable[[float], None]
+    clock: ClockPort
+    before_change: Callable[[httpx.Request], None] | None
 
     def get(self, path: str, **query: Any) -> httpx.Response:
         """The answer to a reading; query parameters that are None are left out."""
-        return self._exchange(self._http.build_request("GET", path, params=given(**query)))
+        return self._exchange(self.http.build_request("GET", path, params=given(**query)))
 
     def read(self, kind: type[T], path: str, **query: Any) -> T:
         """A reading's answer as a ``kind``."""
@@ -69,12 +62,12 @@ class Caller:
     ) -> httpx.Response:
         """The answer to a change; without a ``key`` it gets one of its own, unless it shall not be ``repeatable``."""
         headers = given(**{"If-Match": if_match, "Idempotency-Key": key or uuid.uuid4().hex if repeatable else None})
-        return self._change(self._http.build_request(method, path, json=body, headers=headers))
+        return self._change(self.http.build_request(method, path, json=body, headers=headers))
 
     def put(self, path: str, content: bytes) -> httpx.Response:
         """The answer to bytes that are put in their place; to repeat that does nothing."""
         headers = {"Content-Type": "application/octet-stream"}
-        return self._change(self._http.build_request("PUT", path, content=content, headers=headers))
+        return self._change(self.http.build_request("PUT", path, content=content, headers=headers))
 
     def parsed(self, kind: type[T], response: httpx.Response) -> T:
         """The answer as a ``kind``.
@@ -94,15 +87,15 @@ class Caller:
             ) from None
 
     def _change(self, request: httpx.Request) -> httpx.Response:
-        if self._before_change is not None:
-            self._before_change(request)
+        if self.before_change is not None:
+            self.before_change(request)
         return self._exchange(request)
 
     def _exchange(self, request: httpx.Request) -> httpx.Response:
         repeatable = request.method in ("GET", "PUT") or "Idempotency-Key" in request.headers
         for pause_s in (*PAUSES_S, None) if repeatable else (None,):
             try:
-                response = self._http.send(request)
+                response = self.http.send(request)
             except _BROKEN as error:
                 if pause_s is None:
                     raise self._unreachable(request, error) from None

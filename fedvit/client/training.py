@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from fedvit.api.choices import AggregationMode, ClientSelection, OptimizeStrategy, RetrainStrategy, ShutdownMode
 from fedvit.api.model import ModelInfo, ModelView, ReleaseView
-from fedvit.api.operations import OperationView
-from fedvit.api.system import AuditView, HealthView
+from fedvit.api.system import AuditView, HealthView, OperationView
 from fedvit.api.training import AggregationModeView, ProgressView, TrainingConfigView
 from fedvit.client.caller import PAGE, Group, given, pages, segment
 from fedvit.errors import StillRunningError

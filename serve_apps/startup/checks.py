@@ -81,28 +81,20 @@ def _check_workload(settings: Settings) -> Callable[[], None]:
 
 
 def _write(
-    settings: Settings,
-    data_digest: str,
-    partition: Mapping[str, Any],
-    classes: Sequence[str],
-    clients: Iterable[Client],
+    settings: Settings, digest: str, partition: Mapping[str, Any], classes: Sequence[str], clients: Iterable[Client]
 ) -> None:
     """Bind the state folder to the data and register the clients."""
     from fedvit.rounds.steering import begin_in_initial_mode
     from fedvit.store.store import Store
 
     with Store.open(settings.home) as store:
-        store.metadata.bind_fleet(data_digest=data_digest, partition=partition, classes=classes)
+        store.metadata.bind_fleet(data_digest=digest, partition=partition, classes=classes)
         store.clients.register(clients)
         begin_in_initial_mode(store, settings)
 
 
 def _check_model(settings: Settings, num_classes: int) -> None:
-    """Build the model and write it as ONNX: what cannot be released is refused before it is trained.
-
-    Raises:
-        ModelError: the model cannot be built or exported.
-    """
+    """Build the model and write it as ONNX: what cannot be released is refused before it is trained."""
     # torch and timm are imported here, after everything that can be said without them.
     from fedvit.models.export import export_onnx
     from fedvit.models.models import build_model

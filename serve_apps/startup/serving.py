@@ -41,12 +41,9 @@ def start_serve(settings: Settings, stack: ExitStack, token_file: Path | None) -
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=options)
     labels = selector_of_store()
+    key = _trusted_key(settings)
     inference = build_inference_app(
-        settings,
-        control_url=control_url,
-        trusted_key=_trusted_key(settings),
-        token_file=token_file,
-        node_labels=labels,
+        settings, control_url=control_url, trusted_key=key, token_file=token_file, node_labels=labels
     )
     applications = [
         serve.RunTarget(build_control_app(settings, node_labels=labels), name="control", route_prefix="/"),
@@ -56,10 +53,8 @@ def start_serve(settings: Settings, stack: ExitStack, token_file: Path | None) -
     try:
         serve.run_many(applications)
     except RuntimeError as error:
-        raise PlacementError(
-            f"Ray Serve could not start the applications: {str(error).splitlines()[0]}",
-            cure="See their logs with `make logs`.",
-        ) from None
+        message = f"Ray Serve could not start the applications: {str(error).splitlines()[0]}"
+        raise PlacementError(message, cure="See their logs with `make logs`.") from None
     return control_url
 
 

@@ -15,7 +15,7 @@ from control_system import TARGET, WAIT_S, HeldFleet, System
 from test_client_routes import CALLS
 from typer.testing import CliRunner, Result
 
-from fedvit.api.operations import OperationView
+from fedvit.api.system import OperationView
 from fedvit.cli import api_session
 from fedvit.cli.main import app
 from fedvit.testing.doubles import FakeFleet, PointModel

@@ -41,15 +41,12 @@ class Requirement:
     """
 
     def __init__(self, scopes: tuple[Scope, ...], *, token_always: bool = False, audited: bool = True) -> None:
-        self.scopes = scopes
-        self.token_always = token_always
-        self.audited = audited
+        self.scopes, self.token_always, self.audited = scopes, token_always, audited
 
     async def __call__(self, request: HTTPConnection) -> None:
         """Make sure that the guard was asked; only :class:`ControlledRoute` asks it."""
         if not isinstance(getattr(request.state, "identity", None), Identity):
             raise RuntimeError(f"{request.url.path} is guarded by nobody; use ControlledRoute for its router")
-        return
 
 
 class TokenRequirement(Requirement, HTTPBearer):
@@ -125,12 +122,7 @@ class Guard:
         ConfigError: the OIDC key set cannot be read.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: Store,
-        clock: ClockPort = SYSTEM_CLOCK,
-    ) -> None:
+    def __init__(self, settings: Settings, store: Store, clock: ClockPort = SYSTEM_CLOCK) -> None:
         self.access = settings.access
         self._host = settings.serving.host
         self._store, self._clock = store, clock
@@ -138,7 +130,12 @@ class Guard:
         self._buckets = TokenBuckets(self.access.requests_per_s, self.access.burst, clock.monotonic)
         window_s = self.access.failed_attempts_window_s
         self._failures = FailureWindow(self.access.max_failed_attempts, window_s, clock.monotonic)
-        self._oidc = _oidc_verifier(self.access)
+        self._oidc: OidcVerifier | None = None
+        if self.access.oidc is not None:
+            # Imported here: without OIDC the package it needs may be missing.
+            from fedvit.access.oidc import OidcVerifier
+
+            self._oidc = OidcVerifier(self.access.oidc)
 
     def identify(self, requirement: Requirement, sender: RequestOrigin) -> Identity:
         """The identity of the sender.
@@ -159,11 +156,8 @@ class Guard:
             wait_s = self._failures.fail(sender.source)
             if not wait_s:
                 raise _counted(error, error.details["reason"]) from None
-            limited = RateLimitedError(
-                "Too many bad tokens came from this address.",
-                cure="Wait, then send a good one.",
-                retry_after_s=whole_seconds(wait_s),
-            )
+            message, cure = "Too many bad tokens came from this address.", "Wait, then send a good one."
+            limited = RateLimitedError(message, cure=cure, retry_after_s=whole_seconds(wait_s))
             raise _counted(limited, "too_many_failures") from None
 
     @staticmethod
@@ -181,9 +175,8 @@ class Guard:
         self.check_scope(requirement, identity)
         wait_s = self._buckets.take(identity.actor) if identity.authenticated else 0.0
         if wait_s:
-            raise RateLimitedError(
-                "This token asks too often.", cure="Wait, then ask again.", retry_after_s=whole_seconds(wait_s)
-            )
+            retry_s = whole_seconds(wait_s)
+            raise RateLimitedError("This token asks too often.", cure="Wait, then ask again.", retry_after_s=retry_s)
 
     def check_scope(self, requirement: Requirement, identity: Identity) -> None:
         """Make sure that ``identity`` holds what is demanded, however often it asks.
@@ -194,37 +187,26 @@ class Guard:
         if not requirement.scopes or identity.may(requirement.scopes):
             return
         needed = " or ".join(requirement.scopes)
-        error = ForbiddenError(
-            f"This route needs the scope {needed}.",
-            cure=f"Use a token with the scope {needed}.",
-            required=list(requirement.scopes),
-        )
-        raise _counted(error, "scope")
+        message, cure = f"This route needs the scope {needed}.", f"Use a token with the scope {needed}."
+        raise _counted(ForbiddenError(message, cure=cure, required=list(requirement.scopes)), "scope")
 
     def _verified(self, sender: RequestOrigin) -> Identity:
         scheme, _, text = sender.authorization[0].partition(" ")
         if len(sender.authorization) > 1 or scheme.lower() != "bearer":
-            raise UnauthorizedError(
-                "The Authorization header is not one bearer token.",
-                cure="Send Authorization: Bearer TOKEN, once.",
-                reason="malformed",
-            )
+            message = "The Authorization header is not one bearer token."
+            raise UnauthorizedError(message, cure="Send Authorization: Bearer TOKEN, once.", reason="malformed")
         if self._oidc is not None and not text.startswith(PREFIX):
             return self._oidc.verify(text.strip())
         return verify_token(self._store, text.strip(), self._clock.now(), used=self.tokens_used.put)
 
     def _without_token(self, requirement: Requirement, sender: RequestOrigin) -> Identity:
         if requirement.token_always or self.access.mode != "open_loopback":
-            error = UnauthorizedError(
-                "This route needs a bearer token.", cure="Send Authorization: Bearer TOKEN.", reason="missing"
-            )
-            raise _counted(error, "missing")
+            message, cure = "This route needs a bearer token.", "Send Authorization: Bearer TOKEN."
+            raise _counted(UnauthorizedError(message, cure=cure, reason="missing"), "missing")
         fault = self._foreign(sender)
         if fault is not None:
-            raise _counted(
-                ForbiddenError(f"{fault}, and without a token only this machine may ask.", cure="Send a token."),
-                "foreign",
-            )
+            message = f"{fault}, and without a token only this machine may ask."
+            raise _counted(ForbiddenError(message, cure="Send a token."), "foreign")
         return ANONYMOUS
 
     def _foreign(self, sender: RequestOrigin) -> str | None:
@@ -278,15 +260,6 @@ Note = Annotated[AuditNote, Depends(_audit_note)]
 def _counted(error: FedvitError, reason: str) -> FedvitError:
     _REFUSED.labels(reason).inc()
     return error
-
-
-def _oidc_verifier(access: AccessConfig) -> OidcVerifier | None:
-    if access.oidc is None:
-        return None
-    # Imported here: without OIDC the package it needs may be missing.
-    from fedvit.access.oidc import OidcVerifier
-
-    return OidcVerifier(access.oidc)
 
 
 def _host_name(url: str) -> str:

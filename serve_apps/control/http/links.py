@@ -35,13 +35,8 @@ def _link(document: _Document) -> None:
 def _links_to(document: _Document, name: str) -> Iterator[tuple[str, Any]]:
     for path, facts in _operations(document):
         if f"{{{name}}}" in path:
-            yield (
-                facts["operationId"],
-                {
-                    "operationId": facts["operationId"],
-                    "parameters": {name: f"$response.body#/{name}"},
-                },
-            )
+            parameters = {name: f"$response.body#/{name}"}
+            yield facts["operationId"], {"operationId": facts["operationId"], "parameters": parameters}
 
 
 def _answers_with(document: _Document, name: str) -> Iterator[_Document]:

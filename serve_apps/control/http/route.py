@@ -14,7 +14,6 @@ from functools import partial
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from fastapi import FastAPI, Query, Request, Response, params
-from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -143,14 +142,15 @@ class ControlledRoute(APIRoute):
         if mutating and requirement.audited:
             marks["parameters"] = [_KEY_PARAMETER]
         options["openapi_extra"] = marks | (options.get("openapi_extra") or {})
-        options["responses"] = _problems(mutating) | (options.get("responses") or {})
+        problems = documented(401, 403, *((400, 408, 409, 413, 415, 422) if mutating else ()), 429, 504)
+        options["responses"] = problems | (options.get("responses") or {})
         super().__init__(path, endpoint, **options)
         self.max_bytes: int | None = (options["openapi_extra"] or {}).get(_MAX_BYTES)
         self.repeatable = any(dependant.call is call_key for dependant in self.dependant.dependencies)
-        self._single = [
-            field.alias for field in self.dependant.query_params if not _takes_several(field.field_info.annotation)
-        ]
-        if _has_parameters(self.dependant):
+        query = self.dependant.query_params
+        self._single = [field.alias for field in query if not _takes_several(field.field_info.annotation)]
+        if self.dependant.path_params or query or self.dependant.header_params:
+            # FastAPI would document its own form of 422 here, which is never sent.
             self.responses = documented(422) | self.responses
 
     def get_route_handler(self) -> _Handler:
@@ -200,11 +200,8 @@ class _Call:
     async def answer(self) -> Response:
         request, requirement = self._request, self._route.requirement
         identity = await self._identify()
-        request.state.identity, request.state.audit_note, request.state.source = (
-            identity,
-            self._note,
-            self._sender.source,
-        )
+        request.state.identity, request.state.audit_note = identity, self._note
+        request.state.source = self._sender.source
         if request.method in _SAFE:
             self._guard.permit(requirement, identity)
             self._route.check_given_once(request)
@@ -286,9 +283,8 @@ class _Call:
         if done:
             return task.result()
         task.add_done_callback(_log_late_error)
-        raise ResponseTimeoutError(
-            f"No answer within {limit_s:g} s; the request may still take effect. See the audit trail."
-        )
+        message = f"No answer within {limit_s:g} s; the request may still take effect. See the audit trail."
+        raise ResponseTimeoutError(message)
 
     def _key(self, identity: Identity, content: bytes) -> RequestKey | None:
         """The request's idempotency key.
@@ -300,9 +296,8 @@ class _Call:
         if not given:
             return None
         if len(given) > 1 or not _KEY.fullmatch(given[0]):
-            raise InvalidIdempotencyKeyError(
-                "An Idempotency-Key has 1 to 200 visible ASCII characters, and is sent once."
-            )
+            message = "An Idempotency-Key has 1 to 200 visible ASCII characters, and is sent once."
+            raise InvalidIdempotencyKeyError(message)
         url = self._request.url
         return RequestKey(identity.actor, self._action, given[0], _digest(url.path, url.query, content))
 
@@ -323,16 +318,6 @@ def _stored(response: Response) -> StoredResponse | None:
 def _log_late_error(task: asyncio.Task[Response]) -> None:
     if not task.cancelled() and task.exception() is not None:
         LOG.error("A request failed after its time was up", exc_info=task.exception())
-
-
-def _problems(mutating: bool) -> dict[int | str, dict[str, Any]]:
-    """The problem documents that any route may answer with, for the OpenAPI document."""
-    return documented(401, 403, *((400, 408, 409, 413, 415, 422) if mutating else ()), 429, 504)
-
-
-def _has_parameters(dependant: Dependant) -> bool:
-    """Whether FastAPI would document its own form of 422 here, which is never sent."""
-    return bool(dependant.path_params or dependant.query_params or dependant.header_params)
 
 
 def _takes_several(annotation: Any) -> bool:

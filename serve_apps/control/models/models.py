@@ -15,7 +15,7 @@ from fedvit.api.model import (
     RollbackRequest,
     SwitchRequest,
 )
-from fedvit.api.operations import OperationView
+from fedvit.api.system import OperationView
 from fedvit.config import Settings
 from fedvit.errors import NotFoundError
 from fedvit.registry.publisher import artifacts_of, served_variant
@@ -160,8 +160,5 @@ def _add_changes(api: FastAPI, services: Services) -> None:
 
 
 def _facts(release: Release, settings: Settings) -> dict[str, Any]:
-    return {
-        "version": release.version,
-        "sequence": release.sequence,
-        "variant": served_variant(release, settings),
-    }
+    variant = served_variant(release, settings)
+    return {"version": release.version, "sequence": release.sequence, "variant": variant}

@@ -74,15 +74,10 @@ def _add_reset(api: FastAPI, services: Services) -> None:
 
 
 def _reset(
-    accountant: AccountantPort,
-    note: AuditNote,
-    new_epsilon: float,
-    justification: str,
-    requested_by: str,
-    approved_by: str | None,
+    accountant: AccountantPort, note: AuditNote, epsilon: float, why: str, requester: str, approver: str | None
 ) -> BudgetView:
     note.before = BudgetView.of(accountant.budget()).model_dump(mode="json")
-    view = BudgetView.of(accountant.reset_budget(new_epsilon, justification, requested_by, approved_by))
+    view = BudgetView.of(accountant.reset_budget(epsilon, why, requester, approver))
     note.after = view.model_dump(mode="json")
     return view
 

@@ -47,14 +47,8 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
         with contextlib.suppress(FedvitError):
             note.before = _state_facts(store)
         breach = _breach_of(request, identity.actor, services.clock.now())
-        response = BreachResponse(
-            breach,
-            store=store,
-            settings=settings,
-            aggregator=services.aggregator,
-            limit_s=_TIME_SHARE * settings.access.request_timeout_s,
-        )
-        report = response.run()
+        limit_s, aggregator = _TIME_SHARE * settings.access.request_timeout_s, services.aggregator
+        report = BreachResponse(breach, store=store, settings=settings, aggregator=aggregator, limit_s=limit_s).run()
         note.after = _report_facts(report)
         _log_incident(services, breach)
         return BreachView.of(report, incident_id=request.incident_id, forensic_bundle=str(report.forensic_bundle))
@@ -66,11 +60,8 @@ def add_emergency_routes(api: FastAPI, services: Services) -> None:
         left = store.ledger.unfreeze(request.incident_id)
         log_stand_down(store, request.incident_id, services.clock.now())
         note.after = _state_facts(store)
-        return StandDownView(
-            incident_id=request.incident_id,
-            ledger_frozen=left is not None,
-            still_quarantined=tuple(store.clients.quarantined()),
-        )
+        quarantined, name = tuple(store.clients.quarantined()), request.incident_id
+        return StandDownView(incident_id=name, ledger_frozen=left is not None, still_quarantined=quarantined)
 
 
 def _breach_of(request: BreachRequest, reported_by: str, at: datetime) -> Breach:

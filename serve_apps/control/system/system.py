@@ -10,8 +10,7 @@ from fastapi import FastAPI, Query, Response
 
 from fedvit.api.base import MAX_INTEGER
 from fedvit.api.emergency import ShutdownRequest
-from fedvit.api.operations import OperationView
-from fedvit.api.system import AuditView, HealthView
+from fedvit.api.system import AuditView, HealthView, OperationView
 from fedvit.metrics.exposition import gauge, render
 from fedvit.metrics.training import publish_budget
 from fedvit.store.store import Store

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Response
 
-from fedvit.api.operations import OperationView
+from fedvit.api.system import OperationView
 from fedvit.types import Operation, OperationStatus, TrainingProgress
 from serve_apps.control.http.access import OPERATOR, VIEWER, AuditNote, Note
 from serve_apps.control.http.route import Limit, Offset, route

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import FastAPI, Header, Response
 
 from fedvit.aggregation.registry import check_mode, create_rule
-from fedvit.api.operations import OperationView
+from fedvit.api.system import OperationView
 from fedvit.api.training import (
     AggregationModeRequest,
     AggregationModeView,
