@@ -123,10 +123,7 @@ def _blocks(array: npt.NDArray[np.floating]) -> Iterator[tuple[npt.NDArray[np.fl
 
 
 def _add_block(
-    addend: npt.NDArray[np.float64],
-    weight: float,
-    low: npt.NDArray[np.float64],
-    high: npt.NDArray[np.float64] | None,
+    addend: npt.NDArray[np.float64], weight: float, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64] | None
 ) -> None:
     if weight != 1.0:
         addend *= weight

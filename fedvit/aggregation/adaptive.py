@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
 from fedvit.aggregation.rule import Array, Fold, MeanRule, Options, RoundFacts, State, moved
-from fedvit.config import TrainingConfig
 from fedvit.types import Weights
 
 
@@ -39,22 +38,17 @@ class DecayingOptions(AdaptiveOptions):
 
 
 class _Adaptive(MeanRule):
-    options_type: ClassVar[type[AdaptiveOptions]] = DecayingOptions
-
-    def __init__(self, options: AdaptiveOptions, training: TrainingConfig) -> None:
-        super().__init__(options, training)
-        self._beta_1, self._tau = options.beta_1, options.tau
-        self._beta_2 = options.beta_2 if isinstance(options, DecayingOptions) else 0.0
+    options: AdaptiveOptions
 
     def step(self, base: Weights, delta: Mapping[str, Array], state: State, facts: RoundFacts) -> Fold:
-        """See :meth:`MeanRule.step`."""
+        beta_1, tau = self.options.beta_1, self.options.tau
         next_state: dict[str, Array] = {}
         direction: dict[str, Array] = {}
         for name, d in delta.items():
-            first = self._beta_1 * state.get(f"m/{name}", np.zeros_like(d)) + (1 - self._beta_1) * d
-            second = self.second_moment(state.get(f"v/{name}", np.full_like(d, self._tau**2)), d * d)
+            first = beta_1 * state.get(f"m/{name}", np.zeros_like(d)) + (1 - beta_1) * d
+            second = self.second_moment(state.get(f"v/{name}", np.full_like(d, tau**2)), d * d)
             next_state |= {f"m/{name}": np.asarray(first), f"v/{name}": np.asarray(second)}
-            direction[name] = np.asarray(first / (np.sqrt(second) + self._tau))
+            direction[name] = np.asarray(first / (np.sqrt(second) + tau))
         return Fold(moved(base, direction, self.server_learning_rate), next_state)
 
     @abstractmethod
@@ -69,7 +63,6 @@ class FedAdagrad(_Adaptive):
     options_type = AdaptiveOptions
 
     def second_moment(self, before: Array, square: Array) -> Array:
-        """Their sum."""
         return before + square
 
 
@@ -77,18 +70,21 @@ class FedAdam(_Adaptive):
     """``v <- beta_2 v + (1 - beta_2) delta^2``; see the module."""
 
     name = "fedadam"
+    options_type = DecayingOptions
+    options: DecayingOptions
 
     def second_moment(self, before: Array, square: Array) -> Array:
-        """Their moving average."""
-        return self._beta_2 * before + (1 - self._beta_2) * square
+        return self.options.beta_2 * before + (1 - self.options.beta_2) * square
 
 
 class FedYogi(_Adaptive):
     """``v <- v - (1 - beta_2) delta^2 sign(v - delta^2)``; see the module."""
 
     name = "fedyogi"
+    options_type = DecayingOptions
+    options: DecayingOptions
 
     def second_moment(self, before: Array, square: Array) -> Array:
         """A step towards the square that is no longer than the square."""
-        moved: Array = before - (1 - self._beta_2) * square * np.sign(before - square)
+        moved: Array = before - (1 - self.options.beta_2) * square * np.sign(before - square)
         return moved

@@ -19,20 +19,18 @@ class Bulyan(Krum):
 
     @property
     def least_updates(self) -> int:
-        """4f + 3."""
-        return 4 * self._byzantine + 3
+        return 4 * self.options.num_byzantine + 3
 
     def centre(self, deltas: Matrix) -> Vector:
-        """See :meth:`RobustRule.centre`."""
         selected = deltas[self._selection(squared_distances(deltas))]
         median = np.median(selected, axis=0)
         order = np.argsort(np.abs(selected - median), axis=0, kind="stable")
-        nearest = order[: len(selected) - 2 * self._byzantine]
+        nearest = order[: len(selected) - 2 * self.options.num_byzantine]
         return np.asarray(np.take_along_axis(selected, nearest, axis=0).mean(axis=0), dtype=np.float64)
 
     def _selection(self, distances: Matrix) -> list[int]:
         field = list(range(len(distances)))
-        for _ in range(len(distances) - 2 * self._byzantine):
-            best = int(np.argmin(scores(distances[np.ix_(field, field)], self._byzantine)))
+        for _ in range(len(distances) - 2 * self.options.num_byzantine):
+            best = int(np.argmin(scores(distances[np.ix_(field, field)], self.options.num_byzantine)))
             del field[best]
         return [index for index in range(len(distances)) if index not in field]

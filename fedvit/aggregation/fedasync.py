@@ -8,7 +8,6 @@ import numpy as np
 from pydantic import Field
 
 from fedvit.aggregation.rule import NO_FACTS, Fold, Options, RoundFacts, Rule, State, Updates, moved, too_few
-from fedvit.config import TrainingConfig
 from fedvit.types import Weights
 
 
@@ -27,16 +26,12 @@ class FedAsync(Rule):
 
     name = "fedasync"
     options_type = MixingOptions
+    options: MixingOptions
     needs = "single_updates"
     weighting = "uniform"
     instead = "Use fedavg."
 
-    def __init__(self, options: MixingOptions, training: TrainingConfig) -> None:
-        super().__init__(options, training)
-        self._alpha = options.alpha
-
     def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
-        """See :meth:`Rule.fold`."""
         here = {name: array.astype(np.float64) for name, array in base.items()}
         mixed = [update for update in updates if update.total_weight > 0]
         if not mixed:
@@ -47,5 +42,5 @@ class FedAsync(Rule):
             for name, sums in update.weighted_sum.items():
                 # The update is discounted already, where it began and where the model is now are not.
                 discounted = sums / update.total_weight
-                here[name] = here[name] + self._alpha * (discounted + weight * (start[name] - here[name]))
+                here[name] = here[name] + self.options.alpha * (discounted + weight * (start[name] - here[name]))
         return Fold(moved(base, {name: here[name] - base[name] for name in base}), {})

@@ -14,5 +14,4 @@ class FedAvg(MeanRule):
     name = "fedavg"
 
     def step(self, base: Weights, delta: Mapping[str, Array], state: State, facts: RoundFacts) -> Fold:
-        """See :meth:`MeanRule.step`."""
         return Fold(moved(base, delta, self.server_learning_rate), {})

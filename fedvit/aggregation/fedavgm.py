@@ -9,7 +9,6 @@ import numpy as np
 from pydantic import Field
 
 from fedvit.aggregation.rule import Array, Fold, MeanRule, Options, RoundFacts, State, moved
-from fedvit.config import TrainingConfig
 from fedvit.types import Weights
 
 
@@ -24,13 +23,9 @@ class FedAvgM(MeanRule):
 
     name = "fedavgm"
     options_type = MomentumOptions
-
-    def __init__(self, options: MomentumOptions, training: TrainingConfig) -> None:
-        super().__init__(options, training)
-        self._momentum = options.momentum
+    options: MomentumOptions
 
     def step(self, base: Weights, delta: Mapping[str, Array], state: State, facts: RoundFacts) -> Fold:
-        """See :meth:`MeanRule.step`."""
-        velocity = {n: np.asarray(self._momentum * state.get(f"v/{n}", 0.0) + d) for n, d in delta.items()}
+        velocity = {n: np.asarray(self.options.momentum * state.get(f"v/{n}", 0.0) + d) for n, d in delta.items()}
         remembered = {f"v/{n}": v for n, v in velocity.items()}
         return Fold(moved(base, velocity, self.server_learning_rate), remembered)

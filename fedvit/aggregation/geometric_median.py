@@ -8,7 +8,6 @@ import numpy as np
 from pydantic import Field
 
 from fedvit.aggregation.robust import Matrix, MixingOptions, MixingRule, Vector
-from fedvit.config import TrainingConfig
 
 
 class WeiszfeldOptions(MixingOptions):
@@ -32,19 +31,15 @@ class GeometricMedian(MixingRule):
 
     name = "geometric_median"
     options_type = WeiszfeldOptions
-
-    def __init__(self, options: WeiszfeldOptions, training: TrainingConfig) -> None:
-        super().__init__(options, training)
-        self._settings = options
+    options: WeiszfeldOptions
 
     def centre(self, deltas: Matrix) -> Vector:
-        """See :meth:`RobustRule.centre`."""
         here = np.asarray(np.median(deltas, axis=0), dtype=np.float64)
-        for _ in range(self._settings.max_iterations):
+        for _ in range(self.options.max_iterations):
             before = here
             away = np.array([float(np.linalg.norm(here - delta)) for delta in deltas])
-            weights = 1 / np.maximum(self._settings.smoothing, away)
+            weights = 1 / np.maximum(self.options.smoothing, away)
             here = np.asarray(weights @ deltas / weights.sum(), dtype=np.float64)
-            if np.linalg.norm(here - before) <= self._settings.tolerance * np.linalg.norm(here):
+            if np.linalg.norm(here - before) <= self.options.tolerance * np.linalg.norm(here):
                 break
         return here

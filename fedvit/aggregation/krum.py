@@ -8,7 +8,6 @@ import numpy as np
 from pydantic import Field
 
 from fedvit.aggregation.robust import ByzantineOptions, Matrix, RobustRule, Vector, squared_distances
-from fedvit.config import TrainingConfig
 from fedvit.errors import UpdateRejectedError
 
 
@@ -21,23 +20,17 @@ class Krum(RobustRule):
 
     name = "krum"
     options_type = ByzantineOptions
-
-    def __init__(self, options: ByzantineOptions, training: TrainingConfig) -> None:
-        super().__init__(options, training)
-        self._byzantine = options.num_byzantine
+    options: ByzantineOptions
 
     @property
     def least_updates(self) -> int:
-        """2f + 3."""
-        return 2 * self._byzantine + 3
+        return 2 * self.options.num_byzantine + 3
 
     def what(self) -> str:
-        """With f."""
-        return f"{self.name} with num_byzantine {self._byzantine}"
+        return f"{self.name} with num_byzantine {self.options.num_byzantine}"
 
     def centre(self, deltas: Matrix) -> Vector:
-        """See :meth:`RobustRule.centre`."""
-        best: Vector = deltas[int(np.argmin(scores(squared_distances(deltas), self._byzantine)))]
+        best: Vector = deltas[int(np.argmin(scores(squared_distances(deltas), self.options.num_byzantine)))]
         return best
 
 
@@ -52,21 +45,17 @@ class MultiKrum(Krum):
 
     name = "multi_krum"
     options_type = MultiKrumOptions
-
-    def __init__(self, options: MultiKrumOptions, training: TrainingConfig) -> None:
-        super().__init__(options, training)
-        self._selected = options.num_selected
+    options: MultiKrumOptions
 
     def centre(self, deltas: Matrix) -> Vector:
-        """See :meth:`RobustRule.centre`."""
-        most = len(deltas) - self._byzantine - 2
-        selected = most if self._selected is None else self._selected
+        most = len(deltas) - self.options.num_byzantine - 2
+        selected = most if self.options.num_selected is None else self.options.num_selected
         if selected > most:
             raise UpdateRejectedError(
                 f"multi_krum can select {most} of {len(deltas)} updates, not {selected}.",
                 cure="Lower training.aggregation_options.num_selected, or leave it out.",
             )
-        order = np.argsort(scores(squared_distances(deltas), self._byzantine), kind="stable")
+        order = np.argsort(scores(squared_distances(deltas), self.options.num_byzantine), kind="stable")
         return np.asarray(deltas[np.sort(order[:selected])].mean(axis=0), dtype=np.float64)
 
 

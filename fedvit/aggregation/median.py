@@ -13,5 +13,4 @@ class Median(MixingRule):
     name = "median"
 
     def centre(self, deltas: Matrix) -> Vector:
-        """See :meth:`RobustRule.centre`."""
         return np.asarray(np.median(deltas, axis=0), dtype=np.float64)

@@ -11,7 +11,6 @@ import numpy as np
 from pydantic import Field
 
 from fedvit.aggregation.rule import NO_FACTS, Fold, Options, RoundFacts, Rule, State, Updates, moved, singles, too_few
-from fedvit.config import TrainingConfig
 from fedvit.privacy.mechanism import l2_norm
 from fedvit.types import Weights
 
@@ -32,17 +31,13 @@ class NormBound(Rule):
 
     name = "norm_bound"
     options_type = BoundOptions
+    options: BoundOptions
     needs = "single_updates"
     weighting = "uniform"
     client_level = "it looks at single updates, and each of them would need noise of its own"
     instead = "Use fedavg with privacy.adaptive_clip, which bounds norms the same way, with noise."
 
-    def __init__(self, options: BoundOptions, training: TrainingConfig) -> None:
-        super().__init__(options, training)
-        self._settings = options
-
     def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
-        """See :meth:`Rule.fold`."""
         deltas = singles(updates)
         if not deltas:
             raise too_few("A round of norm_bound", 0, 1)
@@ -53,11 +48,11 @@ class NormBound(Rule):
             for name, array in delta.items():
                 sums[name] += array * (1.0 if norm <= bound else bound / norm)
         within = sum(norm <= bound for norm in norms) / len(norms)
-        following = bound * np.exp(-self._settings.adaptation_rate * (within - self._settings.target_quantile))
+        following = bound * np.exp(-self.options.adaptation_rate * (within - self.options.target_quantile))
         rate = self.server_learning_rate / len(deltas)
         return Fold(moved(base, sums, rate), {"bound": np.asarray(following, dtype=np.float64)})
 
     def _bound(self, state: State, norms: list[float]) -> float:
         if "bound" in state:
             return float(state["bound"])
-        return float(np.median(norms)) if self._settings.initial_bound is None else self._settings.initial_bound
+        return float(np.median(norms)) if self.options.initial_bound is None else self.options.initial_bound

@@ -27,26 +27,9 @@ from fedvit.config import Settings, TrainingConfig
 from fedvit.errors import ConfigError, ConflictError
 
 GROUP = "fedvit.aggregation"
-_SHIPPED: tuple[type[Rule], ...] = (
-    FedAvg,
-    FedAvgM,
-    FedProx,
-    FedAdam,
-    FedYogi,
-    FedAdagrad,
-    Scaffold,
-    FedBuff,
-    FedAsync,
-    Ditto,
-    Median,
-    TrimmedMean,
-    Krum,
-    MultiKrum,
-    Bulyan,
-    GeometricMedian,
-    NormBound,
-)
-SHIPPED = {rule.name: rule for rule in _SHIPPED}
+_AVERAGING = (FedAvg, FedAvgM, FedProx, FedAdam, FedYogi, FedAdagrad, Scaffold, FedBuff, FedAsync, Ditto)
+_ROBUST = (Median, TrimmedMean, Krum, MultiKrum, Bulyan, GeometricMedian, NormBound)
+SHIPPED: dict[str, type[Rule]] = {rule.name: rule for rule in (*_AVERAGING, *_ROBUST)}
 
 
 def rule_names() -> list[str]:

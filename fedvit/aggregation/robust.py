@@ -10,20 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from fedvit.aggregation.rule import (
-    NO_FACTS,
-    Array,
-    Fold,
-    Options,
-    RoundFacts,
-    Rule,
-    State,
-    Updates,
-    moved,
-    singles,
-    too_few,
-)
-from fedvit.config import TrainingConfig
+from fedvit.aggregation.rule import NO_FACTS, Fold, Options, RoundFacts, Rule, State, Updates, moved, singles, too_few
 from fedvit.types import Weights
 
 Vector: TypeAlias = npt.NDArray[np.float64]
@@ -37,11 +24,10 @@ class ByzantineOptions(Options):
 
 
 class MixingOptions(Options):
-    """``mixing`` is f: each update is replaced by the mean of the n - f updates nearest to it. Without it, nothing is
-    mixed.
+    """``mixing`` is f: each update is replaced by the mean of the n - f updates nearest to it; unset, nothing is mixed.
 
-    Nearest-neighbour mixing, Allouah et al. 2023, arXiv:2302.01772. It makes
-    coordinate-wise rules robust to heterogeneous clients. n >= 2f + 1.
+    Nearest-neighbour mixing, Allouah et al. 2023, arXiv:2302.01772. It makes coordinate-wise rules robust to
+    heterogeneous clients. n >= 2f + 1.
     """
 
     mixing: Annotated[int, Field(ge=0)] | None = None
@@ -57,7 +43,6 @@ class RobustRule(Rule):
     instead = "Use fedavg: with privacy_unit client every update is clipped, which bounds what one client can do."
 
     def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
-        """See :meth:`Rule.fold`."""
         deltas = singles(updates)
         if len(deltas) < self.least_updates:
             raise too_few(self.what(), len(deltas), self.least_updates)
@@ -77,23 +62,17 @@ class MixingRule(RobustRule):
     """A robust rule that may mix updates with their neighbours first; see :class:`MixingOptions`."""
 
     options_type = MixingOptions
-
-    def __init__(self, options: MixingOptions, training: TrainingConfig) -> None:
-        super().__init__(options, training)
-        self._mixing = options.mixing
+    options: MixingOptions
 
     @property
     def least_updates(self) -> int:
-        """2f + 1 where updates are mixed."""
-        return 1 if self._mixing is None else 2 * self._mixing + 1
+        return 1 if self.options.mixing is None else 2 * self.options.mixing + 1
 
     def what(self) -> str:
-        """With f where updates are mixed."""
-        return self.name if self._mixing is None else f"{self.name} with mixing {self._mixing}"
+        return self.name if self.options.mixing is None else f"{self.name} with mixing {self.options.mixing}"
 
     def prepared(self, deltas: Matrix) -> Matrix:
-        """Mixed, where the options say so."""
-        return deltas if self._mixing is None else mixed(deltas, self._mixing)
+        return deltas if self.options.mixing is None else mixed(deltas, self.options.mixing)
 
 
 def squared_distances(deltas: Matrix) -> Matrix:
@@ -119,12 +98,12 @@ def mixed(deltas: Matrix, byzantine: int) -> Matrix:
     return np.stack([deltas[np.sort(near)].mean(axis=0) for near in nearest])
 
 
-def stacked(deltas: Sequence[Mapping[str, Array]]) -> Matrix:
+def stacked(deltas: Sequence[Mapping[str, Vector]]) -> Matrix:
     """The updates of n clients as rows, [n, d], in the order of the names."""
     return np.stack([np.concatenate([delta[name].ravel() for name in sorted(delta)]) for delta in deltas])
 
 
-def unstacked(vector: Vector, like: Weights) -> dict[str, Array]:
+def unstacked(vector: Vector, like: Weights) -> dict[str, Vector]:
     """The inverse of :func:`stacked` for one row: arrays of the names and shapes of ``like``."""
     parts, start = {}, 0
     for name in sorted(like):

@@ -163,7 +163,6 @@ class MeanRule(Rule):
     client_level: ClassVar[str | None] = None
 
     def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
-        """See :meth:`Rule.fold`."""
         return self.step(base, mean(base, updates), state, facts)
 
     @abstractmethod

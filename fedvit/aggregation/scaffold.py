@@ -72,12 +72,10 @@ class Scaffold(Rule):
         self.client = _Controlled(self._way)
 
     def broadcast(self, base: Weights, state: State) -> dict[str, FloatArray]:
-        """c, by the names of the weights."""
         zeros = {n: np.zeros_like(array, dtype=np.float64) for n, array in base.items()}
         return {_C + n: np.asarray(state.get(f"c/{n}", zeros[n]), dtype=np.float32) for n in base}
 
     def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
-        """See :meth:`Rule.fold`."""
         delta = mean(base, updates)
         share = min(1.0, sum(update.total_weight for update in updates) / facts.population)
         sent = self.broadcast(base, state)

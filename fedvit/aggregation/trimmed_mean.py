@@ -9,7 +9,6 @@ import numpy as np
 from pydantic import Field
 
 from fedvit.aggregation.robust import Matrix, MixingOptions, MixingRule, Vector
-from fedvit.config import TrainingConfig
 
 
 class TrimOptions(MixingOptions):
@@ -23,14 +22,10 @@ class TrimmedMean(MixingRule):
 
     name = "trimmed_mean"
     options_type = TrimOptions
-
-    def __init__(self, options: TrimOptions, training: TrainingConfig) -> None:
-        super().__init__(options, training)
-        self._fraction = options.trim_fraction
+    options: TrimOptions
 
     def centre(self, deltas: Matrix) -> Vector:
-        """See :meth:`RobustRule.centre`."""
         # 0.29 * 100 is a little less than 29.
-        trimmed = math.floor(self._fraction * len(deltas) + 1e-9)
+        trimmed = math.floor(self.options.trim_fraction * len(deltas) + 1e-9)
         between = np.sort(deltas, axis=0)[trimmed : len(deltas) - trimmed]
         return np.asarray(between.mean(axis=0), dtype=np.float64)

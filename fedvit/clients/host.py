@@ -47,7 +47,6 @@ class ClientDataSource(Protocol):
 
     def load(self, client_id: str) -> ClientData:
         """One client's records; the same object at every call."""
-        ...
 
 
 class ClientRecords(Protocol):
@@ -56,11 +55,9 @@ class ClientRecords(Protocol):
     @property
     def source(self) -> ImageSource:
         """The data set."""
-        ...
 
     def records(self, client_id: str) -> Sequence[Record]:
         """The records of one client."""
-        ...
 
 
 class FeatureCache:
@@ -77,7 +74,6 @@ class FeatureCache:
         self._cache = {} if cache is None else cache
 
     def load(self, client_id: str) -> ClientData:
-        """See :class:`ClientDataSource`."""
         if client_id not in self._cache:
             records = self._records.records(client_id)
             images = load_images(self._records.source, records, self._model.image_size)
@@ -164,7 +160,6 @@ class ClientHost:
         return self._encoder.encode(task, self._answer(this_round, client_id), encoding, this_round.validator)
 
     def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
-        """See :class:`fedvit.ports.ClientHostPort`."""
         return self._histograms.histograms(request, client_ids) if self._histograms else []
 
     def _begin(self, task: TrainTask, weights: Weights) -> _Round:

@@ -45,7 +45,6 @@ class Trainer(Protocol):
         correction: GradientCorrection | None = None,
     ) -> Mapping[str, FloatArray]:
         """The client's update, ``local - base``."""
-        ...
 
 
 class BodyTrainer(ABC):

@@ -223,7 +223,6 @@ class WorkloadModel:
         self._initial = {n: np.asarray(a, dtype=np.float32) for n, a in self._clients.initial_weights().items()}
 
     def initial_weights(self) -> Weights:
-        """The initial weights of a run."""
         return self._initial
 
     def frozen_weights(self) -> Weights:
@@ -231,19 +230,15 @@ class WorkloadModel:
         return {}
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
-        """See :meth:`VirtualClients.evaluate`."""
         return self._clients.evaluate(weights)
 
     def histogram_spec(self) -> HistogramSpec | None:
-        """None; see :meth:`WorkloadHost.histograms`."""
         return None
 
     def export(self, weights: Weights, variant: Variant) -> ExportedModel:
-        """Raises ModelError."""
         raise _no_export()
 
     def benchmark(self, content: bytes, limit: int | None = None) -> ModelBenchmark:
-        """Raises ModelError."""
         raise _no_export()
 
 

@@ -41,7 +41,6 @@ class ImportedSource:
     _built: dict[int, _Dataset] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, record: Record) -> bytes:
-        """See :meth:`fedvit.data.records.ImageSource.read`; the image as PNG."""
         split, index = record.key.split("/")
         part = _SPLITS.index(split) if len(self.arguments) == len(_SPLITS) else 0
         try:

@@ -33,22 +33,18 @@ class ImageSource(Protocol):
     @property
     def name(self) -> str:
         """The name in messages."""
-        ...
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names; a record's label is an index into them."""
-        ...
 
     @property
     def train(self) -> tuple[Record, ...]:
         """The clients' records."""
-        ...
 
     @property
     def test(self) -> tuple[Record, ...]:
         """The records for evaluation on the server."""
-        ...
 
     def read(self, record: Record) -> bytes:
         """The encoded image file of a record.
@@ -56,7 +52,6 @@ class ImageSource(Protocol):
         Raises:
             DataError: it cannot be read.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +66,6 @@ class TreeSource:
     prefix: str = ""
 
     def read(self, record: Record) -> bytes:
-        """See :meth:`ImageSource.read`."""
         return self.tree.read(self.prefix + record.key)
 
 

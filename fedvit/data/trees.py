@@ -23,7 +23,6 @@ class FileTree(Protocol):
     @property
     def names(self) -> frozenset[str]:
         """Every file and folder, without hidden ones."""
-        ...
 
     def read(self, name: str) -> bytes:
         """The bytes of one file.
@@ -31,7 +30,6 @@ class FileTree(Protocol):
         Raises:
             DataError: it is missing, unreadable or damaged.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,6 @@ class JoinedTree:
 
     @classmethod
     def of(cls, trees: Sequence[FileTree]) -> JoinedTree:
-        """Join ``trees``."""
         return cls(tuple(trees), frozenset().union(*(tree.names for tree in trees)))
 
     def read(self, name: str) -> bytes:

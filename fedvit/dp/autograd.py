@@ -30,7 +30,6 @@ class RecordedLinear(Function):
     def forward(
         ctx: Any, anchor: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, recorder: Any
     ) -> Tensor:
-        """The layer's outputs."""
         ctx.save_for_backward(inputs if layer.weight is not None else None, weight)
         ctx.recorder, ctx.layer = recorder, layer
         return functional.linear(inputs, weight.flatten(1), bias)
@@ -38,7 +37,6 @@ class RecordedLinear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the inputs; that of the parameters goes to the recorder."""
         inputs, weight = ctx.saved_tensors
         tokens = _few_tokens(gradient, inputs, weight)
         selected = gradient if tokens is None else gradient[:, tokens]
@@ -65,7 +63,6 @@ class RecordedLayerNorm(Function):
         recorder: GradientRecorder,
         keys: tuple[int | None, int | None],
     ) -> Tensor:
-        """The normalised inputs."""
         if torch.is_autocast_enabled(inputs.device.type):
             inputs = inputs.float()
         outputs, mean, rstd = torch.native_layer_norm(inputs, weight.shape, weight, bias, eps)
@@ -76,7 +73,6 @@ class RecordedLayerNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the inputs; that of the parameters goes to the recorder."""
         inputs, mean, rstd, weight, bias = ctx.saved_tensors
         recorder, (weight_key, bias_key) = ctx.recorder, ctx.keys
         passed = None
@@ -110,7 +106,6 @@ class RecordedValue(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
-        """No gradient for autograd; it goes to the recorder."""
         ctx.recorder.add(ctx.key, gradient)
         return None, None, None, None, None
 

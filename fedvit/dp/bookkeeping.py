@@ -22,7 +22,6 @@ class BookKeeping(PerExampleGradients):
     engine = "Book-keeping"
 
     def samples(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """See the base class."""
         recorder = self._record(features, labels)
         for name in recorder.missing():
             raise no_gradients(self.engine, f"{name} got none, because it is never applied to an example")

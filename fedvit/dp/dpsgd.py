@@ -26,7 +26,6 @@ class Normals(Protocol):
 
     def normal(self, count: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
         """``count`` numbers."""
-        ...
 
 
 class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # opacus is untyped
@@ -94,7 +93,6 @@ class SecretDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] 
             parameter.summed_grad = None
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Release a step's gradients."""
         self._noised = torch.empty(0)
         super().zero_grad(set_to_none)
 

@@ -45,7 +45,6 @@ class OpacusGradients(PerExampleGradients):
         self._wrapped = GradSampleModule(self.module, loss_reduction="sum", strict=True)
 
     def samples(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """See the base class."""
         try:
             return self._samples(features, labels)
         except RuntimeError as error:
@@ -54,7 +53,6 @@ class OpacusGradients(PerExampleGradients):
             self.clear()
 
     def plain(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """See the base class."""
         self._wrapped.disable_hooks()
         try:
             with _quiet_hooks():
@@ -63,7 +61,6 @@ class OpacusGradients(PerExampleGradients):
             self._wrapped.enable_hooks()
 
     def clear(self) -> None:
-        """Delete all gradients, including what a failed pass left in Opacus' hooks."""
         super().clear()
         for parameter in self.parameters.values():
             parameter.__dict__.pop("_current_grad_sample", None)

@@ -36,12 +36,10 @@ class _LinearRecord:
 
     @property
     def inputs(self) -> Tensor:
-        """The activations, in at least float32."""
         return at_least_single(self.stored_inputs)
 
     @property
     def outputs(self) -> Tensor:
-        """The output gradients, in at least float32."""
         return at_least_single(self.stored_outputs)
 
     def squares(self) -> Tensor:

@@ -42,15 +42,12 @@ class ServerModel:
         self._initial = trainable_weights(self._model)
 
     def initial_weights(self) -> Weights:
-        """The initial trainable weights of a run."""
         return self._initial
 
     def frozen_weights(self) -> Weights:
-        """The weights that are not trained and not sent."""
         return frozen_weights(self._model)
 
     def evaluate(self, weights: Weights) -> Evaluation:
-        """Evaluation of these weights on the held-out images."""
         with self._lock:
             load_trainable_weights(self._model, weights)
             labels = torch.from_numpy(self._labels)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from fedvit.aggregation.rule import RoundFacts
 from fedvit.aggregation.staleness import staleness_weight
-from fedvit.aggregation.state import encode_state
 from fedvit.errors import BudgetExhaustedError, LedgerFrozenError, ReleaseRefusedError
 from fedvit.metrics.training import RoundMetrics
 from fedvit.registry.publisher import Publisher
@@ -25,7 +24,7 @@ from fedvit.rounds.update_admission import RoundUpdates
 from fedvit.store.records import RoundCommit
 from fedvit.store.versions import RULE_STATE
 from fedvit.types import ClientOutcome, Cohort, Evaluation, RoundRecord, Run, TrainTask, Weights
-from fedvit.wire.tensors import encoded_pieces
+from fedvit.wire.tensors import encode_rule_state, encoded_pieces
 
 QUARANTINED = "quarantined"
 # One in the process, for all loops.
@@ -190,7 +189,7 @@ class RoundExecution:
         evaluation = self._evaluated(round_index, weights)
         budget = self._accountant.budget()
         digest = storing.result()
-        rule_state = {RULE_STATE: self._store.blobs.put(encode_state(state))} if state else {}
+        rule_state = {RULE_STATE: self._store.blobs.put(encode_rule_state(state))} if state else {}
         left_out = self._left_out(record, updates.outcomes)
         version = self._store.rounds.commit(
             run.run_id,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 
 from fedvit.aggregation.registry import check_mode
-from fedvit.aggregation.state import decode_state
 from fedvit.errors import ConfigError, ConflictError
 from fedvit.privacy.round_cost import check_units, round_noise_multiplier
 from fedvit.registry.publisher import stored_weights
@@ -22,7 +21,7 @@ from fedvit.rounds.steering import (
 )
 from fedvit.store.versions import RULE_STATE
 from fedvit.types import Run, RunStatus, Weights
-from fedvit.wire.tensors import encode_weights
+from fedvit.wire.tensors import decode_rule_state, encode_weights
 
 
 class RunLifecycle:
@@ -128,7 +127,7 @@ class RunLifecycle:
             weights = self.start_weights(run_request(self._store))
             return RoundBase.of(rule, weights, self._store.blobs.put(encode_weights(weights)), {})
         stored = version.lineage.get(RULE_STATE)
-        state = decode_state(self._store.blobs.get(stored)) if stored else {}
+        state = decode_rule_state(self._store.blobs.get(stored)) if stored else {}
         weights = stored_weights(self._store, version.weights_digest)
         return RoundBase.of(rule, weights, version.weights_digest, state)
 

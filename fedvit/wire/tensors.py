@@ -7,10 +7,11 @@ import json
 from collections.abc import Mapping, Set
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedvit.errors import UpdateRejectedError
+from fedvit.errors import IntegrityError, UpdateRejectedError
 from fedvit.types import FloatArray, Weights
 
 _LENGTH_BYTES = _ALIGNMENT = 8
@@ -22,11 +23,37 @@ def encode_weights(weights: Weights) -> bytes:
     Raises:
         ValueError: an array is not float32.
     """
-    for name, array in weights.items():
-        if array.dtype != np.float32:
-            raise ValueError(f"parameter {name!r} is {array.dtype}, not float32")
+    return _save("parameter", weights, np.dtype(np.float32))
+
+
+def encode_rule_state(state: Mapping[str, npt.NDArray[np.float64]]) -> bytes:
+    """The state of an aggregation rule as safetensors. Equal states give equal bytes.
+
+    Raises:
+        ValueError: an array is not float64; a restart would not continue bit for bit.
+    """
+    return _save("the rule's state", state, np.dtype(np.float64))
+
+
+def _save(kind: str, arrays: Mapping[str, npt.NDArray[np.floating]], dtype: np.dtype[np.floating]) -> bytes:
+    for name, array in arrays.items():
+        if array.dtype != dtype:
+            raise ValueError(f"{kind} {name!r} is {array.dtype}, not {dtype}")
     # ascontiguousarray would turn a 0-d parameter into a 1-d one.
-    return save({name: np.asarray(weights[name], order="C") for name in sorted(weights)})
+    return save({name: np.asarray(arrays[name], order="C") for name in sorted(arrays)})
+
+
+def decode_rule_state(content: bytes) -> dict[str, npt.NDArray[np.float64]]:
+    """The inverse of :func:`encode_rule_state`.
+
+    Raises:
+        IntegrityError: these bytes hold no state.
+    """
+    try:
+        return load(content)
+    except SafetensorError as error:
+        cure = "Restore the state folder from a backup."
+        raise IntegrityError(f"A rule's state cannot be read: {error}.", cure=cure) from None
 
 
 def weights_digest(weights: Weights) -> str:

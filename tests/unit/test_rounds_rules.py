@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from fedvit.aggregation.registry import rule_for
-from fedvit.aggregation.state import decode_state
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, ConflictError
 from fedvit.privacy import mechanism
@@ -24,6 +23,7 @@ from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, GenerousAccountant, PointModel, seeded_fleet
 from fedvit.types import Cohort, Run, RunStatus, TrainTask, Weights
 from fedvit.updates import ClientUpdate, UpdateMessage
+from fedvit.wire.tensors import decode_rule_state
 
 TARGET = np.array([1.0, -2.0], dtype=np.float32)
 V = [f"vehicle-{i:04d}" for i in range(12)]
@@ -111,7 +111,7 @@ def test_momentum_is_carried_from_round_to_round_by_hand(tmp_path: Path) -> None
     training.run()
     # Shares of the way: 0.5; then v = 0.5 * 0.5 + 0.25.
     np.testing.assert_allclose(training.point(2), (0.5 + 0.5) * TARGET, rtol=1e-6)
-    state = decode_state(training.store.blobs.get(training.version(2).lineage["rule_state"]))
+    state = decode_rule_state(training.store.blobs.get(training.version(2).lineage["rule_state"]))
     np.testing.assert_allclose(state["v/point"], 0.5 * TARGET, rtol=1e-6)
 
 
