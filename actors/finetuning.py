@@ -18,7 +18,7 @@ from fedvit.data.sources import ImageSource, open_source
 from fedvit.errors import StateError
 from fedvit.finetune.checkpoint import Checkpoint
 from fedvit.finetune.job import Outcome, Plan, plan_of, with_noise
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import trainable_weights
 from fedvit.ports import FinetuneReport
 from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld

@@ -69,7 +69,7 @@ def run_silo_rank(config: Mapping[str, Any]) -> Mapping[str, FloatArray]:
     """The work of one rank in a round; all ranks return the same, and rank 0's result is used."""
     from fedvit.data.sources import open_source
     from fedvit.finetune.ranks import RankedTrainer, Ranks
-    from fedvit.models.models import build_model
+    from fedvit.models.build import build_model
 
     settings = settings_from_json(config["settings"])
     torch.set_num_threads(settings.finetune.threads_per_rank)

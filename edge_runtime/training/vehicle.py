@@ -32,7 +32,7 @@ from fedvit.errors import (
     RateLimitedError,
     UpdateRejectedError,
 )
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import frozen_weights
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.events import Event, Gaussian

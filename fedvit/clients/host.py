@@ -23,7 +23,7 @@ from fedvit.data.fleet import VirtualFleet
 from fedvit.data.records import ImageSource, Record, load_images
 from fedvit.drift.client import HistogramClient
 from fedvit.errors import UpdateRejectedError
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import trainable_weights
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.mechanism import clip_update
@@ -188,11 +188,7 @@ class ClientHost:
             return failed(this_round.task, client_id, error)
 
     def _train_one(self, this_round: _Round, client_id: str) -> ClientUpdate:
-        """One client's update; its state is saved only if the update is valid.
-
-        Raises:
-            UpdateRejectedError: it is not.
-        """
+        """One client's update; its state is saved only if the update is valid, UpdateRejectedError is raised if not."""
         task, base, broadcast = this_round.task, this_round.base, this_round.broadcast
         data, half = self.data.load(client_id), self._rule.client
         state, state_digest = self._states.load(task.run_id, task.round_index, client_id)
@@ -241,23 +237,19 @@ def vision_host(
         model = build_model(settings.model, len(records.source.classes), settings.data.image_size)
     root_secret = load_or_create_root_secret(settings.home)
     physical_batch_size = settings.training.physical_batch_size
-    noised = settings.simulation.private and settings.privacy.privacy_unit == "record"
+    by_record = settings.privacy.privacy_unit == "record"
+    steps = LocalTrainer if by_record else PlainTrainer
     personal = rule_for(settings).client.personal_pull is not None
     return ClientHost(
         settings,
         data=FeatureCache(model, records) if data is None else data,
-        trainer=_default_trainer(settings, model) if trainer is None else trainer,
+        trainer=(steps(model, physical_batch_size=physical_batch_size) if trainer is None else trainer),
         root_secret=root_secret,
         personal_trainer=PlainTrainer(model, physical_batch_size=physical_batch_size) if personal else None,
-        monitor=_monitor_of(model) if noised else None,
+        monitor=_monitor_of(model) if settings.simulation.private and by_record else None,
         histograms=HistogramClient(model, records.source, settings.data.image_size, records.records, root_secret),
         alter_answer=alter_answer,
     )
-
-
-def _default_trainer(settings: Settings, model: VisionModel) -> Trainer:
-    kind = LocalTrainer if settings.privacy.privacy_unit == "record" else PlainTrainer
-    return kind(model, physical_batch_size=settings.training.physical_batch_size)
 
 
 def _monitor_of(model: VisionModel) -> UpdateStatisticsMonitor:
@@ -270,11 +262,7 @@ def _monitor_of(model: VisionModel) -> UpdateStatisticsMonitor:
 def _weighted_update(
     task: TrainTask, rule: Rule, client_id: str, delta: Mapping[str, FloatArray], num_examples: int
 ) -> ClientUpdate:
-    """One client's update, multiplied by its weight, or clipped where the client is the privacy unit.
-
-    Raises:
-        UpdateRejectedError: the client is the privacy unit, and its update has no finite norm.
-    """
+    """One client's update, multiplied by its weight, or clipped where the client is the privacy unit."""
     outcome = ClientOutcome(client_id, num_examples)
     if task.privacy_unit == "client":
         clipped, within = clip_update(delta, task.l2_clip_norm)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ class Features(Protocol):
     """The inputs of a model's body, indexed by records [B]; a tensor [N, ...] is an implementation."""
 
     def __getitem__(self, index: Tensor, /) -> Tensor: ...
+
+
+Step: TypeAlias = Callable[[Features, Tensor, Tensor], None]
+"""Takes one step on features, labels [N] and the indices [B] of the drawn records."""
 
 
 class Trainer(Protocol):
@@ -99,10 +103,7 @@ class BodyTrainer(ABC):
         }
 
     @abstractmethod
-    def _begin(
-        self, task: TrainTask, num_examples: int, secret: bytes, output: str
-    ) -> Callable[[Features, Tensor, Tensor], None]:
-        """A function that takes one step on features, labels [N] and the indices [B] of the drawn records."""
+    def _begin(self, task: TrainTask, num_examples: int, secret: bytes, output: str) -> Step: ...
 
 
 class LocalTrainer(BodyTrainer):
@@ -149,9 +150,7 @@ class LocalTrainer(BodyTrainer):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def _begin(
-        self, task: TrainTask, num_examples: int, secret: bytes, output: str
-    ) -> Callable[[Features, Tensor, Tensor], None]:
+    def _begin(self, task: TrainTask, num_examples: int, secret: bytes, output: str) -> Step:
         self.gradients.clear()
         return partial(self.step, self.optimizer(task, num_examples, secret, output))
 
@@ -172,9 +171,7 @@ class PlainTrainer(BodyTrainer):
         parameters = {f"body.{name}": p for name, p in self._body.named_parameters() if p.requires_grad}
         super().__init__(parameters, physical_batch_size)
 
-    def _begin(
-        self, task: TrainTask, num_examples: int, secret: bytes, output: str
-    ) -> Callable[[Features, Tensor, Tensor], None]:
+    def _begin(self, task: TrainTask, num_examples: int, secret: bytes, output: str) -> Step:
         return partial(self._step, task.learning_rate)
 
     def _step(self, learning_rate: float, features: Features, labels: Tensor, drawn: Tensor) -> None:
@@ -208,11 +205,11 @@ def _corrected(
 
 
 def _correction_gradient(correction: GradientCorrection, name: str, parameter: Tensor) -> Tensor:
-    gradient = torch.zeros_like(parameter)
-    if name in (correction.anchor or {}):
-        gradient += correction.pull * (parameter - torch.from_numpy((correction.anchor or {})[name]))
-    if name in (correction.shift or {}):
-        gradient += torch.from_numpy((correction.shift or {})[name])
+    gradient, anchor, shift = torch.zeros_like(parameter), correction.anchor or {}, correction.shift or {}
+    if name in anchor:
+        gradient += correction.pull * (parameter - torch.from_numpy(anchor[name]))
+    if name in shift:
+        gradient += torch.from_numpy(shift[name])
     return gradient
 
 

@@ -67,11 +67,7 @@ class UpdateEncoder:
 
 
 def _decoded(encoded: EncodedUpdate, validator: UpdateValidator) -> ClientUpdate:
-    """The update as the receiver will decode it.
-
-    Raises:
-        UpdateRejectedError: the receiver will reject it.
-    """
+    """The update as the receiver will decode it; raises UpdateRejectedError if the receiver will reject it."""
     update = validator.decoded(encoded)
     if isinstance(update, ClientFailures):
         raise UpdateRejectedError("The update would be read as a failure.")

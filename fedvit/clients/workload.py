@@ -165,8 +165,7 @@ class WorkloadHost:
         return aggregator.message()
 
     def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
-        """No histograms: a workload's examples are not known here."""
-        return []
+        return []  # a workload's examples are not known here
 
     def _answer(self, task: TrainTask, base: Weights, validator: UpdateValidator, client_id: str) -> _Answer:
         try:
@@ -175,17 +174,12 @@ class WorkloadHost:
             return failed(task, client_id, error), 1.0, 0.0
 
     def _train_one(self, task: TrainTask, base: Weights, validator: UpdateValidator, client_id: str) -> _Answer:
-        """A client's answer, the factor for its arrays, and the largest magnitude in them.
-
-        Raises:
-            UpdateRejectedError: it is not valid.
-        """
+        """A client's answer, the factor for its arrays, and the largest magnitude in them."""
         local, num_examples = self._clients.fit(client_id, base, task, self._seed(task, client_id))
         outcome = ClientOutcome(client_id, num_examples)
         delta, peak = self._difference(local, base)
         if task.privacy_unit == "client":
-            scale, within = clip_factor(delta, task.l2_clip_norm)
-            weight = 1.0
+            (scale, within), weight = clip_factor(delta, task.l2_clip_norm), 1.0
         else:
             scale = weight = float(num_examples) if validator.by_examples else 1.0
             within = False
@@ -226,8 +220,7 @@ class WorkloadModel:
         return self._initial
 
     def frozen_weights(self) -> Weights:
-        """None: a workload's frozen weights are its own."""
-        return {}
+        return {}  # a workload's frozen weights are its own
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
         return self._clients.evaluate(weights)

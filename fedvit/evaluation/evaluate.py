@@ -27,8 +27,9 @@ def evaluate(model: VisionModel, features: Tensor, labels: Tensor, classes: Sequ
     if len(labels) == 0:
         raise DataError("There are no held-out images to evaluate on.", cure="Add test images to the data set.")
     model.eval()
-    logits = torch.cat([model.forward_features_to_logits(part) for part in features.split(_BATCH)])
-    confusion = _confusion(labels, logits.argmax(dim=1), len(classes))
+    logits = torch.cat([model.body(part) for part in features.split(_BATCH)])
+    pairs = labels * len(classes) + logits.argmax(dim=1)
+    confusion = torch.bincount(pairs, minlength=len(classes) ** 2).reshape(len(classes), len(classes))
     totals = confusion.sum(dim=1)
     recall = {name: float(confusion[i, i] / totals[i]) for i, name in enumerate(classes) if totals[i]}
     return Evaluation(
@@ -38,8 +39,3 @@ def evaluate(model: VisionModel, features: Tensor, labels: Tensor, classes: Sequ
         confusion=tuple(tuple(row) for row in confusion.tolist()),
         num_examples=len(labels),
     )
-
-
-def _confusion(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    pairs = labels * num_classes + predicted
-    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)

@@ -14,8 +14,8 @@ from fedvit.data.sources import open_source
 from fedvit.drift.client import embedded
 from fedvit.drift.measures import spec_of
 from fedvit.evaluation.evaluate import evaluate
-from fedvit.models.export import complexity, export_variant, make_variant, run_onnx, time_onnx
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
+from fedvit.models.export import complexity, export_variant, make_variant, time_onnx
 from fedvit.models.trainable import frozen_weights, load_trainable_weights, trainable_weights
 from fedvit.models.vision import FEATURE_BATCH
 from fedvit.ports import ExportedModel, ModelBenchmark
@@ -66,7 +66,7 @@ class ServerModel:
             reference = self.predict(weights)
             content = export_variant(self._model, variant, self._image_size)
             size = complexity(make_variant(self._model, variant))
-        predicted = run_onnx(content, self._images).argmax(axis=1)
+        predicted = time_onnx(content, self._images)[0].argmax(axis=1)
         return ExportedModel(
             content,
             agreement=float(np.mean(predicted == reference)),

@@ -30,7 +30,7 @@ from fedvit.errors import ConfigError, FedvitError
 from fedvit.evaluation.evaluate import evaluate
 from fedvit.finetune.checkpoint import Checkpoint, OptimizerState, load_optimizer_state, optimizer_state
 from fedvit.finetune.ranks import RankedDPOptimizer, RankedTrainer, Ranks
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import load_trainable_weights, load_weights, trainable_weights
 from fedvit.models.vision import VisionModel
 from fedvit.ports import POPULATION, Charge

@@ -21,7 +21,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"There is no checkpoint file {path}.", cure="Set model.checkpoint to an existing file.")
     try:
-        content = _read(path)
+        if path.suffix == ".safetensors":
+            content: object = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a parser of a corrupt file may raise anything
         raise ModelError(
             f"The checkpoint {path} cannot be read: {type(error).__name__}.",
@@ -31,12 +34,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ModelError(f"The checkpoint {path} holds no tensors by name.", cure="Save a state_dict into it.")
     return tensors
-
-
-def _read(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _unwrap(content: object) -> dict[str, Tensor]:

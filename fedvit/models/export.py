@@ -42,20 +42,12 @@ def make_variant(model: VisionModel, variant: Variant) -> VisionModel:
     al. 2019, arXiv:1909.11556).
     """
     copied = copy.deepcopy(model).eval().requires_grad_(False)
-    _merge_adapters(copied)
+    adapted = [(name, module) for name, module in copied.named_modules() if isinstance(module, LoraLinear)]
+    replace_modules(copied, adapted, (module.merged() for _, module in adapted))
     if variant in (Variant.EDGE_OPTIMIZED, Variant.EDGE_OPTIMIZED_FP32):
-        _drop_every_other_block(copied)
+        for owner in copied.blocks_owners():
+            owner.blocks = cast("nn.Sequential | nn.ModuleList", owner.blocks)[::2]
     return copied
-
-
-def _merge_adapters(model: VisionModel) -> None:
-    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
-    replace_modules(model, adapted, (module.merged() for _, module in adapted))
-
-
-def _drop_every_other_block(model: VisionModel) -> None:
-    for owner in model.blocks_owners():
-        owner.blocks = cast("nn.Sequential | nn.ModuleList", owner.blocks)[::2]
 
 
 def export_variant(model: VisionModel, variant: Variant, image_size: int) -> bytes:
@@ -127,11 +119,6 @@ def complexity(model: VisionModel) -> dict[str, float]:
         "blocks": float(sum(len(cast("nn.Sequential", owner.blocks)) for owner in model.blocks_owners())),
         "multiply_adds": counter.get_total_flops() / 2,
     }
-
-
-def run_onnx(onnx_bytes: bytes, images_u8: ImageArray) -> FloatArray:
-    """Logits [B, classes] of an exported network for images [B, H, W, 3]; see :func:`time_onnx`."""
-    return time_onnx(onnx_bytes, images_u8)[0]
 
 
 def time_onnx(onnx_bytes: bytes, images_u8: ImageArray) -> tuple[FloatArray, npt.NDArray[np.float64]]:

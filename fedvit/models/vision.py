@@ -53,16 +53,8 @@ class VisionModel(nn.Module):
     def blocks_owners(self) -> list[nn.Module]:
         """The modules whose ``blocks`` are the transformer blocks, in order: one, one per stage, or none."""
         owners = [m for m in self.modules() if isinstance(getattr(m, "blocks", None), nn.Sequential | nn.ModuleList)]
-        return [owner for owner in owners if any(hasattr(block, "attn") for block in _blocks(owner))]
-
-    def forward_features_to_logits(self, features: Tensor) -> Tensor:
-        """Logits [B, num_classes] for the output of :meth:`features`."""
-        logits: Tensor = self.body(features)
-        return logits
+        return [m for m in owners if any(hasattr(block, "attn") for block in cast("nn.Sequential", m.blocks))]
 
     def forward(self, images_u8: Tensor) -> Tensor:
-        return self.forward_features_to_logits(self.prefix(images_u8))
-
-
-def _blocks(owner: nn.Module) -> list[nn.Module]:
-    return list(cast("nn.Sequential", owner.blocks))
+        logits: Tensor = self.body(self.prefix(images_u8))
+        return logits

@@ -96,8 +96,8 @@ def _write(
 def _check_model(settings: Settings, num_classes: int) -> None:
     """Build the model and write it as ONNX: what cannot be released is refused before it is trained."""
     # torch and timm are imported here, after everything that can be said without them.
+    from fedvit.models.build import build_model
     from fedvit.models.export import export_onnx
-    from fedvit.models.models import build_model
 
     image_size = settings.data.image_size
     export_onnx(build_model(settings.model, num_classes, image_size), image_size)

@@ -28,7 +28,7 @@ from fedvit.data.records import load_images
 from fedvit.drift.client import embedded
 from fedvit.drift.comparison import Comparison, compare
 from fedvit.drift.measures import measures, risk_of, spec_of
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.round_cost import histogram_spend, round_noise_multiplier, run_spend

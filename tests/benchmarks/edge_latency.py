@@ -15,7 +15,7 @@ import torch
 from edge_runtime.engine import InferenceEngine
 from fedvit.cli.state import open_existing_store
 from fedvit.data.sources import open_source
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import load_trainable_weights
 from fedvit.settings import load_settings
 from fedvit.wire.images import decode_image

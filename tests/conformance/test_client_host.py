@@ -70,7 +70,7 @@ class TestWorkloadHost(HostOfThree):
     def settings(self, tmp_path: Path) -> Settings:
         overrides: dict[str, Any] = {
             "home": tmp_path,
-            "workload": {"clients_class": "own_clients:PullingClients", "options": {"clients": 3}},
+            "workload": {"clients_class": "workload_clients:PullingClients", "options": {"clients": 3}},
             **CLIENT_LEVEL,
         }
         return load_settings(environ={}, overrides=overrides)

@@ -43,7 +43,7 @@ class System:
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     overrides: dict[str, Any] = {
         "home": tmp_path_factory.mktemp("home"),
-        "workload": {"clients_class": "own_clients:PullingClients", "options": {"clients": len(CLIENTS)}},
+        "workload": {"clients_class": "workload_clients:PullingClients", "options": {"clients": len(CLIENTS)}},
         "training": {"rounds": 2, "cohort": {"selection": "poisson", "sampling_prob": 0.9}},
         "privacy": {"privacy_unit": "client", "noise_multiplier": 8.0},
         "ray": {"dashboard": False, "proxies": 2, "actor_cpus": 0.1},

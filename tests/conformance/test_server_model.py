@@ -74,7 +74,7 @@ class TestWorkloadModel(ServerModelContract):
     def model(self, tmp_path: Path) -> ServerModelPort:
         overrides: dict[str, Any] = {
             "home": tmp_path,
-            "workload": {"clients_class": "own_clients:PullingClients"},
+            "workload": {"clients_class": "workload_clients:PullingClients"},
             "privacy": {"privacy_unit": "client"},
             "training": {"cohort": {"selection": "poisson", "sampling_prob": 0.5}},
         }

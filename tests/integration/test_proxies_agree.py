@@ -77,7 +77,7 @@ def _settings(home: Path, unit: str, proxies: int) -> Settings:
     overrides = {
         "home": home,
         "workload": {
-            "clients_class": "own_clients:ProtectingClients",
+            "clients_class": "workload_clients:ProtectingClients",
             # What is slow where is not the same in any two runs.
             "options": {"clients": CLIENTS, "stragglers": STRAGGLERS[proxies], "late_s": 0.3},
         },

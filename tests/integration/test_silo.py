@@ -18,7 +18,7 @@ from fedvit.clients.host import ClientHost, vision_host
 from fedvit.config import Settings
 from fedvit.evaluation.server_model import ServerModel
 from fedvit.finetune.ranks import RankedTrainer, Ranks
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.settings import load_settings, settings_to_json
 from fedvit.types import FloatArray, TrainTask

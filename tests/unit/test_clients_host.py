@@ -19,7 +19,7 @@ from fedvit.clients.host import ClientHost, vision_host
 from fedvit.config import CompressionConfig, Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.errors import IntegrityError
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import load_trainable_weights, trainable_weights
 from fedvit.privacy.mechanism import fault_of, l2_norm
 from fedvit.settings import load_settings

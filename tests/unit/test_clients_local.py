@@ -14,7 +14,7 @@ from torch import Tensor
 from fedvit.clients.local import LocalTrainer
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import DataError, ModelError
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import load_trainable_weights, trainable_weights
 from fedvit.models.vision import VisionModel
 from fedvit.types import FloatArray, TrainTask

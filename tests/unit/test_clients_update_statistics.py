@@ -18,7 +18,7 @@ from fedvit.clients.update_statistics import UpdateStatisticsMonitor, largest_no
 from fedvit.config import FaultConfig, Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.drift.quality import concerns_by_client, score_of
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import trainable_weights
 from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.settings import load_settings

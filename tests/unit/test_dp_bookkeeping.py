@@ -19,8 +19,8 @@ from fedvit.dp.dpsgd import per_example_gradients
 from fedvit.dp.interceptor import OpInterceptor
 from fedvit.dp.recorder import GradientRecorder, Layer
 from fedvit.errors import ModelError
+from fedvit.models.build import build_model
 from fedvit.models.layers import Body
-from fedvit.models.models import build_model
 from fedvit.models.timm_vit import TimmBody
 from fedvit.models.trainable import TrainableMode, apply_trainable
 from fedvit.models.vision import VisionModel

@@ -16,8 +16,8 @@ from fedvit.clients.local import LocalTrainer
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.dp.opacus_gradients import OpacusGradients
 from fedvit.errors import ModelError
+from fedvit.models.build import build_model
 from fedvit.models.layers import Body
-from fedvit.models.models import build_model
 from fedvit.models.trainable import apply_trainable, trainable_weights
 from fedvit.models.vision import VisionModel
 from fedvit.privacy.randomness import SecretStream, output_id
@@ -78,7 +78,7 @@ def true_clipped_sum(model: VisionModel, features: Tensor, labels: Tensor) -> Fl
     parameters = [p for p in exact.parameters() if p.requires_grad]
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
     for feature, label in zip(features.double(), labels, strict=True):
-        loss = functional.cross_entropy(exact.forward_features_to_logits(feature[None]), label[None])
+        loss = functional.cross_entropy(exact.body(feature[None]), label[None])
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
         total += gradient * min(1.0, CLIP / float(gradient.norm()))
     return total.float().numpy()

@@ -13,7 +13,7 @@ from raises import raises_naming
 from fedvit.clients.host import ClientHost, vision_host
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, StateError
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import trainable_weights
 from fedvit.settings import load_settings
 from fedvit.store.store import Store

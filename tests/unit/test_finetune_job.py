@@ -19,7 +19,7 @@ from fedvit.errors import BudgetExhaustedError, ConfigError, IntegrityError
 from fedvit.finetune.checkpoint import HEADER, Checkpoint
 from fedvit.finetune.job import Finetuning, Outcome, plan_of, with_noise
 from fedvit.finetune.ranks import Ranks
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import trainable_weights
 from fedvit.ports import POPULATION, Charge
 from fedvit.privacy.accountant import PrivacyAccountant

@@ -14,8 +14,8 @@ from raises import raises_naming
 
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
+from fedvit.models.build import build_model
 from fedvit.models.hybrid import STEM_WHEEL, LiteStem
-from fedvit.models.models import build_model
 from fedvit.models.trainable import frozen_weights, trainable_weights
 from fedvit.models.vision import VisionModel
 from fedvit.wire.tensors import weights_digest
@@ -51,7 +51,7 @@ def test_forward_is_the_body_on_the_features(name: str, trainable: str) -> None:
     with torch.no_grad():
         logits = model(images(2))
         assert logits.shape == (2, 3)
-        torch.testing.assert_close(model.forward_features_to_logits(features), logits)
+        torch.testing.assert_close(model.body(features), logits)
     assert not features.requires_grad
 
 
@@ -80,7 +80,7 @@ def test_the_body_of_a_timm_vit_computes_what_timm_computes() -> None:
     whole.load_state_dict(state)
     pixels = model.features(images(2))
     with torch.no_grad():
-        torch.testing.assert_close(model.forward_features_to_logits(pixels), whole(pixels))
+        torch.testing.assert_close(model.body(pixels), whole(pixels))
 
 
 def _state(model: VisionModel) -> dict[str, torch.Tensor]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
-from fedvit.models.export import complexity, export_onnx, export_variant, make_variant, run_onnx
+from fedvit.models.build import build_model
+from fedvit.models.export import complexity, export_onnx, export_variant, make_variant, time_onnx
 from fedvit.models.layers import Body, HeadBody, LoraLinear, Normalise
-from fedvit.models.models import build_model
 from fedvit.models.timm_vit import TimmBody
 from fedvit.models.trainable import trainable_weights
 from fedvit.models.vision import VisionModel
@@ -48,7 +48,7 @@ def images(count: int = 16) -> ImageArray:
 
 def check_export(content: bytes, model: VisionModel, images_u8: ImageArray) -> tuple[float, float]:
     """The fraction of images with the same class by the file and by the torch model, and the largest difference."""
-    exported = run_onnx(content, images_u8)
+    exported = time_onnx(content, images_u8)[0]
     with torch.no_grad():
         expected = model.eval()(torch.from_numpy(images_u8)).numpy()
     agreement = np.mean(exported.argmax(axis=1) == expected.argmax(axis=1))
@@ -152,8 +152,8 @@ def test_variants_leave_the_model_as_it_was_and_merge_adapters() -> None:
 
 def test_pictures_do_not_influence_each_other() -> None:
     content = export_variant(trained_model(), Variant.EDGE_OPTIMIZED, 32)
-    together = run_onnx(content, images(3))
-    np.testing.assert_array_equal(together, np.concatenate([run_onnx(content, one[None]) for one in images(3)]))
+    together = time_onnx(content, images(3))[0]
+    np.testing.assert_array_equal(together, np.concatenate([time_onnx(content, one[None])[0] for one in images(3)]))
 
 
 def test_a_model_with_nothing_to_quantise_is_exported_all_the_same() -> None:

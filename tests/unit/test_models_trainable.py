@@ -13,8 +13,8 @@ from torch import nn
 
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
+from fedvit.models.build import build_model
 from fedvit.models.layers import HeadBody
-from fedvit.models.models import build_model
 from fedvit.models.timm_vit import TimmBody
 from fedvit.models.trainable import (
     TrainableMode,

@@ -90,7 +90,7 @@ def test_a_proxy_that_sees_the_key_builds_its_client_host(tmp_path: Path) -> Non
     load_or_create_root_secret(tmp_path)
     own = {
         "home": str(tmp_path),
-        "workload": {"clients_class": "tests.own_clients:PullingClients"},
+        "workload": {"clients_class": "tests.workload_clients:PullingClients"},
         "privacy": {"privacy_unit": "client"},
         "training": {"cohort": {"selection": "poisson", "sampling_prob": 0.5}},
     }

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from own_clients import ProtectingClients
 from raises import raises_naming
+from workload_clients import ProtectingClients
 
 from fedvit.clients.workload import (
     VirtualClients,
@@ -36,7 +36,9 @@ from fedvit.wire.tensors import encode_weights
 V = [f"vehicle-{i:02d}" for i in range(6)]
 
 
-def settings(home: Path, kind: str = "own_clients:ProtectingClients", unit: str = "record", **more: Any) -> Settings:
+def settings(
+    home: Path, kind: str = "workload_clients:ProtectingClients", unit: str = "record", **more: Any
+) -> Settings:
     options = more.pop("options", {})
     cohort = {"selection": "poisson", "sampling_prob": 0.5} if unit == "client" else {}
     return load_settings(
@@ -128,7 +130,7 @@ def test_a_result_that_is_no_update_is_rejected(tmp_path: Path, returned: dict[s
 
 
 def test_where_clients_are_the_unit_the_host_clips_each_of_them(tmp_path: Path) -> None:
-    config = settings(tmp_path, "own_clients:PullingClients", unit="client")
+    config = settings(tmp_path, "workload_clients:PullingClients", unit="client")
     base = base_of(config)
     message = WorkloadHost(config).train(task_for(base, privacy_unit="client", l2_clip_norm=1e-3), base, V)
     assert (message.total_weight, message.within_clip) == (6.0, 0)
@@ -154,10 +156,10 @@ def test_weights_that_the_task_was_not_made_for_are_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"kind": "own_clients:PullingClients"}, ["PullingClients", "protects_records"]),
-        ({"kind": "own_clients:Nobody"}, ["own_clients:Nobody"]),
+        ({"kind": "workload_clients:PullingClients"}, ["PullingClients", "protects_records"]),
+        ({"kind": "workload_clients:Nobody"}, ["workload_clients:Nobody"]),
         ({"kind": "nowhere.at_all:Nobody"}, ["nowhere.at_all:Nobody"]),
-        ({"kind": "own_clients:SHAPES"}, ["own_clients:SHAPES", "VirtualClients"]),
+        ({"kind": "workload_clients:SHAPES"}, ["workload_clients:SHAPES", "VirtualClients"]),
         ({"aggregation": "fedprox"}, ["fedprox"]),
     ],
 )

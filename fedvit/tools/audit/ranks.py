@@ -12,7 +12,7 @@ from torch import Tensor
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import StateError
 from fedvit.finetune.ranks import NOISE_BLOCK, RankedTrainer, Ranks
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.testing.ranks import on_ranks
 from fedvit.tools.audit import subjects
 from fedvit.tools.audit.findings import Finding, Scope

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedvit.clients.local import LocalTrainer
 from fedvit.dp.opacus_gradients import OpacusGradients
 from fedvit.errors import ModelError
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.trainable import TrainableMode
 from fedvit.models.vision import VisionModel
 from fedvit.tools.audit import subjects

@@ -13,8 +13,8 @@ from fedvit.dp.bookkeeping import BookKeeping
 from fedvit.dp.dpsgd import check_per_example_gradients
 from fedvit.dp.gradients import PerExampleGradients
 from fedvit.dp.opacus_gradients import OpacusGradients
+from fedvit.models.build import build_model
 from fedvit.models.layers import Body, HeadBody, Normalise
-from fedvit.models.models import build_model
 from fedvit.models.timm_vit import TimmBody
 from fedvit.models.trainable import TrainableMode, apply_trainable
 from fedvit.models.vision import VisionModel

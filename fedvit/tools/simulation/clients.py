@@ -11,7 +11,7 @@ from fedvit.clients.host import ClientData, ClientDataSource, ClientHost, Featur
 from fedvit.clients.local import PlainTrainer
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.vision import VisionModel
 from fedvit.tools.simulation.faults import Faults
 from fedvit.types import TrainTask, Weights

@@ -9,7 +9,7 @@ from fedvit.clients.host import FeatureCache
 from fedvit.config import Settings
 from fedvit.data.fleet import VirtualFleet
 from fedvit.evaluation.server_model import ServerModel
-from fedvit.models.models import build_model
+from fedvit.models.build import build_model
 from fedvit.models.vision import VisionModel
 from fedvit.ports import ServerModelPort
 from fedvit.tools.simulation.clients import SimulatedClients
