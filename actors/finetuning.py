@@ -14,7 +14,8 @@ from actors.spawn import connect, spawn_accountant
 from actors.trainer import absolute_paths, run_ranks
 from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
-from fedvit.data.sources import ImageSource, open_source
+from fedvit.data.records import ImageSource
+from fedvit.data.sources import open_source
 from fedvit.errors import StateError
 from fedvit.finetune.checkpoint import Checkpoint
 from fedvit.finetune.job import Outcome, Plan, plan_of, with_noise

@@ -7,7 +7,7 @@ aggregator validates every message again, because a sum cannot be taken apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from fedvit.config import Settings
 from fedvit.errors import UpdateRejectedError
 from fedvit.exact_sums import peak_of
 from fedvit.privacy.mechanism import ROUNDING, l2_norm
-from fedvit.types import Weights
+from fedvit.types import ClientOutcome, Weights
 from fedvit.updates import ClientFailures, ClientUpdate, EncodedUpdate, WeightedUpdate
 from fedvit.wire.updates import decode_update, encoding_of
 
@@ -60,10 +60,6 @@ class UpdateValidator:
             max_update_bytes=settings.training.validation.max_update_bytes,
         )
 
-    def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> UpdateValidator:
-        """The same validator for a model of these shapes."""
-        return replace(self, shapes=shapes)
-
     def decoded(self, update: EncodedUpdate) -> ClientUpdate | ClientFailures:
         """The client's answer, its outcome with the number of bytes and the encoding.
 
@@ -99,7 +95,7 @@ class UpdateValidator:
         return (
             self._fault_of_names(update)
             or self._fault_of_arrays(update, peak)
-            or self._fault_of_weight(update)
+            or self._fault_of_weight(update, contributors)
             or self._fault_of_norm(update, scale, peak)
         )
 
@@ -121,8 +117,7 @@ class UpdateValidator:
                 return f"its parameter {name!r} holds a value that is not finite"
         return None
 
-    def _fault_of_weight(self, update: WeightedUpdate) -> str | None:
-        contributors = [outcome for outcome in update.outcomes if outcome.error is None]
+    def _fault_of_weight(self, update: WeightedUpdate, contributors: Sequence[ClientOutcome]) -> str | None:
         weight = float(sum(o.num_examples for o in contributors) if self.by_examples else len(contributors))
         if update.total_weight != weight or not weight > 0:
             return f"its weight is {update.total_weight:g}, and that of its {len(contributors)} clients is {weight:g}"

@@ -169,8 +169,8 @@ def show_settings(options: Options) -> None:
 @local_command(data, "inspect", options=("config", "data", "assignments", "as_json"))
 def inspect_data(options: Options) -> None:
     """Classes, sizes, clients, label skew, duplicates and the content hash of the configured data set."""
-    from fedvit.data.fleet import VirtualFleet
     from fedvit.data.manifest import inspect
+    from fedvit.data.partition import VirtualFleet
 
     fleet = VirtualFleet.open(options.settings().data)
     print_facts(inspect(fleet.source, tuple(fleet.parts.values())), options.as_json)

@@ -132,7 +132,7 @@ def sweep(
     index.html, summary.json, and best.yaml, which `fedvit run --config` takes.
     """
     with interruptible():
-        from fedvit.data.fleet import VirtualFleet
+        from fedvit.data.partition import VirtualFleet
         from fedvit.tools.sweep.journal import Journal
         from fedvit.tools.sweep.space import plan_sweep, rungs_of
 

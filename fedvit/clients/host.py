@@ -19,7 +19,7 @@ from fedvit.clients.partial_aggregator import PartialAggregator, check_base, fai
 from fedvit.clients.update_encoder import UpdateEncoder
 from fedvit.clients.update_statistics import UpdateStatisticsMonitor
 from fedvit.config import Settings
-from fedvit.data.fleet import VirtualFleet
+from fedvit.data.partition import VirtualFleet
 from fedvit.data.records import ImageSource, Record, load_images
 from fedvit.drift.client import HistogramClient
 from fedvit.errors import UpdateRejectedError
@@ -129,17 +129,13 @@ class ClientHost:
         self._encoder = UpdateEncoder(settings.home, root_secret, settings.training.compression.top_k_fraction)
 
     def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
-        """Train each client from ``weights`` and sum their updates, or bundle them where the rule needs single updates.
+        """The sum of the clients' updates, or a bundle where the rule needs single updates.
 
         Updates are weighted as the rule says. Where the client is the privacy unit, each one is clipped before it is
-        summed and has weight 1. A client that fails, or whose update fails validation, is an outcome with the reason
-        and adds nothing to the sum.
+        summed and has weight 1. An update that fails validation counts as a failure of its client.
 
         Args:
             weights: the round's weights, and the rule's broadcast state.
-
-        Raises:
-            IntegrityError: the task, and therefore the noise, is for other weights.
         """
         this_round = self._begin(task, weights)
         answers = (self._monitored_answer(this_round, client_id) for client_id in sorted(client_ids))

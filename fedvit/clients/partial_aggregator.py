@@ -54,9 +54,7 @@ class PartialAggregator:
     def message(self) -> WeightedUpdate | UpdateBundle:
         """Everything that was added, as one message."""
         parts = tuple([*self._closed, self._end()] if self._outcomes or not self._closed else self._closed)
-        if len(parts) == 1:
-            return parts[0]
-        return UpdateBundle(self._task.round_index, parts)
+        return parts[0] if len(parts) == 1 else UpdateBundle(self._task.round_index, parts)
 
     def _begin(self) -> None:
         self._sums, self._outcomes = ExactSums(self._shapes), list[ClientOutcome]()

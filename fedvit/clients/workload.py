@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import ClassVar, TypeAlias, cast
+from typing import ClassVar, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramS
 
 _SEED_BYTES = 8
 _Answer: TypeAlias = tuple[ClientAnswer, float, float]
+_Part = TypeVar("_Part")
 
 
 class VirtualClients(ABC):
@@ -80,15 +81,11 @@ def client_host(settings: Settings) -> ClientHostPort:
     Raises:
         DataError, ModelError, ConfigError: a setting cannot be used.
     """
-    host: ClientHostPort
     if settings.workload.clients_class is not None:
-        host = WorkloadHost(settings)
-    else:
-        from fedvit.clients.host import vision_host
+        return limit_threads(settings, WorkloadHost(settings))
+    from fedvit.clients.host import vision_host
 
-        host = vision_host(settings)
-    limit_threads(settings)
-    return host
+    return limit_threads(settings, vision_host(settings))
 
 
 def server_model(settings: Settings) -> ServerModelPort:
@@ -97,15 +94,11 @@ def server_model(settings: Settings) -> ServerModelPort:
     Raises:
         DataError, ModelError, ConfigError: a setting cannot be used.
     """
-    model: ServerModelPort
     if settings.workload.clients_class is not None:
-        model = WorkloadModel(settings)
-    else:
-        from fedvit.evaluation.server_model import ServerModel
+        return limit_threads(settings, WorkloadModel(settings))
+    from fedvit.evaluation.server_model import ServerModel
 
-        model = ServerModel(settings)
-    limit_threads(settings)
-    return model
+    return limit_threads(settings, ServerModel(settings))
 
 
 def load_workload(settings: Settings) -> VirtualClients:
@@ -137,8 +130,7 @@ class WorkloadHost:
 
     def __init__(self, settings: Settings, clients: VirtualClients | None = None) -> None:
         self._clients = load_workload(settings) if clients is None else clients
-        self._settings = settings
-        self._rule = rule_for(settings)
+        self._settings, self._rule = settings, rule_for(settings)
         if type(self._rule.client) is not ClientHalf:
             raise ConfigError(
                 f"training.aggregation {self._rule.name!r} corrects local steps, which a workload takes itself.",
@@ -148,11 +140,6 @@ class WorkloadHost:
         self._scratch: dict[str, FloatArray] = {}
 
     def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
-        """See :class:`fedvit.ports.ClientHostPort`.
-
-        Raises:
-            IntegrityError: the task is for other weights.
-        """
         check_base(task, weights)
         validator = UpdateValidator.of(self._settings, self._rule, weights)
         # Lazy: the arrays of an answer are overwritten by the next client's.
@@ -246,7 +233,8 @@ def _no_export() -> ModelError:
     return ModelError("A workload's model has no export.", cure="Serve it yourself from its weights: `fedvit model`.")
 
 
-def limit_threads(settings: Settings) -> None:
-    """Set torch's threads to those that the settings give a proxy; with more threads than cores, torch is slow."""
+def limit_threads(settings: Settings, part: _Part) -> _Part:
+    """``part``, after torch's threads are set to those of a proxy; with more threads than cores, torch is slow."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(settings.ray.threads_per_proxy)
+    return part

@@ -29,12 +29,10 @@ def open_folder(config: DataConfig) -> TreeSource:
     tree = open_tree(required_path(config))
     if "train/" in tree.names:
         return _open_split_folder(tree)
-    fraction = test_fraction(config)
-    classes = subfolders(tree, "")
+    fraction, classes = test_fraction(config), subfolders(tree, "")
     if not classes:
-        raise DataError(
-            f"{tree} holds no class folder.", cure="Arrange it as train/<class>/<image> or <class>/<image>."
-        )
+        cure = "Arrange it as train/<class>/<image> or <class>/<image>."
+        raise DataError(f"{tree} holds no class folder.", cure=cure)
     for name in classes:
         if not images_below(tree, f"{name}/"):
             raise DataError(f"Class '{name}' in {tree} has no image.", cure="Add images to it or remove the folder.")
@@ -48,8 +46,7 @@ def _open_split_folder(tree: FileTree) -> TreeSource:
         raise DataError(f"{tree} has a folder train but neither test nor val.", cure="Add test/<class>/<image>.")
     classes = subfolders(tree, "train/")
     check_known(subfolders(tree, f"{test_folder}/"), classes, tree)
-    train = class_records(tree, "train/", classes)
-    test = class_records(tree, f"{test_folder}/", classes)
+    train, test = (class_records(tree, f"{folder}/", classes) for folder in ("train", test_folder))
     return checked(TreeSource("folder", classes, train, test, tree), tree)
 
 
@@ -64,9 +61,8 @@ def test_fraction(config: DataConfig) -> float:
     """Option ``test_fraction``; raises DataError if it is not a number between 0 and 1."""
     value = config.options.get("test_fraction", DEFAULT_TEST_FRACTION)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise DataError(
-            f"data.options.test_fraction is {value!r}.", cure="Set it to a number between 0 and 1, such as 0.2."
-        )
+        cure = "Set it to a number between 0 and 1, such as 0.2."
+        raise DataError(f"data.options.test_fraction is {value!r}.", cure=cure)
     return float(value)
 
 
@@ -91,8 +87,7 @@ def class_records(tree: FileTree, parent: str, classes: Sequence[str], prefix: s
 
 def check_known(test_classes: Iterable[str], classes: Sequence[str], place: object) -> None:
     """Raise DataError for the first test class without training images."""
-    unknown = sorted(set(test_classes) - set(classes))
-    if unknown:
+    if unknown := sorted(set(test_classes) - set(classes)):
         raise DataError(
             f"Class '{unknown[0]}' in {place} has test images but is unknown to training.",
             cure="Add training images of it or remove it from the test images.",

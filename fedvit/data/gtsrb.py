@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from fedvit.config import DataConfig
-from fedvit.data.folder import check_known, images_below, required_path
+from fedvit.data.folder import check_known, images_below, required_path, subfolders
 from fedvit.data.records import Record, TreeSource, check_options, checked
 from fedvit.data.trees import FileTree, FolderTree, JoinedTree, ZipTree, open_tree, prefix_before
 from fedvit.errors import DataError
@@ -34,12 +34,13 @@ def open_gtsrb(config: DataConfig) -> TreeSource:
     tree = _open_layout(required_path(config))
     prefix = prefix_before(tree.names, TRAIN)
     if prefix is None:
-        raise DataError(
-            f"{tree} holds no folder {TRAIN}.", cure="Set data.path to a folder or zip in the official GTSRB layout."
-        )
-    train_classes = {key: _class_of(key, tree) for key in _image_keys(tree, prefix, TRAIN)}
+        cure = "Set data.path to a folder or zip in the official GTSRB layout."
+        raise DataError(f"{tree} holds no folder {TRAIN}.", cure=cure)
+    folder_of = {key: key.removeprefix(TRAIN).split("/", 1)[0] for key in _image_keys(tree, prefix, TRAIN)}
+    train_classes = {key: _class_name(folder, tree) for key, folder in folder_of.items()}
     _check_train_csvs(tree, prefix)
-    classes = tuple(sorted({*train_classes.values(), *_class_folders(tree, prefix)}))
+    folders = {_class_name(folder, tree) for folder in subfolders(tree, prefix + TRAIN)}
+    classes = tuple(sorted({*train_classes.values(), *folders}))
     test_classes = _test_classes(tree, prefix)
     check_known(test_classes.values(), classes, tree)
     train = tuple(Record(key, classes.index(name), _track(key, name)) for key, name in train_classes.items())
@@ -60,16 +61,6 @@ def _open_layout(path: Path) -> FileTree:
 
 def _image_keys(tree: FileTree, prefix: str, parent: str) -> list[str]:
     return [name.removeprefix(prefix) for name in images_below(tree, prefix + parent)]
-
-
-def _class_folders(tree: FileTree, prefix: str) -> set[str]:
-    parent = prefix + TRAIN
-    folders = (n.removeprefix(parent)[:-1] for n in tree.names if n.startswith(parent) and n.endswith("/"))
-    return {_class_name(folder, tree) for folder in folders if folder and "/" not in folder}
-
-
-def _class_of(key: str, tree: FileTree) -> str:
-    return _class_name(key.removeprefix(TRAIN).split("/", 1)[0], tree)
 
 
 def _class_name(text: str, place: object) -> str:
@@ -122,8 +113,7 @@ def _find_test_csv(tree: FileTree) -> str:
 def _rows(tree: FileTree, name: str) -> Iterator[tuple[str, str]]:
     """(file name, class name) of each line of an annotation CSV."""
     try:
-        text = tree.read(name).decode("utf-8-sig")
-        rows = list(csv.DictReader(io.StringIO(text), delimiter=";"))
+        rows = list(csv.DictReader(io.StringIO(tree.read(name).decode("utf-8-sig")), delimiter=";"))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{name} in {tree} is no CSV: {error}.", cure="Fetch it again.") from None
     for line, row in enumerate(rows, start=2):

@@ -46,9 +46,8 @@ class ImportedSource:
         try:
             image, _ = self.dataset(part)[int(index)]
         except Exception as error:  # a foreign class may raise anything
-            raise DataError(
-                f"{self.name} cannot read {record.key}: {error}.", cure="Fetch the data set again."
-            ) from error
+            message = f"{self.name} cannot read {record.key}: {error}."
+            raise DataError(message, cure="Fetch the data set again.") from error
         return _png(image, f"{self.name} {record.key}")
 
     def dataset(self, part: int) -> _Dataset:
@@ -79,7 +78,10 @@ def open_import_path(config: DataConfig) -> ImportedSource:
     labels = [_labels(source.dataset(part), config.source) for part in range(len(calls))]
     source.classes, index_of = _classes(source.dataset(0), labels[0])
     check_known((str(label) for label in set(labels[-1]) - set(index_of)), (), config.source)
-    records = [_records(split, part, index_of) for split, part in zip(_SPLITS, labels, strict=False)]
+    records = [
+        tuple(Record(f"{split}/{i}", index_of[label]) for i, label in enumerate(part))
+        for split, part in zip(_SPLITS, labels, strict=False)
+    ]
     if len(records) == 1:
         source.train, source.test = hold_out(records[0], source.classes, test_fraction(config))
     else:
@@ -150,10 +152,6 @@ def _classes(dataset: _Dataset, labels: Sequence[int]) -> tuple[tuple[str, ...],
     if isinstance(names, list | tuple) and values and values[0] >= 0 and values[-1] < len(names):
         return tuple(str(name) for name in names), {i: i for i in range(len(names))}
     return tuple(str(label) for label in values), {label: i for i, label in enumerate(values)}
-
-
-def _records(split: str, labels: Sequence[int], index_of: Mapping[int, int]) -> tuple[Record, ...]:
-    return tuple(Record(f"{split}/{i}", index_of[label]) for i, label in enumerate(labels))
 
 
 def _png(image: Any, place: str) -> bytes:

@@ -45,10 +45,14 @@ def build_manifest(source: ImageSource) -> DataManifest:
     Raises:
         DataError: a file cannot be read.
     """
-    train_hashes = [_hash(source, record) for record in source.train]
-    test_hashes = [_hash(source, record) for record in source.test]
-    lines = _lines("train", source.train, train_hashes) + _lines("test", source.test, test_hashes)
-    train_set = set(train_hashes)
+    lines: list[str] = []
+    hashes: dict[str, list[str]] = {"train": [], "test": []}
+    for split, records in (("train", source.train), ("test", source.test)):
+        for r in records:
+            hashes[split].append(hashlib.sha256(source.read(r)).hexdigest())
+            # JSON, so that different records never give the same line.
+            lines.append(json.dumps([split, r.key, r.label, r.unit, hashes[split][-1]]))
+    train_set = set(hashes["train"])
     return DataManifest(
         name=source.name,
         classes=source.classes,
@@ -57,7 +61,7 @@ def build_manifest(source: ImageSource) -> DataManifest:
         train_counts=class_counts(source.train, len(source.classes)),
         test_counts=class_counts(source.test, len(source.classes)),
         digest=hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
-        duplicates=sum(digest in train_set for digest in test_hashes),
+        duplicates=sum(digest in train_set for digest in hashes["test"]),
     )
 
 
@@ -67,23 +71,13 @@ def class_counts(records: Sequence[Record], num_classes: int) -> tuple[int, ...]
     return tuple(counts[label] for label in range(num_classes))
 
 
-def _hash(source: ImageSource, record: Record) -> str:
-    return hashlib.sha256(source.read(record)).hexdigest()
-
-
-def _lines(split: str, records: Sequence[Record], hashes: Sequence[str]) -> list[str]:
-    # JSON, so that different records never give the same line.
-    return [json.dumps([split, r.key, r.label, r.unit, digest]) for r, digest in zip(records, hashes, strict=True)]
-
-
 def inspect(source: ImageSource, parts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Statistics of a data set and its partition, as JSON types. Image sizes are in pixels, of an even sample.
 
     Raises:
         DataError: an image cannot be read or decoded; the message names its key.
     """
-    manifest = build_manifest(source)
-    facts = asdict(manifest)
+    facts = asdict(build_manifest(source))
     train_counts, test_counts = facts.pop("train_counts"), facts.pop("test_counts")
     return {
         **facts,
@@ -108,10 +102,8 @@ def _size(source: ImageSource, record: Record) -> tuple[int, int]:
         with Image.open(io.BytesIO(source.read(record)), formats=FORMATS) as image:
             return image.size
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{record.key} of {source.name} is no readable image: {type(error).__name__}.",
-            cure="Replace or remove the file.",
-        ) from None
+        message = f"{record.key} of {source.name} is no readable image: {type(error).__name__}."
+        raise DataError(message, cure="Replace or remove the file.") from None
 
 
 def _spread(values: Sequence[int]) -> dict[str, float]:
@@ -119,10 +111,7 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
 
 
 def _units(records: Sequence[Record]) -> dict[str, Any] | None:
-    sizes: dict[str, int] = {}
-    for record in records:
-        if record.unit is not None:
-            sizes[record.unit] = sizes.get(record.unit, 0) + 1
+    sizes = Counter(record.unit for record in records if record.unit is not None)
     return {"count": len(sizes), "records_per_unit": _spread(list(sizes.values()))} if sizes else None
 
 

@@ -1,21 +1,77 @@
-"""Partition of the training records among virtual clients: pure and deterministic functions."""
+"""Partition of the training records among virtual clients, and the virtual fleet: deterministic in every process."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from fedvit.config import PartitionConfig
-from fedvit.data.records import Record
+from fedvit.config import DataConfig, PartitionConfig
+from fedvit.data.records import ImageSource, Record
+from fedvit.data.sources import open_source
 from fedvit.errors import DataError
+from fedvit.types import Client, ClientKind
 
 # A redraw keeps the distribution of the scheme; moving records distorts it, so it is done last.
 _MAX_DRAWS = 100
 
 _Parts = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualFleet:
+    """A data set and its partition; implements :class:`fedvit.clients.host.ClientRecords`."""
+
+    source: ImageSource
+    parts: dict[str, tuple[int, ...]]
+    """Indices into ``source.train`` by client id."""
+
+    @classmethod
+    def open(cls, config: DataConfig) -> VirtualFleet:
+        """Partition the training records of the configured data set; equal settings give an equal fleet.
+
+        Raises:
+            DataError: the data set cannot be read, or cannot be partitioned as configured.
+        """
+        source = open_source(config)
+        parts = partition(source.train, len(source.classes), config.partition)
+        width = max(2, len(str(len(parts) - 1)))
+        return cls(source, {f"vehicle-{i:0{width}d}": part for i, part in enumerate(parts)})
+
+    def records(self, client_id: str) -> tuple[Record, ...]:
+        """The records of one client."""
+        return tuple(self.source.train[i] for i in self.parts[client_id])
+
+    def check_disjoint(self) -> None:
+        """Check that no two clients have an equal image: it would lose privacy twice and be charged once.
+
+        Raises:
+            DataError: two clients have, both records and clients are named; or an image cannot be read.
+        """
+        first: dict[str, tuple[str, str]] = {}
+        for client_id, part in self.parts.items():
+            for record in (self.source.train[i] for i in part):
+                content = hashlib.sha256(self.source.read(record)).hexdigest()
+                holder, key = first.setdefault(content, (client_id, record.key))
+                if holder != client_id:
+                    raise DataError(
+                        f"{record.key} of {client_id} and {key} of {holder} are the same image: a record in two "
+                        "clients loses twice the privacy that it is charged.",
+                        cure="Remove one of the two, or partition by natural units that contain both.",
+                    )
+
+    def parts_digest(self) -> str:
+        """SHA-256 of the partition, hex; it differs after a change even if the settings are equal."""
+        return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
+
+    def clients(self) -> list[Client]:
+        """The fleet as clients to register."""
+        return [Client(name, ClientKind.VIRTUAL, num_examples=len(part)) for name, part in self.parts.items()]
 
 
 def partition(records: Sequence[Record], num_classes: int, config: PartitionConfig) -> tuple[tuple[int, ...], ...]:
@@ -31,27 +87,17 @@ def partition(records: Sequence[Record], num_classes: int, config: PartitionConf
     """
     if config.seed < 0:
         raise DataError(f"data.partition.seed is {config.seed}.", cure="Set it to zero or more.")
-    _check_enough(len(records), config)
-    rng = np.random.default_rng(config.seed)
-    parts = _SCHEMES[config.scheme](records, num_classes, config, rng)
-    _check_exact_cover(parts, len(records))
-    return tuple(tuple(sorted(part)) for part in parts)
-
-
-def _check_enough(num_records: int, config: PartitionConfig) -> None:
     needed = config.clients * config.min_examples
-    if num_records < needed:
+    if len(records) < needed:
         raise DataError(
-            f"{num_records} training records are too few for {config.clients} clients with at least "
+            f"{len(records)} training records are too few for {config.clients} clients with at least "
             f"{config.min_examples} each ({needed}).",
             cure="Lower data.partition.clients or data.partition.min_examples.",
         )
-
-
-def _check_exact_cover(parts: _Parts, num_records: int) -> None:
-    assigned = sorted(index for part in parts for index in part)
-    if assigned != list(range(num_records)):
+    parts = _SCHEMES[config.scheme](records, num_classes, config, np.random.default_rng(config.seed))
+    if sorted(index for part in parts for index in part) != list(range(len(records))):
         raise AssertionError("a record is assigned to no client or to two: privacy per client would not hold")
+    return tuple(tuple(sorted(part)) for part in parts)
 
 
 def _iid(records: Sequence[Record], num_classes: int, config: PartitionConfig, rng: np.random.Generator) -> _Parts:
@@ -109,10 +155,8 @@ def _shard(records: Sequence[Record], num_classes: int, config: PartitionConfig,
 def _natural(records: Sequence[Record], num_classes: int, config: PartitionConfig, rng: np.random.Generator) -> _Parts:
     units = _units(records)
     if len(units) < config.clients:
-        raise DataError(
-            f"{len(units)} units cannot be divided among {config.clients} clients.",
-            cure="Lower data.partition.clients.",
-        )
+        message = f"{len(units)} units cannot be divided among {config.clients} clients."
+        raise DataError(message, cure="Lower data.partition.clients.")
     for _ in range(_MAX_DRAWS):
         order = rng.permutation(len(units))
         parts = [[i for u in order[c :: config.clients] for i in units[u]] for c in range(config.clients)]

@@ -99,11 +99,9 @@ def checked(source: _Source, place: object) -> _Source:
     if not source.train:
         raise DataError(f"{place} holds no training image.", cure="Put at least one image into every class.")
     present = {record.label for record in source.train}
-    empty = [name for label, name in enumerate(source.classes) if label not in present]
-    if empty:
-        raise DataError(
-            f"Class '{empty[0]}' in {place} has no training image.", cure="Add images to it or remove the class."
-        )
+    if empty := [name for label, name in enumerate(source.classes) if label not in present]:
+        cure = "Add images to it or remove the class."
+        raise DataError(f"Class '{empty[0]}' in {place} has no training image.", cure=cure)
     if not source.test:
         raise DataError(f"{place} holds no test image.", cure="Add test images: the model is evaluated on them.")
     return source
@@ -111,7 +109,6 @@ def checked(source: _Source, place: object) -> _Source:
 
 def check_options(source: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:
     """Raise DataError for an option that ``source`` does not have."""
-    unknown = sorted(set(options) - set(allowed))
-    if unknown:
+    if unknown := sorted(set(options) - set(allowed)):
         cure = f"It knows: {', '.join(allowed)}." if allowed else "It has no options: leave data.options out."
         raise DataError(f"Data source '{source}' has no option '{unknown[0]}'.", cure=cure)

@@ -8,11 +8,9 @@ from fedvit.config import DataConfig
 from fedvit.data.folder import open_folder
 from fedvit.data.gtsrb import open_gtsrb
 from fedvit.data.import_path import open_import_path
-from fedvit.data.records import ImageSource, Record
+from fedvit.data.records import ImageSource
 from fedvit.data.traffic_lights import open_traffic_lights
 from fedvit.errors import DataError
-
-__all__ = ["ImageSource", "Record", "open_source"]
 
 _OPENERS: dict[str, Callable[[DataConfig], ImageSource]] = {
     "traffic-lights": open_traffic_lights,
@@ -31,8 +29,5 @@ def open_source(config: DataConfig) -> ImageSource:
         return opener(config)
     if "." in config.source:
         return open_import_path(config)
-    allowed = ", ".join(_OPENERS)
-    raise DataError(
-        f"There is no data source '{config.source}'.",
-        cure=f"Use one of: {allowed}, or an import path such as torchvision.datasets.CIFAR10.",
-    )
+    cure = f"Use one of: {', '.join(_OPENERS)}, or an import path such as torchvision.datasets.CIFAR10."
+    raise DataError(f"There is no data source '{config.source}'.", cure=cure)

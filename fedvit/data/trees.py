@@ -48,9 +48,8 @@ class FolderTree:
         try:
             return (self.root / name).read_bytes()
         except OSError as error:
-            raise DataError(
-                f"{self.root / name} cannot be read: {error.strerror}.", cure="Restore the file or mend its rights."
-            ) from None
+            message = f"{self.root / name} cannot be read: {error.strerror}."
+            raise DataError(message, cure="Restore the file or mend its rights.") from None
 
     def __str__(self) -> str:
         return str(self.root)
@@ -102,9 +101,8 @@ class ZipTree:
         try:
             return self._handle().read(name)
         except (KeyError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise DataError(
-                f"{name} in {self.path} cannot be read: {error}.", cure="Fetch or build the zip again."
-            ) from None
+            message = f"{name} in {self.path} cannot be read: {error}."
+            raise DataError(message, cure="Fetch or build the zip again.") from None
 
     def _handle(self) -> zipfile.ZipFile:
         # A handle inherited by a forked child would share its file offset.
@@ -129,9 +127,8 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path} is no readable zip: {error}.", cure="Fetch it again, or unpack it and name the folder."
-        ) from None
+        cure = "Fetch it again, or unpack it and name the folder."
+        raise DataError(f"{path} is no readable zip: {error}.", cure=cure) from None
 
 
 @dataclass(frozen=True, slots=True)

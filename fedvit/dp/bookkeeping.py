@@ -48,13 +48,11 @@ class BookKeeping(PerExampleGradients):
         # Autocast would round the norms as well.
         with torch.autocast(features.device.type, enabled=False):
             loss.backward()
-            self._refuse_unrecorded()
+            # A gradient from autograd itself shows that the interceptor missed a call.
+            for name, parameter in self.parameters.items():
+                if parameter.grad is not None:
+                    self.clear()
+                    reason = f"{name} is applied to examples where book-keeping cannot observe it"
+                    raise no_gradients(self.engine, reason)
             recorder.finalize()
         return recorder
-
-    def _refuse_unrecorded(self) -> None:
-        """A gradient from autograd itself shows that the interceptor missed a call."""
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                self.clear()
-                raise no_gradients(self.engine, f"{name} is applied to examples where book-keeping cannot observe it")

@@ -76,12 +76,6 @@ class PerExampleGradients(ABC):
         gradients = torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
         return dict(zip(self.parameters, gradients, strict=True))
 
-    @torch.no_grad()
-    def least_likely(self, features: Tensor) -> Tensor:
-        """The least likely class [B] of each example: labels whose gradients are well above rounding errors."""
-        logits: Tensor = self.module(features)
-        return logits.argmin(dim=1)
-
     def clear(self) -> None:
         """Delete all gradients, including those that a failed pass left behind."""
         for parameter in self.parameters.values():

@@ -208,22 +208,15 @@ def _layer_norm(
         raise _NotRecordable
     if tuple(normalized_shape) != tuple(input.shape[-1:]):
         raise _NotRecordable
-    keys = (interceptor.key(weight), interceptor.key(bias))
-    anchor = recorder.anchor
+    anchor, keys = recorder.anchor, (interceptor.key(weight), interceptor.key(bias))
     outputs: Tensor = RecordedLayerNorm.apply(anchor, input, weight.detach(), _detached(bias), eps, recorder, keys)
     return outputs
 
 
 def _rms_norm(
-    interceptor: OpInterceptor,
-    func: Any,
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor,
-    eps: float | None = None,
+    interceptor: OpInterceptor, _: Any, input: Tensor, normalized_shape: Any, weight: Tensor, eps: float | None = None
 ) -> Tensor:
-    normed = functional.rms_norm(input, normalized_shape, None, eps)
-    return normed * interceptor.expand(weight, input)
+    return functional.rms_norm(input, normalized_shape, None, eps) * interceptor.expand(weight, input)
 
 
 def _group_norm(

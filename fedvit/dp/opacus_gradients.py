@@ -40,8 +40,12 @@ class OpacusGradients(PerExampleGradients):
 
     def __init__(self, body: Body, prefix: str) -> None:
         super().__init__(body, prefix)
-        _train_mode_where_trained(self.module)
-        _refuse_buffers(self.module, prefix)
+        for name, part in self.module.named_modules():
+            # Opacus handles modules in train mode only; all others (dropout, frozen norms) must stay deterministic.
+            part.training = any(p.requires_grad for p in part.parameters(recurse=False))
+            # A buffer may carry one example into another. Opacus refuses it too, but prints the whole layer.
+            if part.training and any(True for _ in part.buffers()):
+                raise no_gradients(self.engine, f"{prefix}{name} has both trainable parameters and buffers")
         self._wrapped = GradSampleModule(self.module, loss_reduction="sum", strict=True)
 
     def samples(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -100,16 +104,3 @@ def _quiet_hooks() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         yield
-
-
-def _train_mode_where_trained(module: nn.Module) -> None:
-    """Opacus handles modules in train mode only; all others (dropout, frozen norms) must stay deterministic."""
-    for part in module.modules():
-        part.training = any(p.requires_grad for p in part.parameters(recurse=False))
-
-
-def _refuse_buffers(module: nn.Module, prefix: str) -> None:
-    """A buffer may carry one example into another. Opacus refuses it too, but prints the whole layer."""
-    for name, part in module.named_modules():
-        if part.training and any(True for _ in part.buffers()):
-            raise no_gradients(OpacusGradients.engine, f"{prefix}{name} has both trainable parameters and buffers")

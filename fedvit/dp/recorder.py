@@ -141,7 +141,7 @@ class GradientRecorder:
             else:
                 self.add(layer.weight, record.materialized())
         if bias is not None:
-            self.add(bias, at_least_single(sum_of_tokens(outputs)))
+            self.add(bias, at_least_single(outputs.sum(dim=1)))
 
     def missing(self) -> list[str]:
         """The parameters that no gradient was recorded for."""
@@ -154,21 +154,30 @@ class GradientRecorder:
         Gradients of derived values are propagated to their parameters, and a parameter that was used more than once is
         materialized, because norms of sums need the cross terms.
         """
-        self._backpropagate_derived()
+        own = self._values[: len(self._names)]
+        for key in [key for key in self._materialized if key >= len(self._names)]:
+            derived = self._values[key]
+            gradients = self._materialized.pop(key).to(derived.dtype)
+            propagated = torch.autograd.grad(
+                derived, own, gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+            for own_key, gradient in enumerate(propagated):
+                if gradient is not None:
+                    self.add(own_key, gradient)
         uses = Counter(list(self._materialized))
         for record in self._linear:
             uses.update(key for key in (record.weight, record.bias) if key is not None)
         remaining = []
         for record in self._linear:
             if record.bias is not None and uses[record.bias] > 1:
-                self.add(record.bias, sum_of_tokens(record.outputs))
+                self.add(record.bias, record.outputs.sum(dim=1))
                 record.bias = None
             if uses[record.weight] == 1:
                 remaining.append(record)
                 continue
             self.add(record.weight, record.materialized())
             if record.bias is not None:
-                self.add(record.bias, sum_of_tokens(record.outputs))
+                self.add(record.bias, record.outputs.sum(dim=1))
         self._linear = remaining
 
     def norms(self) -> Tensor:
@@ -202,27 +211,6 @@ class GradientRecorder:
             # An explicit size instead of -1, which fails for zero examples.
             sums[key] = factors @ selected.reshape(len(selected), self._values[key].numel())
         return {n: sums[key].reshape(self._values[key].shape) for key, n in enumerate(self._names) if key in sums}
-
-    def _backpropagate_derived(self) -> None:
-        own = self._values[: len(self._names)]
-        for key in [key for key in self._materialized if key >= len(self._names)]:
-            gradients = self._materialized.pop(key)
-            propagated = torch.autograd.grad(
-                self._values[key],
-                own,
-                gradients.to(self._values[key].dtype),
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
-            for own_key, gradient in enumerate(propagated):
-                if gradient is not None:
-                    self.add(own_key, gradient)
-
-
-def sum_of_tokens(outputs: Tensor) -> Tensor:
-    """[B, T, p] to [B, p]."""
-    return outputs.sum(dim=1)
 
 
 def _gram_rows(inputs: Tensor, outputs: Tensor, ones: float, first: int, last: int) -> Tensor:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedvit.data.records import load_images
-from fedvit.data.sources import ImageSource, Record
+from fedvit.data.records import ImageSource, Record, load_images
 from fedvit.drift.measures import ClientRecords, Counts, Floats, embeddings_of, filtered, noised_histogram, risk_of
 from fedvit.errors import DataError
 from fedvit.models.vision import FEATURE_BATCH, VisionModel

@@ -67,12 +67,8 @@ class ServerModel:
             content = export_variant(self._model, variant, self._image_size)
             size = complexity(make_variant(self._model, variant))
         predicted = time_onnx(content, self._images)[0].argmax(axis=1)
-        return ExportedModel(
-            content,
-            agreement=float(np.mean(predicted == reference)),
-            accuracy=float(np.mean(predicted == self._labels)),
-            complexity=size,
-        )
+        agreement, accuracy = float(np.mean(predicted == reference)), float(np.mean(predicted == self._labels))
+        return ExportedModel(content, agreement=agreement, accuracy=accuracy, complexity=size)
 
     def benchmark(self, content: bytes, limit: int | None = None) -> ModelBenchmark:
         """Run an exported model on held-out images, spread evenly over the data set."""

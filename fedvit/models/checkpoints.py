@@ -30,19 +30,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"The checkpoint {path} cannot be read: {type(error).__name__}.",
             cure="Set model.checkpoint to an intact safetensors file, or a .pth file of tensors only.",
         ) from error
-    tensors = _unwrap(content)
-    if not tensors:
-        raise ModelError(f"The checkpoint {path} holds no tensors by name.", cure="Save a state_dict into it.")
-    return tensors
-
-
-def _unwrap(content: object) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping):
-        return {}
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    entries = content.items() if isinstance(content, Mapping) else ()
+    tensors = {str(name): value for name, value in entries if isinstance(value, Tensor)}
+    if not tensors:
+        raise ModelError(f"The checkpoint {path} holds no tensors by name.", cure="Save a state_dict into it.")
+    return tensors
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
@@ -57,8 +52,6 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: object)
         raise ModelError(f"The checkpoint {source} {fault} {name}.", cure="Use a checkpoint of this very model.")
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
-            raise ModelError(
-                f"In the checkpoint {source}, {name} has shape {list(state[name].shape)}.",
-                cure=f"The model needs {list(tensor.shape)}.",
-            )
+            message = f"In the checkpoint {source}, {name} has shape {list(state[name].shape)}."
+            raise ModelError(message, cure=f"The model needs {list(tensor.shape)}.")
     module.load_state_dict(dict(state))

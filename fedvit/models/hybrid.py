@@ -81,7 +81,9 @@ class HybridBody(Body):
         super().__init__()
         self.embed = nn.Linear(channels, config.width)
         self.position = PositionEmbedding(side, side, config.width, _POSITION_SCALE)
-        self.blocks = nn.Sequential(*(_block(config) for _ in range(config.depth)))
+        mlp, start = config.mlp_ratio, config.layer_scale_init
+        options = {"mlp_ratio": mlp, "qkv_bias": True, "init_values": start, "norm_layer": nn.LayerNorm}
+        self.blocks = nn.Sequential(*(Block(config.width, config.heads, **options) for _ in range(config.depth)))
         self.pool = BandPool(side, side, config.pooling_bands)
         pooled = config.pooling_bands * config.width
         self.unit = UnitScale(pooled)
@@ -98,18 +100,6 @@ class HybridBody(Body):
         tokens = self.blocks(self.position(tokens))
         logits: Tensor = self.head(self.unit(self.pool(tokens)))
         return logits
-
-
-def _block(config: HybridConfig) -> nn.Module:
-    block: nn.Module = Block(
-        config.width,
-        config.heads,
-        mlp_ratio=config.mlp_ratio,
-        qkv_bias=True,
-        init_values=config.layer_scale_init,
-        norm_layer=nn.LayerNorm,
-    )
-    return block
 
 
 def build_hybrid(config: ModelConfig, num_classes: int, image_size: int) -> tuple[nn.Module, Body]:

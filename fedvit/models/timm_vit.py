@@ -20,6 +20,7 @@ from fedvit.models.layers import Body, HeadBody, Normalise
 _VIT_MODULES = frozenset(
     {"vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "beit", "eva", "swin_transformer"}
 )
+_SIZE_CURE = "Choose a data.image_size that is a multiple of the model's patch size."
 
 
 class TimmBody(Body):
@@ -85,23 +86,18 @@ def _check_name(name: str) -> None:
 
 def _create(config: ModelConfig, num_classes: int, image_size: int) -> Any:
     download = config.pretrained and config.checkpoint is None
-    options = {"num_classes": num_classes, "img_size": image_size}
     try:
-        return timm.create_model(config.name, pretrained=download, **options)
+        return timm.create_model(config.name, pretrained=download, num_classes=num_classes, img_size=image_size)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
         raise _no_vit(config.name) from error
     except Exception as error:  # the hub client, the HTTP client and timm raise different types
         if not download:
-            raise ModelError(
-                f"timm cannot build '{config.name}' for {image_size} pixels: {_first_line(error)}.",
-                cure="Choose a data.image_size that is a multiple of the model's patch size.",
-            ) from error
-        raise ModelError(
-            f"The pretrained weights of '{config.name}' cannot be downloaded: {_first_line(error)}.",
-            cure="Set model.checkpoint to a local file, or model.pretrained: false.",
-        ) from error
+            message = f"timm cannot build '{config.name}' for {image_size} pixels: {_first_line(error)}."
+            raise ModelError(message, cure=_SIZE_CURE) from error
+        message = f"The pretrained weights of '{config.name}' cannot be downloaded: {_first_line(error)}."
+        raise ModelError(message, cure="Set model.checkpoint to a local file, or model.pretrained: false.") from error
 
 
 def _no_vit(name: str) -> ModelError:
@@ -117,10 +113,8 @@ def _load_checkpoint(vit: Any, config: ModelConfig) -> None:
     try:
         state = convert(state, vit) if convert else state
     except Exception as error:  # timm's converters expect all keys
-        raise ModelError(
-            f"The checkpoint {config.checkpoint} is no '{config.name}': {_first_line(error)}.",
-            cure="Use a checkpoint of this very model.",
-        ) from error
+        message = f"The checkpoint {config.checkpoint} is no '{config.name}': {_first_line(error)}."
+        raise ModelError(message, cure="Use a checkpoint of this very model.") from error
     load_exactly(vit, _with_own_head(vit, state), config.checkpoint)
 
 
@@ -133,16 +127,15 @@ def _with_own_head(vit: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_size(name: str, vit: Any, normalise: Normalise, image_size: int) -> None:
-    cure = "Choose a data.image_size that is a multiple of the model's patch size."
     patch = max(getattr(vit.patch_embed, "patch_size", (1, 1)))
     if image_size % patch:
-        raise ModelError(f"'{name}' cuts images of {image_size} pixels into patches of {patch}.", cure=cure)
+        raise ModelError(f"'{name}' cuts images of {image_size} pixels into patches of {patch}.", cure=_SIZE_CURE)
     try:
         with torch.no_grad():
             vit.eval()(normalise(torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8)))
     except (AssertionError, RuntimeError, ValueError) as error:
         message = f"'{name}' cannot take images of {image_size} pixels: {_first_line(error)}."
-        raise ModelError(message, cure=cure) from error
+        raise ModelError(message, cure=_SIZE_CURE) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -46,10 +46,8 @@ def _add_adapters(model: VisionModel, rank: int, seed: int) -> None:
         if "blocks" in name.split(".") and name.endswith(_ADAPTED) and isinstance(module, nn.Linear)
     ]
     if not linears:
-        raise ModelError(
-            "The model has no attention projection that an adapter could be put on.",
-            cure="Choose trainable 'all' or 'head'.",
-        )
+        message = "The model has no attention projection that an adapter could be put on."
+        raise ModelError(message, cure="Choose trainable 'all' or 'head'.")
     for name, _ in linears:
         attention: Any = model.body.get_submodule(name.rpartition(".")[0])
         if hasattr(attention, "qkv_bias_separate"):
@@ -100,10 +98,8 @@ def load_weights(parameters: dict[str, nn.Parameter], weights: Weights) -> None:
         raise ModelError(f"{name} {fault}.", cure="Use weights of the same model configuration.")
     for name, parameter in parameters.items():
         if tuple(weights[name].shape) != tuple(parameter.shape):
-            raise ModelError(
-                f"{name} has shape {list(weights[name].shape)} in the weights.",
-                cure=f"This model needs {list(parameter.shape)}.",
-            )
+            message = f"{name} has shape {list(weights[name].shape)} in the weights."
+            raise ModelError(message, cure=f"This model needs {list(parameter.shape)}.")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))

@@ -9,7 +9,7 @@ round. The first one counts, and it stays until the client has another task, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -234,8 +234,8 @@ class RemoteWork:
     def _fault(self, offer: Offer, content: bytes) -> str | None:
         """The fault that update validation finds, if any."""
         rule, sizes = rule_for(self._settings), {offer.client_id: offer.num_examples}
-        shapes = self._shapes(offer.task.base_digest)
-        validator = UpdateValidator.of(self._settings, rule, {}, sizes).with_shapes(shapes)
+        validator = UpdateValidator.of(self._settings, rule, {}, sizes)
+        validator = replace(validator, shapes=self._shapes(offer.task.base_digest))
         try:
             update = validator.decoded(offer.answer(content))
             return None if isinstance(update, ClientFailures) else validator.fault_of(update)

@@ -47,8 +47,8 @@ def check_training(settings: Settings) -> Callable[[], None]:
         DataError: an image cannot be read, or the data is of no use.
         ModelError: the model cannot be built or exported.
     """
-    from fedvit.data.fleet import VirtualFleet
     from fedvit.data.manifest import build_manifest
+    from fedvit.data.partition import VirtualFleet
     from fedvit.data.records import load_images
     from fedvit.store.store import Store
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
-from fedvit.data.fleet import VirtualFleet
+from fedvit.data.partition import VirtualFleet
 from fedvit.data.records import load_images
 from fedvit.drift.client import embedded
 from fedvit.drift.comparison import Comparison, compare

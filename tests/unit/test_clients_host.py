@@ -17,7 +17,7 @@ from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.client_state import ClientState
 from fedvit.clients.host import ClientHost, vision_host
 from fedvit.config import CompressionConfig, Settings
-from fedvit.data.fleet import VirtualFleet
+from fedvit.data.partition import VirtualFleet
 from fedvit.errors import IntegrityError
 from fedvit.models.build import build_model
 from fedvit.models.trainable import load_trainable_weights, trainable_weights

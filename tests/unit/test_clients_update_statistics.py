@@ -16,7 +16,7 @@ from PIL import Image
 from fedvit.clients.host import FeatureCache
 from fedvit.clients.update_statistics import UpdateStatisticsMonitor, largest_norm, step_deviation
 from fedvit.config import FaultConfig, Settings
-from fedvit.data.fleet import VirtualFleet
+from fedvit.data.partition import VirtualFleet
 from fedvit.drift.quality import concerns_by_client, score_of
 from fedvit.models.build import build_model
 from fedvit.models.trainable import trainable_weights

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fedvit.config import DataConfig, PartitionConfig
-from fedvit.data.fleet import VirtualFleet
+from fedvit.data.partition import VirtualFleet
 from fedvit.errors import DataError
 
 

@@ -12,8 +12,8 @@ from rich.console import Console, Group
 from rich.progress import Progress
 
 from fedvit.config import Settings
-from fedvit.data.fleet import VirtualFleet
 from fedvit.data.manifest import build_manifest
+from fedvit.data.partition import VirtualFleet
 from fedvit.errors import NotFoundError
 from fedvit.evaluation.server_model import ServerModel
 from fedvit.ports import SystemUrls

@@ -10,7 +10,7 @@ import torch
 from fedvit.clients.host import ClientData, ClientDataSource, ClientHost, FeatureCache, vision_host
 from fedvit.clients.local import PlainTrainer
 from fedvit.config import Settings
-from fedvit.data.fleet import VirtualFleet
+from fedvit.data.partition import VirtualFleet
 from fedvit.models.build import build_model
 from fedvit.models.vision import VisionModel
 from fedvit.tools.simulation.faults import Faults

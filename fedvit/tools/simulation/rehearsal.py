@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from fedvit.config import Settings
-from fedvit.data.fleet import VirtualFleet
+from fedvit.data.partition import VirtualFleet
 from fedvit.errors import ConfigError, StateError
 from fedvit.ports import ClientHostPort
 from fedvit.tools.simulation.faults import Faults
@@ -63,9 +63,7 @@ def rehearsed_host(settings: Settings) -> ClientHostPort:
     from fedvit.clients.workload import limit_threads
     from fedvit.tools.simulation.clients import faulty_host
 
-    host = faulty_host(settings, _faults(settings), (settings.home / ACTIVE_FILE).exists)
-    limit_threads(settings)
-    return host
+    return limit_threads(settings, faulty_host(settings, _faults(settings), (settings.home / ACTIVE_FILE).exists))
 
 
 def _faults(settings: Settings) -> Faults:

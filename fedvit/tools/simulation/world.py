@@ -7,7 +7,7 @@ from typing import Protocol
 
 from fedvit.clients.host import FeatureCache
 from fedvit.config import Settings
-from fedvit.data.fleet import VirtualFleet
+from fedvit.data.partition import VirtualFleet
 from fedvit.evaluation.server_model import ServerModel
 from fedvit.models.build import build_model
 from fedvit.models.vision import VisionModel
