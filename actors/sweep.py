@@ -47,16 +47,13 @@ class TrialWorker:
         self._trials = WarmTrials(_open_world, secret)
 
     def begin(self, trial: Mapping[str, Any], rungs: Sequence[int]) -> bool:
-        """See :meth:`fedvit.tools.sweep.trial.WarmTrials.begin`."""
         settings = settings_from_json(trial["settings"])
         return self._trials.begin(TrialPlan(trial["trial_id"], trial["parameters"], settings), rungs)
 
     def advance(self, trial_id: str) -> TrialOutcome:
-        """See :meth:`fedvit.tools.sweep.trial.WarmTrials.advance`."""
         return self._trials.advance(trial_id)
 
     def abandon(self, trial_id: str) -> None:
-        """See :meth:`fedvit.tools.sweep.trial.WarmTrials.abandon`."""
         self._trials.abandon(trial_id)
 
 

@@ -92,7 +92,6 @@ class RaySystem:
         return finetune(self._settings, on_step)
 
     def sweep(self, folder: Path, on_trial: Callable[[TrialOutcome], None]) -> None:
-        """See :meth:`fedvit.ports.SystemPort.sweep`."""
         import ray
 
         from actors.spawn import connect, spawn_trial_workers

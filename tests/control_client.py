@@ -60,6 +60,6 @@ class Through(httpx.BaseTransport):
 def route_of(request: httpx.Request, known: Collection[str]) -> str:
     """The route that a request finds; one with fewer placeholders goes first."""
     asked = f"{request.method} {request.url.path}"
-    found = [route for route in known if re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(route)), asked)]
-    assert found, f"{asked} is no route"
-    return min(found, key=lambda route: route.count("{"))
+    results = [route for route in known if re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(route)), asked)]
+    assert results, f"{asked} is no route"
+    return min(results, key=lambda route: route.count("{"))

@@ -113,8 +113,8 @@ class Site:
         }
         answer = self.http.post(BREACH, json=body, headers=self.bearer)
         assert answer.status_code == 200, answer.text
-        told: JsonObject = answer.json()
-        return told
+        result: JsonObject = answer.json()
+        return result
 
     def stand_down(self, incident: str) -> Any:
         body = {"incident_id": incident, "justification": "The leak is closed."}

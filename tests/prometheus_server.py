@@ -29,16 +29,16 @@ class PrometheusServer:
         """The instant vector of an expression; it must be good PromQL."""
         answer = httpx.get(f"{self._url}/api/v1/query", params={"query": expression}, timeout=10, trust_env=False)
         assert answer.is_success, answer.text
-        found: list[dict[str, Any]] = answer.json()["data"]["result"]
-        return found
+        results: list[dict[str, Any]] = answer.json()["data"]["result"]
+        return results
 
     def await_that(self, expression: str, wanted: Callable[[list[dict[str, Any]]], Any] = bool) -> list[dict[str, Any]]:
         """The first answer that is as wanted; scrapes and evaluations take a moment."""
         deadline_s = time.monotonic() + PATIENCE_S
-        while not wanted(found := self.query(expression)):
-            assert time.monotonic() < deadline_s, f"{expression}: at last {found}"
+        while not wanted(result := self.query(expression)):
+            assert time.monotonic() < deadline_s, f"{expression}: at last {result}"
             time.sleep(0.1)
-        return found
+        return result
 
 
 @contextmanager
@@ -97,8 +97,8 @@ def _address(log: Path, process: subprocess.Popen[bytes]) -> str:
     deadline_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline_s and process.poll() is None:
         for line in log.read_text().splitlines():
-            _, found, rest = line.partition('msg="Listening on" address=')
-            if found:
+            _, result, rest = line.partition('msg="Listening on" address=')
+            if result:
                 return rest.split()[0]
         time.sleep(0.05)
     raise AssertionError(log.read_text()[-2000:])

@@ -100,11 +100,11 @@ class ScopedApi:
 
 
 def operations(api: FastAPI) -> list[tuple[str, str, dict[str, Any]]]:
-    found = [
+    results = [
         (verb.upper(), path, facts) for path, verbs in api.openapi()["paths"].items() for verb, facts in verbs.items()
     ]
-    assert len(found) > 10
-    return found
+    assert len(results) > 10
+    return results
 
 
 def takes_json(facts: dict[str, Any]) -> bool:

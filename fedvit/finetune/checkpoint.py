@@ -54,15 +54,15 @@ class Checkpoint:
         """
         try:
             header = json.loads(files[HEADER])
-            found, step, ledger_run_id = header["digest"], header["step"], header["ledger_run_id"]
+            result, step, ledger_run_id = header["digest"], header["step"], header["ledger_run_id"]
             arrays = decode_weights(files[ARRAYS], max_bytes=_MAX_BYTES)
         except (KeyError, TypeError, ValueError, UpdateRejectedError) as error:
             raise IntegrityError(
                 f"The checkpoint cannot be read: {error}.", cure="Remove it: the job continues from the one before."
             ) from None
-        if found != digest or not isinstance(step, int) or step < 0:
+        if result != digest or not isinstance(step, int) or step < 0:
             raise IntegrityError(
-                f"The checkpoint is of job {str(found)[:16]}, and this is {digest[:16]}.",
+                f"The checkpoint is of job {str(result)[:16]}, and this is {digest[:16]}.",
                 cure="Give every job a folder of its own.",
             )
         weights, states = dict[str, FloatArray](), dict[str, dict[str, FloatArray]]()

@@ -140,7 +140,6 @@ class RankedTrainer(LocalTrainer):
     def optimizer(
         self, task: TrainTask, num_examples: int, secret: bytes, output: str, first_step: int = 0
     ) -> RankedDPOptimizer:
-        """See :meth:`LocalTrainer.optimizer`."""
         return RankedDPOptimizer(
             list(self.parameters.values()),
             ranks=self._ranks,

@@ -54,7 +54,6 @@ class FileBlobStore:
         return digest
 
     def get(self, digest: str) -> bytes:
-        """See :meth:`fedvit.ports.BlobStorePort.get`."""
         target = self._locate(digest)
         try:
             content = target.read_bytes()
@@ -70,7 +69,6 @@ class FileBlobStore:
         return content
 
     def get_range(self, digest: str, start: int, stop: int) -> bytes:
-        """See :meth:`fedvit.ports.BlobStorePort.get_range`."""
         try:
             with self._locate(digest).open("rb") as file:
                 file.seek(start)
@@ -79,7 +77,6 @@ class FileBlobStore:
             raise _missing(digest) from None
 
     def size(self, digest: str) -> int:
-        """See :meth:`fedvit.ports.BlobStorePort.size`."""
         target = self._locate(digest)
         if not target.is_file():
             raise _missing(digest)

@@ -78,7 +78,7 @@ def _plans(seed: int) -> Iterator[Plan]:
 
 def _figures(runs: Sequence[Simulated]) -> dict[str, float]:
     hours = [run.hours_to(TARGET) for run in runs]
-    reached = [found for found in hours if found is not None]
+    reached = [item for item in hours if item is not None]
     if len(reached) < len(runs):
         raise SystemExit(
             f"{runs[0].name}: {[run.accuracy for run in runs]} after {[run.points[-1].hours for run in runs]} h"

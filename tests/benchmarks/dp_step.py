@@ -68,8 +68,8 @@ def _modes(device: str) -> dict[str, list[float]]:
     turns: dict[str, list[float]] = {}
     for mode in MODES:
         command = [sys.executable, "-m", "tests.benchmarks.dp_step", mode, device]
-        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        turns |= json.loads(told.splitlines()[-1])
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        turns |= json.loads(result.splitlines()[-1])
     return turns
 
 

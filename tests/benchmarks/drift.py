@@ -149,8 +149,8 @@ def answers(signs: Signs, images: ImageArray) -> LabelArray:
     """The class that the model takes each image for."""
     with torch.inference_mode():
         features = _features(signs.model, images)
-        found = torch.cat([signs.model.body(part).argmax(dim=1) for part in features.split(BATCH)])
-    return found.numpy().astype(np.int64)
+        result = torch.cat([signs.model.body(part).argmax(dim=1) for part in features.split(BATCH)])
+    return result.numpy().astype(np.int64)
 
 
 def accuracy(signs: Signs, by_class: Floats, weights: Floats | None = None) -> float:
@@ -179,19 +179,19 @@ class Fleet:
     ) -> Comparison:
         """A window against its reference; the first clients draw from ``moved``, or by class ``weights``."""
         reference = self._window(1, self.pools, None, reference_windows)
-        found = compare(reference, self._window(11, [*moved, *self.pools[len(moved) :]], weights), self.spec)
-        assert found is not None
-        return found
+        result = compare(reference, self._window(11, [*moved, *self.pools[len(moved) :]], weights), self.spec)
+        assert result is not None
+        return result
 
     def _window(
         self, round_index: int, pools: Sequence[Pool], weights: Floats | None, times: int = 1
     ) -> dict[str, ClientHistogram]:
         names = [f"vehicle-{i:02d}" for i in range(len(pools))]
-        found = {}
+        results = {}
         for i, (name, pool) in enumerate(zip(names, pools, strict=True)):
             size = times * self._sizes[name]
-            found[name] = self._sketch(name, round_index, pool, size, weights if i < DRIFTING else None)
-        return found
+            results[name] = self._sketch(name, round_index, pool, size, weights if i < DRIFTING else None)
+        return results
 
     def _sketch(self, name: str, round_index: int, pool: Pool, size: int, weights: Floats | None) -> ClientHistogram:
         chances = None if weights is None else weights[pool.labels] / weights[pool.labels].sum()
@@ -200,8 +200,8 @@ class Fleet:
         counts[self.spec.slices[RISK]] = risk_of(pool.labels[rows], self.spec)
         # The mechanism of fedvit.drift.measures with a generator that can be seeded: a benchmark protects nobody.
         noised = np.rint(counts + self._draw.normal(0, self.order.deviation, self.spec.cells))
-        told = tuple(int(count) for count in noised)
-        return ClientHistogram(name, "run-0001", round_index, size, self.spec.digest, self.order.deviation, told)
+        results = tuple(int(count) for count in noised)
+        return ClientHistogram(name, "run-0001", round_index, size, self.spec.digest, self.order.deviation, results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,13 +267,13 @@ def _mix_curve(signs: Signs, fleet: Fleet, clean: Floats) -> Curve:
 
 
 def _curve(accuracies: list[float], severity: float, windows: Callable[..., list[Comparison]]) -> Curve:
-    powers = [float(np.mean([found.drifting for found in windows(at)])) for at in SEVERITIES]
-    there = [found for _ in range(5) for found in windows(severity)]
+    powers = [float(np.mean([item.drifting for item in windows(at)])) for at in SEVERITIES]
+    there = [item for _ in range(5) for item in windows(severity)]
     moved = {f"vehicle-{i:02d}" for i in range(DRIFTING)}
-    named = [len(found.drifting_clients.keys() & moved) / DRIFTING for found in there]
-    others = [len(found.drifting_clients.keys() - moved) for found in there]
-    power = float(np.mean([found.drifting for found in there]))
-    short = float(np.mean([found.drifting for _ in range(2) for found in windows(severity, 1)]))
+    named = [len(item.drifting_clients.keys() & moved) / DRIFTING for item in there]
+    others = [len(item.drifting_clients.keys() - moved) for item in there]
+    power = float(np.mean([item.drifting for item in there]))
+    short = float(np.mean([item.drifting for _ in range(2) for item in windows(severity, 1)]))
     return Curve(accuracies, powers, severity, power, short, float(np.mean(named)), float(np.mean(others)))
 
 
@@ -334,10 +334,10 @@ def _write(curves: Mapping[str, Curve], before: float, alarms: Sequence[Comparis
     )
     counted = {
         "windows": len(alarms),
-        "false alarms": sum(found.drifting for found in alarms),
-        "by the fleet": sum(any(shift.drifts for shift in found.fleet.values()) for found in alarms),
-        "by a cluster": sum(bool(found.drifting_clusters) for found in alarms),
-        "by a client": sum(bool(found.drifting_clients) for found in alarms),
+        "false alarms": sum(item.drifting for item in alarms),
+        "by the fleet": sum(any(shift.drifts for shift in item.fleet.values()) for item in alarms),
+        "by a cluster": sum(bool(item.drifting_clusters) for item in alarms),
+        "by a client": sum(bool(item.drifting_clients) for item in alarms),
     }
     allowed = {"false alarms / 1 in 100 windows": round(100 * counted["false alarms"] / counted["windows"], 3)}
     write_result(

@@ -48,8 +48,8 @@ def _peer(command: list[str]) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:3])}:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return {column: found[column] for column in COLUMNS}
+    results: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {column: results[column] for column in COLUMNS}
 
 
 MEASURED = {

@@ -23,12 +23,12 @@ def descendants(root: int) -> set[int]:
             except OSError:
                 continue
             parents[int(path.name)] = int(fields[1])
-    found, grew = {root}, True
+    result, grew = {root}, True
     while grew:
-        more = {pid for pid, parent in parents.items() if parent in found} - found
-        found |= more
+        more = {pid for pid, parent in parents.items() if parent in result} - result
+        result |= more
         grew = bool(more)
-    return found
+    return result
 
 
 def pss_mb(pids: set[int]) -> float:

@@ -60,8 +60,8 @@ def _figures(command: list[str]) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return {column: found[column] for column in COLUMNS}
+    results: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return {column: results[column] for column in COLUMNS}
 
 
 def flatness() -> dict[str, float]:
@@ -105,7 +105,7 @@ def _memory_of(clients: int, cohort: int, *, rounds: int, idle_mb: float = 0.0) 
 
 def write_million() -> dict[str, float]:
     """Measure and write the fleet of a million."""
-    found = million()
+    result = million()
     write_result(
         "rounds_million",
         title="A million registered clients",
@@ -114,10 +114,10 @@ def write_million() -> dict[str, float]:
             "1,000 charges a round. Memory is the PSS of the process tree; the idle system has 10 clients."
         ),
         command="make bench-rounds",
-        figures={"cohort of 1,000": found},
+        figures={"cohort of 1,000": result},
         ratios={},
     )
-    return found
+    return result
 
 
 def main() -> None:
@@ -145,8 +145,8 @@ def main() -> None:
             "memory, second half / first half": round(flat["second_half_mb"] / flat["first_half_mb"], 3),
         },
     )
-    found = write_million()
-    print(json.dumps({"rounds": measured, "flat": flat, "million": found}, indent=2))
+    result = write_million()
+    print(json.dumps({"rounds": measured, "flat": flat, "million": result}, indent=2))
 
 
 if __name__ == "__main__":

@@ -38,16 +38,16 @@ def main() -> None:
     rows, seconds, memory = [], [], []
     for clients, parameters, proxies in GRID:
         options = {"clients": clients, "parameters": parameters, "arrays": 10}
-        found = ours("EmptyClients", options, {"ray": {"proxies": proxies}}, rounds=8)
+        result = ours("EmptyClients", options, {"ray": {"proxies": proxies}}, rounds=8)
         rows.append(features(clients, parameters, proxies))
-        seconds.append(found["round_s"])
-        memory.append(found["peak_mb"])
-        print(json.dumps({"clients": clients, "parameters": parameters, "proxies": proxies, **found}), flush=True)
+        seconds.append(result["round_s"])
+        memory.append(result["peak_mb"])
+        print(json.dumps({"clients": clients, "parameters": parameters, "proxies": proxies, **result}), flush=True)
     # Relative errors count: or the largest round alone would say what the smallest costs.
     matrix, target = np.array(rows), np.array(seconds)
-    found, _ = nnls(matrix / target[:, None], np.ones(len(target)))
-    fitted = matrix @ found
-    print("seconds =", " + ".join(f"{value:.3g} * {term}" for value, term in zip(found, TERMS, strict=True)))
+    result, _ = nnls(matrix / target[:, None], np.ones(len(target)))
+    fitted = matrix @ result
+    print("seconds =", " + ".join(f"{value:.3g} * {term}" for value, term in zip(result, TERMS, strict=True)))
     print("worst relative error:", f"{np.max(np.abs(fitted / target - 1)):.0%}")
     sizes = np.array([[1.0, parameters / 1e6, proxies * parameters / 1e6] for _, parameters, proxies in GRID])
     held, _ = nnls(sizes, np.array(memory))

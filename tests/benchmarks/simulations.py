@@ -51,8 +51,8 @@ def run_all(plans: Sequence[Plan]) -> list[Simulated]:
 
 def _run(plan: Plan) -> Simulated:
     name, settings = plan
-    found = simulate(settings, _world[0], name)
-    reached = f"{found.accuracy:.3f}" if found.accuracy is not None else "nothing"
-    seed, hours = settings.simulation.seed, found.points[-1].hours if found.points else 0.0
-    print(f"{name}, seed {seed}: {found.status.value} at {reached}, {hours:.2f} h {found.reason or ''}", flush=True)
-    return found
+    result = simulate(settings, _world[0], name)
+    reached = f"{result.accuracy:.3f}" if result.accuracy is not None else "nothing"
+    seed, hours = settings.simulation.seed, result.points[-1].hours if result.points else 0.0
+    print(f"{name}, seed {seed}: {result.status.value} at {reached}, {hours:.2f} h {result.reason or ''}", flush=True)
+    return result

@@ -100,9 +100,9 @@ def _draw(name: str, summary: dict[str, Any]) -> None:
     kept = [{k: v for k, v in trial.items() if k != "mean_staleness"} for trial in summary["trials"]]
     outcomes = [TrialOutcome.from_json(trial) for trial in kept]
     settings = load_settings(ROOT / "examples" / "sweep.yaml", environ={})
-    found = configurations(outcomes)
-    chosen = choose(found, settings.privacy.target_epsilon, settings.sweep.margin)
-    write_atomically(PICTURES / f"{name}_pareto.svg", standalone(pareto_chart(found, pareto_front(found), chosen)))
+    result = configurations(outcomes)
+    chosen = choose(result, settings.privacy.target_epsilon, settings.sweep.margin)
+    write_atomically(PICTURES / f"{name}_pareto.svg", standalone(pareto_chart(result, pareto_front(result), chosen)))
     heat = heat_chart(outcomes, "noise_multiplier", "staleness_tolerance")
     write_atomically(PICTURES / f"{name}_heat.svg", standalone(heat))
 

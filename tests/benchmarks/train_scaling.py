@@ -42,9 +42,9 @@ def main() -> None:
         pairs = list(zip(rounds[1], rounds[2], strict=True))
         scaling = {kind: [_median([one], kind) / _median([two], kind) for one, two in pairs] for kind in KINDS}
         compared = [private / plain for plain, private in zip(scaling["ordinary"], scaling["private"], strict=True)]
-        told = {f"{kind}: 2 ranks / 1 rank": found for kind, found in scaling.items()}
-        told["scaling, private / ordinary"] = compared
-        ratios |= {f"batch of {batch}, {name}": round(statistics.median(found), 3) for name, found in told.items()}
+        results = {f"{kind}: 2 ranks / 1 rank": item for kind, item in scaling.items()}
+        results["scaling, private / ordinary"] = compared
+        ratios |= {f"batch of {batch}, {name}": round(statistics.median(item), 3) for name, item in results.items()}
         print(json.dumps({"batch": batch, "compared": compared, "ratios": ratios}, indent=2), flush=True)
     size = Size()
     write_result(
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _median(rounds: list[Seconds], kind: str) -> float:
-    return statistics.median(second for found in rounds for second in found[kind])
+    return statistics.median(second for item in rounds for second in item[kind])
 
 
 def _round(count: int, batch: int) -> Seconds:
@@ -74,16 +74,16 @@ def _round(count: int, batch: int) -> Seconds:
         port = free.getsockname()[1]
 
     def command(index: int) -> list[str]:
-        told = (index, count, port, STEPS[batch], batch)
-        return [sys.executable, "-m", "tests.benchmarks.train_ranks", *map(str, told)]
+        results = (index, count, port, STEPS[batch], batch)
+        return [sys.executable, "-m", "tests.benchmarks.train_ranks", *map(str, results)]
 
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [subprocess.Popen(command(index), env=environ, stdout=subprocess.PIPE, text=True) for index in range(count)]
-    told = [rank.communicate()[0] for rank in ranks]
+    results = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"a rank of {count} failed")
-    found: Seconds = json.loads(told[0].splitlines()[-1])
-    return found
+    result: Seconds = json.loads(results[0].splitlines()[-1])
+    return result
 
 
 if __name__ == "__main__":

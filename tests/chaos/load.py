@@ -84,8 +84,8 @@ class Load:
         try:
             response = http.post("/infer", content=self._image)
             if response.status_code == 200:
-                told: dict[str, Any] = response.json()
-                key = (told["model_version"], told["variant"])
+                results: dict[str, Any] = response.json()
+                key = (results["model_version"], results["variant"])
             else:
                 fault = f"{response.status_code} {response.text[:200]}"
         except httpx.HTTPError as error:

@@ -129,7 +129,7 @@ def test_a_shutdown_survives_too_and_ends_the_system_once(fedvit: Fedvit, part: 
 
 def _rests(fedvit: Fedvit) -> bool:
     try:
-        told = httpx.get(f"{fedvit.control}/api/training/status", timeout=60).json()
+        result = httpx.get(f"{fedvit.control}/api/training/status", timeout=60).json()
     except (httpx.HTTPError, ValueError):
         return False
-    return told.get("status") == "completed" and told["phase"] == "resting"
+    return result.get("status") == "completed" and result["phase"] == "resting"

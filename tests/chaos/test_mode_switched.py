@@ -76,29 +76,29 @@ def own_images(folder: Path) -> Path:
 def truck(fedvit: Fedvit, control: str) -> Iterator[list[dict[str, Any]]]:
     """A vehicle's process while the block runs; afterwards, what it told of each round."""
     folder = fedvit.home.parent
-    made = fedvit.json("token", "create", TRUCK, "--scope", "device", "--client", TRUCK, configured=False)
-    (folder / "token").write_text(made["token"])
+    result = fedvit.json("token", "create", TRUCK, "--scope", "device", "--client", TRUCK, configured=False)
+    (folder / "token").write_text(result["token"])
     command = [
         *(sys.executable, "-m", "edge_runtime", "train", "--source", control, "--device-id", TRUCK),
         *("--data", str(own_images(folder / "disk")), "--home", str(folder / "truck"), "--target-epsilon", "1000"),
         *("--source-token-file", str(folder / "token"), "--source-ca", fedvit.settings["access.tls_cert"]),
     ]
-    told: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True)
     try:
-        yield told
+        yield results
     finally:
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    told += [json.loads(line) for line in output.splitlines()]
+    results += [json.loads(line) for line in output.splitlines()]
 
 
 def switch_at_random(http: httpx.Client, draw: random.Random) -> None:
     def rounds_done() -> int:
-        told = http.get("/api/training/status").json()
-        assert told["status"] == "running", told
-        return int(told["rounds_done"])
+        result = http.get("/api/training/status").json()
+        assert result["status"] == "running", result
+        return int(result["rounds_done"])
 
     # At first so that somebody is late for certain.
     body = {"mode": "asynchronous", "staleness_tolerance": 3, "buffer_size": 1}
@@ -119,16 +119,16 @@ def test_whatever_the_mode_no_update_is_lost_or_counted_twice(fedvit: Fedvit) ->
     control = fedvit.control.replace("http:", "https:")
     trust = ssl.create_default_context(cafile=fedvit.settings["access.tls_cert"])
     with httpx.Client(base_url=control, verify=trust, timeout=60) as http:
-        with truck(fedvit, control) as told:
+        with truck(fedvit, control) as result:
             await_true(lambda: http.get(f"/api/clients/{TRUCK}").status_code == 200, "the truck's registration")
-            seen = lambda: http.get(f"/api/clients/{TRUCK}").json()["last_seen_at"]  # noqa: E731
-            await_true(lambda: seen() is not None, "the truck's first question")
+            outcome = lambda: http.get(f"/api/clients/{TRUCK}").json()["last_seen_at"]  # noqa: E731
+            await_true(lambda: outcome() is not None, "the truck's first question")
             assert http.post("/api/training/config", json={"min_clients": 1}).status_code == 200
             http.post("/api/training/start")
             switch_at_random(http, random.Random(7))
             await_true(lambda: http.get("/api/training/status").json()["status"] != "running", "the run's end")
         assert 'fed_vit_autorl_update_bytes_total{encoding="int8"}' in http.get("/metrics").text
-    check_the_books(fedvit, told)
+    check_the_books(fedvit, result)
 
 
 def check_the_books(fedvit: Fedvit, told: list[dict[str, Any]]) -> None:

@@ -107,12 +107,12 @@ class Host:
     def processes(self) -> dict[int, str]:
         """What runs on the host besides its sshd, by process id as seen from outside."""
         ours = os.readlink(f"/proc/{self.init}/ns/pid")
-        found = {}
+        results = {}
         for path in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 if path.name.isdecimal() and os.readlink(path / "ns" / "pid") == ours:
-                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        return {pid: title for pid, title in found.items() if pid != self.init}
+                    results[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        return {pid: title for pid, title in results.items() if pid != self.init}
 
     def cut(self) -> None:
         """Take the host off the network, as a pulled cable does."""
@@ -139,10 +139,10 @@ def hosts(folder: Path, names: tuple[str, ...]) -> Iterator[dict[str, Host]]:
         _namespace(stack, switch)
         _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
         _run("ip", "-n", switch, "link", "set", "bridge", "up")
-        found = {}
+        results = {}
         for index, name in enumerate(names):
-            found[name] = _host(stack, folder, name, f"10.213.7.{index + 2}", switch)
-        yield found
+            results[name] = _host(stack, folder, name, f"10.213.7.{index + 2}", switch)
+        yield results
 
 
 def leftovers(ended: Mapping[str, Host]) -> list[str]:

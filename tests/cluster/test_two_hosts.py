@@ -45,9 +45,9 @@ SETTINGS = f"--home {SHARED} --set training.rounds={ROUNDS} --set edge.ports=[]"
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Host]]:
-    with hosts(tmp_path_factory.mktemp("hosts") / "files", ("operator", "head", "worker")) as found:
-        yield found
-    assert leftovers(found) == []
+    with hosts(tmp_path_factory.mktemp("hosts") / "files", ("operator", "head", "worker")) as result:
+        yield result
+    assert leftovers(result) == []
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +127,13 @@ def test_a_job_whose_host_is_lost_goes_on_with_the_rank_that_is_left_and_pays_on
         # One on each host: neither has room for two.
         assert ranks(cluster) == {cluster.head.address, worker.address}
         worker.cut()
-        told, complained = job.communicate(timeout=300.0)
+        result, complained = job.communicate(timeout=300.0)
     finally:
         job.kill()
         job.wait()
         worker.rejoin()
     assert job.returncode == 0, complained[-3000:]
-    report = json.loads(told)
+    report = json.loads(result)
     print(f"\n{report['steps']} steps, the last ones on {report['ranks']} rank, epsilon {report['epsilon_spent']:.4f}")
     steps, every = JOB["finetune.steps"], JOB["finetune.checkpoint_every_steps"]
     assert (report["steps"], report["ranks"], report["stopped"]) == (steps, 1, None)
@@ -179,20 +179,20 @@ def until(holds: Callable[[], bool], limit_s: float, told: Callable[[], object] 
 
 def nodes(cluster: Cluster) -> list[dict[str, Any]]:
     """The living nodes, as Ray lists them."""
-    found: list[dict[str, Any]] = json.loads(cluster.on_head("ray list nodes --filter state=ALIVE --format json"))
-    return found
+    results: list[dict[str, Any]] = json.loads(cluster.on_head("ray list nodes --filter state=ALIVE --format json"))
+    return results
 
 
 def actors(cluster: Cluster) -> list[dict[str, Any]]:
     """The living actors, as Ray lists them."""
-    found: list[dict[str, Any]] = json.loads(cluster.on_head("ray list actors --filter state=ALIVE --format json"))
-    return found
+    results: list[dict[str, Any]] = json.loads(cluster.on_head("ray list actors --filter state=ALIVE --format json"))
+    return results
 
 
 def status(cluster: Cluster) -> dict[str, Any]:
     """What ``fedvit status`` tells."""
-    found: dict[str, Any] = json.loads(cluster.on_head(f"fedvit status --json --home {SHARED}"))
-    return found
+    results: dict[str, Any] = json.loads(cluster.on_head(f"fedvit status --json --home {SHARED}"))
+    return results
 
 
 def committed(cluster: Cluster) -> int:

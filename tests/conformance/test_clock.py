@@ -13,8 +13,8 @@ from fedvit.testing.doubles import ManualClock
 
 @pytest.fixture(params=[SystemClock, ManualClock])
 def clock(request: pytest.FixtureRequest) -> ClockPort:
-    made: ClockPort = request.param()
-    return made
+    result: ClockPort = request.param()
+    return result
 
 
 def test_the_present_moment_has_a_time_zone(clock: ClockPort) -> None:

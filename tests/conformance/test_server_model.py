@@ -84,7 +84,7 @@ class TestWorkloadModel(ServerModelContract):
 class TestSimulatedServer(ServerModelContract):
     @pytest.fixture
     def model(self) -> ServerModelPort:
-        return SimulatedServer(PointModel(TARGET), lambda: 0.0, 60.0)
+        return SimulatedServer(PointModel(TARGET), lambda: 0.0, 60.0, lambda _: None)
 
 
 class TestPointModel(ServerModelContract):

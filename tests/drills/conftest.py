@@ -17,12 +17,12 @@ REPORT: dict[str, str] = {}
 @pytest.fixture(scope="module")
 def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     """The system as the operator finds it: up, training, with a first release and some traffic."""
-    made = Drill(Path(tmp_path_factory.mktemp("drill")) / "checkout")
+    result = Drill(Path(tmp_path_factory.mktemp("drill")) / "checkout")
     try:
-        made.start()
-        yield made
+        result.start()
+        yield result
     finally:
-        made.stop()
+        result.stop()
 
 
 @pytest.fixture(scope="session")

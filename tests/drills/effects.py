@@ -56,16 +56,16 @@ def _started(drill: Drill, _: CommandResult) -> None:
 
 
 def _configured(drill: Drill, _: CommandResult) -> None:
-    found = drill.get("/api/training/config")
-    assert (found["min_clients"], found["wait_timeout"]) == (10, 300)
+    result = drill.get("/api/training/config")
+    assert (result["min_clients"], result["wait_timeout"]) == (10, 300)
 
 
 def _mode_changed(drill: Drill, outcome: CommandResult) -> None:
-    found = drill.get("/api/aggregation/mode")
-    assert found == outcome.json()
-    assert f'"mode": "{found["mode"]}"' in outcome.command
-    if found["mode"] == "asynchronous":
-        assert found["staleness_tolerance"] == 5
+    result = drill.get("/api/aggregation/mode")
+    assert result == outcome.json()
+    assert f'"mode": "{result["mode"]}"' in outcome.command
+    if result["mode"] == "asynchronous":
+        assert result["staleness_tolerance"] == 5
     done = drill.get("/api/training/status")["rounds_done"]
     drill.wait_for_training(
         lambda now: now["status"] != "running" or now["rounds_done"] > done, "training goes on in that mode"
@@ -108,25 +108,25 @@ def _reset(drill: Drill, outcome: CommandResult) -> None:
 
 
 def _breached(drill: Drill, outcome: CommandResult) -> None:
-    told = outcome.json()
-    drill.memory["incident_id"] = told["incident_id"]
-    assert drill.get("/api/privacy/budget")["frozen"]["incident_id"] == told["incident_id"]
-    assert all(action["done"] for action in told["actions"]), told
-    for client_id in told["quarantined"]:
+    result = outcome.json()
+    drill.memory["incident_id"] = result["incident_id"]
+    assert drill.get("/api/privacy/budget")["frozen"]["incident_id"] == result["incident_id"]
+    assert all(action["done"] for action in result["actions"]), result
+    for client_id in result["quarantined"]:
         assert drill.get(f"/api/clients/{client_id}")["quarantined_at"] is not None
-    assert drill.get("/api/model/current")["lineage"].get("rollback_of") == told["rolled_back_to"]
-    bundle = Path(told["forensic_bundle"])
+    assert drill.get("/api/model/current")["lineage"].get("rollback_of") == result["rolled_back_to"]
+    bundle = Path(result["forensic_bundle"])
     # Absolute, or as seen from the folder in which the system was started.
     content = (bundle if bundle.is_absolute() else drill.checkout / bundle).read_bytes()
-    assert hashlib.sha256(content).hexdigest() == told["forensic_sha256"]
+    assert hashlib.sha256(content).hexdigest() == result["forensic_sha256"]
     drill.wait_for_training(lambda found: found["phase"] in ("resting", "idle"), "training rests")
     assert drill.get("/api/audit?limit=1", "admin")[0]["action"] == "POST /api/emergency/privacy-breach"
     if "client1" not in outcome.command:
-        assert told["quarantined"] == [doubted(drill)]
+        assert result["quarantined"] == [doubted(drill)]
         return
-    assert (told["quarantined"], set(told["unknown_clients"])) == ([], {"client1", "client2"})
+    assert (result["quarantined"], set(result["unknown_clients"])) == ([], {"client1", "client2"})
     # The next report is to find what this one found: nothing frozen, and training under way.
-    over = {"incident_id": told["incident_id"], "justification": "The drill goes on to the next report."}
+    over = {"incident_id": result["incident_id"], "justification": "The drill goes on to the next report."}
     assert drill.request("/api/emergency/stand-down", "POST", "emergency", json=over).is_success
     assert drill.request("/api/training/start", "POST").is_success
     _started(drill, outcome)
@@ -159,14 +159,14 @@ def _switched(drill: Drill, outcome: CommandResult) -> None:
 
 
 def _rolled_back(drill: Drill, outcome: CommandResult) -> None:
-    told, current = outcome.json(), drill.get("/api/model/current")
+    result, current = outcome.json(), drill.get("/api/model/current")
     asked = re.search(r'"version": "([^"]+)"', outcome.command)
     assert asked is not None
-    versions = {found["version"]: found for found in drill.get("/api/model/versions?limit=1000")}
-    assert versions[told["version"]]["derived_from"] == asked[1]
+    versions = {item["version"]: item for item in drill.get("/api/model/versions?limit=1000")}
+    assert versions[result["version"]]["derived_from"] == asked[1]
     # Training may have released a later one meanwhile.
-    assert current["version"] == told["version"] or current["created_at"] > versions[told["version"]]["created_at"]
-    drill.wait_until_served(told["version"], told["variant"])
+    assert current["version"] == result["version"] or current["created_at"] > versions[result["version"]]["created_at"]
+    drill.wait_until_served(result["version"], result["variant"])
 
 
 def _exported(drill: Drill, _: CommandResult) -> None:
@@ -296,10 +296,12 @@ def check_effect(drill: Drill, outcome: CommandResult) -> None:
     for call in outcome.calls:
         if call.method != "GET":
             _check_of(call)(drill, outcome)
-    found = [check for pattern, check in SHELL.items() if re.fullmatch(pattern, outcome.command, re.DOTALL)]
-    for check in found:
+    results = [check for pattern, check in SHELL.items() if re.fullmatch(pattern, outcome.command, re.DOTALL)]
+    for check in results:
         check(drill, outcome)
-    assert found or re.fullmatch(LOOKS, outcome.command, re.DOTALL), f"no check for {outcome.command!r}: see effects.py"
+    assert results or re.fullmatch(LOOKS, outcome.command, re.DOTALL), (
+        f"no check for {outcome.command!r}: see effects.py"
+    )
 
 
 def _check_of(call: Call) -> Check:
@@ -328,9 +330,9 @@ def values_of(text: str) -> list[Any]:
     Raises:
         ValueError: there is something else in it.
     """
-    decoder, found, place = json.JSONDecoder(), [], 0
+    decoder, result, place = json.JSONDecoder(), [], 0
     while text[place:].strip():
         text, place = text[place:].lstrip(), 0
         value, place = decoder.raw_decode(text)
-        found.append(value)
-    return found
+        result.append(value)
+    return result

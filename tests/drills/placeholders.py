@@ -38,7 +38,7 @@ def doubted(drill: Drill) -> str:
 
 def older_version(drill: Drill) -> str:
     """The printed version where it exists, else the oldest."""
-    versions = [found["version"] for found in drill.get("/api/model/versions?limit=1000")]
+    versions = [item["version"] for item in drill.get("/api/model/versions?limit=1000")]
     return "v1.2.3" if "v1.2.3" in versions else str(versions[-1])
 
 

@@ -40,15 +40,15 @@ ping <ip>
 
 
 def test_each_way_to_write_a_command_is_one_command() -> None:
-    found = list(parts(SAMPLE))
-    assert [part.text.splitlines()[0] for part in found if isinstance(part, Command)] == [
+    results = list(parts(SAMPLE))
+    assert [part.text.splitlines()[0] for part in results if isinstance(part, Command)] == [
         "free -h",
         'curl -X POST "http://localhost/x" \\',
         "for d in a b; do",
         'docker exec s python -c "',
         "ping <ip>",
     ]
-    assert [part.kind for part in found if not isinstance(part, Command)] == ["comment", "blank", "people"]
+    assert [part.kind for part in results if not isinstance(part, Command)] == ["comment", "blank", "people"]
     assert (commands(SAMPLE)[0].heading, commands(SAMPLE)[0].line) == ("A", 4)
 
 
@@ -68,9 +68,9 @@ def test_no_line_of_a_fence_is_lost() -> None:
 
 def test_every_docker_command_has_one_row_and_every_row_is_used() -> None:
     text = RUNBOOK.read_text()
-    rows, found = equivalents(text), [command for command in commands(text) if command.docker_only]
-    first = [next((row for row in rows if row.translate(c.text) is not None), None) for c in found]
-    assert [c.text for c, row in zip(found, first, strict=True) if row is None] == []
+    rows, result = equivalents(text), [command for command in commands(text) if command.docker_only]
+    first = [next((row for row in rows if row.translate(c.text) is not None), None) for c in result]
+    assert [c.text for c, row in zip(result, first, strict=True) if row is None] == []
     assert [row.docker for row in rows if row not in first] == []
     headings = {command.heading for command in commands(text)}
     assert {row.section for row in rows if row.section} <= headings

@@ -92,16 +92,16 @@ class Target:
 
     def digest(self) -> str:
         """Every row of every table but those that record who asked, and every blob."""
-        found = hashlib.sha256()
+        result = hashlib.sha256()
         with self._engine.connect() as connection:
             for table in Base.metadata.sorted_tables:
                 columns = [column for column in table.columns if column.name != "last_used_at"]
                 if table.name not in ("audit", "idempotency"):
                     rows = connection.execute(select(*columns).order_by(*table.primary_key.columns)).all()
-                    found.update(repr((table.name, [row for row in rows if row[0] != "audit_head"])).encode())
+                    result.update(repr((table.name, [row for row in rows if row[0] != "audit_head"])).encode())
         for path in sorted((self.system.store.home / "blobs").rglob("*")):
-            found.update(repr((path.name, path.read_bytes() if path.is_file() else None)).encode())
-        return found.hexdigest()
+            result.update(repr((path.name, path.read_bytes() if path.is_file() else None)).encode())
+        return result.hexdigest()
 
     def close(self) -> None:
         self._server.should_exit = True

@@ -96,8 +96,8 @@ class Findings:
 
 
 def _answered(recorder: Any, case_id: str) -> str:
-    found = recorder.find_response(case_id=case_id)
-    return f"{found.status_code} {found.text[:1000]}" if found else "nothing"
+    result = recorder.find_response(case_id=case_id)
+    return f"{result.status_code} {result.text[:1000]}" if result else "nothing"
 
 
 def test_every_route_keeps_to_its_document(system: System) -> None:

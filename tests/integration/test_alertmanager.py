@@ -36,9 +36,9 @@ def free_port() -> int:
 def awaited(what: str, ask: Callable[[], Any]) -> Any:
     deadline_s = time.monotonic() + WAIT_S
     while time.monotonic() < deadline_s:
-        found = ask()
-        if found:
-            return found
+        result = ask()
+        if result:
+            return result
         time.sleep(0.05)
     raise AssertionError(f"{what}: not within {WAIT_S:g} s")
 
@@ -103,8 +103,8 @@ receivers:
     def count(self, metric: str) -> float:
         """What Alertmanager counts of its webhook."""
         text = httpx.get(f"http://127.0.0.1:{self.port}/metrics").text
-        found = re.search(rf'^alertmanager_{metric}{{integration="webhook"}} (\S+)$', text, re.MULTILINE)
-        return float(found[1]) if found else 0.0
+        result = re.search(rf'^alertmanager_{metric}{{integration="webhook"}} (\S+)$', text, re.MULTILINE)
+        return float(result[1]) if result else 0.0
 
     def close(self) -> None:
         self._manager.terminate()

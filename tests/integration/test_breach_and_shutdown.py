@@ -29,11 +29,11 @@ def await_training(client: httpx.Client, reached: Callable[[dict[str, Any]], boo
     """What training says once it has come that far."""
     deadline_s = time.monotonic() + WAIT_S
     while time.monotonic() < deadline_s:
-        told: dict[str, Any] = client.get("/api/training/status").json()
-        if reached(told):
-            return told
+        results: dict[str, Any] = client.get("/api/training/status").json()
+        if reached(results):
+            return results
         time.sleep(0.1)
-    raise AssertionError(f"training still says {told}")
+    raise AssertionError(f"training still says {results}")
 
 
 def rests(told: dict[str, Any]) -> bool:
@@ -76,10 +76,10 @@ def await_end(pid: int) -> None:
 def test_a_breach_is_contained_and_the_system_shut_down(fedvit: Fedvit) -> None:
     fedvit.settings |= {"training.rounds": "500", "privacy.noise_multiplier": "40.0"}
     fedvit.json("up")
-    made = json.loads(
+    result = json.loads(
         fedvit.call("token", "create", "on call", "--scope", "emergency", "--json", configured=False).stdout
     )
-    bearer = {"Authorization": f"Bearer {made['token']}"}
+    bearer = {"Authorization": f"Bearer {result['token']}"}
     with httpx.Client(base_url=fedvit.control, timeout=60) as client:
         await_training(client, lambda told: told["rounds_done"] >= 1)
         caught = client.get("/api/clients/status").json()["clients"][0]["client_id"]

@@ -88,11 +88,11 @@ def test_a_killed_rank_is_replaced_and_the_ledger_is_exact(tmp_path: Path, setti
         ranks = below(process.pid, RANK)
         assert len(ranks) == 2
         os.kill(max(ranks), signal.SIGKILL)
-        told, _ = process.communicate(timeout=TIMEOUT_S)
+        outcome, _ = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.terminate()
         process.wait()
-    report = json.loads(told)
+    report = json.loads(outcome)
     assert process.returncode == 0
     assert (report["steps"], report["ranks"], report["stopped"]) == (STEPS, 2, None)
     with Store.open(home) as store:
@@ -101,8 +101,8 @@ def test_a_killed_rank_is_replaced_and_the_ledger_is_exact(tmp_path: Path, setti
     assert [(charge.round_index, charge.steps) for charge in charges] == [(i, RANGE) for i in range(0, STEPS, RANGE)]
     assert report["epsilon_spent"] == pytest.approx(epsilon_pld({PoissonGaussian(2.0, 0.25): STEPS}, DELTA))
     torch.set_num_threads(1)
-    found, truth = (
+    result, truth = (
         flat(decode_weights(Path(report["weights"]).read_bytes(), max_bytes=1 << 30)),
         flat(without_ray(home, settings)),
     )
-    assert np.linalg.norm(found - truth) / np.linalg.norm(truth) < 1e-5
+    assert np.linalg.norm(result - truth) / np.linalg.norm(truth) < 1e-5

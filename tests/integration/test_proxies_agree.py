@@ -89,6 +89,6 @@ def _settings(home: Path, unit: str, proxies: int) -> Settings:
 
 @pytest.mark.parametrize("unit", ["record", "client"])
 def test_one_two_and_four_proxies_train_the_same_model(tmp_path: Path, unit: str) -> None:
-    found = [trained(tmp_path / str(proxies), unit, proxies) for proxies in (1, 2, 4)]
-    assert found[0] == found[1] == found[2]
-    assert len(set(found[0])) == ROUNDS
+    results = [trained(tmp_path / str(proxies), unit, proxies) for proxies in (1, 2, 4)]
+    assert results[0] == results[1] == results[2]
+    assert len(set(results[0])) == ROUNDS

@@ -52,11 +52,11 @@ def settings(tmp_path: Path, images: Path) -> Iterator[Settings]:
         "training": {"ranks": 2, "local_steps": 2},
         "ray": {"dashboard": False},
     }
-    found = load_settings(environ={}, overrides=overrides)
+    result = load_settings(environ={}, overrides=overrides)
     # As a system's start leaves it: a proxy refuses a node that does not see the key.
-    load_or_create_root_secret(found.home)
-    connect(found, {})
-    yield found
+    load_or_create_root_secret(result.home)
+    connect(result, {})
+    yield result
     ray.shutdown()
 
 
@@ -73,8 +73,8 @@ def test_two_ranks_behind_a_proxy_give_the_answer_of_one(settings: Settings) -> 
     torch.set_num_threads(1)
     alone = one_rank(settings).train(task, base, [CLIENT])
     assert answer.total_weight == alone.total_weight
-    found, truth = flat(answer.weighted_sum), flat(alone.weighted_sum)
-    assert np.linalg.norm(found - truth) / np.linalg.norm(truth) < 1e-5
+    result, truth = flat(answer.weighted_sum), flat(alone.weighted_sum)
+    assert np.linalg.norm(result - truth) / np.linalg.norm(truth) < 1e-5
     # No room: the client's answer names the rank.
     cramped = settings.model_copy(update={"finetune": settings.finetune.model_copy(update={"cpus_per_rank": 64.0})})
     other = spawn(ClientProxy, "cramped-proxy", settings, settings_to_json(cramped))

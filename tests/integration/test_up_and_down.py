@@ -115,18 +115,18 @@ def check_what_cannot_be_placed_is_named(fedvit: Fedvit) -> None:
 def await_version(http: httpx.Client, base: str, version: str) -> None:
     """Return once the target serves the version; it looks every second."""
     for _ in range(600):
-        told = http.get(f"{base}/health/detailed").json()
-        if (told["model"] or {}).get("version") == version:
+        result = http.get(f"{base}/health/detailed").json()
+        if (result["model"] or {}).get("version") == version:
             return
         time.sleep(0.1)
-    raise AssertionError(f"{base} still says {told}")
+    raise AssertionError(f"{base} still says {result}")
 
 
 def check_backup(fedvit: Fedvit) -> None:
     """A backup of the running system holds the whole state."""
     folder = fedvit.home.parent / "backups"
-    told = fedvit.json("backup", str(folder), configured=False)
-    with tarfile.open(told["archive"]) as archive:
+    result = fedvit.json("backup", str(folder), configured=False)
+    with tarfile.open(result["archive"]) as archive:
         names = archive.getnames()
     assert {"state.db", "checksums.json", "keys/root.key"} <= set(names)
     assert sum(name.startswith("blobs/") for name in names) >= 6

@@ -36,9 +36,9 @@ def refusal(store: Store, text: str, now: datetime = NOW) -> str:
 
 
 def test_a_token_is_who_it_was_made_for(store: Store) -> None:
-    made = create_token(store, "Ana", ["operator", "device"], now=NOW)
-    identity = verify_token(store, made.text, NOW)
-    assert identity.actor == f"token:{made.token.token_id}:Ana"
+    result = create_token(store, "Ana", ["operator", "device"], now=NOW)
+    identity = verify_token(store, result.text, NOW)
+    assert identity.actor == f"token:{result.token.token_id}:Ana"
     assert identity.scopes == {Scope.OPERATOR, Scope.DEVICE}
     assert identity.authenticated
 
@@ -52,19 +52,19 @@ def test_two_tokens_share_nothing(store: Store) -> None:
 
 
 def test_the_secret_is_nowhere_in_the_state(store: Store) -> None:
-    made = create_token(store, "Ana", ["viewer"], now=NOW)
-    verify_token(store, made.text, NOW)
-    secret = made.text.removeprefix(f"fvt_{made.token.token_id}_").encode()
+    result = create_token(store, "Ana", ["viewer"], now=NOW)
+    verify_token(store, result.text, NOW)
+    secret = result.text.removeprefix(f"fvt_{result.token.token_id}_").encode()
     files = [path for path in store.home.rglob("*") if path.is_file()]
     assert files
     assert not any(secret in path.read_bytes() for path in files)
-    assert secret.decode() not in repr(made)
+    assert secret.decode() not in repr(result)
 
 
 def test_a_wrong_secret_is_refused_like_an_unknown_token(store: Store) -> None:
-    made = create_token(store, "Ana", ["admin"], now=NOW)
+    result = create_token(store, "Ana", ["admin"], now=NOW)
     other = create_token(store, "Ben", ["viewer"], now=NOW)
-    swapped = f"fvt_{made.token.token_id}_{other.text.removeprefix(f'fvt_{other.token.token_id}_')}"
+    swapped = f"fvt_{result.token.token_id}_{other.text.removeprefix(f'fvt_{other.token.token_id}_')}"
     unknown = f"fvt_{'0' * 12}_{'A' * 43}"
     messages = set()
     for text in (swapped, unknown):
@@ -107,20 +107,20 @@ def test_a_token_ends_at_its_expiry(store: Store) -> None:
 
 
 def test_a_token_ends_when_it_is_revoked(store: Store) -> None:
-    made = create_token(store, "Ana", ["viewer"], now=NOW)
-    revoked = store.tokens.revoke(made.token.token_id, NOW)
-    assert store.tokens.revoke(made.token.token_id, NOW + timedelta(days=1)) == revoked
-    assert refusal(store, made.text) == "revoked"
+    result = create_token(store, "Ana", ["viewer"], now=NOW)
+    revoked = store.tokens.revoke(result.token.token_id, NOW)
+    assert store.tokens.revoke(result.token.token_id, NOW + timedelta(days=1)) == revoked
+    assert refusal(store, result.text) == "revoked"
     with raises_naming(NotFoundError, "nobody"):
         store.tokens.revoke("nobody", NOW)
 
 
 def test_a_hash_tampered_with_in_the_file_is_no_longer_matched(store: Store) -> None:
-    made = create_token(store, "Ana", ["viewer"], now=NOW)
+    result = create_token(store, "Ana", ["viewer"], now=NOW)
     with closing(sqlite3.connect(store.home / "state.db")) as connection:
         connection.execute("UPDATE tokens SET secret_hash = substr(secret_hash, 2) || substr(secret_hash, 1, 1)")
         connection.commit()
-    assert refusal(store, made.text) == "invalid"
+    assert refusal(store, result.text) == "invalid"
 
 
 def test_secrets_are_compared_in_constant_time_also_for_unknown_tokens(
@@ -132,18 +132,18 @@ def test_secrets_are_compared_in_constant_time_also_for_unknown_tokens(
         compared.append((len(left), len(right)))
         return hmac.compare_digest(left, right)
 
-    made = create_token(store, "Ana", ["viewer"], now=NOW)
+    result = create_token(store, "Ana", ["viewer"], now=NOW)
     monkeypatch.setattr(tokens, "hmac", SimpleNamespace(compare_digest=spy))
-    verify_token(store, made.text, NOW)
+    verify_token(store, result.text, NOW)
     refusal(store, f"fvt_{'0' * 12}_{'A' * 43}")
     assert compared == [(64, 64), (64, 64)]
 
 
 def test_last_use_is_remembered_once_a_minute(store: Store) -> None:
-    made = create_token(store, "Ana", ["viewer"], now=NOW)
+    result = create_token(store, "Ana", ["viewer"], now=NOW)
     for seconds, expected in ((0, 0), (59, 0), (60, 60), (61, 60)):
-        verify_token(store, made.text, NOW + timedelta(seconds=seconds))
-        assert store.tokens.get(made.token.token_id).last_used_at == NOW + timedelta(seconds=expected)
+        verify_token(store, result.text, NOW + timedelta(seconds=seconds))
+        assert store.tokens.get(result.token.token_id).last_used_at == NOW + timedelta(seconds=expected)
 
 
 @pytest.mark.parametrize("name", ["", " a", "a" * 65, "a\nb", "a\x00", "<b>", "a/b"])

@@ -73,9 +73,9 @@ def test_the_runbooks_call_ends_a_round_that_hangs_and_the_run_goes_on(system: S
     assert system.hangs.wait(WAIT_S)
     assert system.http.get("/api/training/status").json()["rounds_done"] == 0
     answer = system.http.post(MODE, content='{"mode": "asynchronous", "staleness_tolerance": 5}')
-    told = {"mode": "asynchronous", "staleness_tolerance": 5, "buffer_size": None, "revision": 1}
-    assert (answer.status_code, answer.json(), answer.headers["etag"]) == (200, told, '"1"')
-    assert system.http.get(MODE).json() == told
+    results = {"mode": "asynchronous", "staleness_tolerance": 5, "buffer_size": None, "revision": 1}
+    assert (answer.status_code, answer.json(), answer.headers["etag"]) == (200, results, '"1"')
+    assert system.http.get(MODE).json() == results
     system.fleet.held.clear()
     system.go_on.set()
     assert system.local.wait(WAIT_S).status is RunStatus.COMPLETED

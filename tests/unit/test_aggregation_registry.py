@@ -35,9 +35,9 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, entry: str, module: s
 
 
 def block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", DOCUMENT.read_text(), flags=re.S)
-    assert found
-    return found.group(1)
+    result = re.search(rf"```{language}\n(.*?)```", DOCUMENT.read_text(), flags=re.S)
+    assert result
+    return result.group(1)
 
 
 def test_the_documents_rule_trains_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,8 +173,8 @@ def test_scaffold_reaches_the_common_optimum_where_fedavg_does_not() -> None:
                 correction = tested.client.before_training(fold.weights, broadcast, client_state[k])
                 w = start = float(fold.weights["w"][0])
                 for _ in range(10):
-                    found = None if correction is None else correction.shift
-                    shift = 0.0 if found is None else float(found["w"][0])
+                    result = None if correction is None else correction.shift
+                    shift = 0.0 if result is None else float(result["w"][0])
                     w -= 0.05 * (curvature * (w - optimum) + shift)
                 delta = {"w": np.array([w - start], dtype=np.float32)}
                 client_state[k] = dict(tested.client.after_training(delta, broadcast, client_state[k]))
@@ -203,8 +203,8 @@ CLOUD = np.random.default_rng(5).normal(size=(15, 4))
 
 def centre(name: str, options: dict[str, Any], deltas: Any = CLOUD) -> Vector:
     deltas = np.asarray(deltas)
-    found = rule(name, options).fold({"w": np.zeros(deltas.shape[1], np.float32)}, updates(deltas), {}).weights["w"]
-    return np.asarray(found, dtype=np.float64)
+    result = rule(name, options).fold({"w": np.zeros(deltas.shape[1], np.float32)}, updates(deltas), {}).weights["w"]
+    return np.asarray(result, dtype=np.float64)
 
 
 def test_median_and_trimmed_mean_by_hand() -> None:
@@ -244,8 +244,8 @@ def test_the_geometric_median_is_where_distances_are_least() -> None:
     # Of three points with angles below 120 degrees: Fermat's point, from which all sides look 120 degrees wide.
     triangle = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]])
     np.testing.assert_allclose(centre("geometric_median", {}, triangle), triangle.mean(0), atol=1e-5)
-    found = centre("geometric_median", {"max_iterations": 2000, "tolerance": 1e-9})
-    towards = CLOUD - found
+    result = centre("geometric_median", {"max_iterations": 2000, "tolerance": 1e-9})
+    towards = CLOUD - result
     pull = (towards / np.linalg.norm(towards, axis=1)[:, None]).sum(0)
     assert np.linalg.norm(pull) < 1e-3
 

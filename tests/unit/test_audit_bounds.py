@@ -64,15 +64,15 @@ def test_the_bound_without_assumptions_is_the_ratio_of_power_and_size() -> None:
 def test_bounds_of_a_real_gaussian_mechanism_are_below_its_epsilon_and_not_by_far() -> None:
     generator = np.random.default_rng(0)
     claimed = epsilon_of_mu(1.0, 1e-5)
-    found = []
+    results = []
     for _ in range(100):
         pilot = generator.normal(size=2000), generator.normal(1.0, size=2000)
         scores = generator.normal(size=10_000), generator.normal(1.0, size=10_000)
         errors = errors_at(best_threshold(*pilot), *scores)
-        found.append(epsilon_of_mu(mu_of(errors, 1e-4), 1e-5))
+        results.append(epsilon_of_mu(mu_of(errors, 1e-4), 1e-5))
         assert epsilon_without_assumptions(errors, 1e-5, 1e-4) <= claimed
-    assert max(found) <= claimed
-    assert np.quantile(found, 0.02) >= TIGHTNESS * claimed
+    assert max(results) <= claimed
+    assert np.quantile(results, 0.02) >= TIGHTNESS * claimed
 
 
 def test_more_noise_takes_more_releases() -> None:
@@ -100,8 +100,8 @@ def test_impossible_guesses_are_refused() -> None:
 def test_all_guesses_right_is_worked_out_by_hand() -> None:
     # q^100 = 0.05 at the bound: epsilon = log(q / (1 - q)).
     q = 0.05 ** (1 / 100)
-    found = one_run_epsilon(canaries=100, guesses=100, correct=100, delta=0.0, alpha=0.05)
-    assert found == pytest.approx(math.log(q / (1 - q)), abs=1e-5)
+    result = one_run_epsilon(canaries=100, guesses=100, correct=100, delta=0.0, alpha=0.05)
+    assert result == pytest.approx(math.log(q / (1 - q)), abs=1e-5)
     assert one_run_epsilon(canaries=100, guesses=100, correct=50, delta=0.0, alpha=0.05) == 0.0
 
 

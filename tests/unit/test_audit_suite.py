@@ -32,9 +32,9 @@ QUICK = Scope(quick=True)
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_installed_code_passes(name: str) -> None:
-    found = [timed.finding for timed in audit(QUICK, [name])]
-    assert found
-    assert not [finding for finding in found if not finding.passed]
+    results = [timed.finding for timed in audit(QUICK, [name])]
+    assert results
+    assert not [finding for finding in results if not finding.passed]
 
 
 def test_every_family_and_both_engines_are_looked_at() -> None:
@@ -132,9 +132,9 @@ def test_a_check_that_breaks_off_is_a_finding(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no disk")
 
     monkeypatch.setitem(CHECKS, "charging", breaks_off)
-    found = [timed.finding for timed in audit(QUICK, ["charging"])]
-    assert [finding.passed for finding in found] == [True, False]
-    assert found[1].detail == "RuntimeError: no disk"
+    results = [timed.finding for timed in audit(QUICK, ["charging"])]
+    assert [finding.passed for finding in results] == [True, False]
+    assert results[1].detail == "RuntimeError: no disk"
 
 
 def test_an_unknown_check_is_refused_by_name() -> None:

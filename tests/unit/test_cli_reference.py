@@ -86,9 +86,9 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 
 def test_every_command_that_the_project_mentions_exists() -> None:
     commands = {name: entry for entries in PANELS.values() for name, entry in entries.items()}
-    found = list(mentions())
-    assert len(found) > 80
-    for file, command, word in found:
+    results = list(mentions())
+    assert len(results) > 80
+    for file, command, word in results:
         assert command in commands, (file, command)
         entry = commands[command]
         if isinstance(entry, typer.Typer) and word:

@@ -54,10 +54,10 @@ def answering(*answers: httpx.Response | httpx.HTTPError) -> tuple[FedvitClient,
 
     def answer(request: httpx.Request) -> httpx.Response:
         asked.append(request)
-        found = answers[min(len(asked), len(answers)) - 1]
-        if isinstance(found, httpx.HTTPError):
-            raise found
-        return found
+        result = answers[min(len(asked), len(answers)) - 1]
+        if isinstance(result, httpx.HTTPError):
+            raise result
+        return result
 
     return FedvitClient(URL, transport=httpx.MockTransport(answer), sleep=pauses.append), asked, pauses
 
@@ -121,10 +121,10 @@ SAME_CODE = {InvalidRequestError: UsageError, StateUnavailableError: StateError}
 def test_every_error_arrives_as_what_it_was_raised(kind: type[FedvitError]) -> None:
     raised = kind("It is so.", cure="Do otherwise.", retry_after_s=7)
     answer = problem_of(raised)
-    told = error_of(answer.status_code, bytes(answer.body).decode())
-    assert type(told) is (ControlApiError if issubclass(kind, HttpFaultError) else SAME_CODE.get(kind, kind))
-    assert told.message.endswith("It is so.")
-    assert (told.cure, told.details["retry_after_s"]) == ("Do otherwise.", 7)
+    result = error_of(answer.status_code, bytes(answer.body).decode())
+    assert type(result) is (ControlApiError if issubclass(kind, HttpFaultError) else SAME_CODE.get(kind, kind))
+    assert result.message.endswith("It is so.")
+    assert (result.cure, result.details["retry_after_s"]) == ("Do otherwise.", 7)
 
 
 def test_refusals_of_a_real_system_are_errors_with_what_the_log_knows_them_by(make: Make) -> None:
@@ -160,10 +160,10 @@ def test_refusals_of_a_real_system_are_errors_with_what_the_log_knows_them_by(ma
 )
 def test_what_has_no_class_is_told_as_it_came(answer: httpx.Response, type_: str, detail: str) -> None:
     client, asked, _ = answering(answer)
-    with pytest.raises(ControlApiError) as told:
+    with pytest.raises(ControlApiError) as result:
         client.training.start()
-    assert (told.value.status, told.value.type) == (answer.status_code, type_)
-    assert detail in told.value.detail
+    assert (result.value.status, result.value.type) == (answer.status_code, type_)
+    assert detail in result.value.detail
     assert len(asked) == 1
 
 

@@ -71,7 +71,7 @@ class Replicas:
 
     def condition(self, client_id: str, kind: str, http: TestClient | None = None) -> dict[str, Any]:
         conditions = self.get(f"/api/clients/{client_id}", http)["conditions"]
-        return next(found for found in conditions if found["type"] == kind)  # type: ignore[no-any-return]
+        return next(item for item in conditions if item["type"] == kind)  # type: ignore[no-any-return]
 
     def close(self) -> None:
         for store in self.stores:
@@ -81,9 +81,9 @@ class Replicas:
 @pytest.fixture
 def replicas(tmp_path: Path) -> Iterator[Replicas]:
     clock = ManualClock()
-    made = Replicas(tmp_path, clock)
-    yield made
-    made.close()
+    result = Replicas(tmp_path, clock)
+    yield result
+    result.close()
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_a_page_is_read_once_while_nothing_changes(replicas: Replicas, monkeypat
 def test_time_alone_makes_a_page_old(replicas: Replicas) -> None:
     def connected() -> list[str]:
         page = replicas.get("/api/clients/status?limit=3")
-        return [found["conditions"][0]["status"] for found in page["clients"]]
+        return [item["conditions"][0]["status"] for item in page["clients"]]
 
     assert connected() == ["False", "False", "False"]
     replicas.post("/api/clients/truck-0/heartbeat")
@@ -161,10 +161,10 @@ def test_a_page_that_is_none_is_refused(replicas: Replicas) -> None:
 
 def test_pages_are_few_and_what_changes_while_one_is_made_makes_it_old() -> None:
     mark = [0]
-    made: list[int] = []
+    results: list[int] = []
 
     def make(number: int) -> Page:
-        made.append(number)
+        results.append(number)
         mark[0] += number == 999
         return Page(str(number).encode())
 
@@ -173,7 +173,7 @@ def test_pages_are_few_and_what_changes_while_one_is_made_makes_it_old() -> None
         pages.render(number, lambda number=number: make(number))  # type: ignore[misc]
     assert (pages.find(0), pages.find(1)) == (None, b"1")
     assert pages.render(1, lambda: make(1)) == b"1"
-    assert len(made) == MAX_PAGES + 1
+    assert len(results) == MAX_PAGES + 1
     assert pages.render("x", lambda: make(999)) == b"999"
     assert pages.find("x") is None
 
@@ -182,27 +182,27 @@ def test_pages_are_few_and_what_changes_while_one_is_made_makes_it_old() -> None
 
 
 def test_connectivity_follows_heartbeats_and_proxies(replicas: Replicas) -> None:
-    seen = replicas.get("/api/clients/connectivity")
-    assert (seen["total"], seen["connected"], seen["disconnected"]) == (6, 3, 3)
-    assert (seen["ratio"], seen["partition_suspected"], seen["heartbeat_timeout_s"]) == (0.5, False, 150.0)
-    assert seen["by_kind"] == {
+    result = replicas.get("/api/clients/connectivity")
+    assert (result["total"], result["connected"], result["disconnected"]) == (6, 3, 3)
+    assert (result["ratio"], result["partition_suspected"], result["heartbeat_timeout_s"]) == (0.5, False, 150.0)
+    assert result["by_kind"] == {
         "virtual": {"total": 3, "connected": 3},
         "remote": {"total": 2, "connected": 0},
         "silo": {"total": 1, "connected": 0},
     }
-    assert [lost["client_id"] for lost in seen["disconnected_clients"]] == ["depot", "truck-0", "truck-1"]
-    assert "never heard" in seen["disconnected_clients"][0]["reason"]
+    assert [lost["client_id"] for lost in result["disconnected_clients"]] == ["depot", "truck-0", "truck-1"]
+    assert "never heard" in result["disconnected_clients"][0]["reason"]
     replicas.post("/api/clients/truck-0/heartbeat")
     assert replicas.get("/api/clients/connectivity")["connected"] == 4
     replicas.clock.advance(151)
     lost = replicas.get("/api/clients/connectivity?limit=1&offset=1")["disconnected_clients"]
-    assert [found["client_id"] for found in lost] == ["truck-0"]
+    assert [item["client_id"] for item in lost] == ["truck-0"]
     assert lost[0]["last_seen_at"] is not None
     assert "more than 150 s" in lost[0]["reason"]
     replicas.aggregator.report = ProxyReport({"even": True, "odd": False}, frozenset({"vehicle-0001"}))
-    seen = replicas.get("/api/clients/connectivity")
-    assert (seen["connected"], seen["partition_suspected"]) == (2, True)
-    assert "proxy" in next(x for x in seen["disconnected_clients"] if x["client_id"] == "vehicle-0001")["reason"]
+    result = replicas.get("/api/clients/connectivity")
+    assert (result["connected"], result["partition_suspected"]) == (2, True)
+    assert "proxy" in next(x for x in result["disconnected_clients"] if x["client_id"] == "vehicle-0001")["reason"]
 
 
 def test_what_another_replica_heard_counts_once_it_is_in_the_store(replicas: Replicas) -> None:
@@ -215,14 +215,14 @@ def test_what_another_replica_heard_counts_once_it_is_in_the_store(replicas: Rep
 def test_a_removed_client_is_not_missed(replicas: Replicas) -> None:
     for name in ("depot", "truck-0", "truck-1"):
         replicas.http.delete(f"/api/clients/{name}")
-    seen = replicas.get("/api/clients/connectivity")
-    assert (seen["total"], seen["ratio"]) == (3, 1.0)
+    result = replicas.get("/api/clients/connectivity")
+    assert (result["total"], result["ratio"]) == (3, 1.0)
 
 
 def test_without_an_aggregator_the_fleet_is_still_shown(replicas: Replicas) -> None:
     replicas.aggregator.report = None
-    seen = replicas.get("/api/clients/connectivity")
-    assert (seen["connected"], seen["partition_suspected"]) == (0, True)
+    result = replicas.get("/api/clients/connectivity")
+    assert (result["connected"], result["partition_suspected"]) == (0, True)
     assert replicas.condition("vehicle-0000", "Connected")["reason"] == "AggregatorSilent"
 
 
@@ -233,13 +233,13 @@ def test_a_verdict_is_kept_with_its_reason(replicas: Replicas) -> None:
     assert replicas.condition("truck-0", "Validated")["reason"] == "ByDefault"
     answer = replicas.post("/api/clients/truck-0/validate", validated=False, reason="Mud on the lens.")
     assert answer["validated"] is False
-    found = replicas.condition("truck-0", "Validated", replicas.other)
-    assert (found["status"], found["reason"], found["message"]) == ("False", "ByOperator", "Mud on the lens.")
-    assert found["last_transition_at"] is not None
+    result = replicas.condition("truck-0", "Validated", replicas.other)
+    assert (result["status"], result["reason"], result["message"]) == ("False", "ByOperator", "Mud on the lens.")
+    assert result["last_transition_at"] is not None
     assert replicas.get("/api/clients/status")["validated"] == 5
     replicas.post("/api/clients/truck-0/validate", validated=True)
-    found = replicas.condition("truck-0", "Validated")
-    assert (found["status"], "Mud" in found["message"]) == ("True", False)
+    result = replicas.condition("truck-0", "Validated")
+    assert (result["status"], "Mud" in result["message"]) == ("True", False)
 
 
 def test_a_quarantine_is_lifted_with_a_justification(replicas: Replicas) -> None:
@@ -271,8 +271,8 @@ def test_removal_is_a_condition_too(replicas: Replicas) -> None:
 
 
 def test_training_says_what_it_lacks(replicas: Replicas) -> None:
-    found = {c["type"]: (c["status"], c["reason"]) for c in replicas.get("/api/training/status")["conditions"]}
-    assert found == {
+    results = {c["type"]: (c["status"], c["reason"]) for c in replicas.get("/api/training/status")["conditions"]}
+    assert results == {
         "Running": ("False", "NoRun"),
         "BudgetAvailable": ("Unknown", "AccountantSilent"),
         "Released": ("False", "NoRelease"),

@@ -110,8 +110,8 @@ OPERATED = ("raycluster", "rayservice", "podmonitor")
 
 @pytest.mark.parametrize("name", OPERATED)
 def test_the_operators_accept_their_resources(name: str) -> None:
-    found = RESOURCE.validate_python(read(f"kuberay/{name}.yaml"))
-    assert found.kind.lower() == name
+    result = RESOURCE.validate_python(read(f"kuberay/{name}.yaml"))
+    assert result.kind.lower() == name
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def test_the_operators_refuse_a_word_that_they_do_not_know_and_a_value_of_anothe
 def test_every_pod_speaks_with_the_token_phones_nobody_and_mounts_what_it_has() -> None:
     assert len(containers()) == 4
     for container in containers():
-        told = {each["name"]: each for each in container["env"]}
-        assert told["RAY_AUTH_MODE"]["value"] == "token"
-        assert told["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "ray-token"
-        assert told["RAY_USAGE_STATS_ENABLED"]["value"] == "0"
+        results = {each["name"]: each for each in container["env"]}
+        assert results["RAY_AUTH_MODE"]["value"] == "token"
+        assert results["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "ray-token"
+        assert results["RAY_USAGE_STATS_ENABLED"]["value"] == "0"
         assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
 
 
@@ -175,10 +175,10 @@ def test_compose_has_the_runbooks_names() -> None:
 
 
 def test_the_compose_specification_accepts_the_file() -> None:
-    found = importlib.util.find_spec("check_jsonschema")
-    if found is None or found.origin is None:
+    result = importlib.util.find_spec("check_jsonschema")
+    if result is None or result.origin is None:
         pytest.skip("check-jsonschema, which carries the Compose specification, is missing")
-    vendored = Path(found.origin).parent / "builtin_schemas" / "vendor" / "compose-spec.json"
+    vendored = Path(result.origin).parent / "builtin_schemas" / "vendor" / "compose-spec.json"
     schema = json.loads(vendored.read_text())
     jsonschema.validate(read("docker/compose.yaml"), schema)
     with pytest.raises(jsonschema.ValidationError):
@@ -195,8 +195,8 @@ def test_the_server_in_a_container_may_listen_as_compose_configures_it() -> None
     from fedvit.access.identity import check_exposure
     from fedvit.settings import load_settings
 
-    told = read("docker/compose.yaml")["services"]["fed-server"]["environment"]
-    settings = load_settings(environ=told)
+    result = read("docker/compose.yaml")["services"]["fed-server"]["environment"]
+    settings = load_settings(environ=result)
     check_exposure(settings)
     assert settings.edge.ports == ()
 

@@ -95,8 +95,8 @@ def test_of_remote_clients_only_those_that_train_and_were_heard_are_eligible(tmp
             ]
         )
         store.clients.set_last_seen({"heard": now, "silent": late, "edge": now, "plain": now})
-        found = [set(store.clients.eligible_at(range(6), heard_since=since).values()) for since in (None, now, late)]
-        assert found == [{"virtual"}, {"heard", "virtual"}, {"heard", "silent", "virtual"}]
+        results = [set(store.clients.eligible_at(range(6), heard_since=since).values()) for since in (None, now, late)]
+        assert results == [{"virtual"}, {"heard", "virtual"}, {"heard", "silent", "virtual"}]
         assert [store.clients.count_eligible(heard_since=since) for since in (None, now, late)] == [1, 2, 3]
 
 

@@ -70,9 +70,9 @@ def test_the_accountant_is_told_what_remains_by_the_environments_own_settings(ho
     then = f"import os; os.environ['FEDVIT_CONFIG'] = {str(tmp_path / 'fedvit.yaml')!r}"
     done = python(f"{REMAINING}{then}{REMAINING}", FEDVIT_HOME=home)
     assert done.returncode == 0, done.stderr
-    told = [line.partition(": ") for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in told] == ["Remaining epsilon"] * 2
-    assert [float(figure) for _, _, figure in told] == pytest.approx([8.0 - spent, 2.5 - spent])
+    results = [line.partition(": ") for line in done.stdout.splitlines()]
+    assert [name for name, _, _ in results] == ["Remaining epsilon"] * 2
+    assert [float(figure) for _, _, figure in results] == pytest.approx([8.0 - spent, 2.5 - spent])
 
 
 def test_it_loads_neither_torch_nor_ray(home: Path) -> None:

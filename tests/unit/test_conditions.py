@@ -20,8 +20,8 @@ BUDGET = BudgetReport("record", 8.0, 1e-5, 0.5, 0.6, 0.5, 1, 3)
 def held(**changes: object) -> dict[str, tuple[str, str]]:
     progress = replace(PROGRESS, **{k: v for k, v in changes.items() if k in ("status", "message")})  # type: ignore[arg-type]
     budget = changes.get("budget", BUDGET)
-    found = progress_conditions(progress, budget, changes.get("frozen"), changes.get("release"))  # type: ignore[arg-type]
-    return {c.type: (c.status, c.reason) for c in found}
+    result = progress_conditions(progress, budget, changes.get("frozen"), changes.get("release"))  # type: ignore[arg-type]
+    return {c.type: (c.status, c.reason) for c in result}
 
 
 def test_a_run_under_way_with_budget_and_release() -> None:

@@ -87,10 +87,12 @@ def test_the_matrix_leaves_no_route_out(guarded: ScopedApi) -> None:
 def test_no_token_that_is_not_good_opens_a_route(guarded: ScopedApi, kind: str) -> None:
     past = utc_now() - timedelta(days=2)
     lifetime = timedelta(days=1) if kind == "expired" else None
-    made = create_token(guarded.store, kind, [Scope.ADMIN, Scope.EMERGENCY, Scope.DEVICE], now=past, lifetime=lifetime)
+    result = create_token(
+        guarded.store, kind, [Scope.ADMIN, Scope.EMERGENCY, Scope.DEVICE], now=past, lifetime=lifetime
+    )
     if kind == "revoked":
-        guarded.store.tokens.revoke(made.token.token_id, utc_now())
-    text = f"{made.text[:-43]}{'A' * 43}" if kind == "invented" else made.text
+        guarded.store.tokens.revoke(result.token.token_id, utc_now())
+    text = f"{result.text[:-43]}{'A' * 43}" if kind == "invented" else result.text
     # One after another they would only be told to wait.
     for method, path, facts in operations(guarded.api):
         guarded.clock.advance(1000)
@@ -143,10 +145,12 @@ def test_two_tokens_in_one_request_are_none(guarded: ScopedApi) -> None:
 
 
 def test_revoked_and_expired_tokens_say_so(guarded: ScopedApi) -> None:
-    made = create_token(guarded.store, "old", ["admin"], now=utc_now() - timedelta(days=2), lifetime=timedelta(days=1))
-    guarded.tokens[Scope.ADMIN] = made.text
+    result = create_token(
+        guarded.store, "old", ["admin"], now=utc_now() - timedelta(days=2), lifetime=timedelta(days=1)
+    )
+    guarded.tokens[Scope.ADMIN] = result.text
     assert "expired" in guarded.ask("GET", "/api/audit", "admin").json()["detail"]
-    guarded.store.tokens.revoke(made.token.token_id, utc_now())
+    guarded.store.tokens.revoke(result.token.token_id, utc_now())
     assert "revoked" in guarded.ask("GET", "/api/audit", "admin").json()["detail"]
 
 

@@ -42,9 +42,9 @@ class Aggregator:
 
 @pytest.fixture
 def aggregator() -> Iterator[Aggregator]:
-    made = Aggregator()
-    yield made
-    made.let.set()
+    result = Aggregator()
+    yield result
+    result.let.set()
 
 
 @pytest.fixture

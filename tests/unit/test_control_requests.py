@@ -178,10 +178,10 @@ def test_what_takes_too_long_is_answered_and_still_audited(tmp_path: Path) -> No
 
 def test_a_configuration_is_only_overwritten_by_who_has_seen_it(site: ScopedApi) -> None:
     body = {"min_clients": 2}
-    seen = site.ask("GET", "/api/training/config").headers["etag"]
-    changed = site.ask("POST", "/api/training/config", json=body, headers={"If-Match": f'"other", {seen}'})
+    result = site.ask("GET", "/api/training/config").headers["etag"]
+    changed = site.ask("POST", "/api/training/config", json=body, headers={"If-Match": f'"other", {result}'})
     assert changed.status_code == 200
-    for stale in (seen, '"other"', 'W/"1"', "1 2", "", '"' + "9" * 5000 + '"'):
+    for stale in (result, '"other"', 'W/"1"', "1 2", "", '"' + "9" * 5000 + '"'):
         refused = site.ask("POST", "/api/training/config", json={"min_clients": 3}, headers={"If-Match": stale})
         assert (refused.status_code, refused.headers["content-type"]) == (412, PROBLEM), stale
     assert site.ask("GET", "/api/training/config").json()["min_clients"] == 2

@@ -27,8 +27,8 @@ class TwoClassModel(PointModel):
     """Answers the first class to 30 held-out images of 40."""
 
     def evaluate(self, weights: Weights) -> Evaluation:
-        found = super().evaluate(weights)
-        return Evaluation(found.loss, found.accuracy, found.recall_by_class, ((20, 5), (10, 5)), 40)
+        result = super().evaluate(weights)
+        return Evaluation(result.loss, result.accuracy, result.recall_by_class, ((20, 5), (10, 5)), 40)
 
 
 @pytest.fixture
@@ -71,12 +71,12 @@ def get(http: TestClient, path: str) -> Any:
 def test_quality_follows_the_rounds_and_the_verdicts(http: TestClient) -> None:
     http.post("/api/clients/vehicle-0003/validate", json={"validated": False})
     http.post("/api/clients/register", json={"device_id": "truck-1", "num_examples": 50})
-    found = get(http, "/api/clients/data-quality?limit=2")
-    assert (found["assessed"], found["threshold"], found["unvalidated"]) == (5, 0.7, ["vehicle-0003"])
-    assert found["score"] == pytest.approx((0 + 0.5 + 1 + 1 + 1) / 5)
-    assert [client["client_id"] for client in found["clients"]] == ["vehicle-0002", "truck-1"]
-    assert (found["clients"][0]["rounds"], found["clients"][0]["failures"]) == (2, 2)
-    assert "2 of 2 rounds" in found["clients"][0]["reasons"][0]
+    result = get(http, "/api/clients/data-quality?limit=2")
+    assert (result["assessed"], result["threshold"], result["unvalidated"]) == (5, 0.7, ["vehicle-0003"])
+    assert result["score"] == pytest.approx((0 + 0.5 + 1 + 1 + 1) / 5)
+    assert [client["client_id"] for client in result["clients"]] == ["vehicle-0002", "truck-1"]
+    assert (result["clients"][0]["rounds"], result["clients"][0]["failures"]) == (2, 2)
+    assert "2 of 2 rounds" in result["clients"][0]["reasons"][0]
     rest = get(http, "/api/clients/data-quality?offset=2")["clients"]
     assert [client["validated"] for client in rest] == [True, True, False]
     http.post("/api/clients/truck-1/heartbeat", json={})
@@ -86,9 +86,9 @@ def test_quality_follows_the_rounds_and_the_verdicts(http: TestClient) -> None:
 
 
 def test_drift_holds_the_answers_against_the_held_out_images(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = get(http, "/api/monitoring/data-drift")
-    assert (found["reference_version"], found["drifting"], found["score"]) == ("v1.1.2", False, 0.0)
-    loss, mix, histograms = found["signals"]
+    result = get(http, "/api/monitoring/data-drift")
+    assert (result["reference_version"], result["drifting"], result["score"]) == ("v1.1.2", False, 0.0)
+    loss, mix, histograms = result["signals"]
     assert (loss["name"], loss["value"]) == ("held_out_loss", loss["reference"])
     assert (mix["name"], mix["score"]) == ("prediction_mix", None)
     assert "not enough answers yet: 0" in mix["reason"]
@@ -97,5 +97,5 @@ def test_drift_holds_the_answers_against_the_held_out_images(http: TestClient, m
     monkeypatch.setattr(data_health, "predictions_by_class", lambda version, _: answers[version])
     assert get(http, "/api/monitoring/data-drift")["drifting"] is False
     answers["v1.1.2"] = {0: 25, 1: 75}
-    found = get(http, "/api/monitoring/data-drift")
-    assert (found["drifting"], found["signals"][1]["score"]) == (True, 1.0)
+    result = get(http, "/api/monitoring/data-drift")
+    assert (result["drifting"], result["signals"][1]["score"]) == (True, 1.0)

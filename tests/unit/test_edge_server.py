@@ -38,9 +38,9 @@ def make(feed: MemoryFeed, tmp_path: Path) -> Callable[..., ServingProcess]:
 
     def process(**options: Any) -> ServingProcess:
         client = ReleaseClient(feed, tmp_path / "cache", [feed.key.public_key()], "standard")
-        made = ServingProcess(client, ServingOptions("edge-7", "memory", poll_interval_s=3600, **options))
-        made.service.refresh()
-        return made
+        result = ServingProcess(client, ServingOptions("edge-7", "memory", poll_interval_s=3600, **options))
+        result.service.refresh()
+        return result
 
     return process
 

@@ -147,10 +147,10 @@ def test_swaps_happen_under_requests_without_one_failing(feed: MemoryFeed, conne
 
 
 def test_a_swap_tells_which_release_serves(feed: MemoryFeed, tmp_path: Path) -> None:
-    told: list[tuple[str, int]] = []
+    results: list[tuple[str, int]] = []
     client = ReleaseClient(feed, tmp_path, [feed.key.public_key()], "standard")
-    service = ModelService(client, on_swap=lambda manifest: told.append((manifest.version, manifest.sequence)))
+    service = ModelService(client, on_swap=lambda manifest: results.append((manifest.version, manifest.sequence)))
     for sequence in (1, 2):
         feed.offer(tiny_model(float(sequence)), sequence)
         assert service.refresh()
-    assert told == [("v0.0.1", 1), ("v0.0.2", 2)]
+    assert results == [("v0.0.1", 1), ("v0.0.2", 2)]

@@ -44,8 +44,8 @@ def held(tmp_path: Path) -> Iterator[Site]:
 
 
 def action(told: JsonObject, name: str) -> JsonObject:
-    found: JsonObject = next(taken for taken in told["actions"] if taken["action"] == name)
-    return found
+    result: JsonObject = next(taken for taken in told["actions"] if taken["action"] == name)
+    return result
 
 
 def bundle(told: JsonObject) -> dict[str, list[JsonObject]]:
@@ -69,14 +69,14 @@ def test_a_breach_in_the_middle_of_a_round_contains_everything(held: Site) -> No
     held.store.tokens.add(bound)
     held.http.post("/api/training/start")
     assert held.fleet.begun.wait(WAIT_S)
-    told = held.breach("vehicle-0001", "nobody")
-    assert [taken["action"] for taken in told["actions"]] == [
+    result = held.breach("vehicle-0001", "nobody")
+    assert [taken["action"] for taken in result["actions"]] == [
         *("freeze_ledger", "stop_training", "isolate_data", "revoke_credentials", "forensic_bundle"),
     ]
-    assert all(taken["done"] for taken in told["actions"])
-    assert (told["quarantined"], told["unknown_clients"]) == (["vehicle-0001"], ["nobody"])
-    assert (told["revoked_tokens"], told["rolled_back_to"], told["ledger_frozen"]) == (["0" * 12], None, True)
-    assert "Only when asked for: rollback_model" in told["policy"]
+    assert all(taken["done"] for taken in result["actions"])
+    assert (result["quarantined"], result["unknown_clients"]) == (["vehicle-0001"], ["nobody"])
+    assert (result["revoked_tokens"], result["rolled_back_to"], result["ledger_frozen"]) == (["0" * 12], None, True)
+    assert "Only when asked for: rollback_model" in result["policy"]
     assert held.store.tokens.get("0" * 12).revoked_at is not None
 
     held.fleet.let.set()
@@ -98,13 +98,13 @@ def test_a_breach_in_the_middle_of_a_round_contains_everything(held: Site) -> No
 def test_the_bundle_holds_the_evidence_and_no_secret(site: Site) -> None:
     site.trained()
     site.store.budget.grant(9.0, "The officer approved it today.", "token:a:Ana", None)
-    told = site.breach("vehicle-0001", incident=LITERAL)
-    path = Path(told["forensic_bundle"])
+    result = site.breach("vehicle-0001", incident=LITERAL)
+    path = Path(result["forensic_bundle"])
     assert path.parent == site.settings.home / "forensics"
     assert path.name.startswith("PB-_date_Y_m_d-_H_M_S-")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [p for p in path.parent.iterdir() if p != path] == []
-    files = bundle(told)
+    files = bundle(result)
     assert [line["action"] for line in files["audit.jsonl"]] == ["POST /api/training/start"]
     assert [line["sequence"] for line in files["ledger.jsonl"]] == list(range(1, 17))
     assert files["ledger.jsonl"][1]["prev_hash"] == files["ledger.jsonl"][0]["hash"]
@@ -125,7 +125,7 @@ def test_the_bundle_holds_the_evidence_and_no_secret(site: Site) -> None:
     assert (token["name"], "secret_hash" in token) == ("on call", False)
     (incident,) = files["incident.jsonl"]
     assert (incident["incident_id"], incident["reported_by"]) == (LITERAL, site.actor)
-    assert [taken["action"] for taken in incident["actions"]] == [t["action"] for t in told["actions"][:-1]]
+    assert [taken["action"] for taken in incident["actions"]] == [t["action"] for t in result["actions"][:-1]]
     assert files["settings.jsonl"][0]["training"]["rounds"] == 4
     assert (len(files["releases.jsonl"]), files["runs.jsonl"][0]["run_id"]) == (4, "run-0001")
 
@@ -134,9 +134,9 @@ def test_a_tampered_ledger_is_evidence_and_no_obstacle(site: Site) -> None:
     site.trained()
     with closing(sqlite3.connect(site.store.home / "state.db")) as database, database:
         database.execute("UPDATE privacy_ledger SET steps = 99 WHERE sequence = 3")
-    told = site.breach("vehicle-0001")
-    assert action(told, "forensic_bundle")["done"]
-    broken = bundle(told)["verification.jsonl"][1]
+    result = site.breach("vehicle-0001")
+    assert action(result, "forensic_bundle")["done"]
+    broken = bundle(result)["verification.jsonl"][1]
     assert (broken["intact"], broken["sequence"]) == (False, 3)
 
 
@@ -145,11 +145,11 @@ def test_a_part_that_cannot_be_read_is_named_and_the_rest_is_kept(site: Site, mo
         raise PlacementError("The table is gone.")
 
     monkeypatch.setattr(site.store.releases, "all", fail)
-    told = site.breach("vehicle-0001")
-    files = bundle(told)
+    result = site.breach("vehicle-0001")
+    files = bundle(result)
     assert files["releases.jsonl"] == []
     assert files["clients.jsonl"]
-    with tarfile.open(told["forensic_bundle"]) as archive:
+    with tarfile.open(result["forensic_bundle"]) as archive:
         manifest = json.load(archive.extractfile("manifest.json"))  # type: ignore[arg-type]
     assert manifest["unreadable"] == {"releases.jsonl": "PlacementError: The table is gone."}
 
@@ -169,12 +169,12 @@ def test_a_repeated_report_is_harmless_and_makes_another_bundle(site: Site) -> N
 def test_without_the_aggregator_all_that_needs_only_the_store_is_done(site: Site) -> None:
     site.trained()
     site.aggregator = None
-    told = site.breach("vehicle-0001", actions=("rollback_model",))
-    failed = [taken["action"] for taken in told["actions"] if not taken["done"]]
+    result = site.breach("vehicle-0001", actions=("rollback_model",))
+    failed = [taken["action"] for taken in result["actions"] if not taken["done"]]
     assert failed == ["stop_training", "rollback_model"]
-    assert action(told, "stop_training")["detail"] == "The aggregator is restarting."
-    assert (told["rolled_back_to"], told["ledger_frozen"], told["quarantined"]) == (None, True, ["vehicle-0001"])
-    assert bundle(told)["ledger.jsonl"]
+    assert action(result, "stop_training")["detail"] == "The aggregator is restarting."
+    assert (result["rolled_back_to"], result["ledger_frozen"], result["quarantined"]) == (None, True, ["vehicle-0001"])
+    assert bundle(result)["ledger.jsonl"]
     assert site.get("/api/emergency")["incident"]["incident_id"] == "PB-1"
     site.aggregator = site.local
     assert site.breach("vehicle-0001", actions=("rollback_model",))["rolled_back_to"] == "v1.1.2"
@@ -189,11 +189,11 @@ def test_an_aggregator_that_is_silent_does_not_keep_the_answer(tmp_path: Path) -
             woken.wait(WAIT_S)
 
     site.aggregator = Silent()  # type: ignore[assignment]
-    told = site.breach("vehicle-0001")
+    result = site.breach("vehicle-0001")
     woken.set()
-    assert [taken["action"] for taken in told["actions"] if not taken["done"]] == ["stop_training"]
-    assert "Not done within" in action(told, "stop_training")["detail"]
-    assert bundle(told)
+    assert [taken["action"] for taken in result["actions"] if not taken["done"]] == ["stop_training"]
+    assert "Not done within" in action(result, "stop_training")["detail"]
+    assert bundle(result)
     site.close()
 
 
@@ -202,23 +202,23 @@ def test_a_step_that_fails_is_reported_and_none_is_skipped(site: Site, monkeypat
         raise OSError("no space left")
 
     monkeypatch.setattr(site.store.clients, "quarantine", fail)
-    told = site.breach("vehicle-0001")
-    assert action(told, "isolate_data") == {
+    result = site.breach("vehicle-0001")
+    assert action(result, "isolate_data") == {
         "action": "isolate_data",
         "done": False,
         "detail": "OSError: no space left",
     }
-    assert (told["quarantined"], told["unknown_clients"]) == ([], [])
-    assert [taken["done"] for taken in told["actions"]] == [True, True, False, True, True]
+    assert (result["quarantined"], result["unknown_clients"]) == ([], [])
+    assert [taken["done"] for taken in result["actions"]] == [True, True, False, True, True]
 
 
 def test_a_bundle_that_cannot_be_written_is_reported_with_its_place(site: Site) -> None:
     (site.settings.home / "forensics").write_text("in the way")
-    told = site.breach("vehicle-0001")
-    assert not action(told, "forensic_bundle")["done"]
-    assert told["forensic_sha256"] is None
-    assert told["forensic_bundle"].startswith(str(site.settings.home / "forensics"))
-    assert told["ledger_frozen"]
+    result = site.breach("vehicle-0001")
+    assert not action(result, "forensic_bundle")["done"]
+    assert result["forensic_sha256"] is None
+    assert result["forensic_bundle"].startswith(str(site.settings.home / "forensics"))
+    assert result["ledger_frozen"]
 
 
 # --- roll back -------------------------------------------------------------------------------------------------------
@@ -227,9 +227,9 @@ def test_a_bundle_that_cannot_be_written_is_reported_with_its_place(site: Site) 
 def test_the_last_release_without_the_clients_serves_again(site: Site) -> None:
     site.trained()
     old = site.store.versions.get("v1.1.2")
-    told = site.breach("vehicle-0001", actions=("rollback_model",))
-    assert told["rolled_back_to"] == "v1.1.2"
-    assert action(told, "rollback_model")["done"]
+    result = site.breach("vehicle-0001", actions=("rollback_model",))
+    assert result["rolled_back_to"] == "v1.1.2"
+    assert action(result, "rollback_model")["done"]
     current = site.get("/api/model/current")
     assert (current["version"], current["derived_from"], current["artifacts"]) == ("v1.1.5", "v1.1.2", old.artifacts)
     assert (current["lineage"]["reason"], current["lineage"]["forced"]) == ("incident PB-1", True)
@@ -237,25 +237,25 @@ def test_the_last_release_without_the_clients_serves_again(site: Site) -> None:
 
 def test_a_roll_back_that_nobody_asked_for_does_not_happen(site: Site) -> None:
     site.trained()
-    told = site.breach("vehicle-0001", actions=("stop_training", "isolate_data"))
-    assert told["rolled_back_to"] is None
+    result = site.breach("vehicle-0001", actions=("stop_training", "isolate_data"))
+    assert result["rolled_back_to"] is None
     assert site.get("/api/model/current")["version"] == "v1.1.4"
 
 
 def test_where_there_is_no_release_without_them_that_is_said(site: Site) -> None:
     site.trained()
-    told = site.breach("vehicle-0000", actions=("rollback_model",))
-    taken = action(told, "rollback_model")
-    assert (taken["done"], told["rolled_back_to"]) == (False, None)
+    result = site.breach("vehicle-0000", actions=("rollback_model",))
+    taken = action(result, "rollback_model")
+    assert (taken["done"], result["rolled_back_to"]) == (False, None)
     assert "no release without them" in taken["detail"]
     assert site.get("/api/model/current")["version"] == "v1.1.4"
 
 
 def test_a_release_to_which_they_did_not_contribute_stays(site: Site) -> None:
     site.trained()
-    told = site.breach("nobody", actions=("rollback_model",))
-    assert action(told, "rollback_model")["done"]
-    assert told["rolled_back_to"] is None
+    result = site.breach("nobody", actions=("rollback_model",))
+    assert action(result, "rollback_model")["done"]
+    assert result["rolled_back_to"] is None
     assert len(site.store.releases.all()) == 4
 
 
@@ -263,8 +263,8 @@ def test_a_second_incident_does_not_bring_back_what_the_first_withdrew(site: Sit
     site.trained()
     site.breach("vehicle-0001", actions=("rollback_model",))
     site.http.post("/api/model/rollback", json={"version": "v1.1.4", "force": True})
-    told = site.breach("nobody", actions=("rollback_model",), incident="PB-2")
-    assert told["rolled_back_to"] == "v1.1.5"
+    result = site.breach("nobody", actions=("rollback_model",), incident="PB-2")
+    assert result["rolled_back_to"] == "v1.1.5"
     assert site.store.versions.get(site.get("/api/model/current")["version"]).weights_digest == (
         site.store.versions.get("v1.1.2").weights_digest
     )
@@ -308,8 +308,8 @@ def test_contributions_follow_rounds_runs_and_derivations(tmp_path: Path) -> Non
         commit(store, tuned, 2, ["a"], base="v1.1.4")
         store.runs.set_status(tuned, RunStatus.COMPLETED)
         commit(store, begin(), 1, ["b"])
-        found = {name: "".join(sorted(who)) for name, who in contributions(store.versions.all(), "abcd").items()}
-        assert found == {
+        results = {name: "".join(sorted(who)) for name, who in contributions(store.versions.all(), "abcd").items()}
+        assert results == {
             **{"v1.1.1": "a", "v1.1.2": "ab", "v1.1.3": "abc", "v1.1.4": "ab"},
             **{"v1.2.1": "abd", "v1.2.2": "abd", "v1.3.1": "b"},
         }
@@ -397,22 +397,22 @@ def test_what_no_database_can_keep_is_no_json(site: Site, change: JsonObject) ->
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "...", "\u0000\u0001", "事故" * 100, "a/b\\c", " "])
 def test_any_text_names_an_incident_and_none_leaves_the_folder(site: Site, name: str) -> None:
-    told = site.breach("vehicle-0001", incident=name)
-    path = Path(told["forensic_bundle"])
+    result = site.breach("vehicle-0001", incident=name)
+    path = Path(result["forensic_bundle"])
     assert path.parent == site.settings.home / "forensics"
     assert path.is_file()
-    assert bundle(told)["incident.jsonl"][0]["incident_id"] == name
+    assert bundle(result)["incident.jsonl"][0]["incident_id"] == name
     assert site.get("/api/emergency")["incident"]["incident_id"] == name
     assert site.stand_down(name).json()["ledger_frozen"] is False
 
 
 def test_a_report_is_audited_with_what_it_did(site: Site) -> None:
-    told = site.breach("vehicle-0001")
+    result = site.breach("vehicle-0001")
     entry = site.store.audit.latest(1)[0].facts
     assert (entry.action, entry.actor, entry.status) == (f"POST {BREACH}", site.actor, 200)
     assert entry.before == {"frozen_by": None, "quarantined": []}
     assert entry.after["quarantined"] == ["vehicle-0001"]
-    assert entry.after["sha256"] == told["forensic_sha256"]
+    assert entry.after["sha256"] == result["forensic_sha256"]
     assert entry.params["body"]["incident_id"] == "PB-1"
 
 

@@ -67,9 +67,9 @@ def test_a_sum_is_off_by_half_a_quantum_a_client_at_most(clients: list[tuple[lis
         sums.add(own(index, numbers, weight).weighted_sum, weight)
     for position in range(3):
         exact = sum(Fraction(float(np.float32(numbers[position]))) * weight for numbers, weight in clients)
-        found = Fraction(float(sums.totals()["a"][position]))
+        result = Fraction(float(sums.totals()["a"][position]))
         rounding = abs(exact) * Fraction(2) ** -52
-        assert abs(found - exact) <= len(clients) * Fraction(QUANTUM) / 2 + rounding
+        assert abs(result - exact) <= len(clients) * Fraction(QUANTUM) / 2 + rounding
 
 
 def test_ordinary_addition_would_depend_on_the_grouping() -> None:

@@ -52,9 +52,9 @@ class Garage:
 
 @pytest.fixture
 def garage(tmp_path: Path) -> Iterator[Garage]:
-    made = Garage(tmp_path)
-    yield made
-    made.store.close()
+    result = Garage(tmp_path)
+    yield result
+    result.store.close()
 
 
 @pytest.fixture
@@ -74,9 +74,9 @@ def writes(garage: Garage) -> Iterator[list[str]]:
 def test_a_vehicle_is_told_when_to_beat_again(garage: Garage) -> None:
     answer = garage.beat("truck-1", body={"status": "degraded", "model_version": "v1.1.2"})
     assert answer.status_code == 200
-    told = answer.json()
-    assert (told["client_id"], told["interval_s"], told["backup_channel"]) == ("truck-1", 60.0, False)
-    assert abs(datetime.fromisoformat(told["received_at"]) - utc_now()) < timedelta(minutes=1)
+    result = answer.json()
+    assert (result["client_id"], result["interval_s"], result["backup_channel"]) == ("truck-1", 60.0, False)
+    assert abs(datetime.fromisoformat(result["received_at"]) - utc_now()) < timedelta(minutes=1)
 
 
 def test_beats_cost_no_write_and_no_line_in_the_trail(garage: Garage, writes: list[str]) -> None:
@@ -94,9 +94,9 @@ def test_an_application_that_ends_has_written_everything_in_two_transactions(gar
     token = garage.token("device", "truck-1")
     writes.clear()
     with garage.http:
-        told = [garage.beat(name, token).json() for name in ["truck-1"] * 20]
+        results = [garage.beat(name, token).json() for name in ["truck-1"] * 20]
         garage.beat("truck-2")
-    assert garage.store.clients.get("truck-1").last_seen_at == datetime.fromisoformat(told[-1]["received_at"])
+    assert garage.store.clients.get("truck-1").last_seen_at == datetime.fromisoformat(results[-1]["received_at"])
     assert garage.store.clients.get("truck-2").last_seen_at is not None
     assert garage.store.clients.get("truck-0").last_seen_at is None
     assert garage.store.tokens.all()[0].last_used_at is not None

@@ -39,8 +39,8 @@ def ago(minutes: float) -> datetime:
 def told(site: Site, *alerts: dict[str, Any]) -> list[str]:
     answer = site.http.post(WEBHOOK, json=message(*alerts))
     assert answer.status_code == 200, answer.text
-    found: list[str] = answer.json()["incidents"]
-    return found
+    results: list[str] = answer.json()["incidents"]
+    return results
 
 
 def lines(site: Site, name: str, kind: str) -> list[str]:
@@ -60,8 +60,8 @@ def test_an_alert_opens_an_incident_that_its_end_resolves(site: Site) -> None:
     }
     assert name.startswith(f"INC-{began:%Y-%m%d}-")
     told(site, alert(starts_at=began, ends_at=ended))
-    found = site.get(f"/api/incidents/{name}")
-    assert (found["status"], datetime.fromisoformat(found["resolved_at"])) == ("resolved", ended)
+    result = site.get(f"/api/incidents/{name}")
+    assert (result["status"], datetime.fromisoformat(result["resolved_at"])) == ("resolved", ended)
     assert site.get("/api/incidents?status=open") == []
     assert site.store.audit.entries() == []
 
@@ -96,16 +96,16 @@ def test_what_is_no_message_of_version_4_is_refused_by_name(site: Site, change: 
 
 @pytest.mark.parametrize("name", ['x"; rm -rf /; "', "../vehicle-0001", "vehicle-0001\n", "$(id)", "a" * 65])
 def test_what_an_alert_calls_a_client_becomes_part_of_no_command_unless_it_can_be_one(site: Site, name: str) -> None:
-    (found,) = told(site, alert(starts_at=ago(1), client_id=name))
-    (step,) = site.get(f"/api/incidents/{found}")["proposals"]
+    (result,) = told(site, alert(starts_at=ago(1), client_id=name))
+    (step,) = site.get(f"/api/incidents/{result}")["proposals"]
     assert step["command"] == 'curl -X DELETE "http://localhost:8000/api/clients/<device-id>"'
 
 
 def test_what_would_steer_a_terminal_is_taken_out(site: Site) -> None:
     sent = alert(starts_at=ago(1))
     sent["annotations"]["summary"] = "gone\x1b[2J\r\nvéhicule"
-    (found,) = told(site, sent)
-    assert site.get(f"/api/incidents/{found}")["summary"] == "gone [2J  véhicule"
+    (result,) = told(site, sent)
+    assert site.get(f"/api/incidents/{result}")["summary"] == "gone [2J  véhicule"
 
 
 def test_a_severity_that_is_none_of_ours_is_the_least(site: Site) -> None:
@@ -135,15 +135,15 @@ def test_the_timeline_has_alerts_commands_and_changes_of_state_in_order(site: Si
     site.http.post("/api/training/config", json={"min_clients": 3})
     site.http.delete("/api/clients/nobody")
     site.http.post(f"/api/incidents/{name}/notes", json={"section": "root_cause", "text": "A cable."})
-    found = site.get(f"/api/incidents/{name}")["timeline"]
-    assert [entry["at"] for entry in found] == sorted(entry["at"] for entry in found)
+    result = site.get(f"/api/incidents/{name}")["timeline"]
+    assert [entry["at"] for entry in result] == sorted(entry["at"] for entry in result)
     assert lines(site, name, "alert") == ["HighTrainingLoss fired, P1: HighTrainingLoss, in words."]
     commands = lines(site, name, "command")
     assert len(commands) == 3
     assert commands[0].startswith("POST /api/training/start → 202")
     assert commands[1] == 'POST /api/training/config {"min_clients": 3} → 200 (revision: 0 → 1; min_clients: 1 → 3)'
     assert commands[2] == "DELETE /api/clients/nobody → 404"
-    assert [entry["actor"] for entry in found if entry["kind"] == "command"] == ["anonymous"] * 3
+    assert [entry["actor"] for entry in result if entry["kind"] == "command"] == ["anonymous"] * 3
     assert lines(site, name, "note") == ["root cause: A cable."]
     state = lines(site, name, "state")
     assert state[0] == "run-0001 began"
@@ -160,8 +160,8 @@ def test_what_is_done_after_an_incident_is_not_part_of_it(site: Site) -> None:
 def test_service_down_is_heard_late_and_began_when_it_began(site: Site) -> None:
     began = ago(12)
     (name,) = told(site, alert("ServiceDown", starts_at=began, severity="P0", instance="localhost:8000"))
-    found = site.get(f"/api/incidents/{name}")
-    assert datetime.fromisoformat(found["opened_at"]) == began
+    result = site.get(f"/api/incidents/{name}")
+    assert datetime.fromisoformat(result["opened_at"]) == began
     assert lines(site, name, "alert") == [
         "ServiceDown (localhost:8000) fired, P0: ServiceDown, in words.",
         "ServiceDown (localhost:8000) reached the incident log",
@@ -181,16 +181,16 @@ def test_a_breach_is_an_incident_from_its_report_to_its_stand_down(site: Site) -
     site.stand_down("PB-1")
     assert site.get("/api/incidents")[0]["status"] == "open"
     site.stand_down("PB-2")
-    found = site.get(f"/api/incidents/{open_['incident_id']}")
-    assert found["status"] == "resolved"
-    commands = lines(site, found["incident_id"], "command")
+    result = site.get(f"/api/incidents/{open_['incident_id']}")
+    assert result["status"] == "resolved"
+    commands = lines(site, result["incident_id"], "command")
     assert [line.split(" ", 2)[1].rsplit("/", 1)[-1] for line in commands] == [
         *["privacy-breach"] * 3,
         *["stand-down"] * 2,
     ]
-    state = lines(site, found["incident_id"], "state")
+    state = lines(site, result["incident_id"], "state")
     assert "vehicle-0001 came into quarantine: incident PB-1: data_exposure" in state
-    (step,) = found["proposals"]
+    (step,) = result["proposals"]
     assert (step["name"], step["automatic"]) == ("stand_down", "never")
 
 
@@ -212,9 +212,9 @@ def report(site: Site, name: str) -> str:
 
 
 def field(text: str, name: str) -> str:
-    found = re.search(rf"^- \*\*{name}\*\*:(.*)$", text, re.MULTILINE)
-    assert found is not None
-    return found[1].strip()
+    result = re.search(rf"^- \*\*{name}\*\*:(.*)$", text, re.MULTILINE)
+    assert result is not None
+    return result[1].strip()
 
 
 def part(text: str, heading: str) -> list[str]:
@@ -324,8 +324,8 @@ def test_the_command_line_shows_notes_and_reports(site: Site, monkeypatch: pytes
 def test_how_many_are_open_is_scraped(site: Site) -> None:
     def scraped() -> dict[str, float]:
         text = site.http.get("/metrics").text
-        found = re.findall(r'^fed_vit_autorl_incidents_open{severity="(P\d)"} (\S+)$', text, re.MULTILINE)
-        return {severity: float(count) for severity, count in found}
+        results = re.findall(r'^fed_vit_autorl_incidents_open{severity="(P\d)"} (\S+)$', text, re.MULTILINE)
+        return {severity: float(count) for severity, count in results}
 
     down = alert("ServiceDown", starts_at=ago(1), severity="P0", fingerprint="b")
     told(site, alert(starts_at=ago(1)), down)

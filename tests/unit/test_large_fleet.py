@@ -112,12 +112,12 @@ def test_the_digest_refuses_what_is_no_float32() -> None:
 
 
 def test_the_newest_value_is_told_and_older_ones_may_be_left_out() -> None:
-    told, begun, go_on = list[int](), threading.Event(), threading.Event()
+    result, begun, go_on = list[int](), threading.Event(), threading.Event()
 
     def tell(value: int) -> None:
         begun.set()
         assert go_on.wait(WAIT_S)
-        told.append(value)
+        result.append(value)
 
     latest = ThrottledPublisher(tell, interval_s=0.0)
     latest(1)
@@ -126,22 +126,22 @@ def test_the_newest_value_is_told_and_older_ones_may_be_left_out() -> None:
         latest(value)
     go_on.set()
     latest.close()
-    assert told == [1, 9]
+    assert result == [1, 9]
 
 
 def test_a_fault_in_telling_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    told = list[int]()
+    results = list[int]()
 
     def tell(value: int) -> None:
-        told.append(value)
+        results.append(value)
         if value == 1:
             raise RuntimeError("nobody there")
 
     latest = ThrottledPublisher(tell, interval_s=0.0)
     latest(1)
-    while not told:
+    while not results:
         pass
     latest(2)
     latest.close()
-    assert told == [1, 2]
+    assert results == [1, 2]
     assert "nobody there" in caplog.text

@@ -196,5 +196,5 @@ def test_whatever_is_killed_the_ledger_covers_what_was_released(
     # Resumed by another process, the accountant comes to the same epsilon.
     with Store.open(tmp_path) as store:
         config = settings(tmp_path, unit)
-        told = [PrivacyAccountant(store, config).budget().epsilon_spent for _ in range(2)]
-    assert told[0] == pytest.approx(told[1], abs=1e-9)
+        results = [PrivacyAccountant(store, config).budget().epsilon_spent for _ in range(2)]
+    assert results[0] == pytest.approx(results[1], abs=1e-9)

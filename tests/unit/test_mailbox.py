@@ -178,8 +178,8 @@ def test_an_update_that_nobody_can_use_is_rejected_in_words(
     assert (state.pending, state.not_yet_taken, state.delivered, state.rejected) == (0, 0, 0, 1)
     assert words in post.reasons()[0]
     assert post.folder.files("waiting/truck-1") == post.folder.files("inbox/truck-1") == []
-    seen = update.sent_at if place == "inbox" else None
-    assert post.store.clients.get("truck-1").last_seen_at == seen
+    result = update.sent_at if place == "inbox" else None
+    assert post.store.clients.get("truck-1").last_seen_at == result
 
 
 def test_links_lead_nowhere(post: MailboxSite, tmp_path: Path) -> None:
@@ -317,8 +317,8 @@ def test_a_mailbox_that_cannot_be_used_is_said_and_hides_nothing_else(tmp_path: 
     answer = http.post("/api/communication/enable-backup")
     assert (answer.status_code, answer.json()["type"]) == (503, "/problems/mailbox-unreachable")
     assert post.mailbox.enabled() is False
-    found = http.get("/api/clients/connectivity")
-    assert (found.status_code, found.json()["backup_channel"]["pending"]) == (200, None)
+    result = http.get("/api/clients/connectivity")
+    assert (result.status_code, result.json()["backup_channel"]["pending"]) == (200, None)
     with pytest.raises(MailboxError):
         post.mailbox.state()
     post.store.close()

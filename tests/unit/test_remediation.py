@@ -52,8 +52,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
 def told(site: Site, *alerts: dict[str, Any]) -> str:
     answer = site.http.post(WEBHOOK, json=message(*alerts))
     assert answer.status_code == 200, answer.text
-    found: list[str] = answer.json()["incidents"]
-    return found[0]
+    results: list[str] = answer.json()["incidents"]
+    return results[0]
 
 
 def exhausted(minute: int = 0, **labels: str) -> dict[str, Any]:
@@ -104,13 +104,13 @@ def test_everything_that_may_be_allowed_is_somewhere_in_the_table_and_nothing_th
 
 def test_without_a_list_everything_is_proposed_and_nothing_is_done(make: Make) -> None:
     site = make()
-    found = proposals(site, told(site, exhausted()))
-    assert {name: step["automatic"] for name, step in found.items()} == {
+    result = proposals(site, told(site, exhausted()))
+    assert {name: step["automatic"] for name, step in result.items()} == {
         "stop_training": "not_allowed",
         "privacy_reset": "never",
     }
-    assert found["stop_training"]["command"] == 'curl -X POST "http://localhost:8000/api/training/stop"'
-    assert (found["stop_training"]["method"], found["stop_training"]["path"]) == ("POST", "/api/training/stop")
+    assert result["stop_training"]["command"] == 'curl -X POST "http://localhost:8000/api/training/stop"'
+    assert (result["stop_training"]["method"], result["stop_training"]["path"]) == ("POST", "/api/training/stop")
     assert site.store.audit.entries() == []
 
 
@@ -136,8 +136,8 @@ def test_of_many_that_tell_the_same_at_once_one_acts(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         name = recorded(store, FiredAlert("PrivacyBudgetExhausted", Severity.P0, "a", NOON))
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda _: orders(store, settings, name, NOON), range(16)))
-    assert sum(map(len, found)) == 1
+            results = list(pool.map(lambda _: orders(store, settings, name, NOON), range(16)))
+    assert sum(map(len, results)) == 1
 
 
 def test_an_alert_that_has_cleared_is_no_reason_to_act(make: Make) -> None:
@@ -177,12 +177,12 @@ def test_a_cooldown_withholds_the_second_of_a_kind_and_says_so(make: Make) -> No
     name = told(site, offline("vehicle-0000"))
     told(site, offline("vehicle-0001"))
     assert [client.client_id for client in site.store.clients.all(active=False)] == ["vehicle-0000"]
-    found = site.get(f"/api/incidents/{name}")["proposals"]
-    assert [(step["target"], step["outcome"]) for step in found] == [
+    result = site.get(f"/api/incidents/{name}")["proposals"]
+    assert [(step["target"], step["outcome"]) for step in result] == [
         ("vehicle-0000", "done"),
         ("vehicle-0001", "withheld"),
     ]
-    assert found[1]["detail"].startswith("cooldown: remove_client was taken less than 900 s before")
+    assert result[1]["detail"].startswith("cooldown: remove_client was taken less than 900 s before")
 
 
 def test_what_was_withheld_is_done_when_the_reason_has_passed(tmp_path: Path) -> None:
@@ -238,8 +238,8 @@ def test_a_message_of_many_takes_out_no_more_either(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         store.clients.register(seeded_fleet(8))
         name = recorded(store, *(edge(f"vehicle-000{i}") for i in range(8)))
-        found = orders(store, settings, name, NOON + timedelta(seconds=1))
-        assert [order.claimed.target for order in found] == ["vehicle-0000", "vehicle-0001"]
+        result = orders(store, settings, name, NOON + timedelta(seconds=1))
+        assert [order.claimed.target for order in result] == ["vehicle-0000", "vehicle-0001"]
         (withheld,) = (
             one for one in store.remediations.of_incident(name) if one.outcome is RemediationOutcome.WITHHELD
         )
@@ -318,6 +318,6 @@ def test_what_was_begun_and_never_finished_is_not_begun_again(tmp_path: Path) ->
         name = recorded(store, FiredAlert("PrivacyBudgetExhausted", Severity.P0, "a", NOON))
         (order,) = orders(store, allowing("stop_training"), name, NOON)
         assert orders(store, allowing("stop_training"), name, NOON + timedelta(days=1)) == []
-        (found,) = store.remediations.of_incident(name)
-        assert found == Remediation(name, "a", NOON, STOP, None, NOON, RemediationOutcome.BEGUN, "")
+        (result,) = store.remediations.of_incident(name)
+        assert result == Remediation(name, "a", NOON, STOP, None, NOON, RemediationOutcome.BEGUN, "")
         assert order.key == f"a:{NOON.isoformat()}:stop_training"

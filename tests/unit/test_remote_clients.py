@@ -132,9 +132,9 @@ class Yard:
 
 @pytest.fixture
 def yard(tmp_path: Path) -> Iterator[Yard]:
-    made = Yard(tmp_path)
-    yield made
-    made.store.close()
+    result = Yard(tmp_path)
+    yield result
+    result.store.close()
 
 
 def test_a_truck_and_virtual_clients_make_one_round(yard: Yard) -> None:
@@ -243,7 +243,7 @@ def encode_as_it_is(update: ClientUpdate, *_: Any) -> bytes:
 
 
 def test_an_answer_may_be_repeated_and_not_changed(yard: Yard) -> None:
-    told: list[tuple[int, str]] = []
+    results: list[tuple[int, str]] = []
     contents: list[bytes] = []
 
     def act() -> None:
@@ -251,15 +251,15 @@ def test_an_answer_may_be_repeated_and_not_changed(yard: Yard) -> None:
         contents.extend(yard.update("truck-0", task, step=step) for step in (0.5, 0.25))
         for content in (contents[0], contents[0], contents[1]):
             answer = yard.put("truck-0", content)
-            told.append(
+            results.append(
                 (answer.status_code, answer.json().get("status") if answer.is_success else answer.json()["detail"])
             )
 
     yard.act = act
     assert yard.run() is RunStatus.COMPLETED
-    assert told[:2] == [(202, "received")] * 2
-    assert told[2][0] == 409
-    assert "another answer to round 1 changes nothing" in str(told[2][1])
+    assert results[:2] == [(202, "received")] * 2
+    assert results[2][0] == 409
+    assert "another answer to round 1 changes nothing" in str(results[2][1])
     np.testing.assert_allclose(yard.point(), 0.5 * TARGET, rtol=1e-6)
     again, other = yard.put("truck-0", contents[0]), yard.put("truck-0", contents[1])
     assert (again.status_code, again.json()["folded_in"], other.status_code) == (200, 1, 409)
@@ -347,13 +347,13 @@ def test_a_truck_whose_data_changed_after_the_charge_is_not_asked(yard: Yard) ->
 
 
 def test_nobody_else_gets_a_task_or_brings_an_answer(yard: Yard) -> None:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def act() -> None:
         content = yard.update("truck-0", yard.task("truck-0"))
-        found["virtual"] = yard.put("vehicle-0000", content).status_code
-        found["unknown"] = yard.put("nobody", content).status_code
-        found["other round"] = yard.put("truck-0", content, 7).json()["detail"]
+        results["virtual"] = yard.put("vehicle-0000", content).status_code
+        results["unknown"] = yard.put("nobody", content).status_code
+        results["other round"] = yard.put("truck-0", content, 7).json()["detail"]
         for name, client_id in (("own", "truck-0"), ("bound", "vehicle-0000")):
             token = create_token(yard.store, "x", ["device"], now=utc_now(), client_id=client_id).text
             headers = {"Authorization": f"Bearer {token}"}
@@ -363,14 +363,14 @@ def test_nobody_else_gets_a_task_or_brings_an_answer(yard: Yard) -> None:
                 yard.put("truck-0", content, headers=headers).status_code,
                 yard.http.get("/api/clients/truck-0/updates/run-0001/1", headers=headers).status_code,
             ]
-            found[name] = asked
+            results[name] = asked
 
     yard.act = act
     assert yard.run() is RunStatus.COMPLETED
-    assert (found["virtual"], found["unknown"]) == (409, 404)
-    assert "round 7 of run-0001 did not ask it" in found["other round"]
-    assert found["own"] == [200, 200, 202, 200]
-    assert found["bound"] == [403] * 4
+    assert (results["virtual"], results["unknown"]) == (409, 404)
+    assert "round 7 of run-0001 did not ask it" in results["other round"]
+    assert results["own"] == [200, 200, 202, 200]
+    assert results["bound"] == [403] * 4
     assert yard.task("vehicle-0000") is None
     assert yard.http.get("/api/clients/truck-0/task/weights").status_code == 404
     assert yard.http.get("/api/clients/nobody/task").status_code == 404

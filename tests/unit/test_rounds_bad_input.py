@@ -122,5 +122,5 @@ def test_some_failing_clients_are_recorded_and_the_round_goes_on(tmp_path: Path)
     training = Training(tmp_path, [10, 10, 10], failing={"v1"})
     assert training.run().status is RunStatus.COMPLETED
     assert training.store.versions.get("v1.1.2").lineage["clients"] == ["v0", "v2"]
-    found = training.store.rounds.participation()["v1"]
-    assert (found.rounds, found.failures) == (2, 2)
+    result = training.store.rounds.participation()["v1"]
+    assert (result.rounds, result.failures) == (2, 2)

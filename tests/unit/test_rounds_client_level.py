@@ -91,12 +91,12 @@ def latest_point(store: Store) -> Any:
 
 
 def charged(store: Store) -> dict[str, list[Event]]:
-    found: dict[str, list[Event]] = {}
+    results: dict[str, list[Event]] = {}
     for entry in store.ledger.entries():
         event, times = spend_of(entry.charge)
         assert entry.charge.privacy_unit == "client"
-        found.setdefault(entry.charge.unit_id, []).extend([event] * times)
-    return found
+        results.setdefault(entry.charge.unit_id, []).extend([event] * times)
+    return results
 
 
 def test_a_poisson_round_is_charged_to_everybody_whoever_was_drawn(tmp_path: Path) -> None:

@@ -222,16 +222,16 @@ def test_validated_follows_from_what_was_seen_and_a_restart_leaves_the_liars_out
     local.resume()
     http.post("/api/training/start")
     local.wait(WAIT_S)
-    found = http.get("/api/clients/data-quality").json()
-    assert found["unvalidated"] == ["vehicle-0001", "vehicle-0002"]
-    reasons = {c["client_id"]: " ".join(c["reasons"]) for c in found["clients"]}
+    result = http.get("/api/clients/data-quality").json()
+    assert result["unvalidated"] == ["vehicle-0001", "vehicle-0002"]
+    reasons = {c["client_id"]: " ".join(c["reasons"]) for c in result["clients"]}
     assert "6.5 times as long" in reasons["vehicle-0001"]
     assert "contradict" in reasons["vehicle-0002"]
     # An operator's word stands, whatever is seen; that it is seen is said all the same.
     assert "6.5 times as long" in reasons["vehicle-0004"]
-    assert found["score"] < 0.7
+    assert result["score"] < 0.7
     quality, _ = poisoned.health[-1]
-    assert quality == pytest.approx(found["score"])
+    assert quality == pytest.approx(result["score"])
     client = http.get("/api/clients/vehicle-0001").json()
     validated = next(c for c in client["conditions"] if c["type"] == "Validated")
     assert (validated["status"], validated["reason"]) == ("False", "ByQuality")
@@ -283,13 +283,13 @@ def test_drift_since_the_release_is_told_with_where_it_is(tmp_path: Path) -> Non
     loop.settings = settings(tmp_path, release={"every_rounds": 1000}, histograms=histograms)
     with pytest.raises(KeyboardInterrupt):
         loop.run()
-    found = http.get("/api/monitoring/data-drift").json()
-    assert (found["compared"], found["reference_version"], found["drifting"]) == (CLIENTS, "v1.1.2", True)
-    assert found["drifting_clients"] == {client_id: ["brightness"] for client_id in sorted(dark)}
-    signals = {signal["name"]: signal for signal in found["signals"]}
+    result = http.get("/api/monitoring/data-drift").json()
+    assert (result["compared"], result["reference_version"], result["drifting"]) == (CLIENTS, "v1.1.2", True)
+    assert result["drifting_clients"] == {client_id: ["brightness"] for client_id in sorted(dark)}
+    signals = {signal["name"]: signal for signal in result["signals"]}
     assert "2 of 8 clients: vehicle-0005, vehicle-0006" in signals["histogram_brightness"]["reason"]
     assert (signals["histogram_label"]["score"] < 0.5, signals["histogram_brightness"]["score"]) == (True, 1.0)
-    assert [f["feature"] for f in found["features"]] == ["brightness", "label", "records"]
+    assert [f["feature"] for f in result["features"]] == ["brightness", "label", "records"]
     quality = {c["client_id"]: c for c in http.get("/api/clients/data-quality").json()["clients"]}
     assert "moved since the release: brightness" in " ".join(quality["vehicle-0005"]["reasons"])
     assert quality["vehicle-0004"]["score"] > quality["vehicle-0005"]["score"]

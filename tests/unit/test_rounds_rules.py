@@ -89,7 +89,7 @@ class Training:
 
 @pytest.mark.parametrize("aggregation", ["fedavgm", "fedadam", "scaffold", "norm_bound"])
 def test_a_crash_changes_no_bit_of_weights_or_of_what_the_rule_remembers(tmp_path: Path, aggregation: str) -> None:
-    found = []
+    results = []
     for name, crash in [("calm", None), ("crash", 3)]:
         training = Training(tmp_path / name, aggregation)
         training.fleet.crash_in_round = crash
@@ -99,11 +99,11 @@ def test_a_crash_changes_no_bit_of_weights_or_of_what_the_rule_remembers(tmp_pat
             training.process()
         assert training.run().status is RunStatus.COMPLETED
         versions = [training.version(n) for n in (1, 2, 3)]
-        found.append([(version.weights_digest, version.lineage["rule_state"]) for version in versions])
+        results.append([(version.weights_digest, version.lineage["rule_state"]) for version in versions])
         # A backup has to have them.
-        assert {state for _, state in found[-1]} <= training.store.versions.blob_digests()
-    assert found[0] == found[1]
-    assert len(set(found[0])) == 3
+        assert {state for _, state in results[-1]} <= training.store.versions.blob_digests()
+    assert results[0] == results[1]
+    assert len(set(results[0])) == 3
 
 
 def test_momentum_is_carried_from_round_to_round_by_hand(tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_bad_updates_are_outcomes_with_their_reasons_and_the_round_goes_on(tmp_p
     assert training.version(1).lineage["clients"] == V[len(FAULTS) :]
     assert training.aggregation(1)["refused"].keys() == wrong.keys()
     for client_id, (_, reason) in wrong.items():
-        found = training.aggregation(1)["refused"][client_id]
-        assert found.startswith("its update is refused: ")
-        assert reason in found
+        result = training.aggregation(1)["refused"][client_id]
+        assert result.startswith("its update is refused: ")
+        assert reason in result
         assert training.store.rounds.participation()[client_id].failures == 1
     np.testing.assert_allclose(training.point(1), 0.5 * TARGET)
 

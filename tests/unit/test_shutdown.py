@@ -40,30 +40,30 @@ def make(tmp_path: Path) -> Iterator[Make]:
 def asked(site: Site, mode: str, **more: Any) -> JsonObject:
     answer = site.http.post(SHUTDOWN, json={"mode": mode, **more})
     assert answer.status_code == 202, answer.text
-    told: JsonObject = answer.json()
-    assert answer.headers["location"] == f"/api/operations/{told['operation_id']}"
-    assert told["kind"] == "shutdown"
-    return told
+    result: JsonObject = answer.json()
+    assert answer.headers["location"] == f"/api/operations/{result['operation_id']}"
+    assert result["kind"] == "shutdown"
+    return result
 
 
 def ended(site: Site, told: JsonObject) -> JsonObject:
     site.local.wait_operation(told["operation_id"], WAIT_S)
-    found: JsonObject = site.get(f"/api/operations/{told['operation_id']}")
-    return found
+    result: JsonObject = site.get(f"/api/operations/{told['operation_id']}")
+    return result
 
 
 def test_a_graceful_end_waits_for_the_round_and_saves_the_state(make: Make) -> None:
     site = make(fleet=LateFleet(held=True))
     site.http.post("/api/training/start")
     assert site.fleet.begun.wait(WAIT_S)
-    told = asked(site, "graceful")
+    outcome = asked(site, "graceful")
     assert site.local.await_shutdown(0.2) is None
-    assert site.get(f"/api/operations/{told['operation_id']}")["status"] == "running"
+    assert site.get(f"/api/operations/{outcome['operation_id']}")["status"] == "running"
     refused = site.http.post("/api/training/start")
     assert (refused.status_code, "shutting down" in refused.json()["detail"]) == (409, True)
     site.fleet.let.set()
     assert site.local.await_shutdown(WAIT_S) == "graceful"
-    operation = ended(site, told)
+    operation = ended(site, outcome)
     result = operation["result"]
     assert (operation["status"], result["mode"], result["run_id"], result["rounds_done"]) == (
         *("succeeded", "graceful", "run-0001"),
@@ -137,9 +137,9 @@ def test_a_cancelled_shutdown_lets_training_go_on(make: Make) -> None:
     site = make(fleet=LateFleet(held=True))
     site.http.post("/api/training/start")
     assert site.fleet.begun.wait(WAIT_S)
-    told = asked(site, "graceful")
-    assert site.http.delete(f"/api/operations/{told['operation_id']}").status_code == 202
-    assert ended(site, told)["status"] == "cancelled"
+    result = asked(site, "graceful")
+    assert site.http.delete(f"/api/operations/{result['operation_id']}").status_code == 202
+    assert ended(site, result)["status"] == "cancelled"
     assert site.local.await_shutdown(0) is None
     site.fleet.let.set()
     site.local.wait(WAIT_S)

@@ -55,9 +55,9 @@ def commits(monkeypatch: pytest.MonkeyPatch) -> list[RoundCommit]:
 
 
 def hours_to(run: Simulated, accuracy: float) -> float:
-    found = run.hours_to(accuracy)
-    assert found is not None, f"{run.name} came to {run.accuracy}"
-    return found
+    result = run.hours_to(accuracy)
+    assert result is not None, f"{run.name} came to {run.accuracy}"
+    return result
 
 
 # --- synchronous and asynchronous ------------------------------------------------------------------------------------

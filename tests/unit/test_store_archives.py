@@ -31,10 +31,10 @@ def contents(archive: Path) -> Files:
 def packed(path: Path, files: Files, *extra: tarfile.TarInfo, sums: bool = True) -> Path:
     """An archive of these files, with checksums that fit unless they are among them; then ``extra``."""
     if sums:
-        told = {
+        results = {
             name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name != "checksums.json"
         }
-        files = {**files, "checksums.json": json.dumps(told).encode()}
+        files = {**files, "checksums.json": json.dumps(results).encode()}
     with tarfile.open(path, "w:gz") as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)

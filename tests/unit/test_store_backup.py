@@ -114,16 +114,16 @@ def test_backups_taken_while_charges_are_written_are_whole(home: Path, tmp_path:
     command = [sys.executable, "-c", CHARGE_FOR_EVER, str(home)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        reported, made = [], []
+        reported, result = [], []
         for i in range(3):
             reported.append(int(process.stdout.readline()) - 99)
-            made.append(backed_up(home, tmp_path / str(i)))
+            result.append(backed_up(home, tmp_path / str(i)))
         process.kill()
-    for i, archive in enumerate(made):
+    for i, archive in enumerate(result):
         restored = restore(tmp_path / f"restored-{i}", archive)
         assert restored.ledger_lines % 2 == 0
         assert restored.ledger_lines >= 2 + 2 * reported[i]
-    assert restore(home, made[0]).frozen is None
+    assert restore(home, result[0]).frozen is None
 
 
 def test_a_damaged_state_is_not_backed_up(home: Path, tmp_path: Path) -> None:

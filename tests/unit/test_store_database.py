@@ -95,10 +95,10 @@ def test_a_fact_that_is_polled_is_seen_as_soon_as_somebody_else_has_changed_it(t
     with Store.open(tmp_path) as store, Store.open(tmp_path) as other:
         assert store.metadata.get("answer") is None
         other.metadata.set("answer", {"is": [42]})
-        found = store.metadata.get("answer")
-        assert found == {"is": [42]}
+        result = store.metadata.get("answer")
+        assert result == {"is": [42]}
         # What a caller does to it is his own.
-        found["is"].append(43)
+        result["is"].append(43)
         assert store.metadata.get("answer") == {"is": [42]}
         other.metadata.set("answer", 44)
         assert store.metadata.get("answer") == 44
@@ -117,9 +117,9 @@ def test_connections_are_durable_and_enforce_references(tmp_path: Path) -> None:
     engine = database.make_engine(path)
     with engine.connect() as connection:
         pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
-        found = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas]
+        results = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas]
     engine.dispose()
-    assert found == ["wal", 2, 1, 10_000]
+    assert results == ["wal", 2, 1, 10_000]
 
 
 def test_the_migrated_schema_is_the_declared_one(tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_the_migrated_schema_is_the_declared_one(tmp_path: Path) -> None:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
         for table in Base.metadata.sorted_tables:  # Alembic compares no primary keys.
-            found = inspect(connection).get_pk_constraint(table.name)["constrained_columns"]
-            assert found == [column.name for column in table.primary_key]
+            result = inspect(connection).get_pk_constraint(table.name)["constrained_columns"]
+            assert result == [column.name for column in table.primary_key]
     engine.dispose()
 
 
@@ -296,9 +296,9 @@ def test_moments_come_back_aware_and_naive_ones_are_refused(tmp_path: Path) -> N
     moment = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     with Store.open(tmp_path) as store:
         store.clients.register([Client("a", ClientKind.SILO, 1, registered_at=moment)])
-        found = store.clients.get("a").registered_at
-    assert found == moment
-    assert found.tzinfo is UTC
+        result = store.clients.get("a").registered_at
+    assert result == moment
+    assert result.tzinfo is UTC
     dialect = database.make_engine(tmp_path / "state.db").dialect
     with pytest.raises(ValueError):
         UtcDateTime().process_bind_param(datetime(2026, 3, 1), dialect)

@@ -89,10 +89,10 @@ def test_incidents_of_other_alerts_stand_alone_and_are_counted_by_the_day_they_b
     assert told(store, replace(OFFLINE, alertname="DataDrift", fingerprint="c")) == ["INC-2026-1124-002"]
     yesterday = replace(OFFLINE, alertname="ServiceDown", fingerprint="d", starts_at=NOON - timedelta(days=1))
     assert told(store, yesterday) == ["INC-2026-1123-001"]
-    assert [found.alertname for found in store.incidents.all()] == ["ServiceDown", "DataDrift", "EdgeDeviceOffline"]
-    assert [found.alertname for found in store.incidents.all(offset=1, limit=1)] == ["DataDrift"]
+    assert [item.alertname for item in store.incidents.all()] == ["ServiceDown", "DataDrift", "EdgeDeviceOffline"]
+    assert [item.alertname for item in store.incidents.all(offset=1, limit=1)] == ["DataDrift"]
     told(store, ended(OFFLINE, 7))
-    assert [found.alertname for found in store.incidents.all(is_open=False)] == ["EdgeDeviceOffline"]
+    assert [item.alertname for item in store.incidents.all(is_open=False)] == ["EdgeDeviceOffline"]
     assert store.incidents.count_open() == {Severity.P0: 0, Severity.P1: 0, Severity.P2: 2, Severity.P3: 0}
 
 

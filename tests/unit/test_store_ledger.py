@@ -94,9 +94,9 @@ def test_a_refused_charge_writes_nothing_at_all(store: Store) -> None:
 
 def test_the_check_may_read_the_store(store: Store) -> None:
     store.ledger.append(charges(1))
-    found: list[int] = []
-    append_checked(store, charges(2), lambda _: found.append(len(store.ledger.entries())))
-    assert found == [3]
+    results: list[int] = []
+    append_checked(store, charges(2), lambda _: results.append(len(store.ledger.entries())))
+    assert results == [3]
 
 
 @pytest.mark.parametrize("change", [{"steps": 2}, {"noise_multiplier": 0.1}, {"sampling_prob": 1.0}])

@@ -67,9 +67,9 @@ def release_derived(
 def test_a_derived_version_is_above_all_others_and_beside_the_trained_one(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         run_id = trained(store)
-        made = release_derived(store, Derivation("v1.1.1", {"why": "x"}, {"accuracy": 0.7}), "back", "s")
-        assert (made.version, made.sequence, made.serve_variant) == ("v1.1.4", 4, "s")
-        assert made.envelopes == {"standard": "v1.1.4 as 4"}
+        result = release_derived(store, Derivation("v1.1.1", {"why": "x"}, {"accuracy": 0.7}), "back", "s")
+        assert (result.version, result.sequence, result.serve_variant) == ("v1.1.4", 4, "s")
+        assert result.envelopes == {"standard": "v1.1.4 as 4"}
         version, origin = store.versions.get("v1.1.4"), store.versions.get("v1.1.1")
         assert (version.derived_from, version.weights_digest) == ("v1.1.1", origin.weights_digest)
         assert (version.lineage, version.metrics) == ({"n": 1, "why": "x"}, {"accuracy": 0.7})

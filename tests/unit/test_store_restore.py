@@ -99,7 +99,7 @@ def test_what_the_present_state_spent_since_stays_spent(home: Path) -> None:
 def test_what_must_not_be_undone_is_carried_over(home: Path) -> None:
     freeze = LedgerFreeze("PB-1", "images leaked", "token:a:Ana", utc_now())
     with Store.open(home) as store:
-        made = [create_token(store, name, ["admin"], now=utc_now()).token.token_id for name in ("Ana", "Bo")]
+        results = [create_token(store, name, ["admin"], now=utc_now()).token.token_id for name in ("Ana", "Bo")]
         wish = store.budget.request(3.0, WHY, "Ana", utc_now())
     archive = backed_up(home)
     with Store.open(home) as store:
@@ -108,12 +108,12 @@ def test_what_must_not_be_undone_is_carried_over(home: Path) -> None:
         charge(store, 2)
         store.releases.add("v1.1.1", {"standard": store.blobs.put(b"other")}, {"standard": "{}"}, "second")
         store.ledger.freeze(freeze)
-        store.tokens.revoke(made[0], utc_now())
+        store.tokens.revoke(results[0], utc_now())
         store.clients.quarantine(["vehicle-0001"], "it lied", utc_now())
     assert restore(home, archive).frozen == freeze
     with Store.open(home) as store:
         assert store.budget.periods() == [period]
-        assert [bool(store.tokens.get(token_id).revoked_at) for token_id in made] == [True, False]
+        assert [bool(store.tokens.get(token_id).revoked_at) for token_id in results] == [True, False]
         assert store.clients.get("vehicle-0001").quarantine_reason == "it lied"
         assert not store.clients.get("vehicle-0000").quarantined
         assert (len(store.releases.all()), store.releases.next_sequence()) == (1, 3)

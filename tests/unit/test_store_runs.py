@@ -125,9 +125,9 @@ def test_clients_are_filtered_and_ordered(store: Store) -> None:
     )
     for active in (None, True, False):
         wanted = sorted(name for name, (is_active, _) in states.items() if active in (None, is_active))
-        found = store.clients.all(active=active)
-        assert [client.client_id for client in found] == wanted
-        assert [client.validated for client in found] == [states[name][1] for name in wanted]
+        results = store.clients.all(active=active)
+        assert [client.client_id for client in results] == wanted
+        assert [client.validated for client in results] == [states[name][1] for name in wanted]
         assert store.clients.count(active=active) == len(wanted)
 
 

@@ -64,11 +64,11 @@ def test_rungs_are_compared_each_for_itself_and_hearing_twice_changes_nothing() 
 def test_halving_keeps_the_best_of_many_noisy_trials() -> None:
     """With the noise of the scores known to it, a third or a little more goes on, and the truly best among them."""
     rng, halving, true = np.random.default_rng(1), Halving(3, 1.0), np.linspace(0.3, 0.9, 60)
-    seen = true + rng.normal(scale=0.02, size=60)
+    result = true + rng.normal(scale=0.02, size=60)
     order = rng.permutation(60)
     for i in order:
-        halving.record(str(i), 5, 4.0, Score(float(seen[i]), 0.02))
-    kept = {i for i in order if halving.goes_on(str(i), 5, 4.0, Score(float(seen[i]), 0.02))}
+        halving.record(str(i), 5, 4.0, Score(float(result[i]), 0.02))
+    kept = {i for i in order if halving.goes_on(str(i), 5, 4.0, Score(float(result[i]), 0.02))}
     assert set(range(45, 60)) <= kept
     assert len(kept) < 30
 
@@ -81,7 +81,7 @@ def outcome(trial_id: str, score: float, epsilon: float | None = 4.0, **more: ob
 
 
 def test_seeds_of_a_configuration_are_one_candidate_and_only_when_all_of_them_ended() -> None:
-    found = configurations(
+    result = configurations(
         [
             outcome("a-0", 0.8, epsilon=3.0),
             outcome("a-1", 0.6, epsilon=5.0, hours=4.0),
@@ -89,11 +89,11 @@ def test_seeds_of_a_configuration_are_one_candidate_and_only_when_all_of_them_en
             outcome("b-1", 0.9, status="stopped_early"),
         ]
     )
-    assert [one.trial_ids for one in found] == [("a-0", "a-1")]
-    assert found[0].score.value == pytest.approx(0.7)
+    assert [one.trial_ids for one in result] == [("a-0", "a-1")]
+    assert result[0].score.value == pytest.approx(0.7)
     # Seeds that disagree say more than the images of either.
-    assert found[0].score.error == pytest.approx(0.1)
-    assert (found[0].epsilon, found[0].hours) == (5.0, 3.0)
+    assert result[0].score.error == pytest.approx(0.1)
+    assert (result[0].epsilon, result[0].hours) == (5.0, 3.0)
 
 
 def candidate(name: str, epsilon: float, score: float, hours: float, error: float = 0.01) -> Configuration:
@@ -101,28 +101,28 @@ def candidate(name: str, epsilon: float, score: float, hours: float, error: floa
 
 
 def test_the_front_has_what_nothing_betters_in_privacy_utility_and_time() -> None:
-    found = [
+    results = [
         candidate("private", 2.0, 0.7, 5.0),
         candidate("accurate", 8.0, 0.9, 5.0),
         candidate("fast", 8.0, 0.8, 1.0),
         candidate("beaten", 8.0, 0.7, 5.0),
         candidate("twin", 8.0, 0.9, 5.0),
     ]
-    assert [one.trial_ids[0] for one in pareto_front(found)] == ["private", "fast", "accurate", "twin"]
+    assert [one.trial_ids[0] for one in pareto_front(results)] == ["private", "fast", "accurate", "twin"]
 
 
 def test_of_those_that_cannot_be_told_from_the_best_the_most_private_is_taken_within_the_budget() -> None:
-    found = [
+    results = [
         candidate("lucky", 8.0, 0.910, 5.0),
         candidate("private", 4.0, 0.905, 5.0),
         candidate("slower", 4.0, 0.906, 6.0),
         candidate("worse", 2.0, 0.80, 5.0),
         candidate("beyond", 20.0, 0.99, 5.0),
     ]
-    assert (choose(found, 8.0, 1.0) or found[3]).trial_ids == ("private",)
-    assert (choose(found, 8.0, 0.0) or found[3]).trial_ids == ("lucky",)
-    assert (choose(found, 50.0, 1.0) or found[3]).trial_ids == ("beyond",)
-    assert choose(found, 1.0, 1.0) is None
+    assert (choose(results, 8.0, 1.0) or results[3]).trial_ids == ("private",)
+    assert (choose(results, 8.0, 0.0) or results[3]).trial_ids == ("lucky",)
+    assert (choose(results, 50.0, 1.0) or results[3]).trial_ids == ("beyond",)
+    assert choose(results, 1.0, 1.0) is None
     assert choose([], 8.0, 1.0) is None
 
 

@@ -145,10 +145,10 @@ def invoked(tmp_path: Path, *arguments: str, **changes: Any) -> Result:
 def test_the_plan_is_shown_and_nothing_is_begun(tmp_path: Path) -> None:
     shown = invoked(tmp_path, "--plan", "--json")
     assert shown.exit_code == 0, shown.stderr
-    told = json.loads(shown.stdout)
-    assert len(told["trials"]) == 8
-    assert told["rungs"] == [2]
-    assert told["trials"][0]["planned_epsilon"] > told["trials"][-1]["planned_epsilon"]
+    result = json.loads(shown.stdout)
+    assert len(result["trials"]) == 8
+    assert result["rungs"] == [2]
+    assert result["trials"][0]["planned_epsilon"] > result["trials"][-1]["planned_epsilon"]
     assert "Compared after 2 rounds" in invoked(tmp_path, "--plan").stdout
     assert not (tmp_path / "var").exists()
 

@@ -130,20 +130,20 @@ def test_a_trial_that_is_not_continued_ends_by_itself(plans: list[TrialPlan]) ->
 
 def test_a_fault_of_a_trial_is_its_outcome(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, training={"rounds": 3, "aggregation": "no-such-rule"})
-    found = SteppedTrial(plan_sweep(settings)[0], ToyWorld(), [], since_s=0.0).advance()
-    assert found.status == "failed"
-    assert "no-such-rule" in str(found.reason)
-    assert found.score is None
+    result = SteppedTrial(plan_sweep(settings)[0], ToyWorld(), [], since_s=0.0).advance()
+    assert result.status == "failed"
+    assert "no-such-rule" in str(result.reason)
+    assert result.score is None
 
 
 def test_a_budget_that_ends_a_trial_ends_it_with_a_score(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, privacy={"target_epsilon": 6.0, "noise_multiplier": 0.8})
     plan = TrialPlan("t", {}, settings)
-    found = SteppedTrial(plan, ToyWorld(), [], since_s=0.0).advance()
-    assert found.status == "budget_exhausted"
-    assert 0 < found.rounds < ROUNDS
-    assert found.epsilon is not None
-    assert found.epsilon <= 6
+    result = SteppedTrial(plan, ToyWorld(), [], since_s=0.0).advance()
+    assert result.status == "budget_exhausted"
+    assert 0 < result.rounds < ROUNDS
+    assert result.epsilon is not None
+    assert result.epsilon <= 6
 
 
 def test_the_journal_remembers_whole_trials_of_one_sweep(tmp_path: Path, plans: list[TrialPlan]) -> None:

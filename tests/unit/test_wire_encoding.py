@@ -52,9 +52,9 @@ def test_rounding_by_coins_is_right_on_average_and_off_by_one_step_at_most(encod
     repetitions = 400
     sums = {name: np.zeros(array.shape) for name, array in ARRAYS.items()}
     for seed in range(repetitions):
-        for name, found in there_and_back(encoding, seed).items():
-            assert (np.abs(found - ARRAYS[name]) <= step_of(encoding, ARRAYS[name])).all()
-            sums[name] += found
+        for name, item in there_and_back(encoding, seed).items():
+            assert (np.abs(item - ARRAYS[name]) <= step_of(encoding, ARRAYS[name])).all()
+            sums[name] += item
     for name, array in ARRAYS.items():
         # A coin between two values deviates by half their distance at most; five deviations of the mean.
         allowed = 5 * 0.5 * step_of(encoding, array) / np.sqrt(repetitions)
@@ -66,17 +66,17 @@ def test_rounding_to_the_nearest_would_not_pass_for_unbiased() -> None:
     stored = encode_arrays(
         {"x": np.full(BLOCK, 0.3) + np.eye(1, BLOCK)[0]}, Encoding.INT8, lambda n: np.full(n, 0.5), 1
     )
-    found = decode_arrays(stored, Encoding.INT8, {"x": (BLOCK,)})["x"]
-    assert abs(found[1] - 0.3) > 5 * 0.5 / 127 / np.sqrt(400)
+    result = decode_arrays(stored, Encoding.INT8, {"x": (BLOCK,)})["x"]
+    assert abs(result[1] - 0.3) > 5 * 0.5 / 127 / np.sqrt(400)
 
 
 @pytest.mark.parametrize("encoding", Encoding)
 def test_what_a_form_has_exactly_stays_as_it_is(encoding: Encoding) -> None:
     exact = {"x": np.array([[1.0, -0.0], [0.0, -1.0]]), "zero": np.zeros(3)}
     stored = encode_arrays(exact, encoding, coins(1), 1.0)
-    found = decode_arrays(stored, encoding, {"x": (2, 2), "zero": (3,)})
+    result = decode_arrays(stored, encoding, {"x": (2, 2), "zero": (3,)})
     for name, array in exact.items():
-        np.testing.assert_array_equal(found[name], array)
+        np.testing.assert_array_equal(result[name], array)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_bytes_are_what_the_table_says(encoding: str, share: float) -> None:
 
 
 def test_top_k_keeps_the_largest_of_all_arrays_together_and_nothing_else() -> None:
-    found = there_and_back(Encoding.TOP_K, fraction=0.1)
+    result = there_and_back(Encoding.TOP_K, fraction=0.1)
     flat = np.concatenate([ARRAYS[name].reshape(-1) for name in sorted(ARRAYS)])
-    kept = np.concatenate([found[name].reshape(-1) for name in sorted(found)])
+    kept = np.concatenate([result[name].reshape(-1) for name in sorted(result)])
     largest = np.argsort(-np.abs(flat), kind="stable")[: round(0.1 * flat.size)]
     assert set(np.nonzero(kept)[0]) == set(largest)
     np.testing.assert_allclose(kept[largest], flat[largest], rtol=1e-7)
@@ -119,18 +119,23 @@ UPDATE = ClientUpdate(3, ClientOutcome("a", 7), {"w": 7.0 * DRAW.normal(size=(4,
 @pytest.mark.parametrize("encoding", Encoding)
 def test_an_update_is_opened_as_the_sum_that_was_sent(encoding: Encoding) -> None:
     content = encode_smaller(UPDATE, encoding, coins(0), 1.0)
-    found = decode_update(content, max_bytes=len(content), shapes={"w": (4, 5)})
-    assert (found.round_index, found.outcomes, found.total_weight, found.within_clip) == (3, UPDATE.outcomes, 7.0, 1)
+    result = decode_update(content, max_bytes=len(content), shapes={"w": (4, 5)})
+    assert (result.round_index, result.outcomes, result.total_weight, result.within_clip) == (
+        3,
+        UPDATE.outcomes,
+        7.0,
+        1,
+    )
     largest = float(np.abs(UPDATE.weighted_sum["w"]).max())
-    np.testing.assert_allclose(found.weighted_sum["w"], UPDATE.weighted_sum["w"], atol=largest / 100)
+    np.testing.assert_allclose(result.weighted_sum["w"], UPDATE.weighted_sum["w"], atol=largest / 100)
 
 
 def test_a_client_that_failed_sends_its_reason_and_nothing_else() -> None:
     failed = ClientFailures(3, (ClientOutcome("a", 0, "it is " + "so " * 500),))
-    found = decode_update(encode_smaller(failed, Encoding.INT8, coins(0), 1.0), max_bytes=9999, shapes={"w": (4, 5)})
-    assert found.weighted_sum == {}
-    assert str(found.outcomes[0].error).startswith("it is so so")
-    assert len(str(found.outcomes[0].error)) == 500
+    result = decode_update(encode_smaller(failed, Encoding.INT8, coins(0), 1.0), max_bytes=9999, shapes={"w": (4, 5)})
+    assert result.weighted_sum == {}
+    assert str(result.outcomes[0].error).startswith("it is so so")
+    assert len(str(result.outcomes[0].error)) == 500
 
 
 def resaved(encoding: Encoding, **changes: Any) -> bytes:

@@ -23,12 +23,17 @@ UPDATE = PartialSum(
 
 
 def test_an_update_survives_the_wire_bit_for_bit() -> None:
-    found = decode_update(encode_update(UPDATE), max_bytes=10_000)
-    assert (found.round_index, found.outcomes, found.total_weight, found.within_clip) == (3, UPDATE.outcomes, 7.0, 1)
+    result = decode_update(encode_update(UPDATE), max_bytes=10_000)
+    assert (result.round_index, result.outcomes, result.total_weight, result.within_clip) == (
+        3,
+        UPDATE.outcomes,
+        7.0,
+        1,
+    )
     for name, array in UPDATE.weighted_sum.items():
-        other = found.weighted_sum[name]
+        other = result.weighted_sum[name]
         assert (other.dtype, other.shape, other.tobytes()) == (array.dtype, array.shape, array.tobytes())
-    assert encode_update(found) == encode_update(UPDATE)
+    assert encode_update(result) == encode_update(UPDATE)
 
 
 def test_one_byte_above_the_bound_is_refused_before_it_is_read() -> None:

@@ -187,7 +187,6 @@ class WarmTrials:
             self._beginning.release()
 
     def advance(self, trial_id: str) -> TrialOutcome:
-        """See :meth:`SteppedTrial.advance`."""
         assert self._trial is not None
         assert self._trial_id == trial_id
         outcome = self._trial.advance()

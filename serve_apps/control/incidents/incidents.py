@@ -45,7 +45,6 @@ _ON_CALL = [requires(Scope.OPERATOR, Scope.EMERGENCY)]
 
 def add_incident_routes(api: FastAPI, services: Services) -> None:
     """Add the routes of the incident log."""
-    _add_log(api, services)
     store, settings = services.store, services.settings
     window = timedelta(seconds=settings.incidents.reopen_within_s)
 
@@ -70,6 +69,9 @@ def add_incident_routes(api: FastAPI, services: Services) -> None:
         for order in due:
             await _carry_out(api, store, order)
         return ReceivedView(incidents=tuple(incident_ids))
+
+    # After the fixed path: the first route that matches a path answers for methods that are not allowed.
+    _add_log(api, services)
 
 
 def _add_log(api: FastAPI, services: Services) -> None:

@@ -32,9 +32,9 @@ class TimedFedAvg(FedAvg):
 
     def aggregate_train(self, *args: Any, **kwargs: Any) -> Any:
         """See FedAvg."""
-        found = super().aggregate_train(*args, **kwargs)
+        result = super().aggregate_train(*args, **kwargs)
         MOMENTS.append(time.perf_counter())
-        return found
+        return result
 
 
 def initial_arrays() -> list[np.ndarray]:
