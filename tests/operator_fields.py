@@ -23,7 +23,7 @@ Duration = Annotated[str, Field(pattern=r"^([0-9]+y)?([0-9]+w)?([0-9]+d)?([0-9]+
 def _judged(pod: dict[str, Any]) -> dict[str, Any]:
     """The template of a pod, unless Kubernetes would refuse it."""
     try:
-        kubernetes.validate({"apiVersion": "v1", "kind": "Pod", **pod}, kubernetes.versions.latest(), strict=True)
+        kubernetes.validate({"apiVersion": "v1", "kind": "Pod", **pod}, kubernetes.latest_version(), strict=True)
     except kubernetes.ValidationError as error:
         raise ValueError(error.message) from error
     return pod
