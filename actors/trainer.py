@@ -126,7 +126,7 @@ def fit_ranks(
             failure_config=train.FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=config.max_failures
             ),
-            checkpoint_config=train.CheckpointConfig(num_to_save_checkpoint=2),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
