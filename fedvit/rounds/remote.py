@@ -148,6 +148,8 @@ class RemoteWork:
             return None
         under_way = run.run_id == offer.task.run_id and run.status is RunStatus.RUNNING
         answered = self._place(client_id, offer.task.run_id, offer.task.round_index).exists()
+        if offer != self._offer(client_id):  # A new task came meanwhile, so the answer to this one may be deleted.
+            return self.task(client_id)
         return offer if under_way and not answered else None
 
     def histogram_request(self, client_id: str) -> tuple[HistogramRequest, int] | None:
@@ -166,11 +168,10 @@ class RemoteWork:
         requested = self.histogram_request(client_id)
         if requested is None or (requested[0].run_id, requested[0].round_index) != (run_id, round_index):
             return False
-        request, size = requested
-        counts = checked_counts(request.spec, counts)
-        spec, deviation = request.spec, request.deviation
-        histogram = ClientHistogram(client_id, run_id, round_index, size, spec.digest, deviation, counts)
-        self._store.histograms.add([histogram], spec)
+        (request, size), counts = requested, checked_counts(requested[0].spec, counts)
+        digest, deviation = request.spec.digest, request.deviation
+        histogram = ClientHistogram(client_id, run_id, round_index, size, digest, deviation, counts)
+        self._store.histograms.add([histogram], request.spec)
         self._store.metadata.set(_HISTOGRAM_KEY + client_id, None)
         return True
 
@@ -178,8 +179,7 @@ class RemoteWork:
         """Take an answer, or return the receipt of the one before; repeating it does nothing.
 
         An invalid answer is stored, too: the round has to know that this client is done."""
-        known = self.receipt(client_id, run_id, round_index)
-        offer = self._offer(client_id)
+        known, offer = self.receipt(client_id, run_id, round_index), self._offer(client_id)
         if known.status is not ReceiptStatus.REJECTED or offer is None or not offer.is_for(run_id, round_index):
             return self._compared(known, content)
         if offer.closed:

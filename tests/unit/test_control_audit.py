@@ -94,5 +94,5 @@ def test_a_change_that_could_not_be_audited_says_so(site: ScopedApi) -> None:
         connection.commit()
     answer = site.ask("POST", "/api/training/start")
     assert (answer.status_code, answer.json()["type"]) == (502, "/problems/integrity")
-    assert site.aggregator.starts == 2  # Whoever breaks the trail must not be able to forbid an emergency stop.
+    assert site.aggregator.starts == 2  # A broken audit trail must not prevent an emergency stop.
     assert site.ask("GET", "/api/training/status").status_code == 200

@@ -119,9 +119,9 @@ def test_a_field_out_of_range_is_named_even_if_it_is_signed(field: str, value: A
 
 
 def test_a_foreign_key_is_refused_and_named() -> None:
-    stranger = Ed25519PrivateKey.generate()
-    with raises_naming(IntegrityError, key_id(stranger.public_key())[:12]):
-        verify_manifest(sign_manifest(MANIFEST, stranger), TRUSTED)
+    foreign_key = Ed25519PrivateKey.generate()
+    with raises_naming(IntegrityError, key_id(foreign_key.public_key())[:12]):
+        verify_manifest(sign_manifest(MANIFEST, foreign_key), TRUSTED)
 
 
 def test_a_foreign_signature_under_a_trusted_name_is_refused() -> None:
