@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from xdist.scheduler import LoadFileScheduling
+
+# A suite in the background inherits an ignored SIGINT, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _ByFolder(LoadFileScheduling):

@@ -22,11 +22,13 @@ from fedvit.privacy.randomness import SecretStream
 from fedvit.registry.publisher import stored_weights
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.rounds.fleets import UNCHARGED, MixedFleet
+from fedvit.rounds.protection import protection_for
+from fedvit.rounds.remote import RemoteWork
 from fedvit.rounds.steering import change_aggregation_settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, GenerousAccountant, ManualClock, PointModel, seeded_fleet
-from fedvit.types import Client, ClientKind, ClientOutcome, Encoding, RunStatus, utc_now
+from fedvit.types import Client, ClientKind, ClientOutcome, Encoding, Run, RunStatus, utc_now
 from fedvit.updates import ClientUpdate
 from fedvit.wire.folders import open_folder
 from fedvit.wire.tensors import decode_weights
@@ -135,6 +137,32 @@ def yard(tmp_path: Path) -> Iterator[Yard]:
     result = Yard(tmp_path)
     yield result
     result.store.close()
+
+
+def test_no_task_is_offered_whose_answer_was_just_taken(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The aggregator leaves the next task, and deletes the old answer, while the API looks the old task up."""
+    work, offered = RemoteWork(yard.settings, yard.store), []
+
+    def act() -> None:
+        offer = work.task("truck-0")
+        assert offer is not None
+        yard.act = lambda: None
+        following = replace(offer.task, round_index=2)
+        yard.accountant.charge(protection_for(yard.settings, yard.store).charges(following, ["truck-0"]))
+        yard.do_duty("truck-0")
+        latest = yard.store.runs.latest
+
+        def leave_the_next_task() -> Run | None:
+            monkeypatch.undo()
+            work.leave(following, yard.store.clients.get("truck-0"))
+            return latest()
+
+        monkeypatch.setattr(yard.store.runs, "latest", leave_the_next_task)
+        offered.append(work.task("truck-0"))
+
+    yard.act = act
+    yard.run()
+    assert [offer.task.round_index for offer in offered if offer is not None] == [2]
 
 
 def test_a_truck_and_virtual_clients_make_one_round(yard: Yard) -> None:

@@ -75,6 +75,8 @@ def run_drills(
         PortInUseError: a port that the runbook prints is taken.
     """
     check_checkout(root)
+    # A process in the background inherits an ignored SIGINT; endless commands of the runbook are ended with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     results = []
     with (
         tempfile.TemporaryDirectory(prefix="fedvit-drill-", ignore_cleanup_errors=True) as folder,
@@ -119,17 +121,9 @@ def _run_stage(name: str, stage: Stage, system: DrillSystem, say: Say) -> DrillR
     except FedvitError as error:
         why = str(error)
         say(f"FAILED: {why}")
-    return DrillResult(
-        name,
-        str(stage.alert),
-        "green" if why is None else "failed",
-        run.detected_after_s,
-        run.recovered_after_s,
-        losses,
-        incident,
-        why or "",
-        tuple(run.notes),
-    )
+    verdict, detected_s, recovered_s = "green" if why is None else "failed", run.detected_after_s, run.recovered_after_s
+    notes = tuple(run.notes)
+    return DrillResult(name, str(stage.alert), verdict, detected_s, recovered_s, losses, incident, why or "", notes)
 
 
 def _wait_for_a_round(system: DrillSystem) -> None:
