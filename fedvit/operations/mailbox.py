@@ -2,7 +2,7 @@
 
 A vehicle writes a message into ``inbox/``. While the channel is enabled, a valid message is processed and moved to
 ``delivered/``, and an invalid one to ``rejected/``, with a file beside it that gives the reason. An update is treated
-as if it had been uploaded; its weights are not kept here. Updates that an earlier version of the program moved to
+as if it had been uploaded; its weights are not stored here. Updates that an earlier version of the program moved to
 ``waiting/`` are processed, too.
 
 Write access to the mailbox allows one to fill it and to remove files, and nothing else: a message is valid only with

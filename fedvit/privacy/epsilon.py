@@ -1,4 +1,4 @@
-"""Epsilon of a composition of events, and calibration of noise to an epsilon: PLD decides, RDP checks.
+"""Epsilon of a composition of events, and calibration of noise to an epsilon, by PLD, checked by RDP.
 
 Both use dp-accounting. PLD: privacy loss distributions (Doroshenko et al. 2022, arXiv:2207.04380), tight up to a
 pessimistic discretisation; for a single Gaussian its exact curve (Balle and Wang 2018, arXiv:1805.06530). RDP: Renyi

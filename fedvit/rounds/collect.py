@@ -48,7 +48,7 @@ class Collector:
         """The updates of the round.
 
         Args:
-            base: the trainable weights, which say what an update looks like.
+            base: the trainable weights, which define the names and shapes of an update.
             sent: what goes to the clients: the weights and the rule's broadcast state.
         """
         in_flight = self.in_flight()

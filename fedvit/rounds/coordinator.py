@@ -1,4 +1,4 @@
-"""The training loop: performs what the round machine decides, against a store, an accountant, a fleet and a model.
+"""The training loop: performs the effects of the round machine against a store, an accountant, a fleet and a model.
 
 It knows no Ray: the aggregator actor passes Ray-backed ports, tests pass doubles. Whatever process dies, calling
 :meth:`Coordinator.run` again continues after the last committed round.

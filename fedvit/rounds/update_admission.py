@@ -109,6 +109,8 @@ class ValidAnswer:
         update, staleness = self.update, round_index - self.update.round_index
         reasons = {rejection.client_id: rejection.reason for rejection in self.rejections}
         own = update.outcomes
+        if not reasons and all(outcome.staleness == staleness for outcome in own):
+            return update
         outcomes = tuple(replace(o, error=reasons.get(o.client_id, o.error), staleness=staleness) for o in own)
         if reasons or isinstance(update, ClientFailures):
             return ClientFailures(update.round_index, outcomes)

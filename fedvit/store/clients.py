@@ -31,7 +31,7 @@ class Clients(Repository):
     def register(self, clients: Iterable[Client]) -> int:
         """Insert new clients, refresh kind, records and capabilities of known ones; return how many are new.
 
-        ``validated``, ``active`` and ``registered_at`` of a known client stay: an operator decides them. Clients are
+        ``validated``, ``active`` and ``registered_at`` of a known client stay: an operator sets them. Clients are
         read in portions, so that a million of them are never in memory at once.
         """
         with self._write() as session:

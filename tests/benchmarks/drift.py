@@ -190,10 +190,10 @@ class Fleet:
         results = {}
         for i, (name, pool) in enumerate(zip(names, pools, strict=True)):
             size = times * self._sizes[name]
-            results[name] = self._sketch(name, round_index, pool, size, weights if i < DRIFTING else None)
+            results[name] = self._histogram(name, round_index, pool, size, weights if i < DRIFTING else None)
         return results
 
-    def _sketch(self, name: str, round_index: int, pool: Pool, size: int, weights: Floats | None) -> ClientHistogram:
+    def _histogram(self, name: str, round_index: int, pool: Pool, size: int, weights: Floats | None) -> ClientHistogram:
         chances = None if weights is None else weights[pool.labels] / weights[pool.labels].sum()
         rows = self._draw.choice(len(pool.labels), size, p=chances)
         counts = np.bincount(pool.bins[rows].ravel(), minlength=self.spec.cells)

@@ -74,7 +74,7 @@ def own_images(folder: Path) -> Path:
 
 @contextmanager
 def truck(fedvit: Fedvit, control: str) -> Iterator[list[dict[str, Any]]]:
-    """A vehicle's process while the block runs; afterwards, what it told of each round."""
+    """A vehicle's process while the block runs; afterwards, what it reported of each round."""
     folder = fedvit.home.parent
     result = fedvit.json("token", "create", TRUCK, "--scope", "device", "--client", TRUCK, configured=False)
     (folder / "token").write_text(result["token"])
@@ -131,7 +131,7 @@ def test_whatever_the_mode_no_update_is_lost_or_counted_twice(fedvit: Fedvit) ->
     check_the_books(fedvit, result)
 
 
-def check_the_books(fedvit: Fedvit, told: list[dict[str, Any]]) -> None:
+def check_the_books(fedvit: Fedvit, steps: list[dict[str, Any]]) -> None:
     """Every charge was for an update, and every update is in one round, with what became of it."""
     with Store.open(fedvit.home) as store, Store.open(fedvit.home.parent / "truck") as own:
         run = store.runs.latest()
@@ -157,7 +157,7 @@ def check_the_books(fedvit: Fedvit, told: list[dict[str, Any]]) -> None:
         outcomes = Counter(dict(database.execute("SELECT client_id, count(*) FROM client_rounds GROUP BY 1")))
     assert outcomes == sent
     # The vehicle's own account of it: each of its updates was taken when it came.
-    assert [step["status"] for step in told] == ["received"] * sent[TRUCK]
+    assert [step["status"] for step in steps] == ["received"] * sent[TRUCK]
     assert accepted[TRUCK] + late[TRUCK] > 0
     forms = {lineage["sent"][TRUCK]["encoding"] for lineage in lineages if TRUCK in lineage.get("sent", {})}
     assert forms == {"int8"}

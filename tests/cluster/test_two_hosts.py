@@ -169,11 +169,11 @@ def charged(cluster: Cluster, home: str) -> list[tuple[int, int]]:
         return [(entry.charge.round_index, entry.charge.steps) for entry in store.ledger.entries()]
 
 
-def until(holds: Callable[[], bool], limit_s: float, told: Callable[[], object] = lambda: "") -> None:
+def until(holds: Callable[[], bool], limit_s: float, message: Callable[[], object] = lambda: "") -> None:
     """Wait until something holds; asking is what takes the time."""
     deadline_s = time.monotonic() + limit_s
     while not holds():
-        assert time.monotonic() < deadline_s, told()
+        assert time.monotonic() < deadline_s, message()
         time.sleep(1.0)
 
 

@@ -36,15 +36,15 @@ def await_training(client: httpx.Client, reached: Callable[[dict[str, Any]], boo
     raise AssertionError(f"training still says {results}")
 
 
-def rests(told: dict[str, Any]) -> bool:
-    return told["status"] != "running"
+def rests(report: dict[str, Any]) -> bool:
+    return report["status"] != "running"
 
 
-def check_bundle(told: dict[str, Any], client_id: str) -> None:
-    """The bundle is what was told of it, and holds the evidence."""
-    content = Path(told["forensic_bundle"]).read_bytes()
-    assert hashlib.sha256(content).hexdigest() == told["forensic_sha256"]
-    with tarfile.open(told["forensic_bundle"]) as archive:
+def check_bundle(report: dict[str, Any], client_id: str) -> None:
+    """The bundle is the one in the report, and holds the evidence."""
+    content = Path(report["forensic_bundle"]).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == report["forensic_sha256"]
+    with tarfile.open(report["forensic_bundle"]) as archive:
         files = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
     manifest = json.loads(files.pop("manifest.json"))
     assert {name: facts["sha256"] for name, facts in manifest["files"].items()} == {
@@ -81,7 +81,7 @@ def test_a_breach_is_contained_and_the_system_shut_down(fedvit: Fedvit) -> None:
     )
     bearer = {"Authorization": f"Bearer {result['token']}"}
     with httpx.Client(base_url=fedvit.control, timeout=60) as client:
-        await_training(client, lambda told: told["rounds_done"] >= 1)
+        await_training(client, lambda status: status["rounds_done"] >= 1)
         caught = client.get("/api/clients/status").json()["clients"][0]["client_id"]
         report = {
             "incident_id": INCIDENT,
@@ -92,10 +92,10 @@ def test_a_breach_is_contained_and_the_system_shut_down(fedvit: Fedvit) -> None:
         assert client.post("/api/emergency/privacy-breach", json=report).status_code == 401
         answer = client.post("/api/emergency/privacy-breach", json=report, headers=bearer)
         assert answer.status_code == 200, answer.text
-        told = answer.json()
-        assert [action for action in told["actions"] if not action["done"]] == []
-        assert (told["quarantined"], told["unknown_clients"]) == ([caught], ["client2"])
-        check_bundle(told, caught)
+        report = answer.json()
+        assert [action for action in report["actions"] if not action["done"]] == []
+        assert (report["quarantined"], report["unknown_clients"]) == ([caught], ["client2"])
+        check_bundle(report, caught)
 
         rounds_done = await_training(client, rests)["rounds_done"]
         assert client.post("/api/training/start").status_code == 202
@@ -109,7 +109,7 @@ def test_a_breach_is_contained_and_the_system_shut_down(fedvit: Fedvit) -> None:
         stood_down = client.post("/api/emergency/stand-down", json=over, headers=bearer).json()
         assert stood_down == {"incident_id": INCIDENT, "ledger_frozen": False, "still_quarantined": [caught]}
         client.post("/api/training/start")
-        await_training(client, lambda told: told["rounds_done"] > rounds_done)
+        await_training(client, lambda status: status["rounds_done"] > rounds_done)
         version = client.get("/api/model/versions?limit=1").json()[0]
         assert caught not in version["lineage"]["clients"]
         assert len(version["lineage"]["clients"]) == 5

@@ -15,7 +15,7 @@ from fedvit.settings import load_settings
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """Seconds that pass when the test says so."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -75,9 +75,9 @@ def test_made_up_names_do_not_fill_the_memory(kind: str) -> None:
     assert use("name-0") == 0  # the oldest forgotten.
 
 
-@pytest.mark.parametrize(("wait_s", "told"), [(0.001, 1), (1, 1), (1.2, 2)])
-def test_retry_after_is_whole_seconds(wait_s: float, told: int) -> None:
-    assert whole_seconds(wait_s) == told
+@pytest.mark.parametrize(("wait_s", "expected"), [(0.001, 1), (1, 1), (1.2, 2)])
+def test_retry_after_is_whole_seconds(wait_s: float, expected: int) -> None:
+    assert whole_seconds(wait_s) == expected
 
 
 @pytest.mark.parametrize(

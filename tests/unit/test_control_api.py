@@ -104,7 +104,7 @@ def test_model_info_answers_what_the_runbook_reads(client: TestClient, store: St
     assert info["complexity"]["trainable"] == "all"
 
 
-def test_a_release_is_handed_out_as_it_was_signed(client: TestClient, store: Store) -> None:
+def test_a_release_is_served_as_it_was_signed(client: TestClient, store: Store) -> None:
     client.post("/api/training/start")
     release = store.releases.current()
     assert release is not None
@@ -113,7 +113,7 @@ def test_a_release_is_handed_out_as_it_was_signed(client: TestClient, store: Sto
     assert client.get(f"/api/model/blobs/{digest}").content == store.blobs.get(digest)
 
 
-def test_weights_are_not_handed_out(client: TestClient, store: Store) -> None:
+def test_weights_are_not_served(client: TestClient, store: Store) -> None:
     client.post("/api/training/start")
     version = store.versions.latest()
     assert version is not None

@@ -71,7 +71,7 @@ def test_all_parts_are_well(services: Services) -> None:
     assert size > 10_000
 
 
-def test_a_silent_proxy_a_dead_accountant_and_a_lost_artifact_are_told(
+def test_a_silent_proxy_a_dead_accountant_and_a_lost_artifact_are_reported(
     services: Services, aggregator: Aggregator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nobody() -> AccountantPort:

@@ -132,7 +132,7 @@ def test_a_round_that_is_committed_while_it_is_counted_is_not_lost(
 
 
 @pytest.mark.parametrize(
-    ("stage", "found", "told"),
+    ("stage", "found", "reason"),
     [
         (STRICT, NOTHING, None),
         (STRICT, replace(NOTHING, rounds_lost=2), "2 rounds are lost"),
@@ -145,6 +145,6 @@ def test_a_round_that_is_committed_while_it_is_counted_is_not_lost(
         (LENIENT, replace(NOTHING, updates_lost=4, epsilon_difference=-0.1), "-0.100000 epsilon more"),
     ],
 )
-def test_what_an_incident_may_cost(stage: Stage, found: Losses, told: str | None) -> None:
+def test_what_an_incident_may_cost(stage: Stage, found: Losses, reason: str | None) -> None:
     fault = fault_in(found, stage)
-    assert fault is None if told is None else told in (fault or "")
+    assert fault is None if reason is None else reason in (fault or "")

@@ -43,15 +43,15 @@ def held(tmp_path: Path) -> Iterator[Site]:
     site.close()
 
 
-def action(told: JsonObject, name: str) -> JsonObject:
-    result: JsonObject = next(taken for taken in told["actions"] if taken["action"] == name)
+def action(report: JsonObject, name: str) -> JsonObject:
+    result: JsonObject = next(taken for taken in report["actions"] if taken["action"] == name)
     return result
 
 
-def bundle(told: JsonObject) -> dict[str, list[JsonObject]]:
+def bundle(report: JsonObject) -> dict[str, list[JsonObject]]:
     """The files of a bundle, each checked against the manifest."""
-    content = Path(told["forensic_bundle"]).read_bytes()
-    assert hashlib.sha256(content).hexdigest() == told["forensic_sha256"]
+    content = Path(report["forensic_bundle"]).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == report["forensic_sha256"]
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         files = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
     manifest = json.loads(files.pop("manifest.json"))

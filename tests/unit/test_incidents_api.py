@@ -36,7 +36,7 @@ def ago(minutes: float) -> datetime:
     return utc_now() - timedelta(minutes=minutes)
 
 
-def told(site: Site, *alerts: dict[str, Any]) -> list[str]:
+def post_alerts(site: Site, *alerts: dict[str, Any]) -> list[str]:
     answer = site.http.post(WEBHOOK, json=message(*alerts))
     assert answer.status_code == 200, answer.text
     results: list[str] = answer.json()["incidents"]
@@ -52,14 +52,14 @@ def lines(site: Site, name: str, kind: str) -> list[str]:
 
 def test_an_alert_opens_an_incident_that_its_end_resolves(site: Site) -> None:
     began, ended = ago(30), ago(10)
-    (name,) = told(site, alert(starts_at=began))
-    assert told(site, alert(starts_at=began)) == [name]
+    (name,) = post_alerts(site, alert(starts_at=began))
+    assert post_alerts(site, alert(starts_at=began)) == [name]
     assert site.get("/api/incidents?status=open")[0] | {"opened_at": 0} == {
         **{"incident_id": name, "alertname": "EdgeDeviceOffline", "severity": "P2", "status": "open"},
         **{"summary": "EdgeDeviceOffline, in words.", "opened_at": 0, "resolved_at": None, "alerts": 1, "firing": 1},
     }
     assert name.startswith(f"INC-{began:%Y-%m%d}-")
-    told(site, alert(starts_at=began, ends_at=ended))
+    post_alerts(site, alert(starts_at=began, ends_at=ended))
     result = site.get(f"/api/incidents/{name}")
     assert (result["status"], datetime.fromisoformat(result["resolved_at"])) == ("resolved", ended)
     assert site.get("/api/incidents?status=open") == []
@@ -96,7 +96,7 @@ def test_what_is_no_message_of_version_4_is_refused_by_name(site: Site, change: 
 
 @pytest.mark.parametrize("name", ['x"; rm -rf /; "', "../vehicle-0001", "vehicle-0001\n", "$(id)", "a" * 65])
 def test_what_an_alert_calls_a_client_becomes_part_of_no_command_unless_it_can_be_one(site: Site, name: str) -> None:
-    (result,) = told(site, alert(starts_at=ago(1), client_id=name))
+    (result,) = post_alerts(site, alert(starts_at=ago(1), client_id=name))
     (step,) = site.get(f"/api/incidents/{result}")["proposals"]
     assert step["command"] == 'curl -X DELETE "http://localhost:8000/api/clients/<device-id>"'
 
@@ -104,17 +104,17 @@ def test_what_an_alert_calls_a_client_becomes_part_of_no_command_unless_it_can_b
 def test_what_would_steer_a_terminal_is_taken_out(site: Site) -> None:
     sent = alert(starts_at=ago(1))
     sent["annotations"]["summary"] = "gone\x1b[2J\r\nvéhicule"
-    (result,) = told(site, sent)
+    (result,) = post_alerts(site, sent)
     assert site.get(f"/api/incidents/{result}")["summary"] == "gone [2J  véhicule"
 
 
 def test_a_severity_that_is_none_of_ours_is_the_least(site: Site) -> None:
-    told(site, alert(starts_at=ago(1), severity="critical"))
+    post_alerts(site, alert(starts_at=ago(1), severity="critical"))
     assert site.get("/api/incidents")[0]["severity"] == "P3"
 
 
 def test_a_sign_of_life_is_no_incident(site: Site) -> None:
-    assert told(site, alert("Watchdog", starts_at=ago(1))) == []
+    assert post_alerts(site, alert("Watchdog", starts_at=ago(1))) == []
 
 
 def test_alertmanager_is_told_to_come_again_when_the_state_cannot_be_written(site: Site) -> None:
@@ -130,7 +130,7 @@ def test_alertmanager_is_told_to_come_again_when_the_state_cannot_be_written(sit
 
 def test_the_timeline_has_alerts_commands_and_changes_of_state_in_order(site: Site) -> None:
     site.http.post("/api/clients/vehicle-0002/validate", json={"validated": False})
-    (name,) = told(site, alert("HighTrainingLoss", starts_at=utc_now(), severity="P1"))
+    (name,) = post_alerts(site, alert("HighTrainingLoss", starts_at=utc_now(), severity="P1"))
     site.trained()
     site.http.post("/api/training/config", json={"min_clients": 3})
     site.http.delete("/api/clients/nobody")
@@ -152,14 +152,14 @@ def test_the_timeline_has_alerts_commands_and_changes_of_state_in_order(site: Si
 
 
 def test_what_is_done_after_an_incident_is_not_part_of_it(site: Site) -> None:
-    (name,) = told(site, alert(starts_at=ago(30), ends_at=ago(20)))
+    (name,) = post_alerts(site, alert(starts_at=ago(30), ends_at=ago(20)))
     site.http.post("/api/training/config", json={"min_clients": 3})
     assert lines(site, name, "command") == []
 
 
 def test_service_down_is_heard_late_and_began_when_it_began(site: Site) -> None:
     began = ago(12)
-    (name,) = told(site, alert("ServiceDown", starts_at=began, severity="P0", instance="localhost:8000"))
+    (name,) = post_alerts(site, alert("ServiceDown", starts_at=began, severity="P0", instance="localhost:8000"))
     result = site.get(f"/api/incidents/{name}")
     assert datetime.fromisoformat(result["opened_at"]) == began
     assert lines(site, name, "alert") == [
@@ -231,8 +231,8 @@ def test_a_report_keeps_the_templates_headings_and_says_what_is_known(site: Site
     site.trained()
     spent = site.get("/api/privacy/budget")["epsilon_spent"]
     starts = alert("HighTrainingLoss", starts_at=began, severity="P1", client_id="vehicle-0003")
-    (name,) = told(site, starts)
-    told(site, starts | alert("HighTrainingLoss", starts_at=began, ends_at=utc_now(), severity="P1"))
+    (name,) = post_alerts(site, starts)
+    post_alerts(site, starts | alert("HighTrainingLoss", starts_at=began, ends_at=utc_now(), severity="P1"))
     text = report(site, name)
     headings = [line for line in TEMPLATE.splitlines() if line.startswith("## ")]
     assert [line for line in text.splitlines() if line.startswith("#")] == [f"# Incident Report: {name}", *headings]
@@ -255,7 +255,7 @@ def test_a_report_keeps_the_templates_headings_and_says_what_is_known(site: Site
 
 
 def test_what_only_people_know_is_blank_until_they_note_it(site: Site) -> None:
-    (name,) = told(site, alert(starts_at=ago(30), ends_at=ago(20)))
+    (name,) = post_alerts(site, alert(starts_at=ago(30), ends_at=ago(20)))
     blank = report(site, name)
     assert (field(blank, "Root Cause"), field(blank, "Business Impact")) == ("", "")
     assert (part(blank, "Root Cause Analysis"), part(blank, "Prevention")) == (
@@ -279,7 +279,7 @@ def test_what_only_people_know_is_blank_until_they_note_it(site: Site) -> None:
 
 
 def test_a_round_that_was_lost_is_counted(site: Site) -> None:
-    (name,) = told(site, alert(starts_at=ago(1)))
+    (name,) = post_alerts(site, alert(starts_at=ago(1)))
     site.trained()
     with closing(sqlite3.connect(site.store.home / "state.db")) as connection:
         connection.execute("UPDATE rounds SET committed_at = NULL WHERE round_index = 4")
@@ -309,7 +309,7 @@ def fedvit(*words: str) -> Result:
 def test_the_command_line_shows_notes_and_reports(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api_session, "TRANSPORT", Through(site.http))
     monkeypatch.setenv("COLUMNS", "200")
-    (name,) = told(site, alert(starts_at=ago(1), client_id="vehicle-0003"))
+    (name,) = post_alerts(site, alert(starts_at=ago(1), client_id="vehicle-0003"))
     assert name in fedvit("list", "--status", "open").stdout
     assert json.loads(fedvit("list", "--status", "resolved", "--json").stdout) == []
     fedvit("note", name, "A cable was cut.", "--section", "root_cause")
@@ -328,7 +328,7 @@ def test_how_many_are_open_is_scraped(site: Site) -> None:
         return {severity: float(count) for severity, count in results}
 
     down = alert("ServiceDown", starts_at=ago(1), severity="P0", fingerprint="b")
-    told(site, alert(starts_at=ago(1)), down)
+    post_alerts(site, alert(starts_at=ago(1)), down)
     assert scraped() == {"P0": 1, "P1": 0, "P2": 1, "P3": 0}
-    told(site, down | {"status": "resolved"})
+    post_alerts(site, down | {"status": "resolved"})
     assert scraped() == {"P0": 0, "P1": 0, "P2": 1, "P3": 0}

@@ -62,15 +62,15 @@ def settings(home: Path, privacy_unit: str) -> Settings:
 class Released:
     """What left the clients: a line each, in a file that outlives whoever wrote it."""
 
-    def __init__(self, path: Path, told: Connection | None = None) -> None:
+    def __init__(self, path: Path, reports: Connection | None = None) -> None:
         self._path = path
-        self._told = told
+        self._reports = reports
 
     def note(self, releases: list[Release]) -> None:
         with self._path.open("ab") as file:
             file.write("".join(json.dumps(release) + "\n" for release in releases).encode())
-        if self._told is not None:
-            self._told.send(True)
+        if self._reports is not None:
+            self._reports.send(True)
 
     def read(self) -> list[Release]:
         if not self._path.exists():
@@ -96,9 +96,9 @@ class NotingFleet(FakeFleet):
             yield answer
 
 
-def charge_for_ever(home: Path, unit: str, seed: int, told: Connection) -> None:
+def charge_for_ever(home: Path, unit: str, seed: int, reports: Connection) -> None:
     """An accountant that charges round after round, some of them again, and releases what was charged."""
-    released, rng = Released(home / "released", told), random.Random(seed)
+    released, rng = Released(home / "released", reports), random.Random(seed)
     store = Store.open(home)
     accountant = PrivacyAccountant(store, settings(home, unit))
     first = 1 + max((entry.charge.round_index for entry in store.ledger.entries()), default=0)
@@ -115,7 +115,7 @@ def charge_for_ever(home: Path, unit: str, seed: int, told: Connection) -> None:
             released.note([("run-0001", wanted, name) for name in units])
 
 
-def train_for_ever(home: Path, unit: str, seed: int, told: Connection) -> None:
+def train_for_ever(home: Path, unit: str, seed: int, reports: Connection) -> None:
     """The training loop without Ray."""
     store = Store.open(home)
     store.metadata.bind_fleet(data_digest="d" * 64, partition={"scheme": "iid"}, classes=["near"])
@@ -125,7 +125,7 @@ def train_for_ever(home: Path, unit: str, seed: int, told: Connection) -> None:
         settings=config,
         store=store,
         accountant=PrivacyAccountant(store, config),
-        fleet=NotingFleet(Released(home / "released", told)),
+        fleet=NotingFleet(Released(home / "released", reports)),
         model=PointModel(TARGET),
     )
     loop.run()

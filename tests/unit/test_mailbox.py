@@ -272,7 +272,7 @@ def http(post: MailboxSite) -> TestClient:
     return TestClient(create_api(Services(post.settings, post.store, nobody, nobody)))
 
 
-def test_the_channel_is_opened_and_closed_and_vehicles_are_told(post: MailboxSite, http: TestClient) -> None:
+def test_the_channel_is_opened_and_closed_and_vehicles_are_informed(post: MailboxSite, http: TestClient) -> None:
     def enabled() -> bool:
         return bool(http.post("/api/clients/truck-1/heartbeat", json={}).json()["backup_channel"])
 

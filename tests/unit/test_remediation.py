@@ -49,7 +49,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
         site.close()
 
 
-def told(site: Site, *alerts: dict[str, Any]) -> str:
+def post_alerts(site: Site, *alerts: dict[str, Any]) -> str:
     answer = site.http.post(WEBHOOK, json=message(*alerts))
     assert answer.status_code == 200, answer.text
     results: list[str] = answer.json()["incidents"]
@@ -104,7 +104,7 @@ def test_everything_that_may_be_allowed_is_somewhere_in_the_table_and_nothing_th
 
 def test_without_a_list_everything_is_proposed_and_nothing_is_done(make: Make) -> None:
     site = make()
-    result = proposals(site, told(site, exhausted()))
+    result = proposals(site, post_alerts(site, exhausted()))
     assert {name: step["automatic"] for name, step in result.items()} == {
         "stop_training": "not_allowed",
         "privacy_reset": "never",
@@ -118,7 +118,7 @@ def test_what_is_allowed_is_done_once_although_alertmanager_repeats_itself(make:
     site = make("stop_training")
     site.trained()
     for _ in range(3):
-        name = told(site, exhausted())
+        name = post_alerts(site, exhausted())
     assert done_by_itself(site) == [("POST /api/training/stop", 202)]
     facts = site.store.audit.latest(1)[0].facts
     assert (facts.actor, facts.scopes, facts.source) == ("remediation", ("operator",), "remediation")
@@ -142,14 +142,14 @@ def test_of_many_that_tell_the_same_at_once_one_acts(tmp_path: Path) -> None:
 
 def test_an_alert_that_has_cleared_is_no_reason_to_act(make: Make) -> None:
     site = make("stop_training")
-    told(site, exhausted() | {"status": "resolved", "endsAt": (NOON + timedelta(minutes=1)).isoformat()})
+    post_alerts(site, exhausted() | {"status": "resolved", "endsAt": (NOON + timedelta(minutes=1)).isoformat()})
     assert done_by_itself(site) == []
 
 
 def test_the_way_is_an_operators_bodies_and_all(make: Make) -> None:
     site = make("restart_validated_only")
     site.trained()
-    told(site, alert("HighTrainingLoss", starts_at=NOON))
+    post_alerts(site, alert("HighTrainingLoss", starts_at=NOON))
     assert done_by_itself(site) == [("POST /api/training/restart", 202)]
     operation = site.store.operations.all()[0]
     assert (operation.kind, operation.params) == ("restart", {"client_selection": "validated_only"})
@@ -161,7 +161,7 @@ def test_a_failure_is_recorded_and_not_tried_again(make: Make) -> None:
     site = make("stop_training")
     site.aggregator = None
     for _ in range(2):
-        name = told(site, exhausted())
+        name = post_alerts(site, exhausted())
     assert done_by_itself(site) == [("POST /api/training/stop", 503)]
     step = proposals(site, name)["stop_training"]
     assert (step["outcome"], step["detail"]) == ("failed", "503: The aggregator is restarting.")
@@ -174,8 +174,8 @@ def test_a_failure_is_recorded_and_not_tried_again(make: Make) -> None:
 
 def test_a_cooldown_withholds_the_second_of_a_kind_and_says_so(make: Make) -> None:
     site = make("remove_client", max_client_share=0.9)
-    name = told(site, offline("vehicle-0000"))
-    told(site, offline("vehicle-0001"))
+    name = post_alerts(site, offline("vehicle-0000"))
+    post_alerts(site, offline("vehicle-0001"))
     assert [client.client_id for client in site.store.clients.all(active=False)] == ["vehicle-0000"]
     result = site.get(f"/api/incidents/{name}")["proposals"]
     assert [(step["target"], step["outcome"]) for step in result] == [
@@ -200,8 +200,8 @@ def test_what_was_withheld_is_done_when_the_reason_has_passed(tmp_path: Path) ->
 
 def test_no_more_actions_an_hour_than_the_settings_say(make: Make) -> None:
     site = make("asynchronous_mode", "enable_backup_channel", "stop_training", max_actions_per_hour=2, cooldown_s=0.001)
-    told(site, alert("NetworkPartition", starts_at=NOON))
-    name = told(site, exhausted(fingerprint="b"))
+    post_alerts(site, alert("NetworkPartition", starts_at=NOON))
+    name = post_alerts(site, exhausted(fingerprint="b"))
     assert len(done_by_itself(site)) == 2
     step = proposals(site, name)["stop_training"]
     assert (step["outcome"], step["detail"]) == ("withheld", "cap: 2 actions were taken within the hour")
@@ -209,7 +209,7 @@ def test_no_more_actions_an_hour_than_the_settings_say(make: Make) -> None:
 
 def test_no_removal_takes_out_more_than_a_share_of_the_fleet(make: Make) -> None:
     site = make("remove_client")
-    name = told(site, offline("vehicle-0000"))
+    name = post_alerts(site, offline("vehicle-0000"))
     assert done_by_itself(site) == []
     assert proposals(site, name)["remove_client"]["detail"] == (
         "cap: it would leave out 1 of 4 clients, more than a share of 0.1"
@@ -259,17 +259,17 @@ def test_a_restart_that_would_leave_most_clients_out_is_withheld() -> None:
 )
 def test_an_alert_without_a_client_of_ours_removes_none(make: Make, labels: dict[str, str], why: str) -> None:
     site = make("remove_client", max_client_share=0.9)
-    name = told(site, alert(starts_at=NOON, **labels))
+    name = post_alerts(site, alert(starts_at=NOON, **labels))
     assert done_by_itself(site) == []
     assert proposals(site, name)["remove_client"]["detail"] == why
 
 
 def test_asking_for_fewer_clients_never_asks_for_more(make: Make) -> None:
     site = make("fewer_clients")
-    name = told(site, alert("LowClientParticipation", starts_at=NOON))
+    name = post_alerts(site, alert("LowClientParticipation", starts_at=NOON))
     assert proposals(site, name)["fewer_clients"]["detail"] == "min_clients is 1, not above 10"
     site.http.post("/api/training/config", json={"min_clients": 50})
-    told(site, alert("LowClientParticipation", starts_at=NOON))
+    post_alerts(site, alert("LowClientParticipation", starts_at=NOON))
     assert site.get("/api/training/config")["min_clients"] == 10
 
 

@@ -202,7 +202,7 @@ def test_a_truck_and_virtual_clients_make_one_round(yard: Yard) -> None:
         (("bfloat16",), "bfloat16", "float32"),
     ],
 )
-def test_the_form_is_agreed_for_each_client_and_its_bytes_are_told(
+def test_the_form_is_agreed_for_each_client_and_its_bytes_are_counted(
     tmp_path: Path, wanted: tuple[str, ...], known: Any, sent: str
 ) -> None:
     def counted() -> float:
@@ -432,7 +432,7 @@ def test_an_update_left_in_the_mailbox_takes_the_same_way(yard: Yard) -> None:
     assert "rejected: round 9 of run-0001 did not ask it" in reason.read_text()
 
 
-def test_a_task_that_was_answered_is_never_handed_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_was_answered_is_never_offered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     yard = Yard(tmp_path, rounds=2)
     asked: list[Any] = []
     unlink = Path.unlink

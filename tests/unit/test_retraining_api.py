@@ -25,7 +25,7 @@ def _first_task(fleet: FakeFleet, run_id: str) -> TrainTask:
 
 
 @pytest.mark.parametrize(("strategy", "origin"), [("full_retrain", None), ("fine_tune", "v1.1.4")])
-def test_retraining_is_a_new_run_from_where_it_was_told(make: Make, strategy: str, origin: str | None) -> None:
+def test_retraining_is_a_new_run_from_the_origin_in_the_request(make: Make, strategy: str, origin: str | None) -> None:
     system = make().trained()
     ended = system.done("/api/model/retrain", {"strategy": strategy})
     assert (ended["result"]["run_id"], ended["result"]["base_version"]) == ("run-0002", origin)

@@ -72,7 +72,7 @@ class Loop:
         )
         return loop.run()
 
-    def sketch_charges(self) -> list[tuple[int, str]]:
+    def histogram_charges(self) -> list[tuple[int, str]]:
         charges = [entry.charge for entry in self.store.ledger.entries()]
         return [
             (charge.round_index, charge.unit_id)
@@ -88,7 +88,7 @@ def counting(order: HistogramRequest, client_id: str, records: int = 400, bright
     return (rest, rest, rest, records - 3 * rest, half, records - half, records, 0, 0, 0)
 
 
-def test_every_sketch_is_charged_before_it_is_asked_for_and_kept(tmp_path: Path) -> None:
+def test_every_histogram_is_charged_before_it_is_asked_for_and_kept(tmp_path: Path) -> None:
     loop = Loop(settings(tmp_path))
     loop.fleet.counts_of = counting
     asked: list[bool] = []
@@ -103,7 +103,7 @@ def test_every_sketch_is_charged_before_it_is_asked_for_and_kept(tmp_path: Path)
     loop.fleet.request_histograms = watched  # type: ignore[method-assign]
     assert loop.run().status is RunStatus.COMPLETED
     assert asked == [True] * 3
-    assert loop.sketch_charges() == [(r, f"vehicle-{i:04d}") for r in (1, 3, 5) for i in range(CLIENTS)]
+    assert loop.histogram_charges() == [(r, f"vehicle-{i:04d}") for r in (1, 3, 5) for i in range(CLIENTS)]
     kept = loop.store.histograms.latest()
     assert {histogram.round_index for histogram in kept.values()} == {5}
     assert loop.store.histograms.spec(SPEC.digest) == SPEC
@@ -129,14 +129,14 @@ def test_votes_stay_the_references_while_the_model_errs_in_the_same_classes(tmp_
     assert loop.store.histograms.latest().keys() == {f"vehicle-{i:04d}" for i in range(CLIENTS)}
 
 
-def test_a_round_that_is_tried_again_charges_and_keeps_a_sketch_once(tmp_path: Path) -> None:
+def test_a_round_that_is_tried_again_charges_and_keeps_a_histogram_once(tmp_path: Path) -> None:
     loop = Loop(settings(tmp_path), FakeFleet(TARGET, crash_in_round=3))
     loop.fleet.counts_of = counting
     with pytest.raises(KeyboardInterrupt):
         loop.run()
     assert loop.run().status is RunStatus.COMPLETED
     assert [order.round_index for order, _ in loop.fleet.histogram_requests] == [1, 3, 3, 5]
-    assert len(loop.sketch_charges()) == len(set(loop.sketch_charges())) == 3 * CLIENTS
+    assert len(loop.histogram_charges()) == len(set(loop.histogram_charges())) == 3 * CLIENTS
     (order, _) = loop.fleet.histogram_requests[0]
     again = ClientHistogram("vehicle-0000", "run-0001", 5, 400, SPEC.digest, order.deviation, (7,) * SPEC.cells)
     assert loop.store.histograms.add([again], SPEC) == 0
@@ -149,10 +149,10 @@ def test_a_client_whose_budget_the_rest_of_the_run_needs_is_not_asked(tmp_path: 
     enough = epsilon_pld({event: n for event, n in run_spend(config).items() if event != Gaussian(8.0)}, 1e-5)
     loop = Loop(settings(tmp_path, epsilon=enough + 1e-3))
     assert loop.run().status is RunStatus.COMPLETED
-    assert (loop.fleet.histogram_requests, loop.sketch_charges()) == ([], [])
+    assert (loop.fleet.histogram_requests, loop.histogram_charges()) == ([], [])
     one = Loop(settings(tmp_path / "one", epsilon=epsilon_pld(run_spend(config), 1e-5) + 1e-3))
     assert one.run().status is RunStatus.COMPLETED
-    assert len(one.sketch_charges()) == 3 * CLIENTS
+    assert len(one.histogram_charges()) == 3 * CLIENTS
 
 
 def test_nobody_is_asked_where_there_is_nothing_to_count_or_the_setting_says_so(tmp_path: Path) -> None:
@@ -161,10 +161,10 @@ def test_nobody_is_asked_where_there_is_nothing_to_count_or_the_setting_says_so(
     off = Loop(settings(tmp_path / "off", histograms={"every_rounds": None}))
     for loop in (blind, off):
         assert loop.run().status is RunStatus.COMPLETED
-        assert (loop.fleet.histogram_requests, loop.sketch_charges()) == ([], [])
+        assert (loop.fleet.histogram_requests, loop.histogram_charges()) == ([], [])
 
 
-def test_a_secret_sample_is_not_asked_for_sketches(tmp_path: Path) -> None:
+def test_a_secret_sample_is_not_asked_for_histograms(tmp_path: Path) -> None:
     cohort = {"selection": "poisson", "sampling_prob": 0.5}
     privacy = {"privacy_unit": "client", "noise_multiplier": 4.0}
     secret = settings(tmp_path, privacy=privacy, training={"rounds": 6, "cohort": cohort})
@@ -173,7 +173,7 @@ def test_a_secret_sample_is_not_asked_for_sketches(tmp_path: Path) -> None:
     assert [r for r in range(1, 7) if histogram_is_due(settings(tmp_path), r)] == [1, 3, 5]
 
 
-def test_the_noise_of_the_rounds_leaves_the_sketches_room_in_the_budget() -> None:
+def test_the_noise_of_the_rounds_leaves_the_histograms_room_in_the_budget() -> None:
     privacy = {"target_epsilon": 4.0, "sampling_prob": 0.5}
     base = {"training": {"rounds": 4}, "privacy": privacy}
     with_them = load_settings(

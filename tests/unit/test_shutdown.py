@@ -1,4 +1,4 @@
-"""Shutting down over the API: when the wish is told, what is safe by then, and what a new start makes of it."""
+"""Shutting down over the API: what is answered, what is durable by then, and how a new start continues."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def asked(site: Site, mode: str, **more: Any) -> JsonObject:
     return result
 
 
-def ended(site: Site, told: JsonObject) -> JsonObject:
-    site.local.wait_operation(told["operation_id"], WAIT_S)
-    result: JsonObject = site.get(f"/api/operations/{told['operation_id']}")
+def ended(site: Site, accepted: JsonObject) -> JsonObject:
+    site.local.wait_operation(accepted["operation_id"], WAIT_S)
+    result: JsonObject = site.get(f"/api/operations/{accepted['operation_id']}")
     return result
 
 
@@ -205,7 +205,7 @@ def test_a_malformed_wish_is_refused(make: Make, body: JsonObject) -> None:
 
 
 class Aggregator:
-    """Answers what it is told to; errors are raised. After that it says nothing for a while."""
+    """Gives the answers in its list; errors are raised. After that it says nothing for a while."""
 
     def __init__(self, *answers: Any) -> None:
         self.answers = list(answers)

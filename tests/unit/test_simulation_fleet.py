@@ -95,7 +95,7 @@ def test_answers_arrive_in_virtual_order_and_the_work_is_done_when_they_do() -> 
     assert recorder.clock.monotonic() == expected
 
 
-def test_who_is_left_in_flight_answers_a_later_round_with_the_weights_it_was_handed() -> None:
+def test_who_is_left_in_flight_answers_a_later_round_with_the_weights_of_its_task() -> None:
     fleet, recorder = fleet_of(dropout_prob=0.0)
     first = fleet.train(task_of(1), weights(1.0), Cohort(1, tuple(V[:6])))
     for _ in range(2):
@@ -120,7 +120,7 @@ def test_silence_ends_a_round_and_those_given_up_cost_no_work() -> None:
 
 
 @pytest.mark.parametrize(("stops", "second_due_s"), [(False, 200.0), (True, 160.0)])
-def test_one_that_is_given_up_works_on_unless_it_is_told(stops: bool, second_due_s: float) -> None:
+def test_one_that_is_given_up_works_on_unless_it_is_stopped(stops: bool, second_due_s: float) -> None:
     fleet, recorder = fleet_of(kind="constant", median_s=100.0, dropout_prob=0.0, stop_on_cancel=stops)
     assert list(fleet.train(task_of(1), weights(1.0), Cohort(1, ("v000",)), timeout_s=60.0)) == []
     fleet.give_up("too late")

@@ -1,4 +1,4 @@
-"""Whole runs in virtual time on a toy world: what asynchronous rounds and robust rules are for, and every task told."""
+"""Whole runs in virtual time on a toy world: what asynchronous rounds and robust rules do, and every task recorded."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_beyond_the_tolerance_updates_are_refused_and_their_clients_begin_anew_f
     tmp_path: Path, commits: list[RoundCommit]
 ) -> None:
     world = ToyWorld(count=12)
-    # Nobody drops out: whoever is handed a task is seen to work.
+    # Nobody drops out: every client with a task works.
     strict = ASYNCHRONOUS | {"staleness_tolerance": 1, "delays": {"dropout_prob": 0.0}}
     run = simulate(
         settings(tmp_path, training={**FEDBUFF, "rounds": 40, "cohort": {"selection": "all"}}, **strict), world
@@ -109,7 +109,7 @@ def test_beyond_the_tolerance_updates_are_refused_and_their_clients_begin_anew_f
         begun.setdefault(client_id, []).append(started)
     for client_id, refused_in, late in stale:
         later = [started for started in begun[client_id] if started > refused_in - late]
-        # It is handed the version after the refusal at once; only the last rounds' are never heard of again.
+        # It receives the version after the refusal at once; only the last rounds' are never heard of again.
         assert not later or min(later) == refused_in + 1
 
 

@@ -43,7 +43,7 @@ def test_one_byte_above_the_bound_is_refused_before_it_is_read() -> None:
         decode_update(content, max_bytes=len(content) - 1)
 
 
-def told(**changes: object) -> bytes:
+def with_header(**changes: object) -> bytes:
     facts = {"round_index": 1, "total_weight": 1.0, "within_clip": 0, "outcomes": [["a", 1, None]], **changes}
     return save({"w": np.zeros(1)}, metadata={"update": json.dumps(facts)})
 
@@ -56,11 +56,11 @@ def told(**changes: object) -> bytes:
         (encode_update(UPDATE)[:-1], "not safetensors"),
         (save({"w": np.zeros(1)}), "does not say whose it is"),
         (save({"w": np.zeros(1)}, metadata={"update": "[" * 100_000}), "does not say whose it is"),
-        (told(outcomes=[["a", "many", None]]), "does not say whose it is"),
-        (told(outcomes=[["a", True, None]]), "does not say whose it is"),
-        (told(outcomes="a"), "does not say whose it is"),
-        (told(round_index="1"), "does not say whose it is"),
-        (told(total_weight=None), "does not say whose it is"),
+        (with_header(outcomes=[["a", "many", None]]), "does not say whose it is"),
+        (with_header(outcomes=[["a", True, None]]), "does not say whose it is"),
+        (with_header(outcomes="a"), "does not say whose it is"),
+        (with_header(round_index="1"), "does not say whose it is"),
+        (with_header(total_weight=None), "does not say whose it is"),
     ],
 )
 def test_what_is_no_update_is_refused_in_words(content: bytes, words: str) -> None:
