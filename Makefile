@@ -8,7 +8,7 @@ HOME_DIR := $(or $(FEDVIT_HOME),var)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down reset test test-campaigns fuzz chaos chaos-ledger audit-mutants drill lint fmt \
+.PHONY: help setup run up down reset test test-campaigns fuzz chaos chaos-ledger attack audit-mutants drill lint fmt \
 	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep health-check emergency-backup diagnostics \
 	logs monitoring monitoring-day wheel cluster-configs test-cluster
 
@@ -61,6 +61,9 @@ chaos: setup  ## Publish releases under load and kill processes of a running sys
 
 chaos-ledger: setup  ## Kill an accountant and an aggregator CHAOS_KILLS (200) times; check the ledger each time
 	CHAOS_KILLS=$(or $(CHAOS_KILLS),200) $(BIN)/python -m pytest tests/unit/test_ledger_killed.py -s $(ARGS)
+
+attack: setup  ## Attack a running system and a vehicle; write the table of results to docs/security.md
+	ATTACK=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attack -s -rs $(ARGS)
 
 audit-mutants: setup  ## Build faults into copies of the package; the privacy audit must detect each (docs/reference/privacy-audit.md)
 	$(BIN)/python -m tests.audit.gate
