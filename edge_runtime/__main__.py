@@ -52,7 +52,8 @@ VariantOption = Annotated[
     Variant | None, typer.Option(help="Pin a variant; left out, the one that the fleet runs is followed.")
 ]
 SourceTokenOption = Annotated[
-    Path | None, typer.Option(help="File with the token that the control server demands (scope: device).")
+    Path | None,
+    typer.Option(help="File with the vehicle's own token for the control server (scope releases; to train, device)."),
 ]
 SourceCaOption = Annotated[
     Path | None, typer.Option(help="Certificates to trust the control server by, PEM, instead of the machine's.")
@@ -131,7 +132,7 @@ def train(
     data: Annotated[
         Path, typer.Option(help="Folder (or zip) with the vehicle's images: train/<class>/*, or <class>/*.")
     ],
-    device_id: Annotated[str, typer.Option(help="Client id; a bound token is valid for this client only.")],
+    device_id: Annotated[str, typer.Option(help="Client id, which the token must name.")],
     home: Annotated[Path, typer.Option(help="Folder for the vehicle's key and its own ledger.")] = Path(
         "fedvit-edge-home"
     ),

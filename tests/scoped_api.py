@@ -24,7 +24,9 @@ from fedvit.types import Operation, TrainingProgress, Variant, utc_now
 from serve_apps.control.api import Services, create_api
 
 RESTING = TrainingProgress(None, None, "resting", 0, 0, None, None, 0.0, None)
-BODY = {"device_id": "truck-7", "num_examples": 12, "capabilities": {"camera": "front"}}
+DEVICE = "truck-7"
+"""The client that the device token of :class:`ScopedApi` names."""
+BODY = {"device_id": DEVICE, "num_examples": 12, "capabilities": {"camera": "front"}}
 PROBLEM = "application/problem+json"
 
 
@@ -80,7 +82,7 @@ class ScopedApi:
         services = Services(self.settings, self.store, lambda: self.aggregator, lambda: accountant, clock=self.clock)
         self.api: FastAPI = create_api(services)
         self.client = TestClient(self.api, raise_server_exceptions=False)
-        self.tokens = {scope: create_token(self.store, scope, [scope], now=utc_now()).text for scope in Scope}
+        self.tokens = {scope: scoped_token(self.store, scope) for scope in Scope}
 
     def __enter__(self) -> ScopedApi:
         return self
@@ -97,6 +99,17 @@ class ScopedApi:
     def refused(self, reason: str) -> float:
         name = "fed_vit_autorl_unauthorized_requests_total"
         return REGISTRY.get_sample_value(name, {"reason": reason}) or 0.0
+
+
+def scoped_token(store: Store, scope: Scope, client_id: str = DEVICE) -> str:
+    """A token with one scope; that of a device names ``client_id``."""
+    bound = client_id if scope is Scope.DEVICE else None
+    return create_token(store, scope, [scope], now=utc_now(), client_id=bound).text
+
+
+def filled(path: str) -> str:
+    """A path of the OpenAPI document with a client that the device token may act for; other parameters are texts."""
+    return path.replace("{client_id}", DEVICE).replace("{", "").replace("}", "")
 
 
 def operations(api: FastAPI) -> list[tuple[str, str, dict[str, Any]]]:
@@ -117,6 +130,7 @@ IMPLIED = {
     "admin": {"viewer", "operator", "admin"},
     "emergency": {"viewer", "emergency"},
     "device": {"device"},
+    "releases": {"releases"},
     "alerts": {"alerts"},
 }
 # What is sent there has a format of somebody else's, who may extend it.

@@ -21,6 +21,7 @@ class Scope(StrEnum):
     ADMIN = "admin"
     EMERGENCY = "emergency"
     DEVICE = "device"
+    RELEASES = "releases"
     ALERTS = "alerts"
 
 
@@ -31,6 +32,7 @@ _IMPLIED: dict[Scope, frozenset[Scope]] = {
     Scope.ADMIN: frozenset({Scope.VIEWER, Scope.OPERATOR, Scope.ADMIN}),
     Scope.EMERGENCY: frozenset({Scope.VIEWER, Scope.EMERGENCY}),
     Scope.DEVICE: frozenset({Scope.DEVICE}),
+    Scope.RELEASES: frozenset({Scope.RELEASES}),
     Scope.ALERTS: frozenset({Scope.ALERTS}),
 }
 
@@ -43,7 +45,7 @@ class Identity:
         actor: the name in the audit trail; unique to a token, a subject, or ``anonymous``.
         scopes: as granted, without the implied ones.
         authenticated: whether a token proved it; False in the open loopback mode.
-        client_id: the only client that its token may act for; None without that restriction.
+        client_id: the only client that a device token may act for; None where the token names no client.
     """
 
     actor: str
@@ -56,11 +58,15 @@ class Identity:
         return any(wanted in _IMPLIED[held] for held in self.scopes for wanted in any_of)
 
     def check_speaks_for(self, client_id: str) -> None:
-        """Raise ForbiddenError if the caller's token is bound to another client."""
-        if self.client_id not in (None, client_id):
-            raise ForbiddenError(
-                f"This token speaks for the client {self.client_id!r}.", cure="Use the token of the client you name."
-            )
+        """Raise ForbiddenError unless the caller may act for this client.
+
+        A device may act for the client that its token names and for no other; an operator, and anybody in the open
+        loopback mode, for every client.
+        """
+        if self.client_id == client_id or (self.client_id is None and self.may({Scope.OPERATOR})):
+            return
+        named = "no client" if self.client_id is None else f"the client {self.client_id!r}"
+        raise ForbiddenError(f"This token speaks for {named}.", cure="Use the token of the client you name.")
 
 
 ANONYMOUS = Identity("anonymous", frozenset(Scope), authenticated=False)

@@ -31,6 +31,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,63}")
 # One write a minute and token is enough to find unused tokens.
 _TOUCH_EVERY = timedelta(minutes=1)
 _NOBODY = hashlib.sha256(b"").hexdigest()
+_OF_VEHICLES = frozenset({Scope.DEVICE, Scope.RELEASES})
+_ONE_TOKEN_A_VEHICLE = "Create one token for each vehicle: fedvit token create NAME --scope device --client CLIENT_ID."
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ def create_token(
         client_id: the only client that a device token may act for; it need not be registered yet.
 
     Raises:
-        ConfigError: the name, a scope, the lifetime or the client id is not valid, or a bound token has other scopes.
+        ConfigError: the name, a scope, the lifetime or the client id is not valid, a device token names no client, or a
+            token that names one has other scopes than a vehicle's.
     """
     granted = parse_scopes(scopes)
     _check_binding(client_id, granted)
@@ -110,7 +113,8 @@ def verify_token(
         used: called about once a minute with a token in use; by default its use is stored.
 
     Raises:
-        UnauthorizedError: ``details["reason"]`` is malformed, invalid (unknown or wrong), expired or revoked.
+        UnauthorizedError: ``details["reason"]`` is malformed, invalid (unknown or wrong), expired, revoked, or unbound:
+            a device token of an earlier version, which names no client.
     """
     form = _FORM.fullmatch(text)
     if form is None:
@@ -124,6 +128,9 @@ def verify_token(
         raise _refusal("revoked")
     if token.expires_at is not None and token.expires_at <= now:
         raise _refusal("expired")
+    if Scope.DEVICE in token.scopes and token.client_id is None:
+        message = f"The device token {token.token_id} names no client."
+        raise UnauthorizedError(message, cure=_ONE_TOKEN_A_VEHICLE, reason="unbound")
     if token.last_used_at is None or token.last_used_at <= now - _TOUCH_EVERY:
         if used is None:
             store.tokens.set_last_used({token.token_id: now})
@@ -139,14 +146,16 @@ def verify_token(
 
 def _check_binding(client_id: str | None, scopes: frozenset[Scope]) -> None:
     if client_id is None:
+        if Scope.DEVICE in scopes:
+            raise ConfigError("A token with the scope device has to name its client.", cure=_ONE_TOKEN_A_VEHICLE)
         return
     if not re.fullmatch(CLIENT_ID, client_id):
         raise ConfigError(
             f"{client_id!r} is no client id.", cure="Use 1 to 64 letters, digits and . _ -, a letter or digit first."
         )
-    if scopes != {Scope.DEVICE}:
+    if not scopes <= _OF_VEHICLES:
         raise ConfigError(
-            "Only a token for devices can be bound to a client.", cure="Give the scope device and no other."
+            "Only a vehicle's token can be bound to a client.", cure="Give the scopes device and releases, no other."
         )
 
 

@@ -28,10 +28,13 @@ def create(
     options: Options,
     name: Annotated[str, Argument(help="The token's owner, shown in the audit trail.")],
     scopes: Annotated[
-        list[str], Option("--scope", help="viewer, operator, admin, emergency, device or alerts (repeatable).")
+        list[str],
+        Option("--scope", help="viewer, operator, admin, emergency, device, releases or alerts (repeatable)."),
     ],
     days: Annotated[float, Option("--days", help="Days until it expires; 0: never.", min=0)] = 90,
-    client: Annotated[str | None, Option("--client", help="Bind a device token to this one client.")] = None,
+    client: Annotated[
+        str | None, Option("--client", help="The client that the token of a vehicle names; --scope device needs it.")
+    ] = None,
 ) -> None:
     """Make a token and print it, this once; it is not stored."""
     from fedvit.access.tokens import create_token
@@ -44,7 +47,7 @@ def create(
         lifetime = timedelta(days=days) if days else None
         created = create_token(store, name, scopes, now=utc_now(), lifetime=lifetime, client_id=client)
         audit_local(store, "CLI token create", _audited(created.token))
-        mailbox = _mailbox(settings, store, client) if client else None
+        mailbox = _mailbox(settings, store, client) if client and "device" in scopes else None
     if options.as_json:
         print_json({**_token_facts(created.token), "token": created.text, "mailbox": mailbox})
     else:

@@ -122,7 +122,7 @@ class BudgetRequest:
 class Token:
     """A stored bearer token: ``secret_hash`` is the SHA-256 of its secret, hex.
 
-    ``client_id`` is the one client that a device token authenticates; None binds it to no client.
+    ``client_id`` is the one client that a vehicle's token authenticates; None where it names no client.
     """
 
     token_id: str

@@ -123,7 +123,7 @@ def follower_token(settings: Settings) -> Iterator[Path | None]:
     from fedvit.store.store import Store
 
     path = settings.home / "run" / "follower.token"
-    with Store.open(settings.home) as store, temporary_token(store, FOLLOWER, Scope.DEVICE, path):
+    with Store.open(settings.home) as store, temporary_token(store, FOLLOWER, Scope.RELEASES, path):
         yield path
 
 

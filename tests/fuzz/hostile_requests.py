@@ -319,6 +319,11 @@ TOKENS = [
     borne("a token twice", "twice"),
     borne("a token for reading", "viewer"),
     Attack("a vehicle's token that deletes", request("DELETE", VICTIM), "device"),
+    Attack("a vehicle's token that registers another", request("POST", REGISTER, GOOD), "device"),
+    Attack("a vehicle's token that beats for another", request("POST", f"{VICTIM}/heartbeat", b"{}"), "device"),
+    Attack("a vehicle's token that fetches another's task", request("GET", f"{VICTIM}/task"), "device"),
+    Attack("a follower's token that registers", request("POST", REGISTER, GOOD), "releases"),
+    Attack("a follower's token that fetches a task", request("GET", f"{VICTIM}/task"), "releases"),
     Attack("an emergency's token that registers", request("POST", REGISTER, GOOD), "emergency"),
     Attack("no token", request("POST", REGISTER, GOOD), None),
     Attack(

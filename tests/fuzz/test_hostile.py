@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 from control_system import TARGET, System
 from hostile_requests import ATTACKS, GOOD, PICKLED, REGISTER, Attack, request
+from scoped_api import scoped_token
 from sqlalchemy import create_engine, select
 
 from fedvit.access.identity import Scope
@@ -55,7 +56,7 @@ class Target:
 
     def _tokens(self, home: Path) -> tuple[dict[str, str], dict[str, bytes]]:
         store, now = self.system.store, utc_now()
-        texts = {scope.value: create_token(store, scope, [scope], now=now).text for scope in Scope}
+        texts = {scope.value: scoped_token(store, scope) for scope in Scope}
         past = now - timedelta(days=2)
         texts["expired"] = create_token(store, "old", ["admin"], now=past, lifetime=timedelta(days=1)).text
         revoked = create_token(store, "lost", ["admin"], now=now)

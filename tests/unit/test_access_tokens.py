@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import sqlite3
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from raises import raises_naming
 from fedvit.access import tokens
 from fedvit.access.identity import Identity, Scope, parse_scopes
 from fedvit.access.tokens import create_token, verify_token
-from fedvit.errors import ConfigError, NotFoundError, UnauthorizedError
+from fedvit.errors import ConfigError, ForbiddenError, NotFoundError, UnauthorizedError
+from fedvit.store.records import Token
 from fedvit.store.store import Store
 
 NOW = datetime(2030, 5, 1, 12, 0, tzinfo=UTC)
@@ -36,11 +38,45 @@ def refusal(store: Store, text: str, now: datetime = NOW) -> str:
 
 
 def test_a_token_is_who_it_was_made_for(store: Store) -> None:
-    result = create_token(store, "Ana", ["operator", "device"], now=NOW)
+    result = create_token(store, "Ana", ["operator", "releases"], now=NOW)
     identity = verify_token(store, result.text, NOW)
     assert identity.actor == f"token:{result.token.token_id}:Ana"
-    assert identity.scopes == {Scope.OPERATOR, Scope.DEVICE}
+    assert identity.scopes == {Scope.OPERATOR, Scope.RELEASES}
     assert identity.authenticated
+
+
+@pytest.mark.parametrize("scopes", [["device"], ["device", "releases"], ["device", "operator"]])
+def test_a_device_token_that_names_no_client_is_not_created(store: Store, scopes: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_token(store, "truck", scopes, now=NOW)
+    assert "--client" in str(caught.value.cure)
+    assert store.tokens.all() == []
+
+
+@pytest.mark.parametrize("scopes", [["device", "operator"], ["viewer"], ["releases", "emergency"]])
+def test_a_token_that_names_a_client_has_the_scopes_of_a_vehicle_only(store: Store, scopes: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        create_token(store, "truck", scopes, now=NOW, client_id="truck-7")
+    assert store.tokens.all() == []
+
+
+def test_a_device_token_of_an_earlier_version_is_refused_at_use(store: Store) -> None:
+    secret = "s" * 43
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    store.tokens.add(Token("0" * 12, "edges", digest, ("device",), NOW))
+    assert refusal(store, f"fvt_{'0' * 12}_{secret}") == "unbound"
+    assert store.tokens.get("0" * 12).last_used_at is None
+
+
+def test_a_device_acts_for_the_client_of_its_token_and_an_operator_for_all(store: Store) -> None:
+    text = create_token(store, "truck", ["device", "releases"], now=NOW, client_id="truck-7").text
+    truck = verify_token(store, text, NOW)
+    truck.check_speaks_for("truck-7")
+    Identity("x", frozenset({Scope.OPERATOR}), authenticated=True).check_speaks_for("truck-8")
+    others = (Identity("x", parse_scopes([scope]), authenticated=True) for scope in ("device", "releases", "viewer"))
+    for identity in (truck, *others):
+        with pytest.raises(ForbiddenError):
+            identity.check_speaks_for("truck-8")
 
 
 def test_two_tokens_share_nothing(store: Store) -> None:
@@ -171,6 +207,7 @@ def test_scopes_and_lifetimes_must_be_some(store: Store) -> None:
         ("admin", {"viewer", "operator", "admin"}),
         ("emergency", {"viewer", "emergency"}),
         ("device", {"device"}),
+        ("releases", {"releases"}),
     ],
 )
 def test_what_a_scope_implies(held: str, allowed: set[str]) -> None:

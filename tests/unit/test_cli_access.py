@@ -21,12 +21,12 @@ def fedvit(home: Path, *words: str) -> Result:
 
 
 def test_a_token_is_printed_once_listed_without_its_secret_and_revoked(tmp_path: Path) -> None:
-    text = fedvit(tmp_path, "token", "create", "Ana", "--scope", "viewer", "--scope", "device").stdout.strip()
+    text = fedvit(tmp_path, "token", "create", "Ana", "--scope", "viewer", "--scope", "releases").stdout.strip()
     with Store.open(tmp_path) as store:
         assert verify_token(store, text, utc_now()).actor.endswith(":Ana")
     listed = fedvit(tmp_path, "token", "list", "--json").stdout
     (facts,) = json.loads(listed)
-    assert (facts["scopes"], facts["revoked_at"]) == (["device", "viewer"], None)
+    assert (facts["scopes"], facts["revoked_at"]) == (["releases", "viewer"], None)
     assert text.split("_", 2)[-1] not in listed
     assert fedvit(tmp_path, "token", "revoke", facts["token_id"]).exit_code == 0
     assert json.loads(fedvit(tmp_path, "token", "list", "--json").stdout)[0]["revoked_at"]
@@ -36,6 +36,7 @@ def test_a_token_is_printed_once_listed_without_its_secret_and_revoked(tmp_path:
     ("words", "message"),
     [
         (("token", "create", "Ana", "--scope", "root"), "No scope is called 'root'"),
+        (("token", "create", "edges", "--scope", "device"), "has to name its client"),
         (("token", "create", "<b>", "--scope", "admin"), "'<b>' is no name for a token"),
         (("token", "revoke", "nobody"), "no fedvit state"),
         (("audit-log", "verify"), "no fedvit state"),

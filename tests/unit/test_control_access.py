@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
-from scoped_api import FOREIGN_BODIES, IMPLIED, PROBLEM, ScopedApi, operations, takes_json
+from scoped_api import FOREIGN_BODIES, IMPLIED, PROBLEM, ScopedApi, filled, operations, takes_json
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
@@ -44,7 +44,7 @@ def test_every_body_is_explained_by_an_example_that_is_admitted(guarded: ScopedA
     for method, path, facts in operations(guarded.api):
         if not takes_json(facts):
             continue
-        url = path.replace("{round_index}", "1").replace("{", "").replace("}", "")
+        url = filled(path.replace("{round_index}", "1"))
         scope = facts["x-scope"][0]
         refused = guarded.ask(method, url, scope, content=b"{...}")
         assert refused.status_code == 400, (method, path)
@@ -54,7 +54,7 @@ def test_every_body_is_explained_by_an_example_that_is_admitted(guarded: ScopedA
 @pytest.mark.parametrize("held", list(Scope))
 def test_each_scope_opens_its_routes_and_no_other(guarded: ScopedApi, held: Scope) -> None:
     for method, path, facts in operations(guarded.api):
-        answer = guarded.ask(method, path.replace("{", "").replace("}", ""), held)
+        answer = guarded.ask(method, filled(path), held)
         allowed = not facts["x-scope"] or bool(IMPLIED[held] & set(facts["x-scope"]))
         assert (answer.status_code == 403) != allowed, (method, path, answer.text)
         assert answer.status_code != 401
@@ -65,7 +65,7 @@ def test_each_scope_opens_its_routes_and_no_other(guarded: ScopedApi, held: Scop
 
 def test_without_a_token_only_public_routes_answer(guarded: ScopedApi) -> None:
     for method, path, facts in operations(guarded.api):
-        answer = guarded.ask(method, path.replace("{", "").replace("}", ""))
+        answer = guarded.ask(method, filled(path))
         assert (answer.status_code == 401) == bool(facts["x-scope"]), (method, path)
         if facts["x-scope"]:
             assert answer.headers["content-type"] == PROBLEM
@@ -88,7 +88,7 @@ def test_no_token_that_is_not_good_opens_a_route(guarded: ScopedApi, kind: str) 
     past = utc_now() - timedelta(days=2)
     lifetime = timedelta(days=1) if kind == "expired" else None
     result = create_token(
-        guarded.store, kind, [Scope.ADMIN, Scope.EMERGENCY, Scope.DEVICE], now=past, lifetime=lifetime
+        guarded.store, kind, [Scope.ADMIN, Scope.EMERGENCY, Scope.RELEASES], now=past, lifetime=lifetime
     )
     if kind == "revoked":
         guarded.store.tokens.revoke(result.token.token_id, utc_now())
@@ -97,7 +97,7 @@ def test_no_token_that_is_not_good_opens_a_route(guarded: ScopedApi, kind: str) 
     for method, path, facts in operations(guarded.api):
         guarded.clock.advance(1000)
         headers = {"Authorization": f"Bearer {text}"}
-        answer = guarded.ask(method, path.replace("{", "").replace("}", ""), headers=headers)
+        answer = guarded.ask(method, filled(path), headers=headers)
         assert (answer.status_code == 401) == bool(facts["x-scope"]), (method, path)
     assert guarded.aggregator.starts == 0
     assert guarded.store.audit.entries() == []

@@ -129,9 +129,10 @@ def test_a_bound_token_speaks_for_its_client_only(garage: Garage) -> None:
         "/api/clients/register", json={"device_id": "truck-2"}, headers={"Authorization": f"Bearer {bound}"}
     )
     assert register.status_code == 403
-    for scope in ("device", "operator"):
-        assert garage.beat("truck-2", garage.token(scope)).status_code == 200
-    assert garage.beat("truck-2", garage.token("viewer")).status_code == 403
+    for scope, client_id in (("device", "truck-2"), ("operator", None)):
+        assert garage.beat("truck-2", garage.token(scope, client_id)).status_code == 200
+    for scope in ("viewer", "releases"):
+        assert garage.beat("truck-2", garage.token(scope)).status_code == 403
 
 
 def test_only_a_device_is_bound_and_only_to_what_can_be_a_client(garage: Garage) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scoped_api import scoped_token
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -15,10 +16,8 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
 from fedvit.access.identity import Scope
-from fedvit.access.tokens import create_token
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.types import utc_now
 from serve_apps.control.http.access import Guard
 from serve_apps.inference.access import InferenceGuard
 
@@ -48,7 +47,7 @@ def ask(client: TestClient, token: str | None = None) -> int:
 
 def test_where_tokens_are_demanded_only_viewers_and_devices_are_answered(store: Store) -> None:
     client = application(store, mode="tokens")
-    answers = {scope: ask(client, create_token(store, scope, [scope], now=utc_now()).text) for scope in Scope}
+    answers = {scope: ask(client, scoped_token(store, scope)) for scope in Scope}
     allowed = {scope for scope, status in answers.items() if status == 200}
     assert allowed == {Scope.VIEWER, Scope.OPERATOR, Scope.ADMIN, Scope.EMERGENCY, Scope.DEVICE}
     assert (ask(client), ask(client, "nonsense")) == (401, 401)

@@ -35,7 +35,7 @@ def test_followers_get_a_token_for_as_long_as_the_system_lives(tmp_path: Path) -
         with follower_token(settings) as again:  # As if the first had been killed.
             assert again is not None
             text = again.read_text()
-            assert verify_token(store, text, utc_now()).scopes == {Scope.DEVICE}
+            assert verify_token(store, text, utc_now()).scopes == {Scope.RELEASES}
             with pytest.raises(UnauthorizedError) as revoked:
                 verify_token(store, killed, utc_now())
             assert revoked.value.details["reason"] == "revoked"

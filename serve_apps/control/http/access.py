@@ -77,8 +77,8 @@ VIEWER = [requires(Scope.VIEWER)]
 OPERATOR = [requires(Scope.OPERATOR)]
 ADMIN = [requires(Scope.ADMIN)]
 EMERGENCY = [requires(Scope.EMERGENCY, token_always=True)]
-# Vehicles and replicas fetch releases with a token that is good for nothing else.
-FOLLOWER = [requires(Scope.VIEWER, Scope.DEVICE)]
+# Vehicles and replicas fetch releases with a scope that allows nothing else.
+FOLLOWER = [requires(Scope.VIEWER, Scope.RELEASES)]
 
 
 def requirement_of(dependencies: list[Any]) -> Requirement | None:
