@@ -9,8 +9,9 @@ from pathlib import Path
 
 import ray
 
+from actors.connection import connect
 from actors.handles import accountant_handle
-from actors.spawn import connect, spawn_accountant
+from actors.spawn import spawn_accountant
 from actors.trainer import absolute_paths, run_ranks
 from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings

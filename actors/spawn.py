@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,35 +24,6 @@ from fedvit.settings import settings_to_json
 from fedvit.tools.sweep.space import check_room
 
 NODE_PROBE_TIMEOUT_S = 60.0
-
-
-def connect(settings: Settings, environment: dict[str, str]) -> None:
-    """Join the cluster that the settings name, or start one here that ends with this process.
-
-    Args:
-        environment: variables of every actor and replica.
-
-    Raises:
-        PlacementError: there is no such cluster.
-    """
-    address = settings.ray.cluster_address()
-    os.environ.update(environment)
-    options: dict[str, Any] = {"namespace": namespace_of(settings.home), "log_to_driver": False}
-    if address is None:
-        # Workers of a cluster that starts here inherit the environment; those of a joined cluster do not.
-        options["include_dashboard"] = settings.ray.dashboard
-    else:
-        options["runtime_env"] = {"env_vars": environment}
-    # Ray replaces the handler that ends this process gracefully.
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address or "local", logging_level="ERROR", **options)
-    except ConnectionError as error:
-        raise PlacementError(
-            f"No Ray cluster answers at {address}: {str(error).splitlines()[0]}",
-            cure="Start it, set RAY_AUTH_MODE=token where it demands one, or unset RAY_ADDRESS to start one here.",
-        ) from None
-    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @dataclass(frozen=True, slots=True)

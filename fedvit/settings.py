@@ -115,7 +115,8 @@ def _resolve_paths(settings: Settings, folder: Path) -> Settings:
             "oidc": access.oidc and access.oidc.model_copy(update={"jwks_path": resolve(access.oidc.jwks_path)}),
         }
     )
-    return settings.model_copy(update={"data": data, "model": model, "access": access})
+    backup = settings.backup.model_copy(update={"passphrase_file": resolve(settings.backup.passphrase_file)})
+    return settings.model_copy(update={"data": data, "model": model, "access": access, "backup": backup})
 
 
 def _environment_tree(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -94,7 +94,8 @@ class RaySystem:
     def sweep(self, folder: Path, on_trial: Callable[[TrialOutcome], None]) -> None:
         import ray
 
-        from actors.spawn import connect, spawn_trial_workers
+        from actors.connection import connect
+        from actors.spawn import spawn_trial_workers
         from actors.sweep import run_trials
         from fedvit.tools.sweep.journal import Journal
         from fedvit.tools.sweep.space import check_room

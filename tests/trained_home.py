@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import subprocess
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pyrage
 from typer.testing import CliRunner
 
 from fedvit.cli.main import app
@@ -17,6 +19,8 @@ from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
 from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.settings import load_settings
 from fedvit.store.backup import write_backup
+from fedvit.store.backup_header import HEADER_BYTES
+from fedvit.store.backup_keys import BACKUP_KEY, RestoreKeys
 from fedvit.store.records import RoundCommit
 from fedvit.store.restore import Restored, restore_backup
 from fedvit.store.store import Store
@@ -52,12 +56,19 @@ def trained(home: Path, rounds: int = 1) -> Path:
     return home
 
 
-def backed_up(home: Path, folder: Path | None = None) -> Path:
-    return write_backup(home, folder or home.parent / "backups")[0]
+def backed_up(home: Path, folder: Path | None = None, *, include_keys: bool = True) -> Path:
+    """A backup; the key that opens it lies beside it, as an operator keeps it."""
+    archive = write_backup(home, folder or home.parent / "backups", include_keys=include_keys).archive
+    shutil.copy(home / BACKUP_KEY, key_beside(archive))
+    return archive
+
+
+def key_beside(archive: Path) -> Path:
+    return archive.with_name("backup.key")
 
 
 def restore(home: Path, archive: Path, **more: Any) -> Restored:
-    return restore_backup(home, archive, actor="local:test", **more)
+    return restore_backup(home, archive, actor="local:test", **{"keys": RestoreKeys(key_beside(archive)), **more})
 
 
 def remaining(home: Path, target_epsilon: float = 8.0) -> float:
@@ -80,9 +91,16 @@ def execute(home: Path, *statements: str) -> None:
         connection.commit()
 
 
-def untar(archive: Path, folder: Path) -> Path:
+def plain_tar(archive: Path, key_file: Path | None = None) -> bytes:
+    """The tar.gz in a backup, as ``tail -c +4097 | age -d -i KEY_FILE`` gives it."""
+    secret = (key_file or key_beside(archive)).read_text().splitlines()[-1]
+    return pyrage.decrypt(archive.read_bytes()[HEADER_BYTES:], [pyrage.x25519.Identity.from_str(secret)])
+
+
+def untar(archive: Path, folder: Path, key_file: Path | None = None) -> Path:
+    """Unpack a backup by hand, without fedvit."""
     folder.mkdir(exist_ok=True)
-    subprocess.run(["tar", "xzf", str(archive), "-C", str(folder)], check=True)
+    subprocess.run(["tar", "xz", "-C", str(folder)], input=plain_tar(archive, key_file), check=True)
     return folder
 
 

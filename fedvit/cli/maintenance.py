@@ -23,6 +23,8 @@ from fedvit.cli.system import system_facts
 from fedvit.errors import FedvitError, NotFoundError
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     from fedvit.config import Settings
 
 config = typer.Typer(help="The settings.", no_args_is_help=True)
@@ -72,40 +74,100 @@ def _check(url: str, certificate: Path | None) -> str:
 
 
 @local_command()
-def backup(options: Options, folder: Annotated[Path, Argument(help="Where to write the archive.")] = Path(".")) -> None:
-    """Write one consistent, checksummed archive of the state; the system may go on training meanwhile."""
+def backup(
+    options: Options,
+    folder: Annotated[Path, Argument(help="Where to write the backup.")] = Path("."),
+    include_keys: Annotated[
+        bool, Option("--include-keys", help="Put root key, signing key and backup key into the backup, too.")
+    ] = False,
+    no_encryption: Annotated[
+        bool, Option("--no-encryption", help="Write a backup that everybody who gets it can read.")
+    ] = False,
+) -> None:
+    """Write one consistent, encrypted and signed backup of the state; the system may go on training meanwhile.
+
+    It is encrypted to `backup.recipients`, with the passphrase in `backup.passphrase_file`, or, where neither is set,
+    to the key keys/backup.key of the state folder. Keep a copy of the folder keys on another machine: a restore on a
+    new machine needs it.
+    """
     from fedvit.store.backup import write_backup
 
-    archive, digest = write_backup(options.settings().home, folder)
-    show_text(f"{archive}  sha256 {digest}", {"archive": str(archive), "sha256": digest}, options.as_json)
+    settings = options.settings()
+    result = write_backup(
+        settings.home, folder, settings.backup, include_keys=include_keys, encrypt=not no_encryption
+    )
+    show_text(f"{result.archive}  sha256 {result.sha256}", asdict(result), options.as_json)
+    if options.as_json:
+        return
+    if result.key_file is not None:
+        _warn(
+            f"Only {result.key_file} opens this backup. Keep a copy of the folder {result.key_file.parent} on another "
+            "machine."
+        )
+    elif not result.encrypted:
+        _warn("This backup is not encrypted: it holds models, clients, tokens' hashes and the privacy ledger.")
 
 
 @local_command()
 def restore(
     options: Options,
-    archive: Annotated[Path, Argument(help="An archive of `fedvit backup`.")],
+    archive: Annotated[Path, Argument(help="A backup of `fedvit backup`.")],
     nothing_since: Annotated[
         bool, Option("--nothing-since", help="Confirm that nothing was released after the backup.")
     ] = False,
+    key: Annotated[
+        Path | None, Option("--key", help="File with the age key that opens it (default: keys/backup.key of --home).")
+    ] = None,
+    passphrase_file: Annotated[
+        Path | None, Option("--passphrase-file", help="File with the passphrase (default: backup.passphrase_file).")
+    ] = None,
+    verify_key: Annotated[
+        list[str] | None,
+        Option("--verify-key", help="Public key of the system that signed it: a file or the text (repeatable)."),
+    ] = None,
+    new_keys: Annotated[
+        bool, Option("--new-keys", help="Go on without the keys of the system, where they are lost.")
+    ] = False,
 ) -> None:
-    """Go back to a backup, once it is verified; what was spent since stays spent. The present state is kept aside."""
+    """Go back to a backup, once it is verified; what was spent since stays spent. The present state is kept aside.
+
+    Root key and signing key of the system have to be in keys of the state folder, or in the backup. With --new-keys an
+    unfinished run is ended, and vehicles refuse releases until they are given the new public key.
+    """
+    from fedvit.store.backup_keys import RestoreKeys
     from fedvit.store.restore import restore_backup
 
-    folder = options.settings().home
-    result = restore_backup(folder, archive, actor=local_actor(), nothing_since=nothing_since)
+    settings = options.settings()
+    keys = RestoreKeys(key, passphrase_file or settings.backup.passphrase_file, _public_keys(verify_key or []))
+    result = restore_backup(
+        settings.home, archive, actor=local_actor(), keys=keys, new_keys=new_keys, nothing_since=nothing_since
+    )
     text = (
-        f"{folder} is restored: {result.ledger_lines} ledger lines, {result.carried_lines} of them newer than the "
-        "backup."
+        f"{settings.home} is restored: {result.ledger_lines} ledger lines, {result.carried_lines} of them newer than "
+        "the backup."
     )
     text += f" What was there is in {result.aside}." if result.aside else ""
     show_text(text, asdict(result), options.as_json)
-    if result.frozen and not options.as_json:
-        console.print(
-            f"[yellow]The privacy ledger is frozen:[/] {escape(result.frozen.reason)} Lift the freeze with `fedvit "
-            "privacy unfreeze`, or grant a new budget.",
-            highlight=False,
-            soft_wrap=True,
+    if options.as_json:
+        return
+    if result.frozen:
+        _warn(
+            f"The privacy ledger is frozen: {result.frozen.reason} Lift the freeze with `fedvit privacy unfreeze`, or "
+            "grant a new budget."
         )
+    if result.new_keys:
+        _warn("The keys are new: give vehicles the new public key (`fedvit model export`). The last run was ended.")
+
+
+def _public_keys(texts: list[str]) -> tuple[Ed25519PublicKey, ...]:
+    """Public keys, each the text itself or a file that holds it."""
+    from fedvit.wire.manifest import parse_public_key
+
+    return tuple(parse_public_key(Path(text).read_text() if Path(text).is_file() else text) for text in texts)
+
+
+def _warn(text: str) -> None:
+    console.print(f"[yellow]Note:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 @local_command()

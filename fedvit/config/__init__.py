@@ -2,7 +2,7 @@
 
 from fedvit.config.base import LEAST_NOISE_MULTIPLIER
 from fedvit.config.model import DataConfig, HybridConfig, ModelConfig, PartitionConfig
-from fedvit.config.operation import AccessConfig, FleetConfig, OidcConfig, RemediationConfig
+from fedvit.config.operation import AccessConfig, BackupConfig, FleetConfig, OidcConfig, RemediationConfig
 from fedvit.config.privacy import PrivacyConfig
 from fedvit.config.root import Settings
 from fedvit.config.tools import DelayConfig, FaultConfig, FaultKind, FinetuneConfig, RangeConfig, SweepConfig
@@ -11,6 +11,7 @@ from fedvit.config.training import CohortConfig, CompressionConfig, StalenessCon
 __all__ = [
     "LEAST_NOISE_MULTIPLIER",
     "AccessConfig",
+    "BackupConfig",
     "CohortConfig",
     "CompressionConfig",
     "DataConfig",

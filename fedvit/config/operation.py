@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -192,11 +193,37 @@ class AccessConfig(Section):
         return self
 
 
+class BackupConfig(Section):
+    """Whom backups are encrypted to; by default to ``keys/backup.key`` of the state folder."""
+
+    recipients: tuple[str, ...] = Field(
+        (), description="Public age keys (age1...) that backups are encrypted to; the private ones are kept elsewhere."
+    )
+    passphrase_file: Path | None = Field(None, description="File with the passphrase that backups are encrypted with.")
+
+    @field_validator("recipients")
+    @classmethod
+    def _are_age_keys(cls, recipients: tuple[str, ...]) -> tuple[str, ...]:
+        for name in recipients:
+            if not re.fullmatch("age1[0-9a-z]{58}", name):
+                raise ValueError(f"{name[:100]!r} is no public key of age, which begins with age1")
+        return recipients
+
+    @model_validator(mode="after")
+    def _one_kind_of_key(self) -> BackupConfig:
+        if self.recipients and self.passphrase_file is not None:
+            raise ValueError("give recipients or passphrase_file, not both")
+        return self
+
+
 class RayConfig(Section):
     """Placement of actors. CPUs are Ray's book-keeping; threads are what an actor computes with."""
 
     address: str | None = Field(
         None, description="Address of the Ray cluster to join; null takes RAY_ADDRESS, else starts one on this machine."
+    )
+    require_token: bool = Field(
+        True, description="Refuse a Ray cluster that answers without its token: whoever reaches one can run code on it."
     )
     proxies: PositiveInt = Field(2, description="ClientProxy actors that host the virtual clients.")
     threads_per_proxy: PositiveInt = Field(1, description="Torch threads of each ClientProxy.")

@@ -13,6 +13,7 @@ from fedvit.config.base import Section
 from fedvit.config.model import DataConfig, ModelConfig, WorkloadConfig
 from fedvit.config.operation import (
     AccessConfig,
+    BackupConfig,
     EdgeConfig,
     FleetConfig,
     IncidentsConfig,
@@ -41,6 +42,7 @@ class Settings(Section):
     access: AccessConfig = Field(AccessConfig(), description="Access to the API.")
     edge: EdgeConfig = Field(EdgeConfig(), description="Edge processes.")
     fleet: FleetConfig = Field(FleetConfig(), description="Vehicles.")
+    backup: BackupConfig = Field(BackupConfig(), description="Backups.")
     incidents: IncidentsConfig = Field(IncidentsConfig(), description="Incident log.")
     remediation: RemediationConfig = Field(RemediationConfig(), description="Automatic runbook actions.")
     ray: RayConfig = Field(RayConfig(), description="Placement on Ray.")

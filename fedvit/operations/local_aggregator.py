@@ -271,8 +271,8 @@ class LocalAggregator:
             if not task.params["save_state"]:
                 return {}
             task.report(0.6, "writing the backup archive")
-            archive, sha256 = write_backup(self._store.home, self._store.home / "backups")
-            return {"archive": str(archive), "sha256": sha256}
+            backup = write_backup(self._store.home, self._store.home / "backups", self._settings.backup)
+            return {"archive": str(backup.archive), "sha256": backup.sha256}
         except BaseException:
             self._shutting_down.clear()
             if was_running:

@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedvit.atomic_write import create_atomically
 from fedvit.errors import StateError
+from fedvit.private_files import FILE_MODE, ensure_private, open_private_folder
 from fedvit.types import TrainTask
 
 SECRET_BYTES = 32
@@ -47,13 +48,14 @@ def load_or_create_root_secret(home: Path, create: Callable[[int], bytes] = secr
         create: returns that many random bytes; only a simulation replaces the system's secret ones.
 
     Raises:
-        StateError: the key file has the wrong length.
+        StateError: the key file has the wrong length, or belongs to another user and others can read it.
     """
     path = home / "keys" / "root.key"
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    open_private_folder(path.parent)
     if not path.exists():
         # Of two processes that start together, one key wins for both.
-        create_atomically(path, create(SECRET_BYTES), mode=0o600)
+        create_atomically(path, create(SECRET_BYTES), mode=FILE_MODE)
+    ensure_private([path])
     secret = path.read_bytes()
     if len(secret) != SECRET_BYTES:
         raise StateError(

@@ -1,4 +1,4 @@
-"""Unpacking of an untrusted backup archive: bounded in size, and limited to files that a backup can hold."""
+"""Unpacking of a backup's tar.gz: bounded in size, and limited to files that a backup can hold."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedvit.errors import FedvitError, IntegrityError, UsageError
+from fedvit.private_files import FILE_MODE, FOLDER_MODE
 
 DATABASE = "state.db"
 WRITE_AHEAD_LOG = "state.db-wal"
@@ -28,20 +29,18 @@ _NAME = re.compile(
 )
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack ``archive`` into the empty ``folder``, each file durably and with its checksum verified.
+def unpack(payload: IO[bytes], folder: Path) -> None:
+    """Unpack a tar.gz into the empty ``folder``, each file durably and with its checksum verified.
 
     Raises:
-        IntegrityError: it is no archive of :func:`~fedvit.store.backup.write_backup`, or not as it was written.
-        UsageError: it cannot be read, or the disk is full.
+        IntegrityError: it is not as :func:`~fedvit.store.backup.write_backup` writes it.
     """
-    with refused(archive):
-        digests = dict(_unpacked(archive, folder))
-        if DATABASE not in digests or CHECKSUMS not in digests:
-            raise IntegrityError("it holds no database, or no checksums")
-        del digests[CHECKSUMS]
-        if json.loads((folder / CHECKSUMS).read_bytes()) != digests:
-            raise IntegrityError("its files are not those that its checksums name")
+    digests = dict(_unpacked(payload, folder))
+    if DATABASE not in digests or CHECKSUMS not in digests:
+        raise IntegrityError("it holds no database, or no checksums")
+    del digests[CHECKSUMS]
+    if json.loads((folder / CHECKSUMS).read_bytes()) != digests:
+        raise IntegrityError("its files are not those that its checksums name")
 
 
 @contextmanager
@@ -49,7 +48,8 @@ def refused(archive: Path) -> Iterator[None]:
     """Report any fault of the archive in one form.
 
     Raises:
-        IntegrityError, UsageError: see :func:`unpack`.
+        IntegrityError: it is no archive of :func:`~fedvit.store.backup.write_backup`, or not as it was written.
+        UsageError: it cannot be read, or the disk is full.
     """
     try:
         yield
@@ -58,15 +58,15 @@ def refused(archive: Path) -> Iterator[None]:
             raise UsageError(f"The archive {archive} cannot be unpacked: {error.strerror or error}.") from error
         # Unchecked content can fail in any way.
         why = error.message if isinstance(error, FedvitError) else str(error) or type(error).__name__
-        cure = "Nothing was changed; take another backup."
+        cure = "Nothing was changed. Take another backup, or name the key that signed this one with --verify-key."
         raise IntegrityError(f"The archive {archive} is refused: {why.rstrip('.')}.", cure=cure) from error
 
 
-def _unpacked(archive: Path, folder: Path) -> Iterator[tuple[str, str]]:
+def _unpacked(payload: IO[bytes], folder: Path) -> Iterator[tuple[str, str]]:
     """Write each file below ``folder``; yield its name and the SHA-256 of its content."""
     room = shutil.disk_usage(folder).free
     names: set[str] = set()
-    with gzip.open(archive) as raw, tarfile.open(fileobj=_Bounded(raw), mode="r:") as members:
+    with gzip.open(payload) as raw, tarfile.open(fileobj=_Bounded(raw), mode="r:") as members:
         for member in members:
             digest = _check(member)
             room -= member.size
@@ -98,10 +98,9 @@ def _check(member: tarfile.TarInfo) -> str | None:
 
 
 def _write(content: IO[bytes], target: Path) -> str:
-    secret = target.parent.name == "keys"
-    target.parent.mkdir(mode=0o700 if secret else 0o777, parents=True, exist_ok=True)
+    target.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666)
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
     with os.fdopen(descriptor, "wb") as file:
         while chunk := content.read(_CHUNK):
             digest.update(chunk)

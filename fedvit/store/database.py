@@ -25,6 +25,7 @@ from fedvit.atomic_write import write_atomically
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import DataError, StateError
 from fedvit.ports import ClockPort
+from fedvit.private_files import FILE_MODE, ensure_private
 from fedvit.store.locks import opening_lock
 
 if TYPE_CHECKING:
@@ -159,10 +160,13 @@ def open_database(home: Path, clock: ClockPort = SYSTEM_CLOCK, new_id: NewId = s
 
     Raises:
         StateError: the file is no intact database of this program, or was written by a newer one; it is left as it was.
+            Or another user owns it, and others can read it.
     """
     path = home / "state.db"
     with opening_lock(home):
         if path.exists():
+            # SQLite gives its other files the mode of the database.
+            ensure_private([path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")])
             _migrate_existing(path)
         else:
             _create(path)
@@ -216,7 +220,7 @@ def _create(path: Path) -> None:
     with _explained(path):
         content = empty_database()
     try:
-        write_atomically(path, content)
+        write_atomically(path, content, mode=FILE_MODE)
     except OSError as error:
         cure = "Check the disk and the folder's permissions."
         raise StateError(f"The state database {path} cannot be made: {error.strerror}.", cure=cure) from error

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedvit.errors import StateError
+from fedvit.private_files import open_private_folder
 
 LOCK_TIMEOUT_S = 60.0
 
@@ -18,9 +19,9 @@ def system_lock(home: Path) -> Iterator[None]:
     """One system to a state folder.
 
     Raises:
-        StateError: another one runs on it.
+        StateError: another one runs on it, or it is another user's.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    open_private_folder(home)
     with (home / "system.lock").open("w") as file:
         if not _try_lock(file.fileno()):
             raise StateError(

@@ -1,8 +1,8 @@
 """Restoring a backup without regaining privacy budget that was spent.
 
-The backup is verified before the state folder is touched, and put in force by one rename: whenever the process dies,
-the folder holds the old state or the new one. The old one stays inside the folder, under ``before-restore-<time>``, as
-do logs and everything else in it.
+Signature and digest are verified before anything else is read, and the content before the state folder is touched. One
+rename puts it in force: whenever the process dies, the folder holds the old state or the new one. The old one stays
+inside the folder, under ``before-restore-<time>``, as do logs and everything else in it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import IO, Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -24,7 +25,9 @@ from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import FedvitError, IntegrityError, StateError, UsageError
 from fedvit.ports import ClockPort
 from fedvit.store.archive import DATABASE, refused, unpack
-from fedvit.store.backup import KEPT_FOLDERS, sha256_of
+from fedvit.store.backup import KEPT_FOLDERS, open_payload, sha256_of
+from fedvit.store.backup_header import BackupHeader, read_header, root_key_id
+from fedvit.store.backup_keys import KEYS, RestoreKeys
 from fedvit.store.blobs import FileBlobStore
 from fedvit.store.chain import AUDIT_CHAIN, BUDGET_CHAIN, LEDGER_CHAIN, Chain
 from fedvit.store.database import Database, open_database
@@ -35,9 +38,12 @@ from fedvit.store.store import Repositories
 from fedvit.store.tables import ClientRow, TokenRow
 from fedvit.store.versions import next_sequence
 from fedvit.types import LedgerFreeze
+from fedvit.wire.manifest import SIGNING_KEY_FILE, load_or_create_signing_key
+from fedvit.wire.signatures import key_id
 
 STAGING = ".restore"
-_ROOT_KEY = Path("keys") / "root.key"
+NEW_KEYS_REASON = "The state was restored without its root key."
+_DEFAULT_KEYS = RestoreKeys()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +55,40 @@ class Restored:
         carried_lines: those of them that the backup did not have.
         frozen: why nothing may be charged now, or None.
         aside: the folder of the state that was there before, if there was one.
+        new_keys: whether the state goes on with other keys than it had; an unfinished run was then ended.
     """
 
     ledger_lines: int
     carried_lines: int
     frozen: LedgerFreeze | None
     aside: Path | None
+    new_keys: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A verified archive, open behind its header."""
+
+    archive: Path
+    file: IO[bytes]
+    header: BackupHeader
+    identities: list[Any]
+    new_keys: bool
+
+    def unpack(self, folder: Path) -> None:
+        with open_payload(self.file, self.header, self.identities) as payload:
+            unpack(payload, folder)
 
 
 def restore_backup(
-    home: Path, archive: Path, *, actor: str, nothing_since: bool = False, clock: ClockPort = SYSTEM_CLOCK
+    home: Path,
+    archive: Path,
+    *,
+    actor: str,
+    keys: RestoreKeys = _DEFAULT_KEYS,
+    new_keys: bool = False,
+    nothing_since: bool = False,
+    clock: ClockPort = SYSTEM_CLOCK,
 ) -> Restored:
     """Put the state of an archive of :func:`~fedvit.store.backup.write_backup` in force at ``home``.
 
@@ -68,30 +98,66 @@ def restore_backup(
 
     Args:
         actor: who restores, for the audit trail.
+        keys: what opens the archive, and whose signature on it is trusted.
+        new_keys: go on without the root key and the signing key of the system, where neither the archive nor the state
+            folder has them. An unfinished run is ended: with another root key a round that is repeated would draw other
+            noise for outputs that were charged already. Vehicles trust no release until they get the new public key.
         nothing_since: the operator vouches that nothing was released after the backup.
 
     Raises:
-        IntegrityError: the archive is not one, or not intact; nothing was changed.
-        StateError: another process uses the folder, or its ledger and the backup's have diverged; nothing was changed.
-        UsageError: the archive cannot be read, or there is no room.
+        IntegrityError: the archive is not one, no trusted key signed it, or it is not intact; nothing was changed.
+        StateError: another process uses the folder, its ledger and the backup's have diverged, or the keys of the
+            system are missing; nothing was changed.
+        UsageError: the archive cannot be read or decrypted, or there is no room.
     """
     if not archive.is_file():
         raise UsageError(f"There is no archive {archive}.", cure="Name a file that `fedvit backup` wrote.")
     was_there = home.exists()
     try:
-        with system_lock(home), _staging(home) as staging:
-            unpack(archive, staging)
-            with refused(archive):
-                _verify(staging, LEDGER_CHAIN, BUDGET_CHAIN, AUDIT_CHAIN)
-                _check_blobs(staging)
-            with opening_lock(home):
-                ledger_lines, carried, frozen = _prepare(home, staging, archive, actor, nothing_since, clock)
-                return Restored(ledger_lines, carried, frozen, _swap(home, staging, clock.now()))
+        with archive.open("rb") as file:
+            source = _verified(home, archive, file, keys, new_keys)
+            with system_lock(home), _staging(home) as staging:
+                with refused(archive):
+                    source.unpack(staging)
+                    _verify(staging, LEDGER_CHAIN, BUDGET_CHAIN, AUDIT_CHAIN)
+                    _check_blobs(staging)
+                with opening_lock(home):
+                    ledger_lines, carried, frozen = _prepare(home, staging, source, actor, nothing_since, clock)
+                    aside = _swap(home, staging, clock.now())
+            return Restored(ledger_lines, carried, frozen, aside, source.new_keys)
     except OSError as error:
         raise UsageError(f"Nothing can be restored at {home}: {error.strerror or error}.") from error
     finally:
         if not was_there and not (home / DATABASE).exists():
             shutil.rmtree(home, ignore_errors=True)
+
+
+def _verified(home: Path, archive: Path, file: IO[bytes], keys: RestoreKeys, new_keys: bool) -> _Source:
+    """The archive, once its signature and digest are verified, and it is known that it can be opened and continued."""
+    trusted = keys.signers(home)
+    with refused(archive):
+        header = read_header(file, trusted)
+    missing = None if header.holds_keys else _missing_keys(home, header)
+    if missing and not new_keys:
+        raise StateError(
+            f"The archive holds no keys, and {missing}.",
+            cure=f"Put the copy of the system's keys into {home / KEYS} first. Without them: --new-keys ends an "
+            "unfinished run, and vehicles have to be given the new public key.",
+        )
+    return _Source(archive, file, header, keys.identities(home, header), missing is not None)
+
+
+def _missing_keys(home: Path, header: BackupHeader) -> str | None:
+    """Which keys of the archive's system are not in the state folder; None where it has them."""
+    present = root_key_id(home)
+    if header.root_key_id not in (None, present):
+        return f"{home / KEYS} has {'another' if present else 'no'} root key"
+    path = home / KEYS / SIGNING_KEY_FILE
+    if not path.exists():
+        return f"{home / KEYS} has no signing key"
+    if key_id(load_or_create_signing_key(home / KEYS).public_key()) != header.signing_key_id:
+        return f"{home / KEYS} has another signing key"
+    return None
 
 
 @contextmanager
@@ -128,7 +194,7 @@ def _check_blobs(folder: Path) -> None:
 
 
 def _prepare(
-    home: Path, staging: Path, archive: Path, actor: str, nothing_since: bool, clock: ClockPort
+    home: Path, staging: Path, source: _Source, actor: str, nothing_since: bool, clock: ClockPort
 ) -> tuple[int, int, LedgerFreeze | None]:
     """Carry over to the unpacked state what a restore must not undo.
 
@@ -141,13 +207,16 @@ def _prepare(
         backup, restored = stack.enter_context(transaction.write()), Repositories(transaction)
         restored.ledger.freeze_as_copy(clock.now())
         carried = 0
-        if present is not None and _continues(backup, present, _same_key(home, staging)):
+        same_key = source.header.root_key_id is not None and source.header.root_key_id == root_key_id(home)
+        if present is not None and _continues(backup, present, same_key):
             carried = _carry_over(backup, present)
         elif nothing_since:
             restored.ledger.unfreeze_copy()
+        if source.new_keys:
+            restored.runs.abandon(NEW_KEYS_REASON)
         frozen = restored.ledger.current_freeze()
-        params = {"archive": archive.name, "sha256": sha256_of(archive), "nothing_since": nothing_since}
-        params |= {"carried_ledger_lines": carried, "frozen": frozen is not None}
+        params = {"archive": source.archive.name, "sha256": sha256_of(source.archive), "nothing_since": nothing_since}
+        params |= {"carried_ledger_lines": carried, "frozen": frozen is not None, "new_keys": source.new_keys}
         restored.audit.append(AuditFacts(actor, (), "local", "cli", "CLI restore", params, None, None, 200))
         return restored.ledger.verify(), carried, frozen
 
@@ -214,11 +283,6 @@ def _trail_continues(backup: Session, present: Session) -> bool:
         return False
     end = AUDIT_CHAIN.length(backup)
     return 0 < end <= length and AUDIT_CHAIN.hash_at(backup, end) == AUDIT_CHAIN.hash_at(present, end)
-
-
-def _same_key(home: Path, staging: Path) -> bool:
-    keys = (staging / _ROOT_KEY, home / _ROOT_KEY)
-    return all(key.exists() for key in keys) and keys[0].read_bytes() == keys[1].read_bytes()
 
 
 def _carry_over(backup: Session, present: Session) -> int:

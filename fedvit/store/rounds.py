@@ -98,6 +98,14 @@ class Runs(Repository):
             row.ended_at = None if status is RunStatus.RUNNING else self._now()
             return record_of(Run, row)
 
+    def abandon(self, reason: str) -> None:
+        """End the run that could be continued, if there is one; the next start begins another with the same settings."""
+        with self._write() as session:
+            for row in session.scalars(select(RunRow).where(RunRow.status.in_(RESUMABLE))):
+                # Without the digest of its settings it is not found by them.
+                row.status, row.reason, row.config_digest = RunStatus.SUPERSEDED.value, reason, ""
+                row.ended_at = self._now()
+
 
 def _check_none_resumable(session: Session, *, except_for: str | None) -> None:
     for run_id in session.scalars(select(RunRow.run_id).where(RunRow.status.in_(RESUMABLE))):

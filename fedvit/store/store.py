@@ -11,6 +11,7 @@ from types import TracebackType
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import StateError
 from fedvit.ports import BlobStorePort, ClockPort
+from fedvit.private_files import open_private_folder
 from fedvit.store.access import Audit, Idempotency, Tokens
 from fedvit.store.blobs import FileBlobStore
 from fedvit.store.clients import Clients
@@ -75,7 +76,7 @@ class Store(Repositories):
         clock: ClockPort = SYSTEM_CLOCK,
         new_id: NewId = secrets.token_hex,
     ) -> Store:
-        """Open the state folder ``home``, created where missing and migrated where old.
+        """Open the state folder ``home``, created where missing, migrated where old, and closed to other users.
 
         Args:
             home: the state folder.
@@ -84,11 +85,11 @@ class Store(Repositories):
             new_id: makes identifiers of so many random bytes, hex.
 
         Raises:
-            StateError: ``home`` cannot be written, its database is damaged, or a newer fedvit wrote it; the database
-                file is left byte-identical.
+            StateError: ``home`` cannot be written, or is another user's; its database is damaged, or a newer fedvit
+                wrote it; the database file is left byte-identical.
         """
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            open_private_folder(home)
             return cls(home, open_database(home, clock, new_id), blobs or FileBlobStore(home / "blobs"))
         except OSError as error:
             raise StateError(

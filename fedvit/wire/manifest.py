@@ -1,17 +1,10 @@
-"""Signed release manifests: signing, verification and field checks.
-
-An envelope is the JSON text ``{"signed": {...}, "signatures": [{"keyid": ..., "sig": ...}]}`` in the manner of TUF
-(Samuel et al. 2010, "Survivable Key Compromise in Software Update Systems"): Ed25519 (RFC 8032) over the canonical
-JSON of ``signed``, which is sorted, compact ASCII without NaN.
-"""
+"""Signed release manifests: signing, verification and field checks. See :mod:`fedvit.wire.signatures`."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import dataclasses
-import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedvit.atomic_write import create_atomically
 from fedvit.errors import IntegrityError, StateError, UsageError
+from fedvit.private_files import FILE_MODE, ensure_private, open_private_folder
+from fedvit.wire.signatures import key_id as key_id
+from fedvit.wire.signatures import sign_document, verify_document
 
 SIGNING_KEY_FILE = "signing_key.pem"
 MAX_ENVELOPE_BYTES = 256 * 2**10
@@ -67,8 +63,7 @@ def sign_manifest(manifest: ReleaseManifest, key: Ed25519PrivateKey) -> str:
     signed = {**_KIND, **dataclasses.asdict(manifest), "classes": list(manifest.classes)}
     signed["metrics"] = dict(manifest.metrics)
     _check_fields(signed)
-    signature = base64.b64encode(key.sign(_canonical(signed))).decode()
-    return json.dumps({"signed": signed, "signatures": [{"keyid": key_id(key.public_key()), "sig": signature}]})
+    return sign_document(signed, key)
 
 
 def verify_manifest(envelope: str, trusted: Sequence[Ed25519PublicKey]) -> ReleaseManifest:
@@ -77,8 +72,7 @@ def verify_manifest(envelope: str, trusted: Sequence[Ed25519PublicKey]) -> Relea
     Raises:
         IntegrityError: malformed, signed by no trusted key, a bad signature, or a field unknown, missing or wrong.
     """
-    signed, signatures = _open(envelope)
-    _check_signatures(signed, signatures, {key_id(key): key for key in trusted})
+    signed = verify_document(envelope, trusted, "release", MAX_ENVELOPE_BYTES)
     _check_fields(signed)
     fields = {name: value for name, value in signed.items() if name not in _KIND}
     fields["classes"] = tuple(fields["classes"])
@@ -86,53 +80,6 @@ def verify_manifest(envelope: str, trusted: Sequence[Ed25519PublicKey]) -> Relea
         fields[name] = float(fields[name])
     fields["metrics"] = {name: float(value) for name, value in fields["metrics"].items()}
     return ReleaseManifest(**fields)
-
-
-def _canonical(signed: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(signed, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"The release manifest cannot be written as JSON: {error}.") from None
-
-
-def _open(envelope: str) -> tuple[dict[str, Any], list[Any]]:
-    if len(envelope) > MAX_ENVELOPE_BYTES:
-        raise IntegrityError(f"The release envelope has {len(envelope)} characters; it may have {MAX_ENVELOPE_BYTES}.")
-    try:
-        content = json.loads(envelope)
-    except (ValueError, RecursionError):
-        raise IntegrityError("The release envelope is not JSON.") from None
-    if not isinstance(content, dict) or content.keys() != {"signed", "signatures"}:
-        raise IntegrityError("The release envelope does not hold exactly 'signed' and 'signatures'.")
-    signed, signatures = content["signed"], content["signatures"]
-    if not isinstance(signed, dict) or not isinstance(signatures, list):
-        raise IntegrityError("In the release envelope, 'signed' is no object or 'signatures' no list.")
-    return signed, signatures
-
-
-def _check_signatures(
-    signed: Mapping[str, Any], signatures: Sequence[Any], trusted: Mapping[str, Ed25519PublicKey]
-) -> None:
-    """One valid signature of one trusted key is enough; signatures of other keys are ignored."""
-    content = _canonical(signed)
-    named = [s for s in signatures if isinstance(s, dict) and isinstance(s.get("keyid"), str)]
-    known = [s for s in named if s["keyid"] in trusted]
-    if not known:
-        signers = ", ".join(f"key {s['keyid'][:12]!r}" for s in named[:3]) or "no key"
-        raise IntegrityError(
-            f"The release is signed by {signers}, which is not trusted here.",
-            cure="Give the server's public key as the trusted key.",
-        )
-    if not any(_is_good(trusted[s["keyid"]], s.get("sig"), content) for s in known):
-        raise IntegrityError("The release's signature does not match its manifest.", cure="It was altered: refuse it.")
-
-
-def _is_good(key: Ed25519PublicKey, signature: Any, content: bytes) -> bool:
-    try:
-        key.verify(base64.b64decode(signature, validate=True), content)
-    except (InvalidSignature, binascii.Error, TypeError, ValueError):
-        return False
-    return True
 
 
 def _is_int(low: int, high: int) -> Callable[[Any], bool]:
@@ -193,17 +140,18 @@ def load_or_create_signing_key(folder: Path) -> Ed25519PrivateKey:
     """The signing key in ``folder``, created at the first call, readable by its owner only.
 
     Raises:
-        StateError: the folder cannot be written, or the file holds no Ed25519 key.
+        StateError: the folder cannot be written, or the file holds no Ed25519 key, or both are another user's.
     """
     path = folder / SIGNING_KEY_FILE
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        open_private_folder(folder)
         if not path.exists():
             content = Ed25519PrivateKey.generate().private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             )
             # Of two processes that begin together, both must end with the same key.
-            create_atomically(path, content, mode=0o600)
+            create_atomically(path, content, mode=FILE_MODE)
+        ensure_private([path])
         return _load(path)
     except OSError as error:
         raise StateError(f"The signing key {path} cannot be used: {error.strerror}.") from None
@@ -239,8 +187,3 @@ def parse_public_key(text: str) -> Ed25519PublicKey:
             f"{text.strip()[:60]!r} is no Ed25519 public key.",
             cure="Give the one line of base64 in trusted_key.txt, which `fedvit model export` writes.",
         ) from None
-
-
-def key_id(key: Ed25519PublicKey) -> str:
-    """SHA-256 of the raw public key, hex."""
-    return hashlib.sha256(key.public_bytes_raw()).hexdigest()

@@ -16,7 +16,7 @@ from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.store.store import Store
 from serve_apps.control.api import Services, create_api
 from serve_apps.control.http.route import LOG
-from serve_apps.deploying import OPTIONS
+from serve_apps.deploying import OPTIONS, listen_on_node_address
 from serve_apps.logs import log_to_file
 
 
@@ -26,6 +26,7 @@ def build_control_app(settings: Settings, *, node_labels: Mapping[str, str] | No
 
     def build() -> FastAPI:
         # Serve calls a function in the replica; a partial it would take for the ASGI application itself.
+        listen_on_node_address()
         return _build_api(settings_json)
 
     deployment = serve.deployment(

@@ -22,7 +22,7 @@ from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.store.store import Store
 from fedvit.wire.manifest import parse_public_key
 from serve_apps.control.http.access import Guard
-from serve_apps.deploying import OPTIONS
+from serve_apps.deploying import OPTIONS, listen_on_node_address
 from serve_apps.inference.access import InferenceGuard
 
 TARGET_ONGOING_REQUESTS = 2
@@ -55,6 +55,7 @@ def build_inference_app(
 
     def build() -> Starlette:
         # Serve calls a function in the replica; a partial it would take for the ASGI application itself.
+        listen_on_node_address()
         return _build_replica(settings_from_json(settings_json), control_url, trusted_key, token_file)
 
     serving = settings.serving

@@ -31,7 +31,7 @@ def start_ray(settings: Settings, stack: ExitStack) -> str | None:
     import ray
     from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
-    from actors.spawn import connect
+    from actors.connection import connect
 
     metrics_dir = settings.home / "run" / "metrics"
     shutil.rmtree(metrics_dir, ignore_errors=True)

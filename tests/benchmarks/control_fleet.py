@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from actors.spawn import connect
+from actors.connection import connect
 from fedvit.config import Settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store

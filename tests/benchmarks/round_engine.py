@@ -19,7 +19,8 @@ from typing import Any
 
 import ray
 
-from actors.spawn import Actors, connect, spawn_actors
+from actors.connection import connect
+from actors.spawn import Actors, spawn_actors
 from fedvit.clients.workload import load_workload
 from fedvit.config import Settings
 from fedvit.settings import load_settings

@@ -17,7 +17,8 @@ from contracts.fleet import FleetContract, task_for
 
 from actors.fleet import RayFleet
 from actors.handles import ACCOUNTANT, ActorHandle, accountant_handle, proxy_name
-from actors.spawn import Actors, connect, spawn_actors
+from actors.connection import connect
+from actors.spawn import Actors, spawn_actors
 from fedvit.clients.workload import load_workload, server_model
 from fedvit.config import Settings
 from fedvit.ports import AccountantPort, AggregatorPort, ClientHostPort, FleetPort

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,9 @@ from typing import Any
 import httpx
 from drill import CONTROL, EDGES, Call, CommandResult, Drill, accepts_connections, responds, wait_until
 from placeholders import DEVICE, doubted
+
+from fedvit.store.backup_header import read_header
+from fedvit.store.backup_keys import RestoreKeys
 
 Check = Callable[[Drill, CommandResult], None]
 MORE_EDGES = tuple(f"http://127.0.0.1:{port}" for port in (8083, 8084, 8085))
@@ -215,9 +217,12 @@ def _shut_down(drill: Drill, outcome: CommandResult) -> None:
 
 
 def _saved(drill: Drill, _: CommandResult) -> None:
-    newest = max(drill.checkout.glob("fedvit-backup-*.tar.gz"))
-    with tarfile.open(newest) as archive:
-        assert {"state.db", "checksums.json", "keys/root.key"} <= set(archive.getnames())
+    newest = max(drill.checkout.glob("fedvit-backup-*.bak"))
+    signers = RestoreKeys().signers(drill.home)
+    with newest.open("rb") as file:
+        header = read_header(file, signers)
+        assert (len(header.recipients), header.holds_keys) == (1, False)
+        assert file.read(21) == b"age-encryption.org/v1"
 
 
 def _restored(drill: Drill, _: CommandResult) -> None:

@@ -44,7 +44,7 @@ def older_version(drill: Drill) -> str:
 
 def archive(drill: Drill) -> str:
     """The newest backup in the folder."""
-    return max(path.name for path in drill.checkout.glob("fedvit-backup-*.tar.gz"))
+    return max(path.name for path in drill.checkout.glob("fedvit-backup-*.bak"))
 
 
 # In the order in which a command's own are filled: until the first is, the command is tried with all of them in it.

@@ -13,7 +13,8 @@ import ray
 from actors.client_proxy import ClientProxy
 from actors.fleet import RayFleet
 from actors.handles import proxy_name
-from actors.spawn import connect, spawn
+from actors.connection import connect
+from actors.spawn import spawn
 from fedvit.clients.workload import load_workload, server_model
 from fedvit.config import Settings
 from fedvit.rounds.coordinator import Coordinator

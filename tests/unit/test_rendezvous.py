@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import ray
+from torch.distributed import TCPStore
 
-from actors import trainer
+from actors import rendezvous
 
 
 def test_the_interface_of_an_address_is_found() -> None:
-    assert trainer.interface_of("127.0.0.1") == "lo"
+    assert rendezvous.interface_of("127.0.0.1") == "lo"
 
 
 def test_an_address_of_another_host_has_none() -> None:
-    assert trainer.interface_of("203.0.113.7") is None
+    assert rendezvous.interface_of("203.0.113.7") is None
 
 
-@pytest.mark.parametrize(("before", "address", "after"), [(None, "127.0.0.1", "lo"), ("eth7", "127.0.0.1", "eth7")])
-def test_gloos_interface_is_set_unless_the_environment_sets_one(
-    before: str | None, address: str, after: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variable", rendezvous.INTERFACE_VARIABLES)
+@pytest.mark.parametrize(("before", "after"), [(None, "lo"), ("eth7", "eth7")])
+def test_the_interface_is_set_unless_the_environment_sets_one(
+    variable: str, before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
-    monkeypatch.delenv(trainer.GLOO_VARIABLE, raising=False)
-    if before is not None:
-        monkeypatch.setenv(trainer.GLOO_VARIABLE, before)
-    trainer.name_interface()
-    # Removed here: monkeypatch restores only what was set through it.
-    assert os.environ.pop(trainer.GLOO_VARIABLE) == after
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(os, "environ", {} if before is None else {variable: before})
+    rendezvous.name_interface()
+    assert os.environ[variable] == after
 
 
-def test_an_address_that_no_interface_has_leaves_gloo_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_no_interface_has_leaves_the_environment_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "203.0.113.7")
-    monkeypatch.delenv(trainer.GLOO_VARIABLE, raising=False)
-    trainer.name_interface()
-    assert trainer.GLOO_VARIABLE not in os.environ
+    monkeypatch.setattr(os, "environ", {})
+    rendezvous.name_interface()
+    assert os.environ == {}
+
+
+def test_the_store_of_the_ranks_listens_on_the_address_of_its_node_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    address, port = rendezvous.open_store(timeout_s=20.0)
+    assert listening_addresses(port) == {address}
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(TCPStore, address, port, is_master=False)
+        other.result(20.0).set("key", "value")
+
+
+def listening_addresses(port: int) -> set[str]:
+    """The IPv4 and IPv6 addresses on which somebody listens at a port."""
+    families = {"tcp": socket.AF_INET, "tcp6": socket.AF_INET6}
+    results = set()
+    for name, family in families.items():
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            packed, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:
+                words = struct.unpack(f">{len(packed) // 8}I", bytes.fromhex(packed))
+                results.add(socket.inet_ntop(family, struct.pack(f"<{len(words)}I", *words)))
+    return results

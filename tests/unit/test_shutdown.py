@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from incident_site import WAIT_S, JsonObject, LateFleet, Site
+from trained_home import untar
 
 from fedvit.cli.supervisor import end_this_process, interruptible
 from fedvit.errors import InterruptedRunError, PlacementError, UsageError
@@ -184,9 +184,8 @@ def test_a_shutdown_that_was_interrupted_is_not_taken_up_again(make: Make) -> No
 def test_an_archive_taken_at_the_end_does_not_shut_down_what_starts_from_it(make: Make, tmp_path: Path) -> None:
     site = make()
     archive = ended(site, asked(site, "graceful"))["result"]["archive"]
-    with tarfile.open(archive) as opened:
-        opened.extractall(tmp_path / "restored", filter="data")
-    restored = Site(tmp_path / "restored")
+    key = site.settings.home / "keys" / "backup.key"
+    restored = Site(untar(Path(archive), tmp_path / "restored", key))
     assert [(o["kind"], o["status"]) for o in restored.get("/api/operations")] == [("shutdown", "failed")]
     assert restored.local.await_shutdown(0) is None
     restored.close()

@@ -1,4 +1,4 @@
-"""Backup archives that are damaged, hostile or too large: none touches a state folder."""
+"""Backups that are damaged, hostile or too large: none touches a state folder, not even one that is signed."""
 
 from __future__ import annotations
 
@@ -15,34 +15,58 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trained_home import backed_up, execute, restore, trained, tree
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from trained_home import backed_up, execute, key_beside, plain_tar, restore, trained, tree
 
 from fedvit.errors import IntegrityError, UsageError
 from fedvit.store import archive as archives
+from fedvit.store.backup_header import BackupHeader
+from fedvit.store.backup_keys import RestoreKeys
 
 Files = dict[str, bytes]
 
 
+SIGNER = Ed25519PrivateKey.generate()
+TRUST = RestoreKeys(verify_keys=(SIGNER.public_key(),))
+
+
 def contents(archive: Path) -> Files:
-    with tarfile.open(archive) as members:
+    with tarfile.open(fileobj=io.BytesIO(plain_tar(archive))) as members:
         return {member.name: members.extractfile(member).read() for member in members}  # type: ignore[union-attr]
 
 
+def signed(path: Path, payload: bytes) -> Path:
+    """A plain backup of this payload, signed by :data:`SIGNER`: what comes next judges the payload itself."""
+    header = BackupHeader(
+        created_at="2030-01-01T00:00:00+00:00",
+        payload_sha256=hashlib.sha256(payload).hexdigest(),
+        payload_bytes=len(payload),
+        recipients=[],
+        locked_identity=None,
+        holds_keys=True,
+        root_key_id=None,
+        signing_key_id="0" * 64,
+    )
+    path.write_bytes(header.signed(SIGNER) + payload)
+    return path
+
+
 def packed(path: Path, files: Files, *extra: tarfile.TarInfo, sums: bool = True) -> Path:
-    """An archive of these files, with checksums that fit unless they are among them; then ``extra``."""
+    """A backup of these files, with checksums that fit unless they are among them; then ``extra``."""
     if sums:
         results = {
             name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name != "checksums.json"
         }
         files = {**files, "checksums.json": json.dumps(results).encode()}
-    with tarfile.open(path, "w:gz") as archive:
+    payload = io.BytesIO()
+    with tarfile.open(fileobj=payload, mode="w:gz") as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
         for info in extra:
             archive.addfile(info, io.BytesIO(bytes(info.size)))
-    return path
+    return signed(path, payload.getvalue())
 
 
 def special(name: str, kind: bytes, **more: Any) -> tarfile.TarInfo:
@@ -64,13 +88,8 @@ def with_database(files: Files, folder: Path, *statements: str) -> Files:
 
 
 def raw(content: bytes) -> Callable[[Files, Path], Path]:
-    """An archive of just these bytes."""
-
-    def write(_: Files, to: Path) -> Path:
-        to.write_bytes(content)
-        return to
-
-    return write
+    """A backup of just these bytes."""
+    return lambda _, to: signed(to, content)
 
 
 @pytest.fixture(scope="module")
@@ -154,27 +173,27 @@ HOSTILE: dict[str, Callable[[Files, Path], Path]] = {
 def test_an_archive_that_is_not_one_of_ours_touches_nothing(
     home: Path, files: Files, tmp_path: Path, name: str
 ) -> None:
-    archive = HOSTILE[name](files, tmp_path / "hostile.tar.gz")
+    archive = HOSTILE[name](files, tmp_path / "hostile.bak")
     before = tree(home)
     with pytest.raises(IntegrityError) as caught:
-        restore(home, archive, nothing_since=True)
+        restore(home, archive, nothing_since=True, keys=TRUST)
     assert caught.value.cure is not None
     assert tree(home) == before
     with pytest.raises(IntegrityError):
-        restore(tmp_path / "new" / "home", archive)
+        restore(tmp_path / "new" / "home", archive, keys=TRUST)
     assert not (tmp_path / "new" / "home").exists()
     assert not Path("/tmp/x").exists()
 
 
 def test_an_archive_that_was_cut_or_changed_anywhere_is_refused(home: Path, tmp_path: Path) -> None:
-    whole, before = backed_up(home).read_bytes(), tree(home)
-    # The first ten bytes are gzip's header; its time and its system say nothing about the content.
-    for place in range(10, len(whole), max(1, len(whole) // 25)):
+    archive = backed_up(home)
+    keys, whole, before = RestoreKeys(key_beside(archive)), archive.read_bytes(), tree(home)
+    for place in range(0, len(whole), max(1, len(whole) // 25)):
         flipped = whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :]
-        for content in (flipped, whole[:place]):
-            (tmp_path / "bad.tar.gz").write_bytes(content)
+        for content in (flipped, whole[:place], whole + whole[:1]):
+            (tmp_path / "bad.bak").write_bytes(content)
             with pytest.raises(IntegrityError):
-                restore(home, tmp_path / "bad.tar.gz")
+                restore(home, tmp_path / "bad.bak", keys=keys)
     assert tree(home) == before
 
 
@@ -190,15 +209,14 @@ def test_an_archive_with_more_than_there_is_room_for_is_refused(home: Path, monk
 
 
 def test_an_archive_with_something_behind_its_files_is_refused(home: Path, tmp_path: Path) -> None:
-    longer = gzip.decompress(backed_up(home).read_bytes()) + bytes(2**21)
-    (tmp_path / "bomb.tar.gz").write_bytes(gzip.compress(longer))
+    longer = gzip.decompress(plain_tar(backed_up(home))) + bytes(2**21)
     with pytest.raises(IntegrityError):
-        restore(home, tmp_path / "bomb.tar.gz")
+        restore(home, signed(tmp_path / "bomb.bak", gzip.compress(longer)), keys=TRUST)
 
 
 def test_an_archive_that_is_not_there_or_a_folder_that_is_none(home: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        restore(home, tmp_path / "nothing.tar.gz")
+        restore(home, tmp_path / "nothing.bak")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError):
         restore(tmp_path / "file", backed_up(home))
@@ -207,4 +225,4 @@ def test_an_archive_that_is_not_there_or_a_folder_that_is_none(home: Path, tmp_p
 def test_an_archive_from_before_there_were_marks_is_frozen_all_the_same(tmp_path: Path, files: Files) -> None:
     unmarked = with_database(files, tmp_path / "x", "DELETE FROM meta WHERE key = 'ledger_copy'")
     del unmarked["state.db-wal"]
-    assert restore(tmp_path / "home", packed(tmp_path / "old.tar.gz", unmarked)).frozen is not None
+    assert restore(tmp_path / "home", packed(tmp_path / "old.bak", unmarked), keys=TRUST).frozen is not None

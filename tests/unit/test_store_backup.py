@@ -1,4 +1,4 @@
-"""Backups: plain tar, backups of a state in use, and any order of charges, backups and restores."""
+"""Backups: unpacked by hand, backups of a state in use, and any order of charges, backups and restores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trained_home import WHY, backed_up, charge, cost, fedvit, remaining, restore, trained, untar
+from trained_home import WHY, backed_up, charge, cost, fedvit, key_beside, remaining, restore, trained, untar
 
 from fedvit.errors import FedvitError
 from fedvit.privacy.accountant import PrivacyAccountant
@@ -32,7 +32,7 @@ def home(tmp_path: Path, template: Path) -> Path:
     return shutil.copytree(template, tmp_path / "home")
 
 
-# --- plain tar -------------------------------------------------------------------------------------------------------
+# --- unpacked by hand ------------------------------------------------------------------------------------------------
 
 
 def test_plain_tar_gives_a_state_folder_that_spends_nothing_until_somebody_answers_for_it(
@@ -137,11 +137,11 @@ def test_the_command_says_what_it_did(home: Path, tmp_path: Path) -> None:
     archive = backed_up(home)
     done = json.loads(fedvit(home, "restore", str(archive), "--json").stdout)
     assert (done["ledger_lines"], done["carried_lines"], done["frozen"]) == (2, 0, None)
-    lost = fedvit(tmp_path / "lost", "restore", str(archive))
+    lost = fedvit(tmp_path / "lost", "restore", str(archive), "--key", str(key_beside(archive)))
     assert lost.exit_code == 0
     assert "frozen" in lost.stdout
-    (tmp_path / "bad.tar.gz").write_bytes(archive.read_bytes()[:-100])
-    bad = fedvit(home, "restore", str(tmp_path / "bad.tar.gz"))
+    (tmp_path / "bad.bak").write_bytes(archive.read_bytes()[:-100])
+    bad = fedvit(home, "restore", str(tmp_path / "bad.bak"))
     assert (bad.exit_code, bad.stderr.startswith("Error: ")) == (1, True)
     with Store.open(home) as store:
         assert store.audit.entries()[-1].facts.actor.startswith("local:")

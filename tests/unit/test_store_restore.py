@@ -318,6 +318,6 @@ def test_whatever_rename_fails_the_folder_holds_the_old_state_or_the_new(
         with Store.open(home) as store:
             assert (store.clients.count(), store.ledger.verify()) == (5, 2)
             assert all(store.blobs.get(digest) for digest in store.versions.blob_digests())
-    assert step == len(done) == 5
+    assert step == len(done) == 7
     with Store.open(home) as store:
         assert store.clients.count() == 3

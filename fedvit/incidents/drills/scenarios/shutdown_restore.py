@@ -11,6 +11,7 @@ from fedvit.incidents.drills.runbook import RUNBOOK
 from fedvit.incidents.drills.system import CONTROL, DrillSystem, accepts_connections
 from fedvit.store.archive import DATABASE
 from fedvit.store.backup import KEPT_FOLDERS, sha256_of
+from fedvit.store.backup_keys import KEYS
 from fedvit.store.store import Store
 
 SHUTDOWN, RESTORE = "Complete System Shutdown", "Restore from Backup"
@@ -27,10 +28,14 @@ def play(run: StageRun) -> None:
     run.follow(SHUTDOWN, r"^docker-compose down")
     run.follow(SHUTDOWN, r"tar czf")
     before = _snapshot(system)
+    # As the runbook says: a copy of the keys is kept where the state is not.
+    keys_copy = shutil.copytree(system.home / KEYS, system.checkout.with_name("copy-of-keys"))
     _delete_state(system)
     run.detect()
-    archive = max(path.name for path in system.checkout.glob("fedvit-backup-*.tar.gz"))
+    archive = max(path.name for path in system.checkout.glob("fedvit-backup-*.bak"))
     run.follow(RESTORE, r"^docker-compose down")
+    run.say("(puts the copy of the keys back)")
+    shutil.copytree(keys_copy, system.home / KEYS)
     run.follow(RESTORE, r"tar xzf", backup_file=archive)
     _compare(run, before)
     # The ledger of the deleted state is lost, so the operator has to unfreeze the restored one.

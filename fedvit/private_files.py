@@ -1,0 +1,52 @@
+"""Folders and files of secrets: created for their owner alone, and checked before they are used."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedvit.errors import StateError
+
+_LOG = logging.getLogger(__name__)
+FOLDER_MODE = 0o700
+FILE_MODE = 0o600
+_OTHERS = 0o077
+
+
+def open_private_folder(folder: Path) -> None:
+    """Create a folder with mode 0700, or make sure that the one that is there admits its owner alone.
+
+    Raises:
+        StateError: see :func:`ensure_private`.
+        OSError: it cannot be created.
+    """
+    folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    ensure_private([folder])
+
+
+def ensure_private(paths: Iterable[Path]) -> None:
+    """Take access to these files and folders from everybody but their owner; those that are missing are passed over.
+
+    What belongs to this user is repaired, and each repair is logged.
+
+    Raises:
+        StateError: others have access to something that belongs to another user, or to a shared folder such as /tmp.
+    """
+    for path in paths:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        mode = stat.S_IMODE(status.st_mode)
+        if not mode & _OTHERS:
+            continue
+        if status.st_uid != os.geteuid() or mode & stat.S_ISVTX:
+            raise StateError(
+                f"Other users have access to {path} (mode {mode:04o}), and it is not this user's to change.",
+                cure=f"Let its owner run `chmod {mode & ~_OTHERS & 0o700:o} {path}`, or name another place.",
+            )
+        path.chmod(mode & ~_OTHERS)
+        _LOG.warning("Other users had access to %s (mode %04o); they have none now.", path, mode)
