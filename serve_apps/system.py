@@ -15,10 +15,11 @@ from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.metrics.targets import EDGES, SERVER, Target, write_targets
 from fedvit.ports import FinetuneReport, SystemUrls
+from fedvit.store.backup_keys import KEYS, load_or_create_backup_key
 from fedvit.store.locks import system_lock
 from fedvit.tools.monitoring_stack import server_target
 from fedvit.tools.simulation.rehearsal import check_rehearsal
-from serve_apps.startup.checks import await_free_ports, check_ports, check_training
+from serve_apps.startup.checks import await_free_ports, check_ports, check_tls_key, check_training
 from serve_apps.startup.cluster import ShutdownWatch, start_actors, start_ray
 from serve_apps.startup.serving import follower_token, start_edge, start_serve
 
@@ -52,6 +53,7 @@ class RaySystem:
         with ExitStack() as stack:
             on_step("Checking the data, the model and the state")
             check_exposure(settings)
+            check_tls_key(settings)
             check_rehearsal(settings)
             if (self._home / ANNOUNCEMENT).exists():
                 # The last one was killed: what Ray started for it ends by itself, a few seconds later.
@@ -60,6 +62,7 @@ class RaySystem:
             write_state = check_training(settings)
             stack.enter_context(system_lock(self._home))
             write_state()
+            self._create_backup_key(on_step)
             token_file = stack.enter_context(follower_token(settings))
             on_step("Starting Ray")
             dashboard = start_ray(settings, stack)
@@ -111,6 +114,13 @@ class RaySystem:
             for worker in workers:
                 stack.callback(ray.kill, worker)
             run_trials(self._settings, journal, workers, on_trial)
+
+    def _create_backup_key(self, on_step: Callable[[str], None]) -> None:
+        """Create the key of backups at the first start, with the other keys, so that one copy of them is complete."""
+        backup = self._settings.backup
+        if not backup.recipients and backup.passphrase_file is None and load_or_create_backup_key(self._home):
+            folder = self._home / KEYS
+            on_step(f"Created {folder}: keep a copy of it on another machine, without it backups cannot be opened")
 
     def _write_scrape_targets(self, stack: ExitStack) -> None:
         """Write Prometheus' targets. After a graceful end only the server counts as missing."""

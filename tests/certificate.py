@@ -22,6 +22,7 @@ def self_signed(folder: Path) -> Path:
     certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
     pem = serialization.Encoding.PEM
     plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "tls.key").touch(mode=0o600)
     (folder / "tls.key").write_bytes(key.private_bytes(pem, *plain))
     (folder / "tls.pem").write_bytes(certificate.public_bytes(pem))
     return folder / "tls.pem"

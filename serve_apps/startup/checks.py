@@ -1,14 +1,16 @@
-"""Checks of ports, data and model before a system starts."""
+"""Checks of ports, the TLS key, data and model before a system starts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fedvit.config import Settings
+from fedvit.errors import ConfigError
 from fedvit.processes import check_port_free, why_taken
 from fedvit.types import Client
 
@@ -38,6 +40,25 @@ def await_free_ports(settings: Settings) -> None:
     deadline_s = time.monotonic() + PORT_FREE_S
     while any(why_taken(*place) for place in places) and time.monotonic() < deadline_s:
         time.sleep(0.05)
+
+
+def check_tls_key(settings: Settings) -> None:
+    """Refuse a TLS key that every user of this machine can read; it is not this program's to change.
+
+    Raises:
+        ConfigError: it is one, or cannot be found.
+    """
+    path = settings.access.tls_key
+    if path is None:
+        return
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise ConfigError(f"'access.tls_key' {path} cannot be read: {error.strerror}.") from None
+    if mode & stat.S_IRWXO:
+        raise ConfigError(
+            f"Every user can read 'access.tls_key' {path} (mode {mode:04o}).", cure=f"Run `chmod o-rwx {path}`."
+        )
 
 
 def check_training(settings: Settings) -> Callable[[], None]:

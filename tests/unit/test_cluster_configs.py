@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -165,13 +166,45 @@ def test_the_head_pod_alone_bears_the_store_and_the_pod_monitor_finds_the_ports(
     assert {end["port"] for end in monitor["podMetricsEndpoints"]} <= {port["name"] for port in head["ports"]}
 
 
+def test_the_network_policy_is_one_and_selects_every_pod() -> None:
+    policy = read("kuberay/networkpolicy.yaml")
+    kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
+    (selector,) = policy["spec"]["podSelector"]["matchExpressions"]
+    specs = [read("kuberay/raycluster.yaml")["spec"], read("kuberay/rayservice.yaml")["spec"]["rayClusterConfig"]]
+    groups = [group for spec in specs for group in (spec["headGroupSpec"], *spec.get("workerGroupSpecs", ()))]
+    assert len(groups) == 4
+    for group in groups:
+        assert group["template"]["metadata"]["labels"][selector["key"]] in selector["values"]
+    open_to_all = [rule["ports"] for rule in policy["spec"]["ingress"] if "from" not in rule]
+    assert open_to_all == [[{"port": 8000}]]
+
+
 def test_compose_has_the_runbooks_names() -> None:
     compose = read("docker/compose.yaml")
-    assert set(compose["services"]) == {"fed-server", "fed-edge"}
+    assert {"fed-server", "fed-edge"} <= set(compose["services"])
     assert compose["services"]["fed-server"]["container_name"] == "fed-server"
     assert compose["volumes"]["fed-vit-data"]["name"] == "fed-vit-data"
     # `scale fed-edge=5` needs a service without a name and a port of its own.
     assert not {"container_name", "ports"} & compose["services"]["fed-edge"].keys()
+
+
+def test_in_compose_every_vehicle_has_an_identity_of_its_own() -> None:
+    compose = read("docker/compose.yaml")
+    vehicles = {name: service for name, service in compose["services"].items() if name.startswith("vehicle-")}
+    assert len(vehicles) == 2
+    options = {
+        name: dict(word.removeprefix("--").split("=", 1) for word in service["command"][1:])
+        for name, service in (*vehicles.items(), ("fed-edge", compose["services"]["fed-edge"]))
+    }
+    for name, service in vehicles.items():
+        assert options[name]["device-id"] == name
+        assert service["secrets"] == [f"{name}.token"]
+        assert options[name]["source-token-file"] == f"/run/secrets/{name}.token"
+        assert f"{name}:/data" in service["volumes"]
+    # What the edges send to the server is not what callers send to them.
+    tokens = [each["source-token-file"] for each in options.values()] + [options["fed-edge"]["token-file"]]
+    files = [secret["file"] for secret in compose["secrets"].values()]
+    assert (len(set(tokens)), len(set(files))) == (4, len(files))
 
 
 def test_the_compose_specification_accepts_the_file() -> None:
