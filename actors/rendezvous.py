@@ -51,12 +51,12 @@ def open_store(timeout_s: float) -> tuple[str, int]:
     It listens on the address of its node. One that torch starts by itself listens on every interface, and takes orders
     from everybody who reaches it.
     """
-    from torch import distributed
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     address = ray.util.get_node_ip_address()
     listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
     port = listener.getsockname()[1]
-    store = distributed.TCPStore(
+    store = TCPStore(
         address,
         port,
         is_master=True,
@@ -71,9 +71,10 @@ def open_store(timeout_s: float) -> tuple[str, int]:
 def join_group(backend: str, rank: int, ranks: int, address: str, port: int, timeout_s: float) -> None:
     """Join the process group whose store is at ``address``, in the process of each rank."""
     from torch import distributed
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     timeout = timedelta(seconds=timeout_s)
-    store = _stores[0] if rank == 0 else distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+    store = _stores[0] if rank == 0 else TCPStore(address, port, is_master=False, timeout=timeout)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 

@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,63}")
 _TOUCH_EVERY = timedelta(minutes=1)
 _NOBODY = hashlib.sha256(b"").hexdigest()
 _OF_VEHICLES = frozenset({Scope.DEVICE, Scope.RELEASES})
-_ONE_TOKEN_A_VEHICLE = "Create one token for each vehicle: fedvit token create NAME --scope device --client CLIENT_ID."
+_BINDING_CURE = "Create one token for each vehicle: fedvit token create NAME --scope device --client CLIENT_ID."
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def verify_token(
         raise _refusal("expired")
     if Scope.DEVICE in token.scopes and token.client_id is None:
         message = f"The device token {token.token_id} names no client."
-        raise UnauthorizedError(message, cure=_ONE_TOKEN_A_VEHICLE, reason="unbound")
+        raise UnauthorizedError(message, cure=_BINDING_CURE, reason="unbound")
     if token.last_used_at is None or token.last_used_at <= now - _TOUCH_EVERY:
         if used is None:
             store.tokens.set_last_used({token.token_id: now})
@@ -147,7 +147,7 @@ def verify_token(
 def _check_binding(client_id: str | None, scopes: frozenset[Scope]) -> None:
     if client_id is None:
         if Scope.DEVICE in scopes:
-            raise ConfigError("A token with the scope device has to name its client.", cure=_ONE_TOKEN_A_VEHICLE)
+            raise ConfigError("A token with the scope device has to name its client.", cure=_BINDING_CURE)
         return
     if not re.fullmatch(CLIENT_ID, client_id):
         raise ConfigError(

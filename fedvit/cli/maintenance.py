@@ -93,9 +93,7 @@ def backup(
     from fedvit.store.backup import write_backup
 
     settings = options.settings()
-    result = write_backup(
-        settings.home, folder, settings.backup, include_keys=include_keys, encrypt=not no_encryption
-    )
+    result = write_backup(settings.home, folder, settings.backup, include_keys=include_keys, encrypt=not no_encryption)
     show_text(f"{result.archive}  sha256 {result.sha256}", asdict(result), options.as_json)
     if options.as_json:
         return

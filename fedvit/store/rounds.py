@@ -99,7 +99,7 @@ class Runs(Repository):
             return record_of(Run, row)
 
     def abandon(self, reason: str) -> None:
-        """End the run that could be continued, if there is one; the next start begins another with the same settings."""
+        """End the run that could be continued, if there is one; the next start begins another, of the same settings."""
         with self._write() as session:
             for row in session.scalars(select(RunRow).where(RunRow.status.in_(RESUMABLE))):
                 # Without the digest of its settings it is not found by them.

@@ -15,9 +15,9 @@ from contracts.aggregator import AggregatorContract
 from contracts.client_host import ClientHostContract
 from contracts.fleet import FleetContract, task_for
 
+from actors.connection import connect
 from actors.fleet import RayFleet
 from actors.handles import ACCOUNTANT, ActorHandle, accountant_handle, proxy_name
-from actors.connection import connect
 from actors.spawn import Actors, spawn_actors
 from fedvit.clients.workload import load_workload, server_model
 from fedvit.config import Settings

@@ -11,9 +11,9 @@ import pytest
 import ray
 
 from actors.client_proxy import ClientProxy
+from actors.connection import connect
 from actors.fleet import RayFleet
 from actors.handles import proxy_name
-from actors.connection import connect
 from actors.spawn import spawn
 from fedvit.clients.workload import load_workload, server_model
 from fedvit.config import Settings

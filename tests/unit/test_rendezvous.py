@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
-import struct
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import ray
+from listening import listeners
 from torch.distributed import TCPStore
 
 from actors import rendezvous
@@ -44,21 +41,5 @@ def test_an_address_that_no_interface_has_leaves_the_environment_as_it_is(monkey
 def test_the_store_of_the_ranks_listens_on_the_address_of_its_node_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     address, port = rendezvous.open_store(timeout_s=20.0)
-    assert listening_addresses(port) == {address}
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(TCPStore, address, port, is_master=False)
-        other.result(20.0).set("key", "value")
-
-
-def listening_addresses(port: int) -> set[str]:
-    """The IPv4 and IPv6 addresses on which somebody listens at a port."""
-    families = {"tcp": socket.AF_INET, "tcp6": socket.AF_INET6}
-    results = set()
-    for name, family in families.items():
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
-            local, state = line.split()[1], line.split()[3]
-            packed, _, number = local.partition(":")
-            if state == "0A" and int(number, 16) == port:
-                words = struct.unpack(f">{len(packed) // 8}I", bytes.fromhex(packed))
-                results.add(socket.inet_ntop(family, struct.pack(f"<{len(words)}I", *words)))
-    return results
+    assert {listening for listening, at in listeners() if at == port} == {address}
+    TCPStore(address, port, is_master=False).set("key", "value")
