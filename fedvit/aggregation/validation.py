@@ -19,7 +19,7 @@ from fedvit.exact_sums import peak_of
 from fedvit.privacy.mechanism import ROUNDING, l2_norm
 from fedvit.types import ClientOutcome, Weights
 from fedvit.updates import ClientFailures, ClientUpdate, EncodedUpdate, WeightedUpdate
-from fedvit.wire.updates import decode_update, encoding_of
+from fedvit.wire.updates import decode_claim
 
 _NO_OVERFLOW = 1e100
 """Arrays of numbers below it have a finite norm."""
@@ -67,7 +67,7 @@ class UpdateValidator:
             UpdateRejectedError: the bytes are not what :mod:`fedvit.wire.updates` writes, or name another client.
         """
         asked = update.outcome
-        claim = decode_update(update.content, max_bytes=self.max_update_bytes, shapes=self.shapes)
+        claim, encoding = decode_claim(update.content, max_bytes=self.max_update_bytes, shapes=self.shapes)
         failed = len(claim.outcomes) == 1 and claim.outcomes[0].error is not None
         named = [(o.client_id, o.num_examples) for o in claim.outcomes]
         if claim.round_index != update.round_index or named != [(asked.client_id, 0 if failed else asked.num_examples)]:
@@ -75,7 +75,7 @@ class UpdateValidator:
                 f"It speaks for {named} in round {claim.round_index}; {asked.client_id} was asked in round "
                 f"{update.round_index} to train {asked.num_examples} examples."
             )
-        outcome = replace(claim.outcomes[0], sent_bytes=len(update.content), encoding=encoding_of(update.content))
+        outcome = replace(claim.outcomes[0], sent_bytes=len(update.content), encoding=encoding)
         if failed:
             return ClientFailures(claim.round_index, (outcome,))
         return ClientUpdate(claim.round_index, outcome, claim.weighted_sum, claim.total_weight, claim.within_clip)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 import fedvit.errors
 from fedvit.errors import ControlApiError, FedvitError, ForbiddenError, HttpFaultError, UnauthorizedError
+from fedvit.wire.untrusted import parse_json
 
 MEDIA_TYPE = "application/problem+json"
 # Members of a document that are arguments of an error, or whose names would collide with them.
+_MAX_BYTES = 2**20
 _NO_DETAILS = frozenset({"title", "detail", "cure", "message", "self"})
 
 
@@ -47,10 +49,10 @@ def error_of(status: int, content: str, reason: str = "") -> FedvitError:
         content: the body, a problem document or anything else.
         reason: the reason phrase, where the body is empty.
     """
-    try:
-        document = dict(json.loads(content))
-    except (ValueError, TypeError):
-        document = {}
+    document: dict[str, Any] = {}
+    with suppress(ValueError):
+        value = parse_json(content.encode(errors="replace"), max_bytes=_MAX_BYTES)
+        document = value if isinstance(value, dict) else {}
     details = {name: value for name, value in document.items() if name not in _NO_DETAILS} | {"status": status}
     kind = _kinds().get(str(details.pop("type", "")).rpartition("/")[2])
     detail = str(document.get("detail") or content[:200] or reason)

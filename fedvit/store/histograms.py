@@ -9,6 +9,7 @@ import numpy as np
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from fedvit.errors import UpdateRejectedError
 from fedvit.store.metadata import get_value, set_value
 from fedvit.store.repository import Repository, columns_of, record_of
 from fedvit.store.tables import HistogramRow
@@ -59,8 +60,11 @@ class Histograms(Repository):
 
 def _spec(session: Session, digest: str) -> HistogramSpec | None:
     value = get_value(session, _SPEC_KEY + digest)
-    # Older specs have no risk votes and one count less: such a histogram can be compared with none.
-    return HistogramSpec.from_json(value) if value is not None and "risk_votes" in value else None
+    try:
+        return None if value is None else HistogramSpec.from_json(value)
+    except UpdateRejectedError:
+        # Older specs have no risk votes and one count less: such a histogram can be compared with none.
+        return None
 
 
 def _to_histogram(row: HistogramRow) -> ClientHistogram:

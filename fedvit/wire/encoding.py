@@ -18,6 +18,7 @@ privacy, and applied before the noise it may increase the norm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -185,6 +186,8 @@ def _from_largest(stored: Arrays, name: str, shape: tuple[int, ...]) -> npt.NDAr
     index, value = stored[name + _INDEX], stored[name + _VALUE]
     index = _checked(name + _INDEX, index, np.uint32, (index.size,))
     value = _checked(name + _VALUE, value, np.float32, (index.size,))
+    if index.size > math.prod(shape):
+        raise UpdateRejectedError(f"The update's {name + _INDEX!r} has {index.size} places, more than the parameter.")
     values = np.zeros(shape)
     if index.size and (int(index[-1]) >= values.size or (np.diff(index.astype(np.int64)) <= 0).any()):
         raise UpdateRejectedError(f"The places in {name + _INDEX!r} are not in order, or not of this model.")

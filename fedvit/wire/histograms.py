@@ -10,18 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from fedvit.errors import UpdateRejectedError
+from fedvit.wire.untrusted import fields_of, integer, number, text
 
 MAX_CELLS = 1024
 """The most bins of all histograms together: four kilobytes, a third of a picture of 64 pixels."""
 CELL_LIMIT = 2**24
 """The largest magnitude of a count."""
 MAX_LABEL_BINS = 256
+MAX_CLASSES = 2**16
 CLIENT_VOTES = 64
 """The total of each histogram where clients are the privacy unit, whatever a client's number of records."""
 LABEL, RECORDS = "label", "records"
@@ -31,6 +34,7 @@ RISK_VOTES = 4
 """The largest change of :data:`RISK` by one record."""
 RECORD_KINDS = ("sound", "duplicate", "undecodable")
 """The bins of the histogram :data:`RECORDS`."""
+_MAX_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -108,17 +112,18 @@ class HistogramSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> HistogramSpec:
-        """The inverse; raises UpdateRejectedError where it is none, or has too many bins."""
+        """The inverse, for an untrusted value; raises UpdateRejectedError where it is none, or has too many bins."""
         try:
-            edges = {str(name): tuple(float(edge) for edge in given) for name, given in value["edges"].items()}
-            spec = cls(edges, int(value["classes"]), tuple(int(vote) for vote in value["risk_votes"]))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UpdateRejectedError("This is no description of a histogram.") from None
-        ascending = all(list(given) == sorted(given) and all(map(math.isfinite, given)) for given in edges.values())
-        if not ascending or spec.classes < 1 or not spec.cells <= MAX_CELLS:
-            raise UpdateRejectedError(f"A histogram of {spec.cells} counts, or with edges out of order.")
-        if len(spec.risk_votes) not in (0, spec.classes) or any(abs(vote) > RISK_VOTES for vote in spec.risk_votes):
-            raise UpdateRejectedError(f"A risk needs a vote of -{RISK_VOTES} to {RISK_VOTES} for each class.")
+            facts = fields_of(value, {"edges", "classes", "risk_votes"})
+            classes = integer(facts["classes"], 1, MAX_CLASSES)
+            edges, votes = _edges(facts["edges"]), facts["risk_votes"]
+            if not isinstance(votes, list | tuple) or len(votes) not in (0, classes):
+                raise ValueError("a risk needs a vote for each class")
+            spec = cls(edges, classes, tuple(integer(vote, -RISK_VOTES, RISK_VOTES) for vote in votes))
+            if spec.cells > MAX_CELLS:
+                raise ValueError(f"it has {spec.cells} counts; at most {MAX_CELLS} are allowed")
+        except ValueError as error:
+            raise UpdateRejectedError(f"This is no description of a histogram: {error}.") from None
         return spec
 
 
@@ -167,6 +172,21 @@ class ClientHistogram:
     spec_digest: str
     deviation: float
     counts: tuple[int, ...]
+
+
+def _edges(value: object) -> dict[str, tuple[float, ...]]:
+    """The edges in JSON; raises ValueError where they are none, before more of them are read than may be."""
+    if not isinstance(value, dict) or not all(isinstance(given, list | tuple) for given in value.values()):
+        raise ValueError("its edges are no lists by name")
+    if sum(len(given) + 1 for given in value.values()) > MAX_CELLS:
+        raise ValueError(f"it has more than {MAX_CELLS} bins")
+    edges = {}
+    for name, given in value.items():
+        inner = tuple(number(edge, -sys.float_info.max, sys.float_info.max) for edge in given)
+        if text(name, _MAX_NAME) in (LABEL, RECORDS, RISK) or list(inner) != sorted(inner):
+            raise ValueError(f"the edges of {name!r} are out of order, or it has none")
+        edges[name] = inner
+    return edges
 
 
 def checked_counts(spec: HistogramSpec, counts: Sequence[object]) -> tuple[int, ...]:

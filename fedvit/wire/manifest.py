@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from fedvit.wire.signatures import sign_document, verify_document
 SIGNING_KEY_FILE = "signing_key.pem"
 MAX_ENVELOPE_BYTES = 256 * 2**10
 MAX_ARTIFACT_BYTES = 2 * 2**30
+_LARGEST_NUMBER = sys.float_info.max
 _KIND = {"_type": "fedvit-release", "format": 1}
 """Part of every signed manifest, so that signatures of other content are not valid for one."""
 
@@ -87,7 +88,8 @@ def _is_int(low: int, high: int) -> Callable[[Any], bool]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared as it is: an integer of 400 digits is no float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER
 
 
 def _is_text(pattern: str) -> Callable[[Any], bool]:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from fedvit.errors import UpdateRejectedError
 from fedvit.types import ClientOutcome, Encoding
 from fedvit.updates import ClientFailures, DecodedUpdate, PartialSum
 from fedvit.wire.encoding import Arrays, Shapes, Uniforms, decode_arrays, encode_arrays, names_of
+from fedvit.wire.tensors import LENGTH_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, TensorFile, read_tensors
+from fedvit.wire.untrusted import fields_of, integer, number, one_line, parse_json, text
 
-_MADE_BY = "Send what encode_update makes."
-_LENGTH_BYTES = 8
-_MAX_REASON = 500
+MAX_EXAMPLES = 10**9
+"""The largest number of examples, and the largest weight, that an update may claim."""
+_MAX_ROUND = 2**31 - 1
+_MAX_CLIENT_ID, _MAX_ERROR = 64, 8_192
+_MAX_FACTS_BYTES = 16_384
+_REQUIRED, _OPTIONAL = {"round_index", "total_weight", "within_clip", "outcomes"}, {"encoding"}
+# Of one array in the header: its type, its offsets, and the ending of its name; then each length of its shape.
+_ENTRY_BYTES, _DIMENSION_BYTES = 128, 16
+_ARRAYS_OF_A_PARAMETER = 2
+_BYTES_OF_A_VALUE = 8
+# A few arrays more than there can be are still read, so that the fault names the one too many.
+_SPARE_ARRAYS = 4
 
 
 def encode_update(update: DecodedUpdate) -> bytes:
@@ -44,51 +56,68 @@ def encode_smaller(update: DecodedUpdate, encoding: Encoding, uniforms: Uniforms
     )
 
 
+def largest_update(shapes: Shapes) -> int:
+    """The most bytes that an update of a model with these parameters can have, in any encoding."""
+    return LENGTH_BYTES + _largest_header(shapes) + _BYTES_OF_A_VALUE * sum(map(math.prod, shapes.values()))
+
+
 def decode_update(content: bytes, *, max_bytes: int, shapes: Shapes | None = None) -> PartialSum:
     """The sum and the outcomes that the bytes claim; update validation checks the claim.
 
     Args:
-        shapes: of the parameters, by name; without them no smaller form can be read.
+        max_bytes: the largest length that is read.
+        shapes: of the parameters, by name; without them no smaller form can be read. With them, nothing is read that
+            is larger than :func:`largest_update`, and at most six float64 copies of the model are allocated.
 
     Raises:
         UpdateRejectedError: it is too large, no safetensors, its header is not that of an update, or its arrays are not
             of the form that it names.
     """
-    if len(content) > max_bytes:
-        raise UpdateRejectedError(f"The update has {len(content)} bytes; at most {max_bytes} are accepted.")
-    arrays = _load(content)
+    return decode_claim(content, max_bytes=max_bytes, shapes=shapes)[0]
+
+
+def decode_claim(content: bytes, *, max_bytes: int, shapes: Shapes | None = None) -> tuple[PartialSum, str]:
+    """:func:`decode_update`, and the name of the encoding; ``exact`` where the arrays are not encoded."""
+    limit = max_bytes if shapes is None else min(max_bytes, largest_update(shapes))
+    if len(content) > limit:
+        raise UpdateRejectedError(f"The update has {len(content)} bytes; at most {limit} are accepted.")
+    file = read_tensors(
+        content,
+        max_tensors=MAX_TENSORS if shapes is None else _ARRAYS_OF_A_PARAMETER * len(shapes) + _SPARE_ARRAYS,
+        max_header_bytes=MAX_HEADER_BYTES if shapes is None else _largest_header(shapes),
+    )
     try:
-        facts = json.loads(_header(content)["__metadata__"]["update"])
-        encoding = Encoding(facts["encoding"]) if "encoding" in facts else None
-        update = _update(facts)
-    except (KeyError, ValueError, TypeError, RecursionError):
-        raise UpdateRejectedError("The update does not say whose it is and for which round.", cure=_MADE_BY) from None
-    sums = arrays if encoding is None else _decoded(arrays, encoding, shapes, update.total_weight)
-    return PartialSum(update.round_index, update.outcomes, sums, update.total_weight, update.within_clip)
+        update, encoding = _facts(file.metadata)
+    except ValueError as error:
+        fault = f"The update does not say whose it is and for which round: {error}."
+        raise UpdateRejectedError(fault, cure="Send what encode_update makes.") from None
+    sums: Arrays
+    if encoding is None:
+        sums = {name: np.array(array) for name, array in file.arrays.items()}
+    else:
+        sums = _decoded(file, encoding, shapes, update.total_weight)
+    claim = PartialSum(update.round_index, update.outcomes, sums, update.total_weight, update.within_clip)
+    return claim, "exact" if encoding is None else encoding.value
 
 
-def encoding_of(content: bytes) -> str:
-    """The encoding of bytes that :func:`decode_update` accepts; ``exact`` where the arrays are not encoded."""
-    facts = json.loads(_header(content)["__metadata__"]["update"])
-    return str(facts.get("encoding", "exact"))
-
-
-def _decoded(arrays: Arrays, encoding: Encoding, shapes: Shapes | None, weight: float) -> Arrays:
+def _decoded(file: TensorFile, encoding: Encoding, shapes: Shapes | None, weight: float) -> Arrays:
     if shapes is None:
         raise UpdateRejectedError(f"The update is {encoding.value}, and its model is not known.")
-    if unknown := sorted(names_of(arrays, encoding) - shapes.keys()):
+    if unknown := sorted(names_of(file.arrays, encoding) - shapes.keys()):
         raise UpdateRejectedError(f"The update holds {unknown[0]!r}, which is no parameter of this model.")
     with np.errstate(all="ignore"):
-        return {name: weight * array for name, array in decode_arrays(arrays, encoding, shapes).items()}
+        sums = decode_arrays(file.arrays, encoding, shapes)
+        for array in sums.values():
+            array *= weight
+    return sums
 
 
-def _load(content: bytes) -> Arrays:
-    try:
-        return load(content)
-    except SafetensorError as error:
-        raise UpdateRejectedError(f"The update is not safetensors: {error}.", cure=_MADE_BY) from None
-    except (KeyError, ValueError, TypeError) as error:
-        raise UpdateRejectedError(f"The update holds a type that is no number here ({error}).", cure=_MADE_BY) from None
+def _largest_header(shapes: Shapes) -> int:
+    entries = sum(
+        len(json.dumps(name)) + _ENTRY_BYTES + _DIMENSION_BYTES * len(shape) for name, shape in shapes.items()
+    )
+    # The facts are text within text, so that each of their quotes and backslashes is written as two characters.
+    return min(MAX_HEADER_BYTES, 2 * _MAX_FACTS_BYTES + _ENTRY_BYTES + _ARRAYS_OF_A_PARAMETER * entries)
 
 
 def _metadata(update: DecodedUpdate, more: dict[str, Any]) -> dict[str, str]:
@@ -97,28 +126,29 @@ def _metadata(update: DecodedUpdate, more: dict[str, Any]) -> dict[str, str]:
         "round_index": update.round_index,
         "total_weight": weight,
         "within_clip": within_clip,
-        "outcomes": [[o.client_id, o.num_examples, o.error] for o in update.outcomes],
+        "outcomes": [
+            [o.client_id, o.num_examples, None if o.error is None else one_line(o.error)] for o in update.outcomes
+        ],
     }
     return {"update": json.dumps(facts | more)}
 
 
-def _header(content: bytes) -> Any:
-    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-    return json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])
+def _facts(metadata: Mapping[str, str]) -> tuple[PartialSum, Encoding | None]:
+    """The update without its arrays; raises ValueError where a fact is missing, unknown or out of range."""
+    content = fields_of(metadata, {"update"})["update"].encode()
+    facts = fields_of(parse_json(content, max_bytes=_MAX_FACTS_BYTES), _REQUIRED, _OPTIONAL)
+    if not isinstance(facts["outcomes"], list):
+        raise ValueError("its outcomes are no list")
+    outcomes = tuple(_outcome(outcome) for outcome in facts["outcomes"])
+    round_index, within_clip = integer(facts["round_index"], 0, _MAX_ROUND), facts["within_clip"]
+    weight = number(facts["total_weight"], 0.0, float(MAX_EXAMPLES))
+    encoding = Encoding(text(facts["encoding"], 16)) if "encoding" in facts else None
+    return PartialSum(round_index, outcomes, {}, weight, integer(within_clip, 0, len(outcomes))), encoding
 
 
-def _update(facts: Any) -> PartialSum:
-    outcomes = tuple(
-        ClientOutcome(
-            _typed(name, str), _typed(count, int), None if error is None else _typed(error, str)[:_MAX_REASON]
-        )
-        for name, count, error in facts["outcomes"]
-    )
-    round_index, within_clip = _typed(facts["round_index"], int), _typed(facts["within_clip"], int)
-    return PartialSum(round_index, outcomes, {}, float(facts["total_weight"]), within_clip)
-
-
-def _typed(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no {kind.__name__}")
-    return value
+def _outcome(outcome: object) -> ClientOutcome:
+    if not isinstance(outcome, list) or len(outcome) != 3:
+        raise ValueError("an outcome is no list of client, examples and error")
+    client_id, count, error = outcome
+    words = None if error is None else one_line(text(error, _MAX_ERROR))
+    return ClientOutcome(text(client_id, _MAX_CLIENT_ID), integer(count, 0, MAX_EXAMPLES), words)
