@@ -5,6 +5,7 @@ The aggregator actor runs it on Ray; tests use it directly.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -13,7 +14,7 @@ from typing import Any
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.cohort.connectivity import connectivity
 from fedvit.config import Settings
-from fedvit.errors import ConflictError
+from fedvit.errors import ConflictError, FedvitError
 from fedvit.metrics.exposition import gauge
 from fedvit.metrics.targets import ADDRESS, VEHICLES, Target, write_targets
 from fedvit.operations.mailbox import Mailbox
@@ -27,6 +28,7 @@ from fedvit.store.backup import write_backup
 from fedvit.store.store import Store
 from fedvit.types import ModelVersion, Operation, OperationStatus, Run, RunStatus, TrainingProgress, Variant
 
+_LOG = logging.getLogger(__name__)
 STOP_POLL_S = 0.1
 SHUTDOWN = "shutdown"
 
@@ -69,7 +71,7 @@ class LocalAggregator:
         )
         self._publisher = self._coordinator.publisher
         self._lock = threading.Lock()
-        self._loop: Future[Run] | None = None
+        self._loop: Future[None] | None = None
         self._shutting_down = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="training-loop")
         self._mailbox = Mailbox(settings, store, clock)
@@ -178,7 +180,17 @@ class LocalAggregator:
         # A run that an operation begins while the system shuts down is continued by the next start.
         if self._is_idle() and not self._shutting_down.is_set():
             self._coordinator.announce()
-            self._loop = self._thread.submit(self._coordinator.run)
+            self._loop = self._thread.submit(self._run)
+
+    def _run(self) -> None:
+        """Run the loop. A fault of the program ends the run with status FAILED, and does not keep the progress back."""
+        try:
+            self._coordinator.run()
+        except FedvitError:
+            raise
+        except Exception:
+            _LOG.exception("the training loop ended with a fault of the program")
+            self._coordinator.show_stored()
 
     def _is_idle(self) -> bool:
         return self._loop is None or self._loop.done()

@@ -124,6 +124,10 @@ class Coordinator:
         """Show the loop as running, not as the last run ended; :meth:`run` is to follow."""
         return self._progress.announce()
 
+    def show_stored(self) -> None:
+        """Show the latest run as it is stored, for a loop that ended with a fault of the program."""
+        self._progress.reset()
+
     def begin(self, request: RunRequest) -> Run:
         """Put a request in force and open its run, while the loop rests; :meth:`run` then drives it. Repeatable."""
         run = self.lifecycle.begin(request)

@@ -167,13 +167,16 @@ class DataHealthMonitor:
         self._histograms = None
 
     def after_round(self, outcomes: Collection[ClientOutcome]) -> None:
-        """Judge the clients that took part. An error here does not concern the round, which is committed."""
+        """Judge the clients that took part. An error here does not concern the round, which is committed: the figures
+        of one client, which has chosen them, must not end the training of all."""
         if self._histograms is not None and all(outcome.update_norm is None for outcome in outcomes):
             return
         try:
             self._measure({outcome.client_id for outcome in outcomes})
         except FedvitError as error:
             _LOG.warning("The health of the fleet's data was not measured: %s", error)
+        except Exception:
+            _LOG.exception("The health of the fleet's data was not measured")
 
     def _measure(self, client_ids: Collection[str]) -> None:
         newest = self._histograms = self._histograms or histograms(self._store)

@@ -111,7 +111,7 @@ class MixedFleet:
                 self._asked[client.client_id] = offer
         return ClientFailures.of(task.round_index, uncharged, UNCHARGED)
 
-    def _arrived(self) -> Iterator[EncodedUpdate]:
+    def _arrived(self) -> Iterator[EncodedUpdate | ClientFailures]:
         for client_id, offer in sorted(self._asked.items()):
             answer = self._work.answer(offer)
             if answer is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-from fedvit.errors import BudgetExhaustedError, LedgerFrozenError
+from fedvit.errors import BudgetExhaustedError, LedgerFrozenError, UpdateRejectedError
 from fedvit.ports import Charge
 from fedvit.privacy.events import Composed, Event, Gaussian, Repeated
 from fedvit.privacy.round_cost import charge_of, histogram_is_due, round_event
@@ -15,6 +16,7 @@ from fedvit.rounds.data_health import reference_spec
 from fedvit.types import Run, Weights
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec, checked_counts
 
+_LOG = logging.getLogger(__name__)
 _ALIKE = 0.8
 """The least correlation of votes with those of the reference at which the reference is used again."""
 
@@ -107,4 +109,8 @@ def _alike(some: Sequence[int], others: Sequence[int]) -> bool:
 
 
 def _fits(histogram: ClientHistogram, spec: HistogramSpec) -> bool:
-    return histogram.spec_digest == spec.digest and checked_counts(spec, histogram.counts) == histogram.counts
+    try:
+        return histogram.spec_digest == spec.digest and checked_counts(spec, histogram.counts) == histogram.counts
+    except UpdateRejectedError as error:
+        _LOG.warning("The histogram of %s is not stored: %s", histogram.client_id, error)
+        return False

@@ -29,6 +29,7 @@ from fedvit.updates import (
     UpdateMessage,
     WeightedUpdate,
 )
+from fedvit.wire.untrusted import MAX_REASON, errors_as_rejection
 
 # One in the process, for all rounds.
 _BYTES = counter("update_bytes_total")
@@ -271,10 +272,15 @@ class UpdateAdmission:
 
     def _validated(self, part: SingleMessage) -> tuple[ValidAnswer, list[Rejection]]:
         try:
-            update = self._validator.decoded(part) if isinstance(part, EncodedUpdate) else part
+            # A fault of the program rejects this update, too: the bytes of one client must not end the round.
+            with errors_as_rejection(f"The update of {part.outcomes[0].client_id}"):
+                return self._checked(part)
         except UpdateRejectedError as error:
             reason = f"its update is refused: {error.message}"
             return _rejected(part.round_index, part.outcomes, RejectionCode.INVALID_UPDATE, reason)
+
+    def _checked(self, part: SingleMessage) -> tuple[ValidAnswer, list[Rejection]]:
+        update = self._validator.decoded(part) if isinstance(part, EncodedUpdate) else part
         for outcome in update.outcomes:
             if outcome.sent_bytes is not None:
                 _BYTES.labels(str(outcome.encoding)).inc(outcome.sent_bytes)
@@ -289,7 +295,7 @@ class UpdateAdmission:
 def _rejected(
     round_index: int, outcomes: tuple[ClientOutcome, ...], code: RejectionCode, reason: str
 ) -> tuple[ValidAnswer, list[Rejection]]:
-    contributors = [outcome.client_id for outcome in outcomes if outcome.error is None]
+    contributors, reason = [outcome.client_id for outcome in outcomes if outcome.error is None], reason[:MAX_REASON]
     # It is not known whose update in a sum is invalid: it is counted against none of the clients.
     counted = code is RejectionCode.INVALID_UPDATE and len(contributors) == 1
     failed = tuple(o if o.error else replace(o, error=reason, counted_against_client=counted) for o in outcomes)

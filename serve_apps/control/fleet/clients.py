@@ -24,6 +24,7 @@ from fedvit.api.clients import (
 )
 from fedvit.errors import ConflictError, FedvitError, NotFoundError
 from fedvit.operations.mailbox import Mailbox, MailboxState
+from fedvit.rounds.remote import RemoteWork
 from fedvit.store.records import ClientValidation
 from fedvit.types import Client, ClientKind
 from serve_apps.control.fleet.heartbeats import Heartbeats
@@ -112,9 +113,12 @@ def _add_changes(api: FastAPI, services: Services, liveness: Liveness) -> None:
 
     @route(api, "DELETE /api/clients/{client_id}", "clients", OPERATOR, 404)
     def remove(client_id: str, note: Note) -> ClientView:
-        """Take a client out of the active list; its record and its privacy spend remain."""
+        """Take a client out of the active list and delete its task and its stored update; its record and its privacy
+        spend remain."""
         note.before = _facts(store.clients.get(client_id))
-        return changed(store.clients.update(client_id, active=False), note)
+        removed = store.clients.update(client_id, active=False)
+        RemoteWork(services.settings, store).forget(client_id)
+        return changed(removed, note)
 
     # Behind the lists: their paths would be taken for a client's.
     @route(api, "GET /api/clients/{client_id}", "clients", VIEWER, 404)

@@ -13,16 +13,16 @@ from fedvit.api.clients import (
     HistogramBody,
     HistogramReceipt,
     HistogramRequestView,
-    ReceiptStatus,
     ReceiptView,
     RemoteTaskView,
     TaskView,
 )
-from fedvit.errors import ConflictError, NotFoundError, UpdateRejectedError
-from fedvit.rounds.remote import FROZEN_DIGEST, Offer, Receipt, RemoteWork
+from fedvit.errors import NotFoundError
+from fedvit.rounds.remote import FROZEN_DIGEST, Offer, RemoteWork
 from fedvit.wire.histograms import HistogramRequest
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.http.access import CurrentIdentity, requires
+from serve_apps.control.http.bodies import read_body
 from serve_apps.control.http.route import OCTETS, route, takes_bytes
 from serve_apps.control.services import Services
 
@@ -100,9 +100,10 @@ def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
         client's quarantine; for one that nobody waits for, or that differs from the first, 409 says what happened.
         """
         who.check_speaks_for(client_id)
-        content = await request.body()
+        max_bytes = await run_in_threadpool(work.check_awaited, client_id, run_id, round_index)
+        content = await read_body(request, max_bytes)
         receipt = await run_in_threadpool(work.receive, client_id, run_id, round_index, content)
-        _check(receipt)
+        receipt.check()
         if receipt.folded_in is not None:
             response.status_code = 200
         return ReceiptView.of(receipt)
@@ -128,14 +129,6 @@ def _add_histograms(api: FastAPI, work: RemoteWork) -> None:
 def _histogram_view(client_id: str, order: HistogramRequest, num_examples: int) -> HistogramRequestView:
     output_id = order.output_id(client_id, num_examples)
     return HistogramRequestView(num_examples=num_examples, output_id=output_id, order=order.to_json())
-
-
-def _check(receipt: Receipt) -> None:
-    update = f"The update of {receipt.client_id} to round {receipt.round_index}"
-    if receipt.status is ReceiptStatus.REFUSED:
-        raise UpdateRejectedError(f"{update} is refused: {receipt.reason}", cure="Do not send it again.")
-    if receipt.status in (ReceiptStatus.REJECTED, ReceiptStatus.DUPLICATE):
-        raise ConflictError(f"{update} is not taken: {receipt.reason}.", cure="Ask for the next task.")
 
 
 def _task_view(services: Services, offer: Offer) -> TaskView:
