@@ -5,6 +5,7 @@ Folders on a file system need no further package.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +45,7 @@ class Folder(Protocol):
         """Move a file; an older one at ``target`` is replaced. Harmless where it is gone already."""
 
     def remove(self, path: str) -> None:
-        """Remove a file; harmless where it is gone already."""
+        """Remove a file; harmless where it is gone already, or is a folder."""
 
 
 def open_folder(url: str) -> Folder:
@@ -67,7 +68,8 @@ def open_folder(url: str) -> Folder:
 
 
 class LocalFolder:
-    """A folder on a file system. Links in it are not followed, because others may write to it, too."""
+    """A folder on a file system. Links in it are not followed, because others may write to it, too: a file behind a
+    linked folder cannot be reached, which raises OSError."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -81,7 +83,7 @@ class LocalFolder:
     def read(self, path: str, max_bytes: int) -> bytes:
         try:
             # Non-blocking, so that a pipe in the place of a file does not block.
-            handle = os.open(self._root / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            handle = os.open(self._at(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             raise NotFoundError(f"There is no file {path}.") from None
         except OSError as error:
@@ -91,19 +93,30 @@ class LocalFolder:
         return _bounded(path, content or b"", max_bytes)
 
     def write(self, path: str, content: bytes) -> None:
-        write_atomically(self._root / path, content)
+        write_atomically(self._at(path), content)
 
     def move(self, path: str, target: str) -> None:
-        (self._root / target).parent.mkdir(parents=True, exist_ok=True)
+        place = self._at(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            os.replace(self._root / path, self._root / target)
+            os.replace(self._at(path), place)
 
     def remove(self, path: str) -> None:
-        (self._root / path).unlink(missing_ok=True)
+        with suppress(IsADirectoryError):
+            self._at(path).unlink(missing_ok=True)
+
+    def _at(self, path: str) -> Path:
+        """The place of a file, if no folder on the way to it is a link."""
+        place = self._root
+        for part in path.split("/")[:-1]:
+            place /= part
+            if place.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(place))
+        return self._root / path
 
     def _names(self, path: str, *, folders: bool) -> list[str]:
         try:
-            with os.scandir(self._root / path) as entries:
+            with os.scandir(self._at(f"{path}/")) as entries:
                 # Drafts begin with a dot. A link counts as a file, so that it can be refused by name.
                 return sorted(
                     entry.name

@@ -20,14 +20,17 @@ from enum import StrEnum
 from typing import Any
 
 from fedvit.errors import DataError, IntegrityError
+from fedvit.types import CLIENT_ID
+from fedvit.wire.untrusted import fields_of, integer, parse_json, text
 
-MAX_MESSAGE_BYTES = 16_384
+MAX_MESSAGE_BYTES = 4_096
 INBOX = "inbox"
 _FORMAT = 1
 _ID = re.compile(r"[0-9]{13}-[0-9a-f]{16}")
 # Domain separation: no other use of the key gives the HMAC of a message.
 _PURPOSE = b"fedvit mailbox message\0"
-_MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+_FIELDS = {"format", "client_id", "message_id", "kind", "body"}
+_MAX_NAME, _MAX_ROUND = 64, 2**31 - 1
 
 
 class MessageKind(StrEnum):
@@ -67,12 +70,15 @@ class UpdateNote:
 
     @classmethod
     def of(cls, message: Message) -> UpdateNote:
-        """The note in a message; raises KeyError, TypeError or ValueError where there is none."""
-        body = message.body
-        note = cls(body["run_id"], body["round_index"], body["sha256"])
-        if not isinstance(note.run_id, str) or type(note.round_index) is not int or not isinstance(note.sha256, str):
-            raise TypeError("a field of the note is of another type")
-        return note
+        """The note in a message; raises DataError where there is none."""
+        try:
+            body = fields_of(message.body, {"run_id", "round_index", "sha256"})
+            run_id, sha256 = text(body["run_id"], _MAX_NAME), text(body["sha256"], _MAX_NAME)
+            if not re.fullmatch(CLIENT_ID, run_id):
+                raise ValueError("its run_id is no name of a run")
+            return cls(run_id, integer(body["round_index"], 1, _MAX_ROUND), sha256)
+        except ValueError as error:
+            raise DataError(f"The message does not say which round its update is for: {error}.") from None
 
 
 def new_message_id(at: datetime) -> str:
@@ -112,25 +118,25 @@ def verify_message(content: bytes, key: bytes, client_id: str, message_id: str) 
         DataError: it is no message, or its kind or format is unknown.
     """
     try:
-        envelope = json.loads(content)
-        payload, code = envelope["payload"], envelope["hmac"]
-        good = hmac.compare_digest(_hmac(payload, key).encode(), code.encode())
-    except _MALFORMED:
-        raise DataError("The file is no message.") from None
-    if not good:
+        envelope = fields_of(parse_json(content, max_bytes=MAX_MESSAGE_BYTES), {"payload", "hmac"})
+        payload, code = (text(envelope[name], MAX_MESSAGE_BYTES) for name in ("payload", "hmac"))
+    except ValueError as error:
+        raise DataError(f"The file is no message: {error}.") from None
+    if not hmac.compare_digest(_hmac(payload, key).encode(), code.encode()):
         raise IntegrityError("The message was not signed with the key of the client in whose folder it is.")
     try:
-        return _checked(json.loads(payload), client_id, message_id)
-    except _MALFORMED:
-        raise DataError("The message lacks a field, or one has another type.") from None
-
-
-def _checked(signed: Mapping[str, Any], client_id: str, message_id: str) -> Message:
-    if (signed["client_id"], signed["message_id"]) != (client_id, message_id):
+        signed = fields_of(parse_json(payload.encode(), max_bytes=MAX_MESSAGE_BYTES), _FIELDS)
+        names = text(signed["client_id"], _MAX_NAME), text(signed["message_id"], _MAX_NAME)
+        version, kind = integer(signed["format"], 0, _MAX_ROUND), text(signed["kind"], _MAX_NAME)
+        if not isinstance(signed["body"], dict):
+            raise ValueError("its body is no object")
+    except ValueError as error:
+        raise DataError(f"The message lacks a field, or one has another type: {error}.") from None
+    if names != (client_id, message_id):
         raise IntegrityError("The message was signed under another name.")
-    if signed["format"] != _FORMAT or signed["kind"] not in list(MessageKind):
-        raise DataError(f"Format {signed['format']!r}, kind {signed['kind']!r} is unknown.")
-    return Message(client_id, message_id, MessageKind(signed["kind"]), dict(signed["body"]))
+    if version != _FORMAT or kind not in list(MessageKind):
+        raise DataError(f"Format {version}, kind {kind!r} is unknown.")
+    return Message(client_id, message_id, MessageKind(kind), signed["body"])
 
 
 def _hmac(payload: str, key: bytes) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
@@ -25,12 +26,17 @@ from fedvit.config import Settings
 from fedvit.errors import ConfigError, DataError, MailboxError, NotFoundError, PlacementError, UsageError
 from fedvit.operations.mailbox import PER_CLIENT, Mailbox
 from fedvit.operations.runner import PeriodicTasks
+from fedvit.privacy.events import Gaussian
+from fedvit.privacy.randomness import output_id
+from fedvit.privacy.round_cost import charge_of
+from fedvit.rounds.remote import RemoteWork
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.testing.doubles import ManualClock
-from fedvit.types import Client, ClientKind, utc_now
+from fedvit.testing.doubles import GenerousAccountant, ManualClock
+from fedvit.types import Client, ClientKind, TrainTask, utc_now
 from fedvit.wire.folders import Folder, LocalFolder, open_folder
 from fedvit.wire.mailbox import Message, MessageKind, new_message_id, sign_message
+from fedvit.wire.tensors import encode_weights
 from serve_apps.control.api import Services, create_api
 
 WAIT_S = 20.0
@@ -153,21 +159,36 @@ def note(content: bytes, **changes: Any) -> dict[str, Any]:
     return {"run_id": "run-0001", "round_index": 1, "sha256": hashlib.sha256(content).hexdigest(), **changes}
 
 
+def leave_task(post: MailboxSite, client_id: str = "truck-1") -> None:
+    """A task of the round that :func:`note` names, which the client has not answered."""
+    base = post.store.blobs.put(encode_weights({"w": np.zeros(2, np.float32)}))
+    task = TrainTask("run-0001", 1, base, "d" * 64, 4.0, 0.1, 1.0, 1, 0.1)
+    of: Any = {"run_id": "run-0001", "round_index": 1, "unit_id": client_id, "unit": "record"}
+    GenerousAccountant(post.store).charge([charge_of(Gaussian(4.0), output_id=output_id(task, client_id, 10), **of)])
+    assert RemoteWork(post.settings, post.store).leave(task, post.store.clients.get(client_id))
+
+
 @pytest.mark.parametrize("place", ["inbox", "waiting"])
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "words", "asked"),
     [
-        (note(b"weights"), "rejected: round 1 of run-0001 did not ask it"),
-        (note(b"others"), "not the one that the message was signed for"),
-        (note(b"weights", round_index="1"), "does not say which round"),
-        ({}, "does not say which round"),
-        (None, "There is no file"),
+        (note(b"weights"), "rejected: round 1 of run-0001 did not ask it", False),
+        (note(b"weights"), "refused: The update is not safetensors", True),
+        (note(b"others"), "not the one that the message was signed for", True),
+        (note(b"weights", round_index="1"), "does not say which round", True),
+        # More than a database can hold.
+        (note(b"weights", round_index=2**64), "does not say which round", True),
+        (note(b"weights", run_id="../../run-0001"), "does not say which round", True),
+        ({}, "does not say which round", True),
+        (None, "There is no file", True),
     ],
 )
 def test_an_update_that_nobody_can_use_is_rejected_in_words(
-    post: MailboxSite, place: str, body: dict[str, Any] | None, words: str
+    post: MailboxSite, place: str, body: dict[str, Any] | None, words: str, asked: bool
 ) -> None:
     post.mailbox.enable()
+    if asked:
+        leave_task(post)
     update = replace(post.message(kind="update"), body=note(b"weights") if body is None else body)
     at = update.path.replace("inbox", place)
     if body is not None:
