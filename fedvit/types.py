@@ -28,6 +28,19 @@ Weights = Mapping[str, FloatArray]
 
 CLIENT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Pattern of client ids, safe as path segments and file names."""
+RUN_ID = CLIENT_ID
+"""Pattern of run ids, which are path segments and parts of file names, too."""
+DIGEST = r"^[0-9a-f]{64}$"
+"""Pattern of a SHA-256 in hex."""
+MAX_ROUND = 99_999_999
+"""The largest round index: it has eight digits in the names of files, which sort by it."""
+MAX_STEPS = 1_000_000
+"""The most local steps of one round."""
+MAX_FACTOR = 1e6
+"""The largest noise multiplier, clipping norm and learning rate; their product is a finite float32."""
+MAX_CLASSES = 10_000
+MAX_INTERVAL_S = 86_400.0
+"""The longest interval between two polls of a client, in seconds."""
 
 
 def utc_now() -> datetime:
@@ -206,7 +219,8 @@ class Cohort:
 class TrainTask:
     """The task of every client of a round: everything that identifies its output, except the weights themselves.
 
-    ``base_digest`` is the SHA-256 of the weights that the round starts from, ``data_digest`` that of the data manifest.
+    ``base_digest`` is the SHA-256 of the weights that the round starts from, ``data_digest`` that of the data manifest,
+    ``context_digest`` that of :meth:`fedvit.config.Settings.context_digest`; empty in tests of parts without settings.
     With the ``privacy_unit`` client, the client adds no noise: it clips its whole update to ``l2_clip_norm``, and
     ``sampling_prob`` only says how much of its data a step reads.
     """
@@ -221,6 +235,7 @@ class TrainTask:
     local_steps: int
     learning_rate: float
     privacy_unit: str = "record"
+    context_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedvit.config.base import PositiveFloat, PositiveInt, Section
+from fedvit.config.base import Factor, PositiveFloat, PositiveInt, Section
 
 
 class PartitionConfig(Section):
@@ -40,16 +40,21 @@ class DataConfig(Section):
 
 
 class HybridConfig(Section):
-    """The small ViT on the frozen EfficientNet-Lite0 stem (``model.name: hybrid_lite0``)."""
+    """The small ViT on the frozen EfficientNet-Lite0 stem (``model.name: hybrid_lite0``).
 
-    depth: PositiveInt = Field(2, description="Number of transformer blocks.")
-    width: Annotated[int, Field(ge=8)] = Field(96, description="Token width; a multiple of heads.")
-    heads: PositiveInt = Field(4, description="Attention heads of each block.")
-    mlp_ratio: PositiveFloat = Field(2.0, description="Width of a block's MLP over the token width.")
-    pooling_bands: PositiveInt = Field(
+    Sizes are bounded, because a vehicle builds the model that a server names.
+    """
+
+    depth: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Number of transformer blocks.")
+    width: Annotated[int, Field(ge=8, le=1024)] = Field(96, description="Token width; a multiple of heads.")
+    heads: Annotated[int, Field(ge=1, le=64)] = Field(4, description="Attention heads of each block.")
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = Field(
+        2.0, description="Width of a block's MLP over the token width."
+    )
+    pooling_bands: Annotated[int, Field(ge=1, le=128)] = Field(
         3, description="Horizontal bands of the image whose tokens are averaged separately before the head."
     )
-    layer_scale_init: PositiveFloat = Field(1e-3, description="Initial LayerScale of each residual branch.")
+    layer_scale_init: Factor = Field(1e-3, description="Initial LayerScale of each residual branch.")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> HybridConfig:
@@ -61,7 +66,9 @@ class HybridConfig(Section):
 class ModelConfig(Section):
     """The Vision Transformer, and which of its parameters are trained."""
 
-    name: str = Field("hybrid_lite0", description="'hybrid_lite0', or the name of any ViT in timm.")
+    name: Annotated[str, Field(max_length=200)] = Field(
+        "hybrid_lite0", description="'hybrid_lite0', or the name of any ViT in timm."
+    )
     pretrained: bool = Field(True, description="Start from pretrained weights, which timm downloads where necessary.")
     checkpoint: Path | None = Field(
         None, description="Local .safetensors or .pth file used instead of the download of pretrained weights."
@@ -69,8 +76,10 @@ class ModelConfig(Section):
     trainable: Literal["all", "head", "biases", "adapters"] = Field(
         "all", description="Trained parameters: all, the head, biases and head, or LoRA adapters and head."
     )
-    adapter_rank: PositiveInt = Field(4, description="Rank of the LoRA adapters under trainable 'adapters'.")
-    seed: int = Field(0, description="Seed of the initial weights.")
+    adapter_rank: Annotated[int, Field(ge=1, le=256)] = Field(
+        4, description="Rank of the LoRA adapters under trainable 'adapters'."
+    )
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(0, description="Seed of the initial weights.")
     hybrid: HybridConfig = Field(HybridConfig(), description="Architecture of 'hybrid_lite0'.")
 
 

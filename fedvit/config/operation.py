@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fedvit.config.base import Port, PositiveFloat, PositiveInt, Probability, Section
-from fedvit.types import NEVER_AUTOMATIC, RemediationAction, Variant
+from fedvit.types import MAX_INTERVAL_S, NEVER_AUTOMATIC, RemediationAction, Variant
 
 
 class ReleaseConfig(Section):
@@ -94,7 +94,7 @@ class FleetConfig(Section):
     check_interval_s: PositiveFloat = Field(
         5.0, description="Seconds from one count of the fleet, and collection of the mailbox, to the next."
     )
-    task_interval_s: PositiveFloat = Field(
+    task_interval_s: Annotated[float, Field(gt=0, le=MAX_INTERVAL_S)] = Field(
         5.0, description="Seconds from one query of a remote training client for a task to the next."
     )
     scrape_vehicles: bool = Field(

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedvit.config.base import LEAST_NOISE_MULTIPLIER, PositiveFloat, PositiveInt, Probability, Section
+from fedvit.config.base import LEAST_NOISE_MULTIPLIER, Factor, PositiveFloat, PositiveInt, Probability, Section
+from fedvit.types import MAX_FACTOR
 
 
 class AdaptiveClipConfig(Section):
@@ -31,7 +32,7 @@ class PrivacyConfig(Section):
     )
     target_epsilon: PositiveFloat = Field(8.0, description="Budget: most epsilon that all rounds together may spend.")
     target_delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="Delta at which epsilon is stated.")
-    noise_multiplier: Annotated[float, Field(ge=LEAST_NOISE_MULTIPLIER)] | None = Field(
+    noise_multiplier: Annotated[float, Field(ge=LEAST_NOISE_MULTIPLIER, le=MAX_FACTOR)] | None = Field(
         None,
         description="Standard deviation of the noise over the clipping norm; null calibrates it so that all rounds "
         "together spend at most target_epsilon.",
@@ -39,7 +40,7 @@ class PrivacyConfig(Section):
     sampling_prob: Probability = Field(
         0.5, description="Probability that a record takes part in a local step (Poisson sampling)."
     )
-    l2_clip_norm: PositiveFloat = Field(
+    l2_clip_norm: Factor = Field(
         1.0, description="L2 norm to which a gradient, or with privacy_unit 'client' a whole update, is clipped."
     )
     noise: Literal["independent", "banded"] = Field(
@@ -76,6 +77,6 @@ class HistogramConfig(Section):
         description="Rounds from one collection to the next, the first of them in the first round; null collects none. "
         "A client is left out where its budget would not bear the rest of the run as well.",
     )
-    noise_multiplier: Annotated[float, Field(ge=1)] = Field(
+    noise_multiplier: Annotated[float, Field(ge=1, le=MAX_FACTOR)] = Field(
         5.25, description="Standard deviation of the Gaussian noise over the sensitivity of all counts."
     )

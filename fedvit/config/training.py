@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedvit.config.base import PositiveFloat, PositiveInt, Probability, Section
-from fedvit.types import Encoding
+from fedvit.config.base import Factor, PositiveFloat, PositiveInt, Probability, Section
+from fedvit.types import MAX_ROUND, MAX_STEPS, Encoding
 
 
 class CohortConfig(Section):
@@ -108,14 +108,16 @@ class AggregationModeConfig(Section):
 class TrainingConfig(Section):
     """Rounds, local steps and aggregation."""
 
-    rounds: PositiveInt = Field(30, description="Rounds of a run.")
+    rounds: Annotated[int, Field(ge=1, le=MAX_ROUND)] = Field(30, description="Rounds of a run.")
     evaluate_every_rounds: PositiveInt = Field(
         1,
         description="Rounds from one evaluation on held-out images to the next. Other versions have no loss and no "
         "accuracy; a version that may be released is always evaluated.",
     )
-    local_steps: PositiveInt = Field(1, description="Optimizer steps of a client in one round.")
-    learning_rate: PositiveFloat = Field(2.0, description="Learning rate of the local steps.")
+    local_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = Field(
+        1, description="Optimizer steps of a client in one round."
+    )
+    learning_rate: Factor = Field(2.0, description="Learning rate of the local steps.")
     server_learning_rate: PositiveFloat = Field(1.0, description="Factor on the aggregated update.")
     aggregation: str = Field("fedavg", description="Name of the aggregation rule, of this package or of a plug-in.")
     aggregation_options: dict[str, Any] = Field(default_factory=dict, description="Options of the aggregation rule.")

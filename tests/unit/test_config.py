@@ -132,7 +132,7 @@ def test_the_reference_page_is_current() -> None:
 
 def test_the_reference_states_type_default_and_bounds() -> None:
     assert "| `serving.port` | integer | `8000` | ≥ 1, ≤ 65535 | Port of the API. |" in reference()
-    assert "| `privacy.noise_multiplier` | number or null | `null` | ≥ 0.3 |" in reference()
+    assert "| `privacy.noise_multiplier` | number or null | `null` | ≥ 0.3, ≤ 1e+06 |" in reference()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
