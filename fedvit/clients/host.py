@@ -22,15 +22,16 @@ from fedvit.config import Settings
 from fedvit.data.partition import VirtualFleet
 from fedvit.data.records import ImageSource, Record, load_images
 from fedvit.drift.client import HistogramClient
-from fedvit.errors import UpdateRejectedError
+from fedvit.errors import DataError, UpdateRejectedError
 from fedvit.models.build import build_model
-from fedvit.models.trainable import trainable_weights
+from fedvit.models.trainable import frozen_weights, trainable_weights
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.mechanism import clip_update
-from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret
+from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret, output_id
 from fedvit.types import ClientOutcome, Encoding, FloatArray, TrainTask, Weights
 from fedvit.updates import ClientAnswer, ClientUpdate, EncodedUpdate, SingleMessage, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
+from fedvit.wire.tensors import weights_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,8 @@ class ClientHost:
         personal_trainer: for the clients' personal models, if the rule has such (Ditto).
         monitor: adds statistics to the outcomes of noised updates; None if nothing is noised here.
         histograms: the clients' histograms; None if they have none.
+        context_digest: of the settings, the data set's classes and the model of this host, as the host itself computes
+            it; see :meth:`fedvit.config.Settings.context_digest`. Noise and coins are derived from it.
         alter_answer: applied to each client's answer before it is summed or bundled; drills inject faults with it.
     """
 
@@ -119,9 +122,10 @@ class ClientHost:
         personal_trainer: Trainer | None = None,
         monitor: UpdateStatisticsMonitor | None = None,
         histograms: HistogramClient | None = None,
+        context_digest: str = "",
         alter_answer: Callable[[str, ClientAnswer], ClientAnswer] | None = None,
     ) -> None:
-        self.data, self.monitor = data, monitor
+        self.data, self.monitor, self.context_digest = data, monitor, context_digest
         self._settings, self._trainer, self._root_secret = settings, trainer, root_secret
         self._personal_trainer, self._histograms, self._alter_answer = personal_trainer, histograms, alter_answer
         self._rule = rule_for(settings)
@@ -155,8 +159,31 @@ class ClientHost:
         this_round = self._begin(task, weights)
         return self._encoder.encode(task, self._answer(this_round, client_id), encoding, this_round.validator)
 
+    def output_digest(self, task: TrainTask, client_id: str, encoding: Encoding) -> str:
+        """SHA-256, hex, of all that determines what :meth:`train_encoded` returns for this client and encoding.
+
+        Beside the output's id it covers what only the client knows: its data, its state, and what this host computes
+        with. Equal digests give equal bytes on the same number of threads.
+        """
+        data, place = self.data.load(client_id), (task.run_id, task.round_index, client_id)
+        output = output_id(task, client_id, len(data.labels))
+        facts = [output, self.context_digest, data.digest, self._states.digest(*place), encoding.value]
+        if encoding is Encoding.TOP_K:
+            facts.append(self._encoder.state_digest(task, client_id))
+        return hashlib.sha256("/".join(facts).encode()).hexdigest()
+
     def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
         return self._histograms.histograms(request, client_ids) if self._histograms else []
+
+    def histogram_digest(self, request: HistogramRequest, client_id: str) -> str:
+        """SHA-256, hex, of all that determines the client's histogram.
+
+        Raises:
+            DataError: the client has no histograms, or no records.
+        """
+        if self._histograms is None:
+            raise DataError(f"Client {client_id} has no histograms.")
+        return self._histograms.output_digest(request, client_id)
 
     def _begin(self, task: TrainTask, weights: Weights) -> _Round:
         check_base(task, weights)
@@ -188,9 +215,10 @@ class ClientHost:
         task, base, broadcast = this_round.task, this_round.base, this_round.broadcast
         data, half = self.data.load(client_id), self._rule.client
         state, state_digest = self._states.load(task.run_id, task.round_index, client_id)
-        # Derived from the records, and from the state that corrects the steps: the noise of an earlier output must not
-        # be used again with changed data or with other steps.
-        derived_from = f"{data.digest}/{state_digest}" if half.keeps_state else data.digest
+        # Derived from what this host computes with, from the records, and from the state that corrects the steps: the
+        # noise of an earlier output must not be used again with another model, changed data or other steps.
+        derived_from = f"{self.context_digest}/{data.digest}"
+        derived_from += f"/{state_digest}" if half.keeps_state else ""
         secret = derive_secret(self._root_secret, f"{client_id}/{derived_from}")
         correction = half.before_training(base, broadcast, state)
         delta = self._trainer.train(task, base, data.features, data.labels, secret, client_id, correction)
@@ -231,7 +259,8 @@ def vision_host(
     records = VirtualFleet.open(settings.data) if records is None else records
     if model is None:
         model = build_model(settings.model, len(records.source.classes), settings.data.image_size)
-    root_secret = load_or_create_root_secret(settings.home)
+    root_secret, source = load_or_create_root_secret(settings.home), records.source
+    context_digest = settings.context_digest(source.classes, weights_digest(frozen_weights(model)))
     physical_batch_size = settings.training.physical_batch_size
     by_record = settings.privacy.privacy_unit == "record"
     steps = LocalTrainer if by_record else PlainTrainer
@@ -243,7 +272,10 @@ def vision_host(
         root_secret=root_secret,
         personal_trainer=PlainTrainer(model, physical_batch_size=physical_batch_size) if personal else None,
         monitor=_monitor_of(model) if settings.simulation.private and by_record else None,
-        histograms=HistogramClient(model, records.source, settings.data.image_size, records.records, root_secret),
+        histograms=HistogramClient(
+            model, source, settings.data.image_size, records.records, root_secret, context_digest
+        ),
+        context_digest=context_digest,
         alter_answer=alter_answer,
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.client_state import ClientState
 from fedvit.errors import UpdateRejectedError
+from fedvit.privacy import mechanism
 from fedvit.privacy.randomness import SecretStream, derive_secret, output_id
 from fedvit.types import Encoding, TrainTask
 from fedvit.updates import ClientAnswer, ClientFailures, ClientUpdate, EncodedUpdate
@@ -19,8 +20,8 @@ from fedvit.wire.updates import encode_smaller
 class UpdateEncoder:
     """Encodes updates as bytes. It is post-processing of noised values, with random rounding of its own.
 
-    A repeated round gives the same bytes: the rounding is derived from the id of the mechanism output, and values that
-    top-k dropped are added to the client's next round.
+    A repeated round gives the same bytes: the rounding is derived from the id of the mechanism output and from the
+    noised update itself, so no two updates share it. Values that top-k dropped are added to the client's next round.
 
     Args:
         home: the state folder, which stores the dropped values.
@@ -47,6 +48,10 @@ class UpdateEncoder:
         except UpdateRejectedError:
             return self._encoded(task, answer, Encoding.FLOAT32)
 
+    def state_digest(self, task: TrainTask, client_id: str) -> str:
+        """The SHA-256, hex, of the dropped values that top-k adds to the client's update in this round."""
+        return self._dropped.digest(task.run_id, task.round_index, client_id)
+
     def _with_feedback(self, task: TrainTask, update: ClientUpdate, validator: UpdateValidator) -> EncodedUpdate:
         client_id, weight = update.outcome.client_id, update.total_weight
         dropped, _ = self._dropped.load(task.run_id, task.round_index, client_id)
@@ -59,7 +64,8 @@ class UpdateEncoder:
 
     def _encoded(self, task: TrainTask, answer: ClientAnswer, encoding: Encoding) -> EncodedUpdate:
         (outcome,) = answer.outcomes
-        secret = derive_secret(self._root_secret, f"{outcome.client_id}/rounding")
+        update = mechanism.digest(answer.weighted_sum) if isinstance(answer, ClientUpdate) else ""
+        secret = derive_secret(self._root_secret, f"{outcome.client_id}/rounding/{update}")
         output = output_id(task, outcome.client_id, outcome.num_examples)
         coins = SecretStream(secret, "rounding", {"release": output, "encoding": encoding.value})
         content = encode_smaller(answer, encoding, coins.uniform, self._fraction)

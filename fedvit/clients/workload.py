@@ -23,7 +23,7 @@ from fedvit.errors import ConfigError, ModelError, UpdateRejectedError
 from fedvit.exact_sums import Sums, largest, subtract
 from fedvit.ports import ClientHostPort, ExportedModel, ModelBenchmark, ServerModelPort
 from fedvit.privacy.mechanism import clip_factor
-from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret
+from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret, output_id
 from fedvit.types import Client, ClientKind, ClientOutcome, Evaluation, FloatArray, TrainTask, Variant, Weights
 from fedvit.updates import ClientAnswer, ClientUpdate, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
@@ -63,7 +63,7 @@ class VirtualClients(ABC):
 
         Args:
             weights: of the round, read-only, because all clients of the machine share them.
-            seed: 64 secret bits of this client and round; the same if the round is repeated, on any proxy.
+            seed: 64 secret bits of this client and task; the same if the round is repeated, on any proxy.
         """
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
@@ -190,7 +190,8 @@ class WorkloadHost:
         return dict(self._scratch), largest(peaks)
 
     def _seed(self, task: TrainTask, client_id: str) -> int:
-        name = f"workload/{client_id}/{task.run_id}/{task.round_index}/{task.base_digest}"
+        # The number of examples is not known before ``fit`` returns it.
+        name = f"workload/{output_id(task, client_id, 0)}"
         return int.from_bytes(derive_secret(self._root_secret, name)[:_SEED_BYTES], "big")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,29 @@ class Settings(Section):
     def training_digest(self) -> str:
         """SHA-256 of :meth:`training_identity`, hex."""
         return hashlib.sha256(json.dumps(self.training_identity(), sort_keys=True).encode()).hexdigest()
+
+    def context_digest(self, classes: Sequence[str], frozen_digest: str) -> str:
+        """SHA-256, hex, of all that determines a client's output beside its task and its data.
+
+        Left out are the budget, which server and vehicle set for themselves, and the path of a checkpoint, whose
+        content is in the frozen weights or in those that a round starts from.
+
+        Args:
+            classes: of the data set, in the order of the labels.
+            frozen_digest: SHA-256, hex, of the weights that never travel.
+
+        Raises:
+            ValueError: a number in the options of the rule is not finite.
+        """
+        identity = self.training_identity()
+        del identity["model"]["checkpoint"], identity["privacy"]["target_epsilon"], identity["privacy"]["target_delta"]
+        facts = {
+            "settings": identity,
+            "image_size": self.data.image_size,
+            "classes": list(classes),
+            "frozen_digest": frozen_digest,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _drop_defaults(section: dict[str, Any], kind: type[Section], *names: str) -> None:

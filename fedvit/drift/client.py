@@ -36,6 +36,7 @@ class HistogramClient:
     Args:
         records: the records of a client.
         root_secret: key from which clients' keys are derived.
+        context_digest: of the settings and the model; see :class:`fedvit.clients.host.ClientHost`.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class HistogramClient:
         image_size: int,
         records: Callable[[str], Sequence[Record]],
         root_secret: bytes,
+        context_digest: str = "",
     ) -> None:
         self._model, self._source, self._image_size = model, source, image_size
-        self._records, self._root_secret = records, root_secret
+        self._records, self._root_secret, self._context_digest = records, root_secret, context_digest
         self._counted: dict[tuple[str, str], _Counted] = {}
 
     def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
@@ -67,11 +69,22 @@ class HistogramClient:
             DataError: the client has no records.
         """
         counted = self._count(request, client_id)
-        # Bound to these records, like the noise of an update.
-        secret = derive_secret(self._root_secret, f"{client_id}/histogram/{counted.digest}")
+        # Bound to this model and these records, like the noise of an update.
+        derived_from = f"{self._context_digest}/{counted.digest}"
+        secret = derive_secret(self._root_secret, f"{client_id}/histogram/{derived_from}")
         counts = counted.counts.copy()
         counts[request.spec.slices[RISK]] = risk_of(counted.labels, request.spec)
         return noised_histogram(request, client_id, counts, len(counted.labels), secret)
+
+    def output_digest(self, request: HistogramRequest, client_id: str) -> str:
+        """SHA-256, hex, of all that determines the client's histogram: the output's id, this model, and its records.
+
+        Raises:
+            DataError: the client has no records.
+        """
+        counted = self._count(request, client_id)
+        output = request.output_id(client_id, len(counted.labels))
+        return hashlib.sha256(f"{output}/{self._context_digest}/{counted.digest}".encode()).hexdigest()
 
     def _count(self, request: HistogramRequest, client_id: str) -> _Counted:
         key = client_id, request.spec.basis

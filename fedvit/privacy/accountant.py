@@ -68,9 +68,16 @@ class PrivacyAccountant:
         self.write(charges)
         return self.budget()
 
-    def write(self, charges: Sequence[Charge]) -> None:
-        """Like :meth:`charge`, without the budget report, which takes longer than writing."""
+    def write(self, charges: Sequence[Charge], admit: Callable[[Repositories], None] | None = None) -> None:
+        """Like :meth:`charge`, without the budget report, which takes longer than writing.
+
+        Args:
+            admit: called first in the same transaction; what it writes is committed with the charges, and what it
+                raises undoes both.
+        """
         with self._lock, self._store.transaction() as transaction:
+            if admit is not None:
+                admit(transaction)
             new = transaction.ledger.not_yet_written(charges)
             if new:
                 transaction.ledger.check_not_frozen()
@@ -184,12 +191,7 @@ class PrivacyAccountant:
 
     def _epsilon_if_above_target(self, spends: Collection[Spent]) -> float | None:
         """The largest epsilon of the spends if it is above the budget, else None."""
-        delta, target = self._settings.privacy.target_delta, self._target_epsilon
-        # RDP is never below PLD, and ten times as fast: what RDP admits, PLD admits.
-        if _most_exposed(spends, delta, epsilon_rdp) <= target:
-            return None
-        epsilon = _most_exposed(spends, delta, epsilon_pld)
-        return epsilon if epsilon > target else None
+        return _epsilon_if_above(self._target_epsilon, spends, self._settings.privacy.target_delta)
 
     def _read_ledger(self, store: Repositories) -> None:
         period = store.budget.current()
@@ -209,6 +211,18 @@ def epsilon_spent_at(store: Store, settings: Settings, at: datetime) -> float:
     spends = _Spends(settings.privacy.privacy_unit, after=started[-1] if started else 0)
     spends.read(store, until=at)
     return _most_exposed(spends.all(), settings.privacy.target_delta, epsilon_pld)
+
+
+def epsilon_above(limit: float, charges: Iterable[Charge], settings: Settings) -> float | None:
+    """Epsilon of the most exposed unit by these charges alone if it is above ``limit``, else None.
+
+    Raises:
+        StateError: one of them cannot be interpreted.
+    """
+    spends = _Spends(settings.privacy.privacy_unit, after=0)
+    for charge in charges:
+        spends.take(charge)
+    return _epsilon_if_above(limit, spends.all(), settings.privacy.target_delta)
 
 
 def epsilon_of(charges: Iterable[Charge], settings: Settings) -> float:
@@ -300,6 +314,14 @@ def _together(*spends: Spent) -> Spent:
         for event, times in spent:
             whole[event] += times
     return frozenset(whole.items())
+
+
+def _epsilon_if_above(limit: float, spends: Collection[Spent], delta: float) -> float | None:
+    # RDP is never below PLD, and ten times as fast: what RDP admits, PLD admits.
+    if _most_exposed(spends, delta, epsilon_rdp) <= limit:
+        return None
+    epsilon = _most_exposed(spends, delta, epsilon_pld)
+    return epsilon if epsilon > limit else None
 
 
 def _most_exposed(spends: Collection[Spent], delta: float, epsilon: Callable[[Composition, float], float]) -> float:

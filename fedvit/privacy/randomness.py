@@ -3,9 +3,10 @@
 Each client has one secret key. Those of virtual clients are derived from one root key in the state folder (mode 0600).
 A real vehicle generates its own key and never sends it.
 
-Each mechanism output has one stream, derived from everything that identifies the output. A retry of the same output
-draws the same numbers, so it publishes the same value and costs nothing more. An output with any difference (base
-weights, data, settings) has an unrelated stream, so no noise protects two values.
+Each mechanism output has one stream, derived from everything that determines the output: the task with its context
+(settings, model, image size, classes), the data and the state of the client. A retry of the same output draws the same
+numbers, so it publishes the same value and costs nothing more. An output with any difference has an unrelated stream,
+so no noise protects two values.
 
 The generator is AES-256 in counter mode, keyed by HKDF-SHA256 (RFC 5869; similar to NIST SP 800-90A's CTR_DRBG).
 Imports no torch, because the accountant uses it.
@@ -71,9 +72,10 @@ def derive_secret(root: bytes, name: str) -> bytes:
 
 
 def output_id(task: TrainTask, client_id: str, num_examples: int) -> str:
-    """SHA-256, hex, of all that determines the output: the task, the client and its number of examples.
+    """SHA-256, hex, of the task, which names base weights and context, the client and its number of examples.
 
-    A retry has the same identity, draws the same noise and is charged once; anything else is another output.
+    It is what the ledgers of server and client hold; only the client knows its data and its state. A retry has the same
+    identity, draws the same noise and is charged once; anything else is another output.
     """
     # Canonical JSON with sorted keys; the task is encoded once for a cohort.
     whose = f'"client_id":{json.dumps(client_id)},"num_examples":{num_examples:d}'
@@ -82,11 +84,7 @@ def output_id(task: TrainTask, client_id: str, num_examples: int) -> str:
 
 @lru_cache(maxsize=8)
 def _canonical(task: TrainTask) -> str:
-    facts = asdict(task)
-    if facts["privacy_unit"] == "record":
-        # Outputs that were charged before privacy_unit existed keep their identity.
-        del facts["privacy_unit"]
-    return json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps(asdict(task), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 class SecretStream:

@@ -59,8 +59,9 @@ def train_task(
     data_digest: str,
     noise_multiplier: float,
     l2_clip_norm: float,
+    context_digest: str,
 ) -> TrainTask:
-    """The task of a round under these settings."""
+    """The task of a round under these settings; ``context_digest`` is theirs, see :meth:`Settings.context_digest`."""
     training, privacy = settings.training, settings.privacy
     return TrainTask(
         run_id=run_id,
@@ -73,4 +74,5 @@ def train_task(
         local_steps=training.local_steps,
         learning_rate=training.learning_rate,
         privacy_unit=privacy.privacy_unit,
+        context_digest=context_digest,
     )

@@ -42,11 +42,12 @@ class _TrainedRound:
 
 @dataclass(slots=True)
 class _OpenRun:
-    """The run under way. ``base`` is what its next round starts from."""
+    """The run under way. ``base`` is what its next round starts from; for ``context_digest`` see its tasks."""
 
     run: Run
     base: RoundBase
     frozen_digest: str
+    context_digest: str
 
 
 class RoundExecution:
@@ -91,7 +92,9 @@ class RoundExecution:
         """Continue this run; what is in flight for another one is given up."""
         if self._open is None or self._open.run.run_id != run.run_id:
             self._collector.give_up("another run began")
-        self._open = _OpenRun(run, self._lifecycle.round_base(run), self._lifecycle.store_frozen_weights())
+        frozen_digest, fleet = self._lifecycle.store_frozen_weights(), self._store.metadata.fleet()
+        context_digest = self._settings.context_digest(fleet.classes if fleet else (), frozen_digest)
+        self._open = _OpenRun(run, self._lifecycle.round_base(run), frozen_digest, context_digest)
 
     def perform(self, effect: machine.RoundEffect) -> machine.Event:
         """Do what the machine asks for; the event that follows."""
@@ -145,7 +148,7 @@ class RoundExecution:
         run, base, task = self.run, self._current.base, self._task(effect.cohort.round_index)
         METRICS.in_flight(len(self._collector.in_flight().union(effect.cohort.client_ids)))
         self._gather_histograms()
-        self._histograms.ask(run, task.round_index, effect.cohort.client_ids, base.weights)
+        self._histograms.ask(task, run, effect.cohort.client_ids, base.weights)
         updates = self._collector.collect(effect, task, base.weights, base.sent, timeout_s=timeout_s)
         METRICS.in_flight(len(self._collector.in_flight()))
         limit = self._settings.training.validation.quarantine_after_rejections
@@ -272,4 +275,5 @@ class RoundExecution:
             data_digest=run.data_digest,
             noise_multiplier=run.noise_multiplier,
             l2_clip_norm=self._protection.l2_clip_norm(run.run_id, round_index),
+            context_digest=self._current.context_digest,
         )

@@ -13,7 +13,7 @@ from fedvit.privacy.events import Composed, Event, Gaussian, Repeated
 from fedvit.privacy.round_cost import charge_of, histogram_is_due, round_event
 from fedvit.rounds.context import RoundContext
 from fedvit.rounds.data_health import reference_spec
-from fedvit.types import Run, Weights
+from fedvit.types import Run, TrainTask, Weights
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec, checked_counts
 
 _LOG = logging.getLogger(__name__)
@@ -29,19 +29,21 @@ class HistogramCollection:
         self._fleet, self._model = context.fleet, context.model
         self._requested: dict[str, HistogramSpec] = {}
 
-    def ask(self, run: Run, round_index: int, client_ids: Sequence[str], weights: Weights) -> tuple[str, ...]:
+    def ask(self, task: TrainTask, run: Run, client_ids: Sequence[str], weights: Weights) -> tuple[str, ...]:
         """Charge and request histograms of the clients whose budget admits one beside the rest of the run; their ids.
 
         A repeated round requests them again: charges are not written twice, and clients repeat the same histograms.
 
         Args:
+            task: of the round.
             weights: the weights that the round starts from.
         """
+        round_index = task.round_index
         spec = self._wanted(weights) if histogram_is_due(self._settings, round_index) and client_ids else None
         if spec is None:
             return ()
         noise_multiplier, unit = self._settings.histograms.noise_multiplier, self._settings.privacy.privacy_unit
-        request = HistogramRequest(run.run_id, round_index, noise_multiplier, unit, spec)
+        request = HistogramRequest(run.run_id, round_index, noise_multiplier, unit, spec, task.context_digest)
         sizes = self._store.clients.num_examples(client_ids)
         try:
             with_the_rest = self._charges(request, sizes, self._with_the_rest(run, round_index))

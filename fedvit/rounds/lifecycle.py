@@ -76,6 +76,7 @@ class RunLifecycle:
             data_digest="",
             noise_multiplier=self._noise_multiplier,
             l2_clip_norm=self._settings.privacy.l2_clip_norm,
+            context_digest="",
         )
         self._accountant.check(self._protection.charges(task, self.cohorts.affordable(task, config, needed)))
 

@@ -129,13 +129,17 @@ class HistogramSpec:
 
 @dataclass(frozen=True, slots=True)
 class HistogramRequest:
-    """A request for clients' histograms in a round of a run; noise relative to the sensitivity."""
+    """A request for clients' histograms in a round of a run; noise relative to the sensitivity.
+
+    ``context_digest`` is that of :class:`fedvit.types.TrainTask`: the model's frozen part embeds the images.
+    """
 
     run_id: str
     round_index: int
     noise_multiplier: float
     privacy_unit: str
     spec: HistogramSpec
+    context_digest: str = ""
 
     @property
     def deviation(self) -> float:
@@ -145,12 +149,13 @@ class HistogramRequest:
     def output_id(self, client_id: str, num_examples: int) -> str:
         """SHA-256, hex, of everything that determines the counts; see :func:`fedvit.privacy.randomness.output_id`."""
         facts = [self.run_id, self.round_index, self.noise_multiplier, self.privacy_unit, self.spec.digest]
-        return hashlib.sha256(json.dumps(["histogram", client_id, num_examples, *facts]).encode()).hexdigest()
+        facts = ["histogram", client_id, num_examples, *facts, self.context_digest]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only."""
-        plain = {name: getattr(self, name) for name in ("run_id", "round_index", "noise_multiplier", "privacy_unit")}
-        return {**plain, "spec": self.spec.to_json()}
+        names = ("run_id", "round_index", "noise_multiplier", "privacy_unit", "context_digest")
+        return {**{name: getattr(self, name) for name in names}, "spec": self.spec.to_json()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> HistogramRequest:

@@ -193,14 +193,21 @@ def ruled(settings: Settings, aggregation: str, **training: Any) -> Settings:
     return settings.model_copy(update={"training": settings.training.model_copy(update=changes)})
 
 
+def common_noise_host(settings: Settings) -> ClientHost:
+    """A host whose noise depends on neither settings nor model, to compare what rules do beside it."""
+    host = vision_host(settings)
+    host.context_digest = ""
+    return host
+
+
 def task_from(task: TrainTask, weights: Weights) -> TrainTask:
     return replace(task, base_digest=hashlib.sha256(encode_weights(weights)).hexdigest())
 
 
 def test_single_updates_come_in_one_message_and_add_up_to_the_sum(settings: Settings) -> None:
     base = base_of(settings)
-    summed = vision_host(settings).train(task_for(base), base, CLIENTS)
-    message = vision_host(ruled(settings, "median")).train(task_for(base), base, [*CLIENTS, "vehicle-99"])
+    summed = common_noise_host(settings).train(task_for(base), base, CLIENTS)
+    message = common_noise_host(ruled(settings, "median")).train(task_for(base), base, [*CLIENTS, "vehicle-99"])
     assert isinstance(message, UpdateBundle)
     assert [o.client_id for o in message.outcomes] == [*CLIENTS, "vehicle-99"]
     assert [part.total_weight for part in message.parts[:3]] == [1.0, 1.0, 1.0]
@@ -212,9 +219,9 @@ def test_single_updates_come_in_one_message_and_add_up_to_the_sum(settings: Sett
 
 def test_single_updates_travel_in_the_form_that_is_set_and_come_out_nearly_as_they_were(settings: Settings) -> None:
     base = base_of(settings)
-    plain = vision_host(ruled(settings, "median")).train(task_for(base), base, CLIENTS)
+    plain = common_noise_host(ruled(settings, "median")).train(task_for(base), base, CLIENTS)
     smaller = ruled(settings, "median", compression=CompressionConfig(encodings=(Encoding.INT8,)))
-    message, again = (vision_host(smaller).train(task_for(base), base, [*CLIENTS, "vehicle-99"]) for _ in "ab")
+    message, again = (common_noise_host(smaller).train(task_for(base), base, [*CLIENTS, "vehicle-99"]) for _ in "ab")
     assert message == again
     validator = UpdateValidator.of(smaller, rule_for(smaller), base)
     for part, exact in zip(message.parts[:3], plain.parts, strict=True):
@@ -246,13 +253,13 @@ def test_the_proximal_term_draws_every_step_back(settings: Settings, unit: str) 
     task = replace(task_for(base), privacy_unit=unit, local_steps=3, learning_rate=0.5, l2_clip_norm=1e6)
     task = replace(task, sampling_prob=1.0)
     plain, corrected = (
-        vision_host(ruled(settings, name, aggregation_options=options)).train(task, base, CLIENTS[:1])
+        common_noise_host(ruled(settings, name, aggregation_options=options)).train(task, base, CLIENTS[:1])
         for name, options in (("fedavg", {}), ("fedprox", {"proximal_mu": 2.0}))
     )
     # lr * mu = 1: whatever the first two steps did is taken back; what is left is the last one, and no more.
     norms = [l2_norm(update.weighted_sum) for update in (plain, corrected)]
     assert norms[1] < norms[0]
-    one = vision_host(ruled(settings, "fedprox", aggregation_options={"proximal_mu": 0.0}))
+    one = common_noise_host(ruled(settings, "fedprox", aggregation_options={"proximal_mu": 0.0}))
     for name, array in one.train(task, base, CLIENTS[:1]).weighted_sum.items():
         np.testing.assert_array_equal(array, plain.weighted_sum[name])
 
@@ -318,9 +325,9 @@ def test_noise_is_not_repeated_after_the_client_state_is_lost(settings: Settings
 def test_a_personal_model_learns_on_and_its_release_is_fedavg_s(settings: Settings) -> None:
     base = base_of(settings)
     task = replace(task_for(base), sampling_prob=1.0, local_steps=5, learning_rate=0.5)
-    global_only = vision_host(settings).train(task, base, CLIENTS[:1])
+    global_only = common_noise_host(settings).train(task, base, CLIENTS[:1])
     personal = ruled(settings, "ditto", aggregation_options={"personal_lambda": 0.0})
-    host = vision_host(personal)
+    host = common_noise_host(personal)
     update = host.train(task, base, CLIENTS[:1])
     for name, array in update.weighted_sum.items():
         np.testing.assert_array_equal(array, global_only.weighted_sum[name])
@@ -363,3 +370,14 @@ def test_an_invalid_update_does_not_affect_the_other_clients(settings: Settings)
     host.data.load(CLIENTS[1]).features.fill_(torch.nan)
     answer = host.train(task_for(base), base, CLIENTS)
     assert all(np.isfinite(array).all() for array in answer.weighted_sum.values())
+
+
+def test_a_host_with_another_model_never_draws_the_same_noise(settings: Settings) -> None:
+    other = settings.model_copy(update={"model": settings.model.model_copy(update={"seed": 1})})
+    base = base_of(settings)
+    # A head starts at zero, so both hosts accept the task.
+    assert all(np.array_equal(base[name], array) for name, array in base_of(other).items())
+    task = replace(task_for(base), l2_clip_norm=1e-6)
+    updates = [vision_host(each).train(task, base, CLIENTS[:1]).weighted_sum for each in (settings, other)]
+    noise = [np.concatenate([update[name].ravel() for name in sorted(base)]) for update in updates]
+    assert abs(np.corrcoef(*noise)[0, 1]) < 0.5

@@ -15,6 +15,7 @@ from fedvit.types import TrainTask
 TASK = TrainTask("run-1", 3, "base", "data", 1.5, 0.5, 1.0, 1, 0.1)
 CHANGES: dict[str, Any] = {
     "privacy_unit": "client",
+    "context_digest": "other",
     "run_id": "run-2",
     "round_index": 4,
     "base_digest": "other",

@@ -425,6 +425,7 @@ def test_a_repeated_round_repeats_its_noise_and_one_with_another_sum_does_not(tm
         data_digest="",
         noise_multiplier=run.noise_multiplier,
         l2_clip_norm=config.privacy.l2_clip_norm,
+        context_digest="",
     )
     weights = {"point": np.zeros(4000, dtype=np.float32)}
 
