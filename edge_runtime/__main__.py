@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import uvicorn
@@ -26,12 +26,16 @@ from edge_runtime.heartbeat import HeartbeatLoop
 from edge_runtime.mailbox import MailboxSender, read_mailbox_key
 from edge_runtime.server import ServingOptions, ServingProcess
 from fedvit.api.transport import open_http, read_token
+from fedvit.atomic_write import write_atomically
 from fedvit.errors import FedvitError, InterruptedRunError, NotFoundError, PortInUseError, UsageError
 from fedvit.registry.client import ReleaseClient
 from fedvit.registry.feed import open_feed
 from fedvit.types import Variant
 from fedvit.wire.folders import open_folder
-from fedvit.wire.manifest import parse_public_key
+from fedvit.wire.manifest import load_or_create_signing_key, parse_public_key, public_key_text
+
+if TYPE_CHECKING:
+    from edge_runtime.training.policy import VehiclePolicy
 
 GRACE_S = 5
 HEARTBEAT_TIMEOUT_S = 10.0
@@ -64,6 +68,18 @@ MailboxOption = Annotated[
 ]
 MailboxKeyOption = Annotated[
     Path | None, typer.Option(help="File with the mailbox key of this device, hex; see `fedvit token create --client`.")
+]
+PolicyOption = Annotated[
+    Path | None, typer.Option(help="Signed policy of the vehicle's owner; see `fedvit-edge policy sign`.")
+]
+OwnerKeyOption = Annotated[
+    str | None, typer.Option(help="Public key that signs the policy: a file or the text; required with --policy.")
+]
+TargetEpsilonOption = Annotated[
+    float | None, typer.Option(min=0.01, help="Without --policy: most epsilon that is ever spent, 8 by default.")
+]
+TargetDeltaOption = Annotated[
+    float | None, typer.Option(min=1e-12, max=0.1, help="Without --policy: at which delta, 1e-5 by default.")
 ]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads for one image.")]
 
@@ -137,8 +153,10 @@ def train(
         "fedvit-edge-home"
     ),
     rounds: Annotated[int | None, typer.Option(min=1, help="End after so many rounds; left out, never.")] = None,
-    target_epsilon: Annotated[float, typer.Option(min=0.01, help="The most that this vehicle will ever spend.")] = 8.0,
-    target_delta: Annotated[float, typer.Option(min=1e-12, max=0.1, help="At which delta.")] = 1e-5,
+    policy: PolicyOption = None,
+    owner_key: OwnerKeyOption = None,
+    target_epsilon: TargetEpsilonOption = None,
+    target_delta: TargetDeltaOption = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Pretrained weights, where there is no network.")] = None,
     threads: ThreadsOption = 1,
     source_token_file: SourceTokenOption = None,
@@ -152,26 +170,72 @@ def train(
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     with _reporting_errors(), _trainer_installed():
         # Here, because serving must not load torch.
-        from edge_runtime.training.vehicle import OwnerBudget, Vehicle
+        from edge_runtime.training.vehicle import Vehicle
         from fedvit.client import FedvitClient
 
+        rules = _policy(policy, owner_key, target_epsilon, target_delta)
         token = read_token(source_token_file) if source_token_file else None
         sender = _sender(mailbox, mailbox_key_file, source, device_id)
         with FedvitClient(source, token, verify=source_ca or True) as client:
             vehicle = Vehicle(
-                client,
-                device_id,
-                data,
-                home.resolve(),
-                budget=OwnerBudget(target_epsilon, target_delta),
-                checkpoint=checkpoint,
-                mailbox=sender,
+                client, device_id, data, home.resolve(), policy=rules, checkpoint=checkpoint, mailbox=sender
             )
             stop = threading.Event()
             signal.signal(signal.SIGTERM, lambda *_: stop.set())
             vehicle.register()
             vehicle.run(stop, lambda result: typer.echo(json.dumps(dataclasses.asdict(result))), rounds)
             vehicle.close()
+
+
+def _policy(
+    file: Path | None, owner_key: str | None, target_epsilon: float | None, target_delta: float | None
+) -> VehiclePolicy:
+    """The policy in the owner's file; without one the default policy, with this budget."""
+    from edge_runtime.training.policy import VehiclePolicy, read_policy
+
+    if (file is None) != (owner_key is None):
+        raise UsageError("--policy and --owner-key go together.", cure="Give both, or neither.")
+    if file is None or owner_key is None:
+        budget = {"max_epsilon": target_epsilon, "target_delta": target_delta}
+        return VehiclePolicy.model_validate({name: value for name, value in budget.items() if value is not None})
+    if target_epsilon is not None or target_delta is not None:
+        raise UsageError("The policy sets the budget.", cure="Leave --target-epsilon and --target-delta out.")
+    return read_policy(file, _trusted([owner_key]))
+
+
+policy_app = typer.Typer(help="The policy of a vehicle's owner: what a server may ask of the vehicle.")
+app.add_typer(policy_app, name="policy", no_args_is_help=True)
+
+
+@policy_app.command()
+def sign(
+    output: Annotated[Path, typer.Argument(help="File to write the signed policy to.")],
+    draft: Annotated[
+        Path | None, typer.Option(help="YAML with the fields that differ from the default policy; left out, none.")
+    ] = None,
+    key_folder: Annotated[
+        Path, typer.Option(help="Folder of the owner's key, signing_key.pem, which is created if it is missing.")
+    ] = Path("fedvit-owner"),
+) -> None:
+    """Sign a policy with the owner's key. Prints the public key, which `train --owner-key` takes."""
+    with _reporting_errors(), _trainer_installed():
+        from edge_runtime.training.policy import read_draft, sign_policy
+
+        key = load_or_create_signing_key(key_folder)
+        write_atomically(output, sign_policy(read_draft(draft), key).encode())
+        typer.echo(public_key_text(key.public_key()))
+
+
+@policy_app.command()
+def verify(
+    policy: Annotated[Path, typer.Argument(help="The signed policy.")],
+    owner_key: Annotated[str, typer.Option(help="Public key that must have signed it: a file or the text.")],
+) -> None:
+    """Verify a policy's signature. Prints the policy as JSON."""
+    with _reporting_errors(), _trainer_installed():
+        from edge_runtime.training.policy import read_policy
+
+        typer.echo(read_policy(policy, _trusted([owner_key])).model_dump_json(indent=2))
 
 
 @contextmanager

@@ -38,7 +38,6 @@ MAX_STEPS = 1_000_000
 """The most local steps of one round."""
 MAX_FACTOR = 1e6
 """The largest noise multiplier, clipping norm and learning rate; their product is a finite float32."""
-MAX_CLASSES = 10_000
 MAX_INTERVAL_S = 86_400.0
 """The longest interval between two polls of a client, in seconds."""
 

@@ -7,12 +7,41 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from fedvit.api.base import MAX_INTEGER, RequestBody, View
 from fedvit.api.choices import HeartbeatStatus, RemoteKind
-from fedvit.types import CLIENT_ID
-from fedvit.wire.histograms import CELL_LIMIT, MAX_CELLS
+from fedvit.types import (
+    CLIENT_ID,
+    DIGEST,
+    MAX_FACTOR,
+    MAX_INTERVAL_S,
+    MAX_ROUND,
+    MAX_STEPS,
+    RUN_ID,
+    Encoding,
+)
+from fedvit.wire.histograms import CELL_LIMIT, MAX_CELLS, MAX_CLASSES, RISK_VOTES
+
+
+def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) != len(names):
+        raise ValueError("a name occurs twice")
+    return names
+
+
+ClientId = Annotated[str, Field(pattern=CLIENT_ID)]
+RunId = Annotated[str, Field(pattern=RUN_ID)]
+Digest = Annotated[str, Field(pattern=DIGEST)]
+PrivacyUnit = Literal["record", "client"]
+RoundIndex = Annotated[int, Field(ge=1, le=MAX_ROUND)]
+Factor = Annotated[float, Field(gt=0, le=MAX_FACTOR, allow_inf_nan=False)]
+ImageCount = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+ClassName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
+ClassNames = Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=MAX_CLASSES), AfterValidator(_different)]
+FeatureName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Edge = Annotated[float, Field(allow_inf_nan=False)]
+RiskVote = Annotated[int, Field(ge=-RISK_VOTES, le=RISK_VOTES)]
 
 
 class RegisterClient(RequestBody):
@@ -104,42 +133,63 @@ class TaskView(View):
 
     The ledger holds the charge of ``output_id``, which is for ``num_examples`` records: a client that holds another
     number of them must not release anything, and registers again. ``encoding`` is the form to send, ``frozen_digest``
-    the SHA-256 of the weights that never travel. ``settings`` has model, training and privacy of the run.
+    the SHA-256 of the weights that never travel. ``settings`` has model, training and privacy of the run;
+    ``context_digest`` is the SHA-256 of these, of ``frozen_digest``, ``image_size`` and ``classes``.
     """
 
-    run_id: str
-    round_index: int
-    base_digest: str
-    data_digest: str
-    noise_multiplier: float
-    sampling_prob: float
-    l2_clip_norm: float
-    local_steps: int
-    learning_rate: float
-    privacy_unit: str
-    num_examples: int
-    output_id: str
-    encoding: str
-    frozen_digest: str
-    image_size: int
-    classes: tuple[str, ...]
-    settings: Mapping[str, Any]
+    run_id: RunId
+    round_index: RoundIndex
+    base_digest: Digest
+    data_digest: Digest
+    noise_multiplier: Factor
+    sampling_prob: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+    l2_clip_norm: Factor
+    local_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    learning_rate: Factor
+    privacy_unit: PrivacyUnit
+    context_digest: Digest
+    num_examples: ImageCount
+    output_id: Digest
+    encoding: Encoding
+    frozen_digest: Digest
+    image_size: Annotated[int, Field(ge=16, le=1024)]
+    classes: ClassNames
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+class HistogramSpecView(View):
+    """See :class:`fedvit.wire.histograms.HistogramSpec`."""
+
+    edges: Mapping[FeatureName, Annotated[tuple[Edge, ...], Field(max_length=MAX_CELLS)]]
+    classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
+    risk_votes: Annotated[tuple[RiskVote, ...], Field(max_length=MAX_CLASSES)]
+
+
+class HistogramOrderView(View):
+    """See :class:`fedvit.wire.histograms.HistogramRequest`."""
+
+    run_id: RunId
+    round_index: RoundIndex
+    noise_multiplier: Factor
+    privacy_unit: PrivacyUnit
+    spec: HistogramSpecView
+    context_digest: Digest
 
 
 class HistogramRequestView(View):
     """What the client shall count of its records, see
     docs/explanation/drift.md; the ledger holds the charge of ``output_id``."""
 
-    num_examples: int
-    output_id: str
-    order: Mapping[str, Any]
+    num_examples: ImageCount
+    output_id: Digest
+    order: HistogramOrderView
 
 
 class RemoteTaskView(View):
     """The client's task and histogram, if there are any; the client asks again after ``poll_after_s``."""
 
-    client_id: str
-    poll_after_s: float
+    client_id: ClientId
+    poll_after_s: Annotated[float, Field(gt=0, le=MAX_INTERVAL_S, allow_inf_nan=False)]
     task: TaskView | None
     histogram: HistogramRequestView | None
 

@@ -16,7 +16,9 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from edge_runtime.mailbox import MailboxSender
-from edge_runtime.training.vehicle import OwnerBudget, OwnRecords, PollResult, Vehicle, count_images
+from edge_runtime.training.policy import VehiclePolicy
+from edge_runtime.training.records import OwnRecords, count_images
+from edge_runtime.training.vehicle import PollResult, Vehicle
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.api.clients import HistogramRequestView
 from fedvit.client import FedvitClient
@@ -169,7 +171,7 @@ def test_a_vehicle_sends_its_histogram_once_and_only_what_both_ledgers_hold(make
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"noise_multiplier": 0.1}, "not without noise"),
+        ({"noise_multiplier": 0.1}, "noise multiplier of 0.1"),
         ({"privacy_unit": "client"}, "histograms records"),
         ({"round_index": 2}, "not the one that was charged"),
     ],
@@ -184,7 +186,7 @@ def test_a_histogram_other_than_the_charged_one_is_not_sent(
         response = honest(client_id)
         if response.histogram is None:
             return response
-        order = {**response.histogram.order, **change}
+        order = response.histogram.order.model_copy(update=change)
         return response.model_copy(update={"histogram": response.histogram.model_copy(update={"order": order})})
 
     monkeypatch.setattr(road.client.clients, "task", task)
@@ -224,7 +226,7 @@ def refused(road: Road) -> str:
 
 
 def test_the_owners_budget_ends_it_whatever_the_server_charges(make: Callable[..., Road]) -> None:
-    road = make(budget=OwnerBudget(target_epsilon=0.01))
+    road = make(policy=VehiclePolicy(max_epsilon=0.01))
     assert "budget" in refused(road)
     with Store.open(road.home) as own:
         assert own.ledger.entries() == []
@@ -249,7 +251,7 @@ def test_another_frozen_part_is_noticed(make: Callable[..., Road]) -> None:
         road.drive()
 
     road.act = act
-    assert "weights that never travel are others here" in refused(road)
+    assert "frozen weights that came with the task were not charged" in refused(road)
 
 
 @pytest.mark.parametrize(
@@ -372,3 +374,16 @@ def test_an_update_that_would_be_rejected_in_a_smaller_encoding_is_sent_as_float
     assert validator.fault_of(validator.decoded(encoded)) is None
     overflow = encoder.encode(TASK, own(step * 1e7, 1), Encoding.FLOAT16, replace(validator, max_update_norm=None))
     assert validator.decoded(overflow).outcomes[0].encoding == "float32"
+
+
+def test_two_updates_for_one_task_do_not_share_their_rounding(tmp_path: Path) -> None:
+    step = np.random.default_rng(0).normal(size=SIZE)
+    validator = UpdateValidator({"w": (SIZE,)}, by_examples=True, single=True)
+    encoder = UpdateEncoder(tmp_path, bytes(32), 0.5)
+    one, again, double = (
+        validator.decoded(encoder.encode(TASK, own(scale * step, 1), Encoding.INT8, validator)).weighted_sum["w"]
+        for scale in (1.0, 1.0, 2.0)
+    )
+    np.testing.assert_array_equal(one, again)
+    # The scale of the bytes doubles; with equal coins, so would every value.
+    assert not np.array_equal(2 * one, double)
