@@ -12,10 +12,14 @@ from urllib.parse import quote
 import httpx
 
 from edge_runtime.mailbox import MailboxSender
+from fedvit.api.transport import exchange, json_of
+from fedvit.errors import IntegrityError
 
 _LOG = logging.getLogger(__name__)
 FIRST_INTERVAL_S = 30.0
 JOIN_S = 2.0
+TIMEOUT_S = 10.0
+MAX_ANSWER_BYTES = 64 * 1024
 
 
 class HeartbeatChannel(StrEnum):
@@ -55,12 +59,13 @@ class HeartbeatLoop:
         """Send one heartbeat. Only without a response, or after a 5xx, the mailbox is used; a refusal is a response."""
         body = dict(self._describe())
         try:
-            answer = self._http.post(self._path, json=body)
+            request = self._http.build_request("POST", self._path, json=body)
+            answer = exchange(self._http, request, max_bytes=MAX_ANSWER_BYTES, deadline_s=TIMEOUT_S)
             if answer.status_code < 500:
                 self._adopt_interval(answer)
                 return HeartbeatChannel.API
             _LOG.warning("%s answered %d", answer.url, answer.status_code)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, IntegrityError) as error:
             _LOG.warning("%s does not answer: %s", self._http.base_url, error)
         return HeartbeatChannel.MAILBOX if self._mailbox.heartbeat(body) else HeartbeatChannel.NONE
 
@@ -69,7 +74,7 @@ class HeartbeatLoop:
             _LOG.warning("%s refused a heartbeat: %d", answer.url, answer.status_code)
             return
         try:
-            interval_s = float(answer.json()["interval_s"])
+            interval_s = float(json_of(answer)["interval_s"])
         except (ValueError, KeyError, TypeError):
             return
         if 1 <= interval_s <= 3600:

@@ -17,7 +17,7 @@ from fedvit.clients.partial_aggregator import check_base
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, DataError, IntegrityError
 from fedvit.models.build import build_model
-from fedvit.models.trainable import frozen_weights
+from fedvit.models.trainable import frozen_weights, trainable_weights
 from fedvit.ports import Charge
 from fedvit.privacy.events import Event, Gaussian
 from fedvit.privacy.randomness import output_id
@@ -25,7 +25,7 @@ from fedvit.privacy.round_cost import charge_of, round_event
 from fedvit.settings import load_settings
 from fedvit.types import TrainTask, Weights
 from fedvit.wire.histograms import HistogramRequest
-from fedvit.wire.tensors import weights_digest
+from fedvit.wire.tensors import largest_task_weights, weights_digest
 
 _SECTIONS = {"model", "training", "privacy"}
 RunKey = tuple[Mapping[str, Any], int, tuple[str, ...]]
@@ -60,6 +60,7 @@ class RunTrainer:
     Attributes:
         key: see :func:`run_key`.
         frozen_digest: SHA-256, hex, of the weights that never travel, as this vehicle built them.
+        max_weights_bytes: the most that a task's weights may have.
     """
 
     key: RunKey
@@ -68,6 +69,7 @@ class RunTrainer:
     records: OwnRecords
     host: ClientHost
     frozen_digest: str
+    max_weights_bytes: int
     outputs: OutputLedger
 
     @classmethod
@@ -80,7 +82,8 @@ class RunTrainer:
         records = OwnRecords.open(data, view.classes)
         model = build_model(settings.model, len(view.classes), view.image_size)
         host, digest = vision_host(settings, records=records, model=model), weights_digest(frozen_weights(model))
-        return cls(run_key(view), settings, client_id, records, host, digest, outputs)
+        max_bytes = largest_task_weights(trainable_weights(model))
+        return cls(run_key(view), settings, client_id, records, host, digest, max_bytes, outputs)
 
     @property
     def num_examples(self) -> int:

@@ -42,7 +42,6 @@ from fedvit.wire.updates import encode_update
 _LOG = logging.getLogger(__name__)
 RETRY_S = 5.0
 _TEMPORARY = (ControlUnreachableError, ControlApiError, RateLimitedError)
-_MAX_WEIGHTS_BYTES = 8 * 2**30
 _MAX_REASON = 500
 _TASK_FIELDS = tuple(field.name for field in fields(TrainTask))
 
@@ -180,8 +179,9 @@ class Vehicle:
         if self._trainer is None or self._trainer.key != run_key(view):
             self._trainer = RunTrainer.build(view, settings, self._client_id, self._data, self._outputs)
         self._trainer.check(task, view)
-        content = self._client.clients.task_weights(self._client_id)
-        return self._trainer.update(task, decode_weights(content, max_bytes=_MAX_WEIGHTS_BYTES), view)
+        max_bytes = self._trainer.max_weights_bytes
+        content = self._client.clients.task_weights(self._client_id, max_bytes)
+        return self._trainer.update(task, decode_weights(content, max_bytes=max_bytes), view)
 
     def _send(self, view: TaskView, content: bytes) -> tuple[str, str | None]:
         try:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import jwt
 
 from fedvit.access.identity import Identity, Scope
+from fedvit.api.transport import exchange, json_of, open_http
 from fedvit.config import OidcConfig
-from fedvit.errors import ConfigError, UnauthorizedError
+from fedvit.errors import ConfigError, IntegrityError, UnauthorizedError
 
 _REQUIRED = ["exp", "iat", "iss", "aud", "sub"]
 _LEEWAY_S = 10.0
-_FETCH_TIMEOUT_S = 5
+_FETCH_TIMEOUT_S = 5.0
+_MAX_KEYS_BYTES = 2**20
 
 
 class OidcVerifier:
@@ -22,7 +25,7 @@ class OidcVerifier:
     def __init__(self, config: OidcConfig) -> None:
         self._config = config
         self._keys = _read_keys(config)
-        self._remote = jwt.PyJWKClient(config.jwks_url, timeout=_FETCH_TIMEOUT_S) if config.jwks_url else None
+        self._remote = _IssuerKeys(config.jwks_url) if config.jwks_url else None
 
     def verify(self, text: str) -> Identity:
         """The identity that this token proves. Unknown scopes are ignored.
@@ -62,6 +65,22 @@ class OidcVerifier:
             if key.key_id == key_id or (key_id is None and len(self._keys) == 1):
                 return key
         raise jwt.InvalidKeyError(f"no key {key_id!r}")
+
+
+class _IssuerKeys(jwt.PyJWKClient):
+    """The key set at a URL, fetched in bounded time and size; PyJWT's own reading is neither."""
+
+    def fetch_data(self) -> Any:
+        try:
+            with open_http(self.uri, timeout_s=_FETCH_TIMEOUT_S) as http:
+                request = http.build_request("GET", self.uri)
+                response = exchange(http, request, max_bytes=_MAX_KEYS_BYTES, deadline_s=_FETCH_TIMEOUT_S)
+            keys = json_of(response.raise_for_status())
+        except (httpx.HTTPError, IntegrityError, ValueError) as error:
+            raise jwt.PyJWKClientConnectionError(f"the key set cannot be fetched: {error}") from error
+        if self.jwk_set_cache is not None:
+            self.jwk_set_cache.put(keys)
+        return keys
 
 
 def _read_keys(config: OidcConfig) -> list[jwt.PyJWK]:

@@ -20,7 +20,7 @@ from fedvit.cli.options import SYSTEM, Options, local_command
 from fedvit.cli.output import console, print_facts, print_json, show_text
 from fedvit.cli.state import local_actor, named_edges, required_system, trusted_certificate
 from fedvit.cli.system import system_facts
-from fedvit.errors import FedvitError, NotFoundError
+from fedvit.errors import FedvitError, IntegrityError, NotFoundError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -40,7 +40,7 @@ def health_check(options: Options) -> None:
     certificate = trusted_certificate(settings)
     verdicts = {"control": _check_control(urls.control, settings)}
     for name, url in {"inference": urls.inference, **named_edges(urls)}.items():
-        verdicts[name] = _check(f"{url}/health", certificate)
+        verdicts[name] = _check(url, certificate)
     if options.as_json:
         print_json(verdicts)
     else:
@@ -62,14 +62,16 @@ def _check_control(url: str, settings: Settings) -> str:
 def _check(url: str, certificate: Path | None) -> str:
     import httpx
 
+    from fedvit.api.transport import json_of
     from fedvit.tools.report.probe import Target
 
     try:
-        with Target(url, ca_file=certificate).client(timeout_s=10) as http:
-            response = http.get(url)
-    except httpx.HTTPError as error:
+        response = Target(url, ca_file=certificate).health("/health", timeout_s=10)
+        status = json_of(response).get("status", "")
+    except (httpx.HTTPError, IntegrityError) as error:
         return f"no answer: {error}"
-    status = response.json().get("status", "") if response.headers.get("content-type", "").endswith("json") else ""
+    except (ValueError, AttributeError):
+        status = ""
     return "ok" if response.is_success and status in ("ok", "") else f"{response.status_code} {status}".strip()
 
 

@@ -37,7 +37,7 @@ class FedvitClient:
     Args:
         base_url: ``http://HOST:PORT`` of the control API.
         token: a bearer token of ``fedvit token create``.
-        timeout_s: the longest silence on the line before a request is given up.
+        timeout_s: seconds until a call is given up; large uploads and downloads have more.
         verify: a file of certificates to trust, PEM, instead of the machine's; False trusts any server.
         transport: replaces the network, for tests.
         sleep: pauses between attempts, and between polls of an operation.
@@ -61,7 +61,7 @@ class FedvitClient:
         before_change: Callable[[httpx.Request], None] | None = None,
     ) -> None:
         http = open_http(base_url, timeout_s=timeout_s, token=token, verify=verify, transport=transport)
-        self._caller = Caller(http, base_url.rstrip("/"), sleep, clock, before_change)
+        self._caller = Caller(http, base_url.rstrip("/"), timeout_s, sleep, clock, before_change)
         self.clients = Clients(self._caller)
         self.training = Training(self._caller)
         self.model = Model(self._caller)

@@ -13,7 +13,8 @@ import httpx
 from pydantic import TypeAdapter, ValidationError
 
 from fedvit.api.problems import error_of
-from fedvit.errors import ControlApiError, ControlUnreachableError, UsageError
+from fedvit.api.transport import exchange, transfer_s
+from fedvit.errors import ControlApiError, ControlUnreachableError, IntegrityError, UsageError
 from fedvit.ports import ClockPort
 
 T = TypeVar("T")
@@ -21,6 +22,9 @@ PAGE = 500
 # A little more than the server's own limit, so that its answer arrives.
 TIMEOUT_S = 70.0
 PAUSES_S = (0.2, 1.0, 2.0)
+MAX_ANSWER_BYTES = 32 * 2**20
+"""The longest response that is read where the caller expects no artifact."""
+_OTHER_SERVER = "See that the URL is a control API's, and that both sides have the same version of fedvit."
 _BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
@@ -33,11 +37,13 @@ class Caller:
 
     Args:
         http: its connections; ``base_url`` is its URL as it was given, without a slash at the end.
+        timeout_s: seconds for one call with its repetitions; bytes that it sends or downloads extend it.
         before_change: called with every changing request before it is sent; what it raises reaches the caller.
     """
 
     http: httpx.Client
     base_url: str
+    timeout_s: float
     sleep: Callable[[float], None]
     clock: ClockPort
     before_change: Callable[[httpx.Request], None] | None
@@ -45,6 +51,14 @@ class Caller:
     def get(self, path: str, **query: Any) -> httpx.Response:
         """The answer to a reading; query parameters that are None are left out."""
         return self._exchange(self.http.build_request("GET", path, params=given(**query)))
+
+    def download(self, path: str, max_bytes: int) -> bytes:
+        """An artifact, unverified.
+
+        Raises:
+            ControlApiError: it is longer than ``max_bytes``.
+        """
+        return self._exchange(self.http.build_request("GET", path), max_bytes).content
 
     def read(self, kind: type[T], path: str, **query: Any) -> T:
         """A reading's answer as a ``kind``."""
@@ -82,7 +96,7 @@ class Caller:
             place = ".".join(map(str, fault["loc"])) or "the body"
             raise ControlApiError(
                 f"{response.url} answered with what this client does not understand ({place}: {fault['msg']}).",
-                cure="See that the URL is a control API's, and that both sides have the same version of fedvit.",
+                cure=_OTHER_SERVER,
                 status=response.status_code,
             ) from None
 
@@ -91,11 +105,17 @@ class Caller:
             self.before_change(request)
         return self._exchange(request)
 
-    def _exchange(self, request: httpx.Request) -> httpx.Response:
+    def _exchange(self, request: httpx.Request, download_bytes: int = 0) -> httpx.Response:
         repeatable = request.method in ("GET", "PUT") or "Idempotency-Key" in request.headers
+        max_bytes = download_bytes or MAX_ANSWER_BYTES
+        # One for all attempts: a server that answers slowly and breaks off must not hold the caller for longer.
+        ends_s = self.clock.monotonic() + transfer_s(_length(request) + download_bytes, self.timeout_s)
         for pause_s in (*PAUSES_S, None) if repeatable else (None,):
             try:
-                response = self.http.send(request)
+                left_s = ends_s - self.clock.monotonic()
+                response = exchange(self.http, request, max_bytes=max_bytes, deadline_s=left_s)
+            except IntegrityError as error:
+                raise ControlApiError(error.message, cure=_OTHER_SERVER) from None
             except _BROKEN as error:
                 if pause_s is None:
                     raise self._unreachable(request, error) from None
@@ -117,6 +137,10 @@ class Caller:
             cure="See that it runs (`fedvit status`) and that the URL is right.",
             **given(idempotency_key=request.headers.get("Idempotency-Key")),
         )
+
+
+def _length(request: httpx.Request) -> int:
+    return int(request.headers.get("content-length", "0"))
 
 
 class Group:

@@ -75,9 +75,9 @@ class Clients(Group):
         """What a remote client shall train now, if anything."""
         return self._read(RemoteTaskView, f"/api/clients/{segment(client_id)}/task")
 
-    def task_weights(self, client_id: str) -> bytes:
-        """What its task starts from, as safetensors; unverified."""
-        return self._caller.get(f"/api/clients/{segment(client_id)}/task/weights").content
+    def task_weights(self, client_id: str, max_bytes: int) -> bytes:
+        """What its task starts from, as safetensors; unverified, at most ``max_bytes``."""
+        return self._caller.download(f"/api/clients/{segment(client_id)}/task/weights", max_bytes)
 
     def upload(self, client_id: str, run_id: str, round_index: int, update: bytes) -> ReceiptView:
         """Bring what a client learned in a round; repeating it does nothing."""

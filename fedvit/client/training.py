@@ -98,9 +98,12 @@ class Model(Group):
         """The signed manifest of the current release, byte for byte as it was signed."""
         return self._caller.get("/api/model/release", variant=variant).content
 
-    def blob(self, digest: str) -> bytes:
-        """An artifact of the current release by its SHA-256, unverified."""
-        return self._caller.get(f"/api/model/blobs/{segment(digest)}").content
+    def blob(self, digest: str, max_bytes: int) -> bytes:
+        """An artifact of the current release by its SHA-256, unverified, at most ``max_bytes``.
+
+        The manifest of :meth:`release` names its length.
+        """
+        return self._caller.download(f"/api/model/blobs/{segment(digest)}", max_bytes)
 
     def rollback(
         self,

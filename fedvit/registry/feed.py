@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import httpx
 
-from fedvit.api.transport import open_http, read_limited, read_token
+from fedvit.api.transport import exchange, open_http, read_token, transfer_s
 from fedvit.errors import FeedUnavailableError, IntegrityError, NotFoundError, UsageError
 from fedvit.wire.manifest import MAX_ENVELOPE_BYTES
 
@@ -66,7 +66,7 @@ def open_feed(
 class HttpFeed:
     """Releases of a control server: ``GET /api/model/release`` and ``GET /api/model/blobs/{digest}``.
 
-    See :func:`open_feed`. A request fails after ``timeout_s`` without data.
+    See :func:`open_feed`. A poll is given up after ``timeout_s``; an artifact has more time, by its length.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class HttpFeed:
         ca_file: Path | None = None,
     ) -> None:
         token = None if token_file is None else read_token(token_file)
-        self._base_url = base_url.rstrip("/")
+        self._base_url, self._timeout_s = base_url.rstrip("/"), timeout_s
         self._http = open_http(base_url, timeout_s=timeout_s, token=token, verify=ca_file or True, transport=transport)
 
     def current(self, variant: str | None) -> str | None:
@@ -98,17 +98,19 @@ class HttpFeed:
 
     def _get(self, path: str, max_bytes: int) -> bytes | None:
         try:
-            with self._http.stream("GET", path) as response:
-                if response.status_code == httpx.codes.NOT_FOUND:
-                    return None
-                if response.status_code != httpx.codes.OK:
-                    raise FeedUnavailableError(f"{self._base_url}{path} answered {response.status_code}.")
-                return read_limited(response, max_bytes)
+            request = self._http.build_request("GET", path)
+            deadline_s = transfer_s(max_bytes, self._timeout_s)
+            response = exchange(self._http, request, max_bytes=max_bytes, deadline_s=deadline_s)
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise FeedUnavailableError(
                 f"{self._base_url} does not answer: {reason}.", cure="See that the control server runs."
             ) from None
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return None
+        if response.status_code != httpx.codes.OK:
+            raise FeedUnavailableError(f"{self._base_url}{path} answered {response.status_code}.")
+        return response.content
 
 
 class FolderFeed:

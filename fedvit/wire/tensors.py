@@ -35,6 +35,8 @@ TENSOR_TYPES: Mapping[str, np.dtype[Any]] = {
 """The types that fedvit writes, by their names in the format."""
 _MAX_NAME, _MAX_DIMENSIONS, _MAX_ELEMENTS = 256, 8, 2**40
 _ENTRY = {"dtype", "shape", "data_offsets"}
+# Longer names and offsets of broadcast arrays.
+_HEADER_SPARE_BYTES = 64
 
 
 def encode_weights(weights: Weights) -> bytes:
@@ -94,6 +96,12 @@ def encoded_pieces(weights: Weights) -> list[bytes | memoryview]:
     """:func:`encode_weights` piece by piece, with its errors, without a copy of the numbers."""
     named = {name: np.asarray(weights[name], order="C") for name in sorted(weights)}
     return [_prefix(named), *(array.reshape(-1).view(np.uint8).data for array in named.values())]
+
+
+def largest_task_weights(weights: Weights) -> int:
+    """The most bytes that the weights of a task can have on a model with these; a rule may broadcast three times as many
+    arrays beside them."""
+    return 4 * (sum(map(len, encoded_pieces(weights))) + _HEADER_SPARE_BYTES * len(weights))
 
 
 def _prefix(named: Mapping[str, FloatArray]) -> bytes:

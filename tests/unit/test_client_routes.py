@@ -44,6 +44,7 @@ ARGUMENTS: dict[str, Any] = {
     "justification": "The board has agreed to it.",
     "kind": "silo",
     "limit": 5,
+    "max_bytes": 1000,
     "message": {"version": "4", "truncatedAlerts": 0, "alerts": []},
     "min_clients": 3,
     "mode": "graceful",

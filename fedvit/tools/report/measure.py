@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.progress import Progress
 
+from fedvit.api.transport import json_of
 from fedvit.config import Settings
 from fedvit.data.manifest import build_manifest
 from fedvit.data.partition import VirtualFleet
@@ -116,12 +117,11 @@ def _await_version(name: str, target: Target, version: str) -> None:
     """Wait until a target serves the version: replicas and vehicles poll for new releases."""
     deadline_s = time.monotonic() + SWITCH_TIMEOUT_S
     health: Any = None
-    with target.client(timeout_s=10) as client:
-        while time.monotonic() < deadline_s:
-            health = client.get(f"{target.url}/health/detailed").json()
-            if ((health.get("model") or {}).get("version")) == version:
-                return
-            time.sleep(0.2)
+    while time.monotonic() < deadline_s:
+        health = json_of(target.health("/health/detailed", timeout_s=10))
+        if ((health.get("model") or {}).get("version")) == version:
+            return
+        time.sleep(0.2)
     raise NotFoundError(
         f"{name} does not serve {version} after {SWITCH_TIMEOUT_S:g} s; it says {health!r}.",
         cure="See its log with `make logs`.",

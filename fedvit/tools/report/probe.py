@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 
-from fedvit.api.transport import open_http
-from fedvit.errors import DataError, FedvitError
+from fedvit.api.transport import exchange, json_of, open_http
+from fedvit.errors import DataError, FedvitError, IntegrityError
 
 REQUEST_TIMEOUT_S = 30.0
+MAX_ANSWER_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,25 @@ class Target:
     token: str | None = None
     ca_file: Path | None = None
 
-    def client(self, timeout_s: float = REQUEST_TIMEOUT_S, **options: Any) -> httpx.Client:
-        """An HTTP client for this target; ``options`` are those of :class:`httpx.Client`."""
-        return open_http(self.url, timeout_s=timeout_s, token=self.token, verify=self.ca_file or True, **options)
+    def client(self, max_connections: int = 1) -> httpx.Client:
+        """An HTTP client for this target."""
+        return open_http(
+            self.url,
+            timeout_s=REQUEST_TIMEOUT_S,
+            token=self.token,
+            verify=self.ca_file or True,
+            max_connections=max_connections,
+        )
+
+    def health(self, path: str, timeout_s: float) -> httpx.Response:
+        """The response to ``GET path``.
+
+        Raises:
+            IntegrityError: it is longer than :data:`MAX_ANSWER_BYTES`, or compressed.
+            httpx.HTTPError: there is none within ``timeout_s``.
+        """
+        with self.client() as http:
+            return exchange(http, http.build_request("GET", path), max_bytes=MAX_ANSWER_BYTES, deadline_s=timeout_s)
 
 
 def probe(
@@ -79,8 +95,7 @@ def probe(
     if not images:
         raise DataError(f"There is no image to send to {infer_url}.", cure="Probe with at least one test image.")
     answers: list[_Answer] = []
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    with target.client(limits=limits) as client, ThreadPoolExecutor(concurrency) as pool:
+    with target.client(concurrency) as client, ThreadPoolExecutor(concurrency) as pool:
         for answer in pool.map(lambda image: _ask(client, infer_url, image), images):
             answers.append(answer)
             if on_image is not None:
@@ -96,8 +111,10 @@ def probe(
 def _ask(client: httpx.Client, url: str, image: bytes) -> _Answer:
     started = time.perf_counter()
     try:
-        response = client.post(url, content=image, headers={"content-type": "application/octet-stream"})
-    except httpx.HTTPError as error:
+        headers = {"content-type": "application/octet-stream"}
+        request = client.build_request("POST", url, content=image, headers=headers)
+        response = exchange(client, request, max_bytes=MAX_ANSWER_BYTES, deadline_s=REQUEST_TIMEOUT_S)
+    except (httpx.HTTPError, IntegrityError) as error:
         raise FedvitError(
             f"{url} did not answer: {type(error).__name__} {error}.", cure="Check that the target is running."
         ) from error
@@ -110,7 +127,7 @@ def _ask(client: httpx.Client, url: str, image: bytes) -> _Answer:
 def _reason(response: httpx.Response) -> str:
     """The detail of a problem document (RFC 9457), or the beginning of the body."""
     try:
-        text = str(response.json()["detail"])
+        text = str(json_of(response)["detail"])
     except (ValueError, TypeError, KeyError):
         text = response.text[:200] or response.reason_phrase
     return " ".join(text.split()).rstrip(".")
@@ -118,7 +135,7 @@ def _reason(response: httpx.Response) -> str:
 
 def _parse(response: httpx.Response, latency_s: float) -> _Answer:
     try:
-        body = response.json()
+        body = json_of(response)
         return _Answer(int(body["class_index"]), str(body["model_version"]), latency_s, float(body["duration_s"]))
     except (ValueError, TypeError, KeyError) as error:
         raise FedvitError(
