@@ -15,9 +15,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fedvit.api.inbound import foreign_request
 from fedvit.api.problems import MEDIA_TYPE, problem, problem_document, problem_headers
 from fedvit.api.transport import is_loopback
-from fedvit.errors import FedvitError, UnauthorizedError, UsageError
+from fedvit.errors import FedvitError, ForbiddenError, UnauthorizedError, UsageError
 
 RETRY_AFTER_S = 1
 MIN_TOKEN_CHARACTERS = 16
@@ -72,6 +73,24 @@ class BearerToken:
         return hmac.compare_digest(headers.get("authorization", "").encode(), self._wanted)
 
 
+class LocalRequests:
+    """ASGI middleware of a process without tokens: refuses web pages of other origins, and other hosts' names."""
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self._app, self._host = app, host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 403."""
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            fault = foreign_request(headers.get("host", ""), headers.get("origin"), scope["scheme"], self._host)
+            if fault is not None:
+                error = ForbiddenError(f"{fault}.", cure="Send a request to this process from a program.")
+                await problem_of(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 def access_rules(host: str, token_file: Path | None) -> list[Middleware]:
     """The middleware for listening on ``host``.
 
@@ -84,7 +103,7 @@ def access_rules(host: str, token_file: Path | None) -> list[Middleware]:
                 f"Listening on {host} without a token would let anybody ask.",
                 cure="Give --token-file, or listen on 127.0.0.1.",
             )
-        return []
+        return [Middleware(LocalRequests, host=host)]
     try:
         token = token_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -23,7 +23,15 @@ from edge_runtime.access import on_fedvit_error, on_http_error, on_unexpected_er
 from edge_runtime.engine import InferenceEngine, Prediction
 from edge_runtime.service import ModelService
 from edge_runtime.stats import ProcessMeter, RequestStats
-from fedvit.errors import DataError, FedvitError, OverloadedError, PayloadTooLargeError, SlowBodyError
+from fedvit.api.inbound import BodyLimits, declared_length, read_body
+from fedvit.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    CompressedBodyError,
+    DataError,
+    FedvitError,
+    OverloadedError,
+)
 from fedvit.metrics.exposition import render
 from fedvit.registry.client import ReleaseClient
 from fedvit.wire.images import MAX_IMAGE_BYTES
@@ -32,6 +40,9 @@ from fedvit.wire.images import MAX_IMAGE_BYTES
 WORKERS = 2
 MAX_IN_FLIGHT = 64
 BODY_TIMEOUT_S = 30.0
+# An image comes from a camera beside the process, so a slow body is no honest one.
+LEAST_BODY_BYTES_PER_S = 64 * 1024
+BODY_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +134,7 @@ class ServingProcess:
             )
         self._count_in_flight(1)
         try:
-            content = await _read_body(request)
+            content = await _read_image(request)
             prediction = await asyncio.get_running_loop().run_in_executor(self._pool, engine.infer, content)
             return engine.manifest.sequence, prediction
         finally:
@@ -163,36 +174,21 @@ class ServingProcess:
         return Response(body, headers={"content-type": content_type})
 
 
-async def _read_body(request: Request) -> bytes:
-    """The raw body; reading stops at the first byte over the limit.
+async def _read_image(request: Request) -> bytes:
+    """The raw body.
 
     Raises:
-        PayloadTooLargeError: it is larger than ``MAX_IMAGE_BYTES``.
-        SlowBodyError: it does not arrive within ``BODY_TIMEOUT_S``, so that slow callers do not block others.
+        BodyTooLargeError: it is larger than ``MAX_IMAGE_BYTES``.
+        CompressedBodyError: it is compressed.
+        BodyTimeoutError: it arrives too slowly, so that slow callers do not block others.
     """
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > MAX_IMAGE_BYTES:
-        raise _too_large()
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_IMAGE_BYTES:
-                    raise _too_large()
-    except TimeoutError:
-        raise SlowBodyError(f"The body did not arrive within {BODY_TIMEOUT_S:g} s.", cure="Send it at once.") from None
-    return bytes(body)
-
-
-def _too_large() -> PayloadTooLargeError:
-    return PayloadTooLargeError(
-        f"The body is larger than {MAX_IMAGE_BYTES} bytes.", cure="Send one image, encoded, as the raw body."
-    )
+    declared_length(request.headers, MAX_IMAGE_BYTES)
+    limits = BodyLimits(MAX_IMAGE_BYTES, BODY_TIMEOUT_S, LEAST_BODY_BYTES_PER_S, BODY_GRACE_S)
+    return await read_body(request.stream(), limits)
 
 
 def _outcome(error: FedvitError) -> str:
-    if isinstance(error, DataError | PayloadTooLargeError | SlowBodyError):
+    if isinstance(error, DataError | BodyTooLargeError | CompressedBodyError | BodyTimeoutError):
         return "rejected"
     return "unavailable" if error.http_status == 503 else "failed"
 

@@ -131,14 +131,6 @@ class InvalidRequestError(UsageError, title="Invalid request", http_status=422):
     """A field of a request is missing, unknown or out of range."""
 
 
-class PayloadTooLargeError(UsageError, code="payload-too-large", http_status=413):
-    """The body is larger than an image may be."""
-
-
-class SlowBodyError(UsageError, code="slow-body", http_status=408):
-    """The image does not arrive in time."""
-
-
 class HttpFaultError(FedvitError):
     """The HTTP exchange itself is at fault. A client raises :class:`ControlApiError` for it."""
 

@@ -57,6 +57,11 @@ class Identity:
         """Whether one of the scopes is granted or implied."""
         return any(wanted in _IMPLIED[held] for held in self.scopes for wanted in any_of)
 
+    @property
+    def operates(self) -> bool:
+        """Whether it may change the system: it holds operator, admin or emergency."""
+        return self.may((Scope.OPERATOR, Scope.EMERGENCY))
+
     def check_speaks_for(self, client_id: str) -> None:
         """Raise ForbiddenError unless the caller may act for this client.
 

@@ -184,7 +184,31 @@ class AccessConfig(Section):
     max_json_depth: PositiveInt = Field(
         32, description="Deepest nesting of a JSON request body; a deeper one is refused."
     )
-    request_timeout_s: PositiveFloat = Field(60.0, description="Seconds that a request may take.")
+    body_timeout_s: PositiveFloat = Field(300.0, description="Seconds that a request body may take to arrive.")
+    min_body_bytes_per_s: PositiveFloat = Field(
+        16_384.0,
+        description="Bytes a second at which a request body must arrive on average, after its first ten seconds.",
+    )
+    max_requests_per_caller: PositiveInt = Field(
+        8, description="Requests of one token that are worked on at once; a further one gets 429."
+    )
+    max_device_requests: PositiveInt = Field(
+        32,
+        description="Requests of all tokens that can read nothing (device, releases, alerts) that are worked on at once; "
+        "further ones wait for five seconds at most, and then get 503.",
+    )
+    max_operator_requests: PositiveInt = Field(
+        32, description="The same for all other callers. Neither group can use what is reserved for the other."
+    )
+    max_body_bytes_per_caller: PositiveInt = Field(
+        134_217_728, description="Bytes of request bodies of one token in memory at once; a further body gets 429."
+    )
+    max_device_body_bytes: PositiveInt = Field(
+        536_870_912, description="Bytes of request bodies of all devices in memory at once; a further body gets 503."
+    )
+    request_timeout_s: PositiveFloat = Field(
+        60.0, description="Seconds that a request may take after its body has arrived."
+    )
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> AccessConfig:

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Select, delete, select, update
+from sqlalchemy.orm import Session
 
 from fedvit.errors import ConflictError
 from fedvit.store.chain import AUDIT_CHAIN
@@ -105,10 +106,13 @@ class Audit(Repository):
 class Idempotency(Repository):
     """Requests that name an idempotency key, and the answers they got."""
 
-    def begin(self, request: RequestKey, at: datetime, *, repeatable: bool = False) -> StoredResponse | None:
+    def begin(
+        self, request: RequestKey, at: datetime, *, repeatable: bool = False, keep: int | None = None
+    ) -> StoredResponse | None:
         """Claim an idempotency key (None), or give the answer that its request already got.
 
-        A ``repeatable`` request does not wait for one that is under way, whose process may have died.
+        A ``repeatable`` request does not wait for one that is under way, whose process may have died. No more than the
+        newest ``keep`` answers of its actor are kept beside it, where that is given.
 
         Raises:
             ConflictError: the key was used for something else, or its request is still under way.
@@ -122,6 +126,8 @@ class Idempotency(Repository):
                 row = None
             if row is not None:
                 return _answer(row, request)
+            if keep is not None:
+                _forget_oldest(session, request.actor, keep)
             session.add(IdempotencyRow(at=at, **columns_of(request)))
             return None
 
@@ -136,6 +142,13 @@ class Idempotency(Repository):
             else:
                 row.status, row.body = answer.status, answer.body
                 row.media_type, row.headers = answer.media_type, dict(answer.headers)
+
+
+def _forget_oldest(session: Session, actor: str, keep: int) -> None:
+    of_actor = IdempotencyRow.actor == actor
+    newest_first = select(IdempotencyRow.at).where(of_actor).order_by(IdempotencyRow.at.desc())
+    if (oldest := session.scalar(newest_first.offset(keep).limit(1))) is not None:
+        session.execute(delete(IdempotencyRow).where(of_actor, IdempotencyRow.at <= oldest))
 
 
 def _may_repeat(row: IdempotencyRow, request: RequestKey, at: datetime, repeatable: bool) -> bool:

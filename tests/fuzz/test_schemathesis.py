@@ -105,7 +105,8 @@ def test_every_route_keeps_to_its_document(system: System) -> None:
     token = create_token(system.store, "fuzzer", everything, now=utc_now()).text
     system.http.headers["Authorization"] = f"Bearer {token}"
     system.trained()
-    schema = schemathesis.openapi.from_asgi("/openapi.json", system.api, config=configuration(token))
+    headers = {"Authorization": f"Bearer {token}"}
+    schema = schemathesis.openapi.from_asgi("/openapi.json", system.api, config=configuration(token), headers=headers)
     findings = Findings()
     for event in from_schema(schema).execute():
         findings.take(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -74,13 +75,25 @@ def test_without_a_token_only_public_routes_answer(guarded: ScopedApi) -> None:
 
 
 def test_the_matrix_leaves_no_route_out(guarded: ScopedApi) -> None:
-    """What the document does not show is the document itself and its two readers, which change nothing."""
-    served = {
-        (method, route.path) for route in guarded.api.routes if isinstance(route, APIRoute) for method in route.methods
-    }
-    assert served == {(method, path) for method, path, _ in operations(guarded.api)}
-    others = {getattr(route, "path", None) for route in guarded.api.routes if not isinstance(route, APIRoute)}
-    assert others <= {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+    """What the document does not show is the document itself and the page that lists its routes."""
+    routes = [route for route in guarded.api.routes if isinstance(route, APIRoute)]
+    served = {(method, route.path) for route in routes for method in route.methods}
+    shown = {(method, path) for method, path, _ in operations(guarded.api)}
+    assert served - shown == {("GET", "/openapi.json"), ("GET", "/docs")}
+    assert shown < served
+    assert len(routes) == len(guarded.api.routes)
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", "/docs"])
+def test_the_reference_asks_for_a_token_and_loads_nothing(guarded: ScopedApi, path: str) -> None:
+    assert guarded.ask("GET", path).status_code == 401
+    assert guarded.ask("GET", path, "device").status_code == 403
+    answer = guarded.ask("GET", path, "viewer")
+    assert answer.status_code == 200
+    assert "/api/clients/{client_id}/heartbeat" in answer.text
+    if path == "/docs":
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert not re.search(r"<script|<link|src=|https?://", answer.text)
 
 
 @pytest.mark.parametrize("kind", ["expired", "revoked", "invented"])
@@ -185,6 +198,13 @@ def test_what_is_grave_demands_a_token_on_loopback_too(site: ScopedApi) -> None:
         {"Host": "evil.example:8000"},
         {"Host": "[::2]:8000"},
         {"Host": "127.0.0.1.evil.example"},
+        {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:3000"},
+        {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1"},
+        {"Host": "127.0.0.1:8000", "Origin": "https://127.0.0.1:8000"},
+        {"Host": "127.0.0.1:8000", "Origin": "http://localhost:8000"},
+        {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000/"},
+        {"Host": "127.0.0.1:8000", "Origin": "http://x@127.0.0.1:8000"},
+        {"Host": "[", "Origin": "http://["},
     ],
 )
 def test_a_web_page_of_another_site_cannot_use_the_open_mode(site: ScopedApi, headers: dict[str, str]) -> None:
@@ -196,7 +216,7 @@ def test_a_web_page_of_another_site_cannot_use_the_open_mode(site: ScopedApi, he
 @pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1:8000", "[::1]:8000", "control"])
 def test_this_machine_uses_the_open_mode_without_a_token(site: ScopedApi, host: str) -> None:
     assert site.ask("POST", "/api/training/start", headers={"Host": host}).status_code == 202
-    page = {"Host": host, "Origin": "http://localhost:8000"}
+    page = {"Host": host, "Origin": f"http://{host}"}
     assert site.ask("POST", "/api/training/start", headers=page).status_code == 202
 
 

@@ -8,11 +8,16 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from scoped_api import BODY, Anything, ScopedApi
 
-from fedvit.access.identity import Scope
+from fedvit.access.identity import Identity, Scope
+from fedvit.store.records import AuditFacts
+from fedvit.store.store import Store
+from fedvit.testing.doubles import ManualClock
 from fedvit.types import utc_now
 from serve_apps.control.http.access import Note, requires
+from serve_apps.control.http.audit import LINES_AT_ONCE, LINES_PER_S, MAX_MERGED, AuditQuota
 from serve_apps.logs import log_to_file
 
 # --- the audit trail -------------------------------------------------------------------------------------------------
@@ -96,3 +101,74 @@ def test_a_change_that_could_not_be_audited_says_so(site: ScopedApi) -> None:
     assert (answer.status_code, answer.json()["type"]) == (502, "/problems/integrity")
     assert site.aggregator.starts == 2  # A broken audit trail must not prevent an emergency stop.
     assert site.ask("GET", "/api/training/status").status_code == 200
+
+
+# --- the quota -------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_calls_without_end_adds_few_lines_and_none_of_its_calls_is_lost(guarded: ScopedApi) -> None:
+    calls = LINES_AT_ONCE + 50
+    with guarded.client:
+        for _ in range(calls):
+            guarded.clock.advance(0.05)
+            assert guarded.ask("POST", "/api/training/stop", "device").status_code == 403
+        lines = guarded.ask("GET", "/api/audit?limit=1000", "admin").json()
+        assert len(lines) == LINES_AT_ONCE
+    # The end of the application writes what is left.
+    last = guarded.store.audit.latest(1)[0].facts
+    assert last.params == {"merged": 50, "calls": {"POST /api/training/stop 403": 50}}
+    assert (last.actor, last.action) == (lines[-1]["actor"], "POST /api/training/stop")
+    assert guarded.store.audit.verify() == LINES_AT_ONCE + 1
+
+
+def test_the_calls_of_a_viewer_are_merged_and_those_of_an_operator_never(guarded: ScopedApi) -> None:
+    for _ in range(LINES_AT_ONCE + 20):
+        guarded.clock.advance(1)
+        assert guarded.ask("POST", "/api/training/stop", "viewer").status_code == 403
+        assert guarded.ask("POST", "/api/training/stop", "operator").status_code == 202
+    scopes = [entry.facts.scopes for entry in guarded.store.audit.entries()]
+    assert scopes.count(("operator",)) == LINES_AT_ONCE + 20
+    assert scopes.count(("viewer",)) == LINES_AT_ONCE
+
+
+def test_merged_lines_are_written_when_their_actor_has_a_line_again_and_survive_a_broken_store(tmp_path: Path) -> None:
+    clock, device = ManualClock(), Identity("token:1", frozenset({Scope.DEVICE}), authenticated=True)
+    facts = AuditFacts("token:1", ("device",), "here", "r", "POST /x", {}, None, None, 201)
+    with Store.open(tmp_path) as store:
+        quota = AuditQuota(store, clock)
+        for _ in range(LINES_AT_ONCE + 3):
+            quota.append(facts, device)
+        quota.flush()
+        assert len(store.audit.entries()) == LINES_AT_ONCE
+        clock.advance(1 / LINES_PER_S)
+        append = store.audit.append
+        store.audit.append = broken  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="full"):
+            quota.flush()
+        quota.append(facts, device)
+        store.audit.append = append  # type: ignore[method-assign]
+        quota.flush(last=True)
+        assert store.audit.latest(1)[0].facts.params == {"merged": 4, "calls": {"POST /x 201": 4}}
+        quota.flush(last=True)
+        assert len(store.audit.entries()) == LINES_AT_ONCE + 1
+
+
+def broken(facts: AuditFacts) -> int:
+    raise OSError("full")
+
+
+def test_many_actors_do_not_fill_the_memory(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        quota = AuditQuota(store, ManualClock())
+        for number in range(MAX_MERGED + 10):
+            actor = f"token:{number}"
+            identity = Identity(actor, frozenset({Scope.DEVICE}), authenticated=True)
+            facts = AuditFacts(actor, ("device",), "here", "r", "POST /x", {}, None, None, 201)
+            store.audit.append = lambda _: 0  # type: ignore[method-assign]
+            for _ in range(LINES_AT_ONCE + 1):
+                quota.append(facts, identity)
+        written: list[AuditFacts] = []
+        store.audit.append = lambda facts: written.append(facts) or 0  # type: ignore[method-assign,func-returns-value]
+        quota.flush(last=True)
+        assert len(written) == MAX_MERGED + 1
+        assert written[-1].params["merged"] == 10

@@ -107,13 +107,13 @@ def test_without_a_model_the_caller_is_told_to_come_back(make: Callable[..., Ser
 def test_a_declared_or_actual_length_over_the_limit_is_refused(make: Callable[..., ServingProcess]) -> None:
     process = make()
     declared = ask(process, "POST", "/infer", content=b"x", headers={"content-length": str(MAX_IMAGE_BYTES + 1)})
-    assert_problem(declared, 413, "payload-too-large")
+    assert_problem(declared, 413, "body-too-large")
 
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(MAX_IMAGE_BYTES // 2**20 + 1):
             yield bytes(2**20)
 
-    assert_problem(ask(process, "POST", "/infer", content=chunks()), 413, "payload-too-large")
+    assert_problem(ask(process, "POST", "/infer", content=chunks()), 413, "body-too-large")
 
 
 def test_a_body_that_never_comes_is_given_up(
@@ -125,7 +125,7 @@ def test_a_body_that_never_comes_is_given_up(
         yield b"x"
         await asyncio.Event().wait()
 
-    assert_problem(ask(make(), "POST", "/infer", content=never()), 408, "slow-body")
+    assert_problem(ask(make(), "POST", "/infer", content=never()), 408, "request-timeout")
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/infer", 405)])
@@ -290,8 +290,28 @@ def test_off_loopback_a_token_is_demanded(make: Callable[..., ServingProcess], t
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
-def test_loopback_needs_no_token(host: str) -> None:
-    assert access_rules(host, None) == []
+def test_loopback_needs_no_token(make: Callable[..., ServingProcess], host: str) -> None:
+    name = f"[{host}]" if ":" in host else host
+    headers = {"Host": f"{name}:8081", "Origin": f"http://{name}:8081"}
+    for sent in (headers, {"Host": headers["Host"]}):
+        assert ask(make(), "GET", "/health", *access_rules(host, None), headers=sent).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "localhost:8081", "Origin": "http://localhost:3000"},
+        {"Host": "localhost:8081", "Origin": "https://localhost:8081"},
+        {"Host": "localhost:8081", "Origin": "null"},
+        {"Host": "evil.example"},
+    ],
+)
+def test_without_a_token_a_page_of_another_origin_is_refused(
+    make: Callable[..., ServingProcess], headers: dict[str, str]
+) -> None:
+    process, rules = make(), access_rules("127.0.0.1", None)
+    for method, path in (("POST", "/infer"), ("GET", "/health"), ("GET", "/metrics")):
+        assert_problem(ask(process, method, path, *rules, content=png(), headers=headers), 403, "forbidden")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "vehicle.example"])

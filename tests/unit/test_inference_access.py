@@ -19,6 +19,7 @@ from fedvit.access.identity import Scope
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from serve_apps.control.http.access import Guard
+from serve_apps.control.http.admission import Admission
 from serve_apps.inference.access import InferenceGuard
 
 
@@ -34,9 +35,10 @@ def application(store: Store, **access: Any) -> TestClient:
     async def answer(_: Request) -> JSONResponse:
         return JSONResponse({"label": "red"})
 
-    guard = Guard(load_settings(environ={}, overrides={"home": store.home, "access": access}), store)
+    settings = load_settings(environ={}, overrides={"home": store.home, "access": access})
+    guard, admission = Guard(settings, store), Admission(settings.access)
     routes = [Route("/infer", answer, methods=["POST"]), Route("/health", answer)]
-    replica = Starlette(routes=routes, middleware=[Middleware(InferenceGuard, guard=guard)])
+    replica = Starlette(routes=routes, middleware=[Middleware(InferenceGuard, guard=guard, admission=admission)])
     return TestClient(Starlette(routes=[Mount("/inference", replica)]), base_url="http://localhost")
 
 
@@ -63,5 +65,8 @@ def test_a_refusal_is_a_problem_document(store: Store) -> None:
 def test_on_open_loopback_no_token_is_needed_and_a_foreign_page_is_refused(store: Store) -> None:
     client = application(store)
     assert ask(client) == 200
-    foreign = client.post("/inference/infer", content=b"image", headers={"Origin": "https://evil.example"})
-    assert foreign.status_code == 403
+    for origin in ("https://evil.example", "http://localhost:3000", "null"):
+        foreign = client.post("/inference/infer", content=b"image", headers={"Origin": origin})
+        assert foreign.status_code == 403, origin
+    own = client.post("/inference/infer", content=b"image", headers={"Origin": "http://localhost"})
+    assert own.status_code == 200

@@ -128,3 +128,16 @@ def test_a_forgotten_request_and_an_old_one_begin_anew(store: Store) -> None:
     assert store.idempotency.begin(KEY, NOW) is None
     store.idempotency.finish(KEY, ANSWER)
     assert store.idempotency.begin(KEY, NOW + timedelta(hours=25)) is None
+
+
+def test_of_an_actor_with_many_keys_only_the_newest_are_kept(store: Store) -> None:
+    keys = [replace(KEY, key=f"k-{i}") for i in range(6)]
+    other = replace(KEY, actor="token:2:Ben")
+    store.idempotency.begin(other, NOW)
+    store.idempotency.finish(other, ANSWER)
+    for seconds, key in enumerate(keys):
+        assert store.idempotency.begin(key, NOW + timedelta(seconds=seconds), keep=2) is None
+        store.idempotency.finish(key, replace(ANSWER, body=key.key))
+    later = NOW + timedelta(minutes=1)
+    assert [store.idempotency.begin(key, later) and "kept" for key in keys] == [None] * 3 + ["kept"] * 3
+    assert store.idempotency.begin(other, later) == ANSWER

@@ -53,7 +53,7 @@ def test_in_the_open_mode_there_is_no_token(tmp_path: Path) -> None:
 
 def test_serve_understands_how_it_shall_listen(tmp_path: Path) -> None:
     plain = load_settings(environ={})
-    assert http_options(plain) == {"host": "127.0.0.1", "port": 8000}
+    assert http_options(plain) == {"host": "127.0.0.1", "port": 8000, "request_timeout_s": 390.0}
     files = {"tls_cert": tmp_path / "c.pem", "tls_key": tmp_path / "k.pem"}
     for path in files.values():
         path.write_text("")

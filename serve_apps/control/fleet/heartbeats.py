@@ -16,10 +16,11 @@ from fedvit.operations.mailbox import Mailbox
 from fedvit.ports import ClockPort
 from fedvit.store.store import Store
 from serve_apps.control.http.access import CurrentIdentity, requires
-from serve_apps.control.http.route import route
+from serve_apps.control.http.route import route, takes_json
 from serve_apps.control.http.write_behind import WriteBehind
 from serve_apps.control.services import Services
 
+MAX_BODY_BYTES = 4 * 1024
 # One a process, however many applications it builds.
 _COUNTED = counter("heartbeats_total")
 
@@ -98,6 +99,7 @@ def add_heartbeat_routes(api: FastAPI, services: Services, heartbeats: Heartbeat
         "clients",
         [requires(Scope.DEVICE, Scope.OPERATOR, audited=False)],
         404,
+        openapi_extra=takes_json(MAX_BODY_BYTES),
     )
     async def heartbeat(client_id: str, request: HeartbeatRequest, who: CurrentIdentity) -> HeartbeatView:
         """A vehicle is there; a token that is bound to a client speaks for that one only."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import FastAPI, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from fedvit.access.identity import Scope
+from fedvit.access.identity import Identity, Scope
 from fedvit.api.base import MAX_INTEGER
 from fedvit.api.clients import (
     HistogramBody,
@@ -19,11 +22,10 @@ from fedvit.api.clients import (
 )
 from fedvit.errors import NotFoundError
 from fedvit.rounds.remote import FROZEN_DIGEST, Offer, RemoteWork
-from fedvit.wire.histograms import HistogramRequest
+from fedvit.wire.histograms import MAX_CELLS, HistogramRequest
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.http.access import CurrentIdentity, requires
-from serve_apps.control.http.bodies import read_body
-from serve_apps.control.http.route import OCTETS, route, takes_bytes
+from serve_apps.control.http.route import OCTETS, route, takes_bytes, takes_json
 from serve_apps.control.services import Services
 
 _DEVICE = [requires(Scope.DEVICE, Scope.OPERATOR)]
@@ -31,7 +33,10 @@ _DEVICE = [requires(Scope.DEVICE, Scope.OPERATOR)]
 _UPLOADER = [requires(Scope.DEVICE, Scope.OPERATOR, audited=False)]
 
 
+# A count has at most nine characters.
+MAX_HISTOGRAM_BYTES = 16 * MAX_CELLS
 RoundIndex = Annotated[int, Path(ge=1, le=MAX_INTEGER)]
+_ROUND_INDEX = TypeAdapter(Annotated[int, Field(ge=1, le=MAX_INTEGER)])
 
 
 def add_remote_client_routes(api: FastAPI, services: Services, heartbeats: Heartbeats) -> None:
@@ -79,6 +84,11 @@ def _add_tasks(api: FastAPI, services: Services, heartbeats: Heartbeats, work: R
 
 def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
     place = "/api/clients/{client_id}/updates/{run_id}/{round_index}"
+    limit = services.settings.training.validation.max_update_bytes
+
+    def check(who: Identity, path: Mapping[str, str]) -> int:
+        who.check_speaks_for(path["client_id"])
+        return work.check_awaited(path["client_id"], path["run_id"], _round_index(path["round_index"]))
 
     @route(
         api,
@@ -88,10 +98,10 @@ def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
         404,
         responses={200: {"model": ReceiptView}},
         status_code=202,
-        openapi_extra=takes_bytes(services.settings.training.validation.max_update_bytes),
+        openapi_extra=takes_bytes(limit, before_body=check),
     )
     async def upload(
-        client_id: str, run_id: str, round_index: RoundIndex, request: Request, response: Response, who: CurrentIdentity
+        client_id: str, run_id: str, round_index: RoundIndex, request: Request, response: Response
     ) -> ReceiptView:
         """Bring what a client learned in a round, as its trainer writes it.
 
@@ -99,9 +109,7 @@ def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
         round has taken it. One that validation rejects is refused with its reason (422) and counts towards the
         client's quarantine; for one that nobody waits for, or that differs from the first, 409 says what happened.
         """
-        who.check_speaks_for(client_id)
-        max_bytes = await run_in_threadpool(work.check_awaited, client_id, run_id, round_index)
-        content = await read_body(request, max_bytes)
+        content = await request.body()
         receipt = await run_in_threadpool(work.receive, client_id, run_id, round_index, content)
         receipt.check()
         if receipt.folded_in is not None:
@@ -116,7 +124,9 @@ def _add_uploads(api: FastAPI, services: Services, work: RemoteWork) -> None:
 
 
 def _add_histograms(api: FastAPI, work: RemoteWork) -> None:
-    @route(api, "PUT /api/clients/{client_id}/histograms/{run_id}/{round_index}", "clients", _UPLOADER, 404)
+    place = "PUT /api/clients/{client_id}/histograms/{run_id}/{round_index}"
+
+    @route(api, place, "clients", _UPLOADER, 404, openapi_extra=takes_json(MAX_HISTOGRAM_BYTES))
     def histogram(
         client_id: str, run_id: str, round_index: RoundIndex, body: HistogramBody, who: CurrentIdentity
     ) -> HistogramReceipt:
@@ -124,6 +134,13 @@ def _add_histograms(api: FastAPI, work: RemoteWork) -> None:
         who.check_speaks_for(client_id)
         kept = work.receive_histogram(client_id, run_id, round_index, body.counts)
         return HistogramReceipt(client_id=client_id, run_id=run_id, round_index=round_index, kept=kept)
+
+
+def _round_index(text: str) -> int:
+    try:
+        return _ROUND_INDEX.validate_python(text)
+    except ValidationError as error:
+        raise RequestValidationError([{**fault, "loc": ("path", "round_index")} for fault in error.errors()]) from None
 
 
 def _histogram_view(client_id: str, order: HistogramRequest, num_examples: int) -> HistogramRequestView:

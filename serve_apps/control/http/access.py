@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, params
 from fastapi.security import HTTPBearer
@@ -14,6 +13,7 @@ from starlette.requests import HTTPConnection
 from fedvit.access.identity import ANONYMOUS, Identity, Scope
 from fedvit.access.limits import FailureWindow, TokenBuckets, whole_seconds
 from fedvit.access.tokens import PREFIX, verify_token
+from fedvit.api.inbound import foreign_request
 from fedvit.api.transport import is_loopback
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.config import AccessConfig, Settings
@@ -95,6 +95,7 @@ class RequestOrigin:
     authorization: tuple[str, ...]
     host: str
     origin: str | None
+    scheme: str
 
     @classmethod
     def of(cls, request: Request, access: AccessConfig) -> RequestOrigin:
@@ -109,6 +110,7 @@ class RequestOrigin:
             authorization=tuple(request.headers.getlist("authorization")),
             host=request.headers.get("host", ""),
             origin=request.headers.get("origin"),
+            scheme=request.url.scheme,
         )
 
 
@@ -213,13 +215,7 @@ class Guard:
         """Why an anonymous request is not from a user of this machine; web pages may send requests, too."""
         if _is_address(sender.source) and not is_loopback(sender.source):
             return f"The request comes from {sender.source}"
-        # A name with a dot may belong to another host and resolve to this one (DNS rebinding).
-        host = _host_name(f"//{sender.host}")
-        if ("." in host or ":" in host) and not is_loopback(host) and host != self._host:
-            return "The request was sent to another host's name"
-        if sender.origin is not None and not is_loopback(_host_name(sender.origin)):
-            return "The request comes from a page of another site"
-        return None
+        return foreign_request(sender.host, sender.origin, sender.scheme, self._host)
 
 
 # Both async: FastAPI hands anything else to a thread, and there is nothing to wait for.
@@ -260,13 +256,6 @@ Note = Annotated[AuditNote, Depends(_audit_note)]
 def _counted(error: FedvitError, reason: str) -> FedvitError:
     _REFUSED.labels(reason).inc()
     return error
-
-
-def _host_name(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return "not.a.host"
 
 
 def _is_address(text: str) -> bool:

@@ -1,17 +1,24 @@
-"""Audit facts of a request: bounded, JSON, and without secrets."""
+"""Audit facts of a request: bounded, JSON, and without secrets; and a quota for the callers that do not operate."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import threading
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Request
 
 from fedvit.access.identity import Identity
+from fedvit.access.limits import TokenBuckets
+from fedvit.clock import SYSTEM_CLOCK
+from fedvit.ports import ClockPort
 from fedvit.store.records import AuditFacts
+from fedvit.store.store import Store
 from serve_apps.control.http.access import AuditNote
 from serve_apps.logs import redact
 
@@ -21,6 +28,68 @@ MAX_DEPTH = 8
 MAX_BYTES = 8_192
 _SECRET_NAME = re.compile(r"secret|token|passw|authori[sz]ation|credential|private|api_?key", re.IGNORECASE)
 _HIDDEN = "[redacted]"
+LINES_AT_ONCE = 30
+LINES_PER_S = 1 / 60
+MAX_MERGED = 1_000
+_OTHERS = "several actors"
+
+
+@dataclass(slots=True)
+class _Merged:
+    """Calls of one actor that have no line of their own; ``last`` is the newest."""
+
+    last: AuditFacts
+    statuses: Counter[str] = field(default_factory=Counter)
+
+
+class AuditQuota:
+    """Writes the audit trail, and bounds what devices, alert senders and viewers can add to it.
+
+    Such an actor has :data:`LINES_AT_ONCE` lines at once, and :data:`LINES_PER_S` in the long run. Further calls are
+    counted and merged into one line, which is written when the actor has a line again, and at the end. Every call of an
+    operator has a line of its own.
+    """
+
+    def __init__(self, store: Store, clock: ClockPort = SYSTEM_CLOCK) -> None:
+        self._store = store
+        self._buckets = TokenBuckets(LINES_PER_S, LINES_AT_ONCE, clock.monotonic)
+        self._lock = threading.Lock()
+        self._merged: dict[str, _Merged] = {}
+
+    def append(self, facts: AuditFacts, identity: Identity) -> None:
+        """Write a line, or count the call.
+
+        Raises:
+            IntegrityError: the end of the trail is not where it was left.
+        """
+        if identity.operates or self._buckets.take(facts.actor) == 0:
+            self._store.audit.append(facts)
+        else:
+            self._merge(facts, Counter([f"{facts.action} {facts.status}"]))
+
+    def flush(self, *, last: bool = False) -> None:
+        """Write the merged lines that are due; all of them where this is the ``last`` call."""
+        with self._lock:
+            actors = list(self._merged)
+        for actor in actors:
+            if last or self._buckets.take(actor) == 0:
+                with self._lock:
+                    merged = self._merged.pop(actor)
+                counted = {"merged": merged.statuses.total(), "calls": dict(merged.statuses.most_common(MAX_ITEMS))}
+                try:
+                    self._store.audit.append(replace(merged.last, params=counted, before=None, after=None))
+                except Exception:
+                    self._merge(merged.last, merged.statuses)
+                    raise
+
+    def _merge(self, last: AuditFacts, statuses: Counter[str]) -> None:
+        with self._lock:
+            # Beyond so many actors, which no honest fleet has, it is no longer known who it was.
+            known = last.actor in self._merged or len(self._merged) < MAX_MERGED
+            actor = last.actor if known else _OTHERS
+            merged = self._merged.setdefault(actor, _Merged(last))
+            merged.last = replace(last, actor=actor)
+            merged.statuses += statuses
 
 
 def facts_of(

@@ -1,4 +1,4 @@
-"""Request bodies: bounded, JSON whatever their content type says, and explained where they are not."""
+"""JSON in request bodies, whatever their content type says, explained where it is none."""
 
 from __future__ import annotations
 
@@ -11,31 +11,10 @@ from typing import Any, NoReturn
 from fastapi import Request
 from pydantic import BaseModel
 
-from fedvit.errors import BodyTooLargeError, CompressedBodyError, InvalidJsonError, InvalidRequestError
+from fedvit.errors import InvalidJsonError, InvalidRequestError
 
 # What documentation writes where a value belongs.
 _PLACEHOLDER = re.compile(r"\{\s*(\.\.\.|…)\s*\}|\[\s*(\.\.\.|…)\s*\]|:\s*(\.\.\.|…)")
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body.
-
-    Raises:
-        BodyTooLargeError: it has more than ``max_bytes``.
-        CompressedBodyError: it is compressed.
-    """
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise CompressedBodyError("Send the body without a Content-Encoding.")
-    declared = request.headers.get("content-length", "")
-    content = bytearray()
-    if not (declared.isdecimal() and int(declared[:20]) > max_bytes):
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > max_bytes:
-                break
-        else:
-            return bytes(content)
-    raise BodyTooLargeError(f"A request body may have {max_bytes} bytes at most.")
 
 
 def parse_json(content: bytes, max_depth: int, example: Callable[[], Any]) -> Any:

@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -19,20 +19,23 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedvit.access.identity import Identity
 from fedvit.api.base import MAX_INTEGER
+from fedvit.api.inbound import BodyLimits, declared_length, read_body
 from fedvit.clock import SYSTEM_CLOCK
-from fedvit.errors import BodyTimeoutError, FedvitError, InvalidIdempotencyKeyError, ResponseTimeoutError
+from fedvit.errors import FedvitError, InvalidIdempotencyKeyError, ResponseTimeoutError
 from fedvit.metrics.catalogue import BY_NAME, OTHER
 from fedvit.metrics.exposition import gauge, histogram
 from fedvit.ports import ClockPort
 from fedvit.store.records import RequestKey, StoredResponse
 from fedvit.store.store import Store
 from serve_apps.control.http.access import AuditNote, Guard, RequestOrigin, call_key, requirement_of
-from serve_apps.control.http.audit import facts_of
-from serve_apps.control.http.bodies import check_no_fields, example_of, parse_json, read_body, with_body
+from serve_apps.control.http.admission import Admission, Slot
+from serve_apps.control.http.audit import AuditQuota, facts_of
+from serve_apps.control.http.bodies import check_no_fields, example_of, parse_json, with_body
 from serve_apps.control.system.in_process_client import ACTING
 from serve_apps.logs import request_id
 from serve_apps.problems import documented, problem_of
@@ -43,6 +46,11 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Location of an operation and ETag of a revision are part of the response.
 _KEPT_HEADERS = ("location", "etag")
 _MAX_BYTES = "x-max-bytes"
+_BEFORE_BODY, _MAX_JSON_BYTES = "before-body", "max-json-bytes"
+# A longer JSON body is parsed in a thread: the event loop answers others meanwhile.
+_PARSED_AT_ONCE = 16 * 1024
+# Each keeps a row in the store for a day.
+_KEYS_OF_A_DEVICE = 100
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 _KEY_PARAMETER = {
     "name": "Idempotency-Key",
@@ -63,6 +71,9 @@ _METHOD = BY_NAME["request_duration_seconds"].label("method")
 _UNDER_WAY = gauge("queue_depth").labels("requests")
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+BeforeBody = Callable[[Identity, Mapping[str, str]], int]
+"""A route's own check of the caller and the path's parameters before the body is read; returns the most bytes that it
+may have. It may block, and raises FedvitError or RequestValidationError."""
 # Without a reference a task may be collected before it is done.
 _running: set[asyncio.Task[Response]] = set()
 
@@ -73,17 +84,24 @@ class Control:
 
     guard: Guard
     store: Store
+    admission: Admission
+    audit: AuditQuota
     clock: ClockPort = SYSTEM_CLOCK
 
 
-def takes_bytes(max_bytes: int) -> dict[str, Any]:
+def takes_bytes(max_bytes: int, before_body: BeforeBody | None = None) -> dict[str, Any]:
     """For a route's ``openapi_extra``: its body is bytes, at most ``max_bytes``, and read by the handler.
 
-    Such a route's requirement says ``audited=False``.
+    Such a route's requirement says ``audited=False``. A request that ``before_body`` refuses has its body not read.
     """
     schema = {"type": "string", "format": "binary"}
     body = {"required": True, "content": {OCTETS: {"schema": schema}}}
-    return {"requestBody": body, _MAX_BYTES: max_bytes}
+    return {"requestBody": body, _MAX_BYTES: max_bytes, _BEFORE_BODY: before_body}
+
+
+def takes_json(max_bytes: int) -> dict[str, Any]:
+    """For a route's ``openapi_extra``: its JSON body has at most ``max_bytes``, less than the setting allows others."""
+    return {_MAX_JSON_BYTES: max_bytes}
 
 
 def route(
@@ -119,8 +137,9 @@ def install_control(api: FastAPI, control: Control) -> None:
 class ControlledRoute(APIRoute):
     """A route that declares who may use it, with ``dependencies=[requires(...)]`` or ``[public()]``.
 
-    A request passes, in this order: its token, its scopes and its rate; the size and the form of its body; for a
-    mutating one its idempotency key; then the handler, within the time limit. A mutating one is audited at the end,
+    A request passes, in this order: its token, its scopes and its rate; the announced length of its body; admission
+    (:mod:`.admission`); the route's own check; its body, in time, and the form of it; for a mutating one its
+    idempotency key; then the handler, within the time limit. A mutating one is audited at the end,
     unless its requirement says ``audited=False``; then it knows no idempotency keys either. Bodies are JSON, unless
     ``openapi_extra`` is :func:`takes_bytes`.
 
@@ -142,10 +161,13 @@ class ControlledRoute(APIRoute):
         if mutating and requirement.audited:
             marks["parameters"] = [_KEY_PARAMETER]
         options["openapi_extra"] = marks | (options.get("openapi_extra") or {})
-        problems = documented(401, 403, *((400, 408, 409, 413, 415, 422) if mutating else ()), 429, 504)
+        problems = documented(401, 403, *((400, 408, 409, 413, 415, 422) if mutating else ()), 429, 503, 504)
         options["responses"] = problems | (options.get("responses") or {})
+        extra = options["openapi_extra"]
+        self.before_body: BeforeBody | None = extra.pop(_BEFORE_BODY, None)
+        self.max_json_bytes: int | None = extra.pop(_MAX_JSON_BYTES, None)
+        self.max_bytes: int | None = extra.get(_MAX_BYTES)
         super().__init__(path, endpoint, **options)
-        self.max_bytes: int | None = (options["openapi_extra"] or {}).get(_MAX_BYTES)
         self.repeatable = any(dependant.call is call_key for dependant in self.dependant.dependencies)
         query = self.dependant.query_params
         self._single = [field.alias for field in query if not _takes_several(field.field_info.annotation)]
@@ -160,6 +182,8 @@ class ControlledRoute(APIRoute):
         async def handle(request: Request) -> Response:
             try:
                 return await _Call(self, inner, request).answer()
+            except ClientDisconnect:
+                return Response(status_code=400)
             except Exception as error:
                 return problem_of(error)
 
@@ -190,34 +214,65 @@ class _Call:
 
     def __init__(self, route: ControlledRoute, inner: _Handler, request: Request) -> None:
         control: Control = request.app.state.control
+        self._control, self._access = control, control.guard.access
         self._guard, self._store, self._clock = control.guard, control.store, control.clock
-        self._access = control.guard.access
         self._route, self._inner, self._request = route, inner, request
         self._sender = RequestOrigin.of(request, self._access)
         self._action = f"{request.method} {route.path}"
         self._note = AuditNote()
+        self._work: asyncio.Task[Response] | None = None
 
     async def answer(self) -> Response:
         request, requirement = self._request, self._route.requirement
         identity = await self._identify()
         request.state.identity, request.state.audit_note = identity, self._note
         request.state.source = self._sender.source
-        if request.method in _SAFE:
-            self._guard.permit(requirement, identity)
-            self._route.check_given_once(request)
-            return await self._in_time(self._inner(request))
+        await self._permit(identity)
+        self._route.check_given_once(request)
+        max_bytes = 0 if request.method in _SAFE else self._max_body_bytes()
+        length = declared_length(request.headers, max_bytes) if max_bytes else 0
+        # A route that asks for no scope answers from memory, and always.
+        if not requirement.scopes:
+            return await self._admitted(identity, max_bytes)
+        slot = await self._control.admission.enter(identity, self._sender.source, length)
+        try:
+            return await self._admitted(identity, max_bytes)
+        finally:
+            self._leave(slot)
+
+    async def _permit(self, identity: Identity) -> None:
+        requirement = self._route.requirement
         try:
             self._guard.permit(requirement, identity)
         except FedvitError as error:
             # A refusal is audited only with a known identity: unknown callers could fill the disk.
-            if identity.authenticated and requirement.audited:
+            if identity.authenticated and requirement.audited and self._request.method not in _SAFE:
                 await self._audit(identity, None, error.http_status)
             raise
-        self._route.check_given_once(request)
-        content, body = await self._read()
-        if not requirement.audited:
+
+    async def _admitted(self, identity: Identity, max_bytes: int) -> Response:
+        request = self._request
+        if request.method in _SAFE:
+            return await self._in_time(self._inner(request))
+        if self._route.before_body is not None:
+            allowed = await run_in_threadpool(self._route.before_body, identity, request.path_params)
+            max_bytes = min(max_bytes, allowed)
+            declared_length(request.headers, max_bytes)
+        content, body = await self._read(max_bytes)
+        if not self._route.requirement.audited:
             return await self._in_time(self._inner(with_body(request, content)))
         return await self._mutate(identity, content, body)
+
+    def _leave(self, slot: Slot) -> None:
+        """Give the slot back when the work has ended, which may be after the response."""
+        if self._work is None or self._work.done():
+            slot.release()
+        else:
+            self._work.add_done_callback(lambda _: slot.release())
+
+    def _max_body_bytes(self) -> int:
+        route = self._route
+        return route.max_bytes or min(self._access.max_body_bytes, route.max_json_bytes or self._access.max_body_bytes)
 
     async def _identify(self) -> Identity:
         requirement, acting = self._route.requirement, self._request.scope.get(ACTING)
@@ -227,19 +282,16 @@ class _Call:
             return self._guard.identify(requirement, self._sender)
         return await run_in_threadpool(self._guard.identify, requirement, self._sender)
 
-    async def _read(self) -> tuple[bytes, Any]:
-        limit_s = self._access.request_timeout_s
-        max_bytes = self._route.max_bytes or self._access.max_body_bytes
-        try:
-            content = await asyncio.wait_for(read_body(self._request, max_bytes), limit_s)
-        except TimeoutError:
-            raise BodyTimeoutError(f"The body did not arrive within {limit_s:g} s.") from None
+    async def _read(self, max_bytes: int) -> tuple[bytes, Any]:
+        limits = BodyLimits(max_bytes, self._access.body_timeout_s, self._access.min_body_bytes_per_s)
+        content = await read_body(self._request.stream(), limits)
         if self._route.max_bytes is not None:
             return content, None
         takes_body = self._route.body_field is not None
         if not content and not takes_body:
             return content, None
-        body = parse_json(content, self._access.max_json_depth, self._route.example)
+        parse = partial(parse_json, content, self._access.max_json_depth, self._route.example)
+        body = parse() if len(content) <= _PARSED_AT_ONCE else await run_in_threadpool(parse)
         if not takes_body:
             check_no_fields(body)
         return content, body
@@ -248,7 +300,8 @@ class _Call:
         key = self._key(identity, content)
         self._request.state.call_key = None if key is None else _digest(*astuple(key))
         if key is not None:
-            begin = partial(self._store.idempotency.begin, repeatable=self._route.repeatable)
+            keep = None if identity.operates else _KEYS_OF_A_DEVICE
+            begin = partial(self._store.idempotency.begin, repeatable=self._route.repeatable, keep=keep)
             stored = await run_in_threadpool(begin, key, self._clock.now())
             if stored is not None:
                 headers = {**stored.headers, "Idempotency-Replayed": "true"}
@@ -268,7 +321,7 @@ class _Call:
     async def _audit(self, identity: Identity, body: Any, status: int) -> None:
         facts = facts_of(self._request, self._action, identity, self._sender.source, body, self._note, status)
         try:
-            await run_in_threadpool(self._store.audit.append, facts)
+            await run_in_threadpool(self._control.audit.append, facts, identity)
         except FedvitError:
             LOG.critical("The audit trail could not be written", extra={"action": self._action, "status": status})
             raise
@@ -276,7 +329,7 @@ class _Call:
     async def _in_time(self, work: Coroutine[Any, Any, Response]) -> Response:
         """Answer 504 when it takes too long; the work itself is not broken off, and is audited when it ends."""
         limit_s = self._access.request_timeout_s
-        task = asyncio.create_task(work)
+        self._work = task = asyncio.create_task(work)
         _running.add(task)
         task.add_done_callback(_running.discard)
         done, _ = await asyncio.wait({task}, timeout=limit_s)

@@ -1,4 +1,4 @@
-"""Write-behind buffer for telemetry: moments by name are kept in memory and written in one transaction."""
+"""Write-behind buffers: telemetry and counters are kept in memory and written about once a second."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
+from typing import Protocol
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 FLUSH_EVERY_S = 1.0
 _LOG = logging.getLogger("fedvit.control")
+
+
+class Buffer(Protocol):
+    """Something that is written from time to time."""
+
+    def flush(self, *, last: bool = False) -> None:
+        """Write what is due; everything where this is the ``last`` call."""
 
 
 class WriteBehind:
@@ -39,7 +47,7 @@ class WriteBehind:
         with self._lock:
             self._pending[name] = at
 
-    def flush(self) -> None:
+    def flush(self, *, last: bool = False) -> None:
         """Write what is pending; what could not be written stays pending, and the log says why."""
         with self._lock:
             batch, self._pending = self._pending, {}
@@ -53,7 +61,7 @@ class WriteBehind:
                 self._pending = batch | self._pending
 
 
-def flushing(*buffers: WriteBehind) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def flushing(*buffers: Buffer) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """An application's lifespan: a thread flushes the buffers about once a second, and a last time at the end."""
 
     @asynccontextmanager
@@ -70,9 +78,12 @@ def flushing(*buffers: WriteBehind) -> Callable[[FastAPI], AbstractAsyncContextM
     return lifespan
 
 
-def _flush_until(stop: threading.Event, buffers: tuple[WriteBehind, ...]) -> None:
+def _flush_until(stop: threading.Event, buffers: tuple[Buffer, ...]) -> None:
     stopped = False
     while not stopped:
         stopped = stop.wait(FLUSH_EVERY_S)
         for buffer in buffers:
-            buffer.flush()
+            try:
+                buffer.flush(last=stopped)
+            except Exception:  # One that fails must not keep the others from being written.
+                _LOG.exception("a buffer could not be written")

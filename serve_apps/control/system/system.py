@@ -32,8 +32,8 @@ def add_system_routes(api: FastAPI, services: Services, health_metrics: HealthMe
 
 def _add_health(api: FastAPI, services: Services, health_metrics: HealthMetrics) -> None:
     @route(api, "GET /healthz", "system", [public()])
-    def healthz() -> dict[str, str]:
-        """Whether this replica answers."""
+    async def healthz() -> dict[str, str]:
+        """Whether this replica answers. It waits for no thread, no store and no other request."""
         return {"status": "ok"}
 
     @route(api, "GET /api/system/health", "system", VIEWER)
