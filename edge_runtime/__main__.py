@@ -21,8 +21,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from starlette.types import ASGIApp
 
 from edge_runtime.access import access_rules
+from edge_runtime.connections import BoundedProtocol
 from edge_runtime.engine import InferenceEngine
-from edge_runtime.heartbeat import HeartbeatLoop
+from edge_runtime.heartbeat import TIMEOUT_S, HeartbeatLoop
 from edge_runtime.mailbox import MailboxSender, read_mailbox_key
 from edge_runtime.server import ServingOptions, ServingProcess
 from fedvit.api.transport import open_http, read_token
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from edge_runtime.training.policy import VehiclePolicy
 
 GRACE_S = 5
-HEARTBEAT_TIMEOUT_S = 10.0
 BACKLOG = 512
 
 app = typer.Typer(
@@ -268,7 +268,7 @@ def _heartbeats(
         return
     options = process.options
     token = read_token(token_file) if token_file else None
-    with open_http(options.source, timeout_s=HEARTBEAT_TIMEOUT_S, token=token, verify=ca_file or True) as http:
+    with open_http(options.source, timeout_s=TIMEOUT_S, token=token, verify=ca_file or True) as http:
         loop = HeartbeatLoop(http, options.device_id, process.heartbeat, sender)
         loop.start()
         try:
@@ -317,7 +317,14 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 def _serve(asgi: ASGIApp, listener: socket.socket, host: str) -> None:
     """Run until a signal. The handler of SIGTERM makes it a normal end, although uvicorn raises the signal again."""
-    config = uvicorn.Config(asgi, access_log=False, log_config=None, timeout_graceful_shutdown=GRACE_S, lifespan="on")
+    config = uvicorn.Config(
+        asgi,
+        http=BoundedProtocol,
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=GRACE_S,
+        lifespan="on",
+    )
     shown = f"[{host}]" if ":" in host else host
     server = _AnnouncingServer(config, f"http://{shown}:{listener.getsockname()[1]}")
     signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))

@@ -19,6 +19,10 @@ from serve_apps.control.http.route import LOG
 from serve_apps.deploying import OPTIONS, listen_on_node_address
 from serve_apps.logs import log_to_file
 
+MAX_ONGOING_REQUESTS = 1_000
+"""Far above what a replica admits (see :mod:`serve_apps.control.http.admission`), so that it answers everybody: Serve
+counts a request from its headers on, and beyond this number no caller would be answered."""
+
 
 def build_control_app(settings: Settings, *, node_labels: Mapping[str, str] | None = None) -> serve.Application:
     """The application; each replica opens the store, on a node with ``node_labels``, and finds the actors by name."""
@@ -34,7 +38,7 @@ def build_control_app(settings: Settings, *, node_labels: Mapping[str, str] | No
         name="control",
         num_replicas=settings.serving.control_replicas,
         ray_actor_options={"num_cpus": settings.ray.actor_cpus, "label_selector": dict(node_labels or {})},
-        max_ongoing_requests=64,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
         **OPTIONS,
     )
     return deployment.bind()

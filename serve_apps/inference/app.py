@@ -22,11 +22,13 @@ from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.store.store import Store
 from fedvit.wire.manifest import parse_public_key
 from serve_apps.control.http.access import Guard
+from serve_apps.control.http.admission import Admission
 from serve_apps.deploying import OPTIONS, listen_on_node_address
 from serve_apps.inference.access import InferenceGuard
 
 TARGET_ONGOING_REQUESTS = 2
-MAX_ONGOING_REQUESTS = 16
+# Far above what a replica admits, so that slow callers do not take the places of others; see serve_apps.control.app.
+MAX_ONGOING_REQUESTS = 500
 MAX_QUEUED_REQUESTS = 64
 _LOCK_FILE = ".lock"
 
@@ -94,7 +96,8 @@ def _build_replica(settings: Settings, control_url: str, trusted_key: str, token
         count_answers=True,
     )
     guard = Guard(settings, Store.open(settings.home))
-    return ServingProcess(client, options).app(Middleware(InferenceGuard, guard=guard))
+    admission = Admission(settings.access)
+    return ServingProcess(client, options).app(Middleware(InferenceGuard, guard=guard, admission=admission))
 
 
 _held_locks: list[IO[bytes]] = []

@@ -14,6 +14,7 @@ from fedvit.config import Settings
 from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
 from fedvit.metrics.targets import RAY, link_targets, write_targets
 from fedvit.ports import AggregatorPort
+from serve_apps import proxy
 from serve_apps.startup.checks import await_free_ports
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def start_ray(settings: Settings, stack: ExitStack) -> str | None:
     if settings.ray.cluster_address() is None:
         # Ray's processes end a little after ray.shutdown returns; "stopped" means that the ports are free.
         stack.callback(await_free_ports, settings)
-    connect(settings, {MULTIPROCESS_VARIABLE: str(metrics_dir), "RAY_USAGE_STATS_ENABLED": "0"})
+    environment = {MULTIPROCESS_VARIABLE: str(metrics_dir), "RAY_USAGE_STATS_ENABLED": "0", **proxy.ENVIRONMENT}
+    connect(settings, environment)
     stack.callback(ray.shutdown)
     if not settings.ray.dashboard:
         write_targets(settings.home, RAY, [])

@@ -21,6 +21,7 @@ from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 from serve_apps.startup.cluster import CLUSTER_STOP_S, stop_within
 
 FOLLOWER = "followers of this system"
+SPARE_S = 30.0
 
 
 def start_serve(settings: Settings, stack: ExitStack, token_file: Path | None) -> str:
@@ -102,9 +103,16 @@ def edge_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def http_options(settings: Settings) -> dict[str, Any]:
-    """Serve's HTTP options: host, port, and the certificate if there is one."""
+    """Serve's HTTP options: host, port, the certificate if there is one, and when Serve gives a request up.
+
+    The applications have limits of their own, which are shorter; this one ends requests that no replica takes.
+    """
     access = settings.access
-    options: dict[str, Any] = {"host": settings.serving.host, "port": settings.serving.port}
+    options: dict[str, Any] = {
+        "host": settings.serving.host,
+        "port": settings.serving.port,
+        "request_timeout_s": access.body_timeout_s + access.request_timeout_s + SPARE_S,
+    }
     if access.tls_cert is not None and access.tls_key is not None:
         options |= {"ssl_certfile": str(access.tls_cert.resolve()), "ssl_keyfile": str(access.tls_key.resolve())}
     return options

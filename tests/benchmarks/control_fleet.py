@@ -18,7 +18,9 @@ from fedvit.config import Settings
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import Client, ClientKind
+from serve_apps import proxy
 from serve_apps.control.app import build_control_app
+from serve_apps.startup.serving import http_options
 
 CLIENTS = 10_000
 HOST = "127.0.0.1"
@@ -58,7 +60,8 @@ def serving(access: dict[str, Any] | None = None, clients: int = CLIENTS) -> Ite
 def _start(settings: Settings) -> None:
     metrics = settings.home / "run" / "metrics"
     metrics.mkdir(parents=True)
-    connect(settings, {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "RAY_USAGE_STATS_ENABLED": "0"})
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "RAY_USAGE_STATS_ENABLED": "0", **proxy.ENVIRONMENT}
+    connect(settings, environment)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": HOST, "port": settings.serving.port})
+    serve.start(http_options=http_options(settings))
     serve.run(build_control_app(settings), name="control", route_prefix="/")
