@@ -194,7 +194,7 @@ class AccessConfig(Section):
     )
     max_device_requests: PositiveInt = Field(
         32,
-        description="Requests of all tokens that can read nothing (device, releases, alerts) that are worked on at once; "
+        description="Requests of all tokens with no scope but device, releases and alerts that are worked on at once; "
         "further ones wait for five seconds at most, and then get 503.",
     )
     max_operator_requests: PositiveInt = Field(
