@@ -28,6 +28,7 @@ from fedvit.errors import (
     DataError,
     FedvitError,
     IntegrityError,
+    OverloadedError,
     RateLimitedError,
     UpdateRejectedError,
 )
@@ -41,7 +42,7 @@ from fedvit.wire.updates import encode_update
 
 _LOG = logging.getLogger(__name__)
 RETRY_S = 5.0
-_TEMPORARY = (ControlUnreachableError, ControlApiError, RateLimitedError)
+_TEMPORARY = (ControlUnreachableError, ControlApiError, OverloadedError, RateLimitedError)
 _MAX_REASON = 500
 _TASK_FIELDS = tuple(field.name for field in fields(TrainTask))
 
