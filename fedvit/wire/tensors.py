@@ -99,8 +99,7 @@ def encoded_pieces(weights: Weights) -> list[bytes | memoryview]:
 
 
 def largest_task_weights(weights: Weights) -> int:
-    """The most bytes that the weights of a task can have on a model with these; a rule may broadcast three times as many
-    arrays beside them."""
+    """The most bytes that a task's weights can have; a rule may broadcast three arrays beside each of ``weights``."""
     return 4 * (sum(map(len, encoded_pieces(weights))) + _HEADER_SPARE_BYTES * len(weights))
 
 
