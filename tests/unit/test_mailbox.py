@@ -24,7 +24,7 @@ from fedvit.access.tokens import create_token
 from fedvit.api.transport import open_http
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, DataError, MailboxError, NotFoundError, PlacementError, UsageError
-from fedvit.operations.mailbox import PER_CLIENT, Mailbox
+from fedvit.operations.mailbox import PER_CLIENT, REASONS, Mailbox
 from fedvit.operations.runner import PeriodicTasks
 from fedvit.privacy.events import Gaussian
 from fedvit.privacy.randomness import output_id
@@ -35,7 +35,7 @@ from fedvit.store.store import Store
 from fedvit.testing.doubles import GenerousAccountant, ManualClock
 from fedvit.types import Client, ClientKind, TrainTask, utc_now
 from fedvit.wire.folders import Folder, LocalFolder, open_folder
-from fedvit.wire.mailbox import Message, MessageKind, new_message_id, sign_message
+from fedvit.wire.mailbox import Message, MessageKind, new_message_id, sign_message, verify_message
 from fedvit.wire.tensors import encode_weights
 from serve_apps.control.api import Services, create_api
 
@@ -216,6 +216,94 @@ def test_links_lead_nowhere(post: MailboxSite, tmp_path: Path) -> None:
     assert secret.read_text() == "secret"
     assert "secret" not in "".join(post.reasons())
     assert post.counts()[2] == 2
+
+
+def test_of_rejected_messages_the_latest_reasons_are_kept_and_nothing_else(post: MailboxSite) -> None:
+    post.mailbox.enable()
+    ids = []
+    for number in range(REASONS + 5):
+        post.clock.advance(0.01)
+        ids.append(post.put(post.message(), key_of="truck-2").message_id)
+        if number % 10 == 0:
+            post.folder.write(post.message(f"nobody-{number}").path, bytes(50_000))
+            post.mailbox.take()
+    while post.counts()[0]:
+        post.mailbox.take()
+    assert post.folder.files("rejected/truck-1") == [f"{name}.reason" for name in ids[5:]]
+    assert post.folder.folders("rejected") == ["_unregistered", "truck-1"]
+    assert {path.suffix for path in Path(post.mailbox.url, "rejected").rglob("*.*") if path.is_file()} <= {
+        ".reason",
+        ".about",
+        "",
+    }
+
+
+def test_a_client_has_no_more_messages_in_a_day_than_it_can_need(tmp_path: Path) -> None:
+    post = MailboxSite(tmp_path / "home")
+    post.mailbox.enable()
+    most = 2 * 24 * 60 + 1000
+    folder = Path(post.mailbox.url, "delivered", "truck-1")
+    folder.mkdir(parents=True)
+    for _ in range(most - 1):
+        (folder / f"{post.message().message_id}.json").touch()
+    post.put(post.message("truck-2"))
+    for _ in range(2):
+        post.put(post.message())
+    assert (post.mailbox.take(), post.counts()) == (2, (0, 2, 1))
+    assert len(post.folder.files("delivered/truck-1")) == most
+    post.clock.advance(86_401)
+    # The messages of the day before are forgotten with the first that comes.
+    post.put(post.message("truck-2"))
+    assert post.mailbox.take() == 1
+    post.store.close()
+
+
+def test_files_that_belong_to_no_message_are_removed(post: MailboxSite) -> None:
+    post.mailbox.enable()
+    fresh, stale = post.message(), post.message(ago_s=86_401)
+    names = ["stray", "x.safetensors", f"{stale.message_id}.safetensors", f"{fresh.message_id}.safetensors"]
+    for name in names:
+        post.folder.write(f"inbox/truck-1/{name}", b"weights")
+    assert post.mailbox.take() == 0
+    # The message of this one may still come.
+    assert post.folder.files("inbox/truck-1") == names[3:]
+
+
+def test_one_unusable_path_and_one_fault_keep_no_other_message_back(
+    post: MailboxSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post.mailbox.enable()
+    blocked, faulty, other = post.put(post.message()), post.put(post.message()), post.put(post.message("truck-2"))
+    place = Path(post.mailbox.url, "delivered", "truck-1", f"{blocked.message_id}.json")
+    place.mkdir(parents=True)
+    Path(post.mailbox.url, "inbox", "truck-2", f"{other.message_id}.safetensors").mkdir()
+
+    def verified(content: bytes, key: bytes, client_id: str, message_id: str) -> Message:
+        if message_id == faulty.message_id:
+            raise ZeroDivisionError
+        return verify_message(content, key, client_id, message_id)
+
+    monkeypatch.setattr("fedvit.operations.mailbox.verify_message", verified)
+    with pytest.raises(MailboxError):
+        post.mailbox.take()
+    assert post.folder.files("delivered/truck-2") == [f"{other.message_id}.json"]
+    assert post.folder.files("rejected/truck-1") == [f"{faulty.message_id}.reason"]
+    assert "ZeroDivisionError" in post.reasons()[0]
+    place.rmdir()
+    assert (post.mailbox.take(), post.counts()[0]) == (1, 0)
+
+
+def test_a_linked_folder_of_the_mailbox_is_not_entered(post: MailboxSite, tmp_path: Path) -> None:
+    post.mailbox.enable()
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "run" / "system.json").write_text("{}")
+    inbox = Path(post.mailbox.url, "inbox")
+    (inbox / ".about").unlink()
+    inbox.rmdir()
+    inbox.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(MailboxError):
+        post.mailbox.take()
+    assert (tmp_path / "elsewhere" / "run" / "system.json").read_text() == "{}"
 
 
 def test_one_look_takes_a_bounded_number_of_each_client(post: MailboxSite) -> None:

@@ -340,3 +340,59 @@ def test_a_task_that_was_answered_is_never_offered_again(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "unlink", asking)
     assert yard.run() is RunStatus.COMPLETED
     assert asked == [2, 2]
+
+
+def test_what_a_removed_client_left_is_deleted_and_its_answer_is_not_awaited(yard: Yard) -> None:
+    statuses: list[int] = []
+
+    def act() -> None:
+        if task := yard.task("truck-0"):
+            content = yard.update("truck-0", task)
+            statuses.append(yard.put("truck-0", b"invalid").status_code)
+            assert yard.http.delete("/api/clients/truck-0").status_code == 200
+            statuses.append(yard.put("truck-0", content).status_code)
+        assert list((yard.store.home / "remote").rglob("*.*")) == []
+
+    yard.act = act
+    assert yard.run() is RunStatus.COMPLETED
+    assert statuses == [422, 409]
+    assert yard.lineage()["clients"] == ["vehicle-0000", "vehicle-0001"]
+
+
+@pytest.mark.parametrize(
+    "stored", [{}, {"task": {"old": 1}, "encoding": "int8"}, {"task": {}, "encoding": "zip"}, 7, []]
+)
+def test_a_task_of_an_earlier_version_is_none_and_is_replaced(yard: Yard, stored: Any) -> None:
+    for kind in ("remote_task", "remote_histogram"):
+        yard.store.metadata.set(f"{kind}/truck-0", stored)
+    assert yard.http.get("/api/clients/truck-0/task").json()["task"] is None
+    assert yard.http.get("/api/clients/truck-0/task").json()["histogram"] is None
+    assert yard.put("truck-0", b"").status_code == 409
+    assert yard.run() is RunStatus.COMPLETED
+    assert "truck-0" in yard.lineage()["clients"]
+
+
+def test_a_stored_answer_that_cannot_be_read_is_a_failure_and_not_held_against_the_client(yard: Yard) -> None:
+    def act() -> None:
+        yard.task("truck-0")
+        (yard.store.home / "remote" / "truck-0" / "run-0001.00000001.safetensors").mkdir(parents=True, exist_ok=True)
+
+    yard.act = act
+    assert yard.run() is RunStatus.COMPLETED
+    assert yard.receipt("truck-0")["reason"].startswith("its stored answer cannot be read")
+    assert "aggregation" not in yard.lineage()
+
+
+def test_a_damaged_record_of_an_invalid_answer_is_still_one(yard: Yard) -> None:
+    def act() -> None:
+        place = yard.store.home / "remote" / "truck-0" / "run-0001.00000001.safetensors"
+        if yard.task("truck-0"):
+            assert yard.put("truck-0", b"invalid").status_code == 422
+            assert yard.put("truck-0", b"invalid").status_code == 422
+            assert yard.put("truck-0", b"another").status_code == 409
+            place.write_bytes(place.read_bytes()[:20])
+
+    yard.act = act
+    assert yard.run() is RunStatus.COMPLETED
+    assert yard.receipt("truck-0")["status"] == "refused"
+    assert list(yard.lineage()["aggregation"]["refused"]) == ["truck-0"]

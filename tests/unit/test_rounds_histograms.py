@@ -110,6 +110,24 @@ def test_every_histogram_is_charged_before_it_is_asked_for_and_kept(tmp_path: Pa
     assert kept["vehicle-0003"].deviation == 8.0 * SPEC.sensitivity("record")
 
 
+def test_a_histogram_out_of_bounds_is_left_out_and_a_fault_of_the_statistics_ends_no_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hostile(order: HistogramRequest, client_id: str) -> tuple[int, ...]:
+        return (10**400,) * order.spec.cells if client_id == "vehicle-0000" else counting(order, client_id)
+
+    def faulty(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    loop = Loop(settings(tmp_path))
+    loop.fleet.counts_of = hostile
+    monkeypatch.setattr("fedvit.rounds.data_health.doubts", faulty)
+    assert loop.run().status is RunStatus.COMPLETED
+    assert "vehicle-0000" not in loop.store.histograms.latest()
+    assert len(loop.store.histograms.latest()) == CLIENTS - 1
+    assert any(record.exc_info for record in caplog.records)
+
+
 def test_votes_stay_the_references_while_the_model_errs_in_the_same_classes(tmp_path: Path) -> None:
     loop = Loop(settings(tmp_path))
     loop.fleet.counts_of = counting
