@@ -304,7 +304,7 @@ class RemoteWork:
             status = ReceiptStatus.REFUSED if error else ReceiptStatus.ACCEPTED
             return Receipt(*of, status, error, folded_in, self._store.rounds.get(run_id, folded_in).version)
         # Only of a task that was left: the names of other runs come from the client.
-        stored = None if offer is None else self._stored(offer)
+        stored = None if offer is None else self._stored(offer, with_content=False)
         if stored is None:
             reason = self._why_not(*of) if offer is None else "it has not answered yet"
             return Receipt(*of, ReceiptStatus.REJECTED, reason)
@@ -354,10 +354,13 @@ class RemoteWork:
     def _offer(self, client_id: str) -> Offer | None:
         return Offer.from_json(self._store.metadata.get(_TASK_KEY + client_id))
 
-    def _stored(self, offer: Offer) -> _StoredAnswer | None:
-        """The answer to a task; raises OSError where it cannot be read."""
+    def _stored(self, offer: Offer, *, with_content: bool = True) -> _StoredAnswer | None:
+        """The answer to a task, of a valid one its beginning or its whole content; OSError where it cannot be read."""
         try:
-            stored = self._place(offer.client_id, offer.task.run_id, offer.task.round_index).read_bytes()
+            with self._place(offer.client_id, offer.task.run_id, offer.task.round_index).open("rb") as file:
+                stored = file.read(len(_INVALID))
+                if with_content or stored == _INVALID:
+                    stored += file.read()
         except FileNotFoundError:
             return None
         return _StoredAnswer.from_bytes(stored)

@@ -20,7 +20,7 @@ from enum import StrEnum
 from typing import Any
 
 from fedvit.errors import DataError, IntegrityError
-from fedvit.types import CLIENT_ID
+from fedvit.types import DIGEST, MAX_ROUND, RUN_ID
 from fedvit.wire.untrusted import fields_of, integer, parse_json, text
 
 MAX_MESSAGE_BYTES = 4_096
@@ -30,7 +30,7 @@ _ID = re.compile(r"[0-9]{13}-[0-9a-f]{16}")
 # Domain separation: no other use of the key gives the HMAC of a message.
 _PURPOSE = b"fedvit mailbox message\0"
 _FIELDS = {"format", "client_id", "message_id", "kind", "body"}
-_MAX_NAME, _MAX_ROUND = 64, 2**31 - 1
+_MAX_NAME, _MAX_FORMAT = 64, 1_000
 
 
 class MessageKind(StrEnum):
@@ -74,9 +74,9 @@ class UpdateNote:
         try:
             body = fields_of(message.body, {"run_id", "round_index", "sha256"})
             run_id, sha256 = text(body["run_id"], _MAX_NAME), text(body["sha256"], _MAX_NAME)
-            if not re.fullmatch(CLIENT_ID, run_id):
-                raise ValueError("its run_id is no name of a run")
-            return cls(run_id, integer(body["round_index"], 1, _MAX_ROUND), sha256)
+            if not re.fullmatch(RUN_ID, run_id) or not re.fullmatch(DIGEST, sha256):
+                raise ValueError("its run_id is no name of a run, or its sha256 no digest")
+            return cls(run_id, integer(body["round_index"], 1, MAX_ROUND), sha256)
         except ValueError as error:
             raise DataError(f"The message does not say which round its update is for: {error}.") from None
 
@@ -127,7 +127,7 @@ def verify_message(content: bytes, key: bytes, client_id: str, message_id: str) 
     try:
         signed = fields_of(parse_json(payload.encode(), max_bytes=MAX_MESSAGE_BYTES), _FIELDS)
         names = text(signed["client_id"], _MAX_NAME), text(signed["message_id"], _MAX_NAME)
-        version, kind = integer(signed["format"], 0, _MAX_ROUND), text(signed["kind"], _MAX_NAME)
+        version, kind = integer(signed["format"], 0, _MAX_FORMAT), text(signed["kind"], _MAX_NAME)
         if not isinstance(signed["body"], dict):
             raise ValueError("its body is no object")
     except ValueError as error:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedvit.errors import UpdateRejectedError
-from fedvit.types import ClientOutcome, Encoding
+from fedvit.types import MAX_ROUND, ClientOutcome, Encoding
 from fedvit.updates import ClientFailures, DecodedUpdate, PartialSum
 from fedvit.wire.encoding import Arrays, Shapes, Uniforms, decode_arrays, encode_arrays, names_of
 from fedvit.wire.tensors import LENGTH_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, TensorFile, read_tensors
@@ -19,7 +19,6 @@ from fedvit.wire.untrusted import fields_of, integer, number, one_line, parse_js
 
 MAX_EXAMPLES = 10**9
 """The largest number of examples, and the largest weight, that an update may claim."""
-_MAX_ROUND = 2**31 - 1
 _MAX_CLIENT_ID, _MAX_ERROR = 64, 8_192
 _MAX_FACTS_BYTES = 16_384
 _REQUIRED, _OPTIONAL = {"round_index", "total_weight", "within_clip", "outcomes"}, {"encoding"}
@@ -140,7 +139,7 @@ def _facts(metadata: Mapping[str, str]) -> tuple[PartialSum, Encoding | None]:
     if not isinstance(facts["outcomes"], list):
         raise ValueError("its outcomes are no list")
     outcomes = tuple(_outcome(outcome) for outcome in facts["outcomes"])
-    round_index, within_clip = integer(facts["round_index"], 0, _MAX_ROUND), facts["within_clip"]
+    round_index, within_clip = integer(facts["round_index"], 0, MAX_ROUND), facts["within_clip"]
     weight = number(facts["total_weight"], 0.0, float(MAX_EXAMPLES))
     encoding = Encoding(text(facts["encoding"], 16)) if "encoding" in facts else None
     return PartialSum(round_index, outcomes, {}, weight, integer(within_clip, 0, len(outcomes))), encoding

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
@@ -352,6 +353,56 @@ def test_uploads_for_rounds_that_are_not_offered_touch_nothing(tmp_path: Path, a
     attack_table.add(SUBJECT, "updates and receipts of rounds not offered", achieved=achieved, bound="no 5xx, no file")
 
 
+async def put_slowly(yard: Yard, path: str, headers: dict[bytes, bytes]) -> tuple[int, int]:
+    """The status of an upload whose body comes when it is asked for, and how many bytes of it were asked for."""
+    scope = {
+        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "PUT", "scheme": "http"},
+        **{"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("127.0.0.1", 7)},
+        **{"server": ("testserver", 80), "headers": list({b"host": b"testserver", **headers}.items())},
+    }
+    statuses, read = [], 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        read += 4096
+        return {"type": "http.request", "body": bytes(4096), "more_body": read < 2**26}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    await yard.http.app(scope, receive, send)
+    return statuses[0], read
+
+
+def test_what_is_not_awaited_or_too_large_is_not_read(tmp_path: Path, attack_table: AttackTable) -> None:
+    yard = Yard(tmp_path)
+    read: dict[str, tuple[int, int]] = {}
+    cases = {
+        "another round": (2, {}),
+        "an announced length": (1, {b"content-length": b"60000000"}),
+        "no announced length": (1, {b"transfer-encoding": b"chunked"}),
+    }
+
+    def act() -> None:
+        if yard.task(TRUCK):
+            for name, (index, headers) in cases.items():
+                path = f"/api/clients/{TRUCK}/updates/run-0001/{index}"
+                read[name] = anyio.run(put_slowly, yard, path, headers)
+            yard.do_duty(TRUCK)
+
+    yard.act = act
+    assert yard.run() is RunStatus.COMPLETED
+    limit = largest_update({"point": (2,)})
+    assert (read["another round"], read["an announced length"]) == ((409, 0), (413, 0))
+    assert read["no announced length"][0] == 413
+    assert read["no announced length"][1] <= limit + 2 * 4096
+    assert yard.lineage()["clients"] == [TRUCK, "vehicle-0000", "vehicle-0001"]
+    yard.store.close()
+    achieved = "; ".join(f"{name}: {status}, {count:,} bytes read" for name, (status, count) in read.items())
+    attack_table.add(SUBJECT, "64 MiB uploads", achieved=achieved, bound=f"0 bytes, or {limit:,} for this model")
+
+
 def test_what_is_invalid_is_not_stored_and_its_reason_is_one_short_line(
     tmp_path: Path, attack_table: AttackTable
 ) -> None:
@@ -417,7 +468,7 @@ def test_messages_cannot_stop_or_fill_the_mailbox(
         (root / path).write_bytes(content)
 
     for number in range(count):
-        body = {"run_id": run_ids[number % 3], "round_index": rounds[number % 6], "sha256": "0"}
+        body = {"run_id": run_ids[number % 3], "round_index": rounds[number % 6], "sha256": "0" * 64}
         message = Message(TRUCK, new_message_id(utc_now()), MessageKind.UPDATE, body)
         put(message.path, sign_message(message, mailbox.key_of(TRUCK)))
         put(message.path.replace(".json", ".safetensors"), bytes(2 * MAX_MESSAGE_BYTES))
