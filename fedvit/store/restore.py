@@ -24,6 +24,7 @@ from fedvit.atomic_write import fsync_folder
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import FedvitError, IntegrityError, StateError, UsageError
 from fedvit.ports import ClockPort
+from fedvit.private_files import FILE_MODE, FOLDER_MODE
 from fedvit.store.archive import DATABASE, refused, unpack
 from fedvit.store.backup import KEPT_FOLDERS, open_payload, sha256_of
 from fedvit.store.backup_header import BackupHeader, read_header, root_key_id
@@ -165,7 +166,7 @@ def _staging(home: Path) -> Iterator[Path]:
     """A folder inside ``home``: a rename moves its files into place also where ``home`` is a mounted volume."""
     folder = home / STAGING
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
+    folder.mkdir(FOLDER_MODE)
     try:
         yield folder
     finally:
@@ -243,7 +244,8 @@ def _present_session(home: Path, folder: Path, stack: ExitStack) -> Session | No
 
 def _copy_exclusively(path: Path, folder: Path) -> None:
     """Copy a database that no other process has open; its write-ahead log is folded in on the way."""
-    folder.mkdir()
+    folder.mkdir(FOLDER_MODE)
+    (folder / DATABASE).touch(FILE_MODE)
     with closing(sqlite3.connect(path, timeout=1.0)) as live, closing(sqlite3.connect(folder / DATABASE)) as copy:
         live.execute("PRAGMA locking_mode = EXCLUSIVE")
         live.execute("SELECT count(*) FROM sqlite_master").fetchone()
