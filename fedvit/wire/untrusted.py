@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from fedvit.errors import FedvitError, UpdateRejectedError
 
 _LOG = logging.getLogger(__name__)
-JSON_FACTOR = 64
+JSON_FACTOR = 48
 MAX_DEPTH = 8
 MAX_REASON = 500
 """The most characters that are kept of a reason that a client gave, or caused."""

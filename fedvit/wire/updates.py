@@ -17,6 +17,8 @@ from fedvit.wire.encoding import Arrays, Shapes, Uniforms, decode_arrays, encode
 from fedvit.wire.tensors import LENGTH_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, TensorFile, read_tensors
 from fedvit.wire.untrusted import fields_of, integer, number, one_line, parse_json, text
 
+MOST_COPIES = 4
+"""The most float64 copies of the model that decoding allocates at a time, its result among them."""
 MAX_EXAMPLES = 10**9
 """The largest number of examples, and the largest weight, that an update may claim."""
 _MAX_CLIENT_ID, _MAX_ERROR = 64, 8_192
@@ -66,7 +68,7 @@ def decode_update(content: bytes, *, max_bytes: int, shapes: Shapes | None = Non
     Args:
         max_bytes: the largest length that is read.
         shapes: of the parameters, by name; without them no smaller form can be read. With them, nothing is read that
-            is larger than :func:`largest_update`, and at most six float64 copies of the model are allocated.
+            is larger than :func:`largest_update`, and at most :data:`MOST_COPIES` of the model are allocated.
 
     Raises:
         UpdateRejectedError: it is too large, no safetensors, its header is not that of an update, or its arrays are not
