@@ -55,9 +55,8 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
             self._await_head()
         else:
             self._forget_head()
-        lingers = cycle is not None and cycle.response_complete and cycle.more_body
         # A body has at most six bytes of framing for each of its own; the rest are headers, trailers and extensions.
-        if _UNBOUNDED_HEAD and not lingers and self._received - 8 * self._body > MAX_HEAD_BYTES:
+        if _UNBOUNDED_HEAD and self._received - 8 * self._body > MAX_HEAD_BYTES:
             self.transport.abort()
 
     def on_body(self, body: bytes) -> None:

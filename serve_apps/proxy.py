@@ -1,7 +1,7 @@
-"""What Ray Serve's HTTP proxies run in front of the applications: bounded connections, and bounded unread responses.
+"""What Ray Serve's HTTP proxies run in front of the applications: bounded connections, requests and unread responses.
 
-A proxy hands a request on at once, and keeps a response in memory until its peer has read it. Serve takes middleware
-for its proxies by the variable of :data:`ENVIRONMENT` alone, which must be set in the environment of the proxies.
+A proxy hands a request on as soon as its headers are there, and keeps a response in memory until its peer has read it.
+Serve takes middleware for its proxies by an environment variable alone, which must be set where they run.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
-from fedvit.errors import OverloadedError
+from fedvit.config import Settings
+from fedvit.errors import OverloadedError, RateLimitedError
 from serve_apps.problems import problem_of
 
-ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.proxy:middlewares"}
+CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+REQUESTS_VARIABLE = "SERVE_APPS_PROXY_REQUESTS_OF_TOKEN"
 MAX_UNREAD_OF_PEER = 256 * 2**20
 """Bytes of responses that wait for one peer, a token or an address; one response is admitted whatever its length."""
 MAX_UNREAD = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
@@ -30,30 +32,61 @@ PIECE_BYTES = 256 * 1024
 _SERVE_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 
 
+def environment(settings: Settings) -> dict[str, str]:
+    """The variables with which the proxies run :func:`middlewares`."""
+    # Twice what the replicas work on: they know whose a token is, and refuse the rest by the rules of the settings.
+    requests = 2 * settings.access.max_requests_per_caller * (settings.serving.control_replicas + 1)
+    return {CALLBACK_VARIABLE: "serve_apps.proxy:middlewares", REQUESTS_VARIABLE: str(requests)}
+
+
 def middlewares() -> list[Middleware]:
     """Called by Serve in each HTTP proxy before its server starts."""
     # Serve lets uvicorn choose its protocol, and uvicorn looks it up here.
     HTTP_PROTOCOLS["auto"] = "edge_runtime.connections:BoundedProtocol"
-    return [Middleware(UnreadResponses)]
+    return [Middleware(PeerLimits, requests_of_token=int(os.environ[REQUESTS_VARIABLE]))]
 
 
-class UnreadResponses:
-    """ASGI middleware that sends long responses piece by piece, as they are read, and bounds how many bytes wait.
+class PeerLimits:
+    """ASGI middleware that bounds what one peer has in this process, and what all of them have.
 
-    Beyond that a request is answered with 503. What a peer sent to steer Serve itself is dropped.
+    Long responses are sent piece by piece, as they are read; a request whose response would make too many bytes wait is
+    answered with 503. A request beyond ``requests_of_token`` of its token is answered with 429; it costs much less here
+    than in a replica. What a peer sent to steer Serve itself is dropped.
     """
 
-    def __init__(self, app: ASGIApp, max_of_peer: int = MAX_UNREAD_OF_PEER, max_of_all: int = MAX_UNREAD) -> None:
-        self._app, self._max_of_peer, self._max_of_all = app, max_of_peer, max_of_all
+    def __init__(
+        self,
+        app: ASGIApp,
+        requests_of_token: int,
+        unread_of_peer: int = MAX_UNREAD_OF_PEER,
+        unread_of_all: int = MAX_UNREAD,
+    ) -> None:
+        self._app, self._requests_of_token = app, requests_of_token
+        self._unread_of_peer, self._unread_of_all = unread_of_peer, unread_of_all
         self._unread: Counter[bytes] = Counter()
+        self._requests: Counter[bytes] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
+        """Pass a request on, or answer 429 or 503."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] not in _SERVE_HEADERS]}
-        peer, start, refused = _peer_of(scope), list[Message](), False
+        token = _token_of(scope)
+        if token is None:
+            await self._app(scope, receive, self._sender(_digest(_address_of(scope)), scope, receive, send))
+            return
+        peer = _digest(token)
+        if self._requests[peer] >= self._requests_of_token:
+            message = f"{self._requests[peer]} requests of this token are under way."
+            error = RateLimitedError(message, cure="Wait until one of them is answered.", retry_after_s=1)
+            await problem_of(error)(scope, receive, send)
+            return
+        with _counted(self._requests, peer, 1):
+            await self._app(scope, receive, self._sender(peer, scope, receive, send))
+
+    def _sender(self, peer: bytes, scope: Scope, receive: Receive, send: Send) -> Send:
+        start, refused = list[Message](), False
 
         async def send_in_pieces(message: Message) -> None:
             nonlocal refused
@@ -69,27 +102,29 @@ class UnreadResponses:
             elif not refused:
                 if start:
                     await send(start.pop())
-                with self._counted(peer, len(body)):
+                with _counted(self._unread, peer, len(body)):
                     for piece in _pieces(message, body):
                         await send(piece)
 
-        await self._app(scope, receive, send_in_pieces)
+        return send_in_pieces
 
     def _has_room(self, peer: bytes, size: int) -> bool:
         of_peer = self._unread[peer]
         return size <= PIECE_BYTES or (
-            (not of_peer or of_peer + size <= self._max_of_peer) and self._unread.total() + size <= self._max_of_all
+            (not of_peer or of_peer + size <= self._unread_of_peer)
+            and self._unread.total() + size <= self._unread_of_all
         )
 
-    @contextmanager
-    def _counted(self, peer: bytes, size: int) -> Iterator[None]:
-        self._unread[peer] += size
-        try:
-            yield
-        finally:
-            self._unread[peer] -= size
-            if not self._unread[peer]:
-                del self._unread[peer]
+
+@contextmanager
+def _counted(counter: Counter[bytes], peer: bytes, amount: int) -> Iterator[None]:
+    counter[peer] += amount
+    try:
+        yield
+    finally:
+        counter[peer] -= amount
+        if not counter[peer]:
+            del counter[peer]
 
 
 def _pieces(message: Message, body: bytes) -> Iterator[Message]:
@@ -102,8 +137,14 @@ def _pieces(message: Message, body: bytes) -> Iterator[Message]:
         yield {**message, "body": body[start:stop], "more_body": more}
 
 
-def _peer_of(scope: Scope) -> bytes:
-    """The token that a request carries, which is not verified here; else its address."""
-    token = Headers(scope=scope).get("authorization", "").partition(" ")[2].strip()
-    address = scope["client"][0] if scope.get("client") else ""
-    return hashlib.sha256((token or address).encode("utf-8", "surrogateescape")).digest()
+def _token_of(scope: Scope) -> str | None:
+    """The bearer token that a request carries; it is not verified here."""
+    return Headers(scope=scope).get("authorization", "").partition(" ")[2].strip() or None
+
+
+def _address_of(scope: Scope) -> str:
+    return str(scope["client"][0]) if scope.get("client") else ""
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()

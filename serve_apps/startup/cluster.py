@@ -40,8 +40,8 @@ def start_ray(settings: Settings, stack: ExitStack) -> str | None:
     if settings.ray.cluster_address() is None:
         # Ray's processes end a little after ray.shutdown returns; "stopped" means that the ports are free.
         stack.callback(await_free_ports, settings)
-    environment = {MULTIPROCESS_VARIABLE: str(metrics_dir), "RAY_USAGE_STATS_ENABLED": "0", **proxy.ENVIRONMENT}
-    connect(settings, environment)
+    environment = {MULTIPROCESS_VARIABLE: str(metrics_dir), "RAY_USAGE_STATS_ENABLED": "0"}
+    connect(settings, environment | proxy.environment(settings))
     stack.callback(ray.shutdown)
     if not settings.ray.dashboard:
         write_targets(settings.home, RAY, [])

@@ -60,8 +60,8 @@ def serving(access: dict[str, Any] | None = None, clients: int = CLIENTS) -> Ite
 def _start(settings: Settings) -> None:
     metrics = settings.home / "run" / "metrics"
     metrics.mkdir(parents=True)
-    environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "RAY_USAGE_STATS_ENABLED": "0", **proxy.ENVIRONMENT}
-    connect(settings, environment)
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics), "RAY_USAGE_STATS_ENABLED": "0"}
+    connect(settings, environment | proxy.environment(settings))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=http_options(settings))
     serve.run(build_control_app(settings), name="control", route_prefix="/")

@@ -1,4 +1,4 @@
-"""The middleware of Serve's proxies: long responses piece by piece, and a bound on what waits to be read."""
+"""The middleware of Serve's proxies: bounds of a token's requests, and of what waits to be read."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
+import pytest
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
 from edge_runtime.connections import BoundedProtocol
-from serve_apps.proxy import ENVIRONMENT, PIECE_BYTES, UnreadResponses, middlewares
+from fedvit.settings import load_settings
+from serve_apps.proxy import CALLBACK_VARIABLE, PIECE_BYTES, PeerLimits, environment, middlewares
 
 SIZE = 3 * PIECE_BYTES + 7
 
@@ -66,7 +68,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 def test_a_long_response_arrives_whole_in_pieces() -> None:
     async def work() -> None:
         content, peer = bytes(range(256)) * (SIZE // 256), Peer()
-        await UnreadResponses(application(content))(scope_of(), receive, peer.send)
+        await PeerLimits(application(content), 1)(scope_of(), receive, peer.send)
         assert peer.content == content
         assert [len(message["body"]) for message in peer.messages[1:]][:-1] == [PIECE_BYTES] * (len(peer.messages) - 2)
         assert [message["more_body"] for message in peer.messages[1:]] == [True] * (len(peer.messages) - 2) + [False]
@@ -76,7 +78,7 @@ def test_a_long_response_arrives_whole_in_pieces() -> None:
 
 def test_what_a_peer_does_not_read_is_bounded_for_it_and_for_all() -> None:
     async def work() -> None:
-        middleware = UnreadResponses(application(bytes(SIZE)), max_of_peer=2 * SIZE, max_of_all=3 * SIZE)
+        middleware = PeerLimits(application(bytes(SIZE)), 9, unread_of_peer=2 * SIZE, unread_of_all=3 * SIZE)
         slow = [Peer(reads=False) for _ in range(2)]
         tasks = [asyncio.create_task(middleware(scope_of(), receive, peer.send)) for peer in slow]
         for peer in slow:
@@ -100,7 +102,7 @@ def test_what_a_peer_does_not_read_is_bounded_for_it_and_for_all() -> None:
 
 def test_a_peer_that_went_away_leaves_nothing_behind() -> None:
     async def work() -> None:
-        middleware = UnreadResponses(application(bytes(SIZE)), max_of_peer=SIZE)
+        middleware = PeerLimits(application(bytes(SIZE)), 9, unread_of_peer=SIZE)
         gone, back = Peer(reads=False), Peer()
         task = asyncio.create_task(middleware(scope_of(), receive, gone.send))
         await gone.stopped.wait()
@@ -116,18 +118,43 @@ def test_headers_that_would_steer_serve_are_dropped() -> None:
     async def work() -> None:
         seen: list[Scope] = []
         sent = {b"x-request-timeout-seconds": b"0", b"x-request-disconnect-disabled": b"?1", b"x-request-id": b"7"}
-        await UnreadResponses(application(b"", seen))(scope_of(headers=sent), receive, Peer().send)
+        await PeerLimits(application(b"", seen), 1)(scope_of(headers=sent), receive, Peer().send)
         assert [name for name, _ in seen[0]["headers"]] == [b"authorization", b"x-request-id"]
 
     run(work())
 
 
-def test_serve_finds_the_callback_and_uvicorn_the_protocol() -> None:
+def test_a_token_has_so_many_requests_at_once_and_others_are_not_hindered() -> None:
+    async def work() -> None:
+        middleware = PeerLimits(application(b"x"), 2)
+        slow = [Peer(reads=False) for _ in range(2)]
+        tasks = [asyncio.create_task(middleware(scope_of(), receive, peer.send)) for peer in slow]
+        for peer in slow:
+            await peer.stopped.wait()
+        third, other, nobody = Peer(), Peer(), Peer()
+        await middleware(scope_of(" a"), receive, third.send)
+        assert (third.status, json.loads(third.content)["type"]) == (429, "/problems/rate-limited")
+        await middleware(scope_of("b"), receive, other.send)
+        await middleware(scope_of(""), receive, nobody.send)
+        assert (other.status, nobody.status) == (200, 200)
+        for peer in slow:
+            peer.let.set()
+        await asyncio.gather(*tasks)
+        await middleware(scope_of(), receive, third.send)
+        assert third.messages[-1]["body"] == b"x"
+
+    run(work())
+
+
+def test_serve_finds_the_callback_and_uvicorn_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(HTTP_PROTOCOLS)
+    variables = environment(load_settings(environ={}))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     try:
-        module, _, name = ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].partition(":")
+        module, _, name = variables[CALLBACK_VARIABLE].partition(":")
         assert (module, name) == (middlewares.__module__, middlewares.__name__)
-        assert [each.cls for each in middlewares()] == [UnreadResponses]
+        assert [(each.cls, each.kwargs) for each in middlewares()] == [(PeerLimits, {"requests_of_token": 32})]
         module, _, name = HTTP_PROTOCOLS["auto"].partition(":")
         assert (module, name) == (BoundedProtocol.__module__, BoundedProtocol.__name__)
     finally:
