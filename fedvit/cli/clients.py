@@ -68,7 +68,7 @@ def receipt(
 
 @api_command(app, "remove", confirm=True)
 def remove(session: ApiSession, client_id: ClientArgument) -> object:
-    """Take a client out of the active list; its record and its privacy spend remain."""
+    """Remove a client with its task and its stored update; its record and its privacy spend remain."""
     question = f"Take {client_id} out of the active clients?"
     return _change(session, client_id, lambda: session.client.clients.remove(client_id), question)
 

@@ -49,7 +49,7 @@ class Clients(Group):
         return self._post(ClientView, "/api/clients/register", body, key=idempotency_key)
 
     def remove(self, client_id: str, *, idempotency_key: str | None = None) -> ClientView:
-        """Take a client out of the active list; its record and its privacy spend remain."""
+        """Remove a client with its task and its stored update; its record and its privacy spend remain."""
         return self._post(ClientView, f"/api/clients/{segment(client_id)}", key=idempotency_key, method="DELETE")
 
     def validate(

@@ -113,8 +113,7 @@ def _add_changes(api: FastAPI, services: Services, liveness: Liveness) -> None:
 
     @route(api, "DELETE /api/clients/{client_id}", "clients", OPERATOR, 404)
     def remove(client_id: str, note: Note) -> ClientView:
-        """Take a client out of the active list and delete its task and its stored update; its record and its privacy
-        spend remain."""
+        """Remove a client with its task and its stored update; its record and its privacy spend remain."""
         note.before = _facts(store.clients.get(client_id))
         removed = store.clients.update(client_id, active=False)
         RemoteWork(services.settings, store).forget(client_id)
