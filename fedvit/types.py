@@ -26,6 +26,8 @@ Weights = Mapping[str, FloatArray]
 """Trainable parameters by name. The frozen ones never travel: server and clients build them from the settings."""
 
 
+MAX_EXAMPLES = 10_000_000
+"""Most examples that a client may have; the sum over a fleet stays far below the largest integer of a database."""
 CLIENT_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Pattern of client ids, safe as path segments and file names."""
 RUN_ID = CLIENT_ID
@@ -165,7 +167,9 @@ class UpdateStatistics:
 class Client:
     """A vehicle, or a depot, that may take part in rounds.
 
-    ``num_examples`` is treated as public: aggregation weights are proportional to it.
+    ``num_examples`` is what the client claims to hold. It is treated as public: aggregation weights are proportional
+    to it. ``admitted_examples`` is the largest number that an operator has admitted the client with; None while the
+    client waits for its admission.
     """
 
     client_id: str
@@ -178,6 +182,12 @@ class Client:
     last_seen_at: datetime | None = None
     quarantined_at: datetime | None = None
     quarantine_reason: str | None = None
+    admitted_examples: int | None = None
+
+    @property
+    def admitted(self) -> bool:
+        """Whether an operator has admitted the client with as many examples as it claims."""
+        return self.admitted_examples is not None and self.num_examples <= self.admitted_examples
 
     @property
     def quarantined(self) -> bool:
@@ -204,10 +214,14 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """The clients drawn for one round, in the fixed order in which their updates are summed."""
+    """The clients drawn for one round, in the fixed order in which their updates are summed.
+
+    ``max_weight`` is the largest weight of one client in the sum; None is no limit.
+    """
 
     round_index: int
     client_ids: tuple[str, ...]
+    max_weight: int | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.client_ids)) != len(self.client_ids):

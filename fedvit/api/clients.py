@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
-from fedvit.api.base import MAX_INTEGER, RequestBody, View
+from fedvit.api.base import RequestBody, View
 from fedvit.api.choices import HeartbeatStatus, RemoteKind
 from fedvit.types import (
     CLIENT_ID,
     DIGEST,
+    MAX_EXAMPLES,
     MAX_FACTOR,
     MAX_INTERVAL_S,
     MAX_ROUND,
@@ -36,12 +38,14 @@ Digest = Annotated[str, Field(pattern=DIGEST)]
 PrivacyUnit = Literal["record", "client"]
 RoundIndex = Annotated[int, Field(ge=1, le=MAX_ROUND)]
 Factor = Annotated[float, Field(gt=0, le=MAX_FACTOR, allow_inf_nan=False)]
-ImageCount = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+ImageCount = Annotated[int, Field(ge=0, le=MAX_EXAMPLES)]
 ClassName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
 ClassNames = Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=MAX_CLASSES), AfterValidator(_different)]
 FeatureName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Edge = Annotated[float, Field(allow_inf_nan=False)]
 RiskVote = Annotated[int, Field(ge=-RISK_VOTES, le=RISK_VOTES)]
+
+MAX_CAPABILITIES = 4096
 
 
 class RegisterClient(RequestBody):
@@ -49,8 +53,15 @@ class RegisterClient(RequestBody):
 
     device_id: str = Field(pattern=CLIENT_ID, examples=["truck-7"])
     kind: RemoteKind = "remote"
-    num_examples: int = Field(default=0, ge=0, le=MAX_INTEGER)
+    num_examples: int = Field(default=0, ge=0, le=MAX_EXAMPLES)
     capabilities: dict[str, Any] = Field(default_factory=dict, examples=[{"camera": "front"}])
+
+    @field_validator("capabilities")
+    @classmethod
+    def _is_small(cls, capabilities: dict[str, Any]) -> dict[str, Any]:
+        if len(json.dumps(capabilities)) > MAX_CAPABILITIES:
+            raise ValueError(f"longer than {MAX_CAPABILITIES} characters of JSON")
+        return capabilities
 
 
 class ReinstateRequest(RequestBody):
@@ -60,9 +71,13 @@ class ReinstateRequest(RequestBody):
 
 
 class ValidateRequest(RequestBody):
-    """Whether the client's data can be trusted, and why."""
+    """Whether the client's data can be trusted, and why.
+
+    ``num_examples`` is the largest number of examples to admit the client with; by default as many as it registered.
+    """
 
     validated: bool
+    num_examples: int | None = Field(default=None, ge=1, le=MAX_EXAMPLES)
     reason: str | None = Field(default=None, max_length=1000, examples=["Labels checked by hand."])
 
 
@@ -77,11 +92,12 @@ class ConditionView(View):
 
 
 class ClientView(View):
-    """A client as the API shows it."""
+    """A client as the API shows it; ``admitted_examples`` is null while it waits for its admission."""
 
     client_id: str
     kind: str
     num_examples: int
+    admitted_examples: int | None
     validated: bool
     active: bool
     registered_at: datetime

@@ -19,7 +19,16 @@ app = typer.Typer(help="List, register, validate and reinstate clients.", no_arg
 channel = typer.Typer(help="The mailbox for vehicles that cannot reach the control API.", no_args_is_help=True)
 
 ClientArgument = Annotated[str, Argument(help="The client's id, as `fedvit clients list` shows it.")]
-COLUMNS = ("client_id", "kind", "num_examples", "validated", "active", "last_seen_at", "quarantined_at")
+COLUMNS = (
+    "client_id",
+    "kind",
+    "num_examples",
+    "admitted_examples",
+    "validated",
+    "active",
+    "last_seen_at",
+    "quarantined_at",
+)
 
 
 @api_command(app, "list")
@@ -35,7 +44,7 @@ def list_clients(session: ApiSession, limit: LimitOption = 100, offset: OffsetOp
 
 @api_command(app, "show")
 def show_client(session: ApiSession, client_id: ClientArgument) -> object:
-    """One client and its conditions: connected, validated, active, quarantined."""
+    """One client and its conditions: connected, admitted, validated, active, quarantined."""
     return session.client.clients.get(client_id)
 
 
@@ -79,9 +88,16 @@ def validate(
     client_id: ClientArgument,
     validated: Annotated[bool, Option("--good/--bad", help="Whether its data may be used for training.")] = True,
     reason: Annotated[str | None, Option("--reason", help="Why; kept in the audit trail.")] = None,
+    num_examples: Annotated[
+        int | None,
+        Option("--num-examples", min=1, help="Most images to admit it with; by default as many as it registered."),
+    ] = None,
 ) -> object:
-    """Record the result of a check of a client's data."""
-    return _change(session, client_id, lambda: session.client.clients.validate(client_id, validated, reason=reason))
+    """Record the result of a check of a client's data; a good one admits a vehicle that registered itself."""
+    clients = session.client.clients
+    return _change(
+        session, client_id, lambda: clients.validate(client_id, validated, reason=reason, num_examples=num_examples)
+    )
 
 
 @api_command(app, "reinstate", change=True)

@@ -53,10 +53,16 @@ class Clients(Group):
         return self._post(ClientView, f"/api/clients/{segment(client_id)}", key=idempotency_key, method="DELETE")
 
     def validate(
-        self, client_id: str, validated: bool = True, *, reason: str | None = None, idempotency_key: str | None = None
+        self,
+        client_id: str,
+        validated: bool = True,
+        *,
+        reason: str | None = None,
+        num_examples: int | None = None,
+        idempotency_key: str | None = None,
     ) -> ClientView:
-        """Say whether a client's data was checked."""
-        body = given(validated=validated, reason=reason)
+        """Say whether a client's data was checked; if so, admit it with at most ``num_examples`` examples."""
+        body = given(validated=validated, reason=reason, num_examples=num_examples)
         return self._post(ClientView, f"/api/clients/{segment(client_id)}/validate", body, key=idempotency_key)
 
     def reinstate(self, client_id: str, justification: str, *, idempotency_key: str | None = None) -> ClientView:

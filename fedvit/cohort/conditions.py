@@ -27,10 +27,11 @@ class Condition:
 def client_conditions(
     client: Client, connection: Connection, validation: ClientValidation | None
 ) -> tuple[Condition, ...]:
-    """Connected, Validated, Active and Quarantined; ``validation`` is None where no decision was made."""
+    """Connected, Admitted, Validated, Active and Quarantined; ``validation`` is None where no decision was made."""
     connected = _status(connection.connected)
     return (
         Condition("Connected", connected, connection.reason, connection.message, connection.since),
+        _admitted(client),
         _validated(client, validation),
         _active(client),
         _quarantined(client),
@@ -48,6 +49,16 @@ def progress_conditions(
         release: the version that is offered now, and since when.
     """
     return (_running(progress), _budget(budget, frozen), _released(release))
+
+
+def _admitted(client: Client) -> Condition:
+    if client.admitted:
+        most = f"It may count with {client.admitted_examples} examples."
+        return Condition("Admitted", "True", "Admitted", most)
+    if client.admitted_examples is None:
+        return Condition("Admitted", "False", "AwaitsOperator", "It takes part once an operator validates it.")
+    claim = f"It registered {client.num_examples} examples, and was admitted with {client.admitted_examples}."
+    return Condition("Admitted", "False", "TooManyExamples", claim)
 
 
 def _validated(client: Client, validation: ClientValidation | None) -> Condition:

@@ -97,6 +97,17 @@ class FleetConfig(Section):
     task_interval_s: Annotated[float, Field(gt=0, le=MAX_INTERVAL_S)] = Field(
         5.0, description="Seconds from one query of a remote training client for a task to the next."
     )
+    admission: Literal["operator", "automatic"] = Field(
+        "operator",
+        description="'operator': a vehicle that registers itself takes part once an operator has validated it, with at "
+        "most the number of examples that the operator admits. 'automatic': every vehicle is believed.",
+    )
+    max_clients: PositiveInt = Field(
+        20_000, description="Most remote clients; beyond it only an operator can register another one."
+    )
+    registrations_per_day: PositiveInt = Field(
+        24, description="Most changes that a vehicle may make to its registration in a day (UTC)."
+    )
     scrape_vehicles: bool = Field(
         False,
         description="Let Prometheus scrape the host:port that a vehicle registered as its capability 'metrics'. The "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 from typing import cast as typed
@@ -11,18 +11,23 @@ from typing import cast as typed
 from sqlalchemy import ColumnElement, Integer, Table, and_, bindparam, cast, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
+from fedvit.errors import ConflictError, DataError, RateLimitedError
 from fedvit.store.metadata import get_value, set_value
-from fedvit.store.records import ClientPage, ClientValidation
-from fedvit.store.repository import Repository, among, get_row, record_of
+from fedvit.store.records import ClientPage, ClientValidation, RegistrationQuota
+from fedvit.store.repository import Repository, among, get_row, insert_row, record_of
 from fedvit.store.tables import ClientRow, MetaRow
-from fedvit.types import Client, ClientKind, LastContact
+from fedvit.types import MAX_EXAMPLES, Client, ClientKind, LastContact
 
 # Followed by the client's id: a fleet of ten thousand must not rewrite one long value for each decision.
 _VALIDATION_KEY = "validation/"
+_REGISTRATIONS_KEY = "registrations/"
 # Rows of a registration that are in memory at once.
 BULK = 10_000
+_SECONDS_A_DAY = 86_400
 _IN_QUARANTINE = ClientRow.quarantined_at.is_not(None)
 _IS_VIRTUAL = ClientRow.kind == ClientKind.VIRTUAL.value
+# NULL, which admits nothing, where the client waits for its admission.
+_IS_ADMITTED = ClientRow.num_examples <= ClientRow.admitted_examples
 
 
 class Clients(Repository):
@@ -31,22 +36,63 @@ class Clients(Repository):
     def register(self, clients: Iterable[Client]) -> int:
         """Insert new clients, refresh kind, records and capabilities of known ones; return how many are new.
 
-        ``validated``, ``active`` and ``registered_at`` of a known client stay: an operator sets them. Clients are
-        read in portions, so that a million of them are never in memory at once.
+        All of them are admitted with their numbers of examples. ``validated``, ``active`` and ``registered_at`` of a
+        known client stay: an operator sets them. Clients are read in portions, so that a million of them are never
+        in memory at once.
+
+        Raises:
+            DataError: a client has more than :data:`fedvit.types.MAX_EXAMPLES` examples.
         """
         with self._write() as session:
             before = position = _population(session)
             remaining = iter(clients)
             while portion := {client.client_id: client for client in islice(remaining, BULK)}:
                 known = _known_ids(session, list(portion)) if position else set()
-                new = [_to_columns(client) for client_id, client in portion.items() if client_id not in known]
+                new = [_to_columns(client) | _admitted(client) for c, client in portion.items() if c not in known]
                 if new:
                     numbered = [columns | {"position": position + i} for i, columns in enumerate(new)]
                     session.connection().execute(insert(typed(Table, ClientRow.__table__)), numbered)
                     position += len(new)
                 if known:
-                    session.execute(update(ClientRow), [_refreshable(portion[client_id]) for client_id in known])
+                    refreshed = (portion[client_id] for client_id in known)
+                    session.execute(
+                        update(ClientRow), [_refreshable(client) | _admitted(client) for client in refreshed]
+                    )
             return position - before
+
+    def enrol(self, client: Client, *, admitted: bool, quota: RegistrationQuota | None = None) -> tuple[Client, bool]:
+        """Register one client that is not virtual, and make it active; the client, and whether anything has changed.
+
+        Args:
+            admitted: admit it with its number of examples. Otherwise a new client waits for its admission, and an
+                earlier admission of a known one stays as it is.
+            quota: of what devices may change by themselves; None for an operator.
+
+        Raises:
+            ConflictError: it is a virtual client, or the fleet is full.
+            DataError: see :meth:`register`.
+            RateLimitedError: the client's registration was changed too often today.
+        """
+        columns = _refreshable(client) | (_admitted(client) if admitted else {})
+        with self._read() as session:
+            row = session.get(ClientRow, client.client_id)
+            if row is not None and row.active and _has(row, columns):
+                return record_of(Client, row), False
+        with self._write() as session:
+            row = session.get(ClientRow, client.client_id)
+            if row is None:
+                _check_room(session, quota)
+                row = insert_row(session, ClientRow(**_to_columns(client) | columns, position=_population(session)))
+                return record_of(Client, row), True
+            if row.kind == ClientKind.VIRTUAL.value:
+                raise ConflictError(
+                    f"{client.client_id!r} is a virtual client of this system.", cure="Choose another device_id."
+                )
+            if quota is not None:
+                _count_change(session, client.client_id, quota, self._now())
+            for name, value in {**columns, "active": True}.items():
+                setattr(row, name, value)
+            return record_of(Client, row), True
 
     def get(self, client_id: str) -> Client:
         """One client; raises NotFoundError where there is none."""
@@ -91,8 +137,8 @@ class Clients(Repository):
             return _population(session) - (session.scalar(others) or 0)
 
     def count_units(self) -> tuple[int, int]:
-        """How many active clients there are, and how many examples they have together."""
-        totals = select(func.count(), func.sum(ClientRow.num_examples)).where(ClientRow.active)
+        """How many active, admitted clients there are, and how many examples they have together."""
+        totals = select(func.count(), func.sum(ClientRow.num_examples)).where(ClientRow.active, _IS_ADMITTED)
         with self._read() as session:
             clients, examples = session.execute(totals).one()
             return clients, examples or 0
@@ -108,7 +154,8 @@ class Clients(Repository):
     ) -> dict[int, str]:
         """Those of the clients at these positions that may be selected, by position.
 
-        They are active, have data, are not in quarantine, and are validated where ``validated_only`` asks for it. A
+        They are active and admitted, have data, are not in quarantine, and are validated where ``validated_only`` asks
+        for it. A
         client that is not virtual has a trainer and was heard since ``heard_since``: one that cannot answer is neither
         selected nor charged.
         """
@@ -161,6 +208,8 @@ class Clients(Repository):
     def validate(self, client_id: str, decision: ClientValidation) -> Client:
         """Record whether a client's data is trusted, and why. An automatic decision never replaces an operator's.
 
+        An operator who trusts it also admits the client, with the decision's number of examples or with its own.
+
         Raises:
             NotFoundError: no such client.
         """
@@ -173,6 +222,8 @@ class Clients(Repository):
                 if (present := get_value(session, key)) and not present.get("automatic"):
                     return record_of(Client, row)
                 value["automatic"] = True
+            elif decision.validated:
+                row.admitted_examples = decision.admitted_examples or row.num_examples
             row.validated = decision.validated
             set_value(session, key, value)
             return record_of(Client, row)
@@ -218,12 +269,39 @@ def _population(session: Session) -> int:
     return 0 if last is None else last + 1
 
 
+def _check_room(session: Session, quota: RegistrationQuota | None) -> None:
+    count = select(func.count()).select_from(ClientRow).where(~_IS_VIRTUAL)
+    if quota is not None and (session.scalar(count) or 0) >= quota.max_clients:
+        raise ConflictError(
+            f"{quota.max_clients} vehicles are registered, as many as fleet.max_clients allows.",
+            cure="Let an operator register the vehicle, or raise fleet.max_clients.",
+        )
+
+
+def _count_change(session: Session, client_id: str, quota: RegistrationQuota, at: datetime) -> None:
+    """Count a change of a client's registration on this day (UTC)."""
+    key, day = _REGISTRATIONS_KEY + client_id, at.astimezone(UTC).date().isoformat()
+    counted = get_value(session, key) or {}
+    changes = counted["changes"] if counted.get("day") == day else 0
+    if changes >= quota.changes_per_day:
+        raise RateLimitedError(
+            f"The registration of {client_id!r} was changed {changes} times today.",
+            cure="Wait until tomorrow, or let an operator register it.",
+            retry_after_s=_SECONDS_A_DAY,
+        )
+    set_value(session, key, {"day": day, "changes": changes + 1})
+
+
+def _has(row: ClientRow, columns: Mapping[str, Any]) -> bool:
+    return all(getattr(row, name) == value for name, value in columns.items())
+
+
 def _eligibility(validated_only: bool, heard_since: datetime | None) -> list[ColumnElement[bool]]:
     reachable: ColumnElement[bool] = _IS_VIRTUAL
     if heard_since is not None:
         trains = func.json_type(ClientRow.capabilities, "$.training") == "object"
         reachable = or_(reachable, and_(trains, ClientRow.last_seen_at >= heard_since))
-    always = [ClientRow.active.is_(True), ClientRow.num_examples > 0, ~_IN_QUARANTINE, reachable]
+    always = [ClientRow.active.is_(True), ClientRow.num_examples > 0, _IS_ADMITTED, ~_IN_QUARANTINE, reachable]
     return [*always, ClientRow.validated.is_(True)] if validated_only else always
 
 
@@ -247,12 +325,20 @@ def _to_validation(value: Mapping[str, Any]) -> ClientValidation:
 
 
 def _refreshable(client: Client) -> dict[str, Any]:
+    if not 0 <= client.num_examples <= MAX_EXAMPLES:
+        raise DataError(
+            f"{client.client_id} has {client.num_examples} examples.", cure=f"A client has at most {MAX_EXAMPLES}."
+        )
     return {
         "client_id": client.client_id,
         "kind": client.kind.value,
         "num_examples": client.num_examples,
         "capabilities": dict(client.capabilities),
     }
+
+
+def _admitted(client: Client) -> dict[str, int]:
+    return {"admitted_examples": client.num_examples}
 
 
 def _to_columns(client: Client) -> dict[str, Any]:

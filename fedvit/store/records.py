@@ -22,12 +22,25 @@ class FleetInfo:
 
 @dataclass(frozen=True, slots=True)
 class ClientValidation:
-    """Whether a client's data is trusted: an operator's decision, or an ``automatic`` one from measurements."""
+    """Whether a client's data is trusted: an operator's decision, or an ``automatic`` one from measurements.
+
+    ``admitted_examples`` is the largest number of examples that an operator admits the client with; None stands for the
+    number that it is registered with.
+    """
 
     validated: bool
     reason: str | None
     at: datetime
     automatic: bool = False
+    admitted_examples: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationQuota:
+    """How many vehicles devices may register in all, and how often a day each may change its registration."""
+
+    max_clients: int
+    changes_per_day: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,7 @@ class ClientRow(Base):
     last_seen_at: Mapped[datetime | None]
     quarantined_at: Mapped[datetime | None]
     quarantine_reason: Mapped[str | None] = mapped_column(Text())
+    admitted_examples: Mapped[int | None]
 
 
 class RunRow(Base):

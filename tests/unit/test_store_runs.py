@@ -88,7 +88,7 @@ def test_another_fleet_is_refused_by_name(store: Store, name: str, value: object
 
 
 def test_ten_thousand_clients_register_once(store: Store) -> None:
-    clients = [Client(f"vehicle-{i:05d}", ClientKind.VIRTUAL, i) for i in range(10_000)]
+    clients = [Client(f"vehicle-{i:05d}", ClientKind.VIRTUAL, i, admitted_examples=i) for i in range(10_000)]
     assert store.clients.register(clients[:4_000]) == 4_000
     assert store.clients.register(clients) == 6_000
     assert store.clients.register(clients) == 0
@@ -109,7 +109,8 @@ def test_registering_again_refreshes_facts_but_not_an_operator_s_decisions(store
     store.clients.update("a", validated=True, active=False)
     again = replace(first, num_examples=12, capabilities={"gpu": True}, active=True, validated=False)
     assert store.clients.register([again]) == 0
-    assert store.clients.get("a") == replace(again, active=False, validated=True, registered_at=first.registered_at)
+    decided = {"active": False, "validated": True, "registered_at": first.registered_at}
+    assert store.clients.get("a") == replace(again, **decided, admitted_examples=12)
 
 
 def test_a_client_given_twice_counts_once_and_the_last_word_holds(store: Store) -> None:

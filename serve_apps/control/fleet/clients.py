@@ -22,10 +22,10 @@ from fedvit.api.clients import (
     ReinstateRequest,
     ValidateRequest,
 )
-from fedvit.errors import ConflictError, FedvitError, NotFoundError
+from fedvit.errors import FedvitError, NotFoundError, RateLimitedError
 from fedvit.operations.mailbox import Mailbox, MailboxState
 from fedvit.rounds.remote import RemoteWork
-from fedvit.store.records import ClientValidation
+from fedvit.store.records import ClientValidation, RegistrationQuota
 from fedvit.types import Client, ClientKind
 from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.fleet.liveness import Liveness
@@ -89,7 +89,7 @@ def _add_readings(
 
 
 def _add_changes(api: FastAPI, services: Services, liveness: Liveness) -> None:
-    store = services.store
+    store, fleet = services.store, services.settings.fleet
 
     def changed(client: Client, note: AuditNote) -> ClientView:
         note.after = _facts(client)
@@ -97,19 +97,31 @@ def _add_changes(api: FastAPI, services: Services, liveness: Liveness) -> None:
 
     @route(api, "POST /api/clients/register", "clients", [requires(Scope.OPERATOR, Scope.DEVICE)], status_code=201)
     def register(request: RegisterClient, note: Note, who: CurrentIdentity) -> ClientView:
-        """Add a vehicle, or bring one back; registering twice is harmless."""
+        """Add a vehicle, or bring one back; registering twice is harmless.
+
+        A vehicle that an operator registers is admitted with its number of examples. One that registers itself waits
+        until an operator validates it, unless ``fleet.admission`` is ``automatic``.
+        """
         who.check_speaks_for(request.device_id)
+        by_operator = who.may([Scope.OPERATOR])
         known: Client | None = None
         with contextlib.suppress(NotFoundError):
             known = store.clients.get(request.device_id)
-        if known is not None and known.kind is ClientKind.VIRTUAL:
-            name = request.device_id
-            raise ConflictError(f"{name!r} is a virtual client of this system.", cure="Choose another device_id.")
         kind = ClientKind(request.kind)
         vehicle = Client(request.device_id, kind, request.num_examples, capabilities=request.capabilities)
-        store.clients.register([vehicle])
-        note.before = _facts(known) if known else None
-        return changed(store.clients.update(request.device_id, active=True), note)
+        try:
+            client, changes = store.clients.enrol(
+                vehicle,
+                admitted=by_operator or fleet.admission == "automatic",
+                quota=None if by_operator else RegistrationQuota(fleet.max_clients, fleet.registrations_per_day),
+            )
+        except RateLimitedError:
+            # A vehicle that is refused all day must not fill the audit trail.
+            note.audited = False
+            raise
+        # A vehicle registers whenever it starts, mostly as before.
+        note.before, note.audited = _facts(known) if known else None, changes or by_operator
+        return changed(client, note)
 
     @route(api, "DELETE /api/clients/{client_id}", "clients", OPERATOR, 404)
     def remove(client_id: str, note: Note) -> ClientView:
@@ -133,9 +145,13 @@ def _add_changes(api: FastAPI, services: Services, liveness: Liveness) -> None:
 
     @route(api, "POST /api/clients/{client_id}/validate", "clients", OPERATOR, 404)
     def validate(client_id: str, request: ValidateRequest, note: Note) -> ClientView:
-        """Record whether a client's data can be trusted; a run with ``validated_only`` draws no others."""
+        """Record whether a client's data can be trusted; a run with ``validated_only`` draws no others.
+
+        ``validated: true`` also admits a vehicle that registered itself, with at most ``num_examples`` examples.
+        """
         note.before = _facts(store.clients.get(client_id))
-        validation = ClientValidation(request.validated, request.reason, services.clock.now())
+        now, admitted_examples = services.clock.now(), request.num_examples
+        validation = ClientValidation(request.validated, request.reason, now, admitted_examples=admitted_examples)
         return changed(store.clients.validate(client_id, validation), note)
 
 

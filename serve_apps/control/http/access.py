@@ -227,10 +227,14 @@ async def current_identity(request: Request) -> Identity:
 
 @dataclass(slots=True)
 class AuditNote:
-    """The state ``before`` and ``after`` a handler's change, for the audit trail. JSON types only."""
+    """The state ``before`` and ``after`` a handler's change, for the audit trail. JSON types only.
+
+    ``audited`` is False for a call that changed nothing and shall leave no line.
+    """
 
     before: Any = None
     after: Any = None
+    audited: bool = True
 
 
 async def _audit_note(request: Request) -> AuditNote:

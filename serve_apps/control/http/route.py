@@ -313,7 +313,8 @@ class _Call:
             response = await self._inner(request)
         except Exception as error:
             response = problem_of(error)
-        await self._audit(identity, body, response.status_code)
+        if self._note.audited:
+            await self._audit(identity, body, response.status_code)
         if key is not None:
             await run_in_threadpool(self._store.idempotency.finish, key, _stored(response))
         return response
