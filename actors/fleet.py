@@ -148,7 +148,7 @@ class RayFleet:
         for call in self._pending.values():
             load[call.proxy] += len(call.client_ids)
         for index, client_ids in self._affinity.assign(cohort.client_ids, load).items():
-            reference = self._proxies[index].train.remote(task, argument, client_ids)
+            reference = self._proxies[index].train.remote(task, argument, client_ids, cohort.max_weight)
             self._pending[reference] = _PendingCall(index, task, tuple(client_ids))
 
     def _answer(self, reference: Any) -> UpdateMessage:

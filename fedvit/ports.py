@@ -170,10 +170,13 @@ class ModelBenchmark:
 class ClientHostPort(Protocol):
     """The clients of one client proxy, and their training."""
 
-    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
+    def train(
+        self, task: TrainTask, weights: Weights, client_ids: Sequence[str], max_weight: int | None = None
+    ) -> UpdateMessage:
         """Train these clients from ``weights``; return one message. A repeated call returns the same message.
 
-        A client that fails is an outcome with an error, not an exception.
+        A client that fails is an outcome with an error, not an exception. Where weights are numbers of examples, none
+        is above ``max_weight``.
 
         Raises:
             IntegrityError: the task names other weights.
@@ -188,6 +191,8 @@ class ServerModelPort(Protocol):
 
     exports: bool
     """Whether the model can be exported; without it nothing is released."""
+    head: str | None
+    """Name of the linear head's trained weight [classes, width]; None if there is none."""
 
     def initial_weights(self) -> Weights:
         """The trainable weights that a run starts from; equal settings give equal weights."""

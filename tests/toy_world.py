@@ -27,6 +27,8 @@ class ToyWorld:
         trained: every training of a client, as (round, client).
     """
 
+    head: str | None = None
+
     def __init__(self, count: int = 20) -> None:
         draw = np.random.default_rng(0)
         shares = draw.dirichlet(np.full(CLASSES, 2.0), size=count)

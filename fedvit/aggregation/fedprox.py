@@ -8,8 +8,9 @@ from pydantic import Field
 
 from fedvit.aggregation.fedavg import FedAvg
 from fedvit.aggregation.rule import ClientHalf, GradientCorrection, Options
+from fedvit.aggregation.update_bounds import CorrectionEffect
 from fedvit.config import TrainingConfig
-from fedvit.types import Weights
+from fedvit.types import TrainTask, Weights
 
 
 class ProximalOptions(Options):
@@ -25,6 +26,11 @@ class _Proximal(ClientHalf):
     def before_training(self, base: Weights, broadcast: Weights, client_state: Weights) -> GradientCorrection | None:
         """Every step is pulled to the weights at the start of the round."""
         return GradientCorrection(pull=self._mu, anchor=base)
+
+    def effect(self, task: TrainTask, broadcast: Weights) -> CorrectionEffect:
+        """Every step multiplies the way so far by ``1 - lr mu``, which lengthens it only where ``lr mu`` is above 2."""
+        factor = max(1.0, abs(1 - task.learning_rate * self._mu)) ** (task.local_steps - 1)
+        return CorrectionEffect(signal=factor, noise=factor)
 
 
 class FedProx(FedAvg):

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
+from fedvit.aggregation.update_bounds import NO_EFFECT, CorrectionEffect
 from fedvit.config import TrainingConfig
 from fedvit.errors import UpdateRejectedError
 from fedvit.exact_sums import ExactSums
-from fedvit.types import FloatArray, Weights
+from fedvit.types import FloatArray, TrainTask, Weights
 from fedvit.updates import WeightedUpdate
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -50,13 +51,15 @@ class RoundFacts:
     """Facts of a round for rules that need more than the updates.
 
     ``start`` gives the weights that a round, by its index, started from; ``population`` is how many clients could be
-    drawn when the run began; ``staleness_weight`` is the weight of an update by its staleness.
+    drawn when the run began; ``staleness_weight`` is the weight of an update by its staleness; ``least_divisor`` is the
+    smallest divisor of an average with which no client has too large a share.
     """
 
     round_index: int = 1
     population: int = 1
     start: Callable[[int], Weights] | None = None
     staleness_weight: Callable[[int], float] = lambda staleness: 1.0
+    least_divisor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,10 @@ class ClientHalf:
     ) -> Mapping[str, FloatArray]:
         """The new client state, given the update that the client releases."""
         return client_state
+
+    def effect(self, task: TrainTask, broadcast: Weights) -> CorrectionEffect:
+        """How the corrections of an honest client change what its update may look like."""
+        return NO_EFFECT
 
 
 class Rule(ABC):
@@ -163,17 +170,18 @@ class MeanRule(Rule):
     client_level: ClassVar[str | None] = None
 
     def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
-        return self.step(base, mean(base, updates), state, facts)
+        return self.step(base, mean(base, updates, facts.least_divisor), state, facts)
 
     @abstractmethod
     def step(self, base: Weights, delta: Mapping[str, Array], state: State, facts: RoundFacts) -> Fold:
         """The weights after a step along ``delta``, the mean update by the names of ``base``, float64."""
 
 
-def mean(base: Weights, updates: Updates) -> dict[str, Array]:
+def mean(base: Weights, updates: Updates, least_divisor: float = 0.0) -> dict[str, Array]:
     """``sum_k a(s_k) n_k delta_k / sum_k n_k`` by the names of ``base``, float64; of a fresh update, a(0) is 1.
 
     The divisor is not discounted: a round of old updates takes a smaller step (Nguyen et al. 2022, arXiv:2106.06639).
+    It is at least ``least_divisor``.
 
     Raises:
         UpdateRejectedError: no client contributed.
@@ -184,7 +192,8 @@ def mean(base: Weights, updates: Updates) -> dict[str, Array]:
     sums = ExactSums({name: array.shape for name, array in base.items()})
     for update in updates:
         sums.add(update.weighted_sum)
-    return {name: np.divide(array, total, out=array) for name, array in sums.totals().items()}
+    divisor = max(total, least_divisor)
+    return {name: np.divide(array, divisor, out=array) for name, array in sums.totals().items()}
 
 
 def singles(updates: Updates) -> list[dict[str, Array]]:
@@ -204,6 +213,20 @@ def moved(base: Weights, delta: Mapping[str, Array], rate: float = 1.0) -> dict[
         out = np.empty(array.shape, np.float32)
         moved_weights[name] = np.add(array, step, out=out, dtype=np.float64, casting="same_kind")
     return moved_weights
+
+
+def damped(base: Weights, weights: Weights, head: str | None, factor: float) -> dict[str, FloatArray]:
+    """Weights of which all but the linear head's have gone only this part of the way from ``base``, float32.
+
+    Args:
+        head: the name of the head's weight; None where no head is known, and everything goes the whole way.
+    """
+    if head is None or factor == 1:
+        return dict(weights)
+    layer = head.rpartition(".")[0] + "."
+    steps = {name: array.astype(np.float64) - base[name] for name, array in weights.items()}
+    slower = moved(base, steps, factor)
+    return {name: array if name.startswith(layer) else slower[name] for name, array in weights.items()}
 
 
 def too_few(who: str, count: int, needed: int) -> UpdateRejectedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -21,8 +22,9 @@ from fedvit.aggregation.rule import (
     mean,
     moved,
 )
+from fedvit.aggregation.update_bounds import CorrectionEffect
 from fedvit.config import TrainingConfig
-from fedvit.types import FloatArray, Weights
+from fedvit.types import FloatArray, TrainTask, Weights
 
 _C = f"{BROADCAST}c/"
 
@@ -48,6 +50,11 @@ class _Controlled(ClientHalf):
             n: np.asarray(client_state.get(n, np.float32(0)) - broadcast[_C + n] - d / self._way, dtype=np.float32)
             for n, d in delta.items()
         }
+
+    def effect(self, task: TrainTask, broadcast: Weights) -> CorrectionEffect:
+        """``K lr (c_k - c)`` is added; ``K lr c_k`` is an earlier update without its correction, noise included."""
+        shift = {name.removeprefix(_C): -np.float32(self._way) * array for name, array in broadcast.items()}
+        return CorrectionEffect(signal=2.0, noise=math.sqrt(2), shift=shift)
 
 
 class Scaffold(Rule):
@@ -76,7 +83,7 @@ class Scaffold(Rule):
         return {_C + n: np.asarray(state.get(f"c/{n}", zeros[n]), dtype=np.float32) for n in base}
 
     def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
-        delta = mean(base, updates)
+        delta = mean(base, updates, facts.least_divisor)
         share = min(1.0, sum(update.total_weight for update in updates) / facts.population)
         sent = self.broadcast(base, state)
         control: dict[str, Array] = {}

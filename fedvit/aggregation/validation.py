@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fedvit.aggregation.rule import Rule
+from fedvit.aggregation.update_bounds import MechanismBounds
 from fedvit.config import Settings
 from fedvit.errors import UpdateRejectedError
 from fedvit.exact_sums import peak_of
 from fedvit.privacy.mechanism import ROUNDING, l2_norm
-from fedvit.types import ClientOutcome, Weights
+from fedvit.types import ClientOutcome, TrainTask, Weights
 from fedvit.updates import ClientFailures, ClientUpdate, EncodedUpdate, WeightedUpdate
 from fedvit.wire.updates import decode_claim
 
@@ -34,6 +35,8 @@ class UpdateValidator:
         by_examples: whether the weight of a client is its number of examples, or 1.
         single: whether an update must come from a single client.
         max_update_norm: of one client's update; None: any finite one.
+        bounds: that follow from the ordered DP-SGD; None where it is not known that updates come from it.
+        max_weights: the largest weight of one client, by the round that the update is for; without it, any.
         num_examples: how many each client is registered with, where that is known.
         max_update_bytes: of an encoded update.
     """
@@ -42,20 +45,43 @@ class UpdateValidator:
     by_examples: bool
     single: bool
     max_update_norm: float | None = None
+    bounds: MechanismBounds | None = None
+    max_weights: Mapping[int, int] = field(default_factory=dict)
     num_examples: Mapping[str, int] | None = None
     max_update_bytes: int = 2**40
 
     @classmethod
     def of(
-        cls, settings: Settings, rule: Rule, weights: Weights, num_examples: Mapping[str, int] | None = None
+        cls,
+        settings: Settings,
+        rule: Rule,
+        weights: Weights,
+        num_examples: Mapping[str, int] | None = None,
+        *,
+        task: TrainTask | None = None,
+        broadcast: Weights | None = None,
+        max_weights: Mapping[int, int] | None = None,
     ) -> UpdateValidator:
-        """The validator of a run with these settings, this rule and these trainable weights."""
+        """The validator of a run with these settings, this rule and these trainable weights.
+
+        Args:
+            task: of the round; without it, the bounds of DP-SGD are not checked.
+            broadcast: the rule's broadcast state in that round.
+        """
         record = settings.privacy.privacy_unit == "record"
+        shapes = {name: array.shape for name, array in weights.items()}
+        # The local steps of a workload are its own, and so is the way in which it protects records.
+        by_dpsgd = record and settings.simulation.private and settings.workload.clients_class is None
+        bounds = None
+        if task is not None and by_dpsgd:
+            bounds = MechanismBounds(task, shapes, rule.client.effect(task, broadcast or {}))
         return cls(
-            shapes={name: array.shape for name, array in weights.items()},
+            shapes=shapes,
             by_examples=record and rule.weighting == "examples",
             single=rule.needs == "single_updates",
             max_update_norm=settings.training.validation.max_update_norm,
+            bounds=bounds,
+            max_weights=max_weights or {},
             num_examples=num_examples,
             max_update_bytes=settings.training.validation.max_update_bytes,
         )
@@ -80,6 +106,16 @@ class UpdateValidator:
             return ClientFailures(claim.round_index, (outcome,))
         return ClientUpdate(claim.round_index, outcome, claim.weighted_sum, claim.total_weight, claim.within_clip)
 
+    def limited(self, update: ClientUpdate) -> ClientUpdate:
+        """The update with at most the largest weight: a client that encodes its update does not know the limit."""
+        weight = self.weight_of(update.outcome, update.round_index)
+        # Another weight is a fault.
+        if not self.by_examples or update.total_weight != update.outcome.num_examples or update.total_weight == weight:
+            return update
+        factor = weight / update.outcome.num_examples
+        sums = {name: factor * array for name, array in update.weighted_sum.items()}
+        return replace(update, weighted_sum=sums, total_weight=float(weight))
+
     def fault_of(self, update: WeightedUpdate, scale: float = 1.0, *, peak: float | None = None) -> str | None:
         """The first fault of an update, as the end of a sentence about it; None if it is valid.
 
@@ -98,6 +134,19 @@ class UpdateValidator:
             or self._fault_of_weight(update, contributors)
             or self._fault_of_norm(update, scale, peak)
         )
+
+    def shape_fault_of(self, update: ClientUpdate) -> str | None:
+        """The fault of a valid update that is as long as its noise, but is not noise; see :mod:`.update_bounds`.
+
+        It takes some milliseconds for each matrix. Client hosts skip it for what they have trained themselves.
+        """
+        if self.bounds is None:
+            return None
+        bound = self.bounds.of(update.outcome.num_examples)
+        excess = bound.excess(self.bounds.without_shift(update))
+        if excess <= bound.signal:
+            return None
+        return f"its matrices exceed their noise by {excess:.6g}; training can explain {bound.signal:.6g}"
 
     def _fault_of_names(self, update: WeightedUpdate) -> str | None:
         if missing := sorted(self.shapes.keys() - update.weighted_sum.keys()):
@@ -118,23 +167,38 @@ class UpdateValidator:
         return None
 
     def _fault_of_weight(self, update: WeightedUpdate, contributors: Sequence[ClientOutcome]) -> str | None:
-        weight = float(sum(o.num_examples for o in contributors) if self.by_examples else len(contributors))
-        if update.total_weight != weight or not weight > 0:
-            return f"its weight is {update.total_weight:g}, and that of its {len(contributors)} clients is {weight:g}"
         for outcome in contributors:
+            if outcome.num_examples < 1 and self.bounds is not None:
+                return f"{outcome.client_id} claims to have no examples"
             known = (self.num_examples or {}).get(outcome.client_id)
             if known is not None and outcome.num_examples > known:
                 return f"{outcome.client_id} claims {outcome.num_examples} examples, and is registered with {known}"
+        weight = float(sum(self.weight_of(outcome, update.round_index) for outcome in contributors))
+        if update.total_weight != weight or not weight > 0:
+            return f"its weight is {update.total_weight:g}, and that of its {len(contributors)} clients is {weight:g}"
         return None
+
+    def weight_of(self, outcome: ClientOutcome, round_index: int) -> int:
+        """The weight of a client's update to a round."""
+        if not self.by_examples:
+            return 1
+        return min(outcome.num_examples, self.max_weights.get(round_index, outcome.num_examples))
 
     def _fault_of_norm(self, update: WeightedUpdate, scale: float, peak: float | None) -> str | None:
         weight = update.total_weight
-        if self.max_update_norm is None and peak is not None and scale * peak < _NO_OVERFLOW:
+        unbounded = self.max_update_norm is None and self.bounds is None
+        if unbounded and peak is not None and scale * peak < _NO_OVERFLOW:
             return None
         with np.errstate(over="ignore"):
             norm = scale * l2_norm(update.weighted_sum)
         allowed = math.inf if self.max_update_norm is None else self.max_update_norm * weight
         # The norm of a finite update may overflow: not even no bound admits that.
-        if math.isfinite(norm) and norm <= allowed * (1 + ROUNDING):
+        if not math.isfinite(norm) or norm > allowed * (1 + ROUNDING):
+            return f"its norm is {norm / weight:.6g}; at most {allowed / weight:g} is allowed"
+        if self.bounds is None or not isinstance(update, ClientUpdate):
+            # A sum comes from a client host, which has checked every update in it.
             return None
-        return f"its norm is {norm / weight:.6g}; at most {allowed / weight:g} is allowed"
+        relative = self.bounds.relative_norm(update, norm)
+        if relative <= 1:
+            return None
+        return f"its norm is {relative:.6g} times the largest that its local steps and their noise allow"

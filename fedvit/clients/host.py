@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedvit.aggregation.registry import rule_for
-from fedvit.aggregation.rule import BROADCAST, GradientCorrection, Rule
+from fedvit.aggregation.rule import BROADCAST, GradientCorrection
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.client_state import ClientState
 from fedvit.clients.local import LocalTrainer, PlainTrainer, Trainer
@@ -24,7 +24,7 @@ from fedvit.data.records import ImageSource, Record, load_images
 from fedvit.drift.client import HistogramClient
 from fedvit.errors import DataError, UpdateRejectedError
 from fedvit.models.build import build_model
-from fedvit.models.trainable import frozen_weights, trainable_weights
+from fedvit.models.trainable import frozen_weights, head_name, trainable_weights
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret, output_id
@@ -32,6 +32,9 @@ from fedvit.types import ClientOutcome, Encoding, FloatArray, TrainTask, Weights
 from fedvit.updates import ClientAnswer, ClientUpdate, EncodedUpdate, SingleMessage, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 from fedvit.wire.tensors import weights_digest
+
+_NUM_EXAMPLES = f"{BROADCAST}num_examples"
+"""Name of the number of records that a client state was made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +128,16 @@ class ClientHost:
         context_digest: str = "",
         alter_answer: Callable[[str, ClientAnswer], ClientAnswer] | None = None,
     ) -> None:
-        self.data, self.monitor, self.context_digest = data, monitor, context_digest
+        self.data, self._monitor, self.context_digest = data, monitor, context_digest
         self._settings, self._trainer, self._root_secret = settings, trainer, root_secret
         self._personal_trainer, self._histograms, self._alter_answer = personal_trainer, histograms, alter_answer
         self._rule = rule_for(settings)
         self._states = ClientState(settings.home, self._rule.name)
         self._encoder = UpdateEncoder(settings.home, root_secret, settings.training.compression.top_k_fraction)
 
-    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
+    def train(
+        self, task: TrainTask, weights: Weights, client_ids: Sequence[str], max_weight: int | None = None
+    ) -> UpdateMessage:
         """The sum of the clients' updates, or a bundle where the rule needs single updates.
 
         Updates are weighted as the rule says. Where the client is the privacy unit, each one is clipped before it is
@@ -140,8 +145,9 @@ class ClientHost:
 
         Args:
             weights: the round's weights, and the rule's broadcast state.
+            max_weight: of one client, where the weights are numbers of examples.
         """
-        this_round = self._begin(task, weights)
+        this_round = self._begin(task, weights, max_weight)
         answers = (self._monitored_answer(this_round, client_id) for client_id in sorted(client_ids))
         if self._rule.needs == "single_updates":
             return UpdateBundle(task.round_index, tuple(self._encoded(this_round, answer) for answer in answers))
@@ -185,17 +191,24 @@ class ClientHost:
             raise DataError(f"Client {client_id} has no histograms.")
         return self._histograms.output_digest(request, client_id)
 
-    def _begin(self, task: TrainTask, weights: Weights) -> _Round:
+    def _begin(self, task: TrainTask, weights: Weights, max_weight: int | None = None) -> _Round:
         check_base(task, weights)
         base = {name: array for name, array in weights.items() if not name.startswith(BROADCAST)}
         broadcast = {name: array for name, array in weights.items() if name.startswith(BROADCAST)}
-        return _Round(task, base, broadcast, UpdateValidator.of(self._settings, self._rule, base))
+        max_weights = {} if max_weight is None else {task.round_index: max_weight}
+        validator = UpdateValidator.of(
+            self._settings, self._rule, base, task=task, broadcast=broadcast, max_weights=max_weights
+        )
+        return _Round(task, base, broadcast, validator)
 
     def _monitored_answer(self, this_round: _Round, client_id: str) -> ClientAnswer:
         answer = self._answer(this_round, client_id)
         if self._alter_answer is not None:
             answer = self._alter_answer(client_id, answer)
-        return answer if self.monitor is None else self.monitor.observe(this_round.task, this_round.base, answer)
+        bounds = this_round.validator.bounds
+        if self._monitor is None or bounds is None or not isinstance(answer, ClientUpdate):
+            return answer
+        return self._monitor.observe(bounds, this_round.base, answer)
 
     def _encoded(self, this_round: _Round, answer: ClientAnswer) -> SingleMessage:
         # A failure is not encoded: bytes do not distinguish a rejected update from other failures.
@@ -214,7 +227,7 @@ class ClientHost:
         """One client's update; its state is saved only if the update is valid, UpdateRejectedError is raised if not."""
         task, base, broadcast = this_round.task, this_round.base, this_round.broadcast
         data, half = self.data.load(client_id), self._rule.client
-        state, state_digest = self._states.load(task.run_id, task.round_index, client_id)
+        state, state_digest = self._state_of(task, client_id, len(data.labels))
         # Derived from what this host computes with, from the records, and from the state that corrects the steps: the
         # noise of an earlier output must not be used again with another model, changed data or other steps.
         derived_from = f"{self.context_digest}/{data.digest}"
@@ -222,12 +235,13 @@ class ClientHost:
         secret = derive_secret(self._root_secret, f"{client_id}/{derived_from}")
         correction = half.before_training(base, broadcast, state)
         delta = self._trainer.train(task, base, data.features, data.labels, secret, client_id, correction)
-        update = _weighted_update(task, self._rule, client_id, delta, len(data.labels))
+        update = _weighted_update(this_round, ClientOutcome(client_id, len(data.labels)), delta)
         if fault := this_round.validator.fault_of(update):
             raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
         if half.keeps_state:
             new_state = half.after_training(delta, broadcast, state)
-            self._states.save(task.run_id, task.round_index, client_id, new_state)
+            count = {_NUM_EXAMPLES: np.float32(len(data.labels)).reshape(1)}
+            self._states.save(task.run_id, task.round_index, client_id, {**new_state, **count})
         if half.personal_pull is not None and self._personal_trainer is not None:
             # The personal model never leaves the client, so it is not clipped, noised or charged.
             own, coins = state or base, derive_secret(secret, "personal")
@@ -236,6 +250,14 @@ class ClientHost:
             personal = {name: own[name] + array for name, array in change.items()}
             self._states.save(task.run_id, task.round_index, client_id, personal)
         return update
+
+    def _state_of(self, task: TrainTask, client_id: str, num_examples: int) -> tuple[Weights, str]:
+        """The client's state for this round, and the digest of what is stored."""
+        stored, digest = self._states.load(task.run_id, task.round_index, client_id)
+        state = {name: array for name, array in stored.items() if name != _NUM_EXAMPLES}
+        # A control variate of fewer records has more noise than the bound on updates of the present ones allows.
+        outdated = self._rule.client.keeps_state and stored.get(_NUM_EXAMPLES, 0) != num_examples
+        return ({} if outdated else state), digest
 
 
 def vision_host(
@@ -281,20 +303,16 @@ def vision_host(
 
 
 def _monitor_of(model: VisionModel) -> UpdateStatisticsMonitor:
-    classifier = model.body.classifier()
-    names = [f"{name}.weight" for name, module in model.named_modules() if module is classifier]
-    initial = trainable_weights(model).get(names[0]) if names else None
-    return UpdateStatisticsMonitor(names[0] if initial is not None else None, initial)
+    head = head_name(model)
+    return UpdateStatisticsMonitor(head, None if head is None else trainable_weights(model)[head])
 
 
-def _weighted_update(
-    task: TrainTask, rule: Rule, client_id: str, delta: Mapping[str, FloatArray], num_examples: int
-) -> ClientUpdate:
+def _weighted_update(this_round: _Round, outcome: ClientOutcome, delta: Mapping[str, FloatArray]) -> ClientUpdate:
     """One client's update, multiplied by its weight, or clipped where the client is the privacy unit."""
-    outcome = ClientOutcome(client_id, num_examples)
+    task = this_round.task
     if task.privacy_unit == "client":
         clipped, within = clip_update(delta, task.l2_clip_norm)
         return ClientUpdate(task.round_index, outcome, clipped, 1.0, int(within))
-    weight = float(num_examples) if rule.weighting == "examples" else 1.0
+    weight = float(this_round.validator.weight_of(outcome, task.round_index))
     weighted = {name: weight * array.astype(np.float64) for name, array in delta.items()}
     return ClientUpdate(task.round_index, outcome, weighted, weight)

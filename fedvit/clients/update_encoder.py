@@ -77,6 +77,6 @@ def _decoded(encoded: EncodedUpdate, validator: UpdateValidator) -> ClientUpdate
     update = validator.decoded(encoded)
     if isinstance(update, ClientFailures):
         raise UpdateRejectedError("The update would be read as a failure.")
-    if fault := validator.fault_of(update):
+    if fault := validator.fault_of(update) or validator.shape_fault_of(update):
         raise UpdateRejectedError(f"The update would be refused: {fault}.")
     return update

@@ -139,9 +139,12 @@ class WorkloadHost:
         self._root_secret = load_or_create_root_secret(settings.home)
         self._scratch: dict[str, FloatArray] = {}
 
-    def train(self, task: TrainTask, weights: Weights, client_ids: Sequence[str]) -> UpdateMessage:
+    def train(
+        self, task: TrainTask, weights: Weights, client_ids: Sequence[str], max_weight: int | None = None
+    ) -> UpdateMessage:
         check_base(task, weights)
-        validator = UpdateValidator.of(self._settings, self._rule, weights)
+        max_weights = {} if max_weight is None else {task.round_index: max_weight}
+        validator = UpdateValidator.of(self._settings, self._rule, weights, max_weights=max_weights)
         # Lazy: the arrays of an answer are overwritten by the next client's.
         answers = (self._answer(task, weights, validator, client_id) for client_id in sorted(client_ids))
         if self._rule.needs == "single_updates":
@@ -168,7 +171,7 @@ class WorkloadHost:
         if task.privacy_unit == "client":
             (scale, within), weight = clip_factor(delta, task.l2_clip_norm), 1.0
         else:
-            scale = weight = float(num_examples) if validator.by_examples else 1.0
+            scale = weight = float(validator.weight_of(outcome, task.round_index))
             within = False
         # The arrays are float32 and not yet scaled, to avoid copies; the aggregator scales them.
         update = ClientUpdate(task.round_index, outcome, cast("Sums", delta), weight, int(within))
@@ -199,6 +202,7 @@ class WorkloadModel:
     """Implements :class:`fedvit.ports.ServerModelPort` for a workload, which has no export."""
 
     exports = False
+    head: str | None = None
 
     def __init__(self, settings: Settings) -> None:
         self._clients = load_workload(settings)

@@ -27,6 +27,8 @@ from fedvit.config.privacy import HistogramConfig, PrivacyConfig
 from fedvit.config.tools import DrillConfig, FinetuneConfig, SimulationConfig, SweepConfig
 from fedvit.config.training import CohortConfig, TrainingConfig, ValidationConfig
 
+_NOISED_BODY = 0.1
+
 
 class Settings(Section):
     """All settings. Each has a working default: without any, the program is the traffic-light demo."""
@@ -94,6 +96,14 @@ class Settings(Section):
             raise ValueError("privacy.bands must not be above training.cohort.min_separation")
         return self
 
+    @property
+    def body_learning_rate(self) -> float:
+        """The factor on the aggregated update of everything but the head: as set, or its default."""
+        if self.training.body_learning_rate is not None:
+            return self.training.body_learning_rate
+        noised = self.privacy.privacy_unit == "record" and self.simulation.private
+        return _NOISED_BODY if noised and self.model.trainable == "all" else 1.0
+
     def training_identity(self) -> dict[str, Any]:
         """The settings that determine a training run: model, training and privacy, as JSON types.
 
@@ -115,9 +125,16 @@ class Settings(Section):
         training = identity["training"]
         _drop_defaults(identity["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
         _drop_defaults(
-            training, TrainingConfig, "aggregation_options", "staleness", "compression", "round_deadline_s", "ranks"
+            training,
+            TrainingConfig,
+            "aggregation_options",
+            "staleness",
+            "compression",
+            "round_deadline_s",
+            "ranks",
+            "body_learning_rate",
         )
-        _drop_defaults(training["validation"], ValidationConfig, "max_update_norm")
+        _drop_defaults(training["validation"], ValidationConfig, "max_update_norm", "max_client_share")
         if not training["validation"]:
             del training["validation"]
         participation = ("sampling_prob", "max_participations", "min_separation", "over_selection")

@@ -72,7 +72,14 @@ class ValidationConfig(Section):
     """Validation of client updates before aggregation."""
 
     max_update_norm: PositiveFloat | None = Field(
-        None, description="Largest L2 norm of one client's update, privacy noise included; null accepts any finite one."
+        None,
+        description="Largest L2 norm of one client's update, privacy noise included. With privacy_unit 'record' it may "
+        "only lower the bound that follows from the local steps and their noise; null leaves that bound, or none.",
+    )
+    max_client_share: Probability = Field(
+        0.1,
+        description="Largest share of one client in the average of a round; in a cohort too small for that, two equal "
+        "shares. It caps weights by examples, and shortens the step of a round in which few clients answered.",
     )
     quarantine_after_rejections: PositiveInt | None = Field(
         3, description="Rejected updates after which a client is quarantined; null leaves that to the operator."
@@ -119,6 +126,12 @@ class TrainingConfig(Section):
     )
     learning_rate: Factor = Field(2.0, description="Learning rate of the local steps.")
     server_learning_rate: PositiveFloat = Field(1.0, description="Factor on the aggregated update.")
+    body_learning_rate: PositiveFloat | None = Field(
+        None,
+        description="Further factor on the aggregated update of all parameters but the linear head. Null is 0.1 where "
+        "single records are protected and all of a model is trained, and 1 otherwise. A small factor keeps privacy "
+        "noise, and attacks that are hidden in it, out of the body.",
+    )
     aggregation: str = Field("fedavg", description="Name of the aggregation rule, of this package or of a plug-in.")
     aggregation_options: dict[str, Any] = Field(default_factory=dict, description="Options of the aggregation rule.")
     staleness: StalenessConfig = Field(StalenessConfig(), description="Weights of stale updates.")

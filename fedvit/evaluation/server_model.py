@@ -16,7 +16,7 @@ from fedvit.drift.measures import spec_of
 from fedvit.evaluation.evaluate import evaluate
 from fedvit.models.build import build_model
 from fedvit.models.export import complexity, export_variant, make_variant, time_onnx
-from fedvit.models.trainable import frozen_weights, load_trainable_weights, trainable_weights
+from fedvit.models.trainable import frozen_weights, head_name, load_trainable_weights, trainable_weights
 from fedvit.models.vision import FEATURE_BATCH
 from fedvit.ports import ExportedModel, ModelBenchmark
 from fedvit.types import Evaluation, ImageArray, LabelArray, Variant, Weights
@@ -40,6 +40,7 @@ class ServerModel:
         self._source = open_source(settings.data)
         self._model = build_model(settings.model, len(self._source.classes), self._image_size)
         self._initial = trainable_weights(self._model)
+        self.head = head_name(self._model)
 
     def initial_weights(self) -> Weights:
         return self._initial

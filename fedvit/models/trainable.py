@@ -72,6 +72,14 @@ def trainable_weights(model: VisionModel) -> dict[str, FloatArray]:
     return {name: _to_numpy(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
+def head_name(model: VisionModel) -> str | None:
+    """The name of the linear head's weight, if it is trained."""
+    classifier = model.body.classifier()
+    names = [f"{name}.weight" for name, module in model.named_modules() if module is classifier]
+    parameters = dict(model.named_parameters())
+    return names[0] if names and names[0] in parameters and parameters[names[0]].requires_grad else None
+
+
 def frozen_weights(model: VisionModel) -> dict[str, FloatArray]:
     """Copies of all other weights: frozen parameters and float buffers, float32.
 

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
+from fedvit.aggregation.client_share import NO_LIMIT, ShareLimit
+from fedvit.aggregation.rule import BROADCAST
 from fedvit.aggregation.validation import UpdateValidator
+from fedvit.clients.update_statistics import UpdateStatisticsMonitor
 from fedvit.rounds.context import RoundContext
 from fedvit.rounds.machine import TrainRound
 from fedvit.rounds.steering import AggregationSettings, aggregation_settings
 from fedvit.rounds.update_admission import AdmissionPolicy, RoundUpdates, UpdateAdmission, ValidAnswer
 from fedvit.types import TrainTask, Weights
+from fedvit.updates import ClientUpdate
 
 
 class Collector:
@@ -30,7 +34,11 @@ class Collector:
     def __init__(self, context: RoundContext) -> None:
         self._settings, self._store, self._fleet = context.settings, context.store, context.fleet
         self._protection, self._clock = context.protection, context.clock
+        head, initial = context.model.head, context.model.initial_weights()
+        self._monitor = UpdateStatisticsMonitor(head, None if head is None else initial[head])
         self._carried_over: list[ValidAnswer] = []
+        # By round: the sum of a proxy that answers late has the limit of its own round.
+        self._max_weights: dict[int, int] = {}
 
     def in_flight(self) -> frozenset[str]:
         """The clients that have a task and are in no round yet."""
@@ -53,15 +61,17 @@ class Collector:
         """
         in_flight = self.in_flight()
         # After a failed attempt at this very round, some of the cohort may still work on it.
-        cohort = replace(effect.cohort, client_ids=tuple(c for c in effect.cohort.client_ids if c not in in_flight))
-        client_ids = [*cohort.client_ids, *in_flight]
+        not_asked = tuple(c for c in effect.cohort.client_ids if c not in in_flight)
+        client_ids = [*not_asked, *in_flight]
+        share = self._share_limit(effect, client_ids)
+        cohort = replace(effect.cohort, client_ids=not_asked, max_weight=share.max_weight)
         ended, limit_s = f"no answer in {timeout_s:g} s", self._settings.training.round_deadline_s
         # In monotonic time; infinite where no client may be late.
         deadline_s = math.inf if limit_s is None or self._protection.sampled else self._clock.monotonic() + limit_s
         messages = self._fleet.train(task, sent, cohort, timeout_s=timeout_s)
         # The first step sends the task out, so that clients train while the validation is prepared.
         first = next(messages, None)
-        admission = self._admission(effect, task, base, client_ids)
+        admission = self._admission(effect, task, base, sent, client_ids, share)
         for message in chain((first,), messages):
             if message is not None:
                 admission.admit(message)
@@ -81,18 +91,54 @@ class Collector:
         updates, self._carried_over = admission.close(policy.enough if limited else None)
         return updates
 
-    def _admission(
-        self, effect: TrainRound, task: TrainTask, base: Weights, client_ids: Sequence[str]
-    ) -> UpdateAdmission:
+    def _share_limit(self, effect: TrainRound, client_ids: Sequence[str]) -> ShareLimit:
+        """The limit on the influence of one client, by the numbers of examples that the clients are admitted with."""
+        if self._settings.privacy.privacy_unit == "client":
+            return NO_LIMIT  # every update is clipped, and the divisor is a constant
         sizes = self._store.clients.num_examples(client_ids)
+        updates = self._policy(effect, len(client_ids)).enough or len(client_ids)
+        share = ShareLimit.of(
+            self._settings.training.validation.max_client_share, list(sizes.values()), min(updates, len(sizes))
+        )
+        round_index = effect.cohort.round_index
+        self._max_weights = {r: weight for r, weight in self._max_weights.items() if r < round_index}
+        if share.max_weight is not None:
+            self._max_weights[round_index] = share.max_weight
+        return share
+
+    def _admission(
+        self,
+        effect: TrainRound,
+        task: TrainTask,
+        base: Weights,
+        sent: Weights,
+        client_ids: Sequence[str],
+        share: ShareLimit,
+    ) -> UpdateAdmission:
+        validator = UpdateValidator.of(
+            self._settings,
+            self._protection.rule,
+            base,
+            self._store.clients.num_examples(client_ids),
+            task=task,
+            broadcast={name: array for name, array in sent.items() if name.startswith(BROADCAST)},
+            max_weights=self._max_weights,
+        )
+        bounds = validator.bounds
+
+        def observe(update: ClientUpdate) -> ClientUpdate:
+            return update if bounds is None else self._monitor.observe(bounds, base, update)
+
         return UpdateAdmission(
             task.round_index,
             self._policy(effect, len(client_ids)),
-            UpdateValidator.of(self._settings, self._protection.rule, base, sizes),
+            validator,
             lambda started: self._store.rounds.awaited(task.run_id, started, task.round_index),
             fault_of=lambda update: self._protection.fault_of(update, task.run_id),
+            observe=observe,
             carried_over=self._carried_over,
             staleness=self._settings.training.staleness,
+            share=share,
         )
 
     def _policy(self, effect: TrainRound, taking_part: int) -> AdmissionPolicy:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedvit.aggregation.rule import RoundFacts
+from fedvit.aggregation.rule import RoundFacts, damped
 from fedvit.aggregation.staleness import staleness_weight
 from fedvit.errors import BudgetExhaustedError, LedgerFrozenError, ReleaseRefusedError
 from fedvit.metrics.training import RoundMetrics
@@ -158,8 +158,10 @@ class RoundExecution:
         if self._protection.sampled and errors and not updates.accepted:
             return machine.Failed(f"All {len(errors)} clients that were drawn failed, the first with: {errors[0]}")
         if updates.accepted or self._protection.sampled:
-            facts = self._facts(task.round_index)
+            facts = self._facts(task.round_index, updates)
             folded = self._protection.fold(run, task, base, updates.updates(), facts)
+            weights = damped(base.weights, folded.weights, self._model.head, self._settings.body_learning_rate)
+            folded = replace(folded, weights=weights)
             self._trained = _TrainedRound(folded, updates, started_s)
         return machine.Trained(updates.accepted, len(errors), errors[0] if errors else None)
 
@@ -167,7 +169,7 @@ class RoundExecution:
         if self._histograms.gather():
             self._data_health.invalidate()
 
-    def _facts(self, round_index: int) -> RoundFacts:
+    def _facts(self, round_index: int, updates: RoundUpdates) -> RoundFacts:
         run, weights = self.run, self._current.base.weights
 
         def start(started: int) -> Weights:
@@ -178,6 +180,7 @@ class RoundExecution:
             population=int(run.config.get(POPULATION_SIZE, 1)),
             start=start,
             staleness_weight=lambda staleness: staleness_weight(staleness, self._settings.training.staleness),
+            least_divisor=updates.least_divisor,
         )
 
     # --- commit and release ------------------------------------------------------------------------------------------

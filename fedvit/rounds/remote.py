@@ -17,6 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import BROADCAST
 from fedvit.aggregation.validation import UpdateValidator
@@ -337,12 +339,17 @@ class RemoteWork:
     def _judged(self, offer: Offer, content: bytes) -> _StoredAnswer:
         """The answer as it is stored: the bytes if they pass update validation, else the fault."""
         rule, sizes = rule_for(self._settings), {offer.client_id: offer.num_examples}
-        validator = UpdateValidator.of(self._settings, rule, {}, sizes)
-        validator = replace(validator, shapes=self._shapes(offer.task.base_digest))
+        shapes = self._shapes(offer.task.base_digest)
+        weights = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+        # What a control variate shifts is not read here: the round checks these updates against the bounds of DP-SGD.
+        task = None if rule.client.keeps_state else offer.task
+        validator = UpdateValidator.of(self._settings, rule, weights, sizes, task=task)
         try:
             with errors_as_rejection(f"The update of {offer.client_id}"):
                 update = validator.decoded(offer.answer(content))
-                fault = None if isinstance(update, ClientFailures) else validator.fault_of(update)
+                fault = None
+                if not isinstance(update, ClientFailures):
+                    fault = validator.fault_of(update) or validator.shape_fault_of(update)
         except UpdateRejectedError as error:
             fault = error.message
         return _StoredAnswer(content) if fault is None else _StoredAnswer.invalid(content, fault)

@@ -13,6 +13,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Literal
 
+from fedvit.aggregation.client_share import NO_LIMIT, ShareLimit
 from fedvit.aggregation.staleness import DEFAULT, discounted
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.config import StalenessConfig
@@ -125,7 +126,8 @@ class RoundUpdates:
     """The answers that a round is made of.
 
     ``rejected`` says by client why its update does not count, apart from updates that failed validation;
-    ``unexpected`` why an answer left no outcome.
+    ``unexpected`` why an answer left no outcome. ``share`` limits the influence of one client; weights are by examples
+    where ``by_examples`` is set.
     """
 
     round_index: int
@@ -134,6 +136,16 @@ class RoundUpdates:
     rejected: dict[str, str] = field(default_factory=dict)
     unexpected: dict[str, str] = field(default_factory=dict)
     staleness: StalenessConfig = DEFAULT
+    share: ShareLimit = NO_LIMIT
+    by_examples: bool = True
+
+    @property
+    def least_divisor(self) -> float:
+        """The smallest divisor of the average with which no client's share is too large."""
+        accepted = (outcome for outcome in self.outcomes if outcome.error is None)
+        return self.share.least_divisor(
+            self.share.weight_of(o.num_examples) if self.by_examples else 1 for o in accepted
+        )
 
     @cached_property
     def outcomes(self) -> tuple[ClientOutcome, ...]:
@@ -179,8 +191,10 @@ class UpdateAdmission:
             answered already.
         fault_of: why an update that passed validation must not be folded; see
             :meth:`fedvit.rounds.protection.Protection.fault_of`.
+        observe: adds statistics to the outcome of a valid single update, whatever its client says of itself.
         carried_over: answers that an earlier round had no room for.
         staleness: the weights of late updates.
+        share: the limit on the influence of one client.
     """
 
     def __init__(
@@ -191,11 +205,14 @@ class UpdateAdmission:
         awaited: Callable[[int], tuple[Collection[str], Collection[str]]],
         *,
         fault_of: Callable[[WeightedUpdate], str | None] = lambda update: None,
+        observe: Callable[[ClientUpdate], ClientUpdate] = lambda update: update,
         carried_over: Iterable[ValidAnswer] = (),
         staleness: StalenessConfig = DEFAULT,
+        share: ShareLimit = NO_LIMIT,
     ) -> None:
         self._round_index, self._policy, self._validator = round_index, policy, validator
         self._find_awaited, self._fault_of, self._staleness = awaited, fault_of, staleness
+        self._observe, self._share = observe, share
         self._awaited = {round_index: awaited(round_index)}
         self._answers = list(carried_over)
         self._answered = {o.client_id for answer in self._answers for o in answer.update.outcomes}
@@ -231,7 +248,10 @@ class UpdateAdmission:
         unexpected = {client_id: rejection.reason for client_id, rejection in self._unexpected.items()}
         answers = tuple(answer.outcome(self._round_index) for answer in taken)
         mode = self._policy.mode
-        return RoundUpdates(self._round_index, mode, answers, rejected, unexpected, self._staleness), left
+        share, by_examples = self._share, self._validator.by_examples
+        return RoundUpdates(
+            self._round_index, mode, answers, rejected, unexpected, self._staleness, share, by_examples
+        ), left
 
     def _judge_all(self) -> int:
         for answer in self._answers:
@@ -281,12 +301,17 @@ class UpdateAdmission:
 
     def _checked(self, part: SingleMessage) -> tuple[ValidAnswer, list[Rejection]]:
         update = self._validator.decoded(part) if isinstance(part, EncodedUpdate) else part
+        if isinstance(update, ClientUpdate):
+            update = self._validator.limited(update)
         for outcome in update.outcomes:
             if outcome.sent_bytes is not None:
                 _BYTES.labels(str(outcome.encoding)).inc(outcome.sent_bytes)
         if isinstance(update, ClientFailures) or all(outcome.error for outcome in update.outcomes):
             return ValidAnswer(ClientFailures(update.round_index, update.outcomes)), []
-        if fault := self._validator.fault_of(update):
+        fault = self._validator.fault_of(update)
+        if fault is None and isinstance(update, ClientUpdate):
+            fault, update = self._validator.shape_fault_of(update), self._observe(update)
+        if fault is not None:
             reason = f"its update is refused: {fault}"
             return _rejected(update.round_index, update.outcomes, RejectionCode.INVALID_UPDATE, reason)
         return ValidAnswer(update, self._fault_of(update)), []

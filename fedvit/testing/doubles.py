@@ -137,6 +137,7 @@ class PointModel:
     """
 
     exports = True
+    head: str | None = None
 
     def __init__(self, target: FloatArray) -> None:
         self._target = target

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
+from fedvit.aggregation.update_bounds import MechanismBounds, step_deviation
 from fedvit.clients.host import FeatureCache
-from fedvit.clients.update_statistics import UpdateStatisticsMonitor, largest_norm, step_deviation
+from fedvit.clients.update_statistics import UpdateStatisticsMonitor
 from fedvit.config import FaultConfig, Settings
 from fedvit.data.partition import VirtualFleet
 from fedvit.drift.quality import concerns_by_client, score_of
 from fedvit.models.build import build_model
-from fedvit.models.trainable import trainable_weights
+from fedvit.models.trainable import head_name, trainable_weights
 from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.settings import load_settings
 from fedvit.tools.simulation.clients import SimulatedClients
 from fedvit.tools.simulation.faults import Faults
 from fedvit.types import ClientOutcome, TrainTask, UpdateStatistics, Weights
-from fedvit.updates import ClientFailures, ClientUpdate
+from fedvit.updates import ClientUpdate
 from fedvit.wire.tensors import weights_digest
 
 torch.set_num_threads(1)
@@ -69,6 +68,10 @@ def task_for(base: Weights, round_index: int) -> TrainTask:
     return TrainTask("run-0001", round_index, weights_digest(base), "d" * 64, 1.0, 0.5, 1.0, 1, 2.0)
 
 
+def bounds_of(task: TrainTask, weights: Weights) -> MechanismBounds:
+    return MechanismBounds(task, {name: array.shape for name, array in weights.items()})
+
+
 @contextmanager
 def trained(settings: Settings, fault: FaultConfig | None, rounds: int) -> Iterator[dict[str, UpdateStatistics]]:
     """How the clients' updates looked while they, and those of a faulty group, trained one model by FedAvg."""
@@ -77,9 +80,16 @@ def trained(settings: Settings, fault: FaultConfig | None, rounds: int) -> Itera
     model = build_model(settings.model, 2, settings.data.image_size)
     clients = SimulatedClients(settings, faults, FeatureCache(model, fleet), fleet, model)
     weights: dict[str, Any] = dict(trainable_weights(model))
+    head = head_name(model)
+    assert head is not None
+    monitor = UpdateStatisticsMonitor(head, weights[head])
     outcomes: dict[str, list[ClientOutcome]] = {client_id: [] for client_id in CLIENTS}
     for round_index in range(1, rounds + 1):
-        answers = {c: clients.answer(task_for(weights, round_index), weights, c) for c in CLIENTS}
+        task = task_for(weights, round_index)
+        bounds, own = bounds_of(task, weights), {c: clients.answer(task, weights, c) for c in CLIENTS}
+        answers = {
+            c: monitor.observe(bounds, weights, update) for c, update in own.items() if isinstance(update, ClientUpdate)
+        }
         total = sum(answer.total_weight for answer in answers.values())
         for name in weights:
             step = sum(np.asarray(a.weighted_sum[name]) for a in answers.values()) / total
@@ -122,16 +132,7 @@ def test_scaled_updates_are_longer_than_training_makes_them(settings: Settings) 
         assert {client_id for client_id, of_client in concerns.items() if score_of(of_client) == 0.0} == faulty(fault)
 
 
-def test_nothing_is_looked_at_where_the_client_is_the_unit(settings: Settings) -> None:
-    base = {"head": np.zeros((2, 3), np.float32)}
-    own = ClientUpdate(1, ClientOutcome("a", 5), {"head": np.ones((2, 3))}, 1.0)
-    monitor = UpdateStatisticsMonitor("head", base["head"])
-    assert monitor.observe(replace(task_for(base, 1), privacy_unit="client"), base, own) == own
-    failed = ClientFailures(1, (ClientOutcome("a", 5, "it failed"),))
-    assert monitor.observe(task_for(base, 1), base, failed) == failed
-
-
-def test_noise_alone_has_an_alignment_of_variance_one_and_a_norm_below_the_largest(tmp_path: Path) -> None:
+def test_noise_alone_has_an_alignment_of_variance_one_and_a_norm_below_the_largest() -> None:
     draw = np.random.default_rng(0)
     initial = np.zeros((3, 200), np.float32)
     base = {"head": draw.normal(size=(3, 200)).astype(np.float32)}
@@ -139,13 +140,11 @@ def test_noise_alone_has_an_alignment_of_variance_one_and_a_norm_below_the_large
     alignments = []
     for _ in range(400):
         noise = {"head": 20 * step_deviation(task, 20) * draw.normal(size=(3, 200))}
-        (outcome,) = monitor.observe(task, base, ClientUpdate(1, ClientOutcome("a", 20), noise, 20.0)).outcomes
+        update = ClientUpdate(1, ClientOutcome("a", 20), noise, 20.0)
+        (outcome,) = monitor.observe(bounds_of(task, base), base, update).outcomes
         assert outcome.alignment is not None
         assert outcome.update_norm is not None
         assert 0 < outcome.update_norm < 1
         alignments.append(outcome.alignment)
     assert np.std(alignments) == pytest.approx(1.0, abs=0.15)
     assert np.mean(alignments) == pytest.approx(0.0, abs=0.2)
-    # Every record in every step along one direction, and no noise: still no longer than the bound.
-    steps = replace(task, local_steps=4, sampling_prob=0.5)
-    assert 4 * steps.learning_rate * steps.l2_clip_norm / steps.sampling_prob < largest_norm(steps, 20, base)
