@@ -83,7 +83,7 @@ class HostileServer(httpx.BaseTransport):
     build: Any = build_model
     task: Offered | None = None
     histogram: Offered | None = None
-    raw: list[bytes] = field(default_factory=list)
+    raw: list[bytes | httpx.Response] = field(default_factory=list)
     updates: list[tuple[str, bytes]] = field(default_factory=list)
     histograms: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
@@ -157,7 +157,8 @@ class HostileServer(httpx.BaseTransport):
         """The answer to one request of the vehicle."""
         path = request.url.path
         if request.method == "GET" and path.endswith("/task"):
-            return httpx.Response(200, content=self.raw.pop(0) if self.raw else self.answer())
+            answer = self.raw.pop(0) if self.raw else self.answer()
+            return answer if isinstance(answer, httpx.Response) else httpx.Response(200, content=answer)
         if request.method == "GET" and path.endswith("/task/weights"):
             assert self.task is not None
             return httpx.Response(200, content=encode_weights(self.task.weights))

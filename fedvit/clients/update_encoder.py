@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +65,16 @@ class UpdateEncoder:
 
     def _encoded(self, task: TrainTask, answer: ClientAnswer, encoding: Encoding) -> EncodedUpdate:
         (outcome,) = answer.outcomes
-        update = mechanism.digest(answer.weighted_sum) if isinstance(answer, ClientUpdate) else ""
-        secret = derive_secret(self._root_secret, f"{outcome.client_id}/rounding/{update}")
-        output = output_id(task, outcome.client_id, outcome.num_examples)
-        coins = SecretStream(secret, "rounding", {"release": output, "encoding": encoding.value})
-        content = encode_smaller(answer, encoding, coins.uniform, self._fraction)
+
+        @cache
+        def coins() -> SecretStream:
+            # Made only if something is rounded: the hash of an update takes as long as its encoding.
+            update = mechanism.digest(answer.weighted_sum) if isinstance(answer, ClientUpdate) else ""
+            secret = derive_secret(self._root_secret, f"{outcome.client_id}/rounding/{update}")
+            output = output_id(task, outcome.client_id, outcome.num_examples)
+            return SecretStream(secret, "rounding", {"release": output, "encoding": encoding.value})
+
+        content = encode_smaller(answer, encoding, lambda count: coins().uniform(count), self._fraction)
         return EncodedUpdate(answer.round_index, outcome, content)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -319,6 +320,31 @@ def test_values_that_no_server_sends_do_not_end_the_loop(
         assert [result.status for result in done] == ["received"]
     assert len(road.charges()) == 1
     assert {path.name for path in road.folder.iterdir()} == {"images", "home"}
+
+
+PROBLEMS: list[bytes] = [
+    b"",
+    b"nonsense",
+    b"[" * 100_000,
+    b'{"type": 3, "title": [], "detail": {}, "status": "x"}',
+    b'{"type": "/problems/integrity", "detail": null, "retry_after_s": NaN}',
+    b'{"type": "/problems/rate-limited", "detail": "slow", "retry_after_s": "never"}',
+]
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 409, 418, 422, 429, 500, 503])
+def test_refusals_of_any_form_do_not_end_the_loop(
+    scene: Callable[..., Scene], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_runtime.training.vehicle.RETRY_S", 0.0)
+    road = scene(VehiclePolicy(purposes=()))
+    headers = {"Retry-After": "nan", "Location": "file:///etc/passwd"}
+    road.server.raw = [httpx.Response(status, content=body, headers=headers) for body in PROBLEMS for _ in range(4)]
+    road.server.task = road.server.offer(HONEST)
+    done: list[PollResult] = []
+    road.vehicle.run(threading.Event(), done.append, rounds=1)
+    assert [result.status for result in done] == ["received"]
+    assert road.charges() == []
 
 
 UNFIT: dict[str, dict[str, Any]] = {
