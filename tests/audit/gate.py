@@ -1,7 +1,7 @@
 """The mutation gate: with each fault built in, `fedvit privacy audit` must fail; without, it must pass.
 
 ``python -m tests.audit.gate`` writes docs/reference/privacy-audit.md; with names, it tries only those mutants and
-writes nothing.
+writes nothing. As many audits run at once as there are processors.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fedvit
-from tests.audit.mutants import MUTANTS, NOT_YET, Mutant
+from tests.audit.mutant import Mutant
+from tests.audit.mutants import MUTANTS, NOT_YET
 
 PACKAGE = Path(fedvit.__file__).parent
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "privacy-audit.md"
 COMMAND = "make audit-mutants"
 _TIMEOUT_S = 400
+_AT_ONCE = os.cpu_count() or 1
 # The scratch copy must be what is audited, whatever else is installed.
 _RUN = (
     "import pathlib, sys, fedvit; assert pathlib.Path(fedvit.__file__).is_relative_to(pathlib.Path.cwd()), fedvit;"
@@ -32,6 +36,9 @@ _RUN = (
 )
 # How a patch fails that makes no sense; a fault of the mutant, and no finding of the audit.
 _NONSENSE = ("SyntaxError", "NameError", "ImportError", "ModuleNotFoundError", "AttributeError", "UnboundLocalError")
+
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,17 +181,34 @@ def page(audit: list[str], mutants: list[str]) -> str:
     return "\n".join([*head, *audit, *middle, *mutants, ""])
 
 
+def _side_by_side(work: Callable[[_Task], _Result], tasks: Sequence[_Task]) -> Iterator[tuple[_Task, _Result]]:
+    """Each task with its result, in order; the first error ends it."""
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    try:
+        yield from zip(tasks, pool.map(work, tasks), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def main(names: list[str]) -> int:
-    """Try mutants, print the table, and write the page if all were tried and killed."""
+    """Try mutants, print the table, and write the page if all were tried and killed.
+
+    Raises:
+        ValueError: there is no mutant of a name, or one does not apply or makes no sense.
+    """
+    if unknown := set(names) - {mutant.name for mutant in MUTANTS}:
+        raise ValueError(f"there is no mutant {sorted(unknown)[0]!r}")
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
-    for check in sorted({mutant.check for mutant in chosen}):
-        original = try_original(check)
+    for mutant in chosen:
+        # All of them, before minutes are spent on the first ones.
+        mutated(mutant, (PACKAGE / mutant.file).read_text())
+    for check, original in _side_by_side(try_original, sorted({mutant.check for mutant in chosen})):
         if original.seen:
             print(f"The unchanged package does not pass {check!r}: {original.seen}", file=sys.stderr)
             return 1
     rows = []
-    for mutant in chosen:
-        rows.append((mutant, try_mutant(mutant)))
+    for mutant, outcome in _side_by_side(try_mutant, chosen):
+        rows.append((mutant, outcome))
         print(_table(rows[-1:])[2], flush=True)
     survived = [mutant.name for mutant, outcome in rows if not outcome.seen]
     print(f"{len(rows) - len(survived)} of {len(rows)} mutants killed; survived: {survived or 'none'}")

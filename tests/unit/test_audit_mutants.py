@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from fedvit.tools.audit.suite import CHECKS
-from tests.audit.gate import PACKAGE, PAGE, mutated, try_mutant
-from tests.audit.mutants import MUTANTS, NOT_YET, QUICK, Mutant
+from tests.audit.gate import PACKAGE, PAGE, main, mutated, try_mutant
+from tests.audit.mutant import Mutant
+from tests.audit.mutants import MUTANTS, NOT_YET, QUICK
 
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
@@ -26,6 +27,11 @@ def test_a_mutant_whose_text_is_gone_is_an_error() -> None:
     mutant = replace(MUTANTS[0], edits=(("no such text", ""),))
     with pytest.raises(ValueError, match=r"'no such text' is 0 times in dp/dpsgd\.py"):
         try_mutant(mutant)
+
+
+def test_an_unknown_mutant_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no such fault"):
+        main(["no such fault"])
 
 
 def test_a_mutant_that_makes_no_sense_is_an_error_and_not_killed() -> None:

@@ -17,6 +17,7 @@ from fedvit.dp.dpsgd import SecretDPOptimizer
 from fedvit.errors import UsageError
 from fedvit.settings import load_settings
 from fedvit.tools.audit import subjects
+from fedvit.tools.audit.charging import cases as charging_cases
 from fedvit.tools.audit.findings import Finding, Scope
 from fedvit.tools.audit.one_run import CHECK as ONE_RUN
 from fedvit.tools.audit.randomness import sampling_faults
@@ -120,10 +121,31 @@ def test_a_label_of_no_class_fails_the_client_before_anything_is_released() -> N
 
 def test_the_scope_is_the_configured_mechanism() -> None:
     privacy = {"noise_multiplier": 2.5, "l2_clip_norm": 0.3, "target_delta": 1e-6}
-    settings = load_settings(environ={}, overrides={"privacy": privacy, "model": {"name": "vit_tiny_patch16_224"}})
+    overrides = {"privacy": privacy, "model": {"name": "vit_tiny_patch16_224"}, "histograms": {"noise_multiplier": 3.5}}
+    settings = load_settings(environ={}, overrides=overrides)
     scope = Scope.of(settings, quick=True)
+    assert scope.histogram_noise_multiplier == 3.5
     assert (scope.noise_multiplier, scope.l2_clip_norm, scope.target_delta) == (2.5, 0.3, 1e-6)
     assert (scope.model.name, scope.model.pretrained) == ("vit_tiny_patch16_224", False)
+
+
+def test_norms_other_than_1_are_audited_whatever_is_configured() -> None:
+    for norm in (0.3, 1.0, 7.0):
+        norms = [scope.l2_clip_norm for scope in Scope(l2_clip_norm=norm).at_norms()]
+        assert norms[0] == norm
+        assert len(set(norms)) == len(norms)
+        assert min(norms) < 1 < max(norms)
+
+
+def test_every_configured_mechanism_is_charged_in_some_case() -> None:
+    everything = charging_cases(QUICK)
+    assert {case.unit for case in everything} == {"record", "client"}
+    assert {case.cohort["selection"] for case in everything} == {"all", "uniform", "poisson"}
+    assert any(case.cohort.get("over_selection") for case in everything)
+    assert any(case.cohort.get("min_separation") for case in everything)
+    assert {name for case in everything for name in case.privacy} == {"noise", "bands", "adaptive_clip"}
+    assert any(case.late for case in everything)
+    assert any(case.histograms for case in everything)
 
 
 def test_a_check_that_breaks_off_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +173,8 @@ def test_the_command_prints_a_table_and_one_json_document() -> None:
     assert done.exit_code == 0
     report = json.loads(done.stdout)
     assert report["passed"]
-    assert [f["check"] for f in report["findings"]] == ["charging", "charging", "released round"]
-    assert report["findings"][2]["lower_bound"] <= report["findings"][2]["claimed_epsilon"]
+    assert {f["check"] for f in report["findings"]} == {"charging", "released round"}
+    assert report["findings"][-1]["lower_bound"] <= report["findings"][-1]["claimed_epsilon"]
     done = run("--only", "Poisson sampling", "--set", "privacy.noise_multiplier=1.0")
     assert done.exit_code == 0
     assert "pass" in done.stdout

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from fedvit.config import ModelConfig, Settings
+from fedvit.config import HistogramConfig, ModelConfig, Settings
 from fedvit.types import TrainTask
 
 ALPHA = 1e-4
 """The probability, at most, with which a statistical statement is wrong."""
 STANDSTILL = 1e-30
 """A learning rate at which weights do not change by a bit, so that each step starts from the same weights."""
+OTHER_NORMS = (0.3, 3.0)
+"""Clipping norms that are audited beside the configured one: at 1, a norm equals its square and its inverse."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Scope:
     sampling_prob: float = 0.5
     l2_clip_norm: float = 1.0
     target_delta: float = 1e-5
+    histogram_noise_multiplier: float = HistogramConfig().noise_multiplier
     model: ModelConfig = field(default_factory=lambda: ModelConfig(pretrained=False))
     image_size: int = 32
     quick: bool = False
@@ -71,10 +74,15 @@ class Scope:
             sampling_prob=privacy.sampling_prob,
             l2_clip_norm=privacy.l2_clip_norm,
             target_delta=privacy.target_delta,
+            histogram_noise_multiplier=settings.histograms.noise_multiplier,
             model=settings.model.model_copy(update={"pretrained": False, "checkpoint": None}),
             image_size=settings.data.image_size,
             quick=quick,
         )
+
+    def at_norms(self) -> list[Scope]:
+        """This scope, and the same with other clipping norms."""
+        return [self, *(replace(self, l2_clip_norm=norm) for norm in OTHER_NORMS if norm != self.l2_clip_norm)]
 
     def train_task(
         self,

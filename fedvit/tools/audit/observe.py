@@ -17,9 +17,11 @@ import torch
 from fedvit.clients import local
 from fedvit.dp.dpsgd import SecretDPOptimizer
 from fedvit.dp.gradients import PerExampleGradients
+from fedvit.drift import measures
 from fedvit.exact_sums import Sums
 from fedvit.privacy import mechanism
 from fedvit.privacy.randomness import SecretStream
+from fedvit.rounds import protection
 
 Vector = npt.NDArray[np.float64]
 
@@ -99,6 +101,32 @@ def shared_randomness(secret: bytes) -> Iterator[None]:
         return SecretStream(secret, purpose, {"step": step})
 
     with _replaced(local, "_stream", stream):
+        yield
+
+
+@contextmanager
+def shared_round_randomness() -> Iterator[None]:
+    """Make the noise of rounds depend on key, purpose and round only, so that sums of neighbours get equal noise."""
+
+    def stream(secret: bytes, purpose: str, context: dict[str, Any]) -> SecretStream:
+        return SecretStream(secret, purpose, {"round_index": context["round_index"]})
+
+    with _replaced(protection, "SecretStream", stream):
+        yield
+
+
+@contextmanager
+def histograms_without_noise() -> Iterator[None]:
+    """Histograms of bounded counts alone."""
+
+    class _Silence:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def normal(self, count: int) -> Vector:
+            return np.zeros(count)
+
+    with _replaced(measures, "SecretStream", _Silence):
         yield
 
 

@@ -15,27 +15,28 @@ import torch
 from fedvit.cohort.selection import draw_cohort
 from fedvit.config import CohortConfig
 from fedvit.tools.audit import subjects
-from fedvit.tools.audit.clients import Rounds
 from fedvit.tools.audit.findings import Finding, Scope
 from fedvit.tools.audit.observe import Release, drawn_batches, released_steps
+from fedvit.tools.audit.runs import AuditRun, run_settings, write_key, zero_updates
 
 NOISE_CHECK, SAMPLING_CHECK = "fresh noise", "Poisson sampling"
 _SECRET = bytes(range(32))
-# Of a standard normal: one in a million on either side.
-_DEVIATIONS = 5.0
+DEVIATIONS = 5.0
+"""The allowed deviation of a standard normal: it is exceeded once in a million on either side."""
 _UNITS, _ROUNDS = 48, 150
 
 
 def check_noise(scope: Scope) -> Iterator[Finding]:
-    """The noise of several steps, rounds and clients."""
-    for subject, releases in (
-        ("steps, rounds and clients", _steps(scope)),
-        ("rounds of whole clients", _rounds(scope)),
-    ):
-        faults = list(noise_faults(releases, scope.noise_multiplier * scope.l2_clip_norm))
-        size = len(releases[0].noise)
-        detail = f"{len(releases)} times {size} numbers, of the charged deviation, unrelated"
-        yield Finding.of(NOISE_CHECK, subject, faults, detail)
+    """The noise of several steps, rounds and clients, at several clipping norms."""
+    for each in scope.at_norms():
+        for subject, releases in (
+            ("steps, rounds and clients", _steps(each)),
+            ("rounds of whole clients", _rounds(each)),
+        ):
+            faults = list(noise_faults(releases, each.noise_multiplier * each.l2_clip_norm))
+            size = len(releases[0].noise)
+            detail = f"{len(releases)} times {size} numbers, of the charged deviation, unrelated"
+            yield Finding.of(NOISE_CHECK, f"{subject}, norm {each.l2_clip_norm:g}", faults, detail)
 
 
 def _steps(scope: Scope) -> list[Release]:
@@ -50,13 +51,10 @@ def _steps(scope: Scope) -> list[Release]:
 
 
 def _rounds(scope: Scope) -> list[Release]:
-    zeros = {"point": np.zeros(2300, np.float32), "scale": np.zeros((), np.float32)}
     with tempfile.TemporaryDirectory() as home:
-        rounds = Rounds(Path(home), scope, {"vehicle-0000": zeros, "vehicle-0001": zeros}, rounds=3)
-        try:
-            return rounds.released()
-        finally:
-            rounds.store.close()
+        write_key(Path(home))
+        with AuditRun(run_settings(Path(home), scope, rounds=3), zero_updates(2, 2300)) as run:
+            return run.released()
 
 
 def noise_faults(releases: list[Release], deviation: float) -> Iterator[str]:
@@ -64,13 +62,13 @@ def noise_faults(releases: list[Release], deviation: float) -> Iterator[str]:
     for number, release in enumerate(releases):
         size = len(release.noise)
         share = float(release.noise.std()) / deviation
-        if abs(share - 1) > _DEVIATIONS / math.sqrt(2 * size):
+        if abs(share - 1) > DEVIATIONS / math.sqrt(2 * size):
             yield f"the noise of release {number} has {share:.4f} of the charged deviation"
-        if abs(float(release.noise.mean())) > _DEVIATIONS * deviation / math.sqrt(size):
+        if abs(float(release.noise.mean())) > DEVIATIONS * deviation / math.sqrt(size):
             yield f"the noise of release {number} is not centred"
     for (one, first), (other, second) in combinations(enumerate(releases), 2):
         related = float(np.corrcoef(first.noise, second.noise)[0, 1])
-        if abs(related) > _DEVIATIONS / math.sqrt(len(first.noise)):
+        if abs(related) > DEVIATIONS / math.sqrt(len(first.noise)):
             yield f"the noise of releases {one} and {other} is related: correlation {related:.3f}"
 
 
@@ -90,14 +88,14 @@ def sampling_faults(drawn: npt.NDArray[np.bool_], probability: float) -> Iterato
     # Chi-square with R degrees of freedom, as a standard normal (Wilson and Hilferty 1931).
     ratio = float(np.mean((sizes - probability * units) ** 2)) / (variance * units)
     score = (ratio ** (1 / 3) - (1 - 2 / (9 * rounds))) / math.sqrt(2 / (9 * rounds))
-    if abs(score) > _DEVIATIONS:
+    if abs(score) > DEVIATIONS:
         yield f"the variance of their number is {ratio:.3f} of that of independent coins"
     shares = (drawn.mean(axis=0) - probability) / math.sqrt(variance / rounds)
-    if np.abs(shares).max() > _DEVIATIONS:
+    if np.abs(shares).max() > DEVIATIONS:
         yield f"number {int(np.abs(shares).argmax())} is drawn too often or too rarely"
     centred = drawn - probability
     related = float(np.sum(centred[1:] * centred[:-1])) / (variance * math.sqrt((rounds - 1) * units))
-    if abs(related) > _DEVIATIONS:
+    if abs(related) > DEVIATIONS:
         yield f"who is drawn depends on who was drawn before ({related:.1f} standard deviations)"
 
 

@@ -58,12 +58,15 @@ BRIEF = (PLAIN, Case("channels_last, three at a time", physical_batch_size=3, ch
 
 
 def check(scope: Scope) -> Iterator[Finding]:
-    """The configured model, then the families, each by both engines where both can."""
+    """The configured model, then the families, each by both engines where both can; then other clipping norms."""
     model = build_model(scope.model, subjects.CLASSES, scope.image_size)
     yield _audited(f"configured {scope.model.name}, {scope.model.trainable}", subjects.perturbed(model), scope)
     for name, mode, engine in _subjects(scope.quick):
         cases = CASES if not scope.quick or name in (subjects.PATCHES, "vit") else BRIEF
         yield _audited(f"{name}, {mode}, {engine}", subjects.family(name, mode), scope, engine, cases)
+    for each, engine in itertools.product(scope.at_norms()[1:], ("Book-keeping", OpacusGradients.engine)):
+        subject = f"linear head, {engine}, norm {each.l2_clip_norm:g}"
+        yield _audited(subject, subjects.linear_model(6), each, engine, (PLAIN,))
 
 
 def _subjects(quick: bool) -> Iterator[tuple[str, TrainableMode, str]]:

@@ -18,23 +18,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedvit.aggregation.rule import RoundFacts
 from fedvit.dp.dpsgd import SecretDPOptimizer
 from fedvit.finetune.ranks import RankedDPOptimizer, Ranks, block_noise
 from fedvit.privacy.epsilon import epsilon_pld
 from fedvit.privacy.events import Event, Gaussian
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream
-from fedvit.rounds.context import RoundBase
-from fedvit.rounds.protection import EXPECTED_COHORT, ClientLevel
 from fedvit.store.store import Store
 from fedvit.testing.ranks import on_ranks
 from fedvit.tools.audit import subjects
 from fedvit.tools.audit.bounds import best_threshold, epsilon_of_mu, epsilon_without_assumptions, errors_at, mu_of
-from fedvit.tools.audit.clients import client_settings, client_task, write_fixed_key
 from fedvit.tools.audit.findings import ALPHA, Finding, Scope
-from fedvit.types import ClientOutcome, Run, RunStatus, utc_now
-from fedvit.updates import PartialSum
+from fedvit.tools.audit.runs import Folding, client_task, run_settings, write_key
 
 RECORD_CHECK, RANKS_CHECK, CLIENT_CHECK = "released step", "released step of two ranks", "released round"
 DRAWS, PILOT = 10_000, 2_000
@@ -64,8 +59,8 @@ def check_ranks(scope: Scope) -> Iterator[Finding]:
 def check_round(scope: Scope) -> Iterator[Finding]:
     """One round of whole clients, noise at the aggregator."""
     with tempfile.TemporaryDirectory() as home, Store.open(Path(home)) as store:
-        write_fixed_key(Path(home))
-        releases = _RoundReleases(scope, ClientLevel(client_settings(Path(home), scope, 1), store))
+        write_key(Path(home))
+        releases = _RoundReleases(scope, Folding(run_settings(Path(home), scope), store, expected=1.0))
         yield _finding(CLIENT_CHECK, scope, releases.draw)
 
 
@@ -185,16 +180,13 @@ class _RankedReleases(_StepReleases):
 class _RoundReleases:
     """Rounds of three ordinary clients and a canary, whose update has a single number other than 0."""
 
-    def __init__(self, scope: Scope, protection: ClientLevel) -> None:
-        self._scope, self._protection = scope, protection
+    def __init__(self, scope: Scope, folding: Folding) -> None:
+        self._scope, self._folding = scope, folding
         self._copies = _BATCH if scope.quick else 1
         generator = np.random.default_rng(3)
         others = [clip_update({"point": generator.normal(size=4)}, scope.l2_clip_norm)[0]["point"] for _ in range(3)]
         self._canary = clip_update({"point": np.array([0.0, 0.0, 0.0, 1e3])}, scope.l2_clip_norm)[0]["point"]
         self._others = np.sum(others, axis=0)
-        self._run = Run(
-            "run-0001", 1, RunStatus.RUNNING, 1, 0, scope.noise_multiplier, {EXPECTED_COHORT: 1.0}, "", "", utc_now()
-        )
 
     def draw(self, present: bool, first: int, count: int) -> Scores:
         """Scores of releases by the aggregator's fold; if the scope is quick, of many copies of the sum at once."""
@@ -204,12 +196,7 @@ class _RoundReleases:
 
     def _released(self, present: bool, number: int) -> npt.NDArray[np.float64]:
         point = self._others + self._canary if present else self._others
-        clients = 4 if present else 3
-        outcomes = tuple(ClientOutcome(f"vehicle-{i:04d}", 1) for i in range(clients))
         sums = {"point": np.tile(point, (self._copies, 1))}
         task = client_task(self._scope, round_index=number + 1)
-        answer = PartialSum(task.round_index, outcomes, sums, float(clients))
-        zeros = {"point": np.zeros(sums["point"].shape, np.float32)}
-        base = RoundBase.of(self._protection.rule, zeros, "", {})
-        folded = self._protection.fold(self._run, task, base, [answer], RoundFacts()).weights["point"]
+        folded = self._folding.fold(task, sums, clients=4 if present else 3).weights["point"]
         return folded.astype(np.float64)

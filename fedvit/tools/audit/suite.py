@@ -7,16 +7,35 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedvit.errors import UsageError
-from fedvit.tools.audit import charging, clients, one_run, randomness, ranks, records, released
+from fedvit.tools.audit import (
+    charging,
+    clients,
+    finetuning,
+    histograms,
+    keys,
+    mechanisms,
+    one_run,
+    participations,
+    randomness,
+    ranks,
+    records,
+    released,
+)
 from fedvit.tools.audit.findings import Finding, Scope
 
 CHECKS: dict[str, Callable[[Scope], Iterator[Finding]]] = {
     records.CHECK: records.check,
     ranks.CHECK: ranks.check,
     clients.CHECK: clients.check,
+    clients.LATE_CHECK: clients.check_late,
+    histograms.CHECK: histograms.check,
     randomness.NOISE_CHECK: randomness.check_noise,
+    mechanisms.CHECK: mechanisms.check,
     randomness.SAMPLING_CHECK: randomness.check_sampling,
+    keys.CHECK: keys.check,
+    participations.CHECK: participations.check,
     charging.CHECK: charging.check,
+    finetuning.CHECK: finetuning.check,
     released.RECORD_CHECK: released.check_step,
     released.RANKS_CHECK: released.check_ranks,
     released.CLIENT_CHECK: released.check_round,
