@@ -143,7 +143,7 @@ def audit(
 ) -> None:
     """Audit the privacy of the configured model and mechanism; status 1 when a check fails.
 
-    Neighbouring data sets, white-box audits of released values, a run with planted canaries, noise, samples, keys, charges.
+    Neighbouring data sets, released values, a run with planted canaries, noise, samples, keys, charges.
     Trains models of its own in temporary folders, and touches neither data nor state.
     """
     import torch
