@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from fedvit.config import HistogramConfig, ModelConfig, Settings
+from fedvit.config import ModelConfig, Settings
+from fedvit.config.privacy import HistogramConfig
 from fedvit.types import TrainTask
 
 ALPHA = 1e-4

@@ -33,11 +33,9 @@ from fedvit.types import (
     Cohort,
     FloatArray,
     Run,
-    RunStatus,
     TrainingProgress,
     TrainTask,
     Weights,
-    utc_now,
 )
 from fedvit.updates import PartialSum, UpdateMessage
 from fedvit.wire.histograms import HistogramRequest, HistogramSpec
@@ -268,9 +266,13 @@ class Folding:
 
     def __init__(self, settings: Settings, store: Store, expected: float) -> None:
         self._protection = ClientLevel(settings, store)
-        noise_multiplier = settings.privacy.noise_multiplier or 0.0
-        config = {EXPECTED_COHORT: expected}
-        self._run = Run("audit", 1, RunStatus.RUNNING, 1, 0, noise_multiplier, config, "", "", utc_now())
+        self._run = store.runs.create(
+            rounds_total=1,
+            noise_multiplier=settings.privacy.noise_multiplier or 0.0,
+            config={EXPECTED_COHORT: expected},
+            config_digest="",
+            data_digest="",
+        )
 
     def fold(self, task: TrainTask, sums: Mapping[str, Vector], clients: int, within: int = 0) -> Folded:
         """Fold a sum of so many clients' clipped updates, so many of which were within the norm."""
