@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -89,22 +90,22 @@ def _audited(scratch: Path, check: str) -> Outcome:
     options = ["privacy", "audit", "--quick", "--json", "--fail-fast", "--only", check]
     options += ["--set", "privacy.noise_multiplier=1.0"]
     started_s = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, *options],
-        cwd=scratch,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
-    )
+    # With a signal, Python prints where each thread is.
+    command = [sys.executable, "-X", "faulthandler", "-c", _RUN, *options]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=scratch, env=environ, stdout=pipe, stderr=pipe, text=True) as audit:
+        try:
+            stdout, stderr = audit.communicate(timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            audit.send_signal(signal.SIGABRT)
+            raise ValueError(f"{check!r} did not end in {_TIMEOUT_S} s: {audit.communicate()[1][-5000:]}") from None
     seconds = time.monotonic() - started_s
-    if done.returncode not in (0, 1) or not done.stdout:
-        raise ValueError(f"the audit could not run: {done.stderr[-500:]}")
-    report = json.loads(done.stdout)
+    if audit.returncode not in (0, 1) or not stdout:
+        raise ValueError(f"the audit could not run: {stderr[-500:]}")
+    report = json.loads(stdout)
     failed = [finding for finding in report["findings"] if not finding["passed"]]
-    if bool(failed) != (done.returncode == 1):
-        raise ValueError(f"status {done.returncode} with {len(failed)} findings against it")
+    if bool(failed) != (audit.returncode == 1):
+        raise ValueError(f"status {audit.returncode} with {len(failed)} findings against it")
     result = f"{failed[0]['subject']}: {failed[0]['detail']}" if failed else ""
     if any(f"{kind}:" in result for kind in _NONSENSE):
         raise ValueError(f"the mutant makes no sense: {result}")

@@ -64,7 +64,7 @@ def check(scope: Scope) -> Iterator[Finding]:
     for name, mode, engine in _subjects(scope.quick):
         cases = CASES if not scope.quick or name in (subjects.PATCHES, "vit") else BRIEF
         yield _audited(f"{name}, {mode}, {engine}", subjects.family(name, mode), scope, engine, cases)
-    for each, engine in itertools.product(scope.at_norms()[1:], ("Book-keeping", OpacusGradients.engine)):
+    for each, engine in itertools.product(reversed(scope.at_norms()[1:]), ("Book-keeping", OpacusGradients.engine)):
         subject = f"linear head, {engine}, norm {each.l2_clip_norm:g}"
         yield _audited(subject, subjects.linear_model(6), each, engine, (PLAIN,))
 
