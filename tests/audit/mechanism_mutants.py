@@ -212,7 +212,12 @@ MECHANISM_MUTANTS = (
         KEYS,
         (("create(SECRET_BYTES), mode", "hashlib.sha256(str(home).encode()).digest(), mode"),),
     ),
-    Mutant("a root key that others can read", "privacy/randomness.py", KEYS, (("mode=0o600)", "mode=0o644)"),)),
+    Mutant(
+        "a root key that others can read",
+        "privacy/randomness.py",
+        KEYS,
+        (("mode=FILE_MODE)", "mode=0o644)"), ("    ensure_private([path])\n", "")),
+    ),
     Mutant(
         "coins and noise from a public key",
         "privacy/randomness.py",
@@ -253,13 +258,25 @@ MECHANISM_MUTANTS = (
         "noise that does not depend on the weights",
         "privacy/randomness.py",
         KEYS,
-        (("    facts = asdict(task)\n", '    facts = asdict(task)\n    del facts["base_digest"]\n'),),
+        (("json.dumps(asdict(task), sort_keys", 'json.dumps({**asdict(task), "base_digest": ""}, sort_keys'),),
     ),
     Mutant(
         "noise that does not depend on the records",
         "clients/host.py",
         KEYS,
-        (("if half.keeps_state else data.digest", 'if half.keeps_state else ""'),),
+        (('f"{self.context_digest}/{data.digest}"', "self.context_digest"),),
+    ),
+    Mutant(
+        "noise that does not depend on settings and model",
+        "clients/host.py",
+        KEYS,
+        (('f"{self.context_digest}/{data.digest}"', "data.digest"),),
+    ),
+    Mutant(
+        "noise that does not depend on the frozen part of the model",
+        "config/root.py",
+        KEYS,
+        (('"frozen_digest": frozen_digest,', '"frozen_digest": "",'),),
     ),
     Mutant(
         "noise of a round that does not depend on the sum",
@@ -277,7 +294,13 @@ MECHANISM_MUTANTS = (
         "noise of a histogram that does not depend on the records",
         "drift/client.py",
         KEYS,
-        (('f"{client_id}/histogram/{counted.digest}"', 'f"{client_id}/histogram"'),),
+        (('derived_from = f"{self._context_digest}/{counted.digest}"', "derived_from = self._context_digest"),),
+    ),
+    Mutant(
+        "noise of a histogram that does not depend on settings and model",
+        "drift/client.py",
+        KEYS,
+        (('derived_from = f"{self._context_digest}/{counted.digest}"', "derived_from = counted.digest"),),
     ),
     Mutant(
         "a resumed job that repeats its noise",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from fedvit.clients.host import ClientHost, vision_host
 from fedvit.cohort.selection import draw_cohort
@@ -61,7 +62,7 @@ class _Inputs(Protocol):
 
 
 def check(scope: Scope) -> Iterator[Finding]:
-    """The root key; then, for every use, the same key, another key, and other public inputs."""
+    """The root key; then, for every use, the same key, another key, and other inputs."""
     # Keys do not depend on the noise; with little of it, counts are not cut off.
     scope = replace(scope, noise_multiplier=1.0, sampling_prob=0.5)
     yield Finding.of(CHECK, "root key", list(_root_faults()), "new for every state folder, and for its owner alone")
@@ -83,7 +84,7 @@ def check(scope: Scope) -> Iterator[Finding]:
     }
     for use, as_they_are in inputs.items():
         faults = list(_variant_faults(as_they_are))
-        yield Finding.of(CHECK, f"{use}, other public inputs", faults, "unrelated with the same key")
+        yield Finding.of(CHECK, f"{use}, other inputs", faults, "unrelated with the same key")
 
 
 def _key_faults(numbers: Callable[[bytes], Numbers]) -> Iterator[str]:
@@ -138,25 +139,24 @@ def _root_faults() -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """The public inputs of a client's local steps, and its records."""
+    """The inputs of a client's local steps."""
 
-    scope: Scope
+    host: _Host
     task: TrainTask
     base: Weights
-    pictures: Pictures
     client_id: str = "car"
 
     @classmethod
     def of(cls, scope: Scope) -> _Steps:
         base = subjects.weights_of(subjects.linear_model(_PIXELS))
         task = scope.train_task(sampling_prob=scope.sampling_prob, local_steps=_STEPS)
-        pictures = Pictures.of(random_images(_RECORDS), _LABELS)
-        return cls(scope, replace(task, base_digest=weights_digest(base)), base, pictures)
+        host = _Host(scope, Pictures.of(random_images(_RECORDS), _LABELS))
+        return cls(host, replace(task, base_digest=weights_digest(base)), base)
 
     def numbers(self, key: bytes) -> Numbers:
-        """Noise [steps, D] and coins [steps, N] of the real host, which reads its key from the state folder."""
+        """Noise [steps, D] and coins [steps, N]."""
         with tempfile.TemporaryDirectory() as home:
-            host = _host(Path(home), self.scope, self.pictures, key)
+            host = self.host.open(Path(home), key)
             with released_steps() as releases, drawn_batches() as batches:
                 host.train(self.task, self.base, [self.client_id])
         coins = np.full((len(batches), _RECORDS), -self.task.sampling_prob)
@@ -166,16 +166,17 @@ class _Steps:
         return {"noise": _noise(releases, self.task), "coins": coins}
 
     def variants(self) -> Iterator[tuple[str, _Steps]]:
-        """Other public inputs and other records, by what is changed."""
+        """Other inputs, by what is changed."""
         for name, task in _changed_tasks(self.task):
             yield name, replace(self, task=task)
+        for name, host in self.host.variants():
+            yield name, replace(self, host=host)
         base = {name: array + np.float32(1) for name, array in self.base.items()}
         task = replace(self.task, base_digest=weights_digest(base))
         yield "the weights", replace(self, base=base, task=task)
         yield "the client", replace(self, client_id="bus")
-        yield "the number of records", replace(self, pictures=self.pictures.without(_RECORDS - 1))
-        yield "the images", replace(self, pictures=_with_another_image())
-        yield "the labels", replace(self, pictures=Pictures.of(random_images(_RECORDS), [2, *_LABELS[1:]]))
+        fewer = self.host.pictures.without(_RECORDS - 1)
+        yield "the number of records", replace(self, host=replace(self.host, pictures=fewer))
 
 
 def _rank_numbers(scope: Scope, key: bytes) -> Numbers:
@@ -189,11 +190,42 @@ def _rank_numbers(scope: Scope, key: bytes) -> Numbers:
     return {"noise": _noise(releases, steps.task)}
 
 
-def _host(home: Path, scope: Scope, pictures: Pictures, key: bytes) -> ClientHost:
-    write_key(home, key)
-    training = {"physical_batch_size": _RECORDS, "learning_rate": STANDSTILL, "local_steps": _STEPS}
-    settings = run_settings(home, scope, unit="record", cohort={"selection": "all"}, training=training)
-    return vision_host(settings, records=pictures, model=subjects.linear_model(_PIXELS, _BRIGHTNESS))
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What the real host of a client computes with, apart from the task.
+
+    ``frozen`` is a number in the frozen part of the model.
+    """
+
+    scope: Scope
+    pictures: Pictures
+    frozen: float = 0.0
+    server_learning_rate: float = 1.0
+
+    def open(self, home: Path, key: bytes) -> ClientHost:
+        """The host, which reads its key from the state folder."""
+        write_key(home, key)
+        training = {"physical_batch_size": _RECORDS, "learning_rate": STANDSTILL, "local_steps": _STEPS}
+        settings = run_settings(
+            home,
+            self.scope,
+            unit="record",
+            cohort={"selection": "all"},
+            training={**training, "server_learning_rate": self.server_learning_rate},
+            data={"image_size": subjects.IMAGE_SIZE},
+        )
+        model = subjects.linear_model(_PIXELS, _BRIGHTNESS)
+        frozen = torch.nn.Parameter(torch.tensor(self.frozen), requires_grad=False)
+        model.prefix.register_parameter("frozen", frozen)
+        return vision_host(settings, records=self.pictures, model=model)
+
+    def variants(self) -> Iterator[tuple[str, _Host]]:
+        """Other hosts, by what is changed."""
+        yield "the images", replace(self, pictures=_with_another_image())
+        yield "the labels", replace(self, pictures=Pictures.of(random_images(_RECORDS), [2, *_LABELS[1:]]))
+        yield "the classes", replace(self, pictures=replace(self.pictures, classes=("one", "two", "three")))
+        yield "the settings of the host", replace(self, server_learning_rate=2.0)
+        yield "the frozen part of the model", replace(self, frozen=1.0)
 
 
 def _with_another_image() -> Pictures:
@@ -241,7 +273,7 @@ class _Round:
         return {"noise": _noise(releases, self.task), "noise of the count": np.array([[facts["noised_share"]]])}
 
     def variants(self) -> Iterator[tuple[str, _Round]]:
-        """Other public inputs and other sums, by what is changed."""
+        """Other inputs and other sums, by what is changed."""
         for name, task in _changed_tasks(self.task):
             yield name, replace(self, task=task)
         yield "the weights", replace(self, task=replace(self.task, base_digest="other"))
@@ -281,7 +313,7 @@ class _Cohorts:
         return numbers
 
     def variants(self) -> Iterator[tuple[str, _Cohorts]]:
-        """Other public inputs, by what is changed."""
+        """Other inputs, by what is changed."""
         yield "the run", replace(self, run_id="run-0002")
         yield "the round", replace(self, first=2)
 
@@ -291,22 +323,21 @@ class _Cohorts:
 
 @dataclass(frozen=True, slots=True)
 class _Histogram:
-    """The public inputs of a client's histogram, and its records."""
+    """The inputs of a client's histogram."""
 
-    scope: Scope
+    host: _Host
     request: HistogramRequest
-    pictures: Pictures
     client_id: str = "car"
 
     @classmethod
     def of(cls, scope: Scope) -> _Histogram:
         request = HistogramRequest("audit", 1, scope.histogram_noise_multiplier, "record", fine_spec())
-        return cls(scope, request, Pictures.of(random_images(_RECORDS), _LABELS))
+        return cls(_Host(scope, Pictures.of(random_images(_RECORDS), _LABELS)), request)
 
     def numbers(self, key: bytes) -> Numbers:
-        """The noise of the real host, [1, D]."""
+        """The noise, [1, D]."""
         with tempfile.TemporaryDirectory() as home:
-            host = _host(Path(home), self.scope, self.pictures, key)
+            host = self.host.open(Path(home), key)
             with histograms_without_noise():
                 (bounded,) = host.histograms(self.request, [self.client_id])
             (noised,) = host.histograms(self.request, [self.client_id])
@@ -314,8 +345,11 @@ class _Histogram:
         return {"noise": noise[None] / self.request.deviation}
 
     def variants(self) -> Iterator[tuple[str, _Histogram]]:
-        """Other public inputs and other records, by what is changed."""
+        """Other inputs, by what is changed."""
         request = self.request
+        for name, host in self.host.variants():
+            yield name, replace(self, host=host)
+        yield "the context", replace(self, request=replace(request, context_digest="other"))
         yield "the run", replace(self, request=replace(request, run_id="other"))
         yield "the round", replace(self, request=replace(request, round_index=2))
         yield "the noise", replace(self, request=replace(request, noise_multiplier=2 * request.noise_multiplier))
@@ -326,5 +360,3 @@ class _Histogram:
         votes = tuple(-vote for vote in spec.risk_votes)
         yield "the votes", replace(self, request=replace(request, spec=replace(spec, risk_votes=votes)))
         yield "the client", replace(self, client_id="bus")
-        yield "the images", replace(self, pictures=_with_another_image())
-        yield "the labels", replace(self, pictures=Pictures.of(random_images(_RECORDS), [2, *_LABELS[1:]]))

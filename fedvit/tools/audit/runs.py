@@ -57,6 +57,7 @@ def run_settings(
     privacy: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     histograms: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Settings with which the budget is never spent; by default all clients take part as a Poisson sample."""
     cohort = {"selection": "poisson", "sampling_prob": 1.0} if cohort is None else cohort
@@ -64,6 +65,7 @@ def run_settings(
     mechanism |= {"sampling_prob": scope.sampling_prob, "target_epsilon": 1e6}
     overrides = {
         "home": home,
+        "data": dict(data or {}),
         "training": {"rounds": rounds, "cohort": dict(cohort), **(training or {})},
         "privacy": {"privacy_unit": unit, **mechanism, **(privacy or {})},
         "histograms": {"every_rounds": None, **(histograms or {})},
