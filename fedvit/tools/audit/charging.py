@@ -45,7 +45,7 @@ class Case:
     @property
     def sampled(self) -> bool:
         """Whether the cohort is a secret sample, so that everybody is charged."""
-        return self.cohort["selection"] == "poisson"
+        return bool(self.cohort["selection"] == "poisson")
 
     def cost(self, scope: Scope) -> dict[Event, int]:
         """The cost of a round for one unit: with adaptive clipping, that of sum and count together."""

@@ -245,7 +245,8 @@ def _changed_tasks(task: TrainTask) -> Iterator[tuple[str, TrainTask]]:
         if field.name not in ("base_digest", "privacy_unit"):
             # Half of a probability is one, and no batch is whole.
             changed = f"{value}0" if isinstance(value, str) else value / 2 if isinstance(value, float) else 2 * value
-            yield field.name, replace(task, **{field.name: changed})
+            changes: dict[str, Any] = {field.name: changed}
+            yield field.name, replace(task, **changes)
 
 
 # --- rounds ----------------------------------------------------------------------------------------------------------

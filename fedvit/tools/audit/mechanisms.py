@@ -58,7 +58,7 @@ def check(scope: Scope) -> Iterator[Finding]:
     yield Finding.of(CHECK, "counts of adaptive clipping", list(_count_faults(scope)), detail)
 
 
-def _adaptive(scope: Scope) -> dict[str, Any]:
+def _adaptive(scope: Scope) -> dict[str, float]:
     """Adaptive clipping whose count takes a large share of the round's cost."""
     return {"count_noise_multiplier": 1.25 * scope.noise_multiplier}
 
@@ -114,7 +114,7 @@ def _count_faults(scope: Scope) -> Iterator[str]:
             def counted(contributors: int, within: int, round_index: int = 1) -> float:
                 task = client_task(scope, round_index)
                 facts = folding.fold(task, sums, contributors, within).facts[FACTS]
-                return float(facts["noised_share"]) * clients
+                return clients * float(facts["noised_share"])
 
             with shared_round_randomness():
                 whole = counted(clients, clients // 2)
