@@ -50,8 +50,7 @@ def check(scope: Scope) -> Iterator[Finding]:
         Case("adaptive clipping", capped, clip),
         Case("adaptive clipping, Poisson cohorts", poisson, clip),
     ):
-        with tempfile.TemporaryDirectory() as home:
-            faults = list(_sum_faults(scope, case, Path(home)))
+        faults = list(_sum_faults(scope, case))
         detail = f"{case.rounds} times {_SIZE + 1} numbers, of the charged deviation, unrelated"
         yield Finding.of(CHECK, f"sums, {case.name}", faults, detail)
     detail = f"{_COUNTS} counts, of the charged deviation over their sensitivity"
@@ -63,21 +62,20 @@ def _adaptive(scope: Scope) -> dict[str, float]:
     return {"count_noise_multiplier": 1.25 * scope.noise_multiplier}
 
 
-def _sum_faults(scope: Scope, case: Case, home: Path) -> Iterator[str]:
-    write_key(home)
-    settings = run_settings(home, scope, rounds=case.rounds, cohort=case.cohort, privacy=case.privacy)
-    with AuditRun(settings, zero_updates(2 * case.bands, _SIZE)) as run:
-        releases = run.released(case.stop_after)
-        norms = {task.round_index: task.l2_clip_norm for task in run.tasks()}
-        charges = [entry.charge for entry in run.store.ledger.entries()]
-    noise = [release.noise / norms[index] for index, release in enumerate(releases, start=1)]
+def _sum_faults(scope: Scope, case: Case) -> Iterator[str]:
+    noise, charges = _noise_and_charges(scope, case, case.stop_after)
+    if case.stop_after is not None:
+        whole, _ = _noise_and_charges(scope, case, None)
+        for index, (one, other) in enumerate(zip(noise, whole, strict=True), start=1):
+            if not np.array_equal(one, other):
+                yield f"round {index} has other noise in a run that is stopped and continued"
     strategy = _strategy(case.bands)
     # The strategy times the noise, which must be independent from one round to the next.
     independent = [sum(c * noise[t - k] for k, c in enumerate(strategy[: t + 1])) for t in range(len(noise))]
     charged = {_charged_multiplier(charge) for charge in charges}
     if len(charged) != 1:
         yield f"rounds are charged with the noise multipliers {sorted(charged)}"
-    count = settings.privacy.adaptive_clip.count_noise_multiplier if settings.privacy.adaptive_clip else math.inf
+    count = case.privacy.get("adaptive_clip", {}).get("count_noise_multiplier", math.inf)
     # What is left for the sum, if sum and count together have the charged one.
     precision = max(charged) ** -2 - count**-2
     if precision <= 0:
@@ -85,6 +83,18 @@ def _sum_faults(scope: Scope, case: Case, home: Path) -> Iterator[str]:
         return
     numbers = [Release(np.zeros_like(each), np.asarray(each), 1.0) for each in independent]
     yield from noise_faults(numbers, precision**-0.5)
+
+
+def _noise_and_charges(scope: Scope, case: Case, stop_after: int | None) -> tuple[list[Vector], list[Charge]]:
+    """The noise of each round over its clipping norm, and the charges of the run."""
+    with tempfile.TemporaryDirectory() as home:
+        write_key(Path(home))
+        settings = run_settings(Path(home), scope, rounds=case.rounds, cohort=case.cohort, privacy=case.privacy)
+        with AuditRun(settings, zero_updates(2 * case.bands, _SIZE)) as run:
+            releases = run.released(stop_after)
+            norms = {task.round_index: task.l2_clip_norm for task in run.tasks()}
+            charges = [entry.charge for entry in run.store.ledger.entries()]
+    return [release.noise / norms[index] for index, release in enumerate(releases, start=1)], charges
 
 
 def _charged_multiplier(charge: Charge) -> float:
