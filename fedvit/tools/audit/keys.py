@@ -123,8 +123,8 @@ def _root_faults() -> Iterator[str]:
         for _ in range(2):
             keys.append(load_or_create_root_secret(home))
             path = home / "keys" / "root.key"
-            if mode := stat.S_IMODE(path.stat().st_mode) & 0o077:
-                yield f"others may read or write the key: mode {mode:o}"
+            if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+                yield f"others may read or write the key: mode {mode:04o}"
             if load_or_create_root_secret(home) != keys[-1]:
                 yield "the key is another one when it is read again"
             path.unlink()
