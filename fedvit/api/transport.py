@@ -9,7 +9,7 @@ import ipaddress
 import ssl
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -67,7 +67,15 @@ def open_http(
     )
 
 
-def exchange(http: httpx.Client, request: httpx.Request, *, max_bytes: int, deadline_s: float) -> httpx.Response:
+def exchange(
+    http: httpx.Client,
+    request: httpx.Request,
+    *,
+    max_bytes: int,
+    deadline_s: float,
+    upload_s: float = 0.0,
+    download_s: float = 0.0,
+) -> httpx.Response:
     """Send a request and read its whole response; its content is at hand afterwards, and its text is UTF-8.
 
     A response that is no success is cut at :data:`MAX_PROBLEM_BYTES`, and its body is dropped where it is compressed.
@@ -75,15 +83,20 @@ def exchange(http: httpx.Client, request: httpx.Request, *, max_bytes: int, dead
     Args:
         max_bytes: the longest body.
         deadline_s: seconds for all of it: connecting, sending, headers and body.
+        upload_s: further seconds for sending the request's body.
+        download_s: further seconds for receiving the response's body.
 
     Raises:
         IntegrityError: the body is longer than ``max_bytes``, or compressed.
         httpx.HTTPError: the server does not answer, or not within the deadline, or more slowly than
             :data:`LEAST_BYTES_PER_S`.
     """
-    with _deadline_in(deadline_s) as deadline:
+    with _deadline_in(deadline_s + upload_s) as deadline:
+        if upload_s:
+            request.extensions = {**request.extensions, "trace": deadline.after_upload(deadline_s)}
         response = http.send(request, stream=True)
         try:
+            deadline.at_s += download_s
             content = _read(response, max_bytes, deadline)
         finally:
             response.close()
@@ -99,9 +112,9 @@ def exchange(http: httpx.Client, request: httpx.Request, *, max_bytes: int, dead
     return result
 
 
-def transfer_s(num_bytes: int, start_s: float) -> float:
-    """The deadline of a transfer of so many bytes: ``start_s``, and the bytes at :data:`LEAST_BYTES_PER_S`."""
-    return start_s + num_bytes / LEAST_BYTES_PER_S
+def transfer_s(num_bytes: int) -> float:
+    """The longest time that a transfer of so many bytes may take, seconds."""
+    return num_bytes / LEAST_BYTES_PER_S
 
 
 def json_of(response: httpx.Response) -> Any:
@@ -149,6 +162,15 @@ class _Deadline:
 
     def left(self) -> float:
         return self.at_s - time.monotonic()
+
+    def after_upload(self, seconds: float) -> Callable[[str, Any], None]:
+        """A trace of httpcore's: when the request is sent, so many seconds are left at most."""
+
+        def on_event(name: str, _: Any) -> None:
+            if name.endswith("send_request_body.complete"):
+                self.at_s = min(self.at_s, time.monotonic() + seconds)
+
+        return on_event
 
 
 _current: ContextVar[_Deadline | None] = ContextVar("deadline", default=None)

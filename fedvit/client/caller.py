@@ -109,15 +109,16 @@ class Caller:
         repeatable = request.method in ("GET", "PUT") or "Idempotency-Key" in request.headers
         max_bytes = download_bytes or MAX_ANSWER_BYTES
         # One for all attempts: a server that answers slowly and breaks off must not hold the caller for longer.
-        ends_s = self.clock.monotonic() + transfer_s(_length(request) + download_bytes, self.timeout_s)
+        ends_s = self.clock.monotonic() + self.timeout_s
+        extra = {"upload_s": transfer_s(_length(request)), "download_s": transfer_s(download_bytes)}
         for pause_s in (*PAUSES_S, None) if repeatable else (None,):
             try:
                 left_s = ends_s - self.clock.monotonic()
-                response = exchange(self.http, request, max_bytes=max_bytes, deadline_s=left_s)
+                response = exchange(self.http, request, max_bytes=max_bytes, deadline_s=left_s, **extra)
             except IntegrityError as error:
                 raise ControlApiError(error.message, cure=_OTHER_SERVER) from None
             except _BROKEN as error:
-                if pause_s is None:
+                if pause_s is None or self.clock.monotonic() + pause_s >= ends_s:
                     raise self._unreachable(request, error) from None
             except httpx.HTTPError as error:
                 raise self._unreachable(request, error) from None

@@ -88,7 +88,7 @@ class HttpFeed:
         return None if content is None else content.decode("utf-8", errors="replace")
 
     def blob(self, digest: str, max_bytes: int) -> bytes:
-        content = self._get(f"/api/model/blobs/{quote(digest, safe='')}", max_bytes)
+        content = self._get(f"/api/model/blobs/{quote(digest, safe='')}", max_bytes, transfer_s(max_bytes))
         if content is None:
             raise NotFoundError(f"{self._base_url} has no artifact {digest}.", cure="It was replaced: poll again.")
         return content
@@ -96,11 +96,12 @@ class HttpFeed:
     def close(self) -> None:
         self._http.close()
 
-    def _get(self, path: str, max_bytes: int) -> bytes | None:
+    def _get(self, path: str, max_bytes: int, download_s: float = 0.0) -> bytes | None:
         try:
             request = self._http.build_request("GET", path)
-            deadline_s = transfer_s(max_bytes, self._timeout_s)
-            response = exchange(self._http, request, max_bytes=max_bytes, deadline_s=deadline_s)
+            response = exchange(
+                self._http, request, max_bytes=max_bytes, deadline_s=self._timeout_s, download_s=download_s
+            )
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise FeedUnavailableError(

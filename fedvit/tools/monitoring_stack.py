@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import yaml
 
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import temporary_token
+from fedvit.api.transport import exchange, open_http
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, PlacementError
 from fedvit.metrics.alert_rules import RULES, read_groups, scrape_interval_s, shortened
@@ -29,6 +30,7 @@ from fedvit.store.store import Store
 LOOPBACK = "127.0.0.1"
 READY_S = 30.0
 POLL_S = 0.2
+MAX_ANSWER_BYTES = 64 * 1024
 WEBHOOK = "/api/incidents/alerts"
 SCRAPER, NOTIFIER = "prometheus of this system", "alertmanager of this system"
 ALERTMANAGERS = ("prometheus-alertmanager", "alertmanager")
@@ -187,14 +189,14 @@ class _Child:
 
     def await_ready(self, url: str) -> None:
         deadline_s = time.monotonic() + READY_S
-        while time.monotonic() < deadline_s:
-            self.check()
-            try:
-                if httpx.get(url, timeout=1.0, trust_env=False).is_success:
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(POLL_S)
+        with open_http(url, timeout_s=1.0) as http:
+            while time.monotonic() < deadline_s:
+                self.check()
+                with suppress(httpx.HTTPError):
+                    request = http.build_request("GET", url)
+                    if exchange(http, request, max_bytes=MAX_ANSWER_BYTES, deadline_s=1.0).is_success:
+                        return
+                time.sleep(POLL_S)
         raise PlacementError(f"{self.name} is not ready after {READY_S:g} s.", cure=f"See {self.log}.")
 
 
