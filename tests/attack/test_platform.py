@@ -218,7 +218,7 @@ def test_ranks_listen_on_loopback_while_they_train(tmp_path: Path, full: bool, a
         pytest.skip(f"needs a network namespace: {reason}")
     settings = {
         "finetune.ranks": "2",
-        "finetune.steps": "20",
+        "finetune.steps": "5",
         "finetune.cpus_per_rank": "0.5",
         "ray.dashboard": "false",
     }
@@ -229,7 +229,7 @@ def test_ranks_listen_on_loopback_while_they_train(tmp_path: Path, full: bool, a
         seen: set[Listener] = set()
         while process.poll() is None:
             seen |= set(listeners(holder))
-            time.sleep(0.02)
+            time.sleep(0.1)
         output = process.communicate()[0]
     assert process.returncode == 0, output
     exposed = [listener for listener in seen if not is_loopback(listener[0])]

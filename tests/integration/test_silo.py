@@ -12,8 +12,9 @@ import ray
 import torch
 
 from actors.client_proxy import ClientProxy
+from actors.connection import connect
 from actors.handles import fetch
-from actors.spawn import connect, spawn
+from actors.spawn import spawn
 from fedvit.clients.host import ClientHost, vision_host
 from fedvit.config import Settings
 from fedvit.evaluation.server_model import ServerModel
