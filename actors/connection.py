@@ -18,7 +18,8 @@ from fedvit.api.transport import is_loopback
 from fedvit.atomic_write import create_atomically
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
-from fedvit.private_files import FILE_MODE, ensure_private, open_private_folder
+from fedvit.private_files import FILE_MODE, ensure_private, open_own_folder, open_private_folder
+from fedvit.processes import ray_folder
 
 LOOPBACK = "127.0.0.1"
 AUTH_MODE = "RAY_AUTH_MODE"
@@ -35,7 +36,7 @@ def connect(settings: Settings, environment: dict[str, str]) -> None:
 
     Raises:
         PlacementError: there is no such cluster, it answers without a token, or it listens on more than loopback.
-        StateError: other users can read the file of Ray's token.
+        StateError: other users can read the file of Ray's token, or use the folder of its sockets and logs.
     """
     address = settings.ray.cluster_address()
     os.environ.update(environment)
@@ -73,8 +74,16 @@ def token_file() -> Path:
 def _start(**options: Any) -> None:
     """Start a cluster of this machine alone; Ray itself demands the token of every new one."""
     _create_token()
+    open_own_folder(ray_folder().parent)
     with _loopback_node():
-        ray.init(address="local", logging_level="ERROR", dashboard_host=LOOPBACK, _node_ip_address=LOOPBACK, **options)
+        ray.init(
+            address="local",
+            logging_level="ERROR",
+            dashboard_host=LOOPBACK,
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(ray_folder()),
+            **options,
+        )
     address = ray.util.get_node_ip_address()
     if not is_loopback(address):
         ray.shutdown()

@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from fedvit.errors import StateError
@@ -29,6 +30,21 @@ def open_private_folder(folder: Path) -> None:
             above.mkdir(mode=FOLDER_MODE, exist_ok=True)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    ensure_private([folder])
+
+
+def open_own_folder(folder: Path) -> None:
+    """The same for a folder in a place such as /tmp, where another user may have taken its name.
+
+    Raises:
+        StateError: it belongs to another user, or is no folder.
+        OSError: it cannot be created.
+    """
+    with suppress(FileExistsError):
+        folder.mkdir(FOLDER_MODE)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise StateError(f"{folder} is not a folder of this user.", cure="Remove it, or set TMPDIR to another place.")
     ensure_private([folder])
 
 

@@ -1,17 +1,28 @@
-"""Processes that end with the one that started them, and the ports that they listen on."""
+"""Processes that end with the one that started them, the ports that they listen on, and the folder of Ray's."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from fedvit.errors import PortInUseError
 
 STOP_S = 10.0
 PR_SET_PDEATHSIG = 1
+
+
+def ray_folder() -> Path:
+    """Where the Ray that fedvit starts keeps sockets and logs. Ray opens it to all users; the folder above is private.
+
+    It is not in the state folder, because the path of a socket has at most 107 bytes.
+    """
+    return Path(tempfile.gettempdir()) / f"fedvit-ray-{os.geteuid()}" / "ray"
 
 
 def end_with_parent() -> None:

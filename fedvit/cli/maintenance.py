@@ -21,6 +21,7 @@ from fedvit.cli.output import console, print_facts, print_json, show_text
 from fedvit.cli.state import local_actor, named_edges, required_system, trusted_certificate
 from fedvit.cli.system import system_facts
 from fedvit.errors import FedvitError, IntegrityError, NotFoundError
+from fedvit.processes import ray_folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -206,7 +207,10 @@ def logs(
 ) -> None:
     """Show the logs of the supervisor, the edges, and Ray's actors and replicas."""
     files = _log_files(options.settings())
-    ray_logs = Path("/tmp/ray/session_latest/logs")  # noqa: S108 - Ray's own fixed place
+    # Of the Ray that fedvit started, or of a cluster that it joined: Ray's own fixed place.
+    ray_logs = ray_folder() / "session_latest" / "logs"
+    if not ray_logs.exists():
+        ray_logs = Path("/tmp/ray/session_latest/logs")  # noqa: S108
     if ray_logs.exists():
         files += sorted(ray_logs.glob("worker-*fedvit*.err")) + sorted((ray_logs / "serve").glob("replica_*.log"))
     if not files:

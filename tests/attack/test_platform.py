@@ -24,6 +24,7 @@ from trained_home import backed_up, trained
 from fedvit.access.identity import Scope
 from fedvit.errors import StateError
 from fedvit.privacy.randomness import load_or_create_root_secret
+from fedvit.private_files import open_own_folder
 from fedvit.settings import load_settings
 from fedvit.store.records import Token
 from fedvit.store.store import Store
@@ -112,25 +113,25 @@ START_RAY = """
 import sys
 from pathlib import Path
 from actors.connection import connect
-from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.settings import load_settings
 
 connect(load_settings(environ={}, overrides={"home": Path(sys.argv[1])}), {"RAY_USAGE_STATS_ENABLED": "0"})
 import ray
 
 ray.get(ray.remote(lambda: 1).remote())
-print("ready", ray.get_runtime_context().gcs_address, flush=True)
+session = Path(ray._private.worker._global_node.get_session_dir_path()).resolve()
+print("ready", ray.get_runtime_context().gcs_address, session, flush=True)
 sys.stdin.read()
 ray.shutdown()
 """
 
 
 @contextmanager
-def started_ray(home: Path, **variables: str) -> Iterator[tuple[int, str]]:
-    """A process that started Ray as fedvit does, and the address of the control store."""
+def started_ray(home: Path) -> Iterator[tuple[int, str, Path]]:
+    """A process that started Ray as fedvit does, the address of the control store, and the folder of the session."""
     process = subprocess.Popen(
         [sys.executable, "-c", START_RAY, str(home / "var")],
-        env=environment() | {"HOME": str(home)} | variables,
+        env=environment() | {"HOME": str(home)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -138,9 +139,9 @@ def started_ray(home: Path, **variables: str) -> Iterator[tuple[int, str]]:
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        word, _, address = process.stdout.readline().strip().partition(" ")
+        word, address, session = process.stdout.readline().split()
         assert word == "ready"
-        yield process.pid, address
+        yield process.pid, address, Path(session)
     finally:
         process.stdin.close()
         process.wait(WAIT_S)
@@ -152,7 +153,7 @@ def test_ray_that_fedvit_starts_listens_on_loopback_and_demands_its_token(
 ) -> None:
     import grpc
 
-    with started_ray(tmp_path) as (pid, address):
+    with started_ray(tmp_path) as (pid, address, session):
         sockets = listeners_of(descendants(pid))
         assert len(sockets) >= 5
         exposed = {listener for listener in sockets if not is_loopback(listener[0])}
@@ -165,10 +166,20 @@ def test_ray_that_fedvit_starts_listens_on_loopback_and_demands_its_token(
         assert refused == [grpc.StatusCode.UNAUTHENTICATED] * 2
         secrets = (tmp_path / ".ray", tmp_path / ".ray" / "auth_token")
         assert [stat.S_IMODE(path.stat().st_mode) for path in secrets] == [0o700, 0o600]
+        files = [path for path in session.rglob("*") if not path.is_dir()]
+        assert len(files) > 10
+        # Ray opens the session and the folder above it to all users.
+        assert opened_to_others(session.parents[1]) == []
     attack_table.add(
         "Ray", "connect from another host", achieved=f"{len(exposed)} of {len(sockets)} sockets", bound="0 sockets"
     )
     attack_table.add("Ray", "call the control store without the token", achieved="0 of 2 calls", bound="0 calls")
+    attack_table.add(
+        "Ray",
+        "open, replace or remove Ray's sockets and logs as another user",
+        achieved=f"0 of {len(files)} files",
+        bound="0 files",
+    )
 
 
 @pytest.mark.ray
@@ -306,6 +317,19 @@ def test_files_that_were_left_open_are_closed_before_they_are_used(
         achieved=f"0 of {len(left_open)} files and folders, each repair logged",
         bound="0 files",
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder to another user")
+def test_rays_folder_is_refused_where_another_user_took_its_name(tmp_path: Path) -> None:
+    theirs, link = tmp_path / "theirs", tmp_path / "link"
+    theirs.mkdir(0o700)
+    os.chown(theirs, 65534, 65534)
+    link.symlink_to(tmp_path)
+    for folder in (theirs, link):
+        with pytest.raises(StateError):
+            open_own_folder(folder)
+    open_own_folder(tmp_path / "ours")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == 0o700
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder to another user")
