@@ -109,7 +109,7 @@ def serve(
     # One request a poll would fill the log of a vehicle that runs for months.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with _reporting_errors():
-        rules = access_rules(host, token_file)
+        rules = access_rules(host, token_file, source_token_file)
         with _listen(host, port) as listener:
             feed = open_feed(source, token_file=source_token_file, ca_file=source_ca)
             client = ReleaseClient(feed, cache, _trusted(trusted_key), variant)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedvit.api.inbound import foreign_request
 from fedvit.api.problems import MEDIA_TYPE, problem, problem_document, problem_headers
-from fedvit.api.transport import is_loopback
+from fedvit.api.transport import is_loopback, read_token
 from fedvit.errors import FedvitError, ForbiddenError, UnauthorizedError, UsageError
 
 RETRY_AFTER_S = 1
@@ -91,11 +91,15 @@ class LocalRequests:
         await self._app(scope, receive, send)
 
 
-def access_rules(host: str, token_file: Path | None) -> list[Middleware]:
-    """The middleware for listening on ``host``.
+def access_rules(host: str, token_file: Path | None, source_token_file: Path | None = None) -> list[Middleware]:
+    """The middleware for listening on ``host``, with the token that callers send.
+
+    Args:
+        source_token_file: the token that this process sends to its source; callers must not get to know it.
 
     Raises:
-        UsageError: the address is not loopback and there is no token, or the token is too short or unreadable.
+        UsageError: the address is not loopback and there is no token; or the token is too short, unreadable, or the one
+            of ``source_token_file``.
     """
     if token_file is None:
         if not is_loopback(host):
@@ -112,5 +116,10 @@ def access_rules(host: str, token_file: Path | None) -> list[Middleware]:
         raise UsageError(
             f"The token in {token_file} has {len(token)} characters.",
             cure=f"Use at least {MIN_TOKEN_CHARACTERS}, from a random source.",
+        )
+    if source_token_file is not None and hmac.compare_digest(token.encode(), read_token(source_token_file).encode()):
+        raise UsageError(
+            f"{token_file} holds the token that is sent to the server: callers could act as this device.",
+            cure="Put another random secret in it.",
         )
     return [Middleware(BearerToken, token=token)]

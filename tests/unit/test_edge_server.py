@@ -326,6 +326,16 @@ def test_any_other_address_does(host: str, tmp_path: Path) -> None:
         access_rules(host, short)
 
 
+def test_callers_do_not_get_the_token_that_the_edge_itself_sends(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "source.token", tmp_path / "inbound.token"
+    ours.write_text("a" * 32 + "\n")
+    theirs.write_text("a" * 32)
+    with pytest.raises(UsageError):
+        access_rules("0.0.0.0", theirs, ours)
+    theirs.write_text("b" * 32)
+    assert len(access_rules("0.0.0.0", theirs, ours)) == 1
+
+
 def test_only_who_is_told_to_counts_what_it_answered(make: Callable[..., ServingProcess]) -> None:
     replica, vehicle = make(count_answers=True), make()
     for process in (replica, vehicle):
