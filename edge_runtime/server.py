@@ -39,6 +39,7 @@ from fedvit.wire.images import MAX_IMAGE_BYTES
 # Two, so that one image is decoded while the model runs on another.
 WORKERS = 2
 MAX_IN_FLIGHT = 64
+MAX_BUFFERED_BYTES = 128 * 2**20
 BODY_TIMEOUT_S = 30.0
 # An image comes from a camera beside the process, so a slow body is no honest one.
 LEAST_BODY_BYTES_PER_S = 64 * 1024
@@ -75,7 +76,7 @@ class ServingProcess:
         self.service = ModelService(client, options.threads, on_swap=self._stats.serves)
         # Separate from the default pool, so that health answers while images wait.
         self._pool = ThreadPoolExecutor(options.workers, thread_name_prefix="infer")
-        self._in_flight = 0
+        self._in_flight = self._buffered = 0
 
     def heartbeat(self) -> dict[str, str | None]:
         """The body of a heartbeat to the control server."""
@@ -128,17 +129,50 @@ class ServingProcess:
     async def _predict(self, request: Request) -> tuple[int, Prediction]:
         """The sequence number of the release that answered, and its prediction."""
         engine = self.service.engine
+        self._check_room()
+        async with self._image(request) as content:
+            # A request counts from its last byte on: bodies that never come take nobody's place.
+            self._check_room()
+            self._count_in_flight(1)
+            try:
+                prediction = await asyncio.get_running_loop().run_in_executor(self._pool, engine.infer, content)
+            finally:
+                self._count_in_flight(-1)
+        return engine.manifest.sequence, prediction
+
+    def _check_room(self) -> None:
         if self._in_flight >= self.options.max_in_flight:
             raise OverloadedError(
                 f"{self._in_flight} requests are waiting already; no more are taken.", cure="Ask again later."
             )
-        self._count_in_flight(1)
+
+    @contextlib.asynccontextmanager
+    async def _image(self, request: Request) -> AsyncIterator[bytes]:
+        """The raw body, which counts among the bytes in memory while the block runs.
+
+        Raises:
+            BodyTooLargeError: it is larger than ``MAX_IMAGE_BYTES``.
+            CompressedBodyError: it is compressed.
+            BodyTimeoutError: it arrives too slowly.
+            OverloadedError: too many bytes are in memory already.
+        """
+        declared_length(request.headers, MAX_IMAGE_BYTES)
+        limits = BodyLimits(MAX_IMAGE_BYTES, BODY_TIMEOUT_S, LEAST_BODY_BYTES_PER_S, BODY_GRACE_S)
+        received = 0
+
+        async def counted() -> AsyncIterator[bytes]:
+            nonlocal received
+            async for chunk in request.stream():
+                received += len(chunk)
+                self._buffered += len(chunk)
+                if self._buffered > MAX_BUFFERED_BYTES:
+                    raise OverloadedError("Too many images are being received.", cure="Ask again later.")
+                yield chunk
+
         try:
-            content = await _read_image(request)
-            prediction = await asyncio.get_running_loop().run_in_executor(self._pool, engine.infer, content)
-            return engine.manifest.sequence, prediction
+            yield await read_body(counted(), limits)
         finally:
-            self._count_in_flight(-1)
+            self._buffered -= received
 
     def _count_in_flight(self, change: int) -> None:
         self._in_flight += change
@@ -172,19 +206,6 @@ class ServingProcess:
     async def _metrics(self, _: Request) -> Response:
         body, content_type = await asyncio.to_thread(render, self.options.metrics_dir, self.registry)
         return Response(body, headers={"content-type": content_type})
-
-
-async def _read_image(request: Request) -> bytes:
-    """The raw body.
-
-    Raises:
-        BodyTooLargeError: it is larger than ``MAX_IMAGE_BYTES``.
-        CompressedBodyError: it is compressed.
-        BodyTimeoutError: it arrives too slowly, so that slow callers do not block others.
-    """
-    declared_length(request.headers, MAX_IMAGE_BYTES)
-    limits = BodyLimits(MAX_IMAGE_BYTES, BODY_TIMEOUT_S, LEAST_BODY_BYTES_PER_S, BODY_GRACE_S)
-    return await read_body(request.stream(), limits)
 
 
 def _outcome(error: FedvitError) -> str:
