@@ -23,6 +23,7 @@ from serve_apps.problems import problem_of
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 REQUESTS_VARIABLE = "SERVE_APPS_PROXY_REQUESTS_OF_TOKEN"
+REQUESTS_OF_TOKEN = 32
 MAX_UNREAD_OF_PEER = 256 * 2**20
 """Bytes of responses that wait for one peer, a token or an address; one response is admitted whatever its length."""
 MAX_UNREAD = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
@@ -43,7 +44,7 @@ def middlewares() -> list[Middleware]:
     """Called by Serve in each HTTP proxy before its server starts."""
     # Serve lets uvicorn choose its protocol, and uvicorn looks it up here.
     HTTP_PROTOCOLS["auto"] = "edge_runtime.connections:BoundedProtocol"
-    return [Middleware(PeerLimits, requests_of_token=int(os.environ[REQUESTS_VARIABLE]))]
+    return [Middleware(PeerLimits, requests_of_token=int(os.environ.get(REQUESTS_VARIABLE, REQUESTS_OF_TOKEN)))]
 
 
 class PeerLimits:

@@ -17,6 +17,7 @@ import serve_apps.control.http.route as route_module
 from fedvit.api.inbound import BodyLimits
 from serve_apps.control.http.access import FOLLOWER
 from serve_apps.control.http.audit import LINES_AT_ONCE
+from tests.attack.conftest import FULL
 from tests.attack.control_target import RunningSystem, ServedApi, Target
 from tests.attack.slow_peers import SlowPeer, SlowPeers, latencies_s, p95
 from tests.attack.table import AttackTable
@@ -86,12 +87,20 @@ def without_tokens(target: Target) -> list[SlowPeer]:
     return [SlowPeer(head, b" ", returns=True) for head in heads] * 100
 
 
+def half_sent_images(target: Target) -> list[SlowPeer]:
+    head = target.request("POST /inference/infer", target.device, "Content-Length: 1000", body=b"\x89PNG")
+    return [SlowPeer(head, returns=True)] * 100
+
+
 ATTACKS: dict[str, Callable[[Target], list[SlowPeer]]] = {
     "80 slow uploads of one device token": slow_uploads,
     "100 half-sent bodies of one device token": half_sent,
     "200 slow connections of one device token, in eight ways": slow_connections,
     "200 half-sent bodies with bad tokens and without one": without_tokens,
 }
+if FULL:
+    # The inference application listens behind the same proxy.
+    ATTACKS["100 half-sent images of one device token"] = half_sent_images
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
