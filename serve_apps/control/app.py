@@ -15,7 +15,7 @@ from fedvit.config import Settings
 from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.store.store import Store
 from serve_apps.control.api import Services, create_api
-from serve_apps.control.http.route import LOG
+from serve_apps.control.http.request_log import LOG
 from serve_apps.deploying import OPTIONS, listen_on_node_address
 from serve_apps.logs import log_to_file
 

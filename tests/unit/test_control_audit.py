@@ -16,6 +16,7 @@ from fedvit.store.records import AuditFacts
 from fedvit.store.store import Store
 from fedvit.testing.doubles import ManualClock
 from fedvit.types import utc_now
+from serve_apps.control.http import request_log
 from serve_apps.control.http.access import Note, requires
 from serve_apps.control.http.audit import LINES_AT_ONCE, LINES_PER_S, MAX_MERGED, AuditQuota
 from serve_apps.logs import log_to_file
@@ -76,6 +77,19 @@ def test_secrets_reach_neither_trail_nor_log_nor_answer(guarded: ScopedApi, tmp_
             assert hidden not in text
     assert other not in trail + log
     assert trail.count("[redacted]") >= 5
+
+
+def test_refusals_do_not_fill_the_log(
+    guarded: ScopedApi, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_log, "REFUSALS_AT_ONCE", 5)
+    monkeypatch.setattr(request_log, "REFUSALS_PER_S", 1e-9)
+    with ScopedApi(guarded.store.home / "other", mode="tokens") as api, caplog.at_level(logging.INFO, "fedvit.control"):
+        for _ in range(20):
+            api.ask("GET", "/api/audit")
+        api.ask("POST", "/api/training/stop", "operator")
+    lines = [record for record in caplog.records if record.getMessage() == "request"]
+    assert [record.status for record in lines] == [401] * 5 + [202]  # type: ignore[attr-defined]
 
 
 def test_the_trail_stays_small_whatever_is_sent(site: ScopedApi) -> None:

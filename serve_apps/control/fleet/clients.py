@@ -31,8 +31,10 @@ from serve_apps.control.fleet.heartbeats import Heartbeats
 from serve_apps.control.fleet.liveness import Liveness
 from serve_apps.control.http.access import OPERATOR, VIEWER, AuditNote, CurrentIdentity, Note, requires
 from serve_apps.control.http.pages import Page, Pages
-from serve_apps.control.http.route import Limit, RowOffset, route
+from serve_apps.control.http.route import Limit, RowOffset, route, takes_json
 from serve_apps.control.services import Services
+
+MAX_REGISTRATION_BYTES = 64 * 1024
 
 
 def add_client_routes(
@@ -95,7 +97,14 @@ def _add_changes(api: FastAPI, services: Services, liveness: Liveness) -> None:
         note.after = _facts(client)
         return liveness.view(client)
 
-    @route(api, "POST /api/clients/register", "clients", [requires(Scope.OPERATOR, Scope.DEVICE)], status_code=201)
+    @route(
+        api,
+        "POST /api/clients/register",
+        "clients",
+        [requires(Scope.OPERATOR, Scope.DEVICE)],
+        status_code=201,
+        openapi_extra=takes_json(MAX_REGISTRATION_BYTES),
+    )
     def register(request: RegisterClient, note: Note, who: CurrentIdentity) -> ClientView:
         """Add a vehicle, or bring one back; registering twice is harmless.
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import re
-import time
-import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -18,17 +15,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedvit.access.identity import Identity
 from fedvit.api.base import MAX_INTEGER
 from fedvit.api.inbound import BodyLimits, declared_length, read_body
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import FedvitError, InvalidIdempotencyKeyError, ResponseTimeoutError
-from fedvit.metrics.catalogue import BY_NAME, OTHER
-from fedvit.metrics.exposition import gauge, histogram
 from fedvit.ports import ClockPort
 from fedvit.store.records import RequestKey, StoredResponse
 from fedvit.store.store import Store
@@ -36,13 +29,10 @@ from serve_apps.control.http.access import AuditNote, Guard, RequestOrigin, call
 from serve_apps.control.http.admission import Admission, Slot
 from serve_apps.control.http.audit import AuditQuota, facts_of
 from serve_apps.control.http.bodies import check_no_fields, example_of, parse_json, with_body
+from serve_apps.control.http.request_log import LOG, SAFE, RequestIds
 from serve_apps.control.system.in_process_client import ACTING
-from serve_apps.logs import request_id
 from serve_apps.problems import documented, problem_of
 
-LOG = logging.getLogger("fedvit.control")
-_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Location of an operation and ETag of a revision are part of the response.
 _KEPT_HEADERS = ("location", "etag")
 _MAX_BYTES = "x-max-bytes"
@@ -65,10 +55,6 @@ Offset = Annotated[int, Query(ge=0, le=MAX_INTEGER)]
 # SQLite's integers end there.
 RowOffset = Annotated[int, Query(ge=0, le=2**63 - 1)]
 OCTETS = "application/octet-stream"
-# One a process, however many applications it builds.
-_DURATION = histogram("request_duration_seconds")
-_METHOD = BY_NAME["request_duration_seconds"].label("method")
-_UNDER_WAY = gauge("queue_depth").labels("requests")
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 BeforeBody = Callable[[Identity, Mapping[str, str]], int]
@@ -157,7 +143,7 @@ class ControlledRoute(APIRoute):
             marks["x-token-always"] = True
         if not requirement.audited:
             marks["x-audited"] = False
-        mutating = not set(options.get("methods") or {"GET"}) <= _SAFE
+        mutating = not set(options.get("methods") or {"GET"}) <= SAFE
         if mutating and requirement.audited:
             marks["parameters"] = [_KEY_PARAMETER]
         options["openapi_extra"] = marks | (options.get("openapi_extra") or {})
@@ -229,7 +215,7 @@ class _Call:
         request.state.source = self._sender.source
         await self._permit(identity)
         self._route.check_given_once(request)
-        max_bytes = 0 if request.method in _SAFE else self._max_body_bytes()
+        max_bytes = 0 if request.method in SAFE else self._max_body_bytes()
         length = declared_length(request.headers, max_bytes) if max_bytes else 0
         # A route that asks for no scope answers from memory, and always.
         if not requirement.scopes:
@@ -246,13 +232,13 @@ class _Call:
             self._guard.permit(requirement, identity)
         except FedvitError as error:
             # A refusal is audited only with a known identity: unknown callers could fill the disk.
-            if identity.authenticated and requirement.audited and self._request.method not in _SAFE:
+            if identity.authenticated and requirement.audited and self._request.method not in SAFE:
                 await self._audit(identity, None, error.http_status)
             raise
 
     async def _admitted(self, identity: Identity, max_bytes: int) -> Response:
         request = self._request
-        if request.method in _SAFE:
+        if request.method in SAFE:
             return await self._in_time(self._inner(request))
         if self._route.before_body is not None:
             allowed = await run_in_threadpool(self._route.before_body, identity, request.path_params)
@@ -376,62 +362,3 @@ def _log_late_error(task: asyncio.Task[Response]) -> None:
 
 def _takes_several(annotation: Any) -> bool:
     return get_origin(annotation) is list or any(get_origin(part) is list for part in get_args(annotation))
-
-
-class RequestIds:
-    """ASGI middleware: every request has an id, taken from ``X-Request-ID`` if sane; it is echoed and logged."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; log what became of it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("x-request-id", "")
-        identifier = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = identifier
-        reset = request_id.set(identifier)
-        _UNDER_WAY.inc()
-        try:
-            await _logged(self._app, scope, receive, send)
-        finally:
-            _UNDER_WAY.dec()
-            request_id.reset(reset)
-
-
-async def _logged(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    began = time.perf_counter()
-    status = 500
-
-    async def send_with_id(message: Message) -> None:
-        nonlocal status
-        if message["type"] == "http.response.start":
-            status = message["status"]
-            MutableHeaders(scope=message)["X-Request-ID"] = scope["state"]["request_id"]
-        await send(message)
-
-    try:
-        await app(scope, receive, send_with_id)
-    finally:
-        seconds = time.perf_counter() - began
-        _log(scope, status, seconds)
-        route = getattr(scope.get("route"), "path", OTHER)
-        _DURATION.labels(_METHOD.of(scope["method"]), route, f"{status // 100}xx").observe(seconds)
-
-
-def _log(scope: Scope, status: int, seconds: float) -> None:
-    route, identity = scope.get("route"), scope["state"].get("identity")
-    telemetry = isinstance(route, ControlledRoute) and not route.requirement.audited
-    # Vehicles poll: a line for each reading that went well would bury the rest and fill the disk.
-    quiet = (scope["method"] in _SAFE or telemetry) and status < 500 and status not in (401, 403, 429)
-    facts = {
-        "method": scope["method"][:16],
-        "route": getattr(route, "path", None) or f"unknown: {scope['path'][:100]}",
-        "status": status,
-        "duration_ms": round(seconds * 1000, 1),
-        "actor": identity.actor if isinstance(identity, Identity) else None,
-        "source": scope["state"].get("source"),
-    }
-    LOG.log(logging.DEBUG if quiet else logging.INFO, "request", extra=facts)
