@@ -71,7 +71,7 @@ chaos-ledger: setup  ## Kill an accountant and an aggregator CHAOS_KILLS (200) t
 	CHAOS_KILLS=$(or $(CHAOS_KILLS),200) $(BIN)/python -m pytest tests/unit/test_ledger_killed.py -s $(ARGS)
 
 attack: setup  ## Attack a running system and a vehicle; write the table of results to docs/security.md
-	ATTACK=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attack -s -rs $(ARGS)
+	ATTACK=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(or $(ARGS),tests/attack) -s -rs
 
 audit-mutants: setup  ## Build faults into copies of the package; the privacy audit must detect each (docs/reference/privacy-audit.md)
 	$(BIN)/python -m tests.audit.gate

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from fedvit.atomic_write import write_atomically
-from tests.attack.table import AttackTable
+from fedvit.types import utc_now
+from tests.attack.table import AttackTable, page_of
 
-DOCS = Path(__file__).parents[2] / "docs"
 FULL = os.environ.get("ATTACK") == "full"
 """Whether attacks run in full, as ``make attack`` asks, or in the short form of ``make test``."""
 
 
 @pytest.fixture(scope="session")
 def attack_table(request: pytest.FixtureRequest) -> Iterator[AttackTable]:
-    """The table that every attack adds its result to."""
-    table = AttackTable()
+    """The table that every attack adds its result to. It is published if whole files ran in full and all passed."""
+    table = AttackTable(day=utc_now().date().isoformat())
     yield table
-    print(f"\n{table.page()}")
-    if FULL and not request.session.testsfailed and not request.config.option.keyword:
-        write_atomically(DOCS / "security.md", table.page())
+    print(f"\n{page_of(table.rows)}")
+    session, whole_files = request.session, not any("::" in argument for argument in request.config.args)
+    if FULL and not session.testsfailed and not request.config.option.keyword and whole_files:
+        table.publish({item.nodeid.split("::")[0] for item in session.items})
 
 
 @pytest.fixture(scope="session")
