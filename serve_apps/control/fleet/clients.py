@@ -34,7 +34,7 @@ from serve_apps.control.http.pages import Page, Pages
 from serve_apps.control.http.route import Limit, RowOffset, route, takes_json
 from serve_apps.control.services import Services
 
-MAX_REGISTRATION_BYTES = 64 * 1024
+MAX_REGISTRATION_BYTES = 128 * 1024
 
 
 def add_client_routes(
