@@ -110,7 +110,7 @@ class RequestOrigin:
             authorization=tuple(request.headers.getlist("authorization")),
             host=request.headers.get("host", ""),
             origin=request.headers.get("origin"),
-            scheme=request.url.scheme,
+            scheme=request.scope.get("scheme", "http"),
         )
 
 

@@ -20,7 +20,7 @@ SMALL_BODY_BYTES = 64 * 1024
 """A request with a longer body does not wait for its admission: meanwhile the body would fill the memory."""
 WAITING_PER_REQUEST = 4
 _POLLS = 500
-_READERS = (Scope.VIEWER, Scope.OPERATOR, Scope.ADMIN, Scope.EMERGENCY)
+_READERS = frozenset({Scope.VIEWER, Scope.OPERATOR, Scope.ADMIN, Scope.EMERGENCY})
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class Admission:
             RateLimitedError: the caller has too much in work already.
             OverloadedError: its share has, and it waited in vain.
         """
-        share = self._operators if identity.may(_READERS) else self._devices
+        share = self._devices if identity.scopes.isdisjoint(_READERS) else self._operators
         caller = identity.actor if identity.authenticated else source
         self._enter_caller(caller, share, body_bytes, limited=identity.authenticated)
         try:
