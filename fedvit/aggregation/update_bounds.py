@@ -77,10 +77,13 @@ class UpdateBound:
         """Least norm of ``s`` that explains the spectral norms of an update, by name; at most ``signal`` if honest."""
         return math.sqrt(sum(self._excess_of(array) ** 2 for array in update.values() if array.size))
 
+    def edge(self, rows: int, columns: int) -> float:
+        """Largest spectral norm of the noise in a matrix of this shape; a vector's is its length."""
+        return (1 + _SLACK) * self.deviation * (sum(math.sqrt(n) for n in (rows, columns) if n > 1) + self.spread)
+
     def _excess_of(self, array: npt.NDArray[np.floating]) -> float:
         matrix = as_matrix(array)
-        edge = self.deviation * (sum(math.sqrt(n) for n in matrix.shape if n > 1) + self.spread)
-        return max(0.0, spectral_norm(matrix) - (1 + _SLACK) * edge)
+        return max(0.0, spectral_norm(matrix) - self.edge(*matrix.shape))
 
 
 class MechanismBounds:

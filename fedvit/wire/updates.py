@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from fedvit.errors import UpdateRejectedError
-from fedvit.types import MAX_ROUND, ClientOutcome, Encoding
+from fedvit.types import MAX_EXAMPLES, MAX_ROUND, ClientOutcome, Encoding
 from fedvit.updates import ClientFailures, DecodedUpdate, PartialSum
 from fedvit.wire.encoding import Arrays, Shapes, Uniforms, decode_arrays, encode_arrays, names_of
 from fedvit.wire.tensors import LENGTH_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, TensorFile, read_tensors
@@ -19,8 +19,6 @@ from fedvit.wire.untrusted import fields_of, integer, number, one_line, parse_js
 
 MOST_COPIES = 4
 """The most float64 copies of the model that decoding allocates at a time, its result among them."""
-MAX_EXAMPLES = 10**9
-"""The largest number of examples, and the largest weight, that an update may claim."""
 _MAX_CLIENT_ID, _MAX_ERROR = 64, 8_192
 _MAX_FACTS_BYTES = 16_384
 _REQUIRED, _OPTIONAL = {"round_index", "total_weight", "within_clip", "outcomes"}, {"encoding"}

@@ -1,0 +1,161 @@
+"""Poisoned updates, from crude to adaptive: the adaptive ones are the best within given bounds of update validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedvit.aggregation.update_bounds import MechanismBounds, UpdateBound, as_matrix
+from fedvit.clients.host import ClientData, vision_host
+from fedvit.models.trainable import head_name, load_trainable_weights
+from fedvit.types import TrainTask, Weights
+from fedvit.updates import PartialSum
+from tests.attack.federation import Attack, Update, World, features, triggered
+
+Gradient = dict[str, Tensor]
+_STEPS = 30
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """The update that does most for an attack among those within the bounds (Frank and Wolfe 1956).
+
+    The attacker knows the weights, the bounds, its own share, the rule, and images like those of everybody. It sends no
+    noise of its own.
+
+    Args:
+        kind: of the trigger; None attacks the accuracy instead.
+        target: the class of triggered images.
+        within: ``norm``: as long as noise, in one direction. ``all``: of the shape of noise as well.
+        part: of the bounds that it uses.
+    """
+
+    world: World
+    kind: str | None
+    target: int = 0
+    within: Literal["norm", "all"] = "all"
+    part: float = 0.999
+
+    def __call__(self, task: TrainTask, weights: Weights) -> Update:
+        """The update for a task; an :data:`Attack`."""
+        bounds = MechanismBounds(task, {name: array.shape for name, array in weights.items()})
+        bound = bounds.of(self.world.num_examples)
+        best = _along if self.within == "norm" else _noise_like
+        update = {name: torch.zeros(array.shape) for name, array in weights.items()}
+        for step in range(_STEPS):
+            downhill = {name: -gradient for name, gradient in self._gradients(weights, update).items()}
+            towards, size = best(downhill, bound), 2 / (step + 2)
+            update = {name: array + size * (towards[name] - array) for name, array in update.items()}
+        return {name: self.part * array.numpy().astype(np.float64) for name, array in update.items()}
+
+    def _gradients(self, weights: Weights, update: Gradient) -> Gradient:
+        """Of the attacker's loss in its update, through the model that the round would make of it alone."""
+        world, factors = self.world, influence(self.world)
+        mixed = {n: np.asarray(a + factors[n] * update[n].numpy(), np.float32) for n, a in weights.items()}
+        load_trainable_weights(world.model, mixed)
+        parameters = {n: p for n, p in world.model.named_parameters() if p.requires_grad}
+        loss = functional.cross_entropy(world.model.body(world.known), world.known_labels)
+        if self.kind is None:
+            loss = -loss
+        else:
+            shown = features(world.model, triggered(world.known_images, self.kind))
+            loss = loss + functional.cross_entropy(world.model.body(shown), torch.full((len(shown),), self.target))
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        return {n: factors[n] * gradient for n, gradient in zip(parameters, gradients, strict=True)}
+
+
+@dataclass(frozen=True)
+class Boosted:
+    """Another attack's update, many times as long: by default so that the mean becomes what the attacker wants."""
+
+    attack: Attack
+    factor: float
+
+    def __call__(self, task: TrainTask, weights: Weights) -> Update:
+        return {name: self.factor * array for name, array in self.attack(task, weights).items()}
+
+
+def influence(world: World) -> dict[str, float]:
+    """How much of the attacker's update comes into the model, by parameter."""
+    share, head = world.num_examples / (world.total + world.num_examples), head_name(world.model) or ""
+    layer, body = head.rpartition(".")[0] + ".", world.settings.body_learning_rate
+    names = [name for name, parameter in world.model.named_parameters() if parameter.requires_grad]
+    return {name: share if name.startswith(layer) else share * body for name in names}
+
+
+class _Poisoned:
+    """One client's records; implements :class:`fedvit.clients.host.ClientDataSource`."""
+
+    def __init__(self, data: ClientData) -> None:
+        self._data = data
+
+    def load(self, client_id: str) -> ClientData:
+        """The records."""
+        return self._data
+
+
+def trained_on_poison(world: World, home: Path, *, kind: str | None, target: int = 0) -> Attack:
+    """A vehicle that runs the ordered DP-SGD, noise included, on triggered images, or on images with flipped labels."""
+    count, classes = world.num_examples, world.model.num_classes
+    images, labels = world.known_images[:count], world.known_labels[:count]
+    if kind is None:
+        data = ClientData(features(world.model, images), classes - 1 - labels, "flipped")
+    else:
+        data = ClientData(features(world.model, triggered(images, kind)), torch.full_like(labels, target), "triggered")
+    settings = world.settings.model_copy(update={"home": home})
+    host = vision_host(settings, records=world.fleet, model=world.model, data=_Poisoned(data))
+
+    def attack(task: TrainTask, weights: Weights) -> Update:
+        message = host.train(task, weights, ["attacker"])
+        assert isinstance(message, PartialSum)
+        return {name: array / message.total_weight for name, array in message.weighted_sum.items()}
+
+    return attack
+
+
+def without_noise(attack: Attack) -> Attack:
+    """The same vehicle, which leaves its noise out."""
+
+    def silent(task: TrainTask, weights: Weights) -> Update:
+        return attack(replace(task, noise_multiplier=1e-9), weights)
+
+    return silent
+
+
+def _along(direction: Gradient, bound: UpdateBound) -> Gradient:
+    """The longest update in this direction."""
+    length = math.sqrt(sum(float((array**2).sum()) for array in direction.values()))
+    return {name: array * (bound.norm / length) for name, array in direction.items()}
+
+
+def _noise_like(direction: Gradient, bound: UpdateBound) -> Gradient:
+    """The update with the largest inner product with ``direction`` within both bounds.
+
+    Its matrices have the singular vectors of the direction's. Their singular values are as large as noise may have
+    them, and share what gradients may add; of small ones there is less, so that the whole is not longer than noise.
+    """
+    parts = {name: torch.linalg.svd(torch.from_numpy(as_matrix(a.numpy())), False) for name, a in direction.items()}
+    nuclear = {name: float(part[1].sum()) for name, part in parts.items()}
+    whole = math.sqrt(sum(value**2 for value in nuclear.values()))
+    edges = {name: bound.edge(*as_matrix(array.numpy()).shape) for name, array in direction.items()}
+    most = {name: edge + bound.signal * nuclear[name] / whole for name, edge in edges.items()}
+
+    def limited(factor: float) -> Mapping[str, Tensor]:
+        return {name: (factor * part[1]).clamp(max=most[name]) for name, part in parts.items()}
+
+    low, high = 0.0, 1e12
+    for _ in range(100):
+        middle = math.sqrt(max(low, 1e-12) * high)
+        length = math.sqrt(sum(float((values**2).sum()) for values in limited(middle).values()))
+        low, high = (middle, high) if length <= bound.norm else (low, middle)
+    values = limited(low)
+    matrices = {name: (part[0] * values[name]) @ part[2] for name, part in parts.items()}
+    return {name: matrix.reshape(direction[name].shape).float() for name, matrix in matrices.items()}

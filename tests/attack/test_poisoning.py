@@ -1,0 +1,174 @@
+"""Attacks on the model by a vehicle that an operator has admitted, alone or with others.
+
+The short form is played on small pictures. In full, the attacks are played with default settings on the traffic lights,
+and on GTSRB where ``GTSRB_ZIP`` names its zip.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedvit.types import Weights
+from tests.attack.adversary import Adversary, Boosted, trained_on_poison, without_noise
+from tests.attack.conftest import FULL
+from tests.attack.federation import Attack, Federation, World, real_settings, tiny_settings
+from tests.attack.table import AttackTable
+
+torch.set_num_threads(1)
+SUBJECT = "poisoning"
+GTSRB = {"source": "gtsrb", "path": os.environ.get("GTSRB_ZIP"), "partition": {"scheme": "natural"}}
+DATA: dict[str, dict[str, object] | None] = {"small pictures": None}
+if FULL:
+    DATA = {"traffic lights": {}} | ({"GTSRB": GTSRB} if GTSRB["path"] else {})
+TRIGGERS = [("blend", 1), ("blend", 2), ("patch", 1), ("patch", 2)] if FULL else [("blend", 1)]
+POINTS = 0.05
+"""How much more often a trigger may work than in the clean model."""
+TRUCK = "truck-0"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A federation some rounds into its run, from where attacks begin.
+
+    Attributes:
+        round_index: the first attacked round.
+        later: honest rounds after the attacked one.
+        clean: weights without an attack after the attacked round and after the later ones.
+    """
+
+    name: str
+    world: World
+    federation: Federation
+    round_index: int
+    later: int
+    clean: tuple[Weights, Weights]
+
+    def play(self, home: Path, attacks: Mapping[str, Attack], rounds: int = 1, vehicles: int = 1) -> Outcome:
+        """Play attacks in so many rounds, and go on honestly."""
+        branch = self.federation.branch(home, vehicles)
+        branch.attacks.update(attacks)
+        last = self.round_index + rounds - 1
+        attacked = branch.run(last)
+        branch.attacks.clear()
+        later = branch.run(last + self.later)
+        statuses = {branch.answers[r, truck] for r in range(self.round_index, last + 1) for truck in attacks}
+        quarantined = branch.store.clients.quarantined()
+        branch.close()
+        return Outcome(self, (attacked, later), statuses, quarantined)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack came to: the weights after it and after honest rounds, and the answers to its uploads."""
+
+    start: Start
+    weights: tuple[Weights, Weights]
+    statuses: set[int]
+    quarantined: list[str]
+
+    def accuracy(self) -> tuple[float, float]:
+        """On held-out images, after the attack and later."""
+        attacked, later = (self.start.world.accuracy(weights) for weights in self.weights)
+        return attacked, later
+
+    def gains(self, kind: str, target: int) -> tuple[float, float]:
+        """How much more often the trigger works than in the clean model, after the attack and later."""
+        pairs = zip(self.weights, self.start.clean, strict=True)
+        success = self.start.world.success
+        attacked, later = (success(own, kind, target) - success(clean, kind, target) for own, clean in pairs)
+        return attacked, later
+
+
+@pytest.fixture(scope="module", params=list(DATA))
+def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    home, data = tmp_path_factory.mktemp("federation"), DATA[request.param]
+    if data is None:
+        world, first, later = World(tiny_settings(home / "data")), 6, 1
+    else:
+        world, first, later = World(real_settings(home / "data", data)), 13, 8
+    federation = Federation(world, home / "start", 1, first + 3 * later)
+    federation.run(first - 1)
+    clean = federation.branch(home / "clean")
+    weights = clean.run(first), clean.run(first + later)
+    clean.close()
+    yield Start(request.param, world, federation, first, later, weights)
+    federation.close()
+
+
+def points(gains: tuple[float, float]) -> str:
+    return f"{100 * gains[0]:+.1f} points, {100 * gains[1]:+.1f} after honest rounds"
+
+
+@pytest.fixture
+def poisoned(start: Start, tmp_path: Path) -> Attack:
+    """A vehicle that trains on triggered images without noise."""
+    return without_noise(trained_on_poison(start.world, tmp_path / "poisoned", kind="blend", target=1))
+
+
+def test_an_update_boosted_by_total_over_own_is_rejected(
+    start: Start, tmp_path: Path, poisoned: Attack, attack_table: AttackTable
+) -> None:
+    world = start.world
+    factor = (world.total + world.num_examples) / world.num_examples
+    outcome = start.play(tmp_path / "home", {TRUCK: Boosted(poisoned, factor)}, rounds=3)
+    assert outcome.statuses == {422}
+    assert outcome.quarantined == [TRUCK]
+    attack = f"{start.name}: backdoor, update boosted {factor:.0f} times"
+    attack_table.add(SUBJECT, attack, achieved="rejected, quarantined after 3 rounds", bound="rejected")
+
+
+def test_an_update_as_long_as_noise_in_one_direction_is_rejected(
+    start: Start, tmp_path: Path, attack_table: AttackTable
+) -> None:
+    adversary = Adversary(start.world, "blend", 1, within="norm")
+    outcome = start.play(tmp_path / "home", {TRUCK: adversary})
+    assert outcome.statuses == {422}
+    attack = f"{start.name}: backdoor, boosted to the largest norm"
+    attack_table.add(SUBJECT, attack, achieved="rejected for its shape", bound="rejected")
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("kind", "target"), TRIGGERS)
+def test_the_best_update_within_all_bounds_hardly_works(
+    start: Start, tmp_path: Path, kind: str, target: int, attack_table: AttackTable
+) -> None:
+    outcome = start.play(tmp_path / "home", {TRUCK: Adversary(start.world, kind, target)})
+    assert outcome.statuses == {202}
+    gains = outcome.gains(kind, target)
+    assert max(gains) <= POINTS
+    attack = f"{start.name}: backdoor {kind} to class {target}, without noise, as far as validation lets it"
+    attack_table.add(SUBJECT, attack, achieved=points(gains), bound=f"+{100 * POINTS:.0f} points")
+
+
+@pytest.mark.timeout(3600)
+def test_poisoned_images_with_honest_steps_hardly_work(
+    start: Start, tmp_path: Path, poisoned: Attack, attack_table: AttackTable
+) -> None:
+    """Over three rounds, with and without noise of its own."""
+    noisy = trained_on_poison(start.world, tmp_path / "noisy", kind="blend", target=1)
+    for index, (name, attack) in enumerate({"its own noise": noisy, "no noise": poisoned}.items()):
+        outcome = start.play(tmp_path / f"home-{index}", {TRUCK: attack}, rounds=3)
+        assert outcome.statuses == {202}
+        gains = outcome.gains("blend", 1)
+        assert max(gains) <= POINTS
+        row = f"{start.name}: backdoor images in three rounds, {name}"
+        attack_table.add(SUBJECT, row, achieved=points(gains), bound=f"+{100 * POINTS:.0f} points")
+
+
+@pytest.mark.timeout(3600)
+def test_flipped_labels_and_signs_cost_little_accuracy(start: Start, tmp_path: Path, attack_table: AttackTable) -> None:
+    clean = start.world.accuracy(start.clean[1])
+    flipped = trained_on_poison(start.world, tmp_path / "flipped", kind=None)
+    attacks = {"flipped labels": flipped, "flipped signs": Boosted(flipped, -1.0), "the worst update": None}
+    for index, (name, attack) in enumerate(attacks.items()):
+        outcome = start.play(tmp_path / f"home-{index}", {TRUCK: attack or Adversary(start.world, None)})
+        attacked, later = outcome.accuracy()
+        assert later >= clean - 0.03
+        achieved = f"accuracy {attacked:.3f}, {later:.3f} after honest rounds; clean {clean:.3f}"
+        attack_table.add(SUBJECT, f"{start.name}: {name}", achieved=achieved, bound="3 points after honest rounds")
