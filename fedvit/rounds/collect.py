@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 
@@ -17,6 +17,8 @@ from fedvit.rounds.steering import AggregationSettings, aggregation_settings
 from fedvit.rounds.update_admission import AdmissionPolicy, RoundUpdates, UpdateAdmission, ValidAnswer
 from fedvit.types import TrainTask, Weights
 from fedvit.updates import ClientUpdate
+
+_REMEMBERED_ROUNDS = 1000
 
 
 class Collector:
@@ -63,7 +65,8 @@ class Collector:
         # After a failed attempt at this very round, some of the cohort may still work on it.
         not_asked = tuple(c for c in effect.cohort.client_ids if c not in in_flight)
         client_ids = [*not_asked, *in_flight]
-        share = self._share_limit(effect, client_ids)
+        sizes = self._store.clients.num_examples(client_ids)
+        share = self._share_limit(effect, sizes)
         cohort = replace(effect.cohort, client_ids=not_asked, max_weight=share.max_weight)
         ended, limit_s = f"no answer in {timeout_s:g} s", self._settings.training.round_deadline_s
         # In monotonic time; infinite where no client may be late.
@@ -71,7 +74,7 @@ class Collector:
         messages = self._fleet.train(task, sent, cohort, timeout_s=timeout_s)
         # The first step sends the task out, so that clients train while the validation is prepared.
         first = next(messages, None)
-        admission = self._admission(effect, task, base, sent, client_ids, share)
+        admission = self._admission(effect, task, base, sent, sizes, share)
         for message in chain((first,), messages):
             if message is not None:
                 admission.admit(message)
@@ -91,17 +94,15 @@ class Collector:
         updates, self._carried_over = admission.close(policy.enough if limited else None)
         return updates
 
-    def _share_limit(self, effect: TrainRound, client_ids: Sequence[str]) -> ShareLimit:
+    def _share_limit(self, effect: TrainRound, sizes: Mapping[str, int]) -> ShareLimit:
         """The limit on the influence of one client, by the numbers of examples that the clients are admitted with."""
         if self._settings.privacy.privacy_unit == "client":
             return NO_LIMIT  # every update is clipped, and the divisor is a constant
-        sizes = self._store.clients.num_examples(client_ids)
-        updates = self._policy(effect, len(client_ids)).enough or len(client_ids)
-        share = ShareLimit.of(
-            self._settings.training.validation.max_client_share, list(sizes.values()), min(updates, len(sizes))
-        )
+        updates = min(self._policy(effect, len(sizes)).enough or len(sizes), len(sizes))
+        share = ShareLimit.of(self._settings.training.validation.max_client_share, list(sizes.values()), updates)
         round_index = effect.cohort.round_index
-        self._max_weights = {r: weight for r, weight in self._max_weights.items() if r < round_index}
+        remembered = range(round_index - _REMEMBERED_ROUNDS, round_index)
+        self._max_weights = {r: weight for r, weight in self._max_weights.items() if r in remembered}
         if share.max_weight is not None:
             self._max_weights[round_index] = share.max_weight
         return share
@@ -112,14 +113,14 @@ class Collector:
         task: TrainTask,
         base: Weights,
         sent: Weights,
-        client_ids: Sequence[str],
+        sizes: Mapping[str, int],
         share: ShareLimit,
     ) -> UpdateAdmission:
         validator = UpdateValidator.of(
             self._settings,
             self._protection.rule,
             base,
-            self._store.clients.num_examples(client_ids),
+            sizes,
             task=task,
             broadcast={name: array for name, array in sent.items() if name.startswith(BROADCAST)},
             max_weights=self._max_weights,
@@ -131,7 +132,7 @@ class Collector:
 
         return UpdateAdmission(
             task.round_index,
-            self._policy(effect, len(client_ids)),
+            self._policy(effect, len(sizes)),
             validator,
             lambda started: self._store.rounds.awaited(task.run_id, started, task.round_index),
             fault_of=lambda update: self._protection.fault_of(update, task.run_id),
