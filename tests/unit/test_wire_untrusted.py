@@ -12,7 +12,7 @@ from safetensors.numpy import save
 
 from fedvit.api.problems import error_of
 from fedvit.errors import ControlApiError, NotFoundError, StateError, UpdateRejectedError
-from fedvit.types import ClientOutcome
+from fedvit.types import MAX_EXAMPLES, ClientOutcome
 from fedvit.updates import ClientFailures, ClientUpdate
 from fedvit.wire.histograms import MAX_CELLS, MAX_CLASSES, HistogramSpec
 from fedvit.wire.tensors import MAX_HEADER_BYTES, read_tensors, shapes_of
@@ -217,7 +217,7 @@ def test_no_update_of_a_model_is_larger_than_the_largest() -> None:
     sums = {name: np.zeros(shape) for name, shape in shapes.items()}
     reason = "\U0001f600" * 2 * MAX_REASON
     failed = encode_update(ClientFailures.of(3, ["c" * 64], reason))
-    whole = encode_update(ClientUpdate(3, ClientOutcome("c" * 64, 10**9), sums, 1e9))
+    whole = encode_update(ClientUpdate(3, ClientOutcome("c" * 64, MAX_EXAMPLES), sums, float(MAX_EXAMPLES)))
     for content in (failed, whole):
         assert len(content) <= largest_update(shapes)
         claim, encoding = decode_claim(content, max_bytes=2**30, shapes=shapes)
@@ -234,9 +234,9 @@ FACTS = {"round_index": 1, "total_weight": 1.0, "within_clip": 0, "outcomes": [[
     "change",
     [
         *({"round_index": value} for value in (-1, 2**31, 1.0, True, None)),
-        *({"total_weight": value} for value in (-1.0, 1e9 + 1, 10**400, "1", True)),
+        *({"total_weight": value} for value in (-1.0, MAX_EXAMPLES + 1.0, 10**400, "1", True)),
         *({"within_clip": value} for value in (-1, 2, 0.0)),
-        *({"outcomes": value} for value in (None, {}, [[]], [["a", 1]], [["a", -1, None]], [["a", 10**9 + 1, None]])),
+        *({"outcomes": value} for value in (None, {}, [[]], [["a", 1]], [["a", -1, None]], [["a", MAX_EXAMPLES + 1, None]])),
         *(
             {"outcomes": [outcome]}
             for outcome in (["a" * 65, 1, None], [1, 1, None], ["a", 1, 1], ["a", 0, "x" * 9000])
