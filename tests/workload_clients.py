@@ -11,10 +11,15 @@ from fedvit.clients.workload import VirtualClients
 from fedvit.types import Evaluation, TrainTask, Weights
 
 SHAPES: dict[str, tuple[int, ...]] = {"body": (40, 50), "head": (3,), "scale": ()}
+LATE_S = 0.3
 
 
 class PullingClients(VirtualClients):
-    """Options: ``clients``, ``failing`` ids, and ``stragglers``, ids that take ``late_s`` longer than the others."""
+    """Options: ``clients`` and ``failing`` ids.
+
+    The file ``stragglers`` in the state folder names clients that take longer than the others. It is no option, because
+    the noise and the seeds of a client follow from all options.
+    """
 
     def initial_weights(self) -> Weights:
         """Zeros."""
@@ -29,8 +34,9 @@ class PullingClients(VirtualClients):
         options = self.settings.workload.options
         if client_id in options.get("failing", ()):
             raise RuntimeError("no data today")
-        if client_id in options.get("stragglers", ()):
-            time.sleep(options["late_s"])
+        stragglers = self.settings.home / "stragglers"
+        if stragglers.exists() and client_id in stragglers.read_text().split():
+            time.sleep(LATE_S)
         rng = np.random.default_rng(seed)
         local = {}
         for name, array in sorted(weights.items()):

@@ -49,9 +49,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def trained(home: Path, unit: str, proxies: int) -> list[str]:
     """The hash of every round's weights."""
-    settings = _settings(home, unit, proxies)
+    settings = _settings(home, unit)
     (home / "keys").mkdir(parents=True)
     (home / "keys" / "root.key").write_bytes(SEED)
+    # What is slow where is not the same in any two runs.
+    (home / "stragglers").write_text("\n".join(STRAGGLERS[proxies]))
     actors = [
         spawn(ClientProxy, f"{proxy_name(index)}-of-{proxies}-{unit}", settings, settings_to_json(settings))
         for index in range(proxies)
@@ -74,13 +76,12 @@ def trained(home: Path, unit: str, proxies: int) -> list[str]:
             ray.kill(actor)
 
 
-def _settings(home: Path, unit: str, proxies: int) -> Settings:
+def _settings(home: Path, unit: str) -> Settings:
     overrides = {
         "home": home,
         "workload": {
             "clients_class": "workload_clients:ProtectingClients",
-            # What is slow where is not the same in any two runs.
-            "options": {"clients": CLIENTS, "stragglers": STRAGGLERS[proxies], "late_s": 0.3},
+            "options": {"clients": CLIENTS},
         },
         "training": {"rounds": ROUNDS, "cohort": PRIVACY[unit]["cohort"]},
         "privacy": {"noise_multiplier": 1.0, **PRIVACY[unit]["privacy"]},
