@@ -161,7 +161,7 @@ bench-sweep: setup  ## Sweep 24 trials over noise and staleness, killed in the m
 health-check: setup  ## Runbook: check every part of the system
 	@$(BIN)/fedvit health-check $(ARGS)
 
-emergency-backup: setup  ## Runbook: write one consistent archive of the state, also while the system runs
+emergency-backup: setup  ## Runbook: write one consistent, encrypted backup of the state, also while the system runs
 	@$(BIN)/fedvit backup $(ARGS)
 
 diagnostics: setup  ## Runbook: print versions, machine, state and logs for a bug report

@@ -77,7 +77,7 @@ INFERENCE_OUTCOMES = ("ok", "rejected", "unavailable", "failed")
 QUEUES = ("operations", "clients_in_flight", "mailbox", "telemetry", "requests", "images")
 COMPONENTS = ("store", "registry", "accountant", "aggregator", "client_proxies")
 REFUSALS = (
-    *("missing", "malformed", "invalid", "expired", "revoked", "issuer_unreachable", "no_scope"),
+    *("missing", "malformed", "invalid", "expired", "revoked", "unbound", "issuer_unreachable", "no_scope"),
     *("foreign", "scope", "too_many_failures"),
 )
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", OTHER)

@@ -236,7 +236,10 @@ FACTS = {"round_index": 1, "total_weight": 1.0, "within_clip": 0, "outcomes": [[
         *({"round_index": value} for value in (-1, 2**31, 1.0, True, None)),
         *({"total_weight": value} for value in (-1.0, MAX_EXAMPLES + 1.0, 10**400, "1", True)),
         *({"within_clip": value} for value in (-1, 2, 0.0)),
-        *({"outcomes": value} for value in (None, {}, [[]], [["a", 1]], [["a", -1, None]], [["a", MAX_EXAMPLES + 1, None]])),
+        *(
+            {"outcomes": value}
+            for value in (None, {}, [[]], [["a", 1]], [["a", -1, None]], [["a", MAX_EXAMPLES + 1, None]])
+        ),
         *(
             {"outcomes": [outcome]}
             for outcome in (["a" * 65, 1, None], [1, 1, None], ["a", 1, 1], ["a", 0, "x" * 9000])
