@@ -208,15 +208,21 @@ def main(names: list[str]) -> int:
             print(f"The unchanged package does not pass {check!r}: {original.seen}", file=sys.stderr)
             return 1
     rows = []
-    for mutant, outcome in _side_by_side(try_mutant, chosen):
-        rows.append((mutant, outcome))
-        print(_table(rows[-1:])[2], flush=True)
+    with ThreadPoolExecutor(1) as beside:
+        # It takes as long as many mutants.
+        report = None if names else beside.submit(_report)
+        for mutant, outcome in _side_by_side(try_mutant, chosen):
+            rows.append((mutant, outcome))
+            print(_table(rows[-1:])[2], flush=True)
     survived = [mutant.name for mutant, outcome in rows if not outcome.seen]
     print(f"{len(rows) - len(survived)} of {len(rows)} mutants killed; survived: {survived or 'none'}")
     for name, why in NOT_YET.items():
         print(f"not tried: {name}: {why}")
-    if not survived and not names:
-        PAGE.write_text(page(_audit_table(_report()), _table(rows)))
+    if report is not None and not report.result()["passed"]:
+        print("the whole audit does not pass; the page is not written", file=sys.stderr)
+        return 1
+    if report is not None and not survived:
+        PAGE.write_text(page(_audit_table(report.result()), _table(rows)))
     return int(bool(survived))
 
 

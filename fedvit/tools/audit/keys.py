@@ -41,7 +41,7 @@ from fedvit.wire.tensors import weights_digest
 
 CHECK = "key derivation"
 _OTHER_KEY = FIXED_KEY[::-1]
-_RECORDS, _CLIENTS, _ROUNDS, _STEPS = 48, 48, 6, 8
+_RECORDS, _CLIENTS, _ROUNDS, _STEPS = 48, 32, 5, 8
 _PIXELS, _BRIGHTNESS = 768, 8.0
 _LABELS = [i % subjects.CLASSES for i in range(_RECORDS)]
 _SELECTIONS: dict[str, dict[str, Any]] = {"uniform": {"size": _CLIENTS // 2}, "poisson": {"sampling_prob": 0.5}}
