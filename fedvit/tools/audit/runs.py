@@ -77,7 +77,8 @@ def run_settings(
 def write_key(home: Path, key: bytes = FIXED_KEY) -> None:
     """Write the root key of a state folder."""
     keys = home / "keys"
-    keys.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (home, keys):
+        folder.mkdir(mode=0o700, exist_ok=True)
     (keys / "root.key").touch(mode=0o600)
     (keys / "root.key").write_bytes(key)
 
