@@ -36,6 +36,7 @@ class Adversary:
         target: the class of triggered images.
         within: ``norm``: as long as noise, in one direction. ``all``: of the shape of noise as well.
         part: of the bounds that it uses.
+        vehicles: how many send this update together.
     """
 
     world: World
@@ -43,6 +44,7 @@ class Adversary:
     target: int = 0
     within: Literal["norm", "all"] = "all"
     part: float = 0.999
+    vehicles: int = 1
 
     def __call__(self, task: TrainTask, weights: Weights) -> Update:
         """The update for a task; an :data:`Attack`."""
@@ -58,7 +60,7 @@ class Adversary:
 
     def _gradients(self, weights: Weights, update: Gradient) -> Gradient:
         """Of the attacker's loss in its update, through the model that the round would make of it alone."""
-        world, factors = self.world, influence(self.world)
+        world, factors = self.world, influence(self.world, self.vehicles)
         mixed = {n: np.asarray(a + factors[n] * update[n].numpy(), np.float32) for n, a in weights.items()}
         load_trainable_weights(world.model, mixed)
         parameters = {n: p for n, p in world.model.named_parameters() if p.requires_grad}
@@ -83,15 +85,16 @@ class Boosted:
         return {name: self.factor * array for name, array in self.attack(task, weights).items()}
 
 
-def influence(world: World) -> dict[str, float]:
-    """How much of the attacker's update comes into the model, by parameter."""
-    share, head = world.num_examples / (world.total + world.num_examples), head_name(world.model) or ""
+def influence(world: World, vehicles: int = 1) -> dict[str, float]:
+    """How much of the update of so many vehicles together comes into the model, by parameter."""
+    own, head = vehicles * world.num_examples, head_name(world.model) or ""
+    share = own / (world.total + own)
     layer, body = head.rpartition(".")[0] + ".", world.settings.body_learning_rate
     names = [name for name, parameter in world.model.named_parameters() if parameter.requires_grad]
     return {name: share if name.startswith(layer) else share * body for name in names}
 
 
-class _Poisoned:
+class _Records:
     """One client's records; implements :class:`fedvit.clients.host.ClientDataSource`."""
 
     def __init__(self, data: ClientData) -> None:
@@ -102,16 +105,21 @@ class _Poisoned:
         return self._data
 
 
-def trained_on_poison(world: World, home: Path, *, kind: str | None, target: int = 0) -> Attack:
-    """A vehicle that runs the ordered DP-SGD, noise included, on triggered images, or on images with flipped labels."""
+def trained_on(world: World, home: Path, poison: str, target: int = 0) -> Attack:
+    """A vehicle that runs the ordered DP-SGD, noise included, on its own images.
+
+    Args:
+        poison: ``nothing``, ``flipped labels``, or the kind of a trigger on all images, which then have one label.
+    """
     count, classes = world.num_examples, world.model.num_classes
     images, labels = world.known_images[:count], world.known_labels[:count]
-    if kind is None:
-        data = ClientData(features(world.model, images), classes - 1 - labels, "flipped")
-    else:
-        data = ClientData(features(world.model, triggered(images, kind)), torch.full_like(labels, target), "triggered")
+    if poison == "flipped labels":
+        labels = classes - 1 - labels
+    elif poison != "nothing":
+        images, labels = triggered(images, poison), torch.full_like(labels, target)
+    data = _Records(ClientData(features(world.model, images), labels, poison))
     settings = world.settings.model_copy(update={"home": home})
-    host = vision_host(settings, records=world.fleet, model=world.model, data=_Poisoned(data))
+    host = vision_host(settings, records=world.fleet, model=world.model, data=data)
 
     def attack(task: TrainTask, weights: Weights) -> Update:
         message = host.train(task, weights, ["attacker"])

@@ -7,7 +7,7 @@ and on GTSRB where ``GTSRB_ZIP`` names its zip.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fedvit.types import Weights
-from tests.attack.adversary import Adversary, Boosted, trained_on_poison, without_noise
+from tests.attack.adversary import Adversary, Boosted, trained_on, without_noise
 from tests.attack.conftest import FULL
 from tests.attack.federation import Attack, Federation, World, real_settings, tiny_settings
 from tests.attack.table import AttackTable
@@ -49,18 +49,21 @@ class Start:
     later: int
     clean: tuple[Weights, Weights]
 
-    def play(self, home: Path, attacks: Mapping[str, Attack], rounds: int = 1, vehicles: int = 1) -> Outcome:
-        """Play attacks in so many rounds, and go on honestly."""
+    def play(
+        self, home: Path, attacks: Mapping[str, Attack], rounds: int = 1, vehicles: int = 1, later: int | None = None
+    ) -> Outcome:
+        """Play attacks in so many rounds, and go on honestly for the usual number of rounds, or for ``later`` ones."""
         branch = self.federation.branch(home, vehicles)
         branch.attacks.update(attacks)
         last = self.round_index + rounds - 1
-        attacked = branch.run(last)
+        weights = [branch.run(last)]
         branch.attacks.clear()
-        later = branch.run(last + self.later)
+        if later := self.later if later is None else later:
+            weights.append(branch.run(last + later))
         statuses = {branch.answers[r, truck] for r in range(self.round_index, last + 1) for truck in attacks}
         quarantined = branch.store.clients.quarantined()
         branch.close()
-        return Outcome(self, (attacked, later), statuses, quarantined)
+        return Outcome(self, weights, statuses, quarantined)
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,19 @@ class Outcome:
     """What an attack came to: the weights after it and after honest rounds, and the answers to its uploads."""
 
     start: Start
-    weights: tuple[Weights, Weights]
+    weights: Sequence[Weights]
     statuses: set[int]
     quarantined: list[str]
 
-    def accuracy(self) -> tuple[float, float]:
+    def accuracy(self) -> list[float]:
         """On held-out images, after the attack and later."""
-        attacked, later = (self.start.world.accuracy(weights) for weights in self.weights)
-        return attacked, later
+        return [self.start.world.accuracy(weights) for weights in self.weights]
 
-    def gains(self, kind: str, target: int) -> tuple[float, float]:
+    def gains(self, kind: str, target: int) -> list[float]:
         """How much more often the trigger works than in the clean model, after the attack and later."""
-        pairs = zip(self.weights, self.start.clean, strict=True)
         success = self.start.world.success
-        attacked, later = (success(own, kind, target) - success(clean, kind, target) for own, clean in pairs)
-        return attacked, later
+        pairs = zip(self.weights, self.start.clean, strict=False)
+        return [success(own, kind, target) - success(clean, kind, target) for own, clean in pairs]
 
 
 @pytest.fixture(scope="module", params=list(DATA))
@@ -101,14 +102,14 @@ def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     federation.close()
 
 
-def points(gains: tuple[float, float]) -> str:
+def points(gains: Sequence[float]) -> str:
     return f"{100 * gains[0]:+.1f} points, {100 * gains[1]:+.1f} after honest rounds"
 
 
 @pytest.fixture
 def poisoned(start: Start, tmp_path: Path) -> Attack:
     """A vehicle that trains on triggered images without noise."""
-    return without_noise(trained_on_poison(start.world, tmp_path / "poisoned", kind="blend", target=1))
+    return without_noise(trained_on(start.world, tmp_path / "poisoned", "blend", target=1))
 
 
 def test_an_update_boosted_by_total_over_own_is_rejected(
@@ -116,7 +117,7 @@ def test_an_update_boosted_by_total_over_own_is_rejected(
 ) -> None:
     world = start.world
     factor = (world.total + world.num_examples) / world.num_examples
-    outcome = start.play(tmp_path / "home", {TRUCK: Boosted(poisoned, factor)}, rounds=3)
+    outcome = start.play(tmp_path / "home", {TRUCK: Boosted(poisoned, factor)}, rounds=3, later=0)
     assert outcome.statuses == {422}
     assert outcome.quarantined == [TRUCK]
     attack = f"{start.name}: backdoor, update boosted {factor:.0f} times"
@@ -127,7 +128,7 @@ def test_an_update_as_long_as_noise_in_one_direction_is_rejected(
     start: Start, tmp_path: Path, attack_table: AttackTable
 ) -> None:
     adversary = Adversary(start.world, "blend", 1, within="norm")
-    outcome = start.play(tmp_path / "home", {TRUCK: adversary})
+    outcome = start.play(tmp_path / "home", {TRUCK: adversary}, later=0)
     assert outcome.statuses == {422}
     attack = f"{start.name}: backdoor, boosted to the largest norm"
     attack_table.add(SUBJECT, attack, achieved="rejected for its shape", bound="rejected")
@@ -151,7 +152,7 @@ def test_poisoned_images_with_honest_steps_hardly_work(
     start: Start, tmp_path: Path, poisoned: Attack, attack_table: AttackTable
 ) -> None:
     """Over three rounds, with and without noise of its own."""
-    noisy = trained_on_poison(start.world, tmp_path / "noisy", kind="blend", target=1)
+    noisy = trained_on(start.world, tmp_path / "noisy", "blend", target=1)
     for index, (name, attack) in enumerate({"its own noise": noisy, "no noise": poisoned}.items()):
         outcome = start.play(tmp_path / f"home-{index}", {TRUCK: attack}, rounds=3)
         assert outcome.statuses == {202}
@@ -164,8 +165,9 @@ def test_poisoned_images_with_honest_steps_hardly_work(
 @pytest.mark.timeout(3600)
 def test_flipped_labels_and_signs_cost_little_accuracy(start: Start, tmp_path: Path, attack_table: AttackTable) -> None:
     clean = start.world.accuracy(start.clean[1])
-    flipped = trained_on_poison(start.world, tmp_path / "flipped", kind=None)
-    attacks = {"flipped labels": flipped, "flipped signs": Boosted(flipped, -1.0), "the worst update": None}
+    flipped = trained_on(start.world, tmp_path / "flipped", "flipped labels")
+    honest = trained_on(start.world, tmp_path / "honest", "nothing")
+    attacks = {"flipped labels": flipped, "flipped signs": Boosted(honest, -1.0), "worst update": None}
     for index, (name, attack) in enumerate(attacks.items()):
         outcome = start.play(tmp_path / f"home-{index}", {TRUCK: attack or Adversary(start.world, None)})
         attacked, later = outcome.accuracy()
