@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers
@@ -17,26 +18,30 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
+from fedvit.access.limits import MAX_NAMES, FailureWindow
 from fedvit.config import Settings
 from fedvit.errors import OverloadedError, RateLimitedError
 from serve_apps.problems import problem_of
 
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 REQUESTS_VARIABLE = "SERVE_APPS_PROXY_REQUESTS_OF_TOKEN"
-REQUESTS_OF_TOKEN = 32
+REQUESTS_OF_TOKEN = 16
+REFUSALS, REFUSALS_WINDOW_S = 50, 5.0
+"""Refusals of one token within so many seconds, after which it is refused here; honest callers come nowhere near."""
 MAX_UNREAD_OF_PEER = 256 * 2**20
 """Bytes of responses that wait for one peer, a token or an address; one response is admitted whatever its length."""
 MAX_UNREAD = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 """The same for all peers together: a quarter of the memory."""
 PIECE_BYTES = 256 * 1024
+_REFUSED = frozenset({401, 403, 408, 413, 429})
 # With them a caller of Serve sets or lifts its own limits.
 _SERVE_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 
 
 def environment(settings: Settings) -> dict[str, str]:
     """The variables with which the proxies run :func:`middlewares`."""
-    # Twice what the replicas work on: they know whose a token is, and refuse the rest by the rules of the settings.
-    requests = 2 * settings.access.max_requests_per_caller * (settings.serving.control_replicas + 1)
+    # What all replicas of the control API, and one of the inference application, work on for one caller.
+    requests = settings.access.max_requests_per_caller * (settings.serving.control_replicas + 1)
     return {CALLBACK_VARIABLE: "serve_apps.proxy:middlewares", REQUESTS_VARIABLE: str(requests)}
 
 
@@ -51,8 +56,8 @@ class PeerLimits:
     """ASGI middleware that bounds what one peer has in this process, and what all of them have.
 
     Long responses are sent piece by piece, as they are read; a request whose response would make too many bytes wait is
-    answered with 503. A request beyond ``requests_of_token`` of its token is answered with 429; it costs much less here
-    than in a replica. What a peer sent to steer Serve itself is dropped.
+    answered with 503. A token that has ``requests_of_token`` requests here, or whose requests were refused again and
+    again, gets 429 at once: a refusal costs a replica ten times as much. What a peer sent to steer Serve is dropped.
     """
 
     def __init__(
@@ -61,11 +66,15 @@ class PeerLimits:
         requests_of_token: int,
         unread_of_peer: int = MAX_UNREAD_OF_PEER,
         unread_of_all: int = MAX_UNREAD,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app, self._requests_of_token = app, requests_of_token
         self._unread_of_peer, self._unread_of_all = unread_of_peer, unread_of_all
         self._unread: Counter[bytes] = Counter()
         self._requests: Counter[bytes] = Counter()
+        self._refusals = FailureWindow(REFUSALS, REFUSALS_WINDOW_S, clock)
+        self._blocked_until_s: dict[bytes, float] = {}
+        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 429 or 503."""
@@ -78,13 +87,23 @@ class PeerLimits:
             await self._app(scope, receive, self._sender(_digest(_address_of(scope)), scope, receive, send))
             return
         peer = _digest(token)
-        if self._requests[peer] >= self._requests_of_token:
-            message = f"{self._requests[peer]} requests of this token are under way."
-            error = RateLimitedError(message, cure="Wait until one of them is answered.", retry_after_s=1)
+        if self._requests[peer] >= self._requests_of_token or self._clock() < self._blocked_until_s.get(peer, 0.0):
+            message = "Too many requests of this token are under way, or were refused."
+            error = RateLimitedError(message, cure="Wait, then send fewer at once.", retry_after_s=1)
             await problem_of(error)(scope, receive, send)
             return
+        exchange = _Exchange(receive, self._sender(peer, scope, receive, send))
         with _counted(self._requests, peer, 1):
-            await self._app(scope, receive, self._sender(peer, scope, receive, send))
+            await self._app(scope, exchange.receive, exchange.send)
+        if exchange.refused:
+            self._count_refusal(peer)
+
+    def _count_refusal(self, peer: bytes) -> None:
+        wait_s = self._refusals.fail(peer.hex())
+        if wait_s:
+            if len(self._blocked_until_s) >= MAX_NAMES:
+                self._blocked_until_s.clear()
+            self._blocked_until_s[peer] = self._clock() + wait_s
 
     def _sender(self, peer: bytes, scope: Scope, receive: Receive, send: Send) -> Send:
         start, refused = list[Message](), False
@@ -115,6 +134,29 @@ class PeerLimits:
             (not of_peer or of_peer + size <= self._unread_of_peer)
             and self._unread.total() + size <= self._unread_of_all
         )
+
+
+class _Exchange:
+    """A request and its response, as they pass.
+
+    Attributes:
+        refused: the response refused the caller, or came before the whole body with an error.
+    """
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
+        self._complete = self.refused = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._complete = self._complete or not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            self.refused = status in _REFUSED or (status >= 400 and not self._complete)
+        await self._send(message)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from serve_apps.proxy import PeerLimits
 from tests.attack.slow_peers import HOST
 
 WAIT_S = 20.0
-REQUESTS_OF_TOKEN = 32
+REQUESTS_OF_TOKEN = 16
 
 
 class Target(ABC):

@@ -13,7 +13,16 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from edge_runtime.connections import BoundedProtocol
 from fedvit.settings import load_settings
-from serve_apps.proxy import CALLBACK_VARIABLE, PIECE_BYTES, PeerLimits, environment, middlewares
+from fedvit.testing.doubles import ManualClock
+from serve_apps.proxy import (
+    CALLBACK_VARIABLE,
+    PIECE_BYTES,
+    REFUSALS,
+    REFUSALS_WINDOW_S,
+    PeerLimits,
+    environment,
+    middlewares,
+)
 
 SIZE = 3 * PIECE_BYTES + 7
 
@@ -146,6 +155,51 @@ def test_a_token_has_so_many_requests_at_once_and_others_are_not_hindered() -> N
     run(work())
 
 
+@pytest.mark.parametrize(("status", "complete"), [(403, True), (429, True), (404, False), (409, False)])
+def test_a_token_that_is_refused_again_and_again_is_refused_here_for_a_while(status: int, complete: bool) -> None:
+    async def work() -> None:
+        clock, asked = ManualClock(), 0
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal asked
+            asked += 1
+            await receive()
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": not complete}
+
+        middleware = PeerLimits(app, 9, clock=clock.monotonic)
+        for _ in range(3 * REFUSALS):
+            peer = Peer()
+            await middleware(scope_of(), receive, peer.send)
+        assert (peer.status, asked) == (429, REFUSALS + 1)
+        await middleware(scope_of("b"), receive, Peer().send)
+        assert asked == REFUSALS + 2
+        clock.advance(REFUSALS_WINDOW_S)
+        await middleware(scope_of(), receive, Peer().send)
+        assert asked == REFUSALS + 3
+
+    run(work())
+
+
+def test_errors_that_are_no_refusals_do_not_count() -> None:
+    async def work() -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await send({"type": "http.response.start", "status": 404, "headers": []})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        middleware = PeerLimits(app, 9, clock=ManualClock().monotonic)
+        for _ in range(3 * REFUSALS):
+            peer = Peer()
+            await middleware(scope_of(), receive, peer.send)
+            assert peer.status == 404
+
+    run(work())
+
+
 def test_serve_finds_the_callback_and_uvicorn_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(HTTP_PROTOCOLS)
     variables = environment(load_settings(environ={}))
@@ -154,7 +208,7 @@ def test_serve_finds_the_callback_and_uvicorn_the_protocol(monkeypatch: pytest.M
     try:
         module, _, name = variables[CALLBACK_VARIABLE].partition(":")
         assert (module, name) == (middlewares.__module__, middlewares.__name__)
-        assert [(each.cls, each.kwargs) for each in middlewares()] == [(PeerLimits, {"requests_of_token": 32})]
+        assert [(each.cls, each.kwargs) for each in middlewares()] == [(PeerLimits, {"requests_of_token": 16})]
         module, _, name = HTTP_PROTOCOLS["auto"].partition(":")
         assert (module, name) == (BoundedProtocol.__module__, BoundedProtocol.__name__)
     finally:
