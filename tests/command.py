@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Ray's workers have the ports below 20000.
+TEST_PORTS = (20_000, 32_000)
 # A fleet small enough to start and train in seconds; the demo's own figures have a test of their own.
 SMALL = {
     "data.partition.clients": "6",
@@ -24,11 +27,16 @@ SMALL = {
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
+    """Ports that nobody listens on at this moment; below those that the kernel gives to outgoing connections."""
+    sockets = list[socket.socket]()
     try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
+        while len(sockets) < count:
+            each = socket.socket()
+            sockets.append(each)
+            try:
+                each.bind(("127.0.0.1", random.randrange(*TEST_PORTS)))
+            except OSError:
+                sockets.pop().close()
         return [each.getsockname()[1] for each in sockets]
     finally:
         for each in sockets:

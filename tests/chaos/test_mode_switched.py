@@ -123,8 +123,9 @@ def test_whatever_the_mode_no_update_is_lost_or_counted_twice(fedvit: Fedvit) ->
             await_true(lambda: http.get(f"/api/clients/{TRUCK}").status_code == 200, "the truck's registration")
             outcome = lambda: http.get(f"/api/clients/{TRUCK}").json()["last_seen_at"]  # noqa: E731
             await_true(lambda: outcome() is not None, "the truck's first question")
+            assert http.post(f"/api/clients/{TRUCK}/validate", json={"validated": True}).status_code == 200
             assert http.post("/api/training/config", json={"min_clients": 1}).status_code == 200
-            http.post("/api/training/start")
+            assert http.post("/api/training/start").status_code == 202
             switch_at_random(http, random.Random(7))
             await_true(lambda: http.get("/api/training/status").json()["status"] != "running", "the run's end")
         assert 'fed_vit_autorl_update_bytes_total{encoding="int8"}' in http.get("/metrics").text
