@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedvit.data.folder import class_records, images_below, subfolders
+from fedvit.data.folder import class_records
+from fedvit.data.layout import find_training_folder
 from fedvit.data.records import Record, TreeSource
-from fedvit.data.trees import FileTree, open_tree
+from fedvit.data.trees import images_below, open_tree, subfolders
 from fedvit.errors import DataError
 
 
@@ -26,10 +27,10 @@ class OwnRecords:
             DataError: there is no image, or a folder is not named like one of the classes.
         """
         tree = open_tree(path)
-        parent = _parent(tree)
+        parent = find_training_folder(tree, tuple(classes))
         if unknown := sorted(set(subfolders(tree, parent)) - set(classes)):
             raise DataError(f"{path} has a folder {unknown[0]!r}.", cure=f"The fleet's classes: {', '.join(classes)}.")
-        train = class_records(tree, parent, classes)
+        train = class_records(tree, parent, classes, parent)
         if not train:
             raise DataError(f"{path} holds no image.", cure="Put images into folders named like the fleet's classes.")
         return cls(TreeSource("own", tuple(classes), train, (), tree))
@@ -42,9 +43,5 @@ class OwnRecords:
 def count_images(path: Path) -> int:
     """The number of images in folders of any name; raises DataError where there is no such folder."""
     tree = open_tree(path)
-    parent = _parent(tree)
+    parent = find_training_folder(tree)
     return sum(len(images_below(tree, f"{parent}{name}/")) for name in subfolders(tree, parent))
-
-
-def _parent(tree: FileTree) -> str:
-    return "train/" if "train/" in tree.names else ""

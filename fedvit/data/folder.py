@@ -1,4 +1,4 @@
-"""Image folders: one folder per class, below ``train`` and ``test``, or directly below the root."""
+"""Image folders: one folder per class, in a training and a test split or directly below the root."""
 
 from __future__ import annotations
 
@@ -8,46 +8,39 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedvit.config import DataConfig
+from fedvit.data.layout import class_folders, find_layout
 from fedvit.data.records import Record, TreeSource, check_options, checked
-from fedvit.data.trees import FileTree, open_tree
+from fedvit.data.trees import FileTree, images_below, open_tree
 from fedvit.errors import DataError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp")
-TEST_FOLDERS = ("test", "val")
 DEFAULT_TEST_FRACTION = 0.2
 
 
 def open_folder(config: DataConfig) -> TreeSource:
-    """``path/train/<class>/*`` and ``path/test/<class>/*`` (or ``val``), or ``path/<class>/*``, which is split here.
+    """``path/train/<class>/*`` and ``path/test/<class>/*``, or ``path/<class>/*``, which is split here.
 
-    Without a test folder, option ``test_fraction`` of each class is held out, by the order of the SHA-256 of the keys.
+    See :mod:`fedvit.data.layout` for what the folders may be called and where they may lie. The keys of the records
+    are the same for every such layout. Without a test folder, option ``test_fraction`` of each class is held out, by
+    the order of the SHA-256 of the keys.
 
     Raises:
-        DataError: the path is missing, empty, or a class has no image.
+        DataError: the path is missing or empty, its layout is not clear, or a class has no image.
     """
     check_options("folder", config.options, ["test_fraction"])
     tree = open_tree(required_path(config))
-    if "train/" in tree.names:
-        return _open_split_folder(tree)
-    fraction, classes = test_fraction(config), subfolders(tree, "")
-    if not classes:
-        cure = "Arrange it as train/<class>/<image> or <class>/<image>."
-        raise DataError(f"{tree} holds no class folder.", cure=cure)
-    for name in classes:
-        if not images_below(tree, f"{name}/"):
-            raise DataError(f"Class '{name}' in {tree} has no image.", cure="Add images to it or remove the folder.")
-    train, test = hold_out(class_records(tree, "", classes), classes, fraction)
-    return checked(TreeSource("folder", classes, train, test, tree), tree)
-
-
-def _open_split_folder(tree: FileTree) -> TreeSource:
-    test_folder = next((name for name in TEST_FOLDERS if f"{name}/" in tree.names), None)
-    if test_folder is None:
-        raise DataError(f"{tree} has a folder train but neither test nor val.", cure="Add test/<class>/<image>.")
-    classes = subfolders(tree, "train/")
-    check_known(subfolders(tree, f"{test_folder}/"), classes, tree)
-    train, test = (class_records(tree, f"{folder}/", classes) for folder in ("train", test_folder))
-    return checked(TreeSource("folder", classes, train, test, tree), tree)
+    fraction, layout = test_fraction(config), find_layout(tree)
+    classes = class_folders(tree, layout.train)
+    if layout.test is None:
+        for name in classes:
+            if not images_below(tree, f"{layout.root}{name}/"):
+                cure = "Add images to it or remove the folder."
+                raise DataError(f"Class '{name}' in {tree} has no image.", cure=cure)
+        train, test = hold_out(class_records(tree, layout.root, classes), classes, fraction)
+        return checked(TreeSource("folder", classes, train, test, tree, (("", layout.root),)), tree)
+    check_known(class_folders(tree, layout.test), classes, tree)
+    folders = (("train/", layout.train), (f"{layout.test_split}/", layout.test))
+    train, test = (class_records(tree, place, classes, start) for start, place in folders)
+    return checked(TreeSource("folder", classes, train, test, tree, folders), tree)
 
 
 def required_path(config: DataConfig) -> Path:
@@ -66,23 +59,12 @@ def test_fraction(config: DataConfig) -> float:
     return float(value)
 
 
-def subfolders(tree: FileTree, parent: str) -> tuple[str, ...]:
-    """Names of the folders directly below ``parent``, sorted."""
-    below = (name[len(parent) : -1] for name in tree.names if name.endswith("/") and name.startswith(parent))
-    return tuple(sorted(name for name in below if name and "/" not in name))
-
-
-def images_below(tree: FileTree, parent: str) -> list[str]:
-    """Names of the images at any depth below ``parent``, sorted."""
-    return sorted(n for n in tree.names if n.startswith(parent) and n.lower().endswith(IMAGE_SUFFIXES))
-
-
-def class_records(tree: FileTree, parent: str, classes: Sequence[str], prefix: str = "") -> tuple[Record, ...]:
-    """The images of every class folder below ``prefix + parent``, sorted by key; keys do not contain ``prefix``."""
+def class_records(tree: FileTree, parent: str, classes: Sequence[str], start: str = "") -> tuple[Record, ...]:
+    """The images of every class folder in ``parent``, sorted by key; in the keys ``start`` replaces ``parent``."""
     labels = {name: label for label, name in enumerate(classes)}
-    keys = (name.removeprefix(prefix) for name in images_below(tree, prefix + parent))
-    folders = ((key, key.removeprefix(parent).split("/", 1)[0]) for key in keys)
-    return tuple(Record(key, labels[folder]) for key, folder in folders if folder in labels)
+    keys = (name.removeprefix(parent) for name in images_below(tree, parent))
+    folders = ((key, key.split("/", 1)[0]) for key in keys if "/" in key)
+    return tuple(Record(start + key, labels[folder]) for key, folder in folders if folder in labels)
 
 
 def check_known(test_classes: Iterable[str], classes: Sequence[str], place: object) -> None:

@@ -12,9 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from fedvit.config import DataConfig
-from fedvit.data.folder import check_known, images_below, required_path, subfolders
+from fedvit.data.folder import check_known, required_path
 from fedvit.data.records import Record, TreeSource, check_options, checked
-from fedvit.data.trees import FileTree, FolderTree, JoinedTree, ZipTree, open_tree, prefix_before
+from fedvit.data.trees import (
+    FileTree,
+    FolderTree,
+    JoinedTree,
+    ZipTree,
+    images_below,
+    open_tree,
+    prefix_before,
+    subfolders,
+)
 from fedvit.errors import DataError
 
 TRAIN, TEST = "Final_Training/Images/", "Final_Test/Images/"
@@ -45,7 +54,7 @@ def open_gtsrb(config: DataConfig) -> TreeSource:
     check_known(test_classes.values(), classes, tree)
     train = tuple(Record(key, classes.index(name), _track(key, name)) for key, name in train_classes.items())
     test = tuple(Record(key, classes.index(name)) for key, name in test_classes.items())
-    return checked(TreeSource("gtsrb", classes, train, test, tree, prefix), tree)
+    return checked(TreeSource("gtsrb", classes, train, test, tree, (("", prefix),)), tree)
 
 
 def _open_layout(path: Path) -> FileTree:

@@ -56,17 +56,25 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TreeSource:
-    """A data set whose records are files below ``prefix`` in a tree."""
+    """A data set whose records are files in a tree.
+
+    ``folders`` pairs the beginnings of keys with the folders in the tree that they stand for.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: tuple[Record, ...]
     test: tuple[Record, ...]
     tree: FileTree
-    prefix: str = ""
+    folders: tuple[tuple[str, str], ...] = (("", ""),)
 
     def read(self, record: Record) -> bytes:
-        return self.tree.read(self.prefix + record.key)
+        return self.tree.read(self.file_of(record))
+
+    def file_of(self, record: Record) -> str:
+        """The name in the tree of a record's file."""
+        start, place = next(each for each in self.folders if record.key.startswith(each[0]))
+        return place + record.key.removeprefix(start)
 
 
 def load_images(source: ImageSource, records: Sequence[Record], image_size: int) -> ImageArray:
@@ -94,7 +102,7 @@ def checked(source: _Source, place: object) -> _Source:
     A class without test images is allowed; only its own recall is unknown.
 
     Raises:
-        DataError: a split is empty, or a class has no training image.
+        DataError: a split is empty, a class has no training image, or there is a single class.
     """
     if not source.train:
         raise DataError(f"{place} holds no training image.", cure="Put at least one image into every class.")
@@ -102,6 +110,9 @@ def checked(source: _Source, place: object) -> _Source:
     if empty := [name for label, name in enumerate(source.classes) if label not in present]:
         cure = "Add images to it or remove the class."
         raise DataError(f"Class '{empty[0]}' in {place} has no training image.", cure=cure)
+    if len(source.classes) < 2:
+        cure = "Name a folder with at least two class folders: with one class every model is always right."
+        raise DataError(f"{place} holds a single class, '{source.classes[0]}'.", cure=cure)
     if not source.test:
         raise DataError(f"{place} holds no test image.", cure="Add test images: the model is evaluated on them.")
     return source

