@@ -16,10 +16,11 @@ from fedvit.config import DataConfig
 from fedvit.data.folder import check_known, hold_out, test_fraction
 from fedvit.data.records import Record, checked
 from fedvit.errors import DataError
+from fedvit.wire.images import to_rgb
 
 _SPLITS = ("train", "test")
-# The modes that PNG supports and the decoder reads.
-_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
+# The modes that PNG keeps without loss and the decoder reads.
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 
 
 class _Dataset(Protocol):
@@ -158,10 +159,13 @@ def _png(image: Any, place: str) -> bytes:
     try:
         picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
         buffer = io.BytesIO()
-        (picture if picture.mode in _PNG_MODES else picture.convert("RGB")).save(buffer, format="PNG")
+        # Never a mode that the decoder would read in another way, such as floating-point values.
+        (picture if picture.mode in _PNG_MODES else to_rgb(picture)).save(buffer, format="PNG")
+    except DataError as error:
+        raise DataError(f"{place}: {error.message}", cure=error.cure) from None
     except (TypeError, ValueError, OSError) as error:
         raise DataError(
             f"{place} is no image but a {type(image).__name__}: {error}.",
-            cure="Leave transforms out: the data set must yield PIL images or uint8 arrays.",
+            cure="Leave transforms out: the data set must yield PIL images or arrays [H, W] or [H, W, 3].",
         ) from None
     return buffer.getvalue()

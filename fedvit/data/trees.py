@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedvit.errors import DataError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp")
+from fedvit.wire.images import IMAGE_SUFFIXES
 
 
 class FileTree(Protocol):

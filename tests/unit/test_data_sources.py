@@ -302,6 +302,19 @@ class Tensors(Squares):
         return {"no": "image"}, 0
 
 
+class Deep(Squares):
+    """Yields arrays of other types than uint8; a quarter, a half and three quarters of white."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        share = (index + 1) / 4
+        kinds = (
+            np.full((8, 8), share, np.float32),
+            np.full((8, 8), share * 65535, np.uint16),
+            np.full((8, 8), 255 * 257),
+        )
+        return (kinds[index].astype(np.int32) if index == 2 else kinds[index]), self.targets[index]
+
+
 class Splits(Squares):
     """Takes a split name; its labels begin at 1 and it names no classes."""
 
@@ -321,7 +334,7 @@ class Strange(Splits):
 @pytest.fixture
 def classes_module(monkeypatch: pytest.MonkeyPatch) -> str:
     module = types.ModuleType("squares_of_the_test")
-    for kind in (Squares, Tensors, Splits, Strange):
+    for kind in (Squares, Tensors, Deep, Splits, Strange):
         setattr(module, kind.__name__, kind)
     module.not_a_class = 3  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -345,6 +358,10 @@ class TestDottedNames:
         assert [r.key for r in source.test] == [f"test/{i}" for i in range(4)]
         assert len(source.train) == 8
         assert load_images(source, source.train[1:2], 16)[0, 0, 0].tolist() == [201, 201, 201]
+
+    def test_arrays_of_other_types_keep_their_greys(self, classes_module: str) -> None:
+        source = open_source(DataConfig(source=f"{classes_module}.Deep", path=Path("r")))
+        assert load_images(source, source.train[:3], 16)[:, 0, 0, 0].tolist() == [64, 127, 255]
 
     def test_split_name_and_labels_from_one(self, classes_module: str) -> None:
         source = open_source(DataConfig(source=f"{classes_module}.Splits"))

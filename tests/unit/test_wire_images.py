@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_release import png
 
 from fedvit.errors import DataError
-from fedvit.wire.images import MAX_IMAGE_BYTES, decode_image
+from fedvit.wire.images import MAX_IMAGE_BYTES, decode_image, to_rgb
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -47,6 +47,39 @@ def test_lossy_formats_come_close(kind: str) -> None:
 def test_every_colour_mode_becomes_rgb(mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
     assert decode_image(encoded(Image.new(mode, (8, 8)), kind), 16).shape == (16, 16, 3)
+
+
+RAMP = np.arange(256, dtype=np.uint16).reshape(16, 16)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_16_bit_and_floating_point_greys_are_those_of_8_bits(kind: str) -> None:
+    plain = decode_image(encoded(Image.fromarray(RAMP.astype(np.uint8)), kind), 16)
+    assert len(np.unique(plain)) == 256
+    np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(RAMP * 257), kind), 16), plain)
+    if kind == "PPM":
+        floats = Image.fromarray((RAMP / 255).astype(np.float32))
+        np.testing.assert_array_equal(decode_image(encoded(floats, kind), 16), plain)
+
+
+def test_transparent_parts_show_white() -> None:
+    colours = [(10, 200, 30, 255), (10, 200, 30, 0), (0, 0, 0, 51)]
+    for colour, shown in zip(colours, [(10, 200, 30), (255, 255, 255), (204, 204, 204)], strict=True):
+        assert (decode_image(encoded(Image.new("RGBA", (8, 8), colour), "PNG"), 16) == shown).all()
+    grey, palette = Image.new("LA", (8, 8), (7, 0)), Image.new("L", (8, 8), 3).convert("P")
+    deep = Image.fromarray(np.full((8, 8), 700, np.uint16))
+    for image, transparent in ((grey, None), (palette, 3), (Image.new("RGB", (8, 8)), (0, 0, 0)), (deep, 700)):
+        options = {} if transparent is None else {"transparency": transparent}
+        assert (decode_image(encoded(image, "PNG", **options), 16) == 255).all()
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32(1.5), np.float32(-0.1), np.float32("nan"), np.int32(70_000), np.int32(-1)]
+)
+def test_values_without_a_known_range_are_refused(value: np.generic) -> None:
+    with pytest.raises(DataError) as raised:
+        to_rgb(Image.fromarray(np.full((4, 4), value)))
+    assert raised.value.cure
 
 
 def test_resizing_is_bilinear_and_reproducible() -> None:
