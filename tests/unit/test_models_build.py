@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -15,6 +18,7 @@ from raises import raises_naming
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
 from fedvit.models.build import build_model
+from fedvit.models.checkpoints import read_state_dict
 from fedvit.models.hybrid import STEM_WHEEL, LiteStem
 from fedvit.models.trainable import frozen_weights, trainable_weights
 from fedvit.models.vision import VisionModel
@@ -216,6 +220,43 @@ def test_a_stem_checkpoint_is_read_under_timms_names_and_in_order(tmp_path: Path
     name = "prefix.net.blocks.2.0.conv_dw.weight"
     for model in models:
         assert (frozen_weights(model)[name] == whole["blocks.2.0.conv_dw.weight"].numpy()).all()
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {f"module.{name}": value for name, value in state.items()},
+        lambda state: {"state_dict": {f"model._orig_mod.{name}": value for name, value in state.items()}, "epoch": 3},
+        lambda state: {"model": {"state_dict": {f"backbone.{name}": value for name, value in state.items()}}},
+        lambda state: {f"_fsdp_wrapped_module.{n.replace('attn.', 'attn._orig_mod.')}": v for n, v in state.items()},
+        lambda state: {"model_state_dict": state, "metric": np.float64(0.9), "best": np.zeros(3, np.float32)},
+        lambda state: {"state_dict": state, "args": argparse.Namespace(lr=np.float32(0.1), steps=np.int64(3))},
+    ],
+    ids=["DataParallel", "Lightning and compile", "nested", "FSDP", "NumPy", "arguments"],
+)
+def test_a_checkpoint_is_known_inside_its_wrappers(tmp_path: Path, wrap: Callable[[Tensors], dict[str, Any]]) -> None:
+    state = {"blocks.0.attn.qkv.weight": torch.ones(2), "head.bias": torch.zeros(2)}
+    path = tmp_path / "weights.pt"
+    torch.save(wrap(state), path)
+    assert read_state_dict(path).keys() == state.keys()
+    assert (read_state_dict(path)["blocks.0.attn.qkv.weight"] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["weights.SAFETENSORS", "weights.bin", "weights"])
+def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> None:
+    # The first byte of the second file is that of a pickle.
+    for width in (1, 16):
+        safetensors.torch.save_file({"a" * width: torch.ones(2), "b.c": torch.ones(2)}, tmp_path / name)
+        assert read_state_dict(tmp_path / name).keys() == {"a" * width, "b.c"}
+
+
+def test_a_checkpoint_with_code_names_the_class(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"w": torch.ones(1)}, "folder": Path("surprise")}, tmp_path / "code.pth")
+    with raises_naming(ModelError, "pathlib", "code.pth"):
+        read_state_dict(tmp_path / "code.pth")
 
 
 @pytest.mark.parametrize("name", ["hybrid_lite0", TIMM_NAME])
