@@ -59,7 +59,7 @@ class RaySystem:
                 # The last one was killed: what Ray started for it ends by itself, a few seconds later.
                 await_free_ports(settings)
             check_ports(settings, joins=self._joins)
-            write_state = check_training(settings)
+            write_state = check_training(settings, on_step)
             stack.enter_context(system_lock(self._home))
             write_state()
             self._create_backup_key(on_step)

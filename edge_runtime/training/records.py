@@ -9,6 +9,7 @@ from pathlib import Path
 from fedvit.data.folder import class_records
 from fedvit.data.layout import find_training_folder
 from fedvit.data.records import Record, TreeSource
+from fedvit.data.skipped import unread_images
 from fedvit.data.trees import images_below, open_tree, subfolders
 from fedvit.errors import DataError
 
@@ -32,7 +33,8 @@ class OwnRecords:
             raise DataError(f"{path} has a folder {unknown[0]!r}.", cure=f"The fleet's classes: {', '.join(classes)}.")
         train = class_records(tree, parent, classes, parent)
         if not train:
-            raise DataError(f"{path} holds no image.", cure="Put images into folders named like the fleet's classes.")
+            message = f"{path} holds no image{unread_images(tree, parent)}."
+            raise DataError(message, cure="Put images into folders named like the fleet's classes.")
         return cls(TreeSource("own", tuple(classes), train, (), tree))
 
     def records(self, client_id: str) -> tuple[Record, ...]:

@@ -232,11 +232,19 @@ def show_settings(options: Options) -> None:
         typer.echo(yaml.safe_dump(settings, sort_keys=False), nl=False)
 
 
-@local_command(data, "inspect", options=("config", "data", "assignments", "as_json"))
+@local_command(data, "inspect", options=SYSTEM)
 def inspect_data(options: Options) -> None:
-    """Classes, sizes, clients, label skew, duplicates and the content hash of the configured data set."""
+    """Classes, sizes, clients, label skew, duplicates, skipped files and the content hash of the configured data set.
+
+    Duplicates are images whose files are equal: of the test images with training images, and among training images.
+    Classes at risk have so few training images that the noise of a run with these settings may hide them.
+    """
     from fedvit.data.manifest import inspect
+    from fedvit.data.noise_risk import classes_at_risk
     from fedvit.data.partition import VirtualFleet
 
-    fleet = VirtualFleet.open(options.settings().data)
-    print_facts(inspect(fleet.source, tuple(fleet.parts.values())), options.as_json)
+    settings = options.settings()
+    fleet = VirtualFleet.open(settings.data)
+    facts = inspect(fleet.source, tuple(fleet.parts.values()))
+    facts["classes_at_risk"] = [asdict(each) for each in classes_at_risk(settings, fleet)]
+    print_facts(facts, options.as_json)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.markup import escape
 from typer import Option
 
-from fedvit.cli.options import Options, local_command, settings_from
+from fedvit.cli.options import SYSTEM, Options, local_command, settings_from
 from fedvit.cli.output import console, errors, print_json, print_step, show_table, stdout_for_json
 from fedvit.cli.state import find_system
 from fedvit.cli.supervisor import interruptible
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedvit.tools.sweep.outcome import TrialOutcome
 
 
-@local_command(options=("data", "assignments", "as_json"))
+@local_command(options=("home", "data", "assignments", "as_json"))
 def simulate(
     options: Options,
     configs: Annotated[
@@ -44,7 +44,7 @@ def simulate(
     """
     from fedvit.tools.report.simulation import summary_of, write_report
 
-    planned = list(planned_runs(configs, options.data, options.assignments or (), vary or (), seeds))
+    planned = list(planned_runs(configs, options.data, options.assignments or (), vary or (), seeds, options.home))
     runs = _run_simulations(planned)
     target = planned[0][1].simulation.target_accuracy
     folder = to or planned[0][1].home / "simulation"
@@ -57,7 +57,12 @@ def simulate(
 
 
 def planned_runs(
-    configs: Sequence[Path] | None, data: Path | None, assignments: Sequence[str], vary: Sequence[str], seeds: int
+    configs: Sequence[Path] | None,
+    data: Path | None,
+    assignments: Sequence[str],
+    vary: Sequence[str],
+    seeds: int,
+    home: Path | None = None,
 ) -> Iterator[tuple[str, Settings]]:
     """Name and settings of every run; the arguments are the options of :func:`simulate`."""
     varied = [_values(one) for one in vary]
@@ -67,7 +72,7 @@ def planned_runs(
             words = [config.stem] if config and (len(files) > 1 or not values) else []
             words += [f"{key.rpartition('.')[2]}={text}" for key, text in values]
             changes = [*assignments, *(f"{key}={text}" for key, text in values)]
-            first = settings_from(config, None, data, changes)
+            first = settings_from(config, home, data, changes)
             for seed in range(seeds):
                 simulation = first.simulation.model_copy(update={"seed": first.simulation.seed + seed})
                 yield " ".join(words) or "run", first.model_copy(update={"simulation": simulation})
@@ -120,7 +125,7 @@ def _show_simulation(summary: dict[str, Any], folder: Path) -> None:
     console.print(f"Report: {escape(str(folder / 'index.html'))}", soft_wrap=True)
 
 
-@local_command(options=("config", "data", "assignments", "as_json"))
+@local_command(options=SYSTEM)
 def sweep(
     options: Options,
     to: Annotated[Path | None, Option("--to", help="Folder of the sweep (default: sweep in the home).")] = None,

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedvit.config import DataConfig
 from fedvit.data.layout import class_folders, find_layout
 from fedvit.data.records import Record, TreeSource, check_options, checked
+from fedvit.data.skipped import unread_images
 from fedvit.data.trees import FileTree, images_below, open_tree
 from fedvit.errors import DataError
 
@@ -30,17 +31,21 @@ def open_folder(config: DataConfig) -> TreeSource:
     tree = open_tree(required_path(config))
     fraction, layout = test_fraction(config), find_layout(tree)
     classes = class_folders(tree, layout.train)
+    for name in classes:
+        _check_images(tree, f"{layout.train}{name}/", f"Class '{name}' in {tree} has no training image")
     if layout.test is None:
-        for name in classes:
-            if not images_below(tree, f"{layout.root}{name}/"):
-                cure = "Add images to it or remove the folder."
-                raise DataError(f"Class '{name}' in {tree} has no image.", cure=cure)
         train, test = hold_out(class_records(tree, layout.root, classes), classes, fraction)
         return checked(TreeSource("folder", classes, train, test, tree, (("", layout.root),)), tree)
     check_known(class_folders(tree, layout.test), classes, tree)
+    _check_images(tree, layout.test, f"{tree} holds no test image")
     folders = (("train/", layout.train), (f"{layout.test_split}/", layout.test))
     train, test = (class_records(tree, place, classes, start) for start, place in folders)
     return checked(TreeSource("folder", classes, train, test, tree, folders), tree)
+
+
+def _check_images(tree: FileTree, folder: str, fault: str) -> None:
+    if not images_below(tree, folder):
+        raise DataError(f"{fault}{unread_images(tree, folder)}.", cure=f"Add images to {folder} or remove the folder.")
 
 
 def required_path(config: DataConfig) -> Path:

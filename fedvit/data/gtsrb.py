@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from fedvit.config import DataConfig
 from fedvit.data.folder import check_known, required_path
+from fedvit.data.layout import other_source
 from fedvit.data.records import Record, TreeSource, check_options, checked
 from fedvit.data.trees import (
     FileTree,
@@ -44,7 +45,8 @@ def open_gtsrb(config: DataConfig) -> TreeSource:
     prefix = prefix_before(tree.names, TRAIN)
     if prefix is None:
         cure = "Set data.path to a folder or zip in the official GTSRB layout."
-        raise DataError(f"{tree} holds no folder {TRAIN}.", cure=cure)
+        message = f"data.source is 'gtsrb', and {tree} holds no folder {TRAIN}."
+        raise DataError(message, cure=other_source(tree, "gtsrb") or cure)
     folder_of = {key: key.removeprefix(TRAIN).split("/", 1)[0] for key in _image_keys(tree, prefix, TRAIN)}
     train_classes = {key: _class_name(folder, tree) for key, folder in folder_of.items()}
     _check_train_csvs(tree, prefix)

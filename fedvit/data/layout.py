@@ -23,6 +23,7 @@ _SPLIT_WORDS: dict[str, Split] = {word: split for split, words in _SPELLINGS.ite
 _FILLERS = "set data dataset folder split final image images img imgs photo photos picture pictures"
 _FILLER_WORDS = frozenset(_FILLERS.split())
 _WORD = re.compile(r"[^\W\d_]+")
+_GTSRB_ZIP = re.compile(r"GTSRB[^/]*\.zip")
 _CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
@@ -126,7 +127,9 @@ def class_folders(tree: FileTree, parent: str) -> tuple[str, ...]:
         beside = len(images_in(tree, parent))
         found = f"{beside} images and no class folder" if beside else "no class folder"
         cure = "Arrange it as train/<class>/<image> and test/<class>/<image>, or as <class>/<image>."
-        raise DataError(f"{tree} holds {found}{f' in {parent}' if parent else ''}.", cure=other_source(tree) or cure)
+        raise DataError(
+            f"{tree} holds {found}{f' in {parent}' if parent else ''}.", cure=other_source(tree, "folder") or cure
+        )
     if odd := [name for name in classes if is_named_like_split(name)]:
         raise DataError(
             f"'{odd[0]}' in {tree} would be a class, and is named like a split.",
@@ -141,13 +144,25 @@ def is_named_like_split(folder: str, split: Split | None = None) -> bool:
     return named is not None and not named.rest and split in (None, named.split)
 
 
-def other_source(tree: FileTree) -> str | None:
-    """The source that the folders in ``tree`` are of, if it is known, as advice; None if it is not."""
-    if prefix_before(tree.names, "Final_Training/Images/") is not None:
-        return "It is laid out like GTSRB: set data.source=gtsrb."
-    if prefix_before(tree.names, "dataset_train/red/") is not None:
-        return "It is laid out like the traffic lights: set data.source=traffic-lights."
-    return None
+def other_source(tree: FileTree, source: str) -> str | None:
+    """Advice to set ``data.source``, if ``tree`` is laid out like another source than ``source``; None if not."""
+    if prefix_before(tree.names, "Final_Training/Images/") is not None or any(map(_GTSRB_ZIP.fullmatch, tree.names)):
+        found = "gtsrb"
+    elif prefix_before(tree.names, "dataset_train/red/") is not None:
+        found = "traffic-lights"
+    elif _has_classes(tree):
+        found = "folder"
+    else:
+        return None
+    return None if found == source else f"It is laid out for another source: set data.source={found}."
+
+
+def _has_classes(tree: FileTree) -> bool:
+    try:
+        train = find_layout(tree).train
+    except DataError:
+        return False
+    return len(subfolders(tree, train)) > 1 and bool(images_below(tree, train))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +185,7 @@ def _without_wrapping(tree: FileTree, folder: str, split: Split) -> str:
     while len(inner := subfolders(tree, folder)) == 1 and not images_in(tree, folder):
         named, words = _split_name(inner[0]), _WORD.findall(inner[0].lower())
         wraps = named.split == split if named else bool(words) and _FILLER_WORDS.issuperset(words)
-        if not wraps or images_in(tree, f"{folder}{inner[0]}/"):
+        if not wraps:
             break
         folder = f"{folder}{inner[0]}/"
     return folder

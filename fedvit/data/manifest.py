@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -15,10 +15,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fedvit.data.records import ImageSource, Record
+from fedvit.data.skipped import skipped_files
 from fedvit.errors import DataError
 from fedvit.wire.images import FORMATS
 
 _SIZE_SAMPLE = 256
+_MOST_GROUPS = 20
+
+_Hashes = dict[str, list[str]]
+"""SHA-256, hex, of the image files of each split, in the order of its records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +50,21 @@ def build_manifest(source: ImageSource) -> DataManifest:
     Raises:
         DataError: a file cannot be read.
     """
-    lines: list[str] = []
-    hashes: dict[str, list[str]] = {"train": [], "test": []}
-    for split, records in (("train", source.train), ("test", source.test)):
-        for r in records:
-            hashes[split].append(hashlib.sha256(source.read(r)).hexdigest())
-            # JSON, so that different records never give the same line.
-            lines.append(json.dumps([split, r.key, r.label, r.unit, hashes[split][-1]]))
+    return _manifest(source, _file_hashes(source))
+
+
+def _file_hashes(source: ImageSource) -> _Hashes:
+    records = {"train": source.train, "test": source.test}
+    return {split: [hashlib.sha256(source.read(r)).hexdigest() for r in each] for split, each in records.items()}
+
+
+def _manifest(source: ImageSource, hashes: _Hashes) -> DataManifest:
+    # JSON, so that different records never give the same line.
+    lines = [
+        json.dumps([split, r.key, r.label, r.unit, content])
+        for split, records in (("train", source.train), ("test", source.test))
+        for r, content in zip(records, hashes[split], strict=True)
+    ]
     train_set = set(hashes["train"])
     return DataManifest(
         name=source.name,
@@ -77,7 +90,8 @@ def inspect(source: ImageSource, parts: Sequence[Sequence[int]]) -> dict[str, An
     Raises:
         DataError: an image cannot be read or decoded; the message names its key.
     """
-    facts = asdict(build_manifest(source))
+    hashes = _file_hashes(source)
+    facts = asdict(_manifest(source, hashes))
     train_counts, test_counts = facts.pop("train_counts"), facts.pop("test_counts")
     return {
         **facts,
@@ -87,6 +101,26 @@ def inspect(source: ImageSource, parts: Sequence[Sequence[int]]) -> dict[str, An
         "image_sizes": _image_sizes(source),
         "units": _units(source.train),
         "clients": _clients(source, parts),
+        **_duplicates_within(source, hashes["train"]),
+        "skipped": [asdict(each) | {"examples": list(each.examples)} for each in skipped_files(source)],
+    }
+
+
+def _duplicates_within(source: ImageSource, hashes: Sequence[str]) -> dict[str, Any]:
+    """Training images that equal an earlier one byte for byte, and the first groups of equal ones."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record, content in zip(source.train, hashes, strict=True):
+        groups[content].append(record)
+    equal = [group for group in groups.values() if len(group) > 1]
+    return {
+        "duplicates_within_train": sum(len(group) - 1 for group in equal),
+        "equal_training_images": [
+            {
+                "images": [record.key for record in group],
+                "classes": sorted({source.classes[record.label] for record in group}),
+            }
+            for group in equal[:_MOST_GROUPS]
+        ],
     }
 
 

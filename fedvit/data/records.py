@@ -13,6 +13,8 @@ from fedvit.errors import DataError
 from fedvit.types import ImageArray
 from fedvit.wire.images import decode_image
 
+_CHECKED_AT_ONCE = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -87,10 +89,21 @@ def load_images(source: ImageSource, records: Sequence[Record], image_size: int)
     for i, record in enumerate(records):
         content = source.read(record)
         try:
-            images[i] = decode_image(content, image_size)
+            # Files of one's own are not bounded like those that others send.
+            images[i] = decode_image(content, image_size, max_bytes=None)
         except DataError as error:
             raise DataError(f"{record.key} of {source.name}: {error.message}", cure=error.cure) from error
     return images
+
+
+def check_images(source: ImageSource, records: Sequence[Record], image_size: int) -> None:
+    """Decode every image once, a few at a time in memory.
+
+    Raises:
+        DataError: an image cannot be read or decoded; the message names its key.
+    """
+    for start in range(0, len(records), _CHECKED_AT_ONCE):
+        load_images(source, records[start : start + _CHECKED_AT_ONCE], image_size)
 
 
 _Source = TypeVar("_Source", bound=ImageSource)

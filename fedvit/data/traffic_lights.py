@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedvit.config import DataConfig
 from fedvit.data.folder import check_known, class_records
+from fedvit.data.layout import other_source
 from fedvit.data.records import TreeSource, check_options, checked
 from fedvit.data.trees import open_tree, prefix_before, subfolders
 from fedvit.errors import DataError
@@ -31,8 +32,9 @@ def open_traffic_lights(config: DataConfig) -> TreeSource:
     tree = open_tree(config.path if config.path is not None else _installed_folder())
     prefix = prefix_before(tree.names, TRAIN)
     if prefix is None:
-        cure = f"Leave data.path out and run: {INSTALL}, or name its .whl file."
-        raise DataError(f"{tree} holds no folder {TRAIN}.", cure=cure)
+        cure = f"Leave data.path out and run: {INSTALL}, or set data.source to the source of your own images."
+        message = f"data.source is 'traffic-lights', and {tree} holds no folder {TRAIN}."
+        raise DataError(message, cure=other_source(tree, "traffic-lights") or cure)
     folders = {*subfolders(tree, prefix + TRAIN), *subfolders(tree, prefix + TEST)}
     check_known(folders - {"__pycache__"}, CLASSES, tree)
     train, test = (class_records(tree, prefix + parent, CLASSES, parent) for parent in (TRAIN, TEST))

@@ -9,13 +9,18 @@ import os
 import threading
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedvit.errors import DataError
 from fedvit.wire.images import IMAGE_SUFFIXES
+
+SYSTEM_FOLDERS = frozenset(
+    {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "$RECYCLE.BIN", "System Volume Information"}
+)
+"""Folders of thumbnails, deleted files and the like; those of macOS and Linux begin with a dot."""
 
 
 class FileTree(Protocol):
@@ -24,6 +29,10 @@ class FileTree(Protocol):
     @property
     def names(self) -> frozenset[str]:
         """Every file and folder, without hidden ones."""
+
+    @property
+    def hidden(self) -> frozenset[str]:
+        """Files and folders of editors, operating systems and network storage."""
 
     def read(self, name: str) -> bytes:
         """The bytes of one file.
@@ -39,11 +48,12 @@ class FolderTree:
 
     root: Path
     names: frozenset[str]
+    hidden: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, root: Path) -> FolderTree:
         """List ``root`` without reading any file."""
-        return cls(root, frozenset(_walk(root)))
+        return cls(root, *_sorted_out(_walk(root)))
 
     def read(self, name: str) -> bytes:
         try:
@@ -69,12 +79,14 @@ def _walk(root: Path) -> list[str]:
         base = Path(folder).relative_to(root).as_posix()
         prefix = "" if base == "." else f"{base}/"
         names += [f"{prefix}{name}/" for name in subfolders] + [f"{prefix}{name}" for name in files]
-    return [name for name in names if not _hidden(name)]
+    return names
 
 
-def _hidden(name: str) -> bool:
-    """Whether the name belongs to an editor or to macOS instead of the data."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+def _sorted_out(names: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """The visible and the hidden ones among ``names``."""
+    every = frozenset(names)
+    hidden = frozenset(n for n in every if any(p.startswith(".") or p in SYSTEM_FOLDERS for p in n.split("/")))
+    return every - hidden, hidden
 
 
 @dataclass(slots=True)
@@ -83,6 +95,7 @@ class ZipTree:
 
     path: Path
     names: frozenset[str]
+    hidden: frozenset[str] = frozenset()
     _local: threading.local = field(default_factory=threading.local, compare=False, repr=False)
 
     @classmethod
@@ -95,7 +108,7 @@ class ZipTree:
         tree = cls(path, frozenset())
         names = [info.filename for info in tree._handle().infolist()]
         folders = {name[: i + 1] for name in names for i, letter in enumerate(name) if letter == "/"}
-        tree.names = frozenset(name for name in (*names, *folders) if not _hidden(name))
+        tree.names, tree.hidden = _sorted_out((*names, *folders))
         return tree
 
     def read(self, name: str) -> bytes:
@@ -114,10 +127,10 @@ class ZipTree:
         return handle
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "names": self.names}
+        return {"path": self.path, "names": self.names, "hidden": self.hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path, self.names = state["path"], state["names"]
+        self.path, self.names, self.hidden = state["path"], state["names"], state["hidden"]
         self._local = threading.local()
 
     def __str__(self) -> str:
@@ -138,10 +151,12 @@ class JoinedTree:
 
     trees: tuple[FileTree, ...]
     names: frozenset[str]
+    hidden: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, trees: Sequence[FileTree]) -> JoinedTree:
-        return cls(tuple(trees), frozenset().union(*(tree.names for tree in trees)))
+        names, hidden = ([getattr(tree, field) for tree in trees] for field in ("names", "hidden"))
+        return cls(tuple(trees), frozenset().union(*names), frozenset().union(*hidden))
 
     def read(self, name: str) -> bytes:
         for tree in self.trees:

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fedvit.errors import DataError
 from fedvit.types import ImageArray
+from fedvit.wire.content import not_an_image, without_line_breaks
 
 MAX_IMAGE_BYTES = 10 * 2**20
 """Most bytes of an image that a server is sent; files of a data set may be larger."""
@@ -52,16 +53,31 @@ def decode_image(content: bytes, image_size: int, max_bytes: int | None = MAX_IM
             _check_pixels(image)
             upright = to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        raise DataError(f"The {len(content)} bytes given are no image that can be read.", cure=_CURE) from None
+        raise not_an_image(content, image_size, ", ".join(FORMATS)) from None
     except Image.DecompressionBombError:
         raise DataError(f"The image has more than {MAX_IMAGE_PIXELS} pixels.", cure="Send a smaller one.") from None
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others.
+        if without_line_breaks(content):
+            raise not_an_image(content, image_size, ", ".join(FORMATS)) from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"The image is damaged: {reason}.", cure="Send a whole image file.") from None
     resized = upright.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.array(resized, dtype=np.uint8)
+
+
+def sendable_image(content: bytes, image_size: int) -> bytes:
+    """An image file that a server takes and that decodes to the same pixels: ``content`` itself, or a smaller PNG.
+
+    Raises:
+        DataError: ``content`` is too large for a server, and no image.
+    """
+    if len(content) <= MAX_IMAGE_BYTES:
+        return content
+    buffer = io.BytesIO()
+    Image.fromarray(decode_image(content, image_size, max_bytes=None)).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -101,12 +117,12 @@ def _as_uint8(values: npt.NDArray[Any]) -> ImageArray:
             raise DataError(
                 f"The image has floating-point values from {low:g} to {high:g}.", cure="Scale them to the range 0 to 1."
             )
-        return np.rint(values * 255).astype(np.uint8)
+        return np.asarray(np.rint(values * 255), dtype=np.uint8)
     if low < 0 or high > _MAX_UINT16:
         raise DataError(
             f"The image has values from {low:.0f} to {high:.0f}.", cure=f"Scale them to the range 0 to {_MAX_UINT16}."
         )
-    return np.rint(values / 257).astype(np.uint8)
+    return np.asarray(np.rint(values / 257), dtype=np.uint8)
 
 
 def _check_pixels(image: Image.Image) -> None:

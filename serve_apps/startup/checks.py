@@ -61,8 +61,11 @@ def check_tls_key(settings: Settings) -> None:
         )
 
 
-def check_training(settings: Settings) -> Callable[[], None]:
+def check_training(settings: Settings, on_step: Callable[[str], None]) -> Callable[[], None]:
     """Check the data, the clients and the model; return what writes the result into the state.
+
+    Args:
+        on_step: receives how many files of the data set are left out, if there are any.
 
     Raises:
         DataError: an image cannot be read, or the data is of no use.
@@ -70,12 +73,15 @@ def check_training(settings: Settings) -> Callable[[], None]:
     """
     from fedvit.data.manifest import build_manifest
     from fedvit.data.partition import VirtualFleet
-    from fedvit.data.records import load_images
+    from fedvit.data.records import check_images
+    from fedvit.data.skipped import skipped_files
     from fedvit.store.store import Store
 
     if settings.workload.clients_class is not None:
         return _check_workload(settings)
     fleet = VirtualFleet.open(settings.data)
+    if skipped := sum(each.files for each in skipped_files(fleet.source)):
+        on_step(f"{skipped} files are left out; `fedvit data inspect` lists them")
     manifest = build_manifest(fleet.source)
     known = trained = None
     if (settings.home / "state.db").exists():
@@ -83,7 +89,7 @@ def check_training(settings: Settings) -> Callable[[], None]:
             known, trained = store.metadata.fleet(), store.runs.latest()
     if known is None:
         # Every image once, so that a broken one is named now and not in the middle of a round.
-        load_images(fleet.source, (*fleet.source.train, *fleet.source.test), settings.data.image_size)
+        check_images(fleet.source, (*fleet.source.train, *fleet.source.test), settings.data.image_size)
         fleet.check_disjoint()
     if trained is None or trained.config.get("model") != settings.training_identity()["model"]:
         _check_model(settings, len(manifest.classes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,10 @@ from edge_runtime.training.records import OwnRecords, count_images
 from fedvit.config import DataConfig, PartitionConfig
 from fedvit.data.manifest import build_manifest
 from fedvit.data.partition import VirtualFleet
-from fedvit.data.records import ImageSource
+from fedvit.data.records import ImageSource, check_images, load_images
 from fedvit.data.sources import open_source
 from fedvit.errors import DataError
+from fedvit.wire.images import MAX_IMAGE_BYTES
 
 Files = Mapping[str, bytes]
 CLASSES = ("coat", "shoe")
@@ -155,3 +157,39 @@ def test_a_vehicle_with_one_class_and_a_class_named_train_are_read(tmp_path: Pat
     assert [record.label for record in OwnRecords.open(one, CLASSES).records("")] == [0]
     named = written(tmp_path / "named", {"train/0.png": png(0), "car/0.png": png(1)})
     assert count_images(named) == len(OwnRecords.open(named, ("car", "train")).records("")) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "files", "named"),
+    [
+        ("traffic-lights", splits(), "data.source=folder"),
+        ("traffic-lights", {"x/Final_Training/Images/00001/0.ppm": b""}, "data.source=gtsrb"),
+        ("gtsrb", images("animals/"), "data.source=folder"),
+        ("folder", {"Final_Training/Images/00001/0.ppm": b"", "Final_Test/Images/0.ppm": b""}, "data.source=gtsrb"),
+        ("gtsrb", {"dataset_train/red/0.jpg": b""}, "data.source=traffic-lights"),
+    ],
+)
+def test_data_of_another_source_name_their_source(tmp_path: Path, source: str, files: Files, named: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_source(DataConfig(source=source, path=written(tmp_path / "data", files)))
+    assert named in (caught.value.cure or "")
+
+
+def test_images_are_checked_without_holding_all_of_them(tmp_path: Path) -> None:
+    source = read(tmp_path, images(count=40))
+    tracemalloc.start()
+    check_images(source, source.train, 256)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(source.train) * 256 * 256 * 3 / 2
+    key = source.train[40].key
+    (tmp_path / "data" / key).write_bytes(b"broken")
+    with raises_naming(DataError, key):
+        check_images(source, source.train, 16)
+
+
+def test_training_images_may_be_larger_than_what_a_server_takes(tmp_path: Path) -> None:
+    files = images()
+    files["coat/0.png"] += bytes(MAX_IMAGE_BYTES)
+    source = read(tmp_path, files)
+    assert load_images(source, (*source.train, *source.test), 16).shape == (8, 16, 16, 3)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,7 +13,7 @@ import httpx
 import pytest
 from raises import raises_naming
 from starlette.middleware import Middleware
-from tiny_release import CLASSES, MemoryFeed, png, tiny_model
+from tiny_release import CLASSES, IMAGE_SIZE, MemoryFeed, png, tiny_model
 
 import edge_runtime.server as server_module
 from edge_runtime.access import access_rules
@@ -89,6 +91,30 @@ def test_an_image_is_answered_with_everything_about_the_prediction(make: Callabl
 def test_a_bad_image_is_a_problem_with_a_cure(make: Callable[..., ServingProcess], content: bytes) -> None:
     body = assert_problem(ask(make(), "POST", "/infer", content=content), 422, "invalid-data")
     assert body["cure"]
+
+
+def form(content: bytes) -> bytes:
+    return b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + content + b"\r\n--x--\r\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        form(png()),
+        json.dumps({"image": base64.b64encode(png()).decode()}).encode(),
+        json.dumps([[0, 0, 255]] * 16).encode(),
+        base64.b64encode(png()),
+        b"data:image/png;base64," + base64.b64encode(png()),
+        b"\x93NUMPY\x01\0" + bytes(3000),
+        bytes(3 * IMAGE_SIZE**2),
+        png().replace(b"\r", b"").replace(b"\n", b""),
+        b"\xff\xd8\xff\xe0" + b"x" * 5000,
+    ],
+    ids=["form", "base64 in JSON", "list", "base64", "data URL", "array file", "pixels", "curl -d", "curl -d of JPEG"],
+)
+def test_an_upload_of_another_kind_is_told_what_to_send(make: Callable[..., ServingProcess], content: bytes) -> None:
+    body = assert_problem(ask(make(), "POST", "/infer", content=content), 422, "invalid-data")
+    assert "curl --data-binary @image.jpg" in body["cure"]
 
 
 def test_without_a_model_the_caller_is_told_to_come_back(make: Callable[..., ServingProcess], feed: MemoryFeed) -> None:

@@ -7,10 +7,11 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from raises import raises_naming
 from tiny_release import png
 
 from fedvit.errors import DataError
-from fedvit.wire.images import MAX_IMAGE_BYTES, decode_image, to_rgb
+from fedvit.wire.images import MAX_IMAGE_BYTES, decode_image, sendable_image, to_rgb
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -110,7 +111,7 @@ def test_the_pixels_can_be_written_to() -> None:
     [
         (b"", "empty"),
         (b"no image at all", "no image"),
-        (b"GIF89a" + bytes(100), "no image"),
+        (b"GIF89a" + bytes(100), "GIF"),
         (bytes(MAX_IMAGE_BYTES + 1), str(MAX_IMAGE_BYTES)),
         (png_header(10_000, 10_000), "10000 x 10000"),
         (png_header(100_000, 100_000), "pixels"),
@@ -136,3 +137,29 @@ def test_every_truncation_is_a_data_error_or_an_image() -> None:
             outcomes.add("refused")
     assert "refused" in outcomes
     assert outcomes <= {"refused", (16, 16, 3)}
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"GIF89a" + bytes(100), "GIF"),
+        (b"MM\0*" + bytes(100), "TIFF"),
+        (b"\0\0\0 ftypheic" + bytes(100), "HEIC"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
+        (b"\n<!DOCTYPE html><title>404</title>", "HTML"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(content: bytes, named: str) -> None:
+    with raises_naming(DataError, named):
+        decode_image(content, 16)
+
+
+def test_files_of_a_data_set_may_be_larger_than_what_is_sent() -> None:
+    large = png((0, 0, 255)) + bytes(MAX_IMAGE_BYTES)
+    with pytest.raises(DataError):
+        decode_image(large, 16)
+    pixels = decode_image(large, 16, max_bytes=None)
+    sent = sendable_image(large, 16)
+    assert len(sent) < MAX_IMAGE_BYTES
+    np.testing.assert_array_equal(decode_image(sent, 16), pixels)
+    assert sendable_image(png(), 16) == png()

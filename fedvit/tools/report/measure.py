@@ -24,6 +24,7 @@ from fedvit.tools.report.page import write_page
 from fedvit.tools.report.probe import ProbeResult, Target, probe, summarise
 from fedvit.tools.report.summary import build_summary, summary_tables, write_summary
 from fedvit.types import Evaluation, LabelArray, ModelVersion
+from fedvit.wire.images import sendable_image
 from fedvit.wire.tensors import decode_weights
 
 SWITCH_TIMEOUT_S = 60.0
@@ -58,7 +59,7 @@ def measure(
     store = Store.open(settings.home)
     source = VirtualFleet.open(settings.data).source
     reference = _reference(settings, store)
-    images = [source.read(record) for record in source.test]
+    images = [sendable_image(source.read(record), settings.data.image_size) for record in source.test]
     labels = [record.label for record in source.test]
     results = _probe_all(_targets(settings, urls, token), images, reference.version.version, quiet)
     seconds["measuring"] = time.monotonic() - started_s
