@@ -7,7 +7,7 @@ import re
 from fedvit.errors import DataError
 
 SEND = "Send the bytes of one image file as the whole body, such as `curl --data-binary @image.jpg URL`."
-_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_WITHOUT_LINE_BREAKS = b"\x89PNG\x1a"
 _JPEG = b"\xff\xd8\xff"
 # Possessive, so that no content takes more than linear time.
 _BASE64 = re.compile(rb"[A-Za-z0-9+/_\-\r\n]{16,}+={0,2}[\r\n]*+")
@@ -48,8 +48,8 @@ def not_an_image(content: bytes, image_size: int, formats: str) -> DataError:
 
 def without_line_breaks(content: bytes) -> bool:
     """Whether this is an image that lost its line breaks, as the body of ``curl -d @image`` does."""
-    if content.startswith(_PNG[:4]):
-        return not content.startswith(_PNG)
+    if content.startswith(_PNG_WITHOUT_LINE_BREAKS):
+        return True
     return content.startswith(_JPEG) and len(content) >= _LONG and b"\n" not in content and b"\r" not in content
 
 

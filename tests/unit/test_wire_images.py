@@ -111,13 +111,14 @@ def test_the_pixels_can_be_written_to() -> None:
     [
         (b"", "empty"),
         (b"no image at all", "no image"),
+        (b"\x89PNG not really", "no image that can be read"),
         (b"GIF89a" + bytes(100), "GIF"),
         (bytes(MAX_IMAGE_BYTES + 1), str(MAX_IMAGE_BYTES)),
         (png_header(10_000, 10_000), "10000 x 10000"),
         (png_header(100_000, 100_000), "pixels"),
         (png_header(64, 64), "damaged"),
     ],
-    ids=["empty", "text", "gif", "too long", "too many pixels", "decompression bomb", "no pixels"],
+    ids=["empty", "text", "beginning", "gif", "too long", "too many pixels", "decompression bomb", "no pixels"],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_images_are_named(content: bytes, said: str) -> None:
