@@ -15,6 +15,7 @@ from fedvit.errors import PortInUseError
 
 STOP_S = 10.0
 PR_SET_PDEATHSIG = 1
+MESSAGE_CHARACTERS = 500
 
 
 def ray_folder() -> Path:
@@ -39,6 +40,24 @@ def end_child(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def why_ended(status: int, errors: str) -> str:
+    """A phrase that says why a child process ended.
+
+    Args:
+        status: its exit status, negative for a signal, as in :class:`subprocess.Popen`.
+        errors: what it printed on standard error; the last exception in it is quoted, or else its last line.
+    """
+    end = f"with status {status}" if status >= 0 else f"by signal {-status} ({signal.strsignal(-status)})"
+    return f"{end}: {last_error(errors) or 'it printed no reason'}"
+
+
+def last_error(output: str) -> str:
+    """The last exception that a program printed, in one line and without its traceback; or else its last line."""
+    _, traceback, after = output.rpartition("Traceback (most recent call last):\n")
+    lines = [line.strip() for line in after.splitlines() if line.strip() and not (traceback and line[0].isspace())]
+    return (lines[0] if traceback else lines[-1])[:MESSAGE_CHARACTERS].rstrip(".") if lines else ""
 
 
 def why_taken(host: str, port: int) -> str | None:

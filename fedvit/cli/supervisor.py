@@ -14,16 +14,19 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from fedvit.cli.api_session import check_token
 from fedvit.cli.output import print_step, stdout_for_json
 from fedvit.cli.state import find_system, running_system
-from fedvit.errors import FedvitError, InterruptedRunError, UsageError
+from fedvit.errors import FedvitError, InterruptedRunError, StateError, UsageError
+from fedvit.private_files import open_private_folder
+from fedvit.processes import why_ended
 
 if TYPE_CHECKING:
     from fedvit.config import Settings
@@ -96,14 +99,19 @@ def spawn_supervisor(settings: Settings, on_step: Callable[[str], None]) -> None
     Raises:
         FedvitError: the system could not start; with the supervisor's own message.
     """
+    # Its log file is made once the system is ready: a start that is refused leaves no file behind.
+    with tempfile.TemporaryFile() as errors:
+        _await_ready(settings, on_step, errors)
+
+
+def _await_ready(settings: Settings, on_step: Callable[[str], None], errors: BinaryIO) -> None:
     command, pipe = [sys.executable, "-m", "fedvit.cli.supervisor"], subprocess.PIPE
-    child = subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True, text=True
-    )
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, start_new_session=True, text=True)
     assert child.stdin is not None
     assert child.stdout is not None
-    child.stdin.write(settings.model_dump_json())
-    child.stdin.close()
+    # A child that ended at once does not read; how it ended is reported below.
+    with contextlib.suppress(BrokenPipeError), child.stdin:
+        child.stdin.write(settings.model_dump_json())
     for line in child.stdout:
         report = _report(line)
         if "step" in report:
@@ -114,9 +122,24 @@ def spawn_supervisor(settings: Settings, on_step: Callable[[str], None]) -> None
             raise failure(report["error"], cure=report["cure"])
         elif report.get("ready"):
             return
-    raise FedvitError(
-        f"The system ended at its start with status {child.wait()}.", cure=f"See {supervisor_log(settings)}."
-    )
+    status = child.wait()
+    errors.seek(0)
+    output = errors.read()
+    cure = None
+    # The state folder may be unusable; the reason is in the message all the same.
+    with contextlib.suppress(OSError, StateError), open(_open_log(settings), "ab") as log:
+        log.write(output)
+        cure = f"See {supervisor_log(settings)}."
+    reason = why_ended(status, output.decode(errors="replace"))
+    raise FedvitError(f"The system ended at its start {reason}.", cure=cure)
+
+
+def _open_log(settings: Settings) -> int:
+    """A descriptor that appends to the log file of the supervisor."""
+    log = supervisor_log(settings)
+    open_private_folder(settings.home)
+    log.parent.mkdir(exist_ok=True)
+    return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
 def _report(line: str) -> dict[str, Any]:
@@ -173,10 +196,7 @@ def main() -> int:
     settings = settings_from_json(sys.stdin.read())
 
     def log_to_file() -> None:
-        log = supervisor_log(settings)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(descriptor, sys.stderr.fileno())
+        os.dup2(_open_log(settings), sys.stderr.fileno())
 
     try:
         supervise(settings, on_ready=log_to_file)

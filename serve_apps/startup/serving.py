@@ -16,7 +16,7 @@ from fedvit.access.identity import Scope
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
 from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
-from fedvit.processes import end_child, end_with_parent
+from fedvit.processes import end_child, end_with_parent, last_error, why_ended
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 from serve_apps.startup.cluster import CLUSTER_STOP_S, stop_within
 
@@ -54,7 +54,9 @@ def start_serve(settings: Settings, stack: ExitStack, token_file: Path | None) -
     try:
         serve.run_many(applications)
     except RuntimeError as error:
-        message = f"Ray Serve could not start the applications: {str(error).splitlines()[0]}"
+        # The first line says which application, the exception in the rest says why.
+        first, reason = str(error).partition("\n")[0], last_error(str(error))
+        message = f"Ray Serve could not start the applications: {first}" + (f" {reason}." if reason != first else "")
         raise PlacementError(message, cure="See their logs with `make logs`.") from None
     return control_url
 
@@ -81,6 +83,7 @@ def start_edge(settings: Settings, stack: ExitStack, control_url: str, index: in
     log = settings.home / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
+        before = output.tell()
         # Its own process group, so that Ctrl-C reaches it through us and in order.
         process = subprocess.Popen(
             command,
@@ -93,7 +96,8 @@ def start_edge(settings: Settings, stack: ExitStack, control_url: str, index: in
     stack.callback(end_child, process)
     assert process.stdout is not None
     if not process.stdout.readline():
-        raise PlacementError(f"{name} ended at its start with status {process.wait()}.", cure=f"See {log}.")
+        reason = why_ended(process.wait(), log.read_bytes()[before:].decode(errors="replace"))
+        raise PlacementError(f"{name} ended at its start {reason}.", cure=f"See {log}.")
     return f"http://{edge.host}:{edge.ports[index]}"
 
 
