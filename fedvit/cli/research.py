@@ -64,7 +64,13 @@ def planned_runs(
     seeds: int,
     home: Path | None = None,
 ) -> Iterator[tuple[str, Settings]]:
-    """Name and settings of every run; the arguments are the options of :func:`simulate`."""
+    """Name and settings of every run; the arguments are the options of :func:`simulate`.
+
+    Raises:
+        ConfigError: a setting is no good, or names a workload, which is not simulated.
+    """
+    from fedvit.clients.workload import check_images
+
     varied = [_values(one) for one in vary]
     files: list[Path | None] = [*configs] if configs else [None]
     for config in files:
@@ -73,6 +79,7 @@ def planned_runs(
             words += [f"{key.rpartition('.')[2]}={text}" for key, text in values]
             changes = [*assignments, *(f"{key}={text}" for key, text in values)]
             first = settings_from(config, home, data, changes)
+            check_images(first, "A simulation")
             for seed in range(seeds):
                 simulation = first.simulation.model_copy(update={"seed": first.simulation.seed + seed})
                 yield " ".join(words) or "run", first.model_copy(update={"simulation": simulation})
@@ -137,6 +144,7 @@ def sweep(
     index.html, summary.json, and best.yaml, which `fedvit run --config` takes.
     """
     with interruptible():
+        from fedvit.clients.workload import check_images
         from fedvit.data.partition import VirtualFleet
         from fedvit.tools.sweep.journal import Journal
         from fedvit.tools.sweep.space import plan_sweep, rungs_of
@@ -149,11 +157,7 @@ def sweep(
             _show_plan([(p.trial_id, dict(p.parameters), p.epsilon) for p in plans], rungs, as_json)
             return
         # What every trial needs is checked once, before the first trial.
-        if settings.workload.clients_class is not None:
-            raise ConfigError(
-                "A sweep simulates vehicles with images; workload.clients_class names others.",
-                cure="Leave workload.clients_class out.",
-            )
+        check_images(settings, "A sweep")
         VirtualFleet.open(settings.data)
         journal = Journal(folder)
         journal.check(settings)

@@ -125,6 +125,19 @@ def load_workload(settings: Settings) -> VirtualClients:
     return kind(settings)
 
 
+def check_images(settings: Settings, program: str) -> None:
+    """Refuse a workload where a program, such as "A sweep", runs only the built-in clients and models for images.
+
+    Raises:
+        ConfigError: ``workload.clients_class`` is set.
+    """
+    if settings.workload.clients_class is not None:
+        raise ConfigError(
+            f"{program} works on images; workload.clients_class names {settings.workload.clients_class!r}.",
+            cure="Leave workload.clients_class out; `fedvit run` trains a workload.",
+        )
+
+
 class WorkloadHost:
     """Implements :class:`fedvit.ports.ClientHostPort` for a workload; by default for the configured one."""
 

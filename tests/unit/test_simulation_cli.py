@@ -102,3 +102,21 @@ def test_a_setting_without_values_is_refused_by_name(config: Path, vary: str) ->
     with pytest.raises(ConfigError) as error:
         list(planned_runs([config], None, (), [vary], 1))
     assert repr(vary) in error.value.message
+
+
+WORKLOAD = "workload.clients_class=workload_clients:PullingClients"
+
+
+def test_a_workload_is_not_simulated_under_its_name(config: Path, tmp_path: Path) -> None:
+    shown = simulate("-c", str(config), "--set", WORKLOAD, "--json")
+    assert shown.exit_code == 2
+    assert json.loads(shown.stdout)["error"] == "invalid-config"
+    assert not (tmp_path / "var").exists()
+
+
+@pytest.mark.parametrize("command", [("sweep",), ("data", "inspect"), ("finetune",)])
+def test_no_other_program_ignores_a_workload(command: tuple[str, ...], config: Path, tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, [*command, "-c", str(config), "--set", WORKLOAD, "--json"])
+    assert shown.exit_code == 2
+    assert json.loads(shown.stdout)["error"] == "invalid-config"
+    assert not (tmp_path / "var").exists()
