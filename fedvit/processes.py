@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import socket
@@ -11,11 +12,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fedvit.atomic_write import write_atomically
 from fedvit.errors import PortInUseError
 
 STOP_S = 10.0
 PR_SET_PDEATHSIG = 1
 MESSAGE_CHARACTERS = 500
+RAY_LOGS = Path("logs") / "ray.json"
+APPLICATIONS = ("control", "inference")
+"""The names of a system's applications on Ray Serve."""
 
 
 def ray_folder() -> Path:
@@ -24,6 +29,23 @@ def ray_folder() -> Path:
     It is not in the state folder, because the path of a socket has at most 107 bytes.
     """
     return Path(tempfile.gettempdir()) / f"fedvit-ray-{os.geteuid()}" / "ray"
+
+
+def record_ray_logs(home: Path, folder: Path, job_id: str) -> None:
+    """Note in the state folder where Ray writes the logs of its system: other systems may use the same folder."""
+    write_atomically(home / RAY_LOGS, json.dumps({"folder": str(folder), "job_id": job_id}))
+
+
+def ray_log_files(home: Path) -> list[Path]:
+    """The logs, on this machine, of the actors and replicas of the last system on a state folder; without empty ones."""
+    try:
+        facts = json.loads((home / RAY_LOGS).read_text())
+        folder, job_id = Path(facts["folder"]), facts["job_id"]
+    except (OSError, ValueError, KeyError):
+        return []
+    replicas = [path for app in APPLICATIONS for path in (folder / "serve").glob(f"replica_{app}_*.log")]
+    files = [*sorted(folder.glob(f"worker-*-{job_id}-*.err")), *sorted(replicas)]
+    return [path for path in files if path.stat().st_size]
 
 
 def end_with_parent() -> None:

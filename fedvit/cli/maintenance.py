@@ -20,8 +20,8 @@ from fedvit.cli.options import SYSTEM, Options, local_command
 from fedvit.cli.output import console, print_facts, print_json, show_text
 from fedvit.cli.state import local_actor, named_edges, required_system, trusted_certificate
 from fedvit.cli.system import system_facts
-from fedvit.errors import FedvitError, IntegrityError, NotFoundError
-from fedvit.processes import ray_folder
+from fedvit.errors import FedvitError, IntegrityError, NoModelError, NotFoundError
+from fedvit.processes import ray_log_files
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -35,32 +35,41 @@ PACKAGES = ("fedvit", "ray", "torch", "timm", "opacus", "onnxruntime", "dp-accou
 
 @local_command()
 def health_check(options: Options) -> None:
-    """Check every part of the running system; status 1 unless all are well."""
+    """Check every part of the running system; status 1 unless all are well, or wait for the first release."""
     settings = options.settings()
     urls = required_system(settings.home).urls
     certificate = trusted_certificate(settings)
-    verdicts = {"control": _check_control(urls.control, settings)}
+    control, waiting = _check_control(urls.control, settings)
+    verdicts = {"control": control}
     for name, url in {"inference": urls.inference, **named_edges(urls)}.items():
-        verdicts[name] = _check(url, certificate)
+        verdicts[name] = _check(url, certificate, waiting)
     if options.as_json:
         print_json(verdicts)
     else:
         for name, verdict in verdicts.items():
-            colour = "green" if verdict == "ok" else "red"
-            console.print(f"[bold]{name:<10}[/] [{colour}]{escape(verdict)}[/]")
-    if any(verdict != "ok" for verdict in verdicts.values()):
+            colour = "green" if verdict == "ok" else "yellow" if verdict == waiting else "red"
+            console.print(f"[bold]{name:<10}[/] [{colour}]{escape(verdict)}[/]", soft_wrap=True)
+    if any(verdict not in ("ok", waiting) for verdict in verdicts.values()):
         raise typer.Exit(1)
 
 
-def _check_control(url: str, settings: Settings) -> str:
+def _check_control(url: str, settings: Settings) -> tuple[str, str | None]:
+    """The verdict on the control API, and what its replicas and edges wait for, if they do."""
+    from fedvit.registry.publisher import waiting_for_release
+
     try:
         with control_client(url, settings) as client:
-            return client.system.health().status
+            health = client.system.health()
     except FedvitError as error:
-        return str(error)
+        return str(error), None
+    training = health.training
+    if health.release is None and training is not None and training.status == "running":
+        return health.status, waiting_for_release(training.rounds_done, training.rounds_total)
+    return health.status, None
 
 
-def _check(url: str, certificate: Path | None) -> str:
+def _check(url: str, certificate: Path | None, waiting: str | None) -> str:
+    """The verdict on a target; ``waiting`` if it has no model because nothing is released yet."""
     import httpx
 
     from fedvit.api.transport import json_of
@@ -68,7 +77,10 @@ def _check(url: str, certificate: Path | None) -> str:
 
     try:
         response = Target(url, ca_file=certificate).health("/health", timeout_s=10)
-        status = json_of(response).get("status", "")
+        document = json_of(response)
+        status = document.get("status", "")
+        if waiting is not None and str(document.get("type", "")).endswith(f"/{NoModelError.code}"):
+            return waiting
     except (httpx.HTTPError, IntegrityError) as error:
         return f"no answer: {error}"
     except (ValueError, AttributeError):
@@ -198,21 +210,15 @@ def _version(name: str) -> str:
 
 
 def _log_files(settings: Settings) -> list[Path]:
-    return sorted((settings.home / "logs").glob("*.log"))
+    return [*sorted((settings.home / "logs").glob("*.log")), *ray_log_files(settings.home)]
 
 
 @local_command(options=("home", "config"))
 def logs(
     options: Options, follow: Annotated[bool, Option("--follow", "-f", help="Go on as lines arrive.")] = False
 ) -> None:
-    """Show the logs of the supervisor, the edges, and Ray's actors and replicas."""
+    """Show the logs of the supervisor, the edges, and Ray's actors and replicas: those of the system on --home."""
     files = _log_files(options.settings())
-    # Of the Ray that fedvit started, or of a cluster that it joined: Ray's own fixed place.
-    ray_logs = ray_folder() / "session_latest" / "logs"
-    if not ray_logs.exists():
-        ray_logs = Path("/tmp/ray/session_latest/logs")  # noqa: S108
-    if ray_logs.exists():
-        files += sorted(ray_logs.glob("worker-*fedvit*.err")) + sorted((ray_logs / "serve").glob("replica_*.log"))
     if not files:
         raise NotFoundError("There are no logs yet.", cure="Start the system: `fedvit up`.")
     command = ["tail", "-n", "50", *(["-F"] if follow else []), *map(str, files)]

@@ -14,6 +14,7 @@ from fedvit.config import Settings
 from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
 from fedvit.metrics.targets import RAY, link_targets, write_targets
 from fedvit.ports import AggregatorPort
+from fedvit.processes import record_ray_logs
 from serve_apps import proxy
 from serve_apps.startup.checks import await_free_ports
 
@@ -43,10 +44,11 @@ def start_ray(settings: Settings, stack: ExitStack) -> str | None:
     environment = {MULTIPROCESS_VARIABLE: str(metrics_dir), "RAY_USAGE_STATS_ENABLED": "0"}
     connect(settings, environment | proxy.environment(settings))
     stack.callback(ray.shutdown)
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    record_ray_logs(settings.home, session / "logs", ray.get_runtime_context().get_job_id())
     if not settings.ray.dashboard:
         write_targets(settings.home, RAY, [])
         return None
-    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
     link_targets(settings.home, RAY, session / PROMETHEUS_SERVICE_DISCOVERY_FILE)
     stack.callback(write_targets, settings.home, RAY, [])
     url = ray._private.worker.get_dashboard_url()

@@ -16,7 +16,7 @@ from fedvit.access.identity import Scope
 from fedvit.config import Settings
 from fedvit.errors import PlacementError
 from fedvit.metrics.exposition import MULTIPROCESS_VARIABLE
-from fedvit.processes import end_child, end_with_parent, last_error, why_ended
+from fedvit.processes import APPLICATIONS, end_child, end_with_parent, last_error, why_ended
 from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 from serve_apps.startup.cluster import CLUSTER_STOP_S, stop_within
 
@@ -47,8 +47,8 @@ def start_serve(settings: Settings, stack: ExitStack, token_file: Path | None) -
         settings, control_url=control_url, trusted_key=key, token_file=token_file, node_labels=labels
     )
     applications = [
-        serve.RunTarget(build_control_app(settings, node_labels=labels), name="control", route_prefix="/"),
-        serve.RunTarget(inference, name="inference", route_prefix="/inference"),
+        serve.RunTarget(build_control_app(settings, node_labels=labels), name=APPLICATIONS[0], route_prefix="/"),
+        serve.RunTarget(inference, name=APPLICATIONS[1], route_prefix="/inference"),
     ]
     stack.callback(stop_within, CLUSTER_STOP_S, _delete, [application.name for application in applications])
     try:

@@ -6,10 +6,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fedvit.cli.main import app
 from fedvit.cli.supervisor import spawn_supervisor, supervisor_log
 from fedvit.errors import FedvitError, PlacementError
-from fedvit.processes import last_error
+from fedvit.processes import last_error, ray_log_files, record_ray_logs
 from fedvit.settings import load_settings
 from serve_apps.startup.serving import start_edge
 
@@ -67,3 +69,39 @@ def test_why_an_edge_ended_at_its_start_is_in_the_error(tmp_path: Path, importab
 )
 def test_the_last_error_of_an_output(output: str, expected: str) -> None:
     assert last_error(output) == expected
+
+
+@pytest.fixture
+def sessions(tmp_path: Path) -> Path:
+    """Logs of Ray: of one session each for the homes ``ours`` and ``other``, and of one that both joined."""
+    for session, jobs in (("first", ["01000000"]), ("second", ["01000000"]), ("joined", ["05000000", "06000000"])):
+        logs = tmp_path / session
+        (logs / "serve").mkdir(parents=True)
+        for job in jobs:
+            (logs / f"worker-abc-{job}-77.err").write_text(f"an actor of {session} {job}\n")
+            (logs / f"worker-def-{job}-78.err").touch()
+        (logs / "serve" / "replica_control_control_x.log").write_text(f"a replica of {session}\n")
+        (logs / "serve" / "replica_chat_model_y.log").write_text("an application of somebody else\n")
+    return tmp_path
+
+
+def test_logs_are_those_of_the_system_on_the_home(sessions: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    record_ray_logs(sessions / "ours", sessions / "first", "01000000")
+    record_ray_logs(sessions / "other", sessions / "second", "01000000")
+    assert CliRunner().invoke(app, ["logs", "--home", str(sessions / "ours")]).exit_code == 0
+    shown = capfd.readouterr().out
+    assert "an actor of first" in shown
+    assert "a replica of first" in shown
+    assert "second" not in shown
+    assert "somebody else" not in shown
+
+
+def test_logs_in_a_joined_cluster_are_those_of_the_own_job(sessions: Path) -> None:
+    record_ray_logs(sessions / "ours", sessions / "joined", "05000000")
+    names = [path.name for path in ray_log_files(sessions / "ours")]
+    assert names == ["worker-abc-05000000-77.err", "replica_control_control_x.log"]
+
+
+def test_without_a_start_there_are_no_logs(tmp_path: Path) -> None:
+    assert ray_log_files(tmp_path) == []
+    assert CliRunner().invoke(app, ["logs", "--home", str(tmp_path)]).exit_code == 2
