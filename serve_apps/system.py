@@ -19,7 +19,7 @@ from fedvit.store.backup_keys import KEYS, load_or_create_backup_key
 from fedvit.store.locks import system_lock
 from fedvit.tools.monitoring_stack import server_target
 from fedvit.tools.simulation.rehearsal import check_rehearsal
-from serve_apps.startup.checks import await_free_ports, check_ports, check_tls_key, check_training
+from serve_apps.startup.checks import await_free_ports, check_budget, check_ports, check_tls_key, check_training
 from serve_apps.startup.cluster import ShutdownWatch, start_actors, start_ray
 from serve_apps.startup.serving import follower_token, start_edge, start_serve
 
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 ANNOUNCEMENT = Path("run") / "system.json"
 # The sweep keeps its own journal; Tune's files a trial and its tables on the terminal are not used.
-QUIET_TUNE = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+QUIET_TUNE = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Its present output prints a table for each trial that fails, also when it is silenced.
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
 
 
 class RaySystem:
@@ -55,6 +60,7 @@ class RaySystem:
             check_exposure(settings)
             check_tls_key(settings)
             check_rehearsal(settings)
+            check_budget(settings)
             if (self._home / ANNOUNCEMENT).exists():
                 # The last one was killed: what Ray started for it ends by itself, a few seconds later.
                 await_free_ports(settings)
@@ -80,7 +86,7 @@ class RaySystem:
             certificate = settings.access.tls_cert
             ca_file = None if certificate is None else str(certificate.resolve())
             urls = SystemUrls(control, f"{control}/inference", edges, dashboard, ca_file)
-            stack.enter_context(_announced(self._home, urls))
+            stack.enter_context(_announced(settings, urls))
             if train:
                 actors.handle().start_training()
             # Before everything else: a shutdown asked for while we stop must not break that off.
@@ -132,10 +138,11 @@ class RaySystem:
 
 
 @contextmanager
-def _announced(home: Path, urls: SystemUrls) -> Iterator[None]:
-    """``run/system.json`` says to the command line where the running system answers."""
-    path = home / ANNOUNCEMENT
-    write_atomically(path, json.dumps({"pid": os.getpid(), **asdict(urls)}))
+def _announced(settings: Settings, urls: SystemUrls) -> Iterator[None]:
+    """``run/system.json`` says to the command line where the running system answers, and with which settings it runs."""
+    path = settings.home / ANNOUNCEMENT
+    facts = {"pid": os.getpid(), "settings": settings.model_dump(mode="json"), **asdict(urls)}
+    write_atomically(path, json.dumps(facts))
     try:
         yield
     finally:

@@ -12,9 +12,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedvit.errors import ConfigError, StateError
+from fedvit.errors import ConfigError, ConflictError, StateError
 
 if TYPE_CHECKING:
+    from fedvit.cli.options import Options
     from fedvit.config import Settings
     from fedvit.ports import SystemPort, SystemUrls
     from fedvit.store.store import Store
@@ -32,10 +33,11 @@ def find_system(settings: Settings) -> SystemPort:
 
 @dataclass(frozen=True, slots=True)
 class RunningSystem:
-    """The process and the addresses of a system that runs, as it wrote them into its state folder."""
+    """The process, the addresses and the settings of a system that runs, as it wrote them into its state folder."""
 
     pid: int
     urls: SystemUrls
+    settings: Mapping[str, Any]
 
 
 def running_system(home: Path) -> RunningSystem | None:
@@ -46,10 +48,47 @@ def running_system(home: Path) -> RunningSystem | None:
         return None
     try:
         facts = json.loads((home / "run" / "system.json").read_text())
-        pid = int(facts.pop("pid"))
+        pid, settings = int(facts.pop("pid")), facts.pop("settings", {})
     except (OSError, ValueError, KeyError):
         return None
-    return RunningSystem(pid, SystemUrls(**{**facts, "edges": tuple(facts["edges"])}))
+    return RunningSystem(pid, SystemUrls(**{**facts, "edges": tuple(facts["edges"])}), settings)
+
+
+def settings_in_force(options: Options) -> Settings:
+    """The settings of the system that runs on --home, or else those of the options.
+
+    Raises:
+        ConflictError: a system runs there, and the options name other settings, which it would not follow.
+    """
+    settings = options.settings()
+    running = running_system(settings.home)
+    if running is None or not running.settings:
+        return settings
+    if options.config is not None or options.data is not None or options.assignments:
+        named, there = _flat(settings.model_dump(mode="json")), _flat(running.settings)
+        changes = [
+            f"{key} is {there.get(key)!r} there and {value!r} here"
+            for key, value in named.items()
+            if key != "home" and value != there.get(key)
+        ]
+        if changes:
+            more = f", and {len(changes) - 3} more" if len(changes) > 3 else ""
+            raise ConflictError(
+                f"The system on {settings.home} runs with other settings: {'; '.join(changes[:3])}{more}.",
+                cure="Stop it with `fedvit down`, then repeat the command; or leave the settings out to use its own.",
+            )
+    from fedvit.settings import settings_from_json
+
+    return settings_from_json(json.dumps(running.settings))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested settings by ``section.key``."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        values |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return values
 
 
 def required_system(home: Path, cure: str = "Start it with `fedvit up`.") -> RunningSystem:

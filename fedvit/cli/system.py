@@ -14,7 +14,7 @@ from fedvit.api.choices import ShutdownMode
 from fedvit.cli.api_session import POLL_S, ApiSession, api_command, api_session, control_client, environment_token
 from fedvit.cli.options import SYSTEM, LimitOption, NoWaitOption, OffsetOption, Options, local_command
 from fedvit.cli.output import console, plain, print_json, print_step, show, show_text
-from fedvit.cli.state import named_edges, running_system
+from fedvit.cli.state import named_edges, running_system, settings_in_force
 from fedvit.cli.supervisor import (
     interruptible,
     spawn_supervisor,
@@ -23,7 +23,7 @@ from fedvit.cli.supervisor import (
     supervisor_log,
     temporary_system,
 )
-from fedvit.cli.training import follow_training
+from fedvit.cli.training import follow_training, show_end
 from fedvit.errors import ControlApiError, ControlUnreachableError, FedvitError, StateError
 from fedvit.types import OperationStatus
 
@@ -43,19 +43,29 @@ def run(options: Options) -> None:
     """Train, publish, serve, query every test image, report; then stop what was started.
 
     A second call continues the same state: an interrupted run goes on at its round, a finished one is reported again.
+    The model of a workload is trained only. With other settings it begins another run. It reports the release of its own run only; status 2 if there is none.
     """
     with interruptible():
-        settings = options.settings()
+        settings = settings_in_force(options)
         seconds: dict[str, float] = {}
         with temporary_system(settings, quiet=options.as_json, seconds=seconds) as urls:
             started_s = time.monotonic()
             progress = follow_training(urls.control, settings, quiet=options.as_json)
             seconds["training"] = time.monotonic() - started_s
             if progress.status == "failed":
-                raise FedvitError(f"Training failed: {progress.message}", cure="Mend the cause, then run again.")
+                raise FedvitError(
+                    f"Training failed after {progress.rounds_done} of {progress.rounds_total} rounds, with epsilon "
+                    f"{progress.epsilon:.3f} spent: {progress.message}",
+                    cure="Mend the cause, then run again.",
+                )
+            if settings.workload.clients_class is not None:
+                # Its model is not released, so there is nothing to serve and to query.
+                show_end(progress, options.as_json)
+                return
             from fedvit.tools.report.measure import measure
 
-            summary = measure(settings, urls, seconds, quiet=options.as_json, token=environment_token())
+            token = environment_token()
+            summary = measure(settings, urls, seconds, run_id=progress.run_id, quiet=options.as_json, token=token)
         if options.as_json:
             print_json(summary)
 
@@ -66,7 +76,7 @@ def up(
     foreground: Annotated[bool, Option("--foreground", help="Stay attached; end with Ctrl-C.")] = False,
 ) -> None:
     """Start the system, begin or continue training, and leave it running."""
-    settings = options.settings()
+    settings = settings_in_force(options)
     if foreground:
         supervise(settings)
         return
@@ -169,15 +179,17 @@ def system_facts(settings: Settings) -> dict[str, Any]:
             health, budget = client.system.health(), client.privacy.budget()
     except FedvitError as error:
         return {"system": f"not answering ({error})", "pid": running.pid, **_stored_facts(settings)}
+    facts = {"system": health.status, "pid": running.pid, "control": running.urls.control, "parts": dict(health.parts)}
     training = health.training
+    if training is None:
+        return {**facts, **_stored_facts(settings)}
     return {
-        "system": health.status,
-        "pid": running.pid,
-        "control": running.urls.control,
-        "parts": dict(health.parts),
-        "training": (training and training.status) or "not started",
-        "rounds": f"{training.rounds_done} of {training.rounds_total}" if training else "0 of 0",
-        "accuracy": training.accuracy if training else None,
+        **facts,
+        "training": training.status or "not started",
+        "reason": training.message,
+        "rounds_done": training.rounds_done,
+        "rounds_total": training.rounds_total,
+        "accuracy": training.accuracy,
         "release": health.release,
         "epsilon_spent": budget.epsilon_spent,
         "epsilon_remaining": budget.epsilon_remaining,
@@ -195,7 +207,9 @@ def _stored_facts(settings: Settings) -> dict[str, Any]:
     budget = PrivacyAccountant(store, settings).budget()
     return {
         "training": run.status.value if run else "not started",
-        "rounds": f"{run.rounds_done} of {run.rounds_total}" if run else "0",
+        "reason": run.reason if run else None,
+        "rounds_done": run.rounds_done if run else 0,
+        "rounds_total": run.rounds_total if run else settings.training.rounds,
         "release": release.version if release else None,
         "epsilon_spent": budget.epsilon_spent,
         "epsilon_remaining": budget.epsilon_remaining,

@@ -14,7 +14,7 @@ from fedvit.api.choices import AggregationMode, ClientSelection
 from fedvit.cli.api_session import POLL_S, ApiSession, api_command, control_client
 from fedvit.cli.options import SYSTEM, IfMatchOption, NoWaitOption, Options, local_command
 from fedvit.cli.output import console, print_json, print_step, progress_bar, show_fields, show_text, stdout_for_json
-from fedvit.cli.state import find_system
+from fedvit.cli.state import find_system, settings_in_force
 from fedvit.cli.supervisor import interruptible, temporary_system
 from fedvit.errors import InterruptedRunError, UsageError
 
@@ -33,15 +33,21 @@ def run(options: Options) -> None:
     It uses the system that runs on --home; without one, it starts a system and stops it afterwards.
     """
     with interruptible():
-        settings = options.settings()
+        settings = settings_in_force(options)
         with temporary_system(settings, quiet=options.as_json) as urls:
             progress = follow_training(urls.control, settings, quiet=options.as_json)
-        text = f"Training {progress.status} after {progress.rounds_done} of {progress.rounds_total} rounds"
-        text += f": accuracy {_number(progress.accuracy)}, epsilon {_number(progress.epsilon)}."
-        text += f" {progress.message}" if progress.message else ""
-        show_text(text, progress.model_dump(mode="json"), options.as_json)
-        if progress.status == "failed":
-            raise typer.Exit(1)
+        show_end(progress, options.as_json)
+
+
+def show_end(progress: ProgressView, as_json: bool) -> None:
+    """Print how a run ended; status 1 when it failed."""
+    status = (progress.status or "not started").replace("_", " ")
+    text = f"{progress.run_id} is {status} after {progress.rounds_done} of {progress.rounds_total} rounds: "
+    text += f"accuracy {_number(progress.accuracy)}, epsilon {_number(progress.epsilon)}."
+    text += f" {progress.message}" if progress.message else ""
+    show_text(text, progress.model_dump(mode="json"), as_json)
+    if progress.status == "failed":
+        raise typer.Exit(1)
 
 
 @api_command(app, "status")
@@ -181,8 +187,7 @@ def follow_training(base_url: str, settings: Settings, *, quiet: bool) -> Progre
             numbers = "  ".join(
                 f"{name} {_number(getattr(progress, name))}" for name in ("loss", "accuracy", "epsilon")
             )
-            text = f"{numbers}  {progress.phase}"
-            update(total=total, completed=done, description=f"round {done}/{total}", text=text)
+            update(total=total, completed=done, description=f"round {done}/{total}", text=numbers)
             if progress.status not in (None, "running") and progress.phase == "resting":
                 return progress
             time.sleep(POLL_S)

@@ -15,6 +15,8 @@ from fedvit.processes import check_port_free, why_taken
 from fedvit.types import Client
 
 PORT_FREE_S = 20.0
+IMAGE_SIZE = "image_size"
+"""Key of the state's metadata: the size of the images that its models are trained with. It is part of no run."""
 
 
 def check_ports(settings: Settings, *, joins: bool = False) -> None:
@@ -61,6 +63,28 @@ def check_tls_key(settings: Settings) -> None:
         )
 
 
+def check_budget(settings: Settings) -> None:
+    """Refuse a budget below what the state folder has spent: no round could be trained, and no report could be true.
+
+    Raises:
+        ConfigError: ``privacy.target_epsilon`` is such a budget, and no operator has granted another one since.
+        StateError: the ledger cannot be read with these settings.
+    """
+    from fedvit.privacy.accountant import PrivacyAccountant
+    from fedvit.store.store import Store
+
+    if not (settings.home / "state.db").exists():
+        return
+    with Store.open(settings.home) as store:
+        budget = PrivacyAccountant(store, settings).budget()
+    if budget.epsilon_spent > budget.target_epsilon:
+        raise ConfigError(
+            f"'privacy.target_epsilon' is {budget.target_epsilon:g}, and {settings.home} has spent "
+            f"{budget.epsilon_spent:.4f} already at delta {budget.target_delta:g}.",
+            cure="Set it to the budget that this fleet was promised, or name another folder with --home.",
+        )
+
+
 def check_training(settings: Settings, on_step: Callable[[str], None]) -> Callable[[], None]:
     """Check the data, the clients and the model; return what writes the result into the state.
 
@@ -68,6 +92,7 @@ def check_training(settings: Settings, on_step: Callable[[str], None]) -> Callab
         on_step: receives how many files of the data set are left out, if there are any.
 
     Raises:
+        ConfigError: the size of the images is not that of the models in the state folder.
         DataError: an image cannot be read, or the data is of no use.
         ModelError: the model cannot be built or exported.
     """
@@ -83,10 +108,17 @@ def check_training(settings: Settings, on_step: Callable[[str], None]) -> Callab
     if skipped := sum(each.files for each in skipped_files(fleet.source)):
         on_step(f"{skipped} files are left out; `fedvit data inspect` lists them")
     manifest = build_manifest(fleet.source)
-    known = trained = None
+    known = trained = trained_size = None
     if (settings.home / "state.db").exists():
         with Store.open(settings.home) as store:
             known, trained = store.metadata.fleet(), store.runs.latest()
+            trained_size = store.metadata.get(IMAGE_SIZE)
+    if trained_size not in (None, settings.data.image_size):
+        raise ConfigError(
+            f"'data.image_size' is {settings.data.image_size}, and the models in {settings.home} were trained with "
+            f"{trained_size}.",
+            cure=f"Set it to {trained_size}, or name another folder with --home.",
+        )
     if known is None:
         # Every image once, so that a broken one is named now and not in the middle of a round.
         check_images(fleet.source, (*fleet.source.train, *fleet.source.test), settings.data.image_size)
@@ -94,7 +126,13 @@ def check_training(settings: Settings, on_step: Callable[[str], None]) -> Callab
     if trained is None or trained.config.get("model") != settings.training_identity()["model"]:
         _check_model(settings, len(manifest.classes))
     partition = {**settings.data.partition.model_dump(mode="json"), "digest": fleet.parts_digest()}
-    return lambda: _write(settings, manifest.digest, partition, manifest.classes, fleet.clients())
+
+    def write() -> None:
+        _write(settings, manifest.digest, partition, manifest.classes, fleet.clients())
+        with Store.open(settings.home) as store:
+            store.metadata.set(IMAGE_SIZE, settings.data.image_size)
+
+    return write
 
 
 def _check_workload(settings: Settings) -> Callable[[], None]:

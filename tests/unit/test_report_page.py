@@ -62,6 +62,7 @@ class TestSummary:
             "delta": 1e-5,
             "privacy_unit": "record",
             "noise_multiplier": 1.56,
+            "run_id": "run-1",
             "rounds": 5,
             "model_version": "v5",
             "data": {"name": "lights", "digest": "d1" * 32, "num_train": 1187, "num_test": 297},

@@ -15,10 +15,11 @@ from fedvit.api.transport import json_of
 from fedvit.config import Settings
 from fedvit.data.manifest import build_manifest
 from fedvit.data.partition import VirtualFleet
-from fedvit.errors import NotFoundError
+from fedvit.errors import ConflictError, NotFoundError
 from fedvit.evaluation.server_model import ServerModel
 from fedvit.ports import SystemUrls
 from fedvit.privacy.accountant import PrivacyAccountant
+from fedvit.registry.publisher import why_no_release
 from fedvit.store.store import Store
 from fedvit.tools.report.page import write_page
 from fedvit.tools.report.probe import ProbeResult, Target, probe, summarise
@@ -41,24 +42,33 @@ class _Reference:
 
 
 def measure(
-    settings: Settings, urls: SystemUrls, seconds: dict[str, float], *, quiet: bool, token: str | None = None
+    settings: Settings,
+    urls: SystemUrls,
+    seconds: dict[str, float],
+    *,
+    run_id: str | None,
+    quiet: bool,
+    token: str | None = None,
 ) -> dict[str, Any]:
     """Probe the inference application and the edges with every test image and write the report.
 
     Writes ``report/summary.json`` and ``report/index.html`` in the state folder and prints the summary as a table.
 
     Args:
+        run_id: the run that is reported; the current release has to be of it. None admits any.
         seconds: the duration of each phase so far; that of the measurement is added.
         token: the bearer token of the inference application, if it demands one.
 
     Raises:
         NotFoundError: nothing is released, or a target does not serve the current release in time.
+        ConflictError: the current release is of another run; the report stays as it is.
         FedvitError: a target fails to answer.
     """
     started_s = time.monotonic()
     store = Store.open(settings.home)
+    version = _released(store, run_id)
     source = VirtualFleet.open(settings.data).source
-    reference = _reference(settings, store)
+    reference = _reference(settings, store, version)
     images = [sendable_image(source.read(record), settings.data.image_size) for record in source.test]
     labels = [record.label for record in source.test]
     results = _probe_all(_targets(settings, urls, token), images, reference.version.version, quiet)
@@ -84,7 +94,9 @@ def measure(
         target_epsilon=settings.privacy.target_epsilon,
     )
     if not quiet:
-        Console().print(Group(*summary_tables(summary)), f"Report: {page}")
+        Console().print(Group(*summary_tables(summary)))
+        # On one line, to be copied.
+        Console().print(f"Report: {page}", soft_wrap=True, markup=False, highlight=False)
     return summary
 
 
@@ -94,14 +106,33 @@ def _targets(settings: Settings, urls: SystemUrls, token: str | None) -> dict[st
     return {"inference": inference} | {f"edge-{i}": Target(url) for i, url in enumerate(urls.edges, start=1)}
 
 
-def _reference(settings: Settings, store: Store) -> _Reference:
+def _released(store: Store, run_id: str | None) -> ModelVersion:
     release = store.releases.current()
     if release is None:
-        raise NotFoundError("No model version is released yet.", cure="Let training come to its first release.")
+        message, cure = why_no_release(store)
+        raise NotFoundError(message, cure=cure)
     version = store.versions.get(release.version)
+    if run_id not in (None, version.run_id):
+        raise _of_another_run(store, str(run_id), version)
+    return version
+
+
+def _reference(settings: Settings, store: Store, version: ModelVersion) -> _Reference:
     weights = decode_weights(store.blobs.get(version.weights_digest), max_bytes=MAX_WEIGHTS_BYTES)
     model = ServerModel(settings)
     return _Reference(version, model.evaluate(weights), model.predict(weights))
+
+
+def _of_another_run(store: Store, run_id: str, current: ModelVersion) -> ConflictError:
+    run, last = store.runs.get(run_id), store.versions.latest(run_id)
+    ended = f"{run_id} is {run.status.replace('_', ' ')} after {run.rounds_done} of {run.rounds_total} rounds"
+    reason = f": {run.reason}" if run.reason else "."
+    refused = f" Its version {last.version} was refused: {last.refusal}" if last and last.refusal else ""
+    return ConflictError(
+        f"{ended}{reason}{refused} The current release, {current.version}, is of {current.run_id}, so there is nothing "
+        "new to report.",
+        cure=f"`fedvit model list` shows the versions; the report of {current.run_id} is left as it was.",
+    )
 
 
 def _probe_all(targets: Mapping[str, Target], images: list[bytes], version: str, quiet: bool) -> dict[str, ProbeResult]:
@@ -117,13 +148,16 @@ def _probe_all(targets: Mapping[str, Target], images: list[bytes], version: str,
 def _await_version(name: str, target: Target, version: str) -> None:
     """Wait until a target serves the version: replicas and vehicles poll for new releases."""
     deadline_s = time.monotonic() + SWITCH_TIMEOUT_S
-    health: Any = None
+    health: dict[str, Any] = {}
+    serves = None
     while time.monotonic() < deadline_s:
         health = json_of(target.health("/health/detailed", timeout_s=10))
-        if ((health.get("model") or {}).get("version")) == version:
+        serves = (health.get("model") or {}).get("version")
+        if serves == version:
             return
         time.sleep(0.2)
+    why = f" Its last error: {health['last_error']}" if health.get("last_error") else ""
     raise NotFoundError(
-        f"{name} does not serve {version} after {SWITCH_TIMEOUT_S:g} s; it says {health!r}.",
+        f"{name} does not serve {version} after {SWITCH_TIMEOUT_S:g} s; it serves {serves or 'no model'}.{why}",
         cure="See its log with `make logs`.",
     )

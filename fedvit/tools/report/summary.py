@@ -35,6 +35,7 @@ def build_summary(
         "delta": budget.target_delta,
         "privacy_unit": budget.privacy_unit,
         "noise_multiplier": run.noise_multiplier,
+        "run_id": run.run_id,
         "rounds": run.rounds_done,
         "model_version": model_version,
         "data": {
@@ -74,7 +75,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Recall by class", recall),
         ("Privacy", privacy_line(summary)),
         ("Noise multiplier", f"{summary['noise_multiplier']:.4g}"),
-        ("Rounds", str(summary["rounds"])),
+        ("Rounds", f"{summary['rounds']} of {summary['run_id']}"),
         ("Model version", str(summary["model_version"])),
         ("Data", f"{data['name']}: {data['num_train']:,} training and {data['num_test']:,} test images"),
         ("Data digest", str(data["digest"])),
