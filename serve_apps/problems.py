@@ -64,7 +64,11 @@ def problem_of(error: Exception) -> JSONResponse:
         error = _invalid(error)
     if not isinstance(error, FedvitError):
         _LOG.error("A request failed", exc_info=error)
-        error = FedvitError("The request failed for an unforeseen reason; the log has it under this request_id.")
+        logged = f" under request_id {identifier}" if (identifier := request_id.get()) else ""
+        error = FedvitError(
+            f"The request failed for an unforeseen reason ({type(error).__name__}).",
+            cure=f"`fedvit logs` shows it{logged}.",
+        )
     return _response(problem_document(error), problem_headers(error))
 
 

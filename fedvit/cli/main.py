@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
+import os
+import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -78,6 +81,13 @@ def root(
 
 def main() -> None:
     """Console entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        # A message may quote a file name that the terminal's encoding cannot show.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # Classes that settings name are also found in the working directory; actors of Ray look there, too. It comes last,
+    # so that no file in it replaces an installed module.
+    sys.path.append(os.getcwd())
     app()
 
 

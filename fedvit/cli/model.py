@@ -58,12 +58,16 @@ def export_release(
 ) -> None:
     """Write the current release as a folder that ``fedvit-edge serve --source FOLDER`` reads, and its trusted key."""
     from fedvit.registry.client import write_release_folder
+    from fedvit.registry.publisher import why_no_release
     from fedvit.wire.manifest import load_or_create_signing_key, public_key_text
 
     store = open_existing_store(options.settings())
     release = store.releases.current()
     if release is None or variant.value not in release.artifacts:
-        raise NotFoundError(f"No release has a variant {variant.value!r}.", cure="Train first: `fedvit run`.")
+        message, cure = f"The release has no variant {variant.value!r}.", "See `release.variants`."
+        if release is None:
+            message, cure = why_no_release(store)
+        raise NotFoundError(message, cure=cure)
     content = store.blobs.get(release.artifacts[variant.value])
     write_release_folder(folder, release.envelopes[variant.value], content)
     key = public_key_text(load_or_create_signing_key(store.home / "keys").public_key())

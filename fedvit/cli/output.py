@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -14,7 +16,12 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
+LEAST_COLUMN = 30
+"""The width to which the widest column of a table may be narrowed; below it, rows become blocks of lines."""
+# A point in time, as JSON has it.
+_INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[.\d]*(Z|\+00:00)")
 console = Console()
 errors = Console(stderr=True)
 
@@ -35,7 +42,7 @@ def print_facts(facts: Any, as_json: bool) -> None:
 def print_step(step: str, *, quiet: bool = False) -> None:
     """Print one step of a longer command."""
     if not quiet:
-        console.print(f"[dim]•[/] {step}")
+        console.print(f"[dim]•[/] {escape(step)}", soft_wrap=True)
 
 
 def stdout_for_json(as_json: bool) -> AbstractContextManager[object]:
@@ -70,18 +77,34 @@ def show_text(text: str, value: Any, as_json: bool) -> None:
 
 
 def show_fields(facts: Mapping[str, Any], to: Console = console) -> None:
-    """Print names and values, one a line; values that are tables follow below."""
-    from rich.table import Table
-
+    """Print names and values, one a line; values that are tables follow below. A word is never broken: it is copied."""
     tables = {name: value for name, value in facts.items() if _is_rows(value)}
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        if name not in tables:
-            table.add_row(f"[bold]{escape(_title(name))}[/]", _cell(value))
-    to.print(table)
+    rest = {name: value for name, value in facts.items() if name not in tables}
+    for line in _field_lines(rest, to.width):
+        to.print(line, soft_wrap=True, highlight=False)
     for name, rows in tables.items():
         to.print(f"\n[bold]{escape(_title(name))}[/]")
         show_rows(rows, to=to)
+
+
+def _field_lines(facts: Mapping[str, Any], width: int, indent: int = 1) -> Iterator[Text]:
+    column = max((len(name) for name in facts), default=0) + 2
+    for name, value in facts.items():
+        title = Text.assemble(" " * indent, (_title(name), "bold"), " " * (column - len(name)))
+        deep = isinstance(value, dict) and any(isinstance(each, dict) or _is_rows(each) for each in value.values())
+        nested = [value] if deep else value if _is_rows(value) else []
+        if nested:
+            yield title
+            for each in nested:
+                yield from _field_lines(each, width, indent + 2)
+            continue
+        text, free = Text.from_markup(_cell(value)), max(width - indent - column, 20)
+        if text.cell_len <= free:
+            yield title + text
+            continue
+        first, *rest = textwrap.wrap(text.plain, free, break_long_words=False, break_on_hyphens=False) or [""]
+        yield title + Text(first)
+        yield from (Text(" " * (indent + column) + line) for line in rest)
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], *columns: str, to: Console = console) -> None:
@@ -94,28 +117,45 @@ def show_rows(rows: Sequence[Mapping[str, Any]], *columns: str, to: Console = co
 
 
 def show_table(titles: Iterable[str], rows: Iterable[Iterable[str]], to: Console = console) -> None:
-    """Print a table of cells, which may contain Rich markup."""
+    """Print a table of cells, which may contain Rich markup; where it is too wide, each row as a block of lines."""
     from rich.table import Table
 
+    names, cells = list(titles), [list(row) for row in rows]
+    widths = [max(Text.from_markup(text).cell_len for text in (name, *column)) for name, *column in zip(names, *cells)]
+    free = to.width - sum(widths) - 2 * len(widths)
+    widest = widths.index(max(widths))
+    if free + widths[widest] < min(widths[widest], LEAST_COLUMN):
+        for row in cells:
+            for line in _field_lines(dict(zip(names, map(_Markup, row), strict=True)), to.width):
+                to.print(line, soft_wrap=True, highlight=False)
+            to.print()
+        return
     table = Table(box=None)
-    for index, title in enumerate(titles):
-        # The first column is an identifier to copy, so it stays on one line.
-        table.add_column(title, no_wrap=index == 0)
-    for row in rows:
+    for index, name in enumerate(names):
+        # Whatever may be copied stays on one line.
+        table.add_column(name, no_wrap=index != widest or free >= 0)
+    for row in cells:
         table.add_row(*row)
     to.print(table)
 
 
+class _Markup(str):
+    """A cell that is escaped already."""
+
+
 @contextlib.contextmanager
 def progress_bar(to: Console, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar, drawn on ``to`` unless ``quiet``; yields a function that updates it.
+    """A progress bar with the elapsed and the remaining time, drawn on ``to`` unless ``quiet``.
+
+    Yields a function that updates it.
 
     The function takes ``total`` and ``completed`` (numbers), ``description`` (before the bar) and ``text`` (after it).
     """
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     text = TextColumn("{task.fields[text]}", markup=False)
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), TaskProgressColumn(), text, TimeElapsedColumn())
+    times = TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(compact=True)
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=10), text, *times)
     with Progress(*columns, console=to, disable=quiet) as progress:
         yield functools.partial(progress.update, progress.add_task("", total=None, text=""))
 
@@ -130,6 +170,8 @@ def _title(name: str) -> str:
 
 def _cell(value: Any) -> str:
     match value:
+        case _Markup():
+            return str(value)
         case None:
             return "–"
         case datetime():
@@ -142,4 +184,7 @@ def _cell(value: Any) -> str:
             return ", ".join(f"{escape(str(name))}={_cell(each)}" for name, each in value.items()) or "–"
         case list():
             return ", ".join(map(_cell, value)) or "–"
-    return escape(str(value))
+    text = str(value)
+    if _INSTANT.fullmatch(text):
+        return text[:16].replace("T", " ")
+    return escape(text)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from typer import Option
 
 from fedvit.cli.options import SYSTEM, Options, local_command, settings_from
-from fedvit.cli.output import console, errors, print_json, print_step, show_table, stdout_for_json
+from fedvit.cli.output import console, errors, print_json, print_step, progress_bar, show_table, stdout_for_json
 from fedvit.cli.state import find_system
 from fedvit.cli.supervisor import interruptible
 from fedvit.errors import ConfigError
@@ -108,18 +108,23 @@ def _run_simulations(planned: Sequence[tuple[str, Settings]]) -> list[Simulated]
 
     # Threads only slow small models down.
     torch.set_num_threads(1)
-    world, runs = None, []
-    for name, settings in planned:
-        if world is None or not world.fits(settings):
-            world = ImageWorld(settings)
-        title = f"{name}, seed {settings.simulation.seed}"
-        with errors.status(title) as status:
+    world, runs, before = None, [], 0
+    total = sum(settings.training.rounds for _, settings in planned)
+    with progress_bar(errors, quiet=False) as update:
+        for number, (name, settings) in enumerate(planned, start=1):
+            if world is None or not world.fits(settings):
+                world = ImageWorld(settings)
+            update(description=f"run {number}/{len(planned)}", total=total, text=name)
 
-            def on_point(point: Any, status: Any = status, title: str = title) -> None:
+            def on_point(point: Any, before: int = before, name: str = name) -> None:
                 accuracy = "" if point.accuracy is None else f", accuracy {point.accuracy:.3f}"
-                status.update(f"{title}: version {point.round_index}, {point.hours:.2f} virtual hours{accuracy}")
+                text = f"{name}: {point.hours:.2f} virtual hours{accuracy}"
+                update(completed=before + point.round_index, text=text)
 
             runs.append(run_simulation(settings, world, name, SimulationObserver(on_point)))
+            # A run may end before its last round, at the target accuracy.
+            before += settings.training.rounds
+            update(completed=before)
     return runs
 
 
@@ -178,11 +183,13 @@ def _run_trials(settings: Settings, folder: Path, total: int, done: int, quiet: 
     if done:
         print_step(f"{done} of {total} trials are finished already", quiet=quiet)
     numbers = iter(range(done + 1, total + 1))
-    with stdout_for_json(quiet), errors.status("Starting Ray") as status:
+    with stdout_for_json(quiet), progress_bar(errors, quiet=quiet) as update:
+        update(description=f"trial {done}/{total}", total=total, completed=done, text="starting Ray")
 
         def on_outcome(outcome: TrialOutcome) -> None:
             score = "" if outcome.score is None else f", accuracy {outcome.score:.3f}"
-            status.update(f"{next(numbers, total)} of {total} trials; {outcome.trial_id}: {outcome.status}{score}")
+            number, text = next(numbers, total), f"{outcome.trial_id}: {outcome.status}{score}"
+            update(description=f"trial {number}/{total}", completed=number, text=text)
 
         find_system(settings).sweep(folder, on_outcome)
 

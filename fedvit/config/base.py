@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from fedvit.types import MAX_FACTOR
+from fedvit.types import MAX_FACTOR, is_unicode
 
 LEAST_NOISE_MULTIPLIER = 0.3
 """Smallest noise multiplier accepted: below it the accountants have no reliable answer and protection is negligible."""
@@ -22,3 +23,11 @@ class Section(BaseModel):
     """A section of the settings: frozen, unknown keys refused, finite numbers only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        # Settings travel as JSON, and a name of other bytes is no JSON.
+        if isinstance(value, str | Path) and not is_unicode(str(value)):
+            raise ValueError("the name is not valid UTF-8; rename the file or folder")
+        return value

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedvit.errors import DataError
+from fedvit.types import is_unicode
 from fedvit.wire.images import IMAGE_SUFFIXES
 
 SYSTEM_FOLDERS = frozenset(
@@ -52,8 +53,20 @@ class FolderTree:
 
     @classmethod
     def open(cls, root: Path) -> FolderTree:
-        """List ``root`` without reading any file."""
-        return cls(root, *_sorted_out(_walk(root)))
+        """List ``root`` without reading any file.
+
+        Raises:
+            DataError: a name is not valid UTF-8.
+        """
+        names = _walk(root)
+        for name in sorted(names):
+            if not is_unicode(name):
+                shown = os.fsencode(name).decode(errors="backslashreplace")
+                raise DataError(
+                    f"The name {shown} in {root} is not valid UTF-8.",
+                    cure="Rename it; `convmv -f latin1 -t utf8 -r --notest` renames a whole folder.",
+                )
+        return cls(root, *_sorted_out(names))
 
     def read(self, name: str) -> bytes:
         try:

@@ -16,7 +16,7 @@ from fedvit.errors import ConflictError, ModelError, ReleaseRefusedError
 from fedvit.ports import ExportedModel
 from fedvit.store.records import Derivation, Release
 from fedvit.store.store import Repositories, Store
-from fedvit.types import FloatArray, ModelVersion, Variant
+from fedvit.types import FloatArray, ModelVersion, RunStatus, Variant
 from fedvit.wire.manifest import ReleaseManifest, load_or_create_signing_key, public_key_text, sign_manifest
 from fedvit.wire.tensors import decode_weights
 
@@ -44,6 +44,23 @@ def served_variant(release: Release | None, settings: Settings) -> str:
     if release is not None and release.serve_variant is not None:
         return release.serve_variant
     return settings.release.serve_variant.value
+
+
+def why_no_release(store: Repositories) -> tuple[str, str]:
+    """Message and cure where nothing is released yet: training has to start, or it has to come to its first release."""
+    run = store.runs.latest()
+    if run is not None and run.status is RunStatus.RUNNING:
+        return waiting_for_release(run.rounds_done, run.rounds_total), "Ask again later; `fedvit status` shows progress."
+    if run is None:
+        return "No model version is released yet.", "Start training: `fedvit training start`."
+    ended = f"{run.run_id} is {run.status.replace('_', ' ')} after {run.rounds_done} of {run.rounds_total} rounds"
+    reason = f": {run.reason}" if run.reason else "."
+    return f"No model version is released yet; {ended}{reason}", "See `fedvit model list` for versions and refusals."
+
+
+def waiting_for_release(rounds_done: int, rounds_total: int) -> str:
+    """What is said of a model that does not exist yet while training runs."""
+    return f"Waiting for the first release, round {min(rounds_done + 1, rounds_total)} of {rounds_total}."
 
 
 class Publisher:
@@ -183,7 +200,8 @@ class Publisher:
         """The current release; raises ConflictError where nothing is released yet."""
         current = self._store.releases.current()
         if current is None:
-            raise ConflictError("No model version is released yet.", cure="Start training: POST /api/training/start.")
+            message, cure = why_no_release(self._store)
+            raise ConflictError(message, cure=cure)
         return current
 
     def _first_offered(self, offered: Mapping[str, object], *preferred: str) -> str:

@@ -18,7 +18,7 @@ from fedvit.api.model import (
 from fedvit.api.system import OperationView
 from fedvit.config import Settings
 from fedvit.errors import NotFoundError
-from fedvit.registry.publisher import artifacts_of, served_variant
+from fedvit.registry.publisher import artifacts_of, served_variant, why_no_release
 from fedvit.store.records import Release
 from fedvit.store.store import Store
 from fedvit.types import Variant
@@ -109,7 +109,8 @@ def _complexity(release: Release, variant: str) -> dict[str, int]:
 def _current_release(store: Store) -> Release:
     release = store.releases.current()
     if release is None:
-        raise NotFoundError("No model version is released yet.", cure="Start training: POST /api/training/start.")
+        message, cure = why_no_release(store)
+        raise NotFoundError(message, cure=cure)
     return release
 
 
