@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,27 @@ class _ByFolder(LoadFileScheduling):
 def pytest_xdist_make_scheduler(config: Any, log: Any) -> LoadFileScheduling | None:
     """Ours for ``--dist loadfile``. xdist's groups by mark do not read the node ids of pytest 9.2."""
     return _ByFolder(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+_NOT_RUN = pytest.StashKey[str]()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail in CI where every test was skipped: a campaign without its programs must not look like one that passed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    stats = reporter.stats if reporter else {}
+    if stats.get("skipped") and not any(stats.get(kind) for kind in ("passed", "failed", "error", "xfailed")):
+        reasons = {report.longrepr[2].removeprefix("Skipped: ") for report in stats["skipped"]}
+        session.config.stash[_NOT_RUN] = f"Not run: {len(stats['skipped'])} tests. {'; '.join(sorted(reasons))}"
+        if os.environ.get("CI"):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Say in the last line what was not run, where nothing was."""
+    if _NOT_RUN in config.stash:
+        print(config.stash[_NOT_RUN])
 
 
 @pytest.fixture

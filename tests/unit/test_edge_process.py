@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,11 +45,21 @@ def command(tmp_path: Path, release: Path) -> Command:
 
 
 @contextmanager
-def serving(command: list[str], log: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its address, once it has said that it listens."""
+def serving(
+    command: list[str], log: Path, ignored: Sequence[signal.Signals] = ()
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its address, once it has said that it listens; it begins with these signals ignored."""
+
+    def begin() -> None:
+        # A child inherits ignored signals, for example from a shell that started the tests in the background.
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN if each in ignored else signal.SIG_DFL)
+
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}
     with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, preexec_fn=begin
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -64,11 +74,16 @@ def ended(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=END_S, check=False)
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_it_serves_until_it_is_told_to_end(command: Command, tmp_path: Path, sent: signal.Signals, status: int) -> None:
+@pytest.mark.parametrize(
+    ("sent", "status", "ignored"),
+    [(signal.SIGTERM, 0, ()), (signal.SIGINT, 130, ()), (signal.SIGTERM, 0, (signal.SIGINT, signal.SIGHUP))],
+)
+def test_it_serves_until_it_is_told_to_end(
+    command: Command, tmp_path: Path, sent: signal.Signals, status: int, ignored: tuple[signal.Signals, ...]
+) -> None:
     log = tmp_path / "log"
     arguments = ("--port", "0", "--cache", str(tmp_path / "cache"), "--poll-interval", "0.05", "--device-id", "edge-9")
-    with serving(command("serve", *arguments), log) as (process, url):
+    with serving(command("serve", *arguments), log, ignored) as (process, url):
         with httpx.Client(base_url=url, timeout=END_S) as http:
             assert _first_answer(http).json()["label"] == "red"
             assert http.get("/health/detailed").json()["device_id"] == "edge-9"
