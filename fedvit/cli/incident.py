@@ -11,7 +11,8 @@ from typer import Argument, Option
 from fedvit.api.choices import ImmediateAction, IncidentStatus, Section
 from fedvit.cli.api_session import ApiSession, api_command
 from fedvit.cli.options import LimitOption, OffsetOption, Options, local_command
-from fedvit.cli.output import console, plain, print_json, show_fields, show_rows, show_text
+from fedvit.cli.output import console, plain, print_json, show, show_fields, show_rows, show_text
+from fedvit.cli.state import settings_in_force
 from fedvit.cli.supervisor import interruptible
 from fedvit.errors import NotFoundError, UsageError
 
@@ -59,6 +60,15 @@ def show_incident(session: ApiSession, incident_id: IncidentArgument) -> object:
     console.print("\n[bold]timeline[/]")
     show_rows([entry | {"at": entry["at"][:19]} for entry in timeline], "at", "kind", "actor", "text")
     return None
+
+
+@local_command(app, "contacts")
+def contacts(options: Options) -> None:
+    """Whom to call, by role, as the setting incidents.contacts says."""
+    found = settings_in_force(options).incidents.contacts
+    if not found and not options.as_json:
+        raise NotFoundError("No contacts are configured.", cure="Set incidents.contacts, a mapping of roles to texts.")
+    show(found, options.as_json)
 
 
 @api_command(app, "note", change=True)

@@ -127,6 +127,10 @@ class IncidentsConfig(Section):
     reopen_within_s: PositiveFloat = Field(
         3600.0, description="Seconds after an incident's end within which the same alert reopens it."
     )
+    contacts: dict[str, Annotated[str, Field(max_length=300)]] = Field(
+        default_factory=dict,
+        description="Whom to call, by role: name, telephone and e-mail as one text. See `fedvit incident contacts`.",
+    )
 
 
 class RemediationConfig(Section):

@@ -76,6 +76,35 @@ def test_every_docker_command_has_one_row_and_every_row_is_used() -> None:
     assert {row.section for row in rows if row.section} <= headings
 
 
+def before(text: str, command: Command) -> str:
+    """What stands between the fence before that of a command and its own; the fence before is included."""
+    lines = text.splitlines()
+    first = max(start for _, start, _ in fences(text) if start <= command.line)
+    above = [start for _, start, _ in fences(text) if start < first]
+    return "\n".join(lines[(max(above) if above else 0) : first - 1])
+
+
+def test_what_to_type_here_stands_before_each_docker_command() -> None:
+    text = RUNBOOK.read_text()
+    rows = equivalents(text)
+    missing = []
+    for command in (command for command in commands(text) if command.docker_only):
+        row = next(row for row in rows if row.translate(command.text) is not None)
+        here = row.section or (row.translate(command.text) or "")
+        # A command of several lines is named by its beginning.
+        wanted = "python -c" if here.startswith("python -c") else here
+        if wanted not in " ".join(before(text, command).split()):
+            missing.append(command.text)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", sorted(RUNBOOK.parent.rglob("*.md")), ids=lambda page: page.name)
+def test_pages_that_debians_packages_lack_are_not_named(page: Path) -> None:
+    urls = re.findall(r"localhost:(9090|9093)(/[\w/.-]*)?", page.read_text())
+    served = ("/api/", "/metrics", "/-/")
+    assert [f"{port}{path}" for port, path in urls if path and not path.startswith(served)] == []
+
+
 def test_every_command_of_the_original_is_in_ours_in_its_order() -> None:
     if not ORIGINAL.exists():
         pytest.skip(f"the original runbook is not at {ORIGINAL} (set RUNBOOK_ORIGINAL)")
