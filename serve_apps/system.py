@@ -139,7 +139,7 @@ class RaySystem:
 
 @contextmanager
 def _announced(settings: Settings, urls: SystemUrls) -> Iterator[None]:
-    """``run/system.json`` says to the command line where the running system answers, and with which settings it runs."""
+    """``run/system.json`` tells the command line where the running system answers, and its settings."""
     path = settings.home / ANNOUNCEMENT
     facts = {"pid": os.getpid(), "settings": settings.model_dump(mode="json"), **asdict(urls)}
     write_atomically(path, json.dumps(facts))

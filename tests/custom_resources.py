@@ -1,4 +1,4 @@
-"""Custom resources against the schemas of their operators, which are strict here: a server drops words it does not know.
+"""Custom resources against the schemas of their operators, strictly: a server drops a word that it does not know.
 
 KubeRay's CustomResourceDefinitions are in no package that tests could install. The environment variable
 ``KUBERAY_CRDS`` names a folder with them (helm-chart/kuberay-operator/crds of ray-project/kuberay). A PodMonitor is

@@ -121,7 +121,8 @@ def show_table(titles: Iterable[str], rows: Iterable[Iterable[str]], to: Console
     from rich.table import Table
 
     names, cells = list(titles), [list(row) for row in rows]
-    widths = [max(Text.from_markup(text).cell_len for text in (name, *column)) for name, *column in zip(names, *cells)]
+    columns = zip(names, *cells, strict=True)
+    widths = [max(Text.from_markup(text).cell_len for text in column) for column in columns]
     free = to.width - sum(widths) - 2 * len(widths)
     widest = widths.index(max(widths))
     if free + widths[widest] < min(widths[widest], LEAST_COLUMN):

@@ -43,7 +43,8 @@ def run(options: Options) -> None:
     """Train, publish, serve, query every test image, report; then stop what was started.
 
     A second call continues the same state: an interrupted run goes on at its round, a finished one is reported again.
-    The model of a workload is trained only. With other settings it begins another run. It reports the release of its own run only; status 2 if there is none.
+    With other settings it begins another run. It reports the release of its own run only; status 2 if there is none.
+    The model of a workload is trained only.
     """
     with interruptible():
         settings = settings_in_force(options)

@@ -50,7 +50,9 @@ def why_no_release(store: Repositories) -> tuple[str, str]:
     """Message and cure where nothing is released yet: training has to start, or it has to come to its first release."""
     run = store.runs.latest()
     if run is not None and run.status is RunStatus.RUNNING:
-        return waiting_for_release(run.rounds_done, run.rounds_total), "Ask again later; `fedvit status` shows progress."
+        return waiting_for_release(
+            run.rounds_done, run.rounds_total
+        ), "Ask again later; `fedvit status` shows progress."
     if run is None:
         return "No model version is released yet.", "Start training: `fedvit training start`."
     ended = f"{run.run_id} is {run.status.replace('_', ' ')} after {run.rounds_done} of {run.rounds_total} rounds"

@@ -41,6 +41,7 @@ def home(tmp_path: Path) -> Path:
 
 def begin_another(home: Path, status: RunStatus, reason: str, *, refusal: str | None = None) -> None:
     with Store.open(home) as store:
+        store.runs.set_status("run-0001", RunStatus.COMPLETED, None)
         run = store.runs.create(rounds_total=5, noise_multiplier=4.0, config={}, config_digest="x", data_digest="")
         if refusal:
             store.rounds.open(run.run_id, 1, Cohort(1, ("a",)))
