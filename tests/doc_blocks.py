@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# ([\w-]+\.(?:py|yaml))\n")
 # Programs that are not ours; they are not run here.
-OTHERS = {"git", "cp", "rm", "cat", "curl", "pip", "nft", "export", "grafana"}
+OTHERS = {"git", "cd", "cp", "rm", "cat", "curl", "pip", "nft", "export", "grafana"}
 # Files that a reader brings, or that an earlier command writes.
 _GIVEN = re.compile(r"GTSRB\.zip|/srv/.*|path/.*|photos/|release/.*|var-sweep/.*|truck-7\.token|owner.*|policy\..*")
 
