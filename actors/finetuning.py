@@ -14,7 +14,7 @@ from actors.handles import accountant_handle
 from actors.spawn import spawn_accountant
 from actors.trainer import absolute_paths, run_ranks
 from fedvit.atomic_write import write_atomically
-from fedvit.clients.workload import check_images
+from fedvit.clients.workload import check_no_workload
 from fedvit.config import Settings
 from fedvit.data.records import ImageSource
 from fedvit.data.sources import open_source
@@ -41,7 +41,7 @@ def finetune(settings: Settings, on_step: Callable[[str], None]) -> FinetuneRepo
             :func:`actors.trainer.run_ranks`.
     """
     started_s = time.monotonic()
-    check_images(settings, "Fine-tuning")
+    check_no_workload(settings, "Fine-tuning")
     on_step("Checking the data, the model and the state")
     settings = with_noise(absolute_paths(settings))
     source = open_source(settings.data)

@@ -245,13 +245,13 @@ def inspect_data(options: Options) -> None:
     Duplicates are images whose files are equal: of the test images with training images, and among training images.
     Classes at risk have so few training images that the noise of a run with these settings may hide them.
     """
-    from fedvit.clients.workload import check_images
+    from fedvit.clients.workload import check_no_workload
     from fedvit.data.manifest import inspect
     from fedvit.data.noise_risk import classes_at_risk
     from fedvit.data.partition import VirtualFleet
 
     settings = options.settings()
-    check_images(settings, "`fedvit data inspect`")
+    check_no_workload(settings, "`fedvit data inspect`")
     fleet = VirtualFleet.open(settings.data)
     facts = inspect(fleet.source, tuple(fleet.parts.values()))
     facts["classes_at_risk"] = [asdict(each) for each in classes_at_risk(settings, fleet)]

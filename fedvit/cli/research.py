@@ -69,7 +69,7 @@ def planned_runs(
     Raises:
         ConfigError: a setting is no good, or names a workload, which is not simulated.
     """
-    from fedvit.clients.workload import check_images
+    from fedvit.clients.workload import check_no_workload
 
     varied = [_values(one) for one in vary]
     files: list[Path | None] = [*configs] if configs else [None]
@@ -79,7 +79,7 @@ def planned_runs(
             words += [f"{key.rpartition('.')[2]}={text}" for key, text in values]
             changes = [*assignments, *(f"{key}={text}" for key, text in values)]
             first = settings_from(config, home, data, changes)
-            check_images(first, "A simulation")
+            check_no_workload(first, "A simulation")
             for seed in range(seeds):
                 simulation = first.simulation.model_copy(update={"seed": first.simulation.seed + seed})
                 yield " ".join(words) or "run", first.model_copy(update={"simulation": simulation})
@@ -149,7 +149,7 @@ def sweep(
     index.html, summary.json, and best.yaml, which `fedvit run --config` takes.
     """
     with interruptible():
-        from fedvit.clients.workload import check_images
+        from fedvit.clients.workload import check_no_workload
         from fedvit.data.partition import VirtualFleet
         from fedvit.tools.sweep.journal import Journal
         from fedvit.tools.sweep.space import plan_sweep, rungs_of
@@ -162,7 +162,7 @@ def sweep(
             _show_plan([(p.trial_id, dict(p.parameters), p.epsilon) for p in plans], rungs, as_json)
             return
         # What every trial needs is checked once, before the first trial.
-        check_images(settings, "A sweep")
+        check_no_workload(settings, "A sweep")
         VirtualFleet.open(settings.data)
         journal = Journal(folder)
         journal.check(settings)

@@ -125,7 +125,7 @@ def load_workload(settings: Settings) -> VirtualClients:
     return kind(settings)
 
 
-def check_images(settings: Settings, program: str) -> None:
+def check_no_workload(settings: Settings, program: str) -> None:
     """Refuse a workload where a program, such as "A sweep", runs only the built-in clients and models for images.
 
     Raises:

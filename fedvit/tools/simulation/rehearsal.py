@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from fedvit.clients.workload import check_images
+from fedvit.clients.workload import check_no_workload
 from fedvit.config import Settings
 from fedvit.data.partition import VirtualFleet
 from fedvit.errors import ConfigError, StateError
@@ -37,7 +37,7 @@ def check_rehearsal(settings: Settings) -> None:
         ConfigError: ``drill.faults`` is set, and no drill has created the state folder, or there is a workload.
     """
     if settings.drill.faults:
-        check_images(settings, "A drill with faulty clients")
+        check_no_workload(settings, "A drill with faulty clients")
     if settings.drill.faults and not (settings.home / REHEARSAL_FILE).exists():
         raise ConfigError(
             f"drill.faults makes clients poison the model, and {settings.home} is no drill's folder.",
