@@ -73,6 +73,10 @@ class ModelError(UsageError, code="invalid-model", http_status=422):
     """A model is unknown, or cannot be built, trained or exported as asked."""
 
 
+class WorkloadError(UsageError, code="invalid-workload", http_status=422):
+    """A workload returned what cannot be used, or its code failed."""
+
+
 class StateError(UsageError, code="invalid-state", http_status=409):
     """The state folder is unreadable, corrupt, in use, or belongs to another fleet."""
 
@@ -161,6 +165,10 @@ class ResponseTimeoutError(HttpFaultError, code="timeout", title="Timeout", http
 
 class BudgetExhaustedError(FedvitError, code="privacy-budget-exhausted", http_status=409):
     """The privacy budget does not admit the release that was asked for."""
+
+
+class AggregationError(FedvitError, code="aggregation-failed"):
+    """An aggregation rule returned what cannot be the weights or the state after a round."""
 
 
 class UpdateRejectedError(FedvitError, code="update-rejected", http_status=422):

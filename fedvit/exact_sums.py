@@ -43,7 +43,16 @@ def largest(numbers: Iterable[float]) -> float:
 
 
 def subtract(local: npt.ArrayLike, base: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> float:
-    """Write ``local - base`` to ``out`` and return its peak, piece by piece in the processor's cache."""
+    """Write ``local - base`` to ``out`` and return its peak, piece by piece in the processor's cache.
+
+    Args:
+        out: C-contiguous; ``local`` and ``base`` may have any order.
+
+    Raises:
+        ValueError: ``out`` is not C-contiguous, so that a flat view of it would be a copy.
+    """
+    if not out.flags.c_contiguous:
+        raise ValueError("out is not C-contiguous")
     one, other, target = np.asarray(local).reshape(-1), base.reshape(-1), out.reshape(-1)
     extremes = list[float]()
     for start in range(0, target.size, _BLOCK):

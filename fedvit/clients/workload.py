@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, TypeAlias, TypeVar, cast
 
@@ -18,13 +18,14 @@ from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import ClientHalf
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.partial_aggregator import PartialAggregator, check_base, failed
+from fedvit.clients.workload_checks import checked_client, checked_evaluation, checked_fit, checked_weights
 from fedvit.config import Settings
-from fedvit.errors import ConfigError, ModelError, UpdateRejectedError
+from fedvit.errors import ConfigError, DataError, ModelError, UpdateRejectedError
 from fedvit.exact_sums import Sums, largest, subtract
 from fedvit.ports import ClientHostPort, ExportedModel, ModelBenchmark, ServerModelPort
 from fedvit.privacy.mechanism import clip_factor
 from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret, output_id
-from fedvit.types import Client, ClientKind, ClientOutcome, Evaluation, FloatArray, TrainTask, Variant, Weights
+from fedvit.types import Client, ClientOutcome, Evaluation, FloatArray, TrainTask, Variant, Weights
 from fedvit.updates import ClientAnswer, ClientUpdate, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 
@@ -51,28 +52,42 @@ class VirtualClients(ABC):
 
     @abstractmethod
     def initial_weights(self) -> Weights:
-        """The initial weights of a run, float32 by name; equal settings give equal weights."""
+        """The initial weights of a run by name, of any order in memory; equal settings give equal weights.
+
+        They are copied, and converted to float32. Numbers must be finite.
+        """
 
     @abstractmethod
     def clients(self) -> Iterable[tuple[str, int]]:
-        """Every client's id and number of examples."""
+        """Every client's id, which matches :data:`fedvit.types.CLIENT_ID`, and its number of examples."""
 
     @abstractmethod
     def fit(self, client_id: str, weights: Weights, task: TrainTask, seed: int) -> tuple[Weights, int]:
         """Train one client; return its weights and its number of examples, for weighting.
 
+        A client that has no examples today contributes nothing to the round. One that returns more than :meth:`clients`
+        said is rejected.
+
         Args:
-            weights: of the round, read-only, because all clients of the machine share them.
+            weights: of the round, a copy for this call: it may be changed in place, also through ``torch.from_numpy``.
             seed: 64 secret bits of this client and task; the same if the round is repeated, on any proxy.
         """
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
-        """Evaluation on held-out data of the server; None if there are none."""
+        """Evaluation on held-out data of the server; None if there are none.
+
+        Args:
+            weights: a copy for this call.
+        """
         return None
 
     def registered(self) -> Iterable[Client]:
-        """The clients to register in the store."""
-        return (Client(name, ClientKind.VIRTUAL, num_examples) for name, num_examples in self.clients())
+        """The clients to register in the store, read one by one.
+
+        Raises:
+            WorkloadError: :meth:`clients` yields something else than ids and numbers of examples.
+        """
+        return map(checked_client, self.clients())
 
 
 def client_host(settings: Settings) -> ClientHostPort:
@@ -153,11 +168,16 @@ class WorkloadHost:
         self._scratch: dict[str, FloatArray] = {}
 
     def train(
-        self, task: TrainTask, weights: Weights, client_ids: Sequence[str], max_weight: int | None = None
+        self,
+        task: TrainTask,
+        weights: Weights,
+        client_ids: Sequence[str],
+        max_weight: int | None = None,
+        num_examples: Mapping[str, int] | None = None,
     ) -> UpdateMessage:
         check_base(task, weights)
         max_weights = {} if max_weight is None else {task.round_index: max_weight}
-        validator = UpdateValidator.of(self._settings, self._rule, weights, max_weights=max_weights)
+        validator = UpdateValidator.of(self._settings, self._rule, weights, num_examples, max_weights=max_weights)
         # Lazy: the arrays of an answer are overwritten by the next client's.
         answers = (self._answer(task, weights, validator, client_id) for client_id in sorted(client_ids))
         if self._rule.needs == "single_updates":
@@ -178,7 +198,11 @@ class WorkloadHost:
 
     def _train_one(self, task: TrainTask, base: Weights, validator: UpdateValidator, client_id: str) -> _Answer:
         """A client's answer, the factor for its arrays, and the largest magnitude in them."""
-        local, num_examples = self._clients.fit(client_id, base, task, self._seed(task, client_id))
+        # A copy: a client that trains in place must not change what the others start from.
+        result = self._clients.fit(client_id, _copied(base), task, self._seed(task, client_id))
+        local, num_examples = checked_fit(result)
+        if not num_examples:
+            raise DataError(f"{client_id} has no examples today.")
         outcome = ClientOutcome(client_id, num_examples)
         delta, peak = self._difference(local, base)
         if task.privacy_unit == "client":
@@ -201,7 +225,7 @@ class WorkloadHost:
             if np.shape(local[name]) != array.shape:
                 raise UpdateRejectedError(f"fit returned {name!r} with the shape {list(np.shape(local[name]))}.")
             if name not in self._scratch:
-                self._scratch[name] = np.empty_like(array)
+                self._scratch[name] = np.empty(array.shape, np.float32)
             peaks.append(subtract(local[name], array, out=self._scratch[name]))
         return dict(self._scratch), largest(peaks)
 
@@ -219,7 +243,7 @@ class WorkloadModel:
 
     def __init__(self, settings: Settings) -> None:
         self._clients = load_workload(settings)
-        self._initial = {n: np.asarray(a, dtype=np.float32) for n, a in self._clients.initial_weights().items()}
+        self._initial = checked_weights(self._clients.initial_weights())
 
     def initial_weights(self) -> Weights:
         return self._initial
@@ -228,7 +252,7 @@ class WorkloadModel:
         return {}  # a workload's frozen weights are its own
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
-        return self._clients.evaluate(weights)
+        return checked_evaluation(self._clients.evaluate(_copied(weights)))
 
     def histogram_spec(self) -> HistogramSpec | None:
         return None
@@ -238,6 +262,10 @@ class WorkloadModel:
 
     def benchmark(self, content: bytes, limit: int | None = None) -> ModelBenchmark:
         raise _no_export()
+
+
+def _copied(weights: Weights) -> dict[str, FloatArray]:
+    return {name: array.copy() for name, array in weights.items()}
 
 
 def _weighted(answer: ClientAnswer, scale: float) -> ClientAnswer:
