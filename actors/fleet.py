@@ -148,7 +148,9 @@ class RayFleet:
         for call in self._pending.values():
             load[call.proxy] += len(call.client_ids)
         for index, client_ids in self._affinity.assign(cohort.client_ids, load).items():
-            reference = self._proxies[index].train.remote(task, argument, client_ids, cohort.max_weight)
+            known = cohort.num_examples
+            sizes = None if known is None else {c: known[c] for c in client_ids if c in known}
+            reference = self._proxies[index].train.remote(task, argument, client_ids, cohort.max_weight, sizes)
             self._pending[reference] = _PendingCall(index, task, tuple(client_ids))
 
     def _answer(self, reference: Any) -> UpdateMessage:

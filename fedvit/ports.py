@@ -171,12 +171,18 @@ class ClientHostPort(Protocol):
     """The clients of one client proxy, and their training."""
 
     def train(
-        self, task: TrainTask, weights: Weights, client_ids: Sequence[str], max_weight: int | None = None
+        self,
+        task: TrainTask,
+        weights: Weights,
+        client_ids: Sequence[str],
+        max_weight: int | None = None,
+        num_examples: Mapping[str, int] | None = None,
     ) -> UpdateMessage:
         """Train these clients from ``weights``; return one message. A repeated call returns the same message.
 
         A client that fails is an outcome with an error, not an exception. Where weights are numbers of examples, none
-        is above ``max_weight``.
+        is above ``max_weight``. A client with more examples than ``num_examples``, with which it is registered, is
+        rejected alone: the aggregator would have to reject the whole sum.
 
         Raises:
             IntegrityError: the task names other weights.

@@ -136,7 +136,12 @@ class ClientHost:
         self._encoder = UpdateEncoder(settings.home, root_secret, settings.training.compression.top_k_fraction)
 
     def train(
-        self, task: TrainTask, weights: Weights, client_ids: Sequence[str], max_weight: int | None = None
+        self,
+        task: TrainTask,
+        weights: Weights,
+        client_ids: Sequence[str],
+        max_weight: int | None = None,
+        num_examples: Mapping[str, int] | None = None,
     ) -> UpdateMessage:
         """The sum of the clients' updates, or a bundle where the rule needs single updates.
 
@@ -146,8 +151,9 @@ class ClientHost:
         Args:
             weights: the round's weights, and the rule's broadcast state.
             max_weight: of one client, where the weights are numbers of examples.
+            num_examples: that the clients are registered with.
         """
-        this_round = self._begin(task, weights, max_weight)
+        this_round = self._begin(task, weights, max_weight, num_examples)
         answers = (self._monitored_answer(this_round, client_id) for client_id in sorted(client_ids))
         if self._rule.needs == "single_updates":
             return UpdateBundle(task.round_index, tuple(self._encoded(this_round, answer) for answer in answers))
@@ -191,13 +197,19 @@ class ClientHost:
             raise DataError(f"Client {client_id} has no histograms.")
         return self._histograms.output_digest(request, client_id)
 
-    def _begin(self, task: TrainTask, weights: Weights, max_weight: int | None = None) -> _Round:
+    def _begin(
+        self,
+        task: TrainTask,
+        weights: Weights,
+        max_weight: int | None = None,
+        num_examples: Mapping[str, int] | None = None,
+    ) -> _Round:
         check_base(task, weights)
         base = {name: array for name, array in weights.items() if not name.startswith(BROADCAST)}
         broadcast = {name: array for name, array in weights.items() if name.startswith(BROADCAST)}
         max_weights = {} if max_weight is None else {task.round_index: max_weight}
         validator = UpdateValidator.of(
-            self._settings, self._rule, base, task=task, broadcast=broadcast, max_weights=max_weights
+            self._settings, self._rule, base, num_examples, task=task, broadcast=broadcast, max_weights=max_weights
         )
         return _Round(task, base, broadcast, validator)
 
