@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict
 
 from fedvit.aggregation.update_bounds import NO_EFFECT, CorrectionEffect
 from fedvit.config import TrainingConfig
-from fedvit.errors import UpdateRejectedError
-from fedvit.exact_sums import ExactSums
+from fedvit.errors import AggregationError, UpdateRejectedError
+from fedvit.exact_sums import ExactSums, peak_of
 from fedvit.types import FloatArray, TrainTask, Weights
 from fedvit.updates import WeightedUpdate
 
@@ -213,6 +213,39 @@ def moved(base: Weights, delta: Mapping[str, Array], rate: float = 1.0) -> dict[
         out = np.empty(array.shape, np.float32)
         moved_weights[name] = np.add(array, step, out=out, dtype=np.float64, casting="same_kind")
     return moved_weights
+
+
+def checked_fold(rule: Rule, base: Weights, fold: Fold) -> Fold:
+    """The fold, if it is what every later round can start from.
+
+    Raises:
+        AggregationError: a parameter is missing, unknown, of another shape or type, or holds a number that is not
+            finite; or an array of the state does.
+    """
+    if not isinstance(fold, Fold):
+        raise AggregationError(f"{rule.what()} returned {type(fold).__name__}.", cure="A rule returns a Fold.")
+    for name in sorted(base.keys() ^ fold.weights.keys()):
+        fault = f"lacks {name!r}" if name in base else f"holds {name!r}, which is no parameter of this model"
+        raise AggregationError(f"{rule.what()} returned weights whose set of names {fault}.")
+    for name, array in base.items():
+        _check_folded(rule, f"the parameter {name!r}", fold.weights[name], np.dtype(np.float32), array.shape)
+    for name, state in fold.state.items():
+        _check_folded(rule, f"the state {name!r}", state, np.dtype(np.float64), None)
+    return fold
+
+
+def _check_folded(
+    rule: Rule, what: str, array: object, dtype: np.dtype[np.floating], shape: tuple[int, ...] | None
+) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or shape not in (None, array.shape):
+        found = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        wanted = f"{dtype}{'' if shape is None else list(shape)}"
+        raise AggregationError(f"{rule.what()} returned {what} as {found}.", cure=f"It must be {wanted}.")
+    if not np.isfinite(peak_of({what: array})):
+        raise AggregationError(
+            f"{rule.what()} returned {what} with a number that is not finite.",
+            cure="Nothing was committed. Lower training.server_learning_rate or training.learning_rate.",
+        )
 
 
 def damped(base: Weights, weights: Weights, head: str | None, factor: float) -> dict[str, FloatArray]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from fedvit.aggregation.rule import Rule, State
 from fedvit.config import Settings
@@ -14,6 +17,8 @@ from fedvit.wire.tensors import weights_digest
 
 if TYPE_CHECKING:
     from fedvit.rounds.protection import Protection
+
+_Array = TypeVar("_Array", bound="np.ndarray[Any, Any]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,8 @@ class RoundContext:
 class RoundBase:
     """What the next round starts from.
 
-    ``sent`` holds the weights and the rule's broadcast state; ``sent_digest`` identifies what clients release.
+    ``sent`` holds the weights and the rule's broadcast state; ``sent_digest`` identifies what clients release. All arrays
+    are read-only: a rule that changed them in place would change what the round is compared with.
     """
 
     weights: Weights
@@ -45,9 +51,18 @@ class RoundBase:
     @classmethod
     def of(cls, rule: Rule, weights: Weights, digest: str, rule_state: State) -> RoundBase:
         """The starting point with these weights, whose digest is known."""
-        broadcast = rule.broadcast(weights, rule_state)
+        weights, rule_state = read_only(weights), read_only(rule_state)
+        broadcast = read_only(rule.broadcast(weights, rule_state))
         sent = {**weights, **broadcast}
         return cls(weights, digest, rule_state, sent, weights_digest(sent) if broadcast else digest)
+
+
+def read_only(arrays: Mapping[str, _Array]) -> dict[str, _Array]:
+    """Read-only views of arrays."""
+    views = {name: array.view() for name, array in arrays.items()}
+    for view in views.values():
+        view.flags.writeable = False
+    return views
 
 
 def train_task(
