@@ -245,9 +245,10 @@ class LocalAggregator:
     def _run_request(self, operation_id: str, params: Mapping[str, Any]) -> RunRequest:
         base = None
         if params.get("strategy") == "fine_tune":
-            current = self._store.releases.current()
+            # A model without an export has no releases.
+            current = self._store.releases.current() if self._model.exports else self._store.versions.latest()
             if current is None:
-                raise ConflictError("There is no release to fine-tune.", cure='Ask for "full_retrain".')
+                raise ConflictError("There is no version to fine-tune.", cure='Ask for "full_retrain".')
             base = current.version
         given = ", ".join(f"{key}={value}" for key, value in params.items())
         selection = params.get("client_selection")

@@ -38,8 +38,8 @@ class RoundContext:
 class RoundBase:
     """What the next round starts from.
 
-    ``sent`` holds the weights and the rule's broadcast state; ``sent_digest`` identifies what clients release. All arrays
-    are read-only: a rule that changed them in place would change what the round is compared with.
+    ``sent`` holds the weights and the rule's broadcast state; ``sent_digest`` identifies what clients release. All
+    arrays are read-only: a rule that changed them in place would change what the round is compared with.
     """
 
     weights: Weights

@@ -58,7 +58,7 @@ class ProgressReporter:
             rounds_total=run.rounds_total,
             phase=state.phase.value,
             status=ending.status if ending else RunStatus.RUNNING,
-            message=ending.reason if ending else None,
+            message=ending.reason if ending else run.reason,
         )
         self._on_progress(self.latest)
 
@@ -143,7 +143,9 @@ class Coordinator:
         self._stopping.clear()
         run = self.lifecycle.open_run()
         if run.status is not RunStatus.COMPLETED:
-            self._store.runs.set_status(run.run_id, RunStatus.RUNNING)
+            # Why it began, or goes on, stays visible while it runs.
+            reason = run.reason if run.status is RunStatus.RUNNING else None
+            run = self._store.runs.set_status(run.run_id, RunStatus.RUNNING, reason)
         self._execution.enter(run)
         min_clients = self._context.settings.training.cohort.min_clients
         release_every, sampled = self._context.settings.release.every_rounds, self._context.protection.sampled

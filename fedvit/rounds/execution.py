@@ -118,6 +118,8 @@ class RoundExecution:
         sampled = self._protection.sampled
         if sampled:
             self._collector.give_up("a sampled round waits for nobody")
+        if self._protection.follows_fleet:
+            self._current.run = self._lifecycle.with_present_facts(self.run)
         in_flight, quarantined = self._collector.in_flight(), set(self._store.clients.quarantined())
         min_clients = round_settings(self._store, self._settings).min_clients
         min_clients = max(min_clients, self._protection.rule.least_updates)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from fedvit.aggregation.registry import check_mode
-from fedvit.errors import ConfigError, ConflictError
+from fedvit.errors import ConfigError, ConflictError, ModelError
+from fedvit.exact_sums import peak_of
 from fedvit.privacy.round_cost import check_units, round_noise_multiplier
 from fedvit.registry.publisher import stored_weights
 from fedvit.rounds.cohorts import CohortSelector
@@ -14,6 +19,7 @@ from fedvit.rounds.remote import FROZEN_DIGEST
 from fedvit.rounds.steering import (
     RunRequest,
     aggregation_settings,
+    changed_settings,
     place_run_request,
     round_settings,
     run_identity,
@@ -22,6 +28,8 @@ from fedvit.rounds.steering import (
 from fedvit.store.versions import RULE_STATE
 from fedvit.types import Run, RunStatus, Weights
 from fedvit.wire.tensors import decode_rule_state, encode_weights
+
+_ROUNDS = "training.rounds"
 
 
 class RunLifecycle:
@@ -87,7 +95,11 @@ class RunLifecycle:
         return self.open_run()
 
     def open_run(self) -> Run:
-        """The unfinished run with these settings and this request, or a new one; one with others is superseded.
+        """The run with these settings and this request, or a new one; an unfinished one with others is superseded.
+
+        A run of which nothing but ``training.rounds`` has changed goes on, also after its end, if it has not trained
+        more rounds already. The reason of a run says where it begins or goes on, if that is not where the last one
+        ended.
 
         Raises:
             ConfigError: the fleet is too small for ``target_delta``, for the rule, or for its cohorts to rest between
@@ -100,7 +112,13 @@ class RunLifecycle:
         check_units(self._settings, *self._store.clients.count_units())
         check_mode(self._protection.rule, aggregation_settings(self._store).mode)
         if latest is not None and latest.config_digest == digest:
-            return latest
+            return self.with_present_facts(latest)
+        if latest is not None and self._continues(latest, identity):
+            note = f"It goes on after round {latest.rounds_done}: training.rounds was {latest.rounds_total}."
+            extended = self._store.runs.extend(
+                latest.run_id, self._settings.training.rounds, {**latest.config, **identity}, digest, note
+            )
+            return self.with_present_facts(extended)
         count = self.cohorts.count(self.cohorts.config())
         if not count:
             raise ConflictError(
@@ -108,10 +126,15 @@ class RunLifecycle:
                 cure="Register or validate clients, or start the trainers of remote ones; then start again.",
             )
         facts = self._protection.run_facts(count)
-        if latest is not None and latest.status.resumable:
+        note = None
+        if latest is not None:
+            changed = changed_settings(latest.config, identity)
             requested = request is not None and latest.config.get("order") != identity.get("order")
-            reason = request.reason if request and requested else "The training settings changed."
-            self._store.runs.set_status(latest.run_id, RunStatus.SUPERSEDED, reason)
+            reason = request.reason if request and requested else f"The settings changed: {changed}."
+            if latest.status.resumable:
+                self._store.runs.set_status(latest.run_id, RunStatus.SUPERSEDED, reason)
+            start = request.base_version if request and request.base_version else "the initial weights"
+            note = f"It begins at {start}, not where {latest.run_id} ended. {reason}"
         fleet = self._store.metadata.fleet()
         return self._store.runs.create(
             rounds_total=self._settings.training.rounds,
@@ -119,7 +142,28 @@ class RunLifecycle:
             config=identity | facts,
             config_digest=digest,
             data_digest=fleet.data_digest if fleet else "",
+            reason=note,
         )
+
+    def with_present_facts(self, run: Run) -> Run:
+        """The run, with the facts that follow from the clients that may take part now.
+
+        They may be others than at its beginning: the constant that sums are divided by has to follow them. The number
+        of clients is public, whichever of them a round draws.
+        """
+        count = self.cohorts.count(self.cohorts.config()) if run.status.resumable else 0
+        try:
+            facts = self._protection.run_facts(count) if count else {}
+        except ConfigError:  # Too few clients for a round: its draw says so.
+            return run
+        if all(run.config.get(name) == value for name, value in facts.items()):
+            return run
+        return self._store.runs.set_config(run.run_id, {**run.config, **facts})
+
+    def _continues(self, run: Run, identity: Mapping[str, Any]) -> bool:
+        """Whether nothing but the number of rounds has changed, and the run has not trained more of them."""
+        same = changed_settings(run.config, identity) == _ROUNDS
+        return same and run.status is not RunStatus.SUPERSEDED and run.rounds_done <= self._settings.training.rounds
 
     def round_base(self, run: Run) -> RoundBase:
         """What the run's next round starts from: the last committed round, or the weights that a run starts from."""
@@ -150,8 +194,15 @@ class RunLifecycle:
 
         Raises:
             UpdateRejectedError: the version to start from was trained as another model.
+            ModelError: the model's initial weights hold a number that is not finite.
         """
         initial = self._model.initial_weights()
+        for name, array in initial.items():
+            if not np.isfinite(peak_of({name: array})):
+                raise ModelError(
+                    f"The initial weight {name!r} holds a number that is not finite.",
+                    cure="Use another checkpoint, or check initial_weights of the workload.",
+                )
         if request is None or request.base_version is None:
             return initial
         shapes = {name: array.shape for name, array in initial.items()}

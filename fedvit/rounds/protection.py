@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedvit.aggregation.registry import rule_for
-from fedvit.aggregation.rule import MeanRule, RoundFacts, State, Updates
+from fedvit.aggregation.rule import MeanRule, RoundFacts, State, Updates, checked_fold
 from fedvit.config import Settings
 from fedvit.errors import ConfigError
 from fedvit.ports import POPULATION, Charge
@@ -50,6 +50,8 @@ class Protection(ABC):
 
     sampled = False
     """Whether the cohort is a secret sample: then a round without clients is committed with noise alone."""
+    follows_fleet = False
+    """Whether :meth:`run_facts` are to be those of the clients that may take part in the present round."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings, self._store, self.rule = settings, store, rule_for(settings)
@@ -94,6 +96,7 @@ class Protection(ABC):
 
         Raises:
             UpdateRejectedError: too few updates for the rule.
+            AggregationError: the rule returned what no round can start from.
         """
 
     @abstractmethod
@@ -127,7 +130,7 @@ class RecordLevel(Protection):
         return {POPULATION_SIZE: eligible}
 
     def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Updates, facts: RoundFacts) -> Folded:
-        fold = self.rule.fold(base.weights, updates, base.rule_state, facts)
+        fold = checked_fold(self.rule, base.weights, self.rule.fold(base.weights, updates, base.rule_state, facts))
         return Folded(fold.weights, state=fold.state)
 
     def _charged_units(self, client_ids: Sequence[str]) -> Iterable[tuple[str, int]]:
@@ -142,6 +145,8 @@ class ClientLevel(Protection):
     a round with another sum draws other noise. What later rounds need is in the version's lineage, as a keyed hash,
     because a plain hash of the sum would confirm a guess.
     """
+
+    follows_fleet = True
 
     def __init__(self, settings: Settings, store: Store) -> None:
         super().__init__(settings, store)
@@ -197,7 +202,7 @@ class ClientLevel(Protection):
         noise = self._sum_noise_multiplier(run) * norm * self._noise(run, task, mechanism.size_of(sums), key)
         mean = mechanism.noised_mean(sums, noise, divisor=float(run.config[EXPECTED_COHORT]))
         # Post-processing of the noised mean costs no privacy.
-        fold = self._step(base.weights, mean, base.rule_state, facts)
+        fold = checked_fold(self.rule, base.weights, self._step(base.weights, mean, base.rule_state, facts))
         mechanism_facts = {"noise_key": key, "l2_clip_norm": norm, **self._next_norm(run, task, key, within, accepted)}
         return Folded(fold.weights, {FACTS: mechanism_facts}, fold.state)
 

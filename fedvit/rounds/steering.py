@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +19,7 @@ from fedvit.store.store import Store
 _REQUEST_KEY = "run_request"
 _ROUND_KEY = "round_settings"
 _AGGREGATION_KEY = "aggregation_settings"
+_SECTIONS = ("model", "training", "privacy", "workload", "order")
 STALENESS_TOLERANCE = 5
 _Changeable = TypeVar("_Changeable", "RoundSettings", "AggregationSettings")
 
@@ -63,6 +64,20 @@ def run_identity(settings: Settings, request: RunRequest | None) -> tuple[dict[s
     named = {"settings": settings.training_digest(), "order": asdict(request)}
     digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
     return {**settings.training_identity(), "order": asdict(request)}, digest
+
+
+def changed_settings(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    """The names of the settings that differ between a run's recorded configuration and an identity; empty if none."""
+    # What is recorded beside the settings follows from the fleet.
+    before, after = (_named({section: config.get(section) for section in _SECTIONS}) for config in (recorded, identity))
+    return ", ".join(sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)))
+
+
+def _named(value: Any, name: str = "") -> dict[str, Any]:
+    """The values in nested mappings, by dotted name."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {k: v for key, part in value.items() for k, v in _named(part, f"{name}.{key}" if name else str(key)).items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
@@ -16,7 +19,7 @@ from fedvit.store.metadata import get_value, set_value
 from fedvit.store.records import ClientPage, ClientValidation, RegistrationQuota
 from fedvit.store.repository import Repository, among, get_row, insert_row, record_of
 from fedvit.store.tables import ClientRow, MetaRow
-from fedvit.types import MAX_EXAMPLES, Client, ClientKind, LastContact
+from fedvit.types import CLIENT_ID, MAX_EXAMPLES, Client, ClientKind, LastContact
 
 # Followed by the client's id: a fleet of ten thousand must not rewrite one long value for each decision.
 _VALIDATION_KEY = "validation/"
@@ -24,6 +27,8 @@ _REGISTRATIONS_KEY = "registrations/"
 # Rows of a registration that are in memory at once.
 BULK = 10_000
 _SECONDS_A_DAY = 86_400
+_LEFT = {"left_population": True}
+"""In the place of the capabilities of a virtual client that left the population."""
 _IN_QUARANTINE = ClientRow.quarantined_at.is_not(None)
 _IS_VIRTUAL = ClientRow.kind == ClientKind.VIRTUAL.value
 # NULL, which admits nothing, where the client waits for its admission.
@@ -33,21 +38,29 @@ _IS_ADMITTED = ClientRow.num_examples <= ClientRow.admitted_examples
 class Clients(Repository):
     """The registered clients. Each has a position from 0, without gaps, which it keeps."""
 
-    def register(self, clients: Iterable[Client]) -> int:
+    def register(self, clients: Iterable[Client], *, complete: bool = False) -> int:
         """Insert new clients, refresh kind, records and capabilities of known ones; return how many are new.
 
         All of them are admitted with their numbers of examples. ``validated``, ``active`` and ``registered_at`` of a
         known client stay: an operator sets them. Clients are read in portions, so that a million of them are never
         in memory at once.
 
+        Args:
+            complete: these are all virtual clients: the others leave the population. They become inactive, until they
+                are registered again.
+
         Raises:
-            DataError: a client has more than :data:`fedvit.types.MAX_EXAMPLES` examples.
+            DataError: a client has no good id or number of examples, or is listed twice.
         """
         with self._write() as session:
             before = position = _population(session)
-            remaining = iter(clients)
-            while portion := {client.client_id: client for client in islice(remaining, BULK)}:
-                known = _known_ids(session, list(portion)) if position else set()
+            remaining, listed = iter(clients), bytearray(before)
+            while batch := list(islice(remaining, BULK)):
+                portion = {client.client_id: client for client in batch}
+                known = _positions(session, list(portion)) if position else {}
+                _check_listed_once(batch, portion, known, before)
+                for index in known.values():
+                    listed[index] = 1
                 new = [_to_columns(client) | _admitted(client) for c, client in portion.items() if c not in known]
                 if new:
                     numbered = [columns | {"position": position + i} for i, columns in enumerate(new)]
@@ -55,9 +68,12 @@ class Clients(Repository):
                     position += len(new)
                 if known:
                     refreshed = (portion[client_id] for client_id in known)
+                    _return(session, list(known))
                     session.execute(
                         update(ClientRow), [_refreshable(client) | _admitted(client) for client in refreshed]
                     )
+            if complete:
+                _leave(session, [index for index, there in enumerate(listed) if not there])
             return position - before
 
     def enrol(self, client: Client, *, admitted: bool, quota: RegistrationQuota | None = None) -> tuple[Client, bool]:
@@ -264,6 +280,35 @@ class Clients(Repository):
             return record_of(Client, row)
 
 
+def _positions(session: Session, client_ids: Sequence[str]) -> dict[str, int]:
+    query = select(ClientRow.client_id, ClientRow.position).where(among(ClientRow.client_id, client_ids))
+    return dict(session.execute(query).tuples().all())
+
+
+def _check_listed_once(
+    batch: Sequence[Client], portion: Mapping[str, Client], known: Mapping[str, int], before: int
+) -> None:
+    """A client that is known at a position from ``before`` on was inserted by the same registration."""
+    twice = [client_id for client_id, position in known.items() if position >= before]
+    if len(portion) < len(batch):
+        twice += [client_id for client_id, count in Counter(c.client_id for c in batch).items() if count > 1]
+    if twice:
+        raise DataError(f"The client {twice[0]!r} is listed twice.", cure="Give every client an id of its own.")
+
+
+def _leave(session: Session, positions: Sequence[int]) -> None:
+    """Make the active virtual clients at these positions inactive, and mark them as having left the population."""
+    for start in range(0, len(positions), BULK):
+        there = (among(ClientRow.position, positions[start : start + BULK]), _IS_VIRTUAL, ClientRow.active)
+        session.execute(update(ClientRow).where(*there).values(active=False, capabilities=_LEFT))
+
+
+def _return(session: Session, client_ids: Sequence[str]) -> None:
+    """Make those of these clients active again that had left the population."""
+    left = func.json_extract(ClientRow.capabilities, "$.left_population").is_(True)
+    session.execute(update(ClientRow).where(among(ClientRow.client_id, client_ids), left).values(active=True))
+
+
 def _population(session: Session) -> int:
     last = session.scalar(select(func.max(ClientRow.position)))
     return 0 if last is None else last + 1
@@ -325,20 +370,32 @@ def _to_validation(value: Mapping[str, Any]) -> ClientValidation:
 
 
 def _refreshable(client: Client) -> dict[str, Any]:
-    if not 0 <= client.num_examples <= MAX_EXAMPLES:
-        raise DataError(
-            f"{client.client_id} has {client.num_examples} examples.", cure=f"A client has at most {MAX_EXAMPLES}."
-        )
+    if re.fullmatch(CLIENT_ID, client.client_id) is None:
+        raise DataError(f"{client.client_id!r:.80} is no id of a client.", cure=f"An id matches {CLIENT_ID}.")
     return {
         "client_id": client.client_id,
         "kind": client.kind.value,
-        "num_examples": client.num_examples,
+        "num_examples": _count_of(client),
         "capabilities": dict(client.capabilities),
     }
 
 
+def _count_of(client: Client) -> int:
+    try:
+        # A NumPy integer, which SQLite would store as bytes, becomes a Python one.
+        count = -1 if isinstance(client.num_examples, bool) else operator.index(client.num_examples)
+    except TypeError:
+        count = -1
+    if not 0 <= count <= MAX_EXAMPLES:
+        raise DataError(
+            f"{client.client_id} has {client.num_examples!r} examples.",
+            cure=f"The number of examples is an integer from 0 to {MAX_EXAMPLES}.",
+        )
+    return count
+
+
 def _admitted(client: Client) -> dict[str, int]:
-    return {"admitted_examples": client.num_examples}
+    return {"admitted_examples": _count_of(client)}
 
 
 def _to_columns(client: Client) -> dict[str, Any]:

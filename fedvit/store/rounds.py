@@ -48,8 +48,9 @@ class Runs(Repository):
         config: Mapping[str, Any],
         config_digest: str,
         data_digest: str,
+        reason: str | None = None,
     ) -> Run:
-        """Begin the next run, ``run-0001`` and so on. ``config`` holds JSON types only.
+        """Begin the next run, ``run-0001`` and so on. ``config`` holds JSON types only; ``reason`` says why it begins.
 
         Raises:
             ConflictError: another run can still be continued.
@@ -68,8 +69,30 @@ class Runs(Repository):
                 config_digest=config_digest,
                 data_digest=data_digest,
                 started_at=self._now(),
+                reason=reason,
             )
             return record_of(Run, insert_row(session, row))
+
+    def set_config(self, run_id: str, config: Mapping[str, Any]) -> Run:
+        """Replace the recorded configuration of a run, of JSON types only. Raises NotFoundError where there is none."""
+        with self._write() as session:
+            row = get_row(session, RunRow, run_id)
+            row.config = dict(config)
+            return record_of(Run, row)
+
+    def extend(self, run_id: str, rounds_total: int, config: Mapping[str, Any], config_digest: str, reason: str) -> Run:
+        """Let a run go on, also after its end, to another last round, with the configuration that names it.
+
+        Raises:
+            NotFoundError: no such run.
+            ConflictError: another run can still be continued.
+        """
+        with self._write() as session:
+            _check_none_resumable(session, except_for=run_id)
+            row = get_row(session, RunRow, run_id)
+            row.rounds_total, row.config, row.config_digest = rounds_total, dict(config), config_digest
+            row.status, row.reason, row.ended_at = RunStatus.RUNNING.value, reason, None
+            return record_of(Run, row)
 
     def get(self, run_id: str) -> Run:
         """One run; raises NotFoundError where there is none."""

@@ -154,7 +154,7 @@ def _write(
 
     with Store.open(settings.home) as store:
         store.metadata.bind_fleet(data_digest=digest, partition=partition, classes=classes)
-        store.clients.register(clients)
+        store.clients.register(clients, complete=True)
         begin_in_initial_mode(store, settings)
 
 

@@ -11,7 +11,7 @@ from test_rounds_coordinator import TARGET, settings
 
 from fedvit.aggregation.fedavg import FedAvg
 from fedvit.aggregation.registry import SHIPPED
-from fedvit.aggregation.rule import Fold, RoundFacts, State, Updates, moved
+from fedvit.aggregation.rule import NO_FACTS, Fold, RoundFacts, State, Updates, moved
 from fedvit.errors import ModelError
 from fedvit.rounds.coordinator import Coordinator
 from fedvit.store.store import Store
@@ -21,13 +21,15 @@ from fedvit.types import Run, RunStatus, Weights
 GOOD = np.array([1.0, 1.0], np.float32)
 
 
-def run_with(home: Path, fold: Any, monkeypatch: pytest.MonkeyPatch, model: PointModel | None = None) -> tuple[Run, Any]:
+def run_with(
+    home: Path, fold: Any, monkeypatch: pytest.MonkeyPatch, model: PointModel | None = None
+) -> tuple[Run, Any]:
     """A run of a plug-in rule whose result is made by ``fold``; the run, and its latest version."""
 
     class Plugin(FedAvg):
         name = "plugin"
 
-        def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = RoundFacts()) -> Fold:
+        def fold(self, base: Weights, updates: Updates, state: State, facts: RoundFacts = NO_FACTS) -> Fold:
             result: Fold = fold(base)
             return result
 
