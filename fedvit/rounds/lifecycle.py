@@ -126,7 +126,7 @@ class RunLifecycle:
                 cure="Register or validate clients, or start the trainers of remote ones; then start again.",
             )
         facts = self._protection.run_facts(count)
-        note = None
+        begins = None
         if latest is not None:
             changed = changed_settings(latest.config, identity)
             requested = request is not None and latest.config.get("order") != identity.get("order")
@@ -134,7 +134,7 @@ class RunLifecycle:
             if latest.status.resumable:
                 self._store.runs.set_status(latest.run_id, RunStatus.SUPERSEDED, reason)
             start = request.base_version if request and request.base_version else "the initial weights"
-            note = f"It begins at {start}, not where {latest.run_id} ended. {reason}"
+            begins = f"It begins at {start}, not where {latest.run_id} ended. {reason}"
         fleet = self._store.metadata.fleet()
         return self._store.runs.create(
             rounds_total=self._settings.training.rounds,
@@ -142,7 +142,7 @@ class RunLifecycle:
             config=identity | facts,
             config_digest=digest,
             data_digest=fleet.data_digest if fleet else "",
-            reason=note,
+            reason=begins,
         )
 
     def with_present_facts(self, run: Run) -> Run:
