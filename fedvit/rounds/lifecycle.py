@@ -97,9 +97,8 @@ class RunLifecycle:
     def open_run(self) -> Run:
         """The run with these settings and this request, or a new one; an unfinished one with others is superseded.
 
-        A run of which nothing but ``training.rounds`` has changed goes on, also after its end, if it has not trained
-        more rounds already. The reason of a run says where it begins or goes on, if that is not where the last one
-        ended.
+        A run of which nothing has changed but that it has more rounds (``training.rounds``) goes on, also after its
+        end. The reason of a run says where it begins or goes on, if that is not where the last one ended.
 
         Raises:
             ConfigError: the fleet is too small for ``target_delta``, for the rule, or for its cohorts to rest between
@@ -161,9 +160,9 @@ class RunLifecycle:
         return self._store.runs.set_config(run.run_id, {**run.config, **facts})
 
     def _continues(self, run: Run, identity: Mapping[str, Any]) -> bool:
-        """Whether nothing but the number of rounds has changed, and the run has not trained more of them."""
+        """Whether nothing but the number of rounds has changed, and there are more of them."""
         same = changed_settings(run.config, identity) == _ROUNDS
-        return same and run.status is not RunStatus.SUPERSEDED and run.rounds_done <= self._settings.training.rounds
+        return same and run.status is not RunStatus.SUPERSEDED and run.rounds_total < self._settings.training.rounds
 
     def round_base(self, run: Run) -> RoundBase:
         """What the run's next round starts from: the last committed round, or the weights that a run starts from."""

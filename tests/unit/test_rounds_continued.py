@@ -40,21 +40,21 @@ def test_more_rounds_continue_a_finished_run(tmp_path: Path) -> None:
     np.testing.assert_array_equal(continued[1], at_once[1])
 
 
-def test_fewer_rounds_than_planned_continue_an_unfinished_run(tmp_path: Path) -> None:
+def test_more_rounds_continue_an_unfinished_run(tmp_path: Path) -> None:
     stop: list[Any] = []
     loop, store = coordinator(
-        settings(tmp_path, rounds=9), on_progress=lambda p: stop and p.rounds_done == 2 and stop[0]()
+        settings(tmp_path, rounds=4), on_progress=lambda p: stop and p.rounds_done == 2 and stop[0]()
     )
     stop.append(loop.request_stop)
     assert loop.run().status is RunStatus.STOPPED
     store.close()
-    loop, store = coordinator(settings(tmp_path, rounds=3))
+    loop, store = coordinator(settings(tmp_path, rounds=5))
     run = loop.run()
-    assert (run.run_id, run.status, run.rounds_done) == ("run-0001", RunStatus.COMPLETED, 3)
+    assert (run.run_id, run.status, run.rounds_done) == ("run-0001", RunStatus.COMPLETED, 5)
     store.close()
 
 
-def test_fewer_rounds_than_trained_and_other_settings_are_another_run_that_says_so(tmp_path: Path) -> None:
+def test_fewer_rounds_and_other_settings_are_another_run_that_says_so(tmp_path: Path) -> None:
     reasons: list[str | None] = []
     for changes in ({"rounds": 3}, {"rounds": 2}, {"rounds": 2, "learning_rate": 1.0}):
         loop, store = coordinator(
