@@ -18,7 +18,7 @@ from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import ClientHalf
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.partial_aggregator import PartialAggregator, check_base, failed
-from fedvit.clients.workload_checks import checked_client, checked_evaluation, checked_fit, checked_weights
+from fedvit.clients.workload_checks import checked_clients, checked_evaluation, checked_fit, checked_weights
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, DataError, ModelError, UpdateRejectedError
 from fedvit.exact_sums import Sums, largest, subtract
@@ -85,9 +85,9 @@ class VirtualClients(ABC):
         """The clients to register in the store, read one by one.
 
         Raises:
-            WorkloadError: :meth:`clients` yields something else than ids and numbers of examples.
+            WorkloadError: :meth:`clients` yields something else than ids and numbers of examples, or an id twice.
         """
-        return map(checked_client, self.clients())
+        return checked_clients(self.clients)
 
 
 def client_host(settings: Settings) -> ClientHostPort:

@@ -6,7 +6,8 @@ Scalars of NumPy and torch are accepted wherever a number is expected.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,12 +21,25 @@ _NUMBERS = "biuf"
 """The kinds of NumPy's types that hold real numbers."""
 
 
-def checked_client(entry: object) -> Client:
-    """A virtual client, of the pair that ``clients()`` yields.
+def checked_clients(entries: Callable[[], Iterable[object]]) -> Iterator[Client]:
+    """The virtual clients, of the pairs that ``clients()`` yields; there may be a million.
 
     Raises:
-        WorkloadError: it is no pair of an id and a number of examples.
+        WorkloadError: an entry is no pair of an id and a number of examples, or, at the end, an id was yielded twice.
     """
+    # Eight bytes a client instead of its id.
+    hashes = array("q")
+    for entry in entries():
+        client = _client(entry)
+        hashes.append(hash(client.client_id))
+        yield client
+    values, counts = np.unique(np.frombuffer(hashes, np.int64) if hashes else (), return_counts=True)
+    if twice := set(values[counts > 1].tolist()):
+        client_id = next(client.client_id for client in map(_client, entries()) if hash(client.client_id) in twice)
+        raise WorkloadError(f"clients() yields {client_id!r} twice.", cure="Give every client an id of its own.")
+
+
+def _client(entry: object) -> Client:
     if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
         _refuse("clients() yields", entry, "a pair of an id and a number of examples")
     client_id, count = entry
@@ -53,7 +67,7 @@ def checked_weights(weights: object) -> dict[str, FloatArray]:
     """
     if not isinstance(weights, Mapping) or not weights:
         _refuse("initial_weights returned", weights, "arrays by name")
-    return {_name(name): _array(f"initial_weights returned as {name!r}", array) for name, array in weights.items()}
+    return {_name(name): _array(f"initial_weights returned as {name!r}", value) for name, value in weights.items()}
 
 
 def checked_evaluation(evaluation: object) -> Evaluation | None:
@@ -90,13 +104,13 @@ def _name(name: object) -> str:
 
 def _array(what: str, value: object) -> FloatArray:
     try:
-        array = np.asarray(value)
+        numbers = np.asarray(value)
     except Exception as error:
         raise WorkloadError(f"{what} what is no array: {error}", cure="Return NumPy arrays.") from None
-    if array.dtype.kind not in _NUMBERS:
-        _refuse(what, array.dtype, "an array of real numbers")
+    if numbers.dtype.kind not in _NUMBERS:
+        _refuse(what, numbers.dtype, "an array of real numbers")
     with np.errstate(over="ignore"):
-        copy = np.array(array, dtype=np.float32, order="C")
+        copy = np.array(numbers, dtype=np.float32, order="C")
     if not np.isfinite(copy).all():
         _refuse(what, "an array with a number that is not finite in float32", "an array of finite numbers")
     return copy

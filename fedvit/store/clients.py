@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
@@ -50,17 +49,16 @@ class Clients(Repository):
                 are registered again.
 
         Raises:
-            DataError: a client has no good id or number of examples, or is listed twice.
+            DataError: a client has no good id or number of examples.
         """
         with self._write() as session:
             before = position = _population(session)
             remaining, listed = iter(clients), bytearray(before)
-            while batch := list(islice(remaining, BULK)):
-                portion = {client.client_id: client for client in batch}
+            while portion := {client.client_id: client for client in islice(remaining, BULK)}:
                 known = _positions(session, list(portion)) if position else {}
-                _check_listed_once(batch, portion, known, before)
                 for index in known.values():
-                    listed[index] = 1
+                    if index < before:
+                        listed[index] = 1
                 new = [_to_columns(client) | _admitted(client) for c, client in portion.items() if c not in known]
                 if new:
                     numbered = [columns | {"position": position + i} for i, columns in enumerate(new)]
@@ -283,17 +281,6 @@ class Clients(Repository):
 def _positions(session: Session, client_ids: Sequence[str]) -> dict[str, int]:
     query = select(ClientRow.client_id, ClientRow.position).where(among(ClientRow.client_id, client_ids))
     return dict(session.execute(query).tuples().all())
-
-
-def _check_listed_once(
-    batch: Sequence[Client], portion: Mapping[str, Client], known: Mapping[str, int], before: int
-) -> None:
-    """A client that is known at a position from ``before`` on was inserted by the same registration."""
-    twice = [client_id for client_id, position in known.items() if position >= before]
-    if len(portion) < len(batch):
-        twice += [client_id for client_id, count in Counter(c.client_id for c in batch).items() if count > 1]
-    if twice:
-        raise DataError(f"The client {twice[0]!r} is listed twice.", cure="Give every client an id of its own.")
 
 
 def _leave(session: Session, positions: Sequence[int]) -> None:

@@ -196,7 +196,7 @@ def test_two_clients_of_one_id_are_refused(tmp_path: Path) -> None:
     clients = _Clients(settings(tmp_path))
     clients.listed = [("a", 7), ("b", 7), ("a", 8)]
     with Store.open(tmp_path) as store:
-        with pytest.raises(DataError):
+        with pytest.raises(WorkloadError):
             store.clients.register(clients.registered())
         assert store.clients.population() == 0
 
