@@ -2,7 +2,8 @@
 
 Pre-rounding (Demmel and Nguyen 2015, IEEE Trans. Computers 64(7)): every addend is rounded once, to a multiple of
 :data:`QUANTUM`. From then on float64 addition makes no error while the sum stays below :data:`ROOM`, so that it is
-associative; what grows beyond is carried into a second, coarser array, exactly again.
+associative; what grows beyond is carried into a second, coarser array, exactly again. A sum takes these two arrays,
+however many addends it has and however large they are.
 """
 
 from __future__ import annotations
@@ -81,10 +82,6 @@ class ExactSums:
         self._high: Sums | None = None
         self._used = 0.0
 
-    def has_room(self, peak: float) -> bool:
-        """Whether an addend of this peak leaves :meth:`totals` a multiple of the quantum that was never carried."""
-        return self._high is None and self._used + peak + QUANTUM <= ROOM
-
     def add(self, update: Arrays, weight: float = 1.0, *, peak: float | None = None) -> None:
         """Add ``weight * update``.
 
@@ -102,8 +99,15 @@ class ExactSums:
             for addend, at in _blocks(array):
                 _add_block(addend, weight, self._low[name].reshape(-1)[at], None if high is None else high[at])
 
+    def parts(self) -> tuple[Sums, Sums]:
+        """Two arrays for each name, whose sum is exact; the second ones are empty where nothing was carried.
+
+        The caller may keep them, and adds nothing afterwards.
+        """
+        return self._low, self._high or {}
+
     def totals(self) -> Sums:
-        """The sums; the caller may keep them, and adds nothing afterwards."""
+        """The sums, each rounded once; the caller may keep them, and adds nothing afterwards."""
         if self._high is None:
             return self._low
         return {name: np.asarray(low + self._high[name]) for name, low in self._low.items()}

@@ -7,7 +7,7 @@ aggregation rules read :data:`WeightedUpdate` only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from fedvit.types import ClientOutcome
@@ -15,6 +15,8 @@ from fedvit.types import ClientOutcome
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    Sums: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,18 @@ class ClientUpdate(_OneClient):
     nothing.
     """
 
-    weighted_sum: Mapping[str, npt.NDArray[np.float64]]
+    weighted_sum: Sums
     total_weight: float
     within_clip: int = 0
+
+    @property
+    def addends(self) -> tuple[Sums, ...]:
+        """The arrays that an aggregation adds up."""
+        return (self.weighted_sum,)
+
+    def total(self) -> Sums:
+        """The update as one array a parameter."""
+        return self.weighted_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +82,28 @@ class EncodedUpdate(_OneClient):
 class PartialSum:
     """The sum of several clients' weighted updates, with the outcomes of all of them, failed ones included.
 
-    ``weighted_sum[name] = sum over clients of weight * (local - base)``, float64. ``within_clip`` counts the clients
-    whose updates were within the clipping norm before they were clipped.
+    ``weighted_sum[name] + carried_sum[name] = sum over clients of weight * (local - base)``, float64. Large sums have
+    their upper part in ``carried_sum``, so that they are exact (:mod:`fedvit.exact_sums`); it is empty for others.
+    ``within_clip`` counts the clients whose updates were within the clipping norm before they were clipped.
     """
 
     round_index: int
     outcomes: tuple[ClientOutcome, ...]
-    weighted_sum: Mapping[str, npt.NDArray[np.float64]]
+    weighted_sum: Sums
     total_weight: float
     within_clip: int = 0
+    carried_sum: Sums = field(default_factory=dict)
+
+    @property
+    def addends(self) -> tuple[Sums, ...]:
+        """The arrays that an aggregation adds up."""
+        return (self.weighted_sum, self.carried_sum) if self.carried_sum else (self.weighted_sum,)
+
+    def total(self) -> Sums:
+        """The sum as one array a parameter, rounded to float64 where something was carried."""
+        if not self.carried_sum:
+            return self.weighted_sum
+        return {name: array + self.carried_sum[name] for name, array in self.weighted_sum.items()}
 
 
 ClientAnswer: TypeAlias = ClientFailures | ClientUpdate
@@ -92,7 +116,7 @@ SingleMessage: TypeAlias = DecodedUpdate | EncodedUpdate
 
 @dataclass(frozen=True, slots=True)
 class UpdateBundle:
-    """Several answers in one message: single updates where the rule needs them, or sums too large to add up exactly."""
+    """Several answers in one message: single updates, where the rule needs them."""
 
     round_index: int
     parts: tuple[SingleMessage, ...]

@@ -191,7 +191,8 @@ def mean(base: Weights, updates: Updates, least_divisor: float = 0.0) -> dict[st
         raise too_few("A round", 0, 1)
     sums = ExactSums({name: array.shape for name, array in base.items()})
     for update in updates:
-        sums.add(update.weighted_sum)
+        for addend in update.addends:
+            sums.add(addend)
     divisor = max(total, least_divisor)
     return {name: np.divide(array, divisor, out=array) for name, array in sums.totals().items()}
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedvit.config import StalenessConfig
-from fedvit.updates import WeightedUpdate
+from fedvit.updates import ClientUpdate, WeightedUpdate
 
 DEFAULT = StalenessConfig()
 
@@ -36,5 +36,7 @@ def discounted(update: WeightedUpdate, staleness: int, config: StalenessConfig =
     weight = staleness_weight(staleness, config)
     if weight == 1:
         return update
-    sums = {n: np.multiply(array, weight, dtype=np.float64) for n, array in update.weighted_sum.items()}
-    return replace(update, weighted_sum=sums)
+    sums = [{n: np.multiply(a, weight, dtype=np.float64) for n, a in addend.items()} for addend in update.addends]
+    if isinstance(update, ClientUpdate):
+        return replace(update, weighted_sum=sums[0])
+    return replace(update, weighted_sum=sums[0], carried_sum=sums[1] if len(sums) > 1 else {})

@@ -149,15 +149,16 @@ class UpdateValidator:
         return f"its matrices exceed their noise by {excess:.6g}; training can explain {bound.signal:.6g}"
 
     def _fault_of_names(self, update: WeightedUpdate) -> str | None:
-        if missing := sorted(self.shapes.keys() - update.weighted_sum.keys()):
-            return f"it lacks the parameter {missing[0]!r}"
-        if unknown := sorted(update.weighted_sum.keys() - self.shapes.keys()):
-            return f"it holds {unknown[0]!r}, which is no parameter of this model"
+        for sums in update.addends:
+            if missing := sorted(self.shapes.keys() - sums.keys()):
+                return f"it lacks the parameter {missing[0]!r}"
+            if unknown := sorted(sums.keys() - self.shapes.keys()):
+                return f"it holds {unknown[0]!r}, which is no parameter of this model"
         return None
 
     def _fault_of_arrays(self, update: WeightedUpdate, peak: float | None) -> str | None:
         finite = peak is not None and math.isfinite(peak)
-        for name, array in sorted(update.weighted_sum.items()):
+        for name, array in (entry for sums in update.addends for entry in sorted(sums.items())):
             if array.dtype not in (np.float32, np.float64):
                 return f"its parameter {name!r} is {array.dtype}"
             if array.shape != self.shapes[name]:
@@ -190,7 +191,7 @@ class UpdateValidator:
         if unbounded and peak is not None and scale * peak < _NO_OVERFLOW:
             return None
         with np.errstate(over="ignore"):
-            norm = scale * l2_norm(update.weighted_sum)
+            norm = scale * l2_norm(update.total())
         allowed = math.inf if self.max_update_norm is None else self.max_update_norm * weight
         # The norm of a finite update may overflow: not even no bound admits that.
         if not math.isfinite(norm) or norm > allowed * (1 + ROUNDING):

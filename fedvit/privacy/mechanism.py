@@ -57,7 +57,7 @@ def fault_of(update: WeightedUpdate, l2_clip_norm: float) -> str | None:
     ``contributors * l2_clip_norm`` bounds its norm, and each contributor has a weight of 1.
     """
     contributors = sum(outcome.error is None for outcome in update.outcomes)
-    norm, allowed = l2_norm(update.weighted_sum), contributors * l2_clip_norm
+    norm, allowed = l2_norm(update.total()), contributors * l2_clip_norm
     if not norm <= allowed * (1 + ROUNDING):
         return f"its partial sum has the norm {norm:.6g}, and {contributors} clipped updates allow {allowed:.6g}"
     if update.total_weight != contributors:
@@ -75,7 +75,8 @@ def total(base: Weights, updates: Iterable[tuple[WeightedUpdate, float]], l2_cli
     """
     sums = ExactSums({name: array.shape for name, array in base.items()})
     for update, clipped_to in updates:
-        sums.add(update.weighted_sum, min(1.0, l2_clip_norm / clipped_to))
+        for addend in update.addends:
+            sums.add(addend, min(1.0, l2_clip_norm / clipped_to))
     return sums.totals()
 
 

@@ -32,7 +32,7 @@ _SPARE_ARRAYS = 4
 
 def encode_update(update: DecodedUpdate) -> bytes:
     """An answer as bytes; the staleness, which only the receiver knows, is left out."""
-    sums = {} if isinstance(update, ClientFailures) else update.weighted_sum
+    sums = {} if isinstance(update, ClientFailures) else update.total()
     return save(dict(sorted(sums.items())), metadata=_metadata(update, {}))
 
 
@@ -47,7 +47,7 @@ def encode_smaller(update: DecodedUpdate, encoding: Encoding, uniforms: Uniforms
     """
     if isinstance(update, ClientFailures) or not update.total_weight > 0:
         return encode_update(update)
-    means = {name: array / update.total_weight for name, array in update.weighted_sum.items()}
+    means = {name: array / update.total_weight for name, array in update.total().items()}
     arrays = encode_arrays(means, encoding, uniforms, top_k_fraction)
     return save(
         {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedvit.aggregation.rule import mean
+from fedvit.aggregation.staleness import discounted
+from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.partial_aggregator import PartialAggregator
+from fedvit.config import StalenessConfig
 from fedvit.exact_sums import QUANTUM, ROOM, ExactSums, peak_of, squared_norm
+from fedvit.privacy import mechanism
 from fedvit.types import ClientOutcome, TrainTask
-from fedvit.updates import ClientFailures, ClientUpdate, PartialSum, UpdateBundle, WeightedUpdate
+from fedvit.updates import ClientFailures, ClientUpdate, WeightedUpdate
 
 SHAPES: dict[str, tuple[int, ...]] = {"a": (3,), "b": ()}
 TASK = TrainTask("run-0001", 1, "base", "data", 1.0, 0.5, 1.0, 1, 1.0)
@@ -39,8 +44,7 @@ def through(groups: list[list[ClientUpdate]]) -> dict[str, npt.NDArray[np.float6
         summing = PartialAggregator(TASK, SHAPES)
         for update in group:
             summing.add(update, scale=update.total_weight)
-        message = summing.message()
-        updates += message.parts if isinstance(message, UpdateBundle) else [message]
+        updates.append(summing.message())
     return mean({name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}, updates)
 
 
@@ -79,20 +83,36 @@ def test_ordinary_addition_would_depend_on_the_grouping() -> None:
     assert not np.array_equal((a + b) + c, a + (b + c))
 
 
-def test_a_message_is_one_sum_as_long_as_there_is_room() -> None:
-    small, large, huge = (own(index, [size] * 4, 1) for index, size in enumerate((1.0, ROOM / 2, 4 * ROOM)))
+def test_a_message_is_one_sum_of_two_arrays_whatever_the_number_and_size_of_updates() -> None:
+    for size in (1e-3, ROOM / 3, 4 * ROOM, 2.0**40):
+        summing = PartialAggregator(TASK, SHAPES)
+        for index in range(400):
+            summing.add(own(index, [size] * 4, 1))
+        message = summing.message()
+        assert len(message.outcomes) == message.total_weight == 400
+        assert [addend.keys() for addend in message.addends] in ([SHAPES.keys()], [SHAPES.keys()] * 2)
+        exact = 400 * Fraction(float(np.float32(size)))
+        parts = sum((Fraction(float(addend["a"][0])) for addend in message.addends), Fraction(0))
+        assert abs(parts - exact) <= 400 * Fraction(QUANTUM) / 2
+
+
+def test_the_parts_of_a_large_sum_are_validated_discounted_and_bounded_alike() -> None:
     summing = PartialAggregator(TASK, SHAPES)
-    summing.add(small)
-    summing.add(large)
-    assert isinstance(summing.message(), PartialSum)
-    summing = PartialAggregator(TASK, SHAPES)
-    for update in (huge, large, large, small):
-        summing.add(update)
+    for index in range(8):
+        summing.add(own(index, [ROOM] * 4, 1))
     message = summing.message()
-    assert isinstance(message, UpdateBundle)
-    assert [len(part.outcomes) for part in message.parts] == [1, 1, 2]
-    assert sum(part.total_weight for part in message.parts) == 4.0
-    assert [o.client_id for o in message.outcomes] == ["c00", "c01", "c01", "c02"]
+    assert len(message.addends) == 2
+    validator = UpdateValidator(SHAPES, by_examples=True, single=False, max_update_norm=2 * ROOM)
+    assert validator.fault_of(message) is None
+    tight = UpdateValidator(SHAPES, by_examples=True, single=False, max_update_norm=ROOM)
+    assert tight.fault_of(message) is not None
+    broken = replace(message, carried_sum={"a": np.full(3, np.nan), "b": np.zeros(())})
+    assert validator.fault_of(broken) is not None
+    assert validator.fault_of(replace(message, carried_sum={"a": np.zeros(3)})) is not None
+    half = discounted(message, 3, StalenessConfig(exponent=0.5))
+    np.testing.assert_array_equal(half.total()["a"], message.total()["a"] / 2)
+    assert mechanism.fault_of(message, 2 * ROOM) is None
+    assert mechanism.fault_of(message, ROOM) is not None
 
 
 def test_a_round_of_failures_is_one_empty_sum() -> None:

@@ -106,4 +106,4 @@ def _single(own: PartialSum) -> ClientAnswer:
     (outcome,) = own.outcomes
     if outcome.error is not None:
         return ClientFailures(own.round_index, own.outcomes)
-    return ClientUpdate(own.round_index, outcome, own.weighted_sum, own.total_weight, own.within_clip)
+    return ClientUpdate(own.round_index, outcome, own.total(), own.total_weight, own.within_clip)
