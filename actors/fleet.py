@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.handles import PING, fetch, find_actor, proxy_name
+from actors.proxy_calls import ProxyCall, ProxyCalls
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import FedvitError
 from fedvit.ports import ClockPort, ProxyReport
 from fedvit.types import Cohort, TrainTask, Weights
 from fedvit.updates import ClientFailures, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
+from fedvit.wire.untrusted import one_line
 
 REMEMBERED = 100_000
 WAIT_S = 1.0
@@ -61,30 +62,19 @@ class ClientAffinity:
         return frozenset(client_id for client_id, index in self._proxy_of.copy().items() if index in proxies)
 
 
-@dataclass(frozen=True, slots=True)
-class _PendingCall:
-    """A call of a proxy's ``train`` without an answer so far."""
-
-    proxy: int
-    task: TrainTask
-    client_ids: tuple[str, ...]
-
-    def failed(self, reason: str) -> ClientFailures:
-        return ClientFailures.of(self.task.round_index, self.client_ids, reason)
-
-
 class RayFleet:
     """Implements :class:`fedvit.ports.FleetPort` with client proxies: one message a proxy and round.
 
-    A client goes to the proxy that trained it last, where its data is warm, unless another one has less to do. One
-    thread may use it at a time.
+    A client goes to the proxy that trained it last, where its data is warm, unless another one has less to do. A client
+    that ends the process of its proxy is searched for; see :class:`actors.proxy_calls.ProxyCalls`. The others of its
+    proxy then answer in several messages. One thread may use it at a time.
     """
 
     def __init__(self, proxies: Sequence[Any], *, timeout_s: float, clock: ClockPort = SYSTEM_CLOCK) -> None:
         self._proxies = list(proxies)
         self._timeout_s, self._clock = timeout_s, clock
         self._affinity = ClientAffinity(len(self._proxies))
-        self._pending: dict[Any, _PendingCall] = {}
+        self._calls = ProxyCalls(self._start)
         self._histogram_calls: list[Any] = []
 
     @classmethod
@@ -100,9 +90,9 @@ class RayFleet:
         # The caller can prepare what it needs while clients train.
         yield None
         answered_at_s = self._clock.monotonic()
-        while self._pending:
+        while self._calls.running:
             left_s = answered_at_s + timeout_s - self._clock.monotonic()
-            ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=max(0.0, min(WAIT_S, left_s)))
+            ready, _ = ray.wait(list(self._calls.running), num_returns=1, timeout=max(0.0, min(WAIT_S, left_s)))
             if ready:
                 yield self._answer(ready[0])
                 answered_at_s = self._clock.monotonic()
@@ -112,12 +102,10 @@ class RayFleet:
                 yield None
 
     def in_flight(self) -> frozenset[str]:
-        return frozenset(client_id for call in self._pending.values() for client_id in call.client_ids)
+        return frozenset(client_id for call in self._calls.all() for client_id in call.client_ids)
 
     def give_up(self, reason: str) -> list[ClientFailures]:
-        failed = [call.failed(reason) for call in self._pending.values()]
-        self._pending.clear()
-        return failed
+        return [call.failed(reason) for call in self._calls.clear()]
 
     def proxies_alive(self) -> ProxyReport:
         """Ask every proxy at once; one that is silent for :data:`PING_TIMEOUT_S` counts as dead."""
@@ -130,7 +118,9 @@ class RayFleet:
     def request_histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> None:
         """One call a proxy; it ends before calls that are made after it."""
         for index, group in self._affinity.assign(client_ids, Counter()).items():
-            self._histogram_calls.append(self._proxies[index].histograms.remote(request, group))
+            # Not repeated by Ray: one that ends the process would end the training calls after it, too.
+            call = self._proxies[index].histograms.options(max_task_retries=0)
+            self._histogram_calls.append(call.remote(request, group))
 
     def histograms(self) -> list[ClientHistogram]:
         """Those of a proxy that died are lost."""
@@ -145,21 +135,36 @@ class RayFleet:
         if sum(array.nbytes for array in weights.values()) > INLINE_BYTES:
             argument = ray.put(argument)
         load = Counter[int]()
-        for call in self._pending.values():
+        for call in self._calls.all():
             load[call.proxy] += len(call.client_ids)
         for index, client_ids in self._affinity.assign(cohort.client_ids, load).items():
             known = cohort.num_examples
             sizes = None if known is None else {c: known[c] for c in client_ids if c in known}
-            reference = self._proxies[index].train.remote(task, argument, client_ids, cohort.max_weight, sizes)
-            self._pending[reference] = _PendingCall(index, task, tuple(client_ids))
+            self._calls.add(ProxyCall(index, task, argument, tuple(client_ids), cohort.max_weight, sizes))
 
-    def _answer(self, reference: Any) -> UpdateMessage:
-        call = self._pending.pop(reference)
+    def _start(self, call: ProxyCall) -> Any:
+        # Not repeated by Ray, which would not find out which client ends the process.
+        train = self._proxies[call.proxy].train.options(max_task_retries=0)
+        return train.remote(call.task, call.weights, list(call.client_ids), call.max_weight, call.num_examples)
+
+    def _answer(self, reference: Any) -> UpdateMessage | None:
         try:
-            answer: UpdateMessage = fetch(reference)
-        except (RayError, FedvitError) as error:
-            return call.failed(str(error).strip().splitlines()[-1])
+            answer: UpdateMessage = ray.get(reference)
+        except RayActorError as error:
+            return self._calls.crashed(reference, _detail(error))
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, FedvitError) else error
+            return self._calls.answered(reference).failed(str(cause).strip().splitlines()[-1])
+        except RayError as error:
+            return self._calls.answered(reference).failed(str(error).strip().splitlines()[-1])
+        self._calls.answered(reference)
         return answer
+
+
+def _detail(error: RayActorError) -> str:
+    """What Ray says of the end of a process, in one line."""
+    text = one_line(" ".join(str(error).split()).rpartition("Worker exit type:")[2].strip())
+    return text or type(error).__name__
 
 
 def _succeeded(reference: Any) -> bool:

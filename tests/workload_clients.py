@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 
@@ -17,8 +18,8 @@ LATE_S = 0.3
 class PullingClients(VirtualClients):
     """Options: ``clients`` and ``failing`` ids.
 
-    The file ``stragglers`` in the state folder names clients that take longer than the others. It is no option, because
-    the noise and the seeds of a client follow from all options.
+    The file ``stragglers`` in the state folder names clients that take longer than the others, and ``killers`` those
+    that end the process. They are no options, because the noise and the seeds of a client follow from all options.
     """
 
     def initial_weights(self) -> Weights:
@@ -37,6 +38,9 @@ class PullingClients(VirtualClients):
         stragglers = self.settings.home / "stragglers"
         if stragglers.exists() and client_id in stragglers.read_text().split():
             time.sleep(LATE_S)
+        killers = self.settings.home / "killers"
+        if killers.exists() and client_id in killers.read_text().split():
+            os._exit(1)
         rng = np.random.default_rng(seed)
         local = {}
         for name, array in sorted(weights.items()):

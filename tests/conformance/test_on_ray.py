@@ -24,7 +24,7 @@ from fedvit.config import Settings
 from fedvit.ports import AccountantPort, AggregatorPort, ClientHostPort, FleetPort
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
-from fedvit.types import TrainTask, Weights
+from fedvit.types import Cohort, TrainTask, Weights
 
 pytestmark = pytest.mark.ray
 
@@ -74,6 +74,22 @@ class TestRayFleet(FleetContract):
     def fleet(self, system: System) -> FleetPort:
         proxies = [system.actors.by_name[proxy_name(index)] for index in range(2)]
         return RayFleet(proxies, timeout_s=60.0)
+
+    def test_a_client_that_ends_its_process_fails_alone(
+        self, system: System, fleet: FleetPort, weights: Weights
+    ) -> None:
+        killers = system.settings.home / "killers"
+        killers.write_text(CLIENTS[1])
+        try:
+            cohort = Cohort(1, CLIENTS, None, dict.fromkeys(CLIENTS, 100))
+            answers = [a for a in fleet.train(task_for(weights, 1), weights, cohort) if a is not None]
+        finally:
+            killers.unlink()
+        outcomes = {o.client_id: o for answer in answers for o in answer.outcomes}
+        assert outcomes.keys() == set(CLIENTS)
+        assert [c for c, o in outcomes.items() if o.error] == [CLIENTS[1]]
+        assert outcomes[CLIENTS[1]].counted_against_client
+        assert fleet.in_flight() == frozenset()
 
 
 class TestClientProxy(ClientHostContract):
