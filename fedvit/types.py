@@ -261,6 +261,7 @@ class ClientOutcome:
     answer. ``counted_against_client`` marks an error of an update of this client alone that failed validation.
     ``sent_bytes`` and ``encoding`` describe an update that came as bytes. ``update_norm`` and ``alignment`` are
     statistics of the noised update, see :mod:`fedvit.clients.update_statistics`; None where there are none.
+    ``traceback`` is that of an error in a virtual client's code, see :mod:`fedvit.clients.tracebacks`.
     """
 
     client_id: str
@@ -272,6 +273,7 @@ class ClientOutcome:
     encoding: str | None = None
     update_norm: float | None = None
     alignment: float | None = None
+    traceback: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,15 @@ from fedvit.api.choices import AggregationMode, ClientSelection
 from fedvit.api.clients import ConditionView
 
 
+class FailureView(View):
+    """The last error in a client's, a workload's or a rule's own code, with its traceback."""
+
+    round_index: int
+    client_id: str | None
+    error: str
+    traceback: str
+
+
 class ProgressView(View):
     """The training loop."""
 
@@ -25,6 +34,7 @@ class ProgressView(View):
     version: str | None
     message: str | None
     conditions: tuple[ConditionView, ...]
+    failure: FailureView | None = None
 
 
 class RestartRequest(RequestBody):

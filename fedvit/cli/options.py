@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from typer import Option
 
-from fedvit.cli.output import errors, print_json
+from fedvit.cli.output import errors, print_json, show_traceback
 from fedvit.errors import ConfigError, FedvitError
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def report_errors(as_json: bool = False) -> Iterator[None]:
     except FedvitError as error:
         if as_json:
             print_json({"error": error.code, "message": error.message, "cure": error.cure})
+        if "traceback" in error.details:
+            show_traceback(str(error.details["traceback"]))
         # A message may contain square brackets, which are markup to Rich.
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_status) from None

@@ -68,6 +68,11 @@ def show(value: Any, as_json: bool, *columns: str) -> None:
         show_fields(facts)
 
 
+def show_traceback(text: str) -> None:
+    """Print the traceback of a user's own code on standard error."""
+    errors.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def show_text(text: str, value: Any, as_json: bool) -> None:
     """Print ``value`` as JSON, or else ``text`` as it is."""
     if as_json:

@@ -13,7 +13,16 @@ from typer import Argument, Option
 from fedvit.api.choices import AggregationMode, ClientSelection
 from fedvit.cli.api_session import POLL_S, ApiSession, api_command, control_client
 from fedvit.cli.options import SYSTEM, IfMatchOption, NoWaitOption, Options, local_command
-from fedvit.cli.output import console, print_json, print_step, progress_bar, show_fields, show_text, stdout_for_json
+from fedvit.cli.output import (
+    console,
+    print_json,
+    print_step,
+    progress_bar,
+    show_fields,
+    show_text,
+    show_traceback,
+    stdout_for_json,
+)
 from fedvit.cli.state import find_system, settings_in_force
 from fedvit.cli.supervisor import interruptible, temporary_system
 from fedvit.errors import InterruptedRunError, UsageError
@@ -47,6 +56,8 @@ def show_end(progress: ProgressView, as_json: bool) -> None:
     text += f" {progress.message}" if progress.message else ""
     show_text(text, progress.model_dump(mode="json"), as_json)
     if progress.status == "failed":
+        if progress.failure is not None:
+            show_traceback(progress.failure.traceback)
         raise typer.Exit(1)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -207,10 +208,15 @@ def _corrected(
 def _correction_gradient(correction: GradientCorrection, name: str, parameter: Tensor) -> Tensor:
     gradient, anchor, shift = torch.zeros_like(parameter), correction.anchor or {}, correction.shift or {}
     if name in anchor:
-        gradient += correction.pull * (parameter - torch.from_numpy(anchor[name]))
+        gradient += correction.pull * (parameter - _tensor(anchor[name]))
     if name in shift:
-        gradient += torch.from_numpy(shift[name])
+        gradient += _tensor(shift[name])
     return gradient
+
+
+def _tensor(array: FloatArray) -> Tensor:
+    """A tensor of the array's numbers; a read-only array, which torch warns about, is copied."""
+    return torch.from_numpy(np.require(array, requirements="W"))
 
 
 def check_records(features: Tensor, labels: Tensor, client_id: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fedvit.clients.tracebacks import traceback_of
 from fedvit.errors import FedvitError, IntegrityError, UpdateRejectedError
 from fedvit.exact_sums import ExactSums, peak_of
 from fedvit.types import ClientOutcome, TrainTask, Weights
@@ -50,8 +51,14 @@ class PartialAggregator:
 
 def failed(task: TrainTask, client_id: str, error: Exception) -> ClientFailures:
     """The answer of a client whose training failed; it does not affect the other clients of the call."""
-    reason = str(error) if isinstance(error, FedvitError) else f"{type(error).__name__}: {error}"
-    outcome = ClientOutcome(client_id, 0, reason, counted_against_client=isinstance(error, UpdateRejectedError))
+    known = isinstance(error, FedvitError)
+    outcome = ClientOutcome(
+        client_id,
+        0,
+        str(error) if known else f"{type(error).__name__}: {error}",
+        counted_against_client=isinstance(error, UpdateRejectedError),
+        traceback=None if known else traceback_of(error),
+    )
     return ClientFailures(task.round_index, (outcome,))
 
 

@@ -43,9 +43,13 @@ class VirtualClients(ABC):
     Attributes:
         protects_records: whether :meth:`fit` clips and adds noise as the task says. It is not needed with
             ``privacy_unit: client``: the host clips, and the aggregator adds the noise.
+        public_client: id of a client of made-up or public data, which :meth:`fit` trains for one step before a run
+            begins; :meth:`clients` need not yield it. Without one, :meth:`fit` is tried on one of the first clients;
+            its result is discarded, and an error of it is shown.
     """
 
     protects_records: ClassVar[bool] = False
+    public_client: ClassVar[str | None] = None
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -241,8 +245,8 @@ class WorkloadModel:
     exports = False
     head: str | None = None
 
-    def __init__(self, settings: Settings) -> None:
-        self._clients = load_workload(settings)
+    def __init__(self, settings: Settings, clients: VirtualClients | None = None) -> None:
+        self._clients = load_workload(settings) if clients is None else clients
         self._initial = checked_weights(self._clients.initial_weights())
 
     def initial_weights(self) -> Weights:

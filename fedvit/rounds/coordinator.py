@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
+from fedvit.clients.tracebacks import traceback_of
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.config import Settings
 from fedvit.errors import FedvitError
@@ -18,6 +19,7 @@ from fedvit.ports import AccountantPort, ClockPort, FleetPort, ServerModelPort
 from fedvit.rounds import machine
 from fedvit.rounds.context import RoundContext
 from fedvit.rounds.execution import METRICS, RoundExecution
+from fedvit.rounds.failures import Failure, record_failure
 from fedvit.rounds.lifecycle import RunLifecycle
 from fedvit.rounds.machine import LoopState, Phase, RunPlan
 from fedvit.rounds.protection import protection_for
@@ -179,5 +181,7 @@ class Coordinator:
         except FedvitError as error:
             return machine.Failed(str(error))
         except Exception as error:
-            self._store.runs.set_status(run_id, RunStatus.FAILED, f"{type(error).__name__}: {error}")
+            reason, index = f"{type(error).__name__}: {error}", self._execution.run.rounds_done + 1
+            record_failure(self._store, Failure(run_id, index, None, reason, traceback_of(error)))
+            self._store.runs.set_status(run_id, RunStatus.FAILED, reason)
             raise

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from fedvit.aggregation.rule import RoundFacts, damped
 from fedvit.aggregation.staleness import staleness_weight
+from fedvit.clients.tracebacks import location_in
 from fedvit.errors import BudgetExhaustedError, LedgerFrozenError, ReleaseRefusedError
 from fedvit.metrics.training import RoundMetrics
 from fedvit.registry.publisher import Publisher
@@ -16,6 +17,7 @@ from fedvit.rounds import machine
 from fedvit.rounds.collect import Collector
 from fedvit.rounds.context import RoundBase, RoundContext, train_task
 from fedvit.rounds.data_health import DataHealthMonitor, count_invalid_updates
+from fedvit.rounds.failures import Failure, record_failure
 from fedvit.rounds.histogram_collection import HistogramCollection
 from fedvit.rounds.lifecycle import RunLifecycle
 from fedvit.rounds.protection import POPULATION_SIZE, Folded
@@ -156,7 +158,7 @@ class RoundExecution:
         limit = self._settings.training.validation.quarantine_after_rejections
         count_invalid_updates(self._store, task.run_id, task.round_index, updates.outcomes, limit, self._clock)
         self._gather_histograms()
-        errors = [o.error for o in updates.outcomes if o.error is not None]
+        errors = self._errors(updates.outcomes)
         if self._protection.sampled and errors and not updates.accepted:
             return machine.Failed(f"All {len(errors)} clients that were drawn failed, the first with: {errors[0]}")
         if updates.accepted or self._protection.sampled:
@@ -166,6 +168,16 @@ class RoundExecution:
             folded = replace(folded, weights=weights)
             self._trained = _TrainedRound(folded, updates, started_s)
         return machine.Trained(updates.accepted, len(errors), errors[0] if errors else None)
+
+    def _errors(self, outcomes: Sequence[ClientOutcome]) -> list[str]:
+        """The errors of clients; the first traceback is recorded."""
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        failed = next((outcome for outcome in outcomes if outcome.traceback), None)
+        if failed is not None and failed.traceback is not None:
+            error, (run, index) = str(failed.error), (self.run, self.run.rounds_done + 1)
+            record_failure(self._store, Failure(run.run_id, index, failed.client_id, error, failed.traceback))
+            errors.insert(0, f"{errors.pop(errors.index(error))} ({location_in(failed.traceback)})")
+        return errors
 
     def _gather_histograms(self) -> None:
         if self._histograms.gather():

@@ -94,7 +94,8 @@ def check_training(settings: Settings, on_step: Callable[[str], None]) -> Callab
     Raises:
         ConfigError: the size of the images is not that of the models in the state folder.
         DataError: an image cannot be read, or the data is of no use.
-        ModelError: the model cannot be built or exported.
+        ModelError: the model cannot be built, trained or exported.
+        WorkloadError: the workload cannot be trained for one step.
     """
     from fedvit.data.manifest import build_manifest
     from fedvit.data.partition import VirtualFleet
@@ -125,6 +126,10 @@ def check_training(settings: Settings, on_step: Callable[[str], None]) -> Callab
         fleet.check_disjoint()
     if trained is None or trained.config.get("model") != settings.training_identity()["model"]:
         _check_model(settings, len(manifest.classes))
+    if _begins_a_run(settings):
+        from fedvit.rounds.preflight import check_vision
+
+        check_vision(settings, fleet)
     partition = {**settings.data.partition.model_dump(mode="json"), "digest": fleet.parts_digest()}
 
     def write() -> None:
@@ -135,11 +140,28 @@ def check_training(settings: Settings, on_step: Callable[[str], None]) -> Callab
     return write
 
 
+def _begins_a_run(settings: Settings) -> bool:
+    """Whether no round was trained yet with these settings."""
+    from fedvit.rounds.steering import run_identity, run_request
+    from fedvit.store.store import Store
+
+    if not (settings.home / "state.db").exists():
+        return True
+    with Store.open(settings.home) as store:
+        run = store.runs.latest()
+        digest = run_identity(settings, run_request(store))[1]
+        return run is None or run.config_digest != digest or run.rounds_done == 0
+
+
 def _check_workload(settings: Settings) -> Callable[[], None]:
     """Build the workload once, so that a fault of it is named now; return what registers its clients."""
     from fedvit.clients.workload import client_host, load_workload
 
     client_host(settings)
+    if _begins_a_run(settings):
+        from fedvit.rounds.preflight import check_workload
+
+        check_workload(settings)
     named = json.dumps(settings.workload.model_dump(mode="json"), sort_keys=True)
     digest = hashlib.sha256(named.encode()).hexdigest()
     return lambda: _write(settings, digest, {}, (), load_workload(settings).registered())

@@ -22,6 +22,7 @@ from fedvit.api.training import (
 from fedvit.cohort.conditions import progress_conditions
 from fedvit.errors import ConflictError
 from fedvit.ports import AggregatorPort
+from fedvit.rounds.failures import last_failure
 from fedvit.rounds.steering import (
     STALENESS_TOLERANCE,
     RoundSettings,
@@ -109,7 +110,7 @@ def progress_view(services: Services, progress: TrainingProgress) -> ProgressVie
     freeze, release = services.store.ledger.current_freeze(), services.store.releases.current()
     frozen, released = freeze.incident_id if freeze else None, (release.version, release.at) if release else None
     conditions = progress_conditions(progress, budget, frozen=frozen, release=released)
-    return ProgressView.of(progress, conditions=conditions)
+    return ProgressView.of(progress, conditions=conditions, failure=last_failure(services.store, progress.run_id))
 
 
 def _config_view(settings: RoundSettings, response: Response) -> TrainingConfigView:
