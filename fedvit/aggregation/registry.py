@@ -27,6 +27,8 @@ from fedvit.config import Settings, TrainingConfig
 from fedvit.errors import ConfigError, ConflictError
 
 GROUP = "fedvit.aggregation"
+# Of one number in float64: of the answer, of the update, and of the rule's matrix.
+_BYTES_OF_A_SINGLE = 3 * 8
 _AVERAGING = (FedAvg, FedAvgM, FedProx, FedAdam, FedYogi, FedAdagrad, Scaffold, FedBuff, FedAsync, Ditto)
 _ROBUST = (Median, TrimmedMean, Krum, MultiKrum, Bulyan, GeometricMedian, NormBound)
 SHIPPED: dict[str, type[Rule]] = {rule.name: rule for rule in (*_AVERAGING, *_ROBUST)}
@@ -70,6 +72,21 @@ def check_mode(rule: Rule, mode: Literal["synchronous", "asynchronous"]) -> None
             f"training.aggregation {rule.name!r} does not go with asynchronous rounds: its updates must all start from "
             "the same version.",
             cure="Keep synchronous rounds, or use fedbuff, fedasync, fedavg or norm_bound.",
+        )
+
+
+def check_memory(rule: Rule, updates: int, parameters: int, memory_bytes: int) -> None:
+    """Whether a round's updates fit into memory, where the rule needs each of them by itself.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    needed = updates * parameters * _BYTES_OF_A_SINGLE
+    if rule.needs == "single_updates" and needed > memory_bytes:
+        raise ConfigError(
+            f"training.aggregation {rule.name!r} needs every update by itself: {updates} updates of {parameters} "
+            f"parameters take {needed / 2**30:.1f} GiB, and this machine has {memory_bytes / 2**30:.1f} GiB.",
+            cure="Lower training.cohort.size, train fewer parameters, or use a rule that takes partial sums (fedavg).",
         )
 
 

@@ -67,7 +67,8 @@ class Collector:
         client_ids = [*not_asked, *in_flight]
         sizes = self._store.clients.num_examples(client_ids)
         share = self._share_limit(effect, sizes)
-        cohort = replace(effect.cohort, client_ids=not_asked, max_weight=share.max_weight, num_examples=sizes)
+        asked = {client_id: sizes[client_id] for client_id in not_asked if client_id in sizes}
+        cohort = replace(effect.cohort, client_ids=not_asked, max_weight=share.max_weight, num_examples=asked)
         ended, limit_s = f"no answer in {timeout_s:g} s", self._settings.training.round_deadline_s
         # In monotonic time; infinite where no client may be late.
         deadline_s = math.inf if limit_s is None or self._protection.sampled else self._clock.monotonic() + limit_s

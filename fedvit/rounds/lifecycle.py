@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from fedvit.aggregation.registry import check_mode
+from fedvit.aggregation.registry import check_memory, check_mode
 from fedvit.errors import ConfigError, ConflictError, ModelError
 from fedvit.exact_sums import peak_of
 from fedvit.privacy.round_cost import check_units, round_noise_multiplier
@@ -102,7 +103,7 @@ class RunLifecycle:
 
         Raises:
             ConfigError: the fleet is too small for ``target_delta``, for the rule, or for its cohorts to rest between
-                rounds.
+                rounds; or the updates of a round do not fit into memory.
             ConflictError: no client may take part, or rounds are asynchronous and the rule does not go with that.
         """
         request = run_request(self._store)
@@ -125,6 +126,7 @@ class RunLifecycle:
                 cure="Register or validate clients, or start the trainers of remote ones; then start again.",
             )
         facts = self._protection.run_facts(count)
+        self._check_memory(request, count)
         begins = None
         if latest is not None:
             changed = changed_settings(latest.config, identity)
@@ -143,6 +145,12 @@ class RunLifecycle:
             data_digest=fleet.data_digest if fleet else "",
             reason=begins,
         )
+
+    def _check_memory(self, request: RunRequest | None, eligible: int) -> None:
+        cohort, rule = self._settings.training.cohort, self._protection.rule
+        drawn = eligible if cohort.selection == "all" or cohort.draw_size is None else min(cohort.draw_size, eligible)
+        parameters = sum(array.size for array in self.start_weights(request).values())
+        check_memory(rule, drawn, parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     def with_present_facts(self, run: Run) -> Run:
         """The run, with the facts that follow from the clients that may take part now.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedvit.aggregation.registry import SHIPPED, create_rule, rule_for, rule_names
+from fedvit.aggregation.registry import SHIPPED, check_memory, create_rule, rule_for, rule_names
 from fedvit.config import TrainingConfig
 from fedvit.errors import ConfigError
 from fedvit.registry.publisher import stored_weights
@@ -119,3 +120,14 @@ def test_settings_that_say_nothing_new_leave_a_run_what_it_was() -> None:
     for key, value in (("AGGREGATION", "median"), ("STALENESS__EXPONENT", "1"), ("VALIDATION__MAX_UPDATE_NORM", "9")):
         other = load_settings(environ={f"FEDVIT_TRAINING__{key}": value})
         assert other.training_digest() != plain.training_digest()
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "refused"), [("median", 23, True), ("median", 24, False), ("fedavg", 1, False)]
+)
+def test_updates_that_do_not_fit_into_memory_are_refused_where_each_is_needed(
+    name: str, memory: int, refused: bool
+) -> None:
+    rule = create_rule(TrainingConfig(aggregation=name))
+    with pytest.raises(ConfigError) if refused else nullcontext():
+        check_memory(rule, 400, 1_000_000, memory * 400 * 1_000_000)

@@ -381,3 +381,10 @@ def test_a_host_with_another_model_never_draws_the_same_noise(settings: Settings
     updates = [vision_host(each).train(task, base, CLIENTS[:1]).weighted_sum for each in (settings, other)]
     noise = [np.concatenate([update[name].ravel() for name in sorted(base)]) for update in updates]
     assert abs(np.corrcoef(*noise)[0, 1]) < 0.5
+
+
+def test_a_vehicle_with_more_records_than_registered_is_rejected_alone(settings: Settings) -> None:
+    base, sizes = base_of(settings), dict.fromkeys(CLIENTS, 6)
+    update = vision_host(settings).train(task_for(base), base, CLIENTS, None, sizes | {CLIENTS[1]: 5})
+    assert [o.client_id for o in update.outcomes if o.counted_against_client] == [CLIENTS[1]]
+    assert update.total_weight == 12
