@@ -181,7 +181,7 @@ class Coordinator:
         except FedvitError as error:
             return machine.Failed(str(error))
         except Exception as error:
-            reason, index = f"{type(error).__name__}: {error}", self._execution.run.rounds_done + 1
-            record_failure(self._store, Failure(run_id, index, None, reason, traceback_of(error)))
+            reason, done = f"{type(error).__name__}: {error}", self._store.runs.get(run_id).rounds_done
+            record_failure(self._store, Failure(run_id, done + 1, None, reason, traceback_of(error)))
             self._store.runs.set_status(run_id, RunStatus.FAILED, reason)
             raise

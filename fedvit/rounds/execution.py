@@ -158,7 +158,7 @@ class RoundExecution:
         limit = self._settings.training.validation.quarantine_after_rejections
         count_invalid_updates(self._store, task.run_id, task.round_index, updates.outcomes, limit, self._clock)
         self._gather_histograms()
-        errors = self._errors(updates.outcomes)
+        errors = self._errors(task.round_index, updates.outcomes)
         if self._protection.sampled and errors and not updates.accepted:
             return machine.Failed(f"All {len(errors)} clients that were drawn failed, the first with: {errors[0]}")
         if updates.accepted or self._protection.sampled:
@@ -169,13 +169,13 @@ class RoundExecution:
             self._trained = _TrainedRound(folded, updates, started_s)
         return machine.Trained(updates.accepted, len(errors), errors[0] if errors else None)
 
-    def _errors(self, outcomes: Sequence[ClientOutcome]) -> list[str]:
+    def _errors(self, round_index: int, outcomes: Sequence[ClientOutcome]) -> list[str]:
         """The errors of clients; the first traceback is recorded."""
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
         failed = next((outcome for outcome in outcomes if outcome.traceback), None)
         if failed is not None and failed.traceback is not None:
-            error, (run, index) = str(failed.error), (self.run, self.run.rounds_done + 1)
-            record_failure(self._store, Failure(run.run_id, index, failed.client_id, error, failed.traceback))
+            error, run_id = str(failed.error), self.run.run_id
+            record_failure(self._store, Failure(run_id, round_index, failed.client_id, error, failed.traceback))
             errors.insert(0, f"{errors.pop(errors.index(error))} ({location_in(failed.traceback)})")
         return errors
 

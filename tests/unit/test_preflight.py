@@ -169,6 +169,8 @@ def test_the_traceback_of_a_client_is_kept_and_its_place_is_the_reason(tmp_path:
 def test_the_traceback_of_an_evaluation_is_kept_too(tmp_path: Path) -> None:
     class Broken(PointModel):
         def evaluate(self, weights: Weights) -> Evaluation:
+            if len(store.versions.all()) < 2:
+                return super().evaluate(weights)
             raise KeyError("w")
 
     _, store = coordinator(round_settings(tmp_path))
@@ -183,7 +185,7 @@ def test_the_traceback_of_an_evaluation_is_kept_too(tmp_path: Path) -> None:
         loop.run()
     failure = last_failure(store, "run-0001")
     assert failure is not None
-    assert (failure.client_id, failure.round_index) == (None, 1)
+    assert (failure.client_id, failure.round_index) == (None, 3)
     assert location_in(failure.traceback).endswith("in evaluate")
     store.close()
 
