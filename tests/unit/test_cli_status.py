@@ -7,6 +7,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -201,3 +203,29 @@ def test_a_table_of_any_width_breaks_no_word(columns: int) -> None:
     for i in range(columns):
         assert text.count(f"identifier-{i:012d}") == 2
     assert "…" not in text
+
+
+# --- what settings name ----------------------------------------------------------------------------------------------
+
+
+def test_a_module_in_the_working_directory_is_found(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("Lights = 3")
+    script = Path(sys.executable).with_name("fedvit")
+    done = subprocess.run(
+        [script, "data", "inspect", "--set", "data.source=mine.Lights"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "'mine.Lights' is no class" in done.stderr
+
+
+def test_contacts_are_settings(tmp_path: Path) -> None:
+    assert fedvit(tmp_path, "incident", "contacts").exit_code == 2
+    config = tmp_path / "site.yaml"
+    config.write_text("incidents: {contacts: {privacy officer: 'A. Lovelace, +44 20 0'}}")
+    shown = fedvit(tmp_path, "incident", "contacts", "--config", str(config))
+    assert shown.exit_code == 0
+    assert "A. Lovelace, +44 20 0" in shown.stdout

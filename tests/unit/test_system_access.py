@@ -15,7 +15,7 @@ from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import utc_now
 from serve_apps.startup.serving import edge_environment, follower_token, http_options
-from serve_apps.system import RaySystem
+from serve_apps.system import QUIET_TUNE, RaySystem
 
 
 def test_a_system_that_strangers_could_use_is_not_started(tmp_path: Path) -> None:
@@ -64,3 +64,11 @@ def test_serve_understands_how_it_shall_listen(tmp_path: Path) -> None:
 def test_an_edge_counts_for_itself() -> None:
     ours = {"PATH": "/bin", "PROMETHEUS_MULTIPROC_DIR": "/var/metrics"}
     assert edge_environment(ours) == {"PATH": "/bin"}
+
+
+def test_ray_tune_prints_no_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.tune.experimental.output import get_air_verbosity
+
+    for name, value in QUIET_TUNE.items():
+        monkeypatch.setenv(name, value)
+    assert get_air_verbosity(0) is None
