@@ -79,7 +79,7 @@ class Nobody(ProtectingClients):
 @pytest.mark.parametrize(("kind", "function"), [("Buggy", "fit"), ("BuggyEvaluation", "evaluate")])
 def test_a_bug_is_shown_with_its_place_before_anything_is_written(tmp_path: Path, kind: str, function: str) -> None:
     with pytest.raises(WorkloadError) as caught:
-        check_training(settings(tmp_path, HERE + kind))
+        check_training(settings(tmp_path, HERE + kind), print)
     assert f"in {function}" in caught.value.message
     assert Path(__file__).name in caught.value.message
     assert 'weights["w"]' in caught.value.details["traceback"]
@@ -126,11 +126,11 @@ def test_vehicles_train_made_up_images_and_leave_nothing(
 
 def test_a_run_that_has_begun_is_not_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(tmp_path)
-    check_training(config)()
+    check_training(config, print)()
     with Store.open(tmp_path) as store:
         _loop(config, store).run()
     monkeypatch.setattr(ProtectingClients, "fit", Buggy.fit)
-    check_training(config)
+    check_training(config, print)
 
 
 # --- during a run ----------------------------------------------------------------------------------------------------
