@@ -22,6 +22,7 @@ from fedvit.errors import StateError
 from fedvit.finetune.checkpoint import Checkpoint
 from fedvit.finetune.job import Outcome, Plan, plan_of, with_noise
 from fedvit.models.build import build_model
+from fedvit.models.export import check_export
 from fedvit.models.trainable import trainable_weights
 from fedvit.ports import FinetuneReport
 from fedvit.privacy.epsilon import PoissonGaussian, epsilon_pld
@@ -46,6 +47,8 @@ def finetune(settings: Settings, on_step: Callable[[str], None]) -> FinetuneRepo
     settings = with_noise(absolute_paths(settings))
     source = open_source(settings.data)
     model = build_model(settings.model, len(source.classes), settings.data.image_size)
+    variants, log = settings.release.variants, settings.home / "logs" / "export.log"
+    check_export(model, variants, settings.data.image_size, log)
     plan = plan_of(settings, source, trainable_weights(model))
     with ExitStack() as stack:
         stack.enter_context(system_lock(settings.home))

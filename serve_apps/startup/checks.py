@@ -181,10 +181,10 @@ def _write(
 
 
 def _check_model(settings: Settings, num_classes: int) -> None:
-    """Build the model and write it as ONNX: what cannot be released is refused before it is trained."""
+    """Build the model, export it and run the result: what cannot be released is refused before it is trained."""
     # torch and timm are imported here, after everything that can be said without them.
     from fedvit.models.build import build_model
-    from fedvit.models.export import export_onnx
+    from fedvit.models.export import check_export
 
-    image_size = settings.data.image_size
-    export_onnx(build_model(settings.model, num_classes, image_size), image_size)
+    image_size, log = settings.data.image_size, settings.home / "logs" / "export.log"
+    check_export(build_model(settings.model, num_classes, image_size), settings.release.variants, image_size, log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
 from fedvit.models.build import build_model
-from fedvit.models.export import complexity, export_onnx, export_variant, make_variant, time_onnx
+from fedvit.models.export import check_export, complexity, export_onnx, export_variant, make_variant, time_onnx
 from fedvit.models.layers import Body, HeadBody, LoraLinear, Normalise
 from fedvit.models.timm_vit import TimmBody
 from fedvit.models.trainable import trainable_weights
@@ -46,7 +47,7 @@ def images(count: int = 16) -> ImageArray:
     return (colours + generator.integers(0, 56, (count, 32, 32, 3))).astype(np.uint8)
 
 
-def check_export(content: bytes, model: VisionModel, images_u8: ImageArray) -> tuple[float, float]:
+def difference_of(content: bytes, model: VisionModel, images_u8: ImageArray) -> tuple[float, float]:
     """The fraction of images with the same class by the file and by the torch model, and the largest difference."""
     exported = time_onnx(content, images_u8)[0]
     with torch.no_grad():
@@ -63,7 +64,7 @@ def check_export(content: bytes, model: VisionModel, images_u8: ImageArray) -> t
 def test_exports_agree_with_torch(name: str, trainable: str, variant: Variant) -> None:
     model = trained_model(name, trainable=trainable)
     content = export_variant(model, variant, 32)
-    agreement, difference = check_export(content, make_variant(model, variant), images())
+    agreement, difference = difference_of(content, make_variant(model, variant), images())
     assert difference < (1e-4 if variant is Variant.STANDARD else 0.2)
     assert agreement >= (1.0 if variant is Variant.STANDARD else 0.8)
 
@@ -77,6 +78,13 @@ def test_exports_agree_with_torch(name: str, trainable: str, variant: Variant) -
         ("eva02_tiny_patch14_224", {"patch_size": 8}),
         # A window that does not divide the tokens, and shifted windows.
         ("swin_tiny_patch4_window7_224", {"depths": (2, 2), "num_heads": (2, 4), "window_size": 3}),
+        # Learned rotary frequencies of their own for each block.
+        ("vit_small_patch16_rope_mixed_224", {}),
+        ("vit_small_patch16_rope_mixed_ape_224", {}),
+        # RMSNorm, of which the exporter knows nothing.
+        ("aimv2_large_patch14_224", {"patch_size": 8}),
+        ("vit_large_patch14_xp_224", {"patch_size": 8}),
+        ("vit_dwee_patch16_reg1_gap_256", {}),
     ],
 )
 def test_every_family_is_exported_whole_and_for_the_edge(name: str, options: dict[str, Any]) -> None:
@@ -90,9 +98,72 @@ def test_every_family_is_exported_whole_and_for_the_edge(name: str, options: dic
     for variant, remaining in [(Variant.STANDARD, blocks), (Variant.EDGE_OPTIMIZED_FP32, blocks / 2)]:
         exported = make_variant(model, variant)
         assert complexity(exported)["blocks"] == remaining
-        agreement, difference = check_export(export_variant(model, variant, 32), exported, images(6))
+        agreement, difference = difference_of(export_variant(model, variant, 32), exported, images(6))
         assert difference < 1e-4
         assert agreement == 1.0
+
+
+def small_vit(name: str, **options: Any) -> VisionModel:
+    vit = timm.create_model(name, img_size=32, num_classes=3, embed_dim=24, num_heads=2, **options)
+    return VisionModel(Normalise(*[(0.5, 0.5, 0.5)] * 2), TimmBody(vit), 32, 3)
+
+
+def test_the_edge_variant_keeps_the_frequencies_of_the_blocks_that_it_keeps() -> None:
+    model = small_vit("vit_small_patch16_rope_mixed_224", depth=3)
+    edge = make_variant(model, Variant.EDGE_OPTIMIZED_FP32)
+    kept, all_of_them = edge.body.vit.rope.freqs, model.body.vit.rope.freqs  # type: ignore[union-attr]
+    assert torch.equal(kept, all_of_them[:, [0, 2]])  # type: ignore[index]
+
+
+class Misread(Body):
+    """A linear head, with a change that the exporter writes down otherwise."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.head, self.change = nn.Linear(3, 3), change
+
+    def classifier(self) -> nn.Module:
+        return self.head
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.head(features.to(torch.float32).mean(dim=(1, 2)))
+        if self.change == "batch":
+            # The batch of the example is written as a constant.
+            return logits + torch.zeros(len(logits.tolist()), 1)
+        if self.change == "values" and not torch.onnx.is_in_onnx_export():
+            return logits + 1.0
+        return logits / 0.0 if self.change == "infinite" else logits
+
+
+@pytest.mark.parametrize("change", ["batch", "values", "infinite"])
+def test_a_model_whose_export_cannot_be_used_is_refused(tmp_path: Path, change: str) -> None:
+    model = VisionModel(nn.Identity(), Misread(change), 32, 3)
+    export_onnx(model, 32)
+    with pytest.raises(ModelError):
+        check_export(model, [Variant.STANDARD], 32, tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_usable_export_passes_with_a_head_that_starts_at_zero(tmp_path: Path) -> None:
+    model = build_model(ModelConfig(pretrained=False, hybrid=HybridConfig(width=16, heads=2, depth=2)), 3, 32)
+    before = weights_digest(trainable_weights(model))
+    check_export(model, list(Variant), 32, tmp_path / "log")
+    assert weights_digest(trainable_weights(model)) == before
+
+
+def test_the_graph_that_the_exporter_cannot_express_is_in_the_log_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Odd(Misread):
+        def forward(self, features: Tensor) -> Tensor:
+            return torch.linalg.eigvals(features.to(torch.float32).mean(dim=1)[:, :3]).real
+
+    log = tmp_path / "logs" / "export.log"
+    with pytest.raises(ModelError) as caught:
+        check_export(VisionModel(nn.Identity(), Odd(""), 32, 3), [Variant.STANDARD], 32, log)
+    assert str(log) in str(caught.value)
+    assert "aten::linalg_eigvals" in log.read_text()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_file_takes_bytes_of_any_batch_and_gives_float_logits() -> None:
@@ -110,7 +181,7 @@ def test_a_difference_is_seen() -> None:
         for parameter in other.body.classifier().parameters():
             parameter.neg_()
         logits = model(torch.from_numpy(images()))
-    agreement, difference = check_export(export_onnx(model, 32), other, images())
+    agreement, difference = difference_of(export_onnx(model, 32), other, images())
     assert difference == pytest.approx(2 * float(logits.abs().max()), rel=1e-3)
     assert agreement == 0.0
 
@@ -163,7 +234,7 @@ def test_a_model_with_nothing_to_quantise_is_exported_all_the_same() -> None:
 
     model = VisionModel(Brightness(), HeadBody(nn.Identity()), 32, 3)
     content = export_variant(model, Variant.EDGE_OPTIMIZED, 32)
-    assert check_export(content, model, images())[1] < 1e-3
+    assert difference_of(content, model, images())[1] < 1e-3
 
 
 def test_what_onnx_cannot_say_is_a_model_error() -> None:
