@@ -24,7 +24,7 @@ from fedvit.errors import FedvitError
 from fedvit.settings import settings_from_json, settings_to_json
 from fedvit.tools.sweep.halving import Halving, Score
 from fedvit.tools.sweep.journal import Journal
-from fedvit.tools.sweep.outcome import TrialOutcome
+from fedvit.tools.sweep.outcome import FAILED, TrialOutcome
 from fedvit.tools.sweep.space import TrialPlan, plan_sweep, rungs_of
 from fedvit.tools.sweep.trial import RUNNING, WarmTrials, stopped_early
 
@@ -68,9 +68,9 @@ def _open_world(plan: TrialPlan) -> Any:
 def run_trials(
     settings: Settings, journal: Journal, workers: Sequence[Any], on_trial: Callable[[TrialOutcome], None]
 ) -> None:
-    """Run the trials that the journal does not have yet; each is written there before ``on_trial`` is called.
+    """Run the trials that the journal does not have as finished; each is written there before ``on_trial`` is called.
 
-    A trial that was interrupted begins again and, with the same secret, releases the same values once more.
+    A trial that was interrupted or failed begins again and, with the same secret, releases the same values once more.
 
     Raises:
         FedvitError: a trial could not be run for a reason outside the trial; the journal keeps the other trials.
@@ -195,6 +195,7 @@ class _TrialRecorder(Callback):
     ) -> None:
         self._journal, self._planned, self._on_trial = journal, planned, on_trial
         self.broken: list[str] = []
+        """The trials whose worker or function failed, with the reason."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune saves its callbacks to resume a sweep; here the journal serves that purpose.
@@ -210,5 +211,12 @@ class _TrialRecorder(Callback):
         self._on_trial(outcome)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Note a trial whose worker or function failed: it has no outcome, and the same command runs it again."""
-        self.broken.append(_name(trial))
+        """Store a trial whose worker or function failed, such as one out of memory, as failed."""
+        error = trial.get_pickled_error() or trial.get_error()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        self.broken.append(f"{_name(trial)} ({reason})")
+        config = trial.config["trial"]
+        seed = settings_from_json(config["settings"]).simulation.seed
+        outcome = TrialOutcome(config["trial_id"], config["parameters"], seed, FAILED, f"its worker failed: {reason}")
+        self._journal.write(outcome)
+        self._on_trial(outcome)

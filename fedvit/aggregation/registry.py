@@ -94,7 +94,7 @@ def create_rule(training: TrainingConfig) -> Rule:
     """The rule ``training.aggregation`` with ``training.aggregation_options``.
 
     Raises:
-        ConfigError: there is no such rule, or one of its options is unknown or out of range.
+        ConfigError: there is no such rule, it cannot be loaded, or an option is unknown or out of range.
     """
     kind = _find(training.aggregation)
     try:
@@ -113,7 +113,13 @@ def _find(name: str) -> type[Rule]:
         hint = f"Did you mean {near[0]!r}? " if near else ""
         fault = f"'training.aggregation': there is no rule {name!r}."
         raise ConfigError(fault, cure=f"{hint}One of: {', '.join(names)}.")
-    rule: Any = offered[0].load()
+    try:
+        rule: Any = offered[0].load()
+    except (Exception, SystemExit) as error:  # importing the package of somebody else may raise anything
+        raise ConfigError(
+            f"The aggregation rule {name!r} ({offered[0].value}) cannot be loaded: {type(error).__name__}: {error}.",
+            cure="Mend or remove the package that offers it, or name another training.aggregation.",
+        ) from error
     if not (isinstance(rule, type) and issubclass(rule, Rule)):
         raise ConfigError(
             f"The entry point {offered[0].value!r} in the group {GROUP} is no aggregation rule.",

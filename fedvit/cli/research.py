@@ -14,7 +14,7 @@ from fedvit.cli.options import SYSTEM, Options, local_command, settings_from
 from fedvit.cli.output import console, errors, print_json, print_step, progress_bar, show_table, stdout_for_json
 from fedvit.cli.state import find_system
 from fedvit.cli.supervisor import interruptible
-from fedvit.errors import ConfigError
+from fedvit.errors import ConfigError, FedvitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -145,12 +145,12 @@ def sweep(
 ) -> None:
     """Try out configurations in virtual time, on real data, and choose one; see the section `sweep` of the settings.
 
-    A second call after an interruption goes on: finished trials are not run again. The folder has trials.parquet,
-    index.html, summary.json, and best.yaml, which `fedvit run --config` takes.
+    A second call after an interruption goes on: finished trials are not run again, and failed ones are. The folder has
+    trials.parquet, index.html, summary.json, and best.yaml, which `fedvit run --config` takes.
     """
     with interruptible():
         from fedvit.clients.workload import check_no_workload
-        from fedvit.data.partition import VirtualFleet
+        from fedvit.tools.sweep.checks import check_rules, check_trials
         from fedvit.tools.sweep.journal import Journal
         from fedvit.tools.sweep.space import plan_sweep, rungs_of
 
@@ -159,22 +159,30 @@ def sweep(
         rungs = rungs_of(settings)
         folder = to or settings.home / "sweep"
         if plan:
+            check_rules(plans)
             _show_plan([(p.trial_id, dict(p.parameters), p.epsilon) for p in plans], rungs, as_json)
             return
-        # What every trial needs is checked once, before the first trial.
         check_no_workload(settings, "A sweep")
-        VirtualFleet.open(settings.data)
         journal = Journal(folder)
         journal.check(settings)
+        if len(journal.finished(plans)) < len(plans):
+            check_trials(plans)
+        failure = None
         with journal.working(settings):
-            _run_trials(settings, folder, len(plans), len(journal.finished(plans)), as_json)
-            from fedvit.tools.report.sweep import write_report
+            try:
+                _run_trials(settings, folder, len(plans), len(journal.finished(plans)), as_json)
+            except FedvitError as error:
+                failure = error
+            if failure is None or journal.outcomes(plans):
+                from fedvit.tools.report.sweep import write_report
 
-            summary = write_report(folder, settings, plans, journal.finished(plans))
+                summary = write_report(folder, settings, plans, journal.outcomes(plans))
+                if not as_json:
+                    _show_sweep(summary, folder)
+        if failure is not None:
+            raise failure
         if as_json:
             print_json(summary)
-        else:
-            _show_sweep(summary, folder)
 
 
 def _run_trials(settings: Settings, folder: Path, total: int, done: int, quiet: bool) -> None:
@@ -208,11 +216,15 @@ def _show_plan(trials: list[tuple[str, dict[str, Any], float]], rungs: tuple[int
 
 def _show_sweep(summary: dict[str, Any], folder: Path) -> None:
     from fedvit.tools.report.sweep import COLUMNS, trial_rows
+    from fedvit.tools.sweep.outcome import FAILED
 
     show_table(COLUMNS, (map(escape, row) for row in trial_rows(summary)))
     for sentence in summary["cost"]["sentences"]:
         console.print(escape(sentence))
     console.print(f"Report: {escape(str(folder / 'index.html'))}", soft_wrap=True)
+    failed = sum(one["status"] == FAILED for one in summary["trials"])
+    if failed:
+        console.print(f"[bold yellow]{failed} trials failed. The same command runs them again.[/]")
     if summary["chosen"] is None:
         console.print("[bold yellow]No trial came to an end within the budget: nothing was chosen.[/]")
     else:

@@ -77,6 +77,14 @@ def test_an_entry_point_that_is_no_rule_is_named(tmp_path: Path, monkeypatch: py
         create_rule(TrainingConfig(aggregation="odd"))
 
 
+@pytest.mark.parametrize("code", ["import no_such_package", "1 / 0", "raise SystemExit(3)", "other = 3"])
+def test_a_package_that_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    install(tmp_path, monkeypatch, "broken = broken_rules:Broken", "broken_rules", code)
+    with pytest.raises(ConfigError) as caught:
+        create_rule(TrainingConfig(aggregation="broken"))
+    assert "broken_rules:Broken" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("aggregation", "options", "words"),
     [

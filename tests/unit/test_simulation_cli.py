@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from typer.testing import CliRunner, Result
 
 from fedvit.cli.main import app
 from fedvit.cli.research import planned_runs
-from fedvit.errors import ConfigError
+from fedvit.errors import ConfigError, FedvitError
+from fedvit.tools.sweep.outcome import TrialOutcome
 
 torch.set_num_threads(1)
 
@@ -95,6 +98,42 @@ def test_every_combination_is_planned_under_a_name_of_its_own(config: Path) -> N
     other = config.with_name("other.yaml")
     other.write_text(config.read_text())
     assert [name for name, _ in planned_runs([config, other], None, (), (), 1)] == ["toy", "other"]
+
+
+class StoppedSystem:
+    """Writes one trial and then fails, as when a worker dies."""
+
+    def sweep(self, folder: Path, on_trial: Callable[[TrialOutcome], None]) -> None:
+        outcome = TrialOutcome("", {"learning_rate": 1.0}, 0, "completed", score=0.5, standard_error=0.1, epsilon=1.0)
+        path = folder / "trials" / f"{self.first}.json"
+        path.write_text(json.dumps(replace(outcome, trial_id=self.first).to_json()))
+        raise FedvitError("2 trials broke off.")
+
+    first = ""
+
+
+def test_a_sweep_that_breaks_off_still_writes_the_page_of_what_is_finished(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, rates = StoppedSystem(), "sweep.parameters={learning_rate: [1.0, 2.0, 3.0]}"
+    monkeypatch.setattr("fedvit.cli.research.find_system", lambda _: system)
+    arguments = ["sweep", "-c", str(config), "--set", rates, "--to", str(tmp_path / "sweep")]
+    planned = CliRunner().invoke(app, [*arguments, "--plan", "--json"])
+    system.first = json.loads(planned.stdout)["trials"][0]["trial_id"]
+    assert CliRunner().invoke(app, arguments).exit_code == 1
+    page = (tmp_path / "sweep" / "index.html").read_text()
+    assert system.first in page
+
+
+def test_a_sweep_with_an_unknown_rule_begins_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedvit.cli.research.find_system", lambda _: pytest.fail("started"))
+    rules = "sweep.parameters={aggregation: [fedavg, fedadm]}"
+    for more in ([], ["--plan"]):
+        done = CliRunner().invoke(app, ["sweep", "-c", str(config), "--set", rules, *more])
+        assert done.exit_code == 2
+    assert not (tmp_path / "var" / "sweep").exists()
 
 
 @pytest.mark.parametrize("vary", ["training.rounds", "training.rounds=", "training.rounds=[1"])

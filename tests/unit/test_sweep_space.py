@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from raises import raises_naming
 
 from fedvit.config import Settings
-from fedvit.errors import ConfigError, PlacementError
+from fedvit.errors import ConfigError, ConflictError, DataError, ModelError, PlacementError
 from fedvit.settings import load_settings
+from fedvit.tools.sweep.checks import check_rules, check_trials
 from fedvit.tools.sweep.space import check_room, plan_sweep, rungs_of, sweep_digest
 
 
@@ -55,6 +57,57 @@ def test_ranges_are_drawn_within_their_bounds_and_again_alike() -> None:
     assert {p.settings.model.trainable for p in plans} == {"head", "biases", "adapters"}
     assert plan_sweep(settings_of(parameters, trials=60)) == plans
     assert plan_sweep(settings_of(parameters, trials=60, seed=1)) != plans
+
+
+@pytest.mark.parametrize(
+    ("parameters", "simulation", "seeds", "count"),
+    [
+        ({"learning_rate": [1.0, 1.0, 1]}, {}, 1, 1),
+        ({"learning_rate": [1.0, 2.0, 1]}, {}, 2, 4),
+        # Seeds 0 and 1 of the first, 1 and 2 of the second.
+        ({"simulation.seed": [0, 1]}, {}, 2, 3),
+        ({"local_epochs": [1, 1.01]}, {}, 1, 1),
+    ],
+)
+def test_equal_trials_are_planned_once(parameters: Any, simulation: dict[str, Any], seeds: int, count: int) -> None:
+    plans = plan_sweep(settings_of(parameters, simulation, seeds=seeds))
+    assert len(plans) == count
+    assert [plan.trial_id.split("-")[0] for plan in plans] == [f"{i:03d}" for i in range(count)]
+
+
+@pytest.mark.parametrize("name", ["alpha", "data.partition.alpha"])
+def test_the_partition_is_varied(name: str) -> None:
+    plans = plan_sweep(settings_of({name: [0.1, 10.0]}))
+    assert [plan.settings.data.partition.alpha for plan in plans] == [0.1, 10.0]
+    assert len({plan.trial_id.split("-")[1] for plan in plans}) == 2
+
+
+def test_an_unknown_rule_is_found_before_any_trial() -> None:
+    with pytest.raises(ConfigError):
+        check_rules(plan_sweep(settings_of({"aggregation": ["fedavg", "fedadm"]})))
+    with pytest.raises(ConflictError):
+        check_rules(plan_sweep(settings_of({"aggregation": ["fedavg", "scaffold"], "mode": ["asynchronous"]})))
+    check_rules(plan_sweep(settings_of({"aggregation": ["fedavg", "median"]})))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error"),
+    [
+        ({"model.name": ["hybrid_lite0", "vit_tiny_patch16_225"]}, ModelError),
+        ({"data.partition.clients": [2, 2000]}, DataError),
+    ],
+)
+def test_data_and_models_of_all_trials_are_checked_before_any_begins(
+    images: Path, parameters: Any, error: type[Exception]
+) -> None:
+    partition = {"scheme": "iid", "clients": 2, "min_examples": 2}
+    base = {
+        "data": {"source": "folder", "path": images, "image_size": 32, "partition": partition},
+        "model": {"pretrained": False},
+        "sweep": {"parameters": parameters},
+    }
+    with pytest.raises(error):
+        check_trials(plan_sweep(load_settings(environ={}, overrides=base)))
 
 
 def test_local_epochs_are_the_poisson_steps_that_make_them() -> None:

@@ -11,7 +11,7 @@ import pytest
 from toy_world import ToyWorld
 
 from fedvit.config import Settings
-from fedvit.errors import ConfigError, ConflictError, StateError
+from fedvit.errors import ConfigError, ConflictError, DataError, StateError
 from fedvit.settings import load_settings
 from fedvit.tools.sweep.journal import Journal
 from fedvit.tools.sweep.outcome import TrialOutcome
@@ -40,7 +40,7 @@ def plans(tmp_path: Path) -> list[TrialPlan]:
 
 def test_a_trial_waits_at_its_rungs_and_tells_where_it_is(plans: list[TrialPlan]) -> None:
     world = ToyWorld()
-    trial = SteppedTrial(plans[0], world, [2, 4], since_s=0.0)
+    trial = SteppedTrial(plans[0], lambda: world, [2, 4], since_s=0.0)
     first = trial.advance()
     assert (first.status, first.rounds, list(first.rungs)) == (RUNNING, 2, ["2"])
     assert max(round_index for round_index, _ in world.trained) == 2
@@ -58,7 +58,7 @@ def test_a_trial_waits_at_its_rungs_and_tells_where_it_is(plans: list[TrialPlan]
 
 
 def test_repeated_it_comes_to_the_same(plans: list[TrialPlan]) -> None:
-    runs = [SteppedTrial(plans[0], ToyWorld(), [], since_s=0.0).advance() for _ in range(2)]
+    runs = [SteppedTrial(plans[0], ToyWorld, [], since_s=0.0).advance() for _ in range(2)]
     assert (runs[0].curve, runs[0].epsilon, runs[0].hours) == (runs[1].curve, runs[1].epsilon, runs[1].hours)
 
 
@@ -69,7 +69,7 @@ def test_who_is_drawn_follows_from_the_secret_and_not_from_the_seed(tmp_path: Pa
 
     def trained(secret: bytes) -> list[tuple[int, str]]:
         world = ToyWorld()
-        SteppedTrial(plan, world, [], since_s=0.0, root_secret=secret).advance()
+        SteppedTrial(plan, lambda: world, [], since_s=0.0, root_secret=secret).advance()
         return world.trained
 
     assert trained(SECRET) == trained(SECRET)
@@ -121,7 +121,7 @@ def test_worlds_are_kept_by_data_and_model(tmp_path: Path) -> None:
 
 def test_a_trial_that_is_not_continued_ends_by_itself(plans: list[TrialPlan]) -> None:
     world = ToyWorld()
-    trial = SteppedTrial(plans[0], world, [2], since_s=0.0, abandoned_after_s=0.05)
+    trial = SteppedTrial(plans[0], lambda: world, [2], since_s=0.0, abandoned_after_s=0.05)
     trial.advance()
     while not trial.over:
         threading.Event().wait(0.005)
@@ -130,16 +130,45 @@ def test_a_trial_that_is_not_continued_ends_by_itself(plans: list[TrialPlan]) ->
 
 def test_a_fault_of_a_trial_is_its_outcome(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, training={"rounds": 3, "aggregation": "no-such-rule"})
-    result = SteppedTrial(plan_sweep(settings)[0], ToyWorld(), [], since_s=0.0).advance()
+    result = SteppedTrial(plan_sweep(settings)[0], ToyWorld, [], since_s=0.0).advance()
     assert result.status == "failed"
     assert "no-such-rule" in str(result.reason)
     assert result.score is None
 
 
+@pytest.mark.parametrize("error", [DataError("no images"), ZeroDivisionError("of all things"), SystemExit(3)])
+def test_data_or_a_plugin_that_fails_is_the_outcome_of_its_trial_alone(
+    plans: list[TrialPlan], error: BaseException
+) -> None:
+    def open_world(plan: TrialPlan) -> ToyWorld:
+        if plan is plans[0]:
+            raise error
+        return ToyWorld()
+
+    worker = WarmTrials(open_world, SECRET)
+    assert worker.begin(plans[0], [2])
+    failed = worker.advance(plans[0].trial_id)
+    assert failed.status == "failed"
+    assert str(error) in str(failed.reason)
+    while not worker.begin(plans[1], []):
+        threading.Event().wait(0.005)
+    assert worker.advance(plans[1].trial_id).status == "completed"
+
+
+def test_a_failed_trial_is_shown_and_not_finished(tmp_path: Path, plans: list[TrialPlan]) -> None:
+    journal = Journal(tmp_path / "sweep")
+    with journal.working(settings_of(tmp_path)):
+        journal.write(TrialOutcome(plans[0].trial_id, {"noise_multiplier": 1.0}, 0, "failed", reason="no images"))
+        assert journal.finished(plans) == []
+        assert [one.reason for one in journal.outcomes(plans)] == ["no images"]
+        journal.write(TrialOutcome(plans[0].trial_id, {"noise_multiplier": 1.0}, 0, "completed"))
+        assert [one.status for one in journal.finished(plans)] == ["completed"]
+
+
 def test_a_budget_that_ends_a_trial_ends_it_with_a_score(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, privacy={"target_epsilon": 6.0, "noise_multiplier": 0.8})
     plan = TrialPlan("t", {}, settings)
-    result = SteppedTrial(plan, ToyWorld(), [], since_s=0.0).advance()
+    result = SteppedTrial(plan, ToyWorld, [], since_s=0.0).advance()
     assert result.status == "budget_exhausted"
     assert 0 < result.rounds < ROUNDS
     assert result.epsilon is not None

@@ -12,7 +12,7 @@ from fedvit.config import Settings
 from fedvit.errors import ConflictError, StateError
 from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.store.locks import system_lock
-from fedvit.tools.sweep.outcome import TrialOutcome
+from fedvit.tools.sweep.outcome import FAILED, TrialOutcome
 from fedvit.tools.sweep.space import TrialPlan, sweep_digest
 
 
@@ -72,12 +72,20 @@ class Journal:
         return load_or_create_root_secret(self.folder)
 
     def write(self, outcome: TrialOutcome) -> None:
-        """Store the outcome of a finished trial."""
+        """Store the outcome of a trial that has ended."""
         text = json.dumps(outcome.to_json(), allow_nan=False)
         write_atomically(self._trials / f"{outcome.trial_id}.json", text)
 
     def finished(self, plans: list[TrialPlan]) -> list[TrialOutcome]:
-        """The stored outcomes of these trials, in their order.
+        """The outcomes of those trials that need not be run again: all that ended, except for those that failed.
+
+        Raises:
+            StateError: a file cannot be read.
+        """
+        return [outcome for outcome in self.outcomes(plans) if outcome.status != FAILED]
+
+    def outcomes(self, plans: list[TrialPlan]) -> list[TrialOutcome]:
+        """The stored outcomes of these trials, in their order, also of those that failed.
 
         Raises:
             StateError: a file cannot be read.

@@ -11,6 +11,7 @@ from typing import Any
 from fedvit.tools.sweep.halving import Score
 
 STOPPED_EARLY = "stopped_early"
+FAILED = "failed"
 FINISHED = frozenset({"completed", "budget_exhausted", "stopped"})
 """Statuses of a complete simulated run; ``stopped`` is by ``simulation.max_hours`` or ``target_accuracy``."""
 

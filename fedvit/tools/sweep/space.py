@@ -36,9 +36,10 @@ PARAMETERS = {
     "rounds": "training.rounds",
     "trainable": "model.trainable",
     "adapter_rank": "model.adapter_rank",
+    "alpha": "data.partition.alpha",
 }
 """Short names of frequent parameters; other settings of :data:`SECTIONS` are named ``section.key``."""
-SECTIONS = ("model", "training", "privacy", "simulation")
+SECTIONS = ("model", "training", "privacy", "simulation", "data.partition")
 MOST_TRIALS = 10_000
 
 Parameters = Mapping[str, Any]
@@ -67,7 +68,7 @@ class TrialPlan:
 
 
 def plan_sweep(settings: Settings) -> list[TrialPlan]:
-    """The trials in the order in which they begin.
+    """The trials in the order in which they begin, equal ones once.
 
     Raises:
         ConfigError: nothing is varied; a parameter is unknown or a value out of range; two parameters set the same
@@ -78,8 +79,10 @@ def plan_sweep(settings: Settings) -> list[TrialPlan]:
     combinations = list(_sampled(sweep) if sweep.trials is not None else _grid(sweep))
     plans = [_plan(settings, one, seed) for one in combinations for seed in range(sweep.seeds)]
     _check_count(len(plans))
-    digests = [_sha256(_trial_settings(plan.settings))[:8] for plan in plans]
-    return [replace(plan, trial_id=f"{i:03d}-{digests[i]}") for i, plan in enumerate(plans)]
+    distinct: dict[str, TrialPlan] = {}
+    for plan in plans:
+        distinct.setdefault(_sha256(_trial_settings(plan.settings)), plan)
+    return [replace(plan, trial_id=f"{i:03d}-{digest[:8]}") for i, (digest, plan) in enumerate(distinct.items())]
 
 
 def rungs_of(settings: Settings) -> tuple[int, ...]:
@@ -148,7 +151,7 @@ def _path(name: str) -> str:
     if name == LOCAL_EPOCHS:
         return PARAMETERS["local_steps"]
     path = PARAMETERS.get(name, name)
-    if path.split(".")[0] in SECTIONS and "." in path:
+    if path.startswith(tuple(f"{section}." for section in SECTIONS)):
         return path
     known = [*PARAMETERS, LOCAL_EPOCHS]
     near = difflib.get_close_matches(name, known, n=1)
@@ -234,7 +237,7 @@ def sweep_digest(settings: Settings) -> str:
 
 
 def _trial_settings(settings: Settings) -> dict[str, Any]:
-    tree = settings.model_dump(mode="json", include={"data", *SECTIONS})
+    tree = settings.model_dump(mode="json", include={"data", "model", "training", "privacy", "simulation"})
     # A relative and an absolute path of the same folder give the same digest.
     tree["data"]["path"] = None if settings.data.path is None else str(settings.data.path.absolute())
     return tree

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 
 from fedvit.errors import FedvitError
@@ -14,10 +16,11 @@ from fedvit.privacy.randomness import derive_secret
 from fedvit.tools.simulation.run import Point, Simulated, SimulationObserver, simulate
 from fedvit.tools.simulation.world import World
 from fedvit.tools.sweep.halving import Score, score_of
-from fedvit.tools.sweep.outcome import STOPPED_EARLY, TrialOutcome
+from fedvit.tools.sweep.outcome import FAILED, STOPPED_EARLY, TrialOutcome
 from fedvit.tools.sweep.space import TrialPlan
 from fedvit.types import Evaluation
 
+_LOG = logging.getLogger(__name__)
 RUNNING = "running"
 ABANDONED_AFTER_S = 300.0
 
@@ -31,7 +34,8 @@ class SteppedTrial:
 
     Args:
         plan: the trial.
-        world: the data and the model, which several trials may share.
+        open_world: gives the data and the model, which several trials may share; called in the trial's thread, so that
+            an error of it is the outcome of this trial.
         rungs: the rounds after which it pauses, ascending.
         since_s: ``time.monotonic()`` when its worker became free.
         warm: whether the world was loaded before.
@@ -42,7 +46,7 @@ class SteppedTrial:
     def __init__(
         self,
         plan: TrialPlan,
-        world: World,
+        open_world: Callable[[], World],
         rungs: Sequence[int],
         *,
         since_s: float,
@@ -50,14 +54,14 @@ class SteppedTrial:
         abandoned_after_s: float = ABANDONED_AFTER_S,
         root_secret: bytes | None = None,
     ) -> None:
-        self._plan, self._world, self._root_secret = plan, world, root_secret
+        self._plan, self._open_world, self._root_secret = plan, open_world, root_secret
         self._rungs, self._abandoned_after_s = list(rungs), abandoned_after_s
         self._since_s, self._warm = since_s, warm
         self._began_s: float | None = None
         self._num_test = 0
         self._points: list[Point] = []
         self._scores: dict[str, tuple[float, float]] = {}
-        self._results: SimpleQueue[TrialOutcome | BaseException] = SimpleQueue()
+        self._results: SimpleQueue[TrialOutcome] = SimpleQueue()
         self._continue = threading.Semaphore(0)
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=plan.trial_id, daemon=True)
@@ -69,16 +73,13 @@ class SteppedTrial:
         return not self._thread.is_alive()
 
     def advance(self) -> TrialOutcome:
-        """Continue to the next rung or to the end, and return the outcome so far; a ``FedvitError`` is an outcome.
+        """Continue to the next rung or to the end, and return the outcome so far.
 
-        Raises:
-            Exception: any other error of the run.
+        Any error of the run is an outcome with the status ``failed``; one that is no ``FedvitError`` is logged with its
+        traceback.
         """
         self._continue.release()
-        result = self._results.get()
-        if isinstance(result, BaseException):
-            raise result
-        return result
+        return self._results.get()
 
     def abandon(self) -> None:
         """End the trial without a further round."""
@@ -90,14 +91,15 @@ class SteppedTrial:
             self._wait()
             observer = SimulationObserver(self._version_committed, self._training_begins, self._evaluated)
             plan, secret = self._plan, self._root_secret
-            run = simulate(plan.settings, self._world, plan.trial_id, observer, root_secret=secret)
+            run = simulate(plan.settings, self._open_world(), plan.trial_id, observer, root_secret=secret)
             self._results.put(self._outcome(run.status.value, run.reason, run))
         except _AbandonedError:
             pass
         except FedvitError as error:
-            self._results.put(self._outcome("failed", str(error)))
-        except BaseException as error:
-            self._results.put(error)
+            self._results.put(self._outcome(FAILED, str(error)))
+        except BaseException as error:  # code of a plugin may raise anything, SystemExit among it
+            _LOG.exception("the trial %s failed", self._plan.trial_id)
+            self._results.put(self._outcome(FAILED, f"{type(error).__name__}: {error}"))
 
     def _training_begins(self) -> None:
         self._began_s = self._began_s or time.monotonic()
@@ -178,9 +180,10 @@ class WarmTrials:
         try:
             if self._trial is not None and not self._trial.over:
                 return False
-            world, warm = self._world(plan)
-            secret = derive_secret(self._secret, plan.trial_id)
-            self._trial = SteppedTrial(plan, world, rungs, since_s=self._free_since_s, warm=warm, root_secret=secret)
+            secret, warm = derive_secret(self._secret, plan.trial_id), self._key(plan) in self._worlds
+            self._trial = SteppedTrial(
+                plan, partial(self._world, plan), rungs, since_s=self._free_since_s, warm=warm, root_secret=secret
+            )
             self._trial_id = plan.trial_id
             return True
         finally:
@@ -198,11 +201,13 @@ class WarmTrials:
         if self._trial is not None and self._trial_id == trial_id:
             self._trial.abandon()
 
-    def _world(self, plan: TrialPlan) -> tuple[World, bool]:
-        settings = plan.settings
-        key = settings.data.model_dump_json() + settings.model.model_dump_json()
+    def _key(self, plan: TrialPlan) -> str:
+        return plan.settings.data.model_dump_json() + plan.settings.model.model_dump_json()
+
+    def _world(self, plan: TrialPlan) -> World:
+        key = self._key(plan)
         kept = self._worlds.pop(key, None)
         self._worlds[key] = kept or self._open_world(plan)
         while len(self._worlds) > self._most:
             del self._worlds[next(iter(self._worlds))]
-        return self._worlds[key], kept is not None
+        return self._worlds[key]
