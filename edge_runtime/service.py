@@ -11,6 +11,7 @@ from edge_runtime.engine import InferenceEngine
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import FedvitError, NoModelError
 from fedvit.ports import ClockPort
+from fedvit.registry.backoff import Backoff
 from fedvit.registry.client import LoadedRelease, ReleaseClient
 from fedvit.wire.manifest import ReleaseManifest
 
@@ -44,6 +45,8 @@ class ModelService:
         self.last_poll_at: datetime | None = None
         self._feed_error: str | None = None
         self._load_error: str | None = None
+        self._unloaded: LoadedRelease | None = None
+        self._backoff = Backoff(clock)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -68,23 +71,34 @@ class ModelService:
     def load_cached(self) -> bool:
         """Serve the newest cached release that works, without polling the source; False when there is none."""
         with self._refreshing:
+            unloaded = None
             for release in self._client.cached():
                 if self._swap(release):
                     self._client.adopt(release)
+                    # A newer one that failed now may be loaded later.
+                    self._unloaded = unloaded
                     return True
+                unloaded = unloaded or release
         return False
 
     def refresh(self) -> bool:
-        """Poll the source once; True if another model serves now. On an error the current model stays."""
+        """Poll the source once; True if another model serves now. On an error the current model stays.
+
+        A release that could not be loaded is tried again with exponential back-off, until the source has another one.
+        """
         with self._refreshing:
+            release = None
             try:
                 release = self._client.poll()
+                self._feed_error = None
             except FedvitError as error:
                 self._note(str(error))
-                return False
             finally:
                 self.last_poll_at = self._clock.now()
-            self._feed_error = None
+            if release is not None:
+                self._backoff.reset()
+            elif not self._backoff.wait_s:
+                release = self._unloaded
             return release is not None and self._swap(release)
 
     def start(self, poll_interval_s: float) -> None:
@@ -122,10 +136,12 @@ class ModelService:
             engine = InferenceEngine(release.model_path, release.manifest, self._threads)
         except FedvitError as error:
             _LOG.warning("%s", error)
-            self._load_error = str(error)
+            self._load_error, self._unloaded = str(error), release
+            self._backoff.failed()
             return False
         self._on_swap(engine.manifest)
         self.current = engine
-        self._load_error = None
+        self._load_error = self._unloaded = None
+        self._backoff.reset()
         _LOG.info("serving %s (%s)", engine.manifest.version, engine.manifest.variant)
         return True

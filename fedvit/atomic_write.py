@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+_DRAFT = ".tmp-"
 DEFAULT_MODE = 0o666
 """The mode of a new file, less the umask of the process."""
 
@@ -49,12 +50,18 @@ class Draft:
 @contextmanager
 def draft_in(folder: Path, mode: int = DEFAULT_MODE) -> Iterator[Draft]:
     """A temporary file in ``folder``, deleted at the end of the block unless it was published."""
-    path = folder / f".tmp-{secrets.token_hex(8)}"
+    path = folder / f"{_DRAFT}{secrets.token_hex(8)}"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield Draft(path, file)
     finally:
+        path.unlink(missing_ok=True)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove the temporary files that killed processes left below ``folder``; no other process may write there now."""
+    for path in folder.rglob(f"{_DRAFT}*"):
         path.unlink(missing_ok=True)
 
 

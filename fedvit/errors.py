@@ -101,6 +101,10 @@ class NotFoundError(UsageError, code="not-found", http_status=404):
     """The named thing does not exist."""
 
 
+class NoReleaseError(NotFoundError, code="no-release", title="No release"):
+    """No model version is released yet."""
+
+
 class ConflictError(UsageError, code="conflict", http_status=409):
     """The request contradicts the present state."""
 

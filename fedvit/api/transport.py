@@ -31,6 +31,10 @@ MAX_PROBLEM_BYTES = 64 * 1024
 _WRITE_BYTES = 16 * 1024
 
 
+Sink = Callable[[httpx.Response], Callable[[bytes], object]]
+"""Takes the body of a response while it arrives; see :func:`exchange`."""
+
+
 def open_http(
     base_url: str,
     *,
@@ -75,6 +79,7 @@ def exchange(
     deadline_s: float,
     upload_s: float = 0.0,
     download_s: float = 0.0,
+    sink: Sink | None = None,
 ) -> httpx.Response:
     """Send a request and read its whole response; its content is at hand afterwards, and its text is UTF-8.
 
@@ -85,6 +90,8 @@ def exchange(
         deadline_s: seconds for all of it: connecting, sending, headers and body.
         upload_s: further seconds for sending the request's body.
         download_s: further seconds for receiving the response's body.
+        sink: called with a response that is a success before its body is read; what it returns gets every part of the
+            body as it arrives, also of a body that breaks off, and the content of the result is empty.
 
     Raises:
         IntegrityError: the body is longer than ``max_bytes``, or compressed.
@@ -97,7 +104,7 @@ def exchange(
         response = http.send(request, stream=True)
         try:
             deadline.at_s += download_s
-            content = _read(response, max_bytes, deadline)
+            content = _read(response, max_bytes, deadline, sink)
         finally:
             response.close()
     result = httpx.Response(
@@ -186,7 +193,7 @@ def _deadline_in(seconds: float) -> Iterator[_Deadline]:
         _current.reset(reset)
 
 
-def _read(response: httpx.Response, max_bytes: int, deadline: _Deadline) -> bytes:
+def _read(response: httpx.Response, max_bytes: int, deadline: _Deadline, sink: Sink | None) -> bytes:
     if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
         if response.is_success:
             encoding = response.headers["content-encoding"][:40]
@@ -196,18 +203,21 @@ def _read(response: httpx.Response, max_bytes: int, deadline: _Deadline) -> byte
     declared = response.headers.get("content-length", "")
     if response.is_success and declared.isdecimal() and int(declared[:20]) > limit:
         raise IntegrityError(f"{response.url} announces {declared[:20]} bytes; at most {limit} are read.")
-    content, began_s, last_s = bytearray(), time.monotonic(), deadline.at_s
+    content, count, began_s, last_s = bytearray(), 0, time.monotonic(), deadline.at_s
+    take = sink(response) if sink is not None and response.is_success else content.extend
     deadline.at_s = min(last_s, began_s + GRACE_S)
     # Nothing is decoded here: a response with a Content-Encoding does not come this far.
     for chunk in response.iter_bytes():
-        content += chunk
-        if len(content) > limit:
+        count += len(chunk)
+        if count <= limit or not response.is_success:
+            take(chunk)
+        if count > limit:
             if response.is_success:
                 raise IntegrityError(f"{response.url} sends more than {limit} bytes.")
             return bytes(content[:limit])
-        deadline.at_s = min(last_s, began_s + GRACE_S + len(content) / LEAST_BYTES_PER_S)
+        deadline.at_s = min(last_s, began_s + GRACE_S + count / LEAST_BYTES_PER_S)
         if deadline.left() <= 0:
-            raise httpx.ReadTimeout(f"{len(content)} bytes in {time.monotonic() - began_s:.0f} s are too slow")
+            raise httpx.ReadTimeout(f"{count} bytes in {time.monotonic() - began_s:.0f} s are too slow")
     return bytes(content)
 
 

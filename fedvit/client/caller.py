@@ -110,11 +110,18 @@ class Caller:
         max_bytes = download_bytes or MAX_ANSWER_BYTES
         # One for all attempts: a server that answers slowly and breaks off must not hold the caller for longer.
         ends_s = self.clock.monotonic() + self.timeout_s
-        extra = {"upload_s": transfer_s(_length(request)), "download_s": transfer_s(download_bytes)}
+        upload_s, download_s = transfer_s(_length(request)), transfer_s(download_bytes)
         for pause_s in (*PAUSES_S, None) if repeatable else (None,):
             try:
                 left_s = ends_s - self.clock.monotonic()
-                response = exchange(self.http, request, max_bytes=max_bytes, deadline_s=left_s, **extra)
+                response = exchange(
+                    self.http,
+                    request,
+                    max_bytes=max_bytes,
+                    deadline_s=left_s,
+                    upload_s=upload_s,
+                    download_s=download_s,
+                )
             except IntegrityError as error:
                 raise ControlApiError(error.message, cure=_OTHER_SERVER) from None
             except _BROKEN as error:

@@ -11,20 +11,28 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from fedvit.atomic_write import write_atomically
+from fedvit.atomic_write import Draft, remove_drafts, write_atomically
+from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import FedvitError, IntegrityError, StateError, UsageError
+from fedvit.ports import ClockPort
+from fedvit.registry.backoff import Backoff
 from fedvit.registry.feed import ENVELOPE_FILE, MODEL_FILE, Feed
 from fedvit.wire.manifest import ReleaseManifest, key_id, verify_manifest
 
 _CURRENT = "release.json"
 _PREVIOUS = "previous.json"
 _ACCEPTED = "accepted.json"
+_PARTIAL = ".part"
+# Of the disk, for what else is written beside the artifact.
+_SPARE_BYTES = 2**20
 FOLLOWED = "served"
 """The folder of a client that follows the fleet."""
 
@@ -45,6 +53,7 @@ class ReleaseClient:
         cache_dir: this device's own folder; created if absent.
         trusted: the keys that may sign releases.
         variant: the only variant that is accepted; None follows the variant that the fleet serves.
+        clock: the time of the back-off after a download that failed.
 
     Raises:
         UsageError: no trusted key.
@@ -52,7 +61,12 @@ class ReleaseClient:
     """
 
     def __init__(
-        self, feed: Feed, cache_dir: Path, trusted: Sequence[Ed25519PublicKey], variant: str | None = None
+        self,
+        feed: Feed,
+        cache_dir: Path,
+        trusted: Sequence[Ed25519PublicKey],
+        variant: str | None = None,
+        clock: ClockPort = SYSTEM_CLOCK,
     ) -> None:
         if not trusted:
             raise UsageError("No trusted key was given.", cure="Give the server's public key.")
@@ -60,19 +74,24 @@ class ReleaseClient:
         self.folder = cache_dir / (variant or FOLLOWED)
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            # This client alone writes here, so these are of a process that was killed.
+            remove_drafts(self.folder)
+        self._backoff = Backoff(clock)
+        self._failure: tuple[ReleaseManifest, FedvitError] | None = None
         self._envelope: str | None = None
         self._current: ReleaseManifest | None = None
 
     def poll(self) -> LoadedRelease | None:
         """Fetch the feed's release if it is not the current one; None when there is nothing new.
 
-        An error changes nothing: the current release stays.
+        An error changes nothing: the current release stays. A download that broke off goes on where it ended, also
+        after a restart. One that failed is repeated with exponential back-off; polls in between raise its error again.
 
         Raises:
             IntegrityError: the release fails a check: signature, fields, variant, sequence, length or hash.
             FeedUnavailableError: the feed does not answer.
             NotFoundError: the artifact is gone; the feed has another release by now.
-            StateError: the cache cannot be read or written.
+            StateError: the cache cannot be read or written, or has no room for the artifact.
         """
         envelope = self._feed.current(self._variant)
         if envelope is None or envelope == self._envelope:
@@ -131,15 +150,59 @@ class ReleaseClient:
         path = self._blob_path(manifest)
         if _is_intact(path, manifest):
             return path
-        content = self._feed.blob(manifest.artifact_digest, manifest.artifact_bytes)
-        digest = hashlib.sha256(content).hexdigest()
-        if len(content) != manifest.artifact_bytes or digest != manifest.artifact_digest:
+        failure = self._failure
+        if failure is None or failure[0] != manifest:
+            self._backoff.reset()
+        elif self._backoff.wait_s:
+            # The traceback of one error would grow with every poll.
+            raise failure[1].with_traceback(None)
+        try:
+            self._download(manifest, path)
+        except FedvitError as error:
+            self._backoff.failed()
+            self._failure = (manifest, error)
+            raise
+        self._failure = None
+        return path
+
+    def _download(self, manifest: ReleaseManifest, path: Path) -> None:
+        partial = self.folder / f"{manifest.artifact_digest}{_PARTIAL}"
+        for other in self.folder.glob(f"*{_PARTIAL}"):
+            if other != partial:
+                other.unlink(missing_ok=True)
+        with _explained(partial), partial.open("ab+") as file:
+            if file.tell() > manifest.artifact_bytes:
+                file.seek(0)
+                file.truncate()
+            self._check_room(manifest, file.tell())
+            try:
+                if file.tell() < manifest.artifact_bytes:
+                    self._feed.fetch(manifest.artifact_digest, manifest.artifact_bytes, file)
+                file.flush()
+                self._check_content(manifest, file)
+                Draft(partial, file).publish(path)
+            except (OSError, IntegrityError):
+                # On a full disk it takes the room that others need, and what is damaged is of no use.
+                partial.unlink(missing_ok=True)
+                raise
+
+    def _check_room(self, manifest: ReleaseManifest, present: int) -> None:
+        free, needed = shutil.disk_usage(self.folder).free, manifest.artifact_bytes - present
+        if free < needed + _SPARE_BYTES:
+            raise StateError(
+                f"{self.folder} has {free:,} bytes free; {manifest.version} needs {needed + _SPARE_BYTES:,}.",
+                cure="Make room on this disk, or name another folder with --cache.",
+            )
+
+    def _check_content(self, manifest: ReleaseManifest, file: BufferedRandom) -> None:
+        size = file.tell()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if size != manifest.artifact_bytes or digest != manifest.artifact_digest:
             raise IntegrityError(
-                f"The artifact of {manifest.version} has {len(content)} bytes and SHA-256 {digest}; its manifest says "
+                f"The artifact of {manifest.version} has {size} bytes and SHA-256 {digest}; its manifest says "
                 f"{manifest.artifact_bytes} bytes and {manifest.artifact_digest}."
             )
-        _write(path, content)
-        return path
 
     def _commit(self, envelope: str, manifest: ReleaseManifest) -> None:
         accepted = self._accepted()
@@ -182,7 +245,7 @@ class ReleaseClient:
 
     def _prune(self) -> None:
         keep = {release.model_path for release in self.cached()}
-        for path in self.folder.glob("*.onnx"):
+        for path in (*self.folder.glob("*.onnx"), *self.folder.glob(f"*{_PARTIAL}")):
             if path not in keep:
                 path.unlink(missing_ok=True)
 

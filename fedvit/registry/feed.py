@@ -5,14 +5,16 @@ A feed is not trusted: releases are verified by :class:`fedvit.registry.client.R
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 from urllib.parse import quote
 
 import httpx
 
-from fedvit.api.transport import exchange, open_http, read_token, transfer_s
-from fedvit.errors import FeedUnavailableError, IntegrityError, NotFoundError, UsageError
+from fedvit.api.problems import error_of
+from fedvit.api.transport import Sink, exchange, open_http, read_token, transfer_s
+from fedvit.errors import FeedUnavailableError, IntegrityError, NoReleaseError, NotFoundError, UsageError
 from fedvit.wire.manifest import MAX_ENVELOPE_BYTES
 
 ENVELOPE_FILE = "release.json"
@@ -30,13 +32,20 @@ class Feed(Protocol):
             IntegrityError: the answer is larger than an envelope may be.
         """
 
-    def blob(self, digest: str, max_bytes: int) -> bytes:
-        """The artifact of that SHA-256, unverified, at most ``max_bytes``.
+    def fetch(self, digest: str, size: int, file: BinaryIO) -> None:
+        """Write the artifact of that SHA-256, unverified, to ``file``.
+
+        Args:
+            size: its bytes; a larger one is not read further.
+            file: open for reading and writing, at its end, with the first bytes of the artifact where a fetch broke off
+                before. What arrives is appended, also when this fetch breaks off; a feed that cannot resume begins
+                anew.
 
         Raises:
             NotFoundError: there is none (any more).
-            FeedUnavailableError: no answer.
-            IntegrityError: it is larger than ``max_bytes``.
+            FeedUnavailableError: no answer, or it broke off.
+            IntegrityError: it is larger than ``size``, or is not what was asked for.
+            OSError: ``file`` cannot be written.
         """
 
     def close(self) -> None:
@@ -84,34 +93,60 @@ class HttpFeed:
 
     def current(self, variant: str | None) -> str | None:
         query = "" if variant is None else f"?variant={quote(variant, safe='')}"
-        content = self._get(f"/api/model/release{query}", MAX_ENVELOPE_BYTES)
-        return None if content is None else content.decode("utf-8", errors="replace")
+        response = self._get(f"/api/model/release{query}", MAX_ENVELOPE_BYTES)
+        if response.status_code != httpx.codes.NOT_FOUND:
+            return response.content.decode("utf-8", errors="replace")
+        # Anything may answer 404, also a server that is no control server at all.
+        error = error_of(response.status_code, response.text)
+        if isinstance(error, NoReleaseError):
+            return None
+        raise FeedUnavailableError(
+            f"{self._base_url} answered 404 to the question for its release: {error.message}",
+            cure="Check that this is the URL of a control server, and that its release has this variant.",
+        )
 
-    def blob(self, digest: str, max_bytes: int) -> bytes:
-        content = self._get(f"/api/model/blobs/{quote(digest, safe='')}", max_bytes, transfer_s(max_bytes))
-        if content is None:
+    def fetch(self, digest: str, size: int, file: BinaryIO) -> None:
+        start = file.tell()
+
+        def sink(response: httpx.Response) -> Callable[[bytes], object]:
+            if response.status_code != httpx.codes.PARTIAL_CONTENT:
+                file.seek(0)
+                file.truncate()
+            elif not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
+                raise IntegrityError(f"{response.url} sends another part of the artifact than was asked for.")
+            return file.write
+
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        response = self._get(f"/api/model/blobs/{quote(digest, safe='')}", size, transfer_s(size), headers, sink)
+        if response.status_code == httpx.codes.NOT_FOUND:
             raise NotFoundError(f"{self._base_url} has no artifact {digest}.", cure="It was replaced: poll again.")
-        return content
 
     def close(self) -> None:
         self._http.close()
 
-    def _get(self, path: str, max_bytes: int, download_s: float = 0.0) -> bytes | None:
+    def _get(
+        self,
+        path: str,
+        max_bytes: int,
+        download_s: float = 0.0,
+        headers: Mapping[str, str] | None = None,
+        sink: Sink | None = None,
+    ) -> httpx.Response:
+        """A response of 200, 206 or 404."""
         try:
-            request = self._http.build_request("GET", path)
+            request = self._http.build_request("GET", path, headers=headers)
             response = exchange(
-                self._http, request, max_bytes=max_bytes, deadline_s=self._timeout_s, download_s=download_s
+                self._http, request, max_bytes=max_bytes, deadline_s=self._timeout_s, download_s=download_s, sink=sink
             )
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise FeedUnavailableError(
                 f"{self._base_url} does not answer: {reason}.", cure="See that the control server runs."
             ) from None
-        if response.status_code == httpx.codes.NOT_FOUND:
-            return None
-        if response.status_code != httpx.codes.OK:
+        known = {httpx.codes.OK, httpx.codes.NOT_FOUND} | ({httpx.codes.PARTIAL_CONTENT} if sink else set())
+        if response.status_code not in known:
             raise FeedUnavailableError(f"{self._base_url}{path} answered {response.status_code}.")
-        return response.content
+        return response
 
 
 class FolderFeed:
@@ -124,11 +159,14 @@ class FolderFeed:
         path = self._path / ENVELOPE_FILE
         return self._read(path, MAX_ENVELOPE_BYTES).decode("utf-8", errors="replace") if path.exists() else None
 
-    def blob(self, digest: str, max_bytes: int) -> bytes:
+    def fetch(self, digest: str, size: int, file: BinaryIO) -> None:
         path = self._path / MODEL_FILE
         if not path.exists():
             raise NotFoundError(f"The release folder lacks {path}.", cure="Write it again: `fedvit model export`.")
-        return self._read(path, max_bytes)
+        content = self._read(path, size)
+        file.seek(0)
+        file.truncate()
+        file.write(content)
 
     def close(self) -> None:
         pass

@@ -170,10 +170,12 @@ def _check_workload(settings: Settings) -> Callable[[], None]:
 def _write(
     settings: Settings, digest: str, partition: Mapping[str, Any], classes: Sequence[str], clients: Iterable[Client]
 ) -> None:
-    """Bind the state folder to the data and register the clients."""
+    """Bind the state folder to the data and register the clients; the caller holds the system's lock."""
+    from fedvit.atomic_write import remove_drafts
     from fedvit.rounds.steering import begin_in_initial_mode
     from fedvit.store.store import Store
 
+    remove_drafts(settings.home / "blobs")
     with Store.open(settings.home) as store:
         store.metadata.bind_fleet(data_digest=digest, partition=partition, classes=classes)
         store.clients.register(clients, complete=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -61,7 +62,9 @@ def feed(url: str, limits: Limits, home: Path) -> object:
 
 
 def artifact(url: str, limits: Limits, home: Path) -> object:
-    return HttpFeed(url, limits.timeout_s).blob("a" * 64, ARTIFACT_BYTES)
+    received = io.BytesIO()
+    HttpFeed(url, limits.timeout_s).fetch("a" * 64, ARTIFACT_BYTES, received)
+    return received.getvalue()
 
 
 def api_call(url: str, limits: Limits, home: Path) -> object:

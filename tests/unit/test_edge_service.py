@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from tiny_release import MemoryFeed, png, tiny_model
 
+from edge_runtime.engine import InferenceEngine
 from edge_runtime.service import ModelService
-from fedvit.errors import FeedUnavailableError, NoModelError
+from fedvit.errors import FeedUnavailableError, IntegrityError, NoModelError
 from fedvit.registry.client import ReleaseClient
+from fedvit.testing.doubles import ManualClock
+from fedvit.wire.manifest import ReleaseManifest
 
 
 @pytest.fixture
@@ -71,6 +74,55 @@ def test_a_signed_release_that_cannot_be_loaded_is_remembered_until_the_next_one
     feed.offer(tiny_model(2.0), 3)
     assert restarted.refresh()
     assert restarted.last_error is None
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_release_whose_first_load_failed_is_tried_again(
+    feed: MemoryFeed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: bool
+) -> None:
+    clock = ManualClock()
+
+    def connect() -> ModelService:
+        client = ReleaseClient(feed, tmp_path, [feed.key.public_key()], "standard", clock)
+        return ModelService(client, clock=clock)
+
+    def out_of_memory(*_: object) -> None:
+        raise IntegrityError("The model file cannot be loaded: out of memory.")
+
+    service = connect()
+    feed.offer(tiny_model(), 1)
+    assert service.refresh()
+    feed.offer(tiny_model(1.0), 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_runtime.service.InferenceEngine", out_of_memory)
+        assert not service.refresh()
+    if not online:
+        feed.error = FeedUnavailableError("away")
+    assert service.refresh()
+    assert service.engine.manifest.sequence == 2
+    assert feed.downloads == 2
+
+
+def test_a_cached_release_whose_load_failed_at_the_start_is_tried_again_without_a_source(
+    feed: MemoryFeed, connect: Callable[[], ModelService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for sequence in (1, 2):
+        feed.offer(tiny_model(float(sequence)), sequence)
+        assert connect().refresh()
+    feed.error, failures = FeedUnavailableError("away"), [2]
+
+    def engine(path: Path, manifest: ReleaseManifest, threads: int) -> InferenceEngine:
+        if manifest.sequence in failures:
+            raise IntegrityError("out of memory")
+        return InferenceEngine(path, manifest, threads)
+
+    monkeypatch.setattr("edge_runtime.service.InferenceEngine", engine)
+    service = connect()
+    assert service.load_cached()
+    assert service.engine.manifest.sequence == 1
+    failures.clear()
+    assert service.refresh()
+    assert service.engine.manifest.sequence == 2
 
 
 def test_a_lost_source_is_reported_and_recovered_from(feed: MemoryFeed, connect: Callable[[], ModelService]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,12 +11,21 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from raises import raises_naming
 from tiny_release import MemoryFeed
 
-from fedvit.errors import FeedUnavailableError, IntegrityError, NotFoundError, StateError, UsageError
+from fedvit.api.problems import problem_document
+from fedvit.errors import (
+    FeedUnavailableError,
+    IntegrityError,
+    NoReleaseError,
+    NotFoundError,
+    StateError,
+    UsageError,
+)
 from fedvit.registry.client import ReleaseClient, write_release_folder
 from fedvit.registry.feed import FolderFeed, HttpFeed, open_feed
 from fedvit.wire.manifest import MAX_ENVELOPE_BYTES, sign_manifest
 
 OLD, NEW = b"the old model", b"the new model"
+NO_RELEASE = httpx.Response(404, json=problem_document(NoReleaseError("No model version is released yet.")))
 
 
 @pytest.fixture
@@ -253,7 +263,7 @@ def test_http_asks_what_the_control_api_answers(feed: MemoryFeed, tmp_path: Path
     def answer(request: httpx.Request) -> httpx.Response:
         asked.append(str(request.url))
         if request.url.path == "/api/model/release":
-            return httpx.Response(200, text=feed.envelope or "") if feed.envelope else httpx.Response(404)
+            return httpx.Response(200, text=feed.envelope) if feed.envelope else NO_RELEASE
         return httpx.Response(200, content=feed.blobs[request.url.path.rpartition("/")[2]])
 
     client = ReleaseClient(http_feed(answer), tmp_path, [feed.key.public_key()], "standard")
@@ -270,7 +280,7 @@ def test_http_sends_the_token_of_its_file_and_no_other_header(tmp_path: Path) ->
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append(request.headers.get("authorization"))
-        return httpx.Response(404)
+        return NO_RELEASE
 
     (tmp_path / "token").write_text("fvt_x_y\n")
     for token_file in (tmp_path / "token", None):
@@ -302,10 +312,26 @@ def test_http_stops_reading_an_answer_without_end() -> None:
 
     endless_feed = http_feed(lambda _: httpx.Response(200, content=endless()))
     with raises_naming(IntegrityError, "100 bytes"):
-        endless_feed.blob("a" * 64, 100)
+        endless_feed.fetch("a" * 64, 100, io.BytesIO())
     with raises_naming(IntegrityError, str(MAX_ENVELOPE_BYTES)):
         endless_feed.current("standard")
     assert sent < 4 * MAX_ENVELOPE_BYTES
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(404),
+        httpx.Response(404, text="<html>nginx</html>"),
+        httpx.Response(404, json={"detail": "Not Found"}),
+        # A control server, whose release has no such variant.
+        httpx.Response(404, json=problem_document(NotFoundError("The current release has no variant."))),
+    ],
+)
+def test_http_only_a_control_server_says_that_there_is_no_release_yet(answer: httpx.Response) -> None:
+    with pytest.raises(FeedUnavailableError):
+        http_feed(lambda _: answer).current("standard")
+    assert http_feed(lambda _: NO_RELEASE).current("standard") is None
 
 
 @pytest.mark.parametrize("status", [301, 401, 500, 503])
@@ -316,7 +342,7 @@ def test_http_any_other_status_is_unavailable(status: int) -> None:
 
 def test_http_a_missing_artifact_is_not_found() -> None:
     with pytest.raises(NotFoundError):
-        http_feed(lambda _: httpx.Response(404)).blob("a" * 64, 100)
+        http_feed(lambda _: httpx.Response(404)).fetch("a" * 64, 100, io.BytesIO())
 
 
 def test_http_a_server_that_is_away_is_named() -> None:

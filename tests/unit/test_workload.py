@@ -32,6 +32,7 @@ from fedvit.testing.doubles import FakeFleet, GenerousAccountant
 from fedvit.types import RunStatus, TrainTask, Variant, Weights
 from fedvit.updates import PartialSum, UpdateMessage
 from fedvit.wire.tensors import encode_weights
+from serve_apps.startup.checks import check_training
 
 V = [f"vehicle-{i:02d}" for i in range(6)]
 
@@ -51,6 +52,19 @@ def settings(
             "release": {"every_rounds": 2},
         },
     )
+
+
+def test_a_start_removes_what_a_killed_server_left_among_the_blobs(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        digest = store.blobs.put(b"a blob")
+    left = tmp_path / "blobs" / "sha256" / digest[:2] / ".tmp-0123456789abcdef"
+    left.write_bytes(b"half of a blob")
+    write_state = check_training(settings(tmp_path))
+    assert left.exists()
+    write_state()
+    assert not left.exists()
+    with Store.open(tmp_path) as store:
+        assert store.blobs.get(digest) == b"a blob"
 
 
 def task_for(base: Weights, **changes: Any) -> TrainTask:

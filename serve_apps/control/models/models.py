@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 
 from fedvit.api.model import (
     ModelInfo,
@@ -17,7 +18,7 @@ from fedvit.api.model import (
 )
 from fedvit.api.system import OperationView
 from fedvit.config import Settings
-from fedvit.errors import NotFoundError
+from fedvit.errors import NoReleaseError, NotFoundError
 from fedvit.registry.publisher import artifacts_of, served_variant, why_no_release
 from fedvit.store.records import Release
 from fedvit.store.store import Store
@@ -86,11 +87,25 @@ def _add_artifacts(api: FastAPI, services: Services) -> None:
         return Response(envelope, media_type="application/json")
 
     @route(api, "GET /api/model/blobs/{digest}", "model", FOLLOWER, 404, 502, media_type=OCTETS)
-    def blob(digest: str) -> Response:
-        """An artifact of the current release by its SHA-256. Weights and other blobs are not served."""
+    def blob(digest: str, request: Request) -> Response:
+        """An artifact of the current release by its SHA-256. Weights and other blobs are not served.
+
+        A download that broke off goes on with the header ``Range: bytes=N-`` (RFC 9110), which is answered with 206.
+        """
         if digest not in _current_release(store).artifacts.values():
             raise NotFoundError(f"The current release has no artifact {digest!r}.", cure="Read its manifest again.")
-        return Response(store.blobs.get(digest), media_type=OCTETS)
+        content = store.blobs.get(digest)
+        start = _start_of(request.headers.get("range", ""))
+        if not 0 < start < len(content):
+            return Response(content, media_type=OCTETS)
+        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        return Response(content[start:], 206, headers, media_type=OCTETS)
+
+
+def _start_of(header: str) -> int:
+    """The first byte that an open range asks for; 0 for all other forms, which a server may ignore."""
+    match = re.fullmatch(r"bytes=([0-9]{1,19})-", header)
+    return int(match.group(1)) if match else 0
 
 
 def _trainable(store: Store, weights_digest: str) -> dict[str, int]:
@@ -110,7 +125,7 @@ def _current_release(store: Store) -> Release:
     release = store.releases.current()
     if release is None:
         message, cure = why_no_release(store)
-        raise NotFoundError(message, cure=cure)
+        raise NoReleaseError(message, cure=cure)
     return release
 
 
