@@ -154,6 +154,7 @@ def page_of(
     confusion: Sequence[Sequence[int]] = CONFUSION,
     latencies: dict[str, list[float]] | None = None,
     manifest: DataManifest = MANIFEST,
+    **more: Any,
 ) -> Page:
     write_page(
         tmp_path / "index.html",
@@ -163,6 +164,7 @@ def page_of(
         LATENCIES if latencies is None else latencies,
         manifest=manifest,
         target_epsilon=8.0,
+        **more,
     )
     return Page(tmp_path / "index.html")
 

@@ -19,6 +19,8 @@ from fedvit.types import RoundRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 _Floats = npt.NDArray[np.float64]
@@ -28,8 +30,12 @@ _ABOVE_LINE = ("axes fraction", "data")
 _INK, _GRID = "#010203", "#040506"
 _PAGE_COLOURS = {_INK: "currentColor", _GRID: "var(--grid)"}
 # Legible on white and on near black, and distinguishable for most colour-blind readers (after Okabe & Ito).
-BLUE, ORANGE, GREEN, RED = "#3a87c8", "#d98020", "#1f9e77", "#d0504c"
+BLUE, ORANGE, GREEN, RED = "#3a87c8", "#d07818", "#1f9e77", "#d0504c"
 PURPLE, GREY = "#9a6cc4", "#8a8f98"
+SCALE = (BLUE, PURPLE, ORANGE)
+"""From low to high; every colour of it is visible on light and on dark pages, as the ends of most scales are not."""
+WIDTH_IN, WIDE_IN = 6.4, 13.4
+"""Widths of a chart in a column of the page and across both; in this ratio their texts have one size on the page."""
 # The stubs of some versions list every key as a literal type, those of others do not.
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -102,12 +108,24 @@ def latency_chart(latencies_s: Mapping[str, Sequence[float]]) -> str:
 
 
 def _plot(axes: Axes, points: Sequence[tuple[int, float | None]], name: str, colour: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     known = [(x, y) for x, y in points if y is not None]
     xs, ys = [x for x, _ in known], [y for _, y in known]
     axes.plot(xs, ys, color=colour, linewidth=2, marker="o", markersize=3.5, gid=f"series-{name}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(axes.xaxis)
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Let an axis of counts have ticks at integers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def colour_scale() -> Colormap:
+    """:data:`SCALE` as a colour map."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("fedvit", SCALE)
 
 
 def _histogram(axes: Axes, name: str, values_ms: _Floats, bins: _Floats) -> None:
@@ -117,6 +135,7 @@ def _histogram(axes: Axes, name: str, values_ms: _Floats, bins: _Floats) -> None
     axes.axvline(float(p95), color=ORANGE, linestyle="--", linewidth=1.5)
     axes.set_title(f"{name}: p50 {p50:.1f} ms, p95 {p95:.1f} ms", loc="left", parse_math=False)
     axes.set_ylabel("Images")
+    whole_numbers(axes.yaxis)
 
 
 def _millisecond_axis(axes: Axes) -> None:
@@ -129,7 +148,9 @@ def _millisecond_axis(axes: Axes) -> None:
     axes.set_xlabel("Latency seen by the client (ms, logarithmic); lines: p50 solid, p95 dashed")
 
 
-def svg_of(chart: str, description: str, height_in: float, draw: Callable[[Figure], None]) -> Markup:
+def svg_of(
+    chart: str, description: str, height_in: float, draw: Callable[[Figure], None], *, width_in: float = WIDTH_IN
+) -> Markup:
     """The figure that ``draw`` draws, as an ``svg`` element whose ids begin with ``chart``."""
     try:
         from matplotlib import rc_context
@@ -138,7 +159,7 @@ def svg_of(chart: str, description: str, height_in: float, draw: Callable[[Figur
         raise UsageError("The report page needs matplotlib.", cure="Run: pip install 'fedvit[server]'") from None
     buffer = io.StringIO()
     with rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, height_in), layout="constrained")
+        figure = Figure(figsize=(width_in, height_in), layout="constrained")
         draw(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_the_page(buffer.getvalue(), chart, description)

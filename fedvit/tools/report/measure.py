@@ -21,6 +21,8 @@ from fedvit.ports import SystemUrls
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.registry.publisher import why_no_release
 from fedvit.store.store import Store
+from fedvit.tools.report.details import Origin, spread_rows
+from fedvit.tools.report.misclassified import PAGE, write_misclassified
 from fedvit.tools.report.page import write_page
 from fedvit.tools.report.probe import ProbeResult, Target, probe, summarise
 from fedvit.tools.report.summary import build_summary, summary_tables, write_summary
@@ -52,7 +54,8 @@ def measure(
 ) -> dict[str, Any]:
     """Probe the inference application and the edges with every test image and write the report.
 
-    Writes ``report/summary.json`` and ``report/index.html`` in the state folder and prints the summary as a table.
+    Writes ``report/summary.json``, ``report/index.html`` and ``report/misclassified.html`` in the state folder and
+    prints the summary as a table.
 
     Args:
         run_id: the run that is reported; the current release has to be of it. None admits any.
@@ -84,6 +87,7 @@ def measure(
         seconds=seconds,
     )
     write_summary(page.with_name("summary.json"), summary)
+    wrong = write_misclassified(page.with_name(PAGE), source, reference.predictions, reference.version.version)
     write_page(
         page,
         summary,
@@ -92,6 +96,9 @@ def measure(
         latencies={name: result.latencies_s for name, result in results.items()},
         manifest=manifest,
         target_epsilon=settings.privacy.target_epsilon,
+        origin=Origin.of(settings),
+        spread=spread_rows(store.clients.all(active=True), store.rounds.participation()),
+        misclassified=wrong,
     )
     if not quiet:
         Console().print(Group(*summary_tables(summary)))

@@ -8,7 +8,9 @@ from typing import Any
 
 from fedvit.data.manifest import DataManifest
 from fedvit.tools.report.charts import latency_chart, learning_chart, privacy_chart
+from fedvit.tools.report.details import SPREAD_COLUMNS, Origin
 from fedvit.tools.report.html import write_html
+from fedvit.tools.report.misclassified import PAGE
 from fedvit.tools.report.summary import TARGET_COLUMNS, privacy_line, summary_rows, target_rows
 from fedvit.types import RoundRecord
 
@@ -38,6 +40,9 @@ def write_page(
     *,
     manifest: DataManifest,
     target_epsilon: float,
+    origin: Origin | None = None,
+    spread: Sequence[tuple[str, ...]] = (),
+    misclassified: int | None = None,
 ) -> None:
     """Write the report page to ``path``, whole or not at all.
 
@@ -48,6 +53,9 @@ def write_page(
         latencies: client-side latencies in seconds, by target.
         manifest: the data set; its classes label the confusion matrix.
         target_epsilon: the budget.
+        origin: date, version, command and settings.
+        spread: how much clients differ; see :func:`fedvit.tools.report.details.spread_rows`.
+        misclassified: the number of images on the page :data:`fedvit.tools.report.misclassified.PAGE` beside this one.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -65,11 +73,16 @@ def write_page(
         no_rounds="No round was committed.",
         many=len(manifest.classes) > _MANY_CLASSES,
         confusion=_confusion_rows(manifest, confusion),
+        misclassified=misclassified,
+        misclassified_page=PAGE,
+        spread_columns=SPREAD_COLUMNS,
+        spread=spread,
+        settings=origin.settings if origin else None,
         small_class=_small_class_note(summary, manifest),
         latency=latency_chart(latencies) if latencies else None,
         target_columns=TARGET_COLUMNS,
         targets=target_rows(summary),
-        facts=summary_rows(summary),
+        facts=[*(origin.rows() if origin else ()), *summary_rows(summary)],
     )
 
 
@@ -102,6 +115,10 @@ def _story(summary: Mapping[str, Any], manifest: DataManifest, target_epsilon: f
 
 
 def _confusion_rows(manifest: DataManifest, confusion: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    shares = [
+        _error_share(counts, label, column) for label, counts in enumerate(confusion) for column in range(len(counts))
+    ]
+    largest = max(shares, default=0.0) or 1.0
     return [
         {
             "label": label,
@@ -109,12 +126,21 @@ def _confusion_rows(manifest: DataManifest, confusion: Sequence[Sequence[int]]) 
             "train": train_count,
             "test": sum(counts),
             "recall": f"{counts[label] / sum(counts):.1%}" if any(counts) else "–",
-            "counts": counts,
+            "cells": [
+                # The square root, so that rare errors are visible beside the most frequent one.
+                (count, f"{(_error_share(counts, label, column) / largest) ** 0.5:.2f}")
+                for column, count in enumerate(counts)
+            ],
         }
         for label, (name, counts, train_count) in enumerate(
             zip(manifest.classes, confusion, manifest.train_counts, strict=True)
         )
     ]
+
+
+def _error_share(counts: Sequence[int], label: int, column: int) -> float:
+    """The share of a class's test images that were predicted as another class."""
+    return 0.0 if column == label or not any(counts) else counts[column] / sum(counts)
 
 
 def _small_class_note(summary: Mapping[str, Any], manifest: DataManifest) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedvit.tools.report.charts import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, svg_of
+from fedvit.tools.report.charts import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, WIDE_IN, svg_of, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +20,8 @@ OUTCOMES = {
     "refused": RED,
     "failed": PURPLE,
     "silent": GREY,
-    "given_up": "#c9a227",
-    "unused": "#5b6775",
+    "given_up": "#a8841a",
+    "unused": "#7a8694",
     "in_flight": BLUE,
 }
 # Colours of a chart in a file of its own; legible in light and dark surroundings.
@@ -43,7 +43,7 @@ def accuracy_chart(runs: Sequence[Simulated], *, target: float | None = None, lo
             axes.axhline(target, color=GREY, linestyle="--", linewidth=1.2, gid="series-target")
         _dress(axes, colours, log_time)
 
-    return svg_of("accuracy", "Test accuracy by virtual hours", 4.0, draw)
+    return svg_of("accuracy", "Test accuracy by virtual hours", 5.0, draw, width_in=WIDE_IN)
 
 
 def outcomes_chart(outcomes: Mapping[str, Mapping[str, int]]) -> str:
@@ -71,15 +71,13 @@ def staleness_chart(staleness: Mapping[str, Mapping[int, int]]) -> str:
     """Accepted updates by staleness in versions, a line for each name."""
 
     def draw(figure: Figure) -> None:
-        from matplotlib.ticker import MaxNLocator
-
         axes = figure.subplots()
         for index, (name, counts) in enumerate(staleness.items()):
             late = range(max(counts, default=0) + 1)
             total = max(1, sum(counts.values()))
             shares, colour = [counts.get(s, 0) / total for s in late], PALETTE[index % len(PALETTE)]
             axes.plot(late, shares, color=colour, marker="o", markersize=3.5, label=name, gid=f"series-{name}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole_numbers(axes.xaxis)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("Versions committed since the one that an update started from")
         axes.set_ylabel("Share of accepted updates")
@@ -101,20 +99,18 @@ def bars_chart(accuracies: Mapping[str, Mapping[str, float]], *, reference: floa
             colour = (GREY, BLUE, ORANGE, RED, PURPLE, GREEN)[index % 6]
             axes.bar(places, heights, width=0.92 * width, color=colour, label=column)
             for place, height in zip(places, heights, strict=True):
-                axes.annotate(
-                    f"{height:.2f}", (place, height), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7
-                )
+                axes.annotate(f"{height:.2f}", (place, height), xytext=(0, 2), textcoords="offset points", ha="center")
         if reference is not None:
             axes.axhline(reference, color=GREY, linestyle="--", linewidth=1.2, gid="series-reference")
         # Names of many rows side by side need lines of their own.
         names = [name.replace(", ", ",\n").replace("_", "_\n") for name in accuracies]
-        axes.set_xticks(range(len(accuracies)), names, fontsize=9)
+        axes.set_xticks(range(len(accuracies)), names)
         axes.set_ylim(0, 1)
         axes.set_ylabel("Test accuracy")
         axes.grid(visible=False, axis="x")
         figure.legend(loc="outside upper center", ncols=2)
 
-    return svg_of("bars", "Test accuracy by rule and attack", 4.0, draw)
+    return svg_of("bars", "Test accuracy by rule and attack", 5.0, draw, width_in=WIDE_IN)
 
 
 def standalone(svg: str) -> str:

@@ -7,15 +7,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedvit.tools.report.charts import GREY, ORANGE, svg_of
+from fedvit.tools.report.charts import GREY, RED, WIDE_IN, colour_scale, svg_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from fedvit.tools.sweep.outcome import Configuration, TrialOutcome
-
-_COLOURS = "viridis"
 
 
 def pareto_chart(results: Sequence[Configuration], front: Sequence[Configuration], chosen: Configuration | None) -> str:
@@ -30,19 +28,21 @@ def pareto_chart(results: Sequence[Configuration], front: Sequence[Configuration
         xs, ys = [c.epsilon for c in shown], [c.score.value for c in shown]
         bars = [c.score.error for c in shown]
         axes.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=GREY, elinewidth=0.8, alpha=0.6, zorder=1)
-        dots = axes.scatter(xs, ys, c=[c.hours for c in shown], cmap=_COLOURS, s=34, zorder=3, gid="series-trials")
+        dots = axes.scatter(
+            xs, ys, c=[c.hours for c in shown], cmap=colour_scale(), s=34, zorder=3, gid="series-trials"
+        )
         for one in front:
             if math.isfinite(one.epsilon):
                 place = ([one.epsilon], [one.score.value])
-                axes.scatter(*place, s=34, facecolors="none", edgecolors=ORANGE, linewidths=1.4, zorder=4)
+                axes.scatter(*place, s=34, facecolors="none", edgecolors=RED, linewidths=1.4, zorder=4)
         steps = _upper(front)
         axes.plot(
-            *steps, color=ORANGE, linewidth=1.5, zorder=2, gid="series-front", label="Pareto front (rims: with time)"
+            *steps, color=RED, linewidth=1.5, zorder=2, gid="series-front", label="Pareto front (rims: with time)"
         )
         if chosen is not None and math.isfinite(chosen.epsilon):
             place = ([chosen.epsilon], [chosen.score.value])
             axes.scatter(
-                *place, s=150, facecolors="none", edgecolors=ORANGE, linewidths=2, zorder=4, gid="series-chosen",
+                *place, s=150, facecolors="none", edgecolors=RED, linewidths=2, zorder=4, gid="series-chosen",
                 label="chosen",
             )  # fmt: skip
         figure.colorbar(dots, ax=axes, label="Virtual hours")
@@ -73,21 +73,26 @@ def parallel_chart(outcomes: Sequence[TrialOutcome], chosen: Sequence[str]) -> s
     columns = _columns(shown)
 
     def draw(figure: Figure) -> None:
-        from matplotlib import colormaps
         from matplotlib.colors import Normalize
 
-        axes = figure.subplots()
+        axes, scale = figure.subplots(), colour_scale()
         scores = [o.score or 0.0 for o in shown]
         norm = Normalize(min(scores), max(scores) if max(scores) > min(scores) else min(scores) + 1e-9)
         for index, one in enumerate(shown):
             heights = [places[index] for _, places, _ in columns]
             wide = 2.4 if one.trial_id in chosen else 0.8
             style = ":" if one.status == "stopped_early" else "-"
-            colour = colormaps[_COLOURS](norm(one.score or 0.0))
+            colour = scale(norm(one.score or 0.0))
             axes.plot(heights, color=colour, linewidth=wide, linestyle=style, alpha=0.9, gid=f"series-{one.trial_id}")
         _axes_of(axes, columns)
 
-    return svg_of("parallel", "Every trial across its parameters, epsilon, virtual hours and accuracy", 2.9, draw)
+    return svg_of(
+        "parallel",
+        "Every trial across its parameters, epsilon, virtual hours and accuracy",
+        5.0,
+        draw,
+        width_in=WIDE_IN,
+    )
 
 
 _Column = tuple[str, list[float], list[tuple[float, str]]]
@@ -126,8 +131,8 @@ def _axes_of(axes: Axes, columns: Sequence[_Column]) -> None:
     for x, (_, _, labels) in enumerate(columns):
         axes.axvline(x, color=GREY, linewidth=0.8, zorder=0)
         for y, text in labels:
-            axes.annotate(text, (x, y), (4, 0), textcoords="offset points", fontsize=5.5, va="center", parse_math=False)
-    axes.set_xticks(range(len(columns)), [name.replace("_", " ") for name, _, _ in columns], fontsize=6.5)
+            axes.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", parse_math=False)
+    axes.set_xticks(range(len(columns)), [name.replace("_", " ") for name, _, _ in columns])
     axes.set_xlim(-0.15, len(columns) - 1 + 0.35)
     axes.set_yticks([])
     axes.grid(visible=False)
@@ -150,13 +155,11 @@ def heat_chart(outcomes: Sequence[TrialOutcome], across: str, up: str) -> str:
         axes = figure.subplots()
         means = {place: statistics.fmean(o.score or 0.0 for o in cell) for place, cell in cells.items()}
         grid = [[means.get((x, y), math.nan) for x in xs] for y in ys]
-        image = axes.imshow(grid, origin="lower", aspect="auto", cmap=_COLOURS)
-        middle = (min(means.values()) + max(means.values())) / 2
+        image = axes.imshow(grid, origin="lower", aspect="auto", cmap=colour_scale())
         for (x, y), cell in cells.items():
-            colour = "#101418" if means[x, y] > middle else "#ffffff"
             star = "*" if any(o.status == "stopped_early" for o in cell) else ""
             axes.annotate(
-                f"{means[x, y]:.3f}{star}", (xs.index(x), ys.index(y)), color=colour, ha="center", va="center"
+                f"{means[x, y]:.3f}{star}", (xs.index(x), ys.index(y)), color="#101418", ha="center", va="center"
             )
         figure.colorbar(image, ax=axes, label="Test accuracy")
         axes.set_xticks(range(len(xs)), [f"{x}" for x in xs])
