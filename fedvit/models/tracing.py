@@ -71,11 +71,11 @@ class _FixedPositions(nn.Module):
 
 
 def _fix_rotary_positions(model: nn.Module) -> None:
-    """Compute rotary embeddings once: from learned frequencies the exporter writes a graph that no batch fits."""
+    """Compute learned rotary embeddings once: from their frequencies the exporter writes a graph that no batch fits."""
     for module in model.modules():
-        rope: Any = getattr(module, "rope", None)
-        if hasattr(rope, "get_embed"):
-            shape = None if hasattr(rope, "feat_shape") else module.patch_embed.grid_size  # type: ignore[union-attr]
+        if getattr(module, "rope_mixed", False):
+            rope: Any = module.rope
+            shape = None if rope.feat_shape is not None else module.patch_embed.grid_size  # type: ignore[union-attr]
             module.rope = _FixedPositions(rope.get_embed(shape=shape).detach())
 
 

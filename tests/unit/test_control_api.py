@@ -113,30 +113,18 @@ def test_a_release_is_served_as_it_was_signed(client: TestClient, store: Store) 
     assert client.get(f"/api/model/blobs/{digest}").content == store.blobs.get(digest)
 
 
-@pytest.mark.parametrize(
-    ("header", "start"),
-    [
-        ("bytes=3-", 3),
-        ("bytes=0-", None),
-        ("bytes=99999999-", None),
-        ("bytes=3-5", None),
-        ("bytes=-3", None),
-        ("x", None),
-    ],
-)
-def test_a_download_that_broke_off_goes_on(client: TestClient, store: Store, header: str, start: int | None) -> None:
-    client.post("/api/training/start")
+def test_a_download_that_broke_off_goes_on(client: TestClient, store: Store) -> None:
+    assert client.post("/api/training/start").is_success
     release = store.releases.current()
     assert release is not None
     digest = release.artifacts["standard"]
     content = store.blobs.get(digest)
-    answer = client.get(f"/api/model/blobs/{digest}", headers={"Range": header})
-    assert answer.content == content[start:]
-    if start is None:
-        assert answer.status_code == 200
-    else:
-        assert answer.status_code == 206
-        assert answer.headers["content-range"] == f"bytes 3-{len(content) - 1}/{len(content)}"
+    rest = client.get(f"/api/model/blobs/{digest}", headers={"Range": "bytes=3-"})
+    assert (rest.status_code, rest.content) == (206, content[3:])
+    assert rest.headers["content-range"] == f"bytes 3-{len(content) - 1}/{len(content)}"
+    for other in ("bytes=0-", "bytes=99999999-", "bytes=3-5", "bytes=-3", "x"):
+        whole = client.get(f"/api/model/blobs/{digest}", headers={"Range": other})
+        assert (whole.status_code, whole.content) == (200, content)
 
 
 def test_only_a_missing_release_has_the_code_that_followers_wait_for(client: TestClient) -> None:

@@ -80,6 +80,7 @@ def test_exports_agree_with_torch(name: str, trainable: str, variant: Variant) -
         ("swin_tiny_patch4_window7_224", {"depths": (2, 2), "num_heads": (2, 4), "window_size": 3}),
         # Learned rotary frequencies of their own for each block.
         ("vit_small_patch16_rope_mixed_224", {}),
+        ("vit_small_patch16_dinov3", {}),
         ("vit_small_patch16_rope_mixed_ape_224", {}),
         # RMSNorm, of which the exporter knows nothing.
         ("aimv2_large_patch14_224", {"patch_size": 8}),
