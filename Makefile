@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test test-campaigns fuzz fuzz-updates chaos chaos-ledger attack audit-mutants drill lint fmt \
-	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep health-check emergency-backup diagnostics \
+	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep model-families health-check emergency-backup diagnostics \
 	logs monitoring monitoring-day wheel hashes cluster-configs test-cluster test-readme
 
 help:  ## List the targets
@@ -132,6 +132,9 @@ bench-dp: setup  ## Compare a private training step with an ordinary one and wit
 
 bench-train: setup  ## Compare two ranks with one, private and ordinary training; needs an idle machine (4 minutes)
 	$(BIN)/python -m tests.benchmarks.train_scaling
+
+model-families: setup  ## Train, export and serve a small model of every family of timm; write docs/reference/models.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.model_families $(ARGS)
 
 bench-rounds: setup  ## Measure the round engine: empty, large and CNN rounds, memory over 200 rounds, a million clients
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.rounds
