@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -133,7 +134,10 @@ def test_a_tampered_release_is_refused_and_the_old_one_serves_on(
         old = ("v0.0.5", "standard")
         with Load({"edge": url}, png()) as load:
             load.settle(old, 0)
-            tamper(server.feed)
+            # At once: the vehicle may ask at any moment.
+            feed = replace(server.feed, blobs=dict(server.feed.blobs))
+            tamper(feed)
+            server.feed = feed
             await_true(lambda: REFUSALS[tamper] in last_error(), f"a refusal that says {REFUSALS[tamper]}")
             load.hold(old, answers=3)
             server.feed.offer(tiny_model(2.0), 7)

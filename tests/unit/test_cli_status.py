@@ -25,7 +25,7 @@ from fedvit.cli import api_session
 from fedvit.cli.main import app
 from fedvit.cli.output import show_fields, show_rows
 from fedvit.data.sources import open_source
-from fedvit.errors import ConfigError, DataError, NotFoundError
+from fedvit.errors import ConfigError, DataError, NoReleaseError
 from fedvit.settings import load_settings
 from fedvit.testing.doubles import FakeFleet, PointModel
 from fedvit.tools.report.probe import Target
@@ -82,7 +82,7 @@ def test_a_model_that_is_being_trained_is_waited_for(held: System, tmp_path: Pat
     for path in ("/api/model/current", "/api/model/info", "/api/model/release"):
         assert "round 1 of 4" in held.http.get(path).json()["detail"]
     shown = fedvit(tmp_path / "home", "model", "current", "--json")
-    assert json.loads(shown.stdout)["error"] == NotFoundError.code
+    assert json.loads(shown.stdout)["error"] == NoReleaseError.code
     assert "round 1 of 4" in json.loads(shown.stdout)["message"]
     assert "round 1 of 4" in fedvit(tmp_path / "home", "model", "export", str(tmp_path / "to")).stderr
 

@@ -59,7 +59,7 @@ def test_a_start_removes_what_a_killed_server_left_among_the_blobs(tmp_path: Pat
         digest = store.blobs.put(b"a blob")
     left = tmp_path / "blobs" / "sha256" / digest[:2] / ".tmp-0123456789abcdef"
     left.write_bytes(b"half of a blob")
-    write_state = check_training(settings(tmp_path))
+    write_state = check_training(settings(tmp_path), print)
     assert left.exists()
     write_state()
     assert not left.exists()
