@@ -49,7 +49,7 @@ reset: setup  ## Delete the state folder, after asking
 # of the time. They run last, so that quick tests show their faults first; the longest files begin.
 test: setup  ## Run every test (ARGS='tests/unit -k rounds' for some)
 ifeq ($(strip $(ARGS)),)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not install' --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not ray and not install' --numprocesses $$(( $$(nproc) * 3 / 2 )) --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integration/test_crash.py tests/integration/test_demo.py tests/integration \
 		tests/chaos tests/conformance tests/attack -m '(ray or install) and not campaign' \
 		--numprocesses 2 --dist loadfile --no-loadscope-reorder
