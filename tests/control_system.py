@@ -62,7 +62,9 @@ class Through(httpx.BaseTransport):
         self._http = http
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        answer = self._http.request(request.method, str(request.url))
+        answer = self._http.request(
+            request.method, str(request.url), content=request.content, headers=dict(request.headers)
+        )
         return httpx.Response(answer.status_code, content=answer.content)
 
 
