@@ -118,7 +118,7 @@ def _create_token() -> None:
 
 
 def check_token_is_demanded(gcs_address: str) -> None:
-    """Make sure that the cluster refuses a call without a token: whoever may call Ray can run code on its nodes.
+    """Check that the cluster refuses a call without a token. Ray runs the code of every caller on its nodes.
 
     With ``RAY_USE_TLS`` the cluster demands a client certificate instead, which this does not check.
 

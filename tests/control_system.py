@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
+from control_client import Through
 from fastapi.testclient import TestClient
 from tiny_release import CLASSES, IMAGE_SIZE, tiny_model
 
@@ -53,19 +53,6 @@ class HeldFleet(FakeFleet):
         self.begun.set()
         assert self.let.wait(WAIT_S)
         yield from super().train(task, weights, cohort, timeout_s=timeout_s)
-
-
-class Through(httpx.BaseTransport):
-    """Carries an httpx client's requests to the application without a network."""
-
-    def __init__(self, http: TestClient) -> None:
-        self._http = http
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        answer = self._http.request(
-            request.method, str(request.url), content=request.content, headers=dict(request.headers)
-        )
-        return httpx.Response(answer.status_code, content=answer.content)
 
 
 class System:

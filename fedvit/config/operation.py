@@ -262,7 +262,7 @@ class RayConfig(Section):
         None, description="Address of the Ray cluster to join; null takes RAY_ADDRESS, else starts one on this machine."
     )
     require_token: bool = Field(
-        True, description="Refuse a Ray cluster that answers without its token: whoever reaches one can run code on it."
+        True, description="Refuse a Ray cluster that answers without its token. Anybody can run code on such a cluster."
     )
     proxies: PositiveInt = Field(2, description="ClientProxy actors that host the virtual clients.")
     threads_per_proxy: PositiveInt = Field(1, description="Torch threads of each ClientProxy.")

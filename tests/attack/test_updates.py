@@ -7,7 +7,7 @@ import math
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,11 @@ from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.errors import UpdateRejectedError
 from fedvit.operations.local_aggregator import LocalAggregator
-from fedvit.operations.mailbox import REASONS, Mailbox
 from fedvit.rounds.fleets import MixedFleet
 from fedvit.settings import load_settings
 from fedvit.testing.doubles import FakeFleet, GenerousAccountant, PointModel
-from fedvit.types import ClientOutcome, Evaluation, RunStatus, Weights, utc_now
+from fedvit.types import ClientOutcome, Evaluation, RunStatus, Weights
 from fedvit.updates import EncodedUpdate
-from fedvit.wire.folders import open_folder
-from fedvit.wire.mailbox import MAX_MESSAGE_BYTES, Message, MessageKind, new_message_id, sign_message
 from fedvit.wire.untrusted import JSON_FACTOR, MAX_REASON
 from fedvit.wire.updates import MOST_COPIES, largest_update
 from serve_apps.control.api import Services, create_api
@@ -438,54 +435,4 @@ def test_what_is_invalid_is_not_stored_and_its_reason_is_one_short_line(
     achieved = f"{sum(sent):,} bytes sent, reasons of at most {max(map(len, reasons))} printable characters"
     attack_table.add(
         SUBJECT, "invalid bytes to fill the disk", achieved=achieved, bound=f"{MAX_REASON} characters each"
-    )
-
-
-# --- the mailbox -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[tuple[Yard, Mailbox]]:
-    yard = Yard(tmp_path)
-    mailbox = Mailbox(yard.settings, yard.store)
-    mailbox.enable()
-    yield yard, mailbox
-    yard.store.close()
-
-
-def test_messages_cannot_stop_or_fill_the_mailbox(
-    site: tuple[Yard, Mailbox], full: bool, attack_table: AttackTable
-) -> None:
-    yard, mailbox = site
-    folder, count, root = open_folder(mailbox.url), 2_000 if full else REASONS + 30, Path(mailbox.url)
-    run_ids: list[Any] = ["run-0001", "../../x", "\ud800"]
-    rounds: list[Any] = [10**400, 2**63, -1, "1", None, {"a": 1}]
-
-    def put(path: str, content: bytes) -> None:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(content)
-
-    for number in range(count):
-        body = {"run_id": run_ids[number % 3], "round_index": rounds[number % 6], "sha256": "0" * 64}
-        message = Message(TRUCK, new_message_id(utc_now()), MessageKind.UPDATE, body)
-        put(message.path, sign_message(message, mailbox.key_of(TRUCK)))
-        put(message.path.replace(".json", ".safetensors"), bytes(2 * MAX_MESSAGE_BYTES))
-        put(f"inbox/nobody-{number % 7}/{new_message_id(utc_now())}.json", bytes(2 * MAX_MESSAGE_BYTES))
-        put(f"inbox/{TRUCK}/stray-{number}", bytes(2 * MAX_MESSAGE_BYTES))
-    for _ in range(2 * count):
-        mailbox.take()
-        if not mailbox.state().pending and not folder.files(f"inbox/{TRUCK}"):
-            break
-    state = mailbox.state()
-    assert (state.pending, state.delivered, state.rejected) == (0, 0, 2 * count)
-    kept = [path for path in root.rglob("*") if path.is_file() and path.name != ".about"]
-    assert len(kept) <= 2 * REASONS
-    assert all(path.suffix == ".reason" and path.stat().st_size <= MAX_REASON + 1 for path in kept)
-    yard.act = lambda: yard.do_duty(TRUCK)
-    assert yard.run() is RunStatus.COMPLETED
-    achieved = (
-        f"{3 * count} messages and files: {len(kept)} reasons kept, {sum(p.stat().st_size for p in kept):,} bytes"
-    )
-    attack_table.add(
-        "mailbox", "hostile messages, signed and not", achieved=achieved, bound=f"{REASONS} reasons of each client"
     )

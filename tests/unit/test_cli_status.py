@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
-from control_client import URL
-from control_system import TARGET, WAIT_S, HeldFleet, System, Through
+from control_client import URL, Through
+from control_system import TARGET, WAIT_S, HeldFleet, System
 from rich.console import Console
 from typer.testing import CliRunner, Result
 

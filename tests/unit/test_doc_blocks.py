@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from control_system import Through
+from control_client import Through
 from doc_blocks import OTHERS, ROOT, blocks, missing_files, parse, play, shell_commands
 from test_workload import HostedFleet
 from typer.testing import CliRunner

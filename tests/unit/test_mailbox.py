@@ -17,58 +17,27 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from mailbox_site import MailboxSite
 
 from edge_runtime.heartbeat import HeartbeatChannel, HeartbeatLoop
 from edge_runtime.mailbox import MailboxSender, read_mailbox_key
 from fedvit.access.tokens import create_token
 from fedvit.api.transport import open_http
-from fedvit.config import Settings
-from fedvit.errors import ConfigError, DataError, MailboxError, NotFoundError, PlacementError, UsageError
-from fedvit.operations.mailbox import PER_CLIENT, REASONS, Mailbox
+from fedvit.errors import MailboxError, PlacementError, UsageError
+from fedvit.operations.mailbox import PER_CLIENT, REASONS
 from fedvit.operations.runner import PeriodicTasks
 from fedvit.privacy.events import Gaussian
 from fedvit.privacy.randomness import output_id
 from fedvit.privacy.round_cost import charge_of
 from fedvit.rounds.remote import RemoteWork
-from fedvit.settings import load_settings
-from fedvit.store.store import Store
-from fedvit.testing.doubles import GenerousAccountant, ManualClock
-from fedvit.types import Client, ClientKind, TrainTask, utc_now
-from fedvit.wire.folders import Folder, LocalFolder, open_folder
-from fedvit.wire.mailbox import Message, MessageKind, new_message_id, sign_message, verify_message
+from fedvit.testing.doubles import GenerousAccountant
+from fedvit.types import TrainTask, utc_now
+from fedvit.wire.folders import LocalFolder
+from fedvit.wire.mailbox import Message, verify_message
 from fedvit.wire.tensors import encode_weights
 from serve_apps.control.api import Services, create_api
 
 WAIT_S = 20.0
-
-
-class MailboxSite:
-    """A state folder with two trucks and its mailbox."""
-
-    def __init__(self, home: Path, url: str | None = None) -> None:
-        self.settings: Settings = load_settings(environ={}, overrides={"home": home, "fleet": {"mailbox_url": url}})
-        self.store = Store.open(home)
-        self.store.clients.register([Client(f"truck-{i}", ClientKind.REMOTE, 10) for i in (1, 2)])
-        self.clock = ManualClock()
-        self.mailbox = Mailbox(self.settings, self.store, self.clock)
-        self.folder: Folder = open_folder(self.mailbox.url)
-
-    def message(self, client_id: str = "truck-1", kind: str = "heartbeat", ago_s: float = 0) -> Message:
-        message_id = new_message_id(self.clock.now() - timedelta(seconds=ago_s))
-        return Message(client_id, message_id, MessageKind(kind), {"status": "ok"})
-
-    def put(self, message: Message, key_of: str | None = None, at: str | None = None) -> Message:
-        content = sign_message(message, self.mailbox.key_of(key_of or message.client_id))
-        self.folder.write(at or message.path, content)
-        return message
-
-    def counts(self) -> tuple[int, int, int]:
-        state = self.mailbox.state()
-        return state.pending, state.delivered, state.rejected
-
-    def reasons(self) -> list[str]:
-        root = Path(self.mailbox.url) / "rejected"
-        return sorted(path.read_text() for path in root.rglob("*.reason"))
 
 
 @pytest.fixture
@@ -329,31 +298,6 @@ def test_a_mailbox_in_an_object_store_is_the_same(tmp_path: Path) -> None:
         assert post.mailbox.take() == 0
     finally:
         post.store.close()
-
-
-@pytest.mark.parametrize("make", [lambda root: LocalFolder(root), lambda _: open_folder("memory://folder-test")])
-def test_both_kinds_of_folder_keep_the_same_promises(tmp_path: Path, make: Any) -> None:
-    folder: Folder = make(tmp_path / "box")
-    assert (folder.files("a"), folder.folders("a")) == ([], [])
-    folder.write("a/b/x.json", b"one")
-    folder.write("a/b/x.json", b"two")
-    folder.write("a/b/.draft", b"?")
-    assert (folder.folders("a"), folder.files("a"), folder.files("a/b")) == (["b"], [], ["x.json"])
-    assert folder.read("a/b/x.json", 3) == b"two"
-    with pytest.raises(DataError):
-        folder.read("a/b/x.json", 2)
-    folder.move("a/b/x.json", "c/y.json")
-    folder.move("a/b/x.json", "c/z.json")
-    assert (folder.files("a/b"), folder.files("c")) == ([], ["y.json"])
-    folder.remove("c/y.json")
-    folder.remove("c/y.json")
-    with pytest.raises(NotFoundError):
-        folder.read("c/y.json", 10)
-
-
-def test_a_url_that_nobody_knows_is_refused() -> None:
-    with pytest.raises(ConfigError):
-        open_folder("nonsense://x")
 
 
 def test_periodic_tasks_continue_after_an_error() -> None:
