@@ -39,7 +39,7 @@ class FedAsync(Rule):
         for update in mixed:
             weight = facts.staleness_weight(facts.round_index - update.round_index)
             start = facts.start(update.round_index) if facts.start else base
-            for name, sums in update.weighted_sum.items():
+            for name, sums in update.total().items():
                 # The update is discounted already, where it began and where the model is now are not.
                 discounted = sums / update.total_weight
                 here[name] = here[name] + self.options.alpha * (discounted + weight * (start[name] - here[name]))

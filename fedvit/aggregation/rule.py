@@ -200,7 +200,7 @@ def mean(base: Weights, updates: Updates, least_divisor: float = 0.0) -> dict[st
 def singles(updates: Updates) -> list[dict[str, Array]]:
     """The update of each client, float64, in the order given."""
     return [
-        {name: np.divide(array, update.total_weight, dtype=np.float64) for name, array in update.weighted_sum.items()}
+        {name: np.divide(array, update.total_weight, dtype=np.float64) for name, array in update.total().items()}
         for update in updates
         if update.total_weight > 0
     ]

@@ -257,11 +257,11 @@ def test_the_proximal_term_draws_every_step_back(settings: Settings, unit: str) 
         for name, options in (("fedavg", {}), ("fedprox", {"proximal_mu": 2.0}))
     )
     # lr * mu = 1: whatever the first two steps did is taken back; what is left is the last one, and no more.
-    norms = [l2_norm(update.weighted_sum) for update in (plain, corrected)]
+    norms = [l2_norm(update.total()) for update in (plain, corrected)]
     assert norms[1] < norms[0]
     one = common_noise_host(ruled(settings, "fedprox", aggregation_options={"proximal_mu": 0.0}))
-    for name, array in one.train(task, base, CLIENTS[:1]).weighted_sum.items():
-        np.testing.assert_array_equal(array, plain.weighted_sum[name])
+    for name, array in one.train(task, base, CLIENTS[:1]).total().items():
+        np.testing.assert_array_equal(array, plain.total()[name])
 
 
 def test_a_corrected_step_is_the_step_plus_the_correction_exactly(settings: Settings) -> None:
