@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,13 +17,15 @@ from typer import Argument, Option
 
 from fedvit.cli.api_session import control_client
 from fedvit.cli.options import SYSTEM, Options, local_command
-from fedvit.cli.output import console, print_facts, print_json, show_text
+from fedvit.cli.output import console, print_json, show_fields, show_lines, show_text
 from fedvit.cli.state import local_actor, named_edges, required_system, trusted_certificate
 from fedvit.cli.system import system_facts
 from fedvit.errors import FedvitError, IntegrityError, NoModelError, NotFoundError
 from fedvit.processes import ray_log_files
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     from fedvit.config import Settings
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 config = typer.Typer(help="The settings.", no_args_is_help=True)
 data = typer.Typer(help="The data set and its partition over clients.", no_args_is_help=True)
 PACKAGES = ("fedvit", "ray", "torch", "timm", "opacus", "onnxruntime", "dp-accounting", "sqlalchemy", "fastapi")
+# With more of them, the table of `fedvit data inspect` would be wider than a terminal, or longer than what is read.
+MOST_CLASSES, MOST_CLIENTS = 8, 50
 
 
 @local_command()
@@ -188,7 +192,7 @@ def diagnostics(options: Options) -> None:
     """Versions, machine, state, disk and the last lines of the logs, for a support request."""
     settings = options.settings()
     disk = shutil.disk_usage(settings.home if settings.home.exists() else Path.cwd())
-    facts = {
+    facts: dict[str, Any] = {
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -199,7 +203,15 @@ def diagnostics(options: Options) -> None:
         "status": system_facts(settings),
         "logs": {path.name: path.read_text(errors="replace").splitlines()[-20:] for path in _log_files(settings)},
     }
-    print_facts(facts, options.as_json)
+    if options.as_json:
+        print_json(facts)
+        return
+    logs = facts.pop("logs")
+    versions = [{"package": name, "version": version} for name, version in facts["versions"].items()]
+    sizes = {key.removesuffix("_bytes"): f"{facts.pop(key) / 1e9:.1f} GB" for key in ("memory_bytes", "disk_free_bytes")}
+    show_fields({**facts, **sizes, "versions": versions})
+    for name, lines in logs.items():
+        show_lines(f"last lines of {name}", lines)
 
 
 def _version(name: str) -> str:
@@ -255,4 +267,24 @@ def inspect_data(options: Options) -> None:
     fleet = VirtualFleet.open(settings.data)
     facts = inspect(fleet.source, tuple(fleet.parts.values()))
     facts["classes_at_risk"] = [asdict(each) for each in classes_at_risk(settings, fleet)]
-    print_facts(facts, options.as_json)
+    if options.as_json:
+        print_json(facts)
+    else:
+        show_fields(_data_fields(facts, tuple(fleet.parts)))
+
+
+def _data_fields(facts: dict[str, Any], clients: Sequence[str]) -> dict[str, Any]:
+    """What :func:`inspect_data` prints for people: counts as tables, those of the clients where a table can show them.
+
+    Args:
+        clients: the identifiers of the clients, in the order of ``facts["clients"]["class_counts"]``.
+    """
+    classes, counts = facts["classes"], facts["clients"].pop("class_counts")
+    rows = [{"class": name, "train": facts["train"][name], "test": facts["test"][name]} for name in classes]
+    spread = {f"{key}_per_client" if key != "count" else "clients": each for key, each in facts["clients"].items()}
+    own = ("classes", "train", "test", "clients")
+    fields = {**{key: each for key, each in facts.items() if key not in own}, **spread, "images_of_each_class": rows}
+    if len(classes) > MOST_CLASSES or len(clients) > MOST_CLIENTS:
+        return {**fields, "images_of_each_client": "shown by --json, because there are many"}
+    names = zip(clients, counts, strict=True)
+    return {**fields, "images_of_each_client": [{"client": c, **dict(zip(classes, row, strict=True))} for c, row in names]}

@@ -31,14 +31,6 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str))
 
 
-def print_facts(facts: Any, as_json: bool) -> None:
-    """Print one JSON document, coloured for people unless ``as_json``."""
-    if as_json:
-        print_json(facts)
-    else:
-        console.print_json(data=facts, default=str)
-
-
 def print_step(step: str, *, quiet: bool = False) -> None:
     """Print one step of a longer command."""
     if not quiet:
@@ -110,6 +102,13 @@ def _field_lines(facts: Mapping[str, Any], width: int, indent: int = 1) -> Itera
         first, *rest = textwrap.wrap(text.plain, free, break_long_words=False, break_on_hyphens=False) or [""]
         yield title + Text(first)
         yield from (Text(" " * (indent + column) + line) for line in rest)
+
+
+def show_lines(title: str, lines: Iterable[str], to: Console = console) -> None:
+    """Print lines of a file as they are, under a title."""
+    to.print(f"\n[bold]{escape(title)}[/]")
+    for line in lines:
+        to.print(f" {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], *columns: str, to: Console = console) -> None:

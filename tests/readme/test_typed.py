@@ -15,8 +15,11 @@ from doc_blocks import ROOT, blocks
 
 pytestmark = [pytest.mark.ray, pytest.mark.campaign, pytest.mark.timeout(7200)]
 
-# What a reader would have to ask about: tables and warnings of libraries, traces of errors, Python's own notation.
-UNEXPLAINED = re.compile(r"Traceback|Warning:|[╭╰]|Error:|\bNone\b|\{'")
+# What a reader would have to ask about: boxes and warnings of libraries, errors, Python's and JSON's own notation.
+# The boxes of `--help` have titles.
+UNEXPLAINED = re.compile(r"Traceback|Warning:|╭─ Error|╭──|Error:|\bNone\b|\{'|^\{$", re.MULTILINE)
+# What `make` would pass on to the one that a reader types.
+MAKE = ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "ARGS")
 
 
 def script(page: Path) -> str:
@@ -32,7 +35,7 @@ def script(page: Path) -> str:
 def test_a_page_works_as_it_is_printed(page: str, tmp_path: Path) -> None:
     text = script(ROOT / page)
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("FEDVIT_", "RAY_", "PYTHON"))
+        name: value for name, value in os.environ.items() if not name.startswith(("FEDVIT_", "RAY_", "PYTHON", *MAKE))
     }
     log = tmp_path / "log"
     with log.open("w") as output:

@@ -205,6 +205,20 @@ def test_a_table_of_any_width_breaks_no_word(columns: int) -> None:
     assert "…" not in text
 
 
+def test_diagnostics_are_readable_and_quote_logs_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "supervisor.log").write_text("first [bold]line[/]\n  {'indented': None}\n")
+    text = fedvit(tmp_path, "diagnostics").stdout
+    quoted = " first [bold]line[/]\n   {'indented': None}\n"
+    assert quoted in text
+    head = text.replace(quoted, "")
+    assert not any(wrong in head for wrong in ("{", "[", "None"))
+    assert re.search(r"^ torch +\d", head, re.MULTILINE)
+    facts = json.loads(fedvit(tmp_path, "diagnostics", "--json").stdout)
+    assert facts["logs"] == {"supervisor.log": ["first [bold]line[/]", "  {'indented': None}"]}
+    assert facts["memory_bytes"] > 10**6
+
+
 # --- what settings name ----------------------------------------------------------------------------------------------
 
 

@@ -16,11 +16,13 @@ from edge_runtime.training.records import OwnRecords
 from fedvit.cli.main import app
 from fedvit.config import DataConfig, PrivacyConfig, Settings, TrainingConfig
 from fedvit.config.training import CohortConfig
-from fedvit.data.noise_risk import LEAST_SIGNAL, signals
+from fedvit.data.noise_risk import LEAST_SIGNAL, classes_at_risk, signals
+from fedvit.data.partition import VirtualFleet
 from fedvit.data.records import load_images
 from fedvit.data.skipped import skipped_files
 from fedvit.data.sources import open_source
 from fedvit.errors import DataError
+from fedvit.settings import load_settings
 
 
 def image(seed: int, kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -90,6 +92,13 @@ def test_thumbnails_are_no_class(signs: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
+def test_the_demonstration_leaves_nothing_out_and_names_its_small_class() -> None:
+    settings = load_settings(environ={})
+    fleet = VirtualFleet.open(settings.data)
+    assert skipped_files(fleet.source) == []
+    assert [(each.name, each.train) for each in classes_at_risk(settings, fleet)] == [("yellow", 35)]
+
+
 def test_a_folder_of_another_format_only_is_refused_with_the_format(signs: Path, split: str) -> None:
     for path in (signs / split).rglob("*.png"):
         path.rename(path.with_suffix(".tiff"))
@@ -103,24 +112,40 @@ def test_a_vehicle_with_images_of_another_format_is_told_so(tmp_path: Path) -> N
         OwnRecords.open(tmp_path, ("stop", "yield"))
 
 
+def inspected(signs: Path, home: Path, *more: str) -> str:
+    settings = ["data.source=folder", "data.partition.clients=2", "data.partition.scheme=iid", "data.image_size=16"]
+    settings += ["data.partition.min_examples=2", "privacy.noise_multiplier=5", "training.rounds=1"]
+    arguments = [part for each in settings for part in ("--set", each)]
+    shown = CliRunner().invoke(app, ["data", "inspect", "--home", str(home), "--data", str(signs), *arguments, *more])
+    assert shown.exit_code == 0, shown.output
+    return shown.stdout
+
+
 def test_inspect_lists_skipped_files_equal_images_and_classes_at_risk(signs: Path, tmp_path: Path) -> None:
     put(signs / "train/stop/7.tif")
     put(signs / "train/stop/copy.png", image(9000))
     put(signs / "train/yield/copy.png", image(9000))
-    settings = ["data.source=folder", "data.partition.clients=2", "data.partition.scheme=iid", "data.image_size=16"]
-    settings += ["data.partition.min_examples=2", "privacy.noise_multiplier=5", "training.rounds=1"]
-    arguments = [part for each in settings for part in ("--set", each)]
-    shown = CliRunner().invoke(
-        app, ["data", "inspect", "--json", "--home", str(tmp_path / "home"), "--data", str(signs), *arguments]
-    )
-    assert shown.exit_code == 0, shown.output
-    facts = json.loads(shown.stdout)
+    facts = json.loads(inspected(signs, tmp_path / "home", "--json"))
     assert [(each["files"], each["examples"]) for each in facts["skipped"]] == [(1, ["train/stop/7.tif"])]
     assert facts["duplicates_within_train"] == 1
     assert facts["equal_training_images"] == [
         {"images": ["train/stop/copy.png", "train/yield/copy.png"], "classes": ["stop", "yield"]}
     ]
     assert {each["name"]: each["train"] for each in facts["classes_at_risk"]} == {"stop": 7, "yield": 7}
+
+
+@pytest.mark.parametrize("most_clients", [2, 1])
+def test_inspect_shows_tables_to_people(
+    signs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_clients: int
+) -> None:
+    monkeypatch.setattr("fedvit.cli.maintenance.MOST_CLIENTS", most_clients)
+    lines = [line.split() for line in inspected(signs, tmp_path / "home").splitlines()]
+    assert ["class", "train", "test"] in lines
+    assert ["stop", "6", "2"] in lines
+    assert not any(mark in word for line in lines for word in line for mark in "{}[]")
+    # The images of each client are a table where it can be read.
+    assert (["client", "stop", "yield"] in lines) is (most_clients == 2)
+    assert sum(line[:1] == ["vehicle-00"] for line in lines) == most_clients - 1
 
 
 def test_the_signal_of_a_class_grows_with_its_images_and_with_the_rounds() -> None:

@@ -101,9 +101,10 @@ class TestSummary:
         assert not list(tmp_path.iterdir())
 
     def test_the_tables_show_run_and_targets(self) -> None:
-        console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(*summary_tables(summary_of()))
         text = console.export_text()
+        assert max(map(len, text.splitlines())) <= 80
         for shown in ("0.9461", "yellow 0.889", "ε = 7.970 at δ = 1e-05", "v5", "edge-2", "36.2", "0.9966"):
             assert shown in text
 
