@@ -91,7 +91,6 @@ def test_thumbnails_are_no_class(signs: Path) -> None:
     assert open_source(folder(signs)).classes == ("stop", "yield")
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
 def test_the_demonstration_leaves_nothing_out_and_names_its_small_class() -> None:
     settings = load_settings(environ={})
     fleet = VirtualFleet.open(settings.data)
@@ -99,6 +98,7 @@ def test_the_demonstration_leaves_nothing_out_and_names_its_small_class() -> Non
     assert [(each.name, each.train) for each in classes_at_risk(settings, fleet)] == [("yellow", 35)]
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
 def test_a_folder_of_another_format_only_is_refused_with_the_format(signs: Path, split: str) -> None:
     for path in (signs / split).rglob("*.png"):
         path.rename(path.with_suffix(".tiff"))
