@@ -208,7 +208,9 @@ def diagnostics(options: Options) -> None:
         return
     logs = facts.pop("logs")
     versions = [{"package": name, "version": version} for name, version in facts["versions"].items()]
-    sizes = {key.removesuffix("_bytes"): f"{facts.pop(key) / 1e9:.1f} GB" for key in ("memory_bytes", "disk_free_bytes")}
+    sizes = {
+        key.removesuffix("_bytes"): f"{facts.pop(key) / 1e9:.1f} GB" for key in ("memory_bytes", "disk_free_bytes")
+    }
     show_fields({**facts, **sizes, "versions": versions})
     for name, lines in logs.items():
         show_lines(f"last lines of {name}", lines)
@@ -287,4 +289,7 @@ def _data_fields(facts: dict[str, Any], clients: Sequence[str]) -> dict[str, Any
     if len(classes) > MOST_CLASSES or len(clients) > MOST_CLIENTS:
         return {**fields, "images_of_each_client": "shown by --json, because there are many"}
     names = zip(clients, counts, strict=True)
-    return {**fields, "images_of_each_client": [{"client": c, **dict(zip(classes, row, strict=True))} for c, row in names]}
+    return {
+        **fields,
+        "images_of_each_client": [{"client": c, **dict(zip(classes, row, strict=True))} for c, row in names],
+    }
