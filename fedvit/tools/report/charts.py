@@ -118,7 +118,7 @@ def whole_numbers(axis: Axis) -> None:
     """Let an axis of counts have ticks at integers only."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def colour_scale() -> Colormap:
