@@ -20,6 +20,8 @@ from rich.text import Text
 
 LEAST_COLUMN = 30
 """The width to which the widest column of a table may be narrowed; below it, rows become blocks of lines."""
+# Of a line of progress: numbers, a short bar and the times.
+_REST_OF_PROGRESS = 39
 # A point in time, as JSON has it.
 _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[.\d]*(Z|\+00:00)")
 console = Console()
@@ -157,8 +159,11 @@ def progress_bar(to: Console, *, quiet: bool) -> Iterator[Callable[..., None]]:
     The function takes ``total`` and ``completed`` (numbers), ``description`` (before the bar) and ``text`` (after it).
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    text = TextColumn("{task.fields[text]}", markup=False)
+    # A long text is cut, and not the times after it.
+    widest = max(to.width - _REST_OF_PROGRESS, 10)
+    text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, max_width=widest))
     times = TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(compact=True)
     columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=10), text, *times)
     with Progress(*columns, console=to, disable=quiet) as progress:

@@ -117,8 +117,8 @@ def _run_simulations(planned: Sequence[tuple[str, Settings]]) -> list[Simulated]
             update(description=f"run {number}/{len(planned)}", total=total, text=name)
 
             def on_point(point: Any, before: int = before, name: str = name) -> None:
-                accuracy = "" if point.accuracy is None else f", accuracy {point.accuracy:.3f}"
-                text = f"{name}: {point.hours:.2f} virtual hours{accuracy}"
+                accuracy = "" if point.accuracy is None else f"accuracy {point.accuracy:.3f}, "
+                text = f"{accuracy}{point.hours:.2f} virtual hours: {name}"
                 update(completed=before + point.round_index, text=text)
 
             runs.append(run_simulation(settings, world, name, SimulationObserver(on_point)))
@@ -192,11 +192,11 @@ def _run_trials(settings: Settings, folder: Path, total: int, done: int, quiet: 
         print_step(f"{done} of {total} trials are finished already", quiet=quiet)
     numbers = iter(range(done + 1, total + 1))
     with stdout_for_json(quiet), progress_bar(errors, quiet=quiet) as update:
-        update(description=f"trial {done}/{total}", total=total, completed=done, text="starting Ray")
+        update(description=f"trial {done}/{total}", total=total, completed=done, text="none has ended yet")
 
         def on_outcome(outcome: TrialOutcome) -> None:
             score = "" if outcome.score is None else f", accuracy {outcome.score:.3f}"
-            number, text = next(numbers, total), f"{outcome.trial_id}: {outcome.status}{score}"
+            number, text = next(numbers, total), f"{outcome.status.replace('_', ' ')}{score}"
             update(description=f"trial {number}/{total}", completed=number, text=text)
 
         find_system(settings).sweep(folder, on_outcome)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from fedvit.cli import api_session
 from fedvit.cli.main import app
-from fedvit.cli.output import show_fields, show_rows
+from fedvit.cli.output import progress_bar, show_fields, show_rows
 from fedvit.data.sources import open_source
 from fedvit.errors import ConfigError, DataError, NoReleaseError
 from fedvit.settings import load_settings
@@ -217,6 +217,15 @@ def test_diagnostics_are_readable_and_quote_logs_as_they_are(tmp_path: Path) -> 
     facts = json.loads(fedvit(tmp_path, "diagnostics", "--json").stdout)
     assert facts["logs"] == {"supervisor.log": ["first [bold]line[/]", "  {'indented': None}"]}
     assert facts["memory_bytes"] > 10**6
+
+
+def test_progress_keeps_its_times_where_the_text_is_long() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with progress_bar(console, quiet=False) as update:
+        update(description="trial 12/12", total=12, completed=6, text="many words " * 20)
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    assert re.search(r"^trial 12/12 .*many words .* 0:00:\d\d left [-:\d]{5}$", output.getvalue().strip())
 
 
 # --- what settings name ----------------------------------------------------------------------------------------------

@@ -21,10 +21,13 @@ from tests.benchmarks.model_families import (
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("model", ["aimv2_large_patch14_224", "vit_small_patch16_rope_mixed_224"])
+@pytest.mark.parametrize(
+    "model", ["aimv2_large_patch14_224", "vit_small_patch16_rope_mixed_224", "vit_base_patch16_siglip_224"]
+)
 def test_a_family_is_trained_exported_and_served(tmp_path: Path, model: str) -> None:
     (family,) = (one for one in FAMILIES if one.model == model)
     result = run_first_that_trains(family, write_images(tmp_path / "images"), tmp_path)
+    assert result.trainable == "all"
     assert result.updates == ROUNDS * CLIENTS
     assert result.epsilon > 0
     assert result.agreement == 1.0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def simulate(*arguments: str) -> Result:
 def test_curves_side_by_side_end_in_one_report_that_says_what_is_not_real(config: Path, tmp_path: Path) -> None:
     shown = simulate("-c", str(config), "--vary", "simulation.mode=synchronous,asynchronous", "--seeds", "2", "--json")
     assert shown.exit_code == 0, shown.stderr
+    assert re.search(r"run 4/4 .*accuracy [01]\.\d{3}, .* \d:\d\d:\d\d left \d\d:\d\d", shown.stderr)
     summary = json.loads(shown.stdout)
     report = tmp_path / "var" / "simulation"
     assert json.loads((report / "summary.json").read_text()) == summary
@@ -104,9 +105,12 @@ class StoppedSystem:
     """Writes one trial and then fails, as when a worker dies."""
 
     def sweep(self, folder: Path, on_trial: Callable[[TrialOutcome], None]) -> None:
-        outcome = TrialOutcome("", {"learning_rate": 1.0}, 0, "completed", score=0.5, standard_error=0.1, epsilon=1.0)
+        outcome = TrialOutcome(
+            self.first, {"learning_rate": 1.0}, 0, "completed", score=0.5, standard_error=0.1, epsilon=1.0
+        )
         path = folder / "trials" / f"{self.first}.json"
-        path.write_text(json.dumps(replace(outcome, trial_id=self.first).to_json()))
+        path.write_text(json.dumps(outcome.to_json()))
+        on_trial(outcome)
         raise FedvitError("2 trials broke off.")
 
     first = ""
@@ -120,7 +124,12 @@ def test_a_sweep_that_breaks_off_still_writes_the_page_of_what_is_finished(
     arguments = ["sweep", "-c", str(config), "--set", rates, "--to", str(tmp_path / "sweep")]
     planned = CliRunner().invoke(app, [*arguments, "--plan", "--json"])
     system.first = json.loads(planned.stdout)["trials"][0]["trial_id"]
-    assert CliRunner().invoke(app, arguments).exit_code == 1
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert re.search(r"trial 1/3 .*completed, accuracy 0\.500 +\d:\d\d:\d\d left", done.stderr)
+    # The folder was new: there is nothing to take from anybody.
+    assert "Other users" not in done.stderr
+    assert (tmp_path / "sweep").stat().st_mode & 0o077 == 0
     page = (tmp_path / "sweep" / "index.html").read_text()
     assert system.first in page
 

@@ -11,6 +11,7 @@ from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, StateError
 from fedvit.privacy.randomness import load_or_create_root_secret
+from fedvit.private_files import open_private_folder
 from fedvit.store.locks import system_lock
 from fedvit.tools.sweep.outcome import FAILED, TrialOutcome
 from fedvit.tools.sweep.space import TrialPlan, sweep_digest
@@ -50,7 +51,9 @@ class Journal:
             ConflictError: the folder belongs to another sweep.
             StateError: another process has locked it.
         """
-        self._trials.mkdir(parents=True, exist_ok=True)
+        # It will hold a secret, see :meth:`secret`.
+        open_private_folder(self.folder)
+        self._trials.mkdir(exist_ok=True)
         with ExitStack() as stack:
             try:
                 stack.enter_context(system_lock(self.folder))
