@@ -30,6 +30,8 @@ from fedvit.updates import ClientAnswer, ClientUpdate, UpdateBundle, UpdateMessa
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 
 _SEED_BYTES = 8
+_OWN_REFERENCES = 2
+"""What :func:`sys.getrefcount` says of an array that one name holds; views of it and tensors on it count as well."""
 _Answer: TypeAlias = tuple[ClientAnswer, float, float]
 _Part = TypeVar("_Part")
 
@@ -170,6 +172,7 @@ class WorkloadHost:
             )
         self._root_secret = load_or_create_root_secret(settings.home)
         self._scratch: dict[str, FloatArray] = {}
+        self._lent: dict[str, FloatArray] = {}
 
     def train(
         self,
@@ -202,8 +205,7 @@ class WorkloadHost:
 
     def _train_one(self, task: TrainTask, base: Weights, validator: UpdateValidator, client_id: str) -> _Answer:
         """A client's answer, the factor for its arrays, and the largest magnitude in them."""
-        # A copy: a client that trains in place must not change what the others start from.
-        result = self._clients.fit(client_id, _copied(base), task, self._seed(task, client_id))
+        result = self._clients.fit(client_id, self._lend(base), task, self._seed(task, client_id))
         local, num_examples = checked_fit(result)
         if not num_examples:
             raise DataError(f"{client_id} has no examples today.")
@@ -219,6 +221,19 @@ class WorkloadHost:
         if fault := validator.fault_of(update, scale, peak=peak):
             raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
         return update, scale, peak
+
+    def _lend(self, base: Weights) -> dict[str, FloatArray]:
+        """Copies: a client that trains in place must not change what the others start from.
+
+        An array that nobody holds any more is used again, because fresh memory takes longer than the copy.
+        """
+        for name, array in base.items():
+            mine = self._lent.pop(name, None)
+            if mine is None or sys.getrefcount(mine) > _OWN_REFERENCES or mine.shape != array.shape:
+                mine = np.empty(array.shape, np.float32)
+            np.copyto(mine, array)
+            self._lent[name] = mine
+        return dict(self._lent)
 
     def _difference(self, local: Weights, base: Weights) -> tuple[dict[str, FloatArray], float]:
         """``local - base`` in arrays that the next client overwrites, and the largest magnitude in it."""

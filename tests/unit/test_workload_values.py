@@ -111,6 +111,26 @@ def test_a_client_that_trains_in_place_changes_nobody_s_weights(tmp_path: Path) 
     assert not any(array.any() for array in base.values())
 
 
+@pytest.mark.parametrize("kept_as", ["array", "view", "tensor"])
+def test_what_a_client_keeps_of_its_weights_stays_as_it_is(tmp_path: Path, kept_as: str) -> None:
+    torch = pytest.importorskip("torch")
+    forms = {"array": lambda array: array, "view": lambda array: array[1:], "tensor": torch.from_numpy}
+    kept = list[Any]()
+
+    def keep(client_id: str, weights: Weights) -> tuple[Weights, int]:
+        own = weights["body"]
+        own[...] = len(kept)
+        kept.append(forms[kept_as](own))
+        return {"body": own.copy()}, 10
+
+    config = settings(tmp_path)
+    clients = _Clients(config)
+    clients.result = keep
+    train(config, clients, clients.initial_weights())
+    assert [float(own.max()) for own in kept] == [0.0, 1.0, 2.0]
+    assert [float(own.min()) for own in kept] == [0.0, 1.0, 2.0]
+
+
 def test_an_evaluation_that_changes_its_weights_does_not_change_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
