@@ -12,7 +12,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedvit.types import BudgetReport, Cohort, Evaluation, Operation, TrainingProgress, TrainTask, Variant, Weights
+from fedvit.types import (
+    BudgetReport,
+    Cohort,
+    Evaluation,
+    FloatArray,
+    Operation,
+    TrainingProgress,
+    TrainTask,
+    Variant,
+    Weights,
+)
 from fedvit.updates import ClientFailures, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 
@@ -205,6 +215,12 @@ class ServerModelPort(Protocol):
 
     def frozen_weights(self) -> Weights:
         """The weights that are not trained and never sent."""
+
+    def head_basis(self, weights: Weights, directions: int) -> FloatArray | None:
+        """Orthonormal [directions, width]: principal directions of the head's inputs, over the server's own images.
+
+        None where there is no head, where these are all directions, or where images are too few. No label is used.
+        """
 
     def evaluate(self, weights: Weights) -> Evaluation | None:
         """Evaluate the model with these weights on held-out data; None where there is no such data."""

@@ -47,6 +47,9 @@ class ToyWorld:
     def frozen_weights(self) -> Weights:
         return {}
 
+    def head_basis(self, weights: Weights, directions: int) -> None:
+        return None
+
     def evaluate(self, weights: Weights) -> Evaluation:
         points, labels = self._test
         chances = _chances(weights, points)

@@ -249,20 +249,6 @@ def _check_folded(
         )
 
 
-def damped(base: Weights, weights: Weights, head: str | None, factor: float) -> dict[str, FloatArray]:
-    """Weights of which all but the linear head's have gone only this part of the way from ``base``, float32.
-
-    Args:
-        head: the name of the head's weight; None where no head is known, and everything goes the whole way.
-    """
-    if head is None or factor == 1:
-        return dict(weights)
-    layer = head.rpartition(".")[0] + "."
-    steps = {name: array.astype(np.float64) - base[name] for name, array in weights.items()}
-    slower = moved(base, steps, factor)
-    return {name: array if name.startswith(layer) else slower[name] for name, array in weights.items()}
-
-
 def too_few(who: str, count: int, needed: int) -> UpdateRejectedError:
     """The error of a fold with fewer updates than the rule needs."""
     return UpdateRejectedError(

@@ -270,6 +270,9 @@ class WorkloadModel:
     def frozen_weights(self) -> Weights:
         return {}  # a workload's frozen weights are its own
 
+    def head_basis(self, weights: Weights, directions: int) -> FloatArray | None:
+        return None
+
     def evaluate(self, weights: Weights) -> Evaluation | None:
         return checked_evaluation(self._clients.evaluate(_copied(weights)))
 

@@ -28,6 +28,7 @@ from fedvit.config.tools import DrillConfig, FinetuneConfig, SimulationConfig, S
 from fedvit.config.training import CohortConfig, TrainingConfig, ValidationConfig
 
 _NOISED_BODY = 0.1
+_LEAST_DIRECTIONS = 8
 
 
 class Settings(Section):
@@ -104,6 +105,14 @@ class Settings(Section):
         noised = self.privacy.privacy_unit == "record" and self.simulation.private
         return _NOISED_BODY if noised and self.model.trainable == "all" else 1.0
 
+    def head_directions(self, classes: int) -> int | None:
+        """In how many directions the head of so many classes learns: as set, or its default; None stands for all."""
+        directions = self.training.head_directions
+        if directions == "auto":
+            noised = self.privacy.privacy_unit == "record" and self.simulation.private
+            return max(_LEAST_DIRECTIONS, 2 * classes) if noised else None
+        return None if directions == "all" else directions
+
     def training_identity(self) -> dict[str, Any]:
         """The settings that determine a training run: model, training and privacy, as JSON types.
 
@@ -133,8 +142,11 @@ class Settings(Section):
             "round_deadline_s",
             "ranks",
             "body_learning_rate",
+            "head_directions",
         )
-        _drop_defaults(training["validation"], ValidationConfig, "max_update_norm", "max_client_share")
+        _drop_defaults(
+            training["validation"], ValidationConfig, "max_update_norm", "max_client_share", "max_head_gradient"
+        )
         if not training["validation"]:
             del training["validation"]
         participation = ("sampling_prob", "max_participations", "min_separation", "over_selection")

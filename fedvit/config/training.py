@@ -81,6 +81,11 @@ class ValidationConfig(Section):
         description="Largest share of one client in the average of a round; in a cohort too small for that, two equal "
         "shares. It caps weights by examples, and shortens the step of a round in which few clients answered.",
     )
+    max_head_gradient: Probability = Field(
+        0.25,
+        description="Largest mean gradient, as a share of privacy.l2_clip_norm, by which a single update may move the "
+        "linear head beyond its noise; the rest is clipped. Used with privacy_unit 'record'; 1 clips nearly nothing.",
+    )
     quarantine_after_rejections: PositiveInt | None = Field(
         3, description="Rejected updates after which a client is quarantined; null leaves that to the operator."
     )
@@ -131,6 +136,12 @@ class TrainingConfig(Section):
         description="Further factor on the aggregated update of all parameters but the linear head. Null is 0.1 where "
         "single records are protected and all of a model is trained, and 1 otherwise. A small factor keeps privacy "
         "noise, and attacks that are hidden in it, out of the body.",
+    )
+    head_directions: PositiveInt | Literal["auto", "all"] = Field(
+        "auto",
+        description="Principal directions, of the head's inputs over the server's held-out images, in which the linear "
+        "head learns; labels are not used. 'auto' is twice the number of classes, at least 8, where single records are "
+        "protected, and 'all' otherwise or where images are fewer than 4 a direction.",
     )
     aggregation: str = Field("fedavg", description="Name of the aggregation rule, of this package or of a plug-in.")
     aggregation_options: dict[str, Any] = Field(default_factory=dict, description="Options of the aggregation rule.")

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from fedvit.aggregation.head import principal_directions
 from fedvit.config import Settings
 from fedvit.data.records import load_images
 from fedvit.data.sources import open_source
@@ -16,10 +17,10 @@ from fedvit.drift.measures import spec_of
 from fedvit.evaluation.evaluate import evaluate
 from fedvit.models.build import build_model
 from fedvit.models.export import complexity, export_variant, make_variant, time_onnx
-from fedvit.models.trainable import frozen_weights, head_name, load_trainable_weights, trainable_weights
+from fedvit.models.trainable import frozen_weights, head_inputs, head_name, load_trainable_weights, trainable_weights
 from fedvit.models.vision import FEATURE_BATCH
 from fedvit.ports import ExportedModel, ModelBenchmark
-from fedvit.types import Evaluation, ImageArray, LabelArray, Variant, Weights
+from fedvit.types import Evaluation, FloatArray, ImageArray, LabelArray, Variant, Weights
 from fedvit.wire.histograms import HistogramSpec
 
 _MEASURED_IMAGES = 1000
@@ -47,6 +48,14 @@ class ServerModel:
 
     def frozen_weights(self) -> Weights:
         return frozen_weights(self._model)
+
+    def head_basis(self, weights: Weights, directions: int) -> FloatArray | None:
+        if self.head is None:
+            return None
+        with self._lock:
+            load_trainable_weights(self._model, weights)
+            inputs = head_inputs(self._model, self._features[self._measured()])
+        return principal_directions(inputs.numpy(), directions)
 
     def evaluate(self, weights: Weights) -> Evaluation:
         with self._lock:
@@ -82,9 +91,13 @@ class ServerModel:
     def histogram_spec(self) -> HistogramSpec:
         """Edges by the held-out images, spread evenly over the data set where they are many."""
         with self._lock:
-            chosen = np.linspace(0, len(self._images) - 1, min(len(self._images), _MEASURED_IMAGES)).astype(np.int64)
-            images = self._images[chosen]
+            images = self._images[self._measured()]
             return spec_of(images, embedded(self._model, images), len(self._source.classes))
+
+    def _measured(self) -> LabelArray:
+        """Indices of at most so many held-out images, spread evenly over the data set."""
+        count = len(self._source.test)
+        return np.linspace(0, count - 1, min(count, _MEASURED_IMAGES)).astype(np.int64)
 
     @cached_property
     def _images(self) -> ImageArray:

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedvit.errors import ModelError
 from fedvit.models.layers import LoraLinear, replace_modules
-from fedvit.models.vision import VisionModel
+from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.types import FloatArray, Weights
 
 TrainableMode = Literal["all", "head", "biases", "adapters"]
@@ -78,6 +78,19 @@ def head_name(model: VisionModel) -> str | None:
     names = [f"{name}.weight" for name, module in model.named_modules() if module is classifier]
     parameters = dict(model.named_parameters())
     return names[0] if names and names[0] in parameters and parameters[names[0]].requires_grad else None
+
+
+def head_inputs(model: VisionModel, features: Tensor) -> Tensor:
+    """What the linear head multiplies for these features: [inputs, width], one or several inputs an image."""
+    inputs = list[Tensor]()
+    hook = model.body.classifier().register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        with torch.inference_mode():
+            for batch in features.split(FEATURE_BATCH):
+                model.body(batch)
+    finally:
+        hook.remove()
+    return torch.cat([each.reshape(-1, each.shape[-1]) for each in inputs])
 
 
 def frozen_weights(model: VisionModel) -> dict[str, FloatArray]:

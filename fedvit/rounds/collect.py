@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import chain
 
 from fedvit.aggregation.client_share import NO_LIMIT, ShareLimit
+from fedvit.aggregation.head import Head
 from fedvit.aggregation.rule import BROADCAST
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.update_statistics import UpdateStatisticsMonitor
@@ -53,13 +54,21 @@ class Collector:
         self._carried_over = []
 
     def collect(
-        self, effect: TrainRound, task: TrainTask, base: Weights, sent: Weights, *, timeout_s: float
+        self,
+        effect: TrainRound,
+        task: TrainTask,
+        base: Weights,
+        sent: Weights,
+        head: Head | None,
+        *,
+        timeout_s: float,
     ) -> RoundUpdates:
         """The updates of the round.
 
         Args:
             base: the trainable weights, which define the names and shapes of an update.
             sent: what goes to the clients: the weights and the rule's broadcast state.
+            head: what limits single updates of the head, if anything does.
         """
         in_flight = self.in_flight()
         # After a failed attempt at this very round, some of the cohort may still work on it.
@@ -75,7 +84,7 @@ class Collector:
         messages = self._fleet.train(task, sent, cohort, timeout_s=timeout_s)
         # The first step sends the task out, so that clients train while the validation is prepared.
         first = next(messages, None)
-        admission = self._admission(effect, task, base, sent, sizes, share)
+        admission = self._admission(effect, task, base, sent, sizes, share, head)
         for message in chain((first,), messages):
             if message is not None:
                 admission.admit(message)
@@ -116,6 +125,7 @@ class Collector:
         sent: Weights,
         sizes: Mapping[str, int],
         share: ShareLimit,
+        head: Head | None,
     ) -> UpdateAdmission:
         validator = UpdateValidator.of(
             self._settings,
@@ -129,7 +139,10 @@ class Collector:
         bounds = validator.bounds
 
         def observe(update: ClientUpdate) -> ClientUpdate:
-            return update if bounds is None else self._monitor.observe(bounds, base, update)
+            if bounds is None:
+                return update
+            seen = self._monitor.observe(bounds, base, update)
+            return seen if head is None else head.clipped(bounds, seen)
 
         return UpdateAdmission(
             task.round_index,

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from fedvit.aggregation.rule import RoundFacts, damped
+from fedvit.aggregation.head import Head
+from fedvit.aggregation.rule import RoundFacts
 from fedvit.aggregation.staleness import staleness_weight
 from fedvit.clients.tracebacks import location_in
 from fedvit.errors import BudgetExhaustedError, LedgerFrozenError, ReleaseRefusedError
@@ -153,7 +154,8 @@ class RoundExecution:
         METRICS.in_flight(len(self._collector.in_flight().union(effect.cohort.client_ids)))
         self._gather_histograms()
         self._histograms.ask(task, run, effect.cohort.client_ids, base.weights)
-        updates = self._collector.collect(effect, task, base.weights, base.sent, timeout_s=timeout_s)
+        head = self._head()
+        updates = self._collector.collect(effect, task, base.weights, base.sent, head, timeout_s=timeout_s)
         METRICS.in_flight(len(self._collector.in_flight()))
         limit = self._settings.training.validation.quarantine_after_rejections
         count_invalid_updates(self._store, task.run_id, task.round_index, updates.outcomes, limit, self._clock)
@@ -164,8 +166,8 @@ class RoundExecution:
         if updates.accepted or self._protection.sampled:
             facts = self._facts(task.round_index, updates)
             folded = self._protection.fold(run, task, base, updates.updates(), facts)
-            weights = damped(base.weights, folded.weights, self._model.head, self._settings.body_learning_rate)
-            folded = replace(folded, weights=weights)
+            if head is not None:
+                folded = replace(folded, weights=head.step(base.weights, folded.weights))
             self._trained = _TrainedRound(folded, updates, started_s)
         return machine.Trained(updates.accepted, len(errors), errors[0] if errors else None)
 
@@ -178,6 +180,18 @@ class RoundExecution:
             record_failure(self._store, Failure(run_id, round_index, failed.client_id, error, failed.traceback))
             errors.insert(0, f"{errors.pop(errors.index(error))} ({location_in(failed.traceback)})")
         return errors
+
+    def _head(self) -> Head | None:
+        """The head of the round; None where nothing about it is limited."""
+        weights, settings, name = self._current.base.weights, self._settings, self._model.head
+        directions = settings.head_directions(len(weights[name])) if name is not None else None
+        return Head.of(
+            name,
+            weights,
+            None if directions is None else self._model.head_basis(weights, directions),
+            body_learning_rate=settings.body_learning_rate,
+            max_gradient=settings.training.validation.max_head_gradient,
+        )
 
     def _gather_histograms(self) -> None:
         if self._histograms.gather():

@@ -191,7 +191,7 @@ class UpdateAdmission:
             answered already.
         fault_of: why an update that passed validation must not be folded; see
             :meth:`fedvit.rounds.protection.Protection.fault_of`.
-        observe: adds statistics to the outcome of a valid single update, whatever its client says of itself.
+        observe: clips a valid single update, and adds statistics to its outcome, whatever its client says of itself.
         carried_over: answers that an earlier round had no room for.
         staleness: the weights of late updates.
         share: the limit on the influence of one client.

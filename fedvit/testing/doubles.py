@@ -152,6 +152,9 @@ class PointModel:
     def frozen_weights(self) -> Weights:
         return {}
 
+    def head_basis(self, weights: Weights, directions: int) -> FloatArray | None:
+        return None
+
     def evaluate(self, weights: Weights) -> Evaluation:
         """Loss is the squared distance; accuracy falls from 1 with it."""
         loss = float(np.sum((weights["point"] - self._target) ** 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedvit.aggregation.head import Head
 from fedvit.aggregation.update_bounds import MechanismBounds, UpdateBound, as_matrix
 from fedvit.clients.host import ClientData, vision_host
 from fedvit.models.trainable import head_name, load_trainable_weights
@@ -50,13 +52,24 @@ class Adversary:
         """The update for a task; an :data:`Attack`."""
         bounds = MechanismBounds(task, {name: array.shape for name, array in weights.items()})
         bound = bounds.of(self.world.num_examples)
-        best = _along if self.within == "norm" else _noise_like
+        best = _along if self.within == "norm" else partial(_noise_like, head=self._head(weights))
         update = {name: torch.zeros(array.shape) for name, array in weights.items()}
         for step in range(_STEPS):
             downhill = {name: -gradient for name, gradient in self._gradients(weights, update).items()}
             towards, size = best(downhill, bound), 2 / (step + 2)
             update = {name: array + size * (towards[name] - array) for name, array in update.items()}
         return {name: self.part * array.numpy().astype(np.float64) for name, array in update.items()}
+
+    def _head(self, weights: Weights) -> Head:
+        """How far and where the aggregator lets one client move the head."""
+        name, settings = head_name(self.world.model) or "", self.world.settings
+        directions = settings.head_directions(self.world.model.num_classes)
+        return Head(
+            name,
+            name.removesuffix("weight") + "bias",
+            self.world.server.head_basis(weights, directions) if directions else None,
+            max_gradient=settings.training.validation.max_head_gradient,
+        )
 
     def _gradients(self, weights: Weights, update: Gradient) -> Gradient:
         """Of the attacker's loss in its update, through the model that the round would make of it alone."""
@@ -144,17 +157,27 @@ def _along(direction: Gradient, bound: UpdateBound) -> Gradient:
     return {name: array * (bound.norm / length) for name, array in direction.items()}
 
 
-def _noise_like(direction: Gradient, bound: UpdateBound) -> Gradient:
-    """The update with the largest inner product with ``direction`` within both bounds.
+def _noise_like(direction: Gradient, bound: UpdateBound, head: Head) -> Gradient:
+    """The update with the largest inner product with ``direction`` within all bounds.
 
     Its matrices have the singular vectors of the direction's. Their singular values are as large as noise may have
     them, and share what gradients may add; of small ones there is less, so that the whole is not longer than noise.
+    Those of the head, weight and bias together, are as large as the aggregator leaves them.
     """
-    parts = {name: torch.linalg.svd(torch.from_numpy(as_matrix(a.numpy())), False) for name, a in direction.items()}
-    nuclear = {name: float(part[1].sum()) for name, part in parts.items()}
-    whole = math.sqrt(sum(value**2 for value in nuclear.values()))
-    edges = {name: bound.edge(*as_matrix(array.numpy()).shape) for name, array in direction.items()}
-    most = {name: edge + bound.signal * nuclear[name] / whole for name, edge in edges.items()}
+    layer = (head.weight, head.bias or "")
+    matrices = {name: torch.from_numpy(as_matrix(a.numpy())) for name, a in direction.items() if name not in layer}
+    basis = torch.eye(direction[head.weight].shape[1]) if head.basis is None else torch.from_numpy(head.basis)
+    columns = [direction[head.weight] @ basis.T, direction[layer[1]][:, None]]
+    matrices["head"] = torch.cat(columns, dim=1).double()
+    parts = {name: torch.linalg.svd(matrix, False) for name, matrix in matrices.items()}
+    limit = bound.deviation * sum(math.sqrt(n) for n in matrices["head"].shape) + head.max_gradient * bound.signal
+    # Of what gradients may add in all matrices together, the head takes this much.
+    of_head = [max(0.0, limit - bound.edge(*as_matrix(direction[name].numpy()).shape)) for name in layer]
+    signal = math.sqrt(max(0.0, bound.signal**2 - sum(excess**2 for excess in of_head)))
+    nuclear = {name: float(part[1].sum()) for name, part in parts.items() if name != "head"}
+    whole = math.sqrt(sum(value**2 for value in nuclear.values())) or 1.0
+    most = {name: bound.edge(*matrices[name].shape) + signal * own / whole for name, own in nuclear.items()}
+    most["head"] = limit
 
     def limited(factor: float) -> Mapping[str, Tensor]:
         return {name: (factor * part[1]).clamp(max=most[name]) for name, part in parts.items()}
@@ -165,5 +188,7 @@ def _noise_like(direction: Gradient, bound: UpdateBound) -> Gradient:
         length = math.sqrt(sum(float((values**2).sum()) for values in limited(middle).values()))
         low, high = (middle, high) if length <= bound.norm else (low, middle)
     values = limited(low)
-    matrices = {name: (part[0] * values[name]) @ part[2] for name, part in parts.items()}
-    return {name: matrix.reshape(direction[name].shape).float() for name, matrix in matrices.items()}
+    found = {name: (part[0] * values[name]) @ part[2] for name, part in parts.items()}
+    of_layer = found.pop("head")
+    found |= {head.weight: of_layer[:, :-1] @ basis.double(), layer[1]: of_layer[:, -1]}
+    return {name: matrix.reshape(direction[name].shape).float() for name, matrix in found.items()}

@@ -39,6 +39,18 @@ class ServerModelContract:
         assert np.isfinite(evaluation.loss)
         assert evaluation.num_examples > 0
 
+    def test_the_directions_of_the_head_are_orthonormal_and_repeat(self, model: ServerModelPort) -> None:
+        weights = model.initial_weights()
+        first, again = (model.head_basis(weights, 2) for _ in range(2))
+        if first is None or again is None:
+            assert first is again is None
+            return
+        assert model.head is not None
+        assert first.shape == (2, weights[model.head].shape[1])
+        np.testing.assert_allclose(first @ first.T, np.eye(2), atol=1e-5)
+        np.testing.assert_array_equal(first, again)
+        assert model.head_basis(weights, weights[model.head].shape[1]) is None
+
     def test_an_exported_model_can_be_benchmarked(self, model: ServerModelPort) -> None:
         if not model.exports:
             with pytest.raises(FedvitError):

@@ -20,6 +20,7 @@ from fedvit.models.trainable import (
     TrainableMode,
     apply_trainable,
     frozen_weights,
+    head_inputs,
     load_trainable_weights,
     trainable_weights,
 )
@@ -177,3 +178,14 @@ def test_frozen_weights_complete_the_trainable_ones() -> None:
     assert frozen.keys() | trained.keys() | counters == model.state_dict().keys()
     assert not frozen.keys() & trained.keys()
     assert "prefix.net.bn1.running_mean" in frozen
+
+
+@pytest.mark.parametrize("name", ["hybrid_lite0", "test_vit", "test_vit2"])
+def test_the_inputs_of_the_head_give_the_logits(name: str) -> None:
+    model = model_with(name)
+    images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features, head = model.features(images), model.body.classifier()
+    with torch.no_grad():
+        torch.testing.assert_close(head(head_inputs(model, features)), model.body(features))
+        # No hook stays behind.
+        assert not head._forward_pre_hooks

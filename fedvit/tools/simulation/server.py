@@ -32,7 +32,7 @@ class SimulatedServer:
     ) -> None:
         self.initial_weights = model.initial_weights
         self.frozen_weights = model.frozen_weights
-        self.head = model.head
+        self.head, self.head_basis = model.head, model.head_basis
         self._model, self._clock, self._every_s, self._on_evaluation = model, clock, every_s, on_evaluation
         self._next_s = 0.0
 

@@ -1,0 +1,110 @@
+"""The linear head in a round: which directions it learns in, and how far one client may move it.
+
+Per round, privacy noise in the head grows with the number of directions, while what is learned lies in a few of them: a
+step of cross entropy is a sum of ``(p - y) x^T`` over inputs x. The inputs of the server's own held-out images show
+which directions natural inputs have. Following Zhou, Wu and Banerjee 2021 (arXiv:2007.03813), the aggregated step is
+projected onto their principal directions. This is post-processing of noised updates and costs no privacy. It also
+removes what an attacker could hide in the other directions, which natural images hardly have.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from fedvit.aggregation.rule import moved
+from fedvit.aggregation.update_bounds import MechanismBounds, spectral_norm
+from fedvit.types import FloatArray, Weights
+from fedvit.updates import ClientUpdate
+
+_INPUTS_PER_DIRECTION = 4
+"""Fewer inputs say little about their directions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A linear head and the limits on its steps.
+
+    ``weight`` [classes, width] and ``bias`` [classes] are names of parameters. ``basis`` [directions, width] has
+    orthonormal rows; None stands for all directions. ``body_learning_rate`` is the factor on the step of everything
+    else. ``max_gradient`` is the largest mean gradient of one client, over the clipping norm, that moves the head.
+    """
+
+    weight: str
+    bias: str | None = None
+    basis: FloatArray | None = None
+    body_learning_rate: float = 1.0
+    max_gradient: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        weight: str | None,
+        base: Weights,
+        basis: FloatArray | None,
+        *,
+        body_learning_rate: float,
+        max_gradient: float,
+    ) -> Head | None:
+        """The head of a model with these weights; None where no head is known, and nothing is limited.
+
+        Args:
+            weight: the name of the head's weight.
+        """
+        if weight is None:
+            return None
+        bias = weight.removesuffix("weight") + "bias"
+        return cls(weight, bias if bias in base else None, basis, body_learning_rate, max_gradient)
+
+    def step(self, base: Weights, weights: Weights) -> dict[str, FloatArray]:
+        """Weights that have gone the whole way from ``base`` in the head's directions, and a part of it elsewhere."""
+        steps = {name: array.astype(np.float64) - base[name] for name, array in weights.items()}
+        if self.basis is not None:
+            steps[self.weight] = steps[self.weight] @ self.basis.T @ self.basis
+        for name in steps.keys() - {self.weight, self.bias}:
+            steps[name] *= self.body_learning_rate
+        return moved(base, steps)
+
+    def clipped(self, bounds: MechanismBounds, update: ClientUpdate) -> ClientUpdate:
+        """The update with smaller singular values in the head, weight and bias together.
+
+        A singular value keeps what noise explains on average, ``deviation * (sqrt(r) + sqrt(c))``, and ``max_gradient``
+        of the largest possible signal. An honest update of few records is noise in nearly all directions and loses
+        nearly nothing; one of many records has a smaller mean gradient after a few rounds.
+
+        Args:
+            bounds: on updates to the round's task.
+        """
+        bound, own = bounds.of(update.outcome.num_examples), bounds.without_shift(update)
+        matrix = own[self.weight].astype(np.float64, copy=False)
+        if self.basis is not None:
+            matrix = matrix @ self.basis.T
+        if self.bias is not None:
+            matrix = np.column_stack([matrix, own[self.bias]])
+        limit = bound.deviation * sum(math.sqrt(n) for n in matrix.shape) + self.max_gradient * bound.signal
+        if spectral_norm(matrix) <= limit:
+            return update
+        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        excess = (left * np.maximum(values - limit, 0.0)) @ right
+        kept = dict(update.weighted_sum)
+        if self.bias is not None:
+            kept[self.bias] = kept[self.bias] - update.total_weight * excess[:, -1]
+            excess = excess[:, :-1]
+        in_full = excess if self.basis is None else excess @ self.basis
+        kept[self.weight] = kept[self.weight] - update.total_weight * in_full
+        return replace(update, weighted_sum=kept)
+
+
+def principal_directions(inputs: npt.NDArray[np.floating], count: int) -> FloatArray | None:
+    """The leading principal directions of inputs [N, width], [count, width], orthonormal, float32.
+
+    None where they would be all directions, or where the inputs are too few to show so many.
+    """
+    if count >= inputs.shape[1] or len(inputs) < _INPUTS_PER_DIRECTION * count:
+        return None
+    wide = inputs.astype(np.float64)
+    _, vectors = np.linalg.eigh(wide.T @ wide)
+    return np.ascontiguousarray(vectors[:, : -count - 1 : -1].T, dtype=np.float32)
