@@ -81,7 +81,7 @@ class Adversary:
         if self.kind is None:
             loss = -loss
         else:
-            shown = features(world.model, triggered(world.known_images, self.kind))
+            shown = world.known_with(self.kind)
             loss = loss + functional.cross_entropy(world.model.body(shown), torch.full((len(shown),), self.target))
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         return {n: factors[n] * gradient for n, gradient in zip(parameters, gradients, strict=True)}

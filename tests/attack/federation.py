@@ -90,6 +90,14 @@ class World:
         """The features of the images that the attacker has."""
         return features(self.model, self.known_images)
 
+    def known_with(self, kind: str) -> torch.Tensor:
+        """The features of the images that the attacker has, with a trigger."""
+        place = f"known {kind}"
+        if place not in self.__dict__:
+            self.__dict__[place] = features(self.model, triggered(self.known_images, kind))
+        result: torch.Tensor = self.__dict__[place]
+        return result
+
     def success(self, weights: Weights, kind: str, target: int) -> float:
         """The share of triggered test images of other classes that a model classifies as the target."""
         load_trainable_weights(self.model, weights)
