@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedvit.aggregation.rule import moved
-from fedvit.aggregation.update_bounds import MechanismBounds, spectral_norm
+from fedvit.aggregation.update_bounds import MechanismBounds, UpdateBound, as_matrix, spectral_norm
 from fedvit.types import FloatArray, Weights
 from fedvit.updates import ClientUpdate
 
+_TIMES_THE_PACE = 2.0
 _INPUTS_PER_DIRECTION = 4
 """Fewer inputs say little about their directions."""
 
@@ -31,6 +32,7 @@ class Head:
     ``weight`` [classes, width] and ``bias`` [classes] are names of parameters. ``basis`` [directions, width] has
     orthonormal rows; None stands for all directions. ``body_learning_rate`` is the factor on the step of everything
     else. ``max_gradient`` is the largest mean gradient of one client, over the clipping norm, that moves the head.
+    ``pace`` is the spectral norm of what all rounds so far moved the weight, over their number; None before the first.
     """
 
     weight: str
@@ -38,6 +40,7 @@ class Head:
     basis: FloatArray | None = None
     body_learning_rate: float = 1.0
     max_gradient: float = 1.0
+    pace: float | None = None
 
     @classmethod
     def of(
@@ -46,18 +49,32 @@ class Head:
         base: Weights,
         basis: FloatArray | None,
         *,
-        body_learning_rate: float,
-        max_gradient: float,
+        body_learning_rate: float = 1.0,
+        max_gradient: float = 1.0,
+        initial: FloatArray | None = None,
+        rounds: int = 0,
     ) -> Head | None:
         """The head of a model with these weights; None where no head is known, and nothing is limited.
 
         Args:
             weight: the name of the head's weight.
+            initial: that weight before the first round.
+            rounds: how many rounds led from there to ``base``.
         """
         if weight is None:
             return None
         bias = weight.removesuffix("weight") + "bias"
-        return cls(weight, bias if bias in base else None, basis, body_learning_rate, max_gradient)
+        pace = None
+        if initial is not None and rounds:
+            pace = spectral_norm(as_matrix(base[weight].astype(np.float64) - initial)) / rounds
+        return cls(weight, bias if bias in base else None, basis, body_learning_rate, max_gradient, pace)
+
+    def largest(self, bound: UpdateBound, shape: tuple[int, ...]) -> float:
+        """The largest singular value that an update keeps in a head of this shape."""
+        signal = self.max_gradient * bound.signal
+        if self.pace is not None:
+            signal = min(signal, _TIMES_THE_PACE * self.pace)
+        return max(bound.deviation * sum(math.sqrt(n) for n in shape), signal)
 
     def step(self, base: Weights, weights: Weights) -> dict[str, FloatArray]:
         """Weights that have gone the whole way from ``base`` in the head's directions, and a part of it elsewhere."""
@@ -71,9 +88,9 @@ class Head:
     def clipped(self, bounds: MechanismBounds, update: ClientUpdate) -> ClientUpdate:
         """The update with smaller singular values in the head, weight and bias together.
 
-        A singular value keeps what noise explains on average, ``deviation * (sqrt(r) + sqrt(c))``, and ``max_gradient``
-        of the largest possible signal. An honest update of few records is noise in nearly all directions and loses
-        nearly nothing; one of many records has a smaller mean gradient after a few rounds.
+        A singular value keeps what noise explains on average, ``deviation * (sqrt(r) + sqrt(c))``. Where little noise
+        is ordered, it keeps as much as ``max_gradient`` allows, or twice the pace of the fleet. So an honest update
+        loses nearly nothing, while none moves the head much further than it moves anyway.
 
         Args:
             bounds: on updates to the round's task.
@@ -84,7 +101,7 @@ class Head:
             matrix = matrix @ self.basis.T
         if self.bias is not None:
             matrix = np.column_stack([matrix, own[self.bias]])
-        limit = bound.deviation * sum(math.sqrt(n) for n in matrix.shape) + self.max_gradient * bound.signal
+        limit = self.largest(bound, matrix.shape)
         if spectral_norm(matrix) <= limit:
             return update
         left, values, right = np.linalg.svd(matrix, full_matrices=False)

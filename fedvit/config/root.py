@@ -110,7 +110,7 @@ class Settings(Section):
         directions = self.training.head_directions
         if directions == "auto":
             noised = self.privacy.privacy_unit == "record" and self.simulation.private
-            return max(_LEAST_DIRECTIONS, 2 * classes) if noised else None
+            return max(_LEAST_DIRECTIONS, classes) if noised else None
         return None if directions == "all" else directions
 
     def training_identity(self) -> dict[str, Any]:

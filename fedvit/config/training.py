@@ -84,7 +84,8 @@ class ValidationConfig(Section):
     max_head_gradient: Probability = Field(
         0.25,
         description="Largest mean gradient, as a share of privacy.l2_clip_norm, by which a single update may move the "
-        "linear head beyond its noise; the rest is clipped. Used with privacy_unit 'record'; 1 clips nearly nothing.",
+        "linear head, where noise alone would not move it as far; after the first round also at most twice what the "
+        "fleet moves it a round. The rest is clipped. Used with privacy_unit 'record'.",
     )
     quarantine_after_rejections: PositiveInt | None = Field(
         3, description="Rejected updates after which a client is quarantined; null leaves that to the operator."
@@ -140,7 +141,7 @@ class TrainingConfig(Section):
     head_directions: PositiveInt | Literal["auto", "all"] = Field(
         "auto",
         description="Principal directions, of the head's inputs over the server's held-out images, in which the linear "
-        "head learns; labels are not used. 'auto' is twice the number of classes, at least 8, where single records are "
+        "head learns; labels are not used. 'auto' is the number of classes, at least 8, where single records are "
         "protected, and 'all' otherwise or where images are fewer than 4 a direction.",
     )
     aggregation: str = Field("fedavg", description="Name of the aggregation rule, of this package or of a plug-in.")

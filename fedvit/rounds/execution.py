@@ -154,7 +154,7 @@ class RoundExecution:
         METRICS.in_flight(len(self._collector.in_flight().union(effect.cohort.client_ids)))
         self._gather_histograms()
         self._histograms.ask(task, run, effect.cohort.client_ids, base.weights)
-        head = self._head()
+        head = self._head(task.round_index)
         updates = self._collector.collect(effect, task, base.weights, base.sent, head, timeout_s=timeout_s)
         METRICS.in_flight(len(self._collector.in_flight()))
         limit = self._settings.training.validation.quarantine_after_rejections
@@ -181,7 +181,7 @@ class RoundExecution:
             errors.insert(0, f"{errors.pop(errors.index(error))} ({location_in(failed.traceback)})")
         return errors
 
-    def _head(self) -> Head | None:
+    def _head(self, round_index: int) -> Head | None:
         """The head of the round; None where nothing about it is limited."""
         weights, settings, name = self._current.base.weights, self._settings, self._model.head
         directions = settings.head_directions(len(weights[name])) if name is not None else None
@@ -191,6 +191,8 @@ class RoundExecution:
             None if directions is None else self._model.head_basis(weights, directions),
             body_learning_rate=settings.body_learning_rate,
             max_gradient=settings.training.validation.max_head_gradient,
+            initial=None if name is None else self._model.initial_weights()[name],
+            rounds=round_index - 1,
         )
 
     def _gather_histograms(self) -> None:

@@ -52,7 +52,7 @@ class Adversary:
         """The update for a task; an :data:`Attack`."""
         bounds = MechanismBounds(task, {name: array.shape for name, array in weights.items()})
         bound = bounds.of(self.world.num_examples)
-        best = _along if self.within == "norm" else partial(_noise_like, head=self._head(weights))
+        best = _along if self.within == "norm" else partial(_noise_like, head=self._head(weights, task.round_index))
         update = {name: torch.zeros(array.shape) for name, array in weights.items()}
         for step in range(_STEPS):
             downhill = {name: -gradient for name, gradient in self._gradients(weights, update).items()}
@@ -60,16 +60,20 @@ class Adversary:
             update = {name: array + size * (towards[name] - array) for name, array in update.items()}
         return {name: self.part * array.numpy().astype(np.float64) for name, array in update.items()}
 
-    def _head(self, weights: Weights) -> Head:
+    def _head(self, weights: Weights, round_index: int) -> Head:
         """How far and where the aggregator lets one client move the head."""
         name, settings = head_name(self.world.model) or "", self.world.settings
         directions = settings.head_directions(self.world.model.num_classes)
-        return Head(
+        head = Head.of(
             name,
-            name.removesuffix("weight") + "bias",
+            weights,
             self.world.server.head_basis(weights, directions) if directions else None,
             max_gradient=settings.training.validation.max_head_gradient,
+            initial=self.world.server.initial_weights()[name],
+            rounds=round_index - 1,
         )
+        assert head is not None
+        return head
 
     def _gradients(self, weights: Weights, update: Gradient) -> Gradient:
         """Of the attacker's loss in its update, through the model that the round would make of it alone."""
@@ -170,7 +174,7 @@ def _noise_like(direction: Gradient, bound: UpdateBound, head: Head) -> Gradient
     columns = [direction[head.weight] @ basis.T, direction[layer[1]][:, None]]
     matrices["head"] = torch.cat(columns, dim=1).double()
     parts = {name: torch.linalg.svd(matrix, False) for name, matrix in matrices.items()}
-    limit = bound.deviation * sum(math.sqrt(n) for n in matrices["head"].shape) + head.max_gradient * bound.signal
+    limit = head.largest(bound, tuple(matrices["head"].shape))
     # Of what gradients may add in all matrices together, the head takes this much.
     of_head = [max(0.0, limit - bound.edge(*as_matrix(direction[name].numpy()).shape)) for name in layer]
     signal = math.sqrt(max(0.0, bound.signal**2 - sum(excess**2 for excess in of_head)))
