@@ -78,6 +78,8 @@ class Head:
 
     def step(self, base: Weights, weights: Weights) -> dict[str, FloatArray]:
         """Weights that have gone the whole way from ``base`` in the head's directions, and a part of it elsewhere."""
+        if self.basis is None and self.body_learning_rate == 1:
+            return dict(weights)
         steps = {name: array.astype(np.float64) - base[name] for name, array in weights.items()}
         if self.basis is not None:
             steps[self.weight] = steps[self.weight] @ self.basis.T @ self.basis

@@ -80,6 +80,10 @@ class TestServerModel(ServerModelContract):
         }
         return ServerModel(load_settings(environ={}, overrides=overrides))
 
+    def test_held_out_images_show_the_directions_of_the_head(self, model: ServerModelPort) -> None:
+        # So that the test of the directions above has some.
+        assert model.head_basis(model.initial_weights(), 2) is not None
+
 
 class TestWorkloadModel(ServerModelContract):
     @pytest.fixture
