@@ -77,6 +77,10 @@ class WorkloadError(UsageError, code="invalid-workload", http_status=422):
     """A workload returned what cannot be used, or its code failed."""
 
 
+class SecureAggregationError(UsageError, code="secure-aggregation-failed", http_status=409):
+    """Secure aggregation failed or was refused; nothing of any client was revealed."""
+
+
 class StateError(UsageError, code="invalid-state", http_status=409):
     """The state folder is unreadable, corrupt, in use, or belongs to another fleet."""
 
