@@ -72,6 +72,41 @@ class BandedGaussian:
             )
 
 
+GAUSSIAN_ROUNDING = 4.0
+"""Variance of a discrete Gaussian that stands for the rounding of a continuous one; see :mod:`fedvit.secagg.noise`."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class DistributedGaussian:
+    """A sum to which each client adds a share of the noise: a discrete Gaussian, or one on a Poisson sample of records.
+
+    ``honest`` clients surely contribute, each with noise of standard deviation ``client_deviation``; ``sensitivity`` is
+    that of the rounded sum, in L2. It costs what one Gaussian of ``noise_multiplier`` costs (Kairouz et al. 2021,
+    arXiv:2102.06387; the reason is in :mod:`fedvit.secagg.noise`).
+    """
+
+    client_deviation: float
+    honest: int
+    sensitivity: float
+    sampling_prob: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sensitivity) and self.sensitivity > 0 and self.client_deviation >= 3):
+            raise ConfigError(
+                f"Noise of deviation {self.client_deviation} for a sensitivity of {self.sensitivity}.",
+                cure="Each client's noise has a deviation of at least 3, and the sensitivity is above 0.",
+            )
+        if self.honest < 1:
+            raise ConfigError(f"A sum of {self.honest} honest clients.", cure="At least one adds noise.")
+        _check_noise(self.noise_multiplier)
+        _check_sampling(self.sampling_prob)
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Of the sum."""
+        return math.sqrt(self.honest * self.client_deviation**2 - GAUSSIAN_ROUNDING) / self.sensitivity
+
+
 @dataclass(frozen=True, slots=True)
 class Composed:
     """Events one after another on the same unit's data; each may depend on earlier outputs."""
@@ -94,7 +129,7 @@ class Repeated:
             raise ConfigError(f"An event is repeated {self.count} times.", cure="At least once.")
 
 
-Event = Gaussian | PoissonGaussian | SampledTogether | BandedGaussian | Composed | Repeated
+Event = Gaussian | PoissonGaussian | SampledTogether | BandedGaussian | DistributedGaussian | Composed | Repeated
 Simple = Gaussian | PoissonGaussian
 """Kinds of event to which all others reduce."""
 Composition = Mapping[Event, int] | Mapping[Simple, int] | Mapping[PoissonGaussian, int]
@@ -134,6 +169,8 @@ def _unfolded(event: Event, count: int) -> Iterable[tuple[Simple, int]]:
             return [(PoissonGaussian(joint, sampling_prob), count)]
         case BandedGaussian(noise_multiplier):
             return [(Gaussian(noise_multiplier), count)]
+        case DistributedGaussian():
+            return [(PoissonGaussian(event.noise_multiplier, event.sampling_prob), count)]
         case Composed(parts):
             return [pair for part in parts for pair in _unfolded(part, count)]
         case Repeated(inner, times):
@@ -171,6 +208,9 @@ def _facts(event: Event) -> dict[str, Any]:
             return {"kind": "sampled_together", "sampling_prob": q, "events": [_facts(part) for part in parts]}
         case BandedGaussian(z, bands, separation):
             return {"kind": "banded_gaussian", "noise_multiplier": z, "bands": bands, "min_separation": separation}
+        case DistributedGaussian(deviation, honest, sensitivity, q):
+            facts = {"client_deviation": deviation, "honest": honest, "sensitivity": sensitivity, "sampling_prob": q}
+            return {"kind": "distributed_gaussian", **facts}
         case Composed(parts):
             return {"kind": "composed", "events": [_facts(part) for part in parts]}
         case Repeated(inner, count):
@@ -187,6 +227,15 @@ def _event_of(facts: Any) -> Event:
             return SampledTogether(float(q), tuple(_gaussian_of(part) for part in parts))
         case {"kind": "banded_gaussian", "noise_multiplier": z, "bands": b, "min_separation": s, **rest} if not rest:
             return BandedGaussian(float(z), int(b), int(s))
+        case {
+            "kind": "distributed_gaussian",
+            "client_deviation": deviation,
+            "honest": honest,
+            "sensitivity": sensitivity,
+            "sampling_prob": q,
+            **rest,
+        } if not rest:
+            return DistributedGaussian(float(deviation), int(honest), float(sensitivity), float(q))
         case {"kind": "composed", "events": parts, **rest} if not rest:
             return Composed(tuple(_event_of(part) for part in parts))
         case {"kind": "repeated", "event": inner, "count": count, **rest} if not rest:

@@ -108,10 +108,13 @@ class SecretStream:
         # The unused second number of the last pair.
         self._spare = np.empty(0, dtype=np.float64)
 
+    def words(self, count: int) -> npt.NDArray[np.uint64]:
+        """``count`` uniform integers of 64 bits."""
+        return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
+
     def uniform(self, count: int) -> npt.NDArray[np.float64]:
         """``count`` uniforms in the open interval (0, 1), 53 bits each."""
-        raw = np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
-        return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * _TWO_POW_MINUS_53
+        return ((self.words(count) >> np.uint64(11)).astype(np.float64) + 0.5) * _TWO_POW_MINUS_53
 
     def coins(self, count: int, probability: float) -> npt.NDArray[np.bool_]:
         """``count`` independent coins, each true with ``probability``: exact Poisson sampling."""

@@ -113,7 +113,7 @@ def charge_of(event: Event, *, run_id: str, round_index: int, unit_id: str, outp
         unit_id=unit_id,
         output_id=output_id,
         noise_multiplier=_noise_multiplier(step),
-        sampling_prob=step.sampling_prob if isinstance(step, PoissonGaussian | SampledTogether) else 1.0,
+        sampling_prob=getattr(step, "sampling_prob", 1.0),
         steps=steps,
         privacy_unit=unit,
         # A plain charge needs no event and keeps its bytes.
