@@ -132,6 +132,7 @@ PLAYBOOK: Mapping[str, Play] = {
     "EdgeHighInferenceLatency": Play("5-high-inference-latency", (OPTIMIZE, SWITCH)),
     "NetworkPartition": Play(_PARTITION, (ASYNCHRONOUS, FEWER, BACKUP)),
     "LowClientParticipation": Play(_PARTITION, (FEWER, BACKUP)),
+    "SecureAggregationFailing": Play("7-secure-aggregation-failing", (STOP,)),
     "UnauthorizedAccess": Play(_BREACH, (BREACH,)),
     BREACH_ALERT: Play(_BREACH, (STAND_DOWN,)),
 }

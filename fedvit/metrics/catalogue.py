@@ -72,6 +72,8 @@ PHASE_BUCKETS_S = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 15.0, 60.0, 300.0, 1800.0)
 STALENESS_BUCKETS = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0)
 
 PHASES = ("drawing", "charging", "training", "committing", "releasing")
+SECURE_PHASES = ("advertise", "share", "mask", "confirm", "unmask")
+SESSION_OUTCOMES = ("revealed", "failed_closed")
 UPDATE_OUTCOMES = ("accepted", "failed", "refused", "quarantined", "unexpected")
 INFERENCE_OUTCOMES = ("ok", "rejected", "unavailable", "failed")
 QUEUES = ("operations", "clients_in_flight", "mailbox", "telemetry", "requests", "images")
@@ -114,6 +116,40 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         _counter(
             "update_bytes_total", "bytes", "Bytes of received encoded updates.", (Label("encoding", tuple(Encoding)),)
         ),
+    ),
+    "secure aggregation": (
+        _counter(
+            "secure_sessions_total",
+            "sessions",
+            "Sessions of secure aggregation that ended: the sum was revealed, or the session failed closed and nothing "
+            "was revealed. Each attempt of a round is one session.",
+            (Label("outcome", SESSION_OUTCOMES),),
+        ),
+        _counter(
+            "secure_dropouts_total",
+            "clients",
+            "Clients that gave no valid answer to a phase of a session of secure aggregation.",
+            (Label("phase", SECURE_PHASES),),
+        ),
+        _histogram(
+            "secure_phase_duration_seconds",
+            "seconds",
+            "Duration of the phases of a session of secure aggregation.",
+            (Label("phase", SECURE_PHASES),),
+            PHASE_BUCKETS_S,
+        ),
+        _gauge("secure_participants", "clients", "Participants of the latest session of secure aggregation."),
+        _gauge(
+            "secure_survivors",
+            "clients",
+            "Clients in the sum of the latest session of secure aggregation; 0 if it failed closed.",
+        ),
+        _gauge(
+            "secure_min_survivors",
+            "clients",
+            "Fewest clients whose sum the latest session of secure aggregation could have revealed.",
+        ),
+        _gauge("secure_ring_bits", "bits", "Ring width of the latest session of secure aggregation."),
     ),
     "fleet": (
         _gauge("total_clients", "clients", "Registered clients that were not removed."),

@@ -59,6 +59,23 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             "Epsilon an hour", "none", {"{{privacy_unit}}": "clamp_min(3600 * deriv(@privacy_epsilon_spent[10m]), 0)"}
         ),
         Panel("Requests refused by access control", "reqps", _rates("unauthorized_requests_total", "reason")),
+        Panel("Sessions of secure aggregation", "none", _rates("secure_sessions_total", "outcome")),
+        Panel(
+            "Clients of a secure sum",
+            "none",
+            {
+                "participants": "@secure_participants",
+                "survivors": "@secure_survivors",
+                "fewest survivors": "@secure_min_survivors",
+            },
+        ),
+        Panel("Dropouts of secure aggregation, by phase", "none", _rates("secure_dropouts_total", "phase")),
+        Panel(
+            "Phases of secure aggregation, p95",
+            "s",
+            {"{{phase}}": _quantile(0.95, "secure_phase_duration_seconds", "phase")},
+        ),
+        Panel("Ring width of a secure sum", "none", {"bits": "@secure_ring_bits"}),
     ),
     "fleet": (
         Panel(

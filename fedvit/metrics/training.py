@@ -1,4 +1,4 @@
-"""Metrics of budget, rounds, data quality and training, and a rate-limited publisher of the latest values.
+"""Metrics of budget, rounds, secure sums, data quality and training, and a rate-limited publisher of latest values.
 
 A gauge is created with its first value: an unset one would export 0, such as a budget of 0 or a perfect loss.
 """
@@ -89,6 +89,39 @@ class RoundMetrics:
             tally["accepted" if outcome.error is None else failure] += 1
         for kind, count in tally.items():
             self._updates.labels(kind).inc(count)
+
+
+class SecureAggregationMetrics:
+    """Sessions of secure aggregation: outcomes, durations of phases, dropouts, and the facts of the latest one.
+
+    Create it before the first session, so that the counters begin at 0.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._registry = registry
+        self._sessions = counter("secure_sessions_total", registry)
+        self._dropouts = counter("secure_dropouts_total", registry)
+        self._phases = histogram("secure_phase_duration_seconds", registry)
+
+    def began(self, *, participants: int, min_survivors: int, ring_bits: int) -> None:
+        """Set the facts of a session."""
+        gauge("secure_participants", self._registry).set(participants)
+        gauge("secure_min_survivors", self._registry).set(min_survivors)
+        gauge("secure_ring_bits", self._registry).set(ring_bits)
+
+    def phase_ended(self, phase: str, seconds: float, dropouts: int) -> None:
+        """Record a phase, and count the clients that gave no valid answer to it."""
+        self._phases.labels(phase).observe(seconds)
+        self._dropouts.labels(phase).inc(dropouts)
+
+    def ended(self, survivors: int) -> None:
+        """Count a session.
+
+        Args:
+            survivors: clients in the revealed sum; 0 if the session failed closed.
+        """
+        gauge("secure_survivors", self._registry).set(survivors)
+        self._sessions.labels("revealed" if survivors else "failed_closed").inc()
 
 
 class ThrottledPublisher(Generic[_Value]):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from prometheus_client import CollectorRegistry
 
 from fedvit.metrics.catalogue import UPDATE_OUTCOMES
-from fedvit.metrics.training import RoundMetrics, publish_training
+from fedvit.metrics.training import RoundMetrics, SecureAggregationMetrics, publish_training
 from fedvit.types import BudgetReport, ClientOutcome, RunStatus, TrainingProgress
 
 REMAINING = "fed_vit_autorl_privacy_epsilon_remaining"
@@ -55,3 +55,27 @@ def test_only_the_phases_of_a_round_are_timed() -> None:
     name = "fed_vit_autorl_round_duration_seconds_count"
     assert registry.get_sample_value(name, {"phase": "training"}) == 1
     assert registry.get_sample_value(name, {"phase": "resting"}) is None
+
+
+def test_sessions_of_secure_aggregation_are_counted_by_their_end() -> None:
+    registry = CollectorRegistry()
+    metrics = SecureAggregationMetrics(registry)
+    value = registry.get_sample_value
+    sessions, dropouts = "fed_vit_autorl_secure_sessions_total", "fed_vit_autorl_secure_dropouts_total"
+    assert value(sessions, {"outcome": "failed_closed"}) == 0
+    assert value("fed_vit_autorl_secure_survivors") is None
+    metrics.began(participants=30, min_survivors=21, ring_bits=18)
+    metrics.phase_ended("advertise", 0.5, 2)
+    metrics.phase_ended("mask", 3.0, 3)
+    metrics.ended(25)
+    assert value(sessions, {"outcome": "revealed"}) == 1
+    assert value(dropouts, {"phase": "mask"}) == 3
+    assert value("fed_vit_autorl_secure_phase_duration_seconds_sum", {"phase": "mask"}) == 3.0
+    facts = [value(f"fed_vit_autorl_secure_{name}") for name in ("participants", "survivors", "min_survivors")]
+    assert facts == [30, 25, 21]
+    assert value("fed_vit_autorl_secure_ring_bits") == 18
+    metrics.began(participants=30, min_survivors=21, ring_bits=18)
+    metrics.ended(0)
+    assert value(sessions, {"outcome": "failed_closed"}) == 1
+    assert value(sessions, {"outcome": "revealed"}) == 1
+    assert value("fed_vit_autorl_secure_survivors") == 0
