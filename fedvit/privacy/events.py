@@ -87,14 +87,14 @@ class DistributedGaussian:
 
     client_deviation: float
     honest: int
-    sensitivity: float
+    sensitivity: int
     sampling_prob: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.sensitivity) and self.sensitivity > 0 and self.client_deviation >= 3):
+        if self.sensitivity < 1 or not 3 <= self.client_deviation < math.inf:
             raise ConfigError(
                 f"Noise of deviation {self.client_deviation} for a sensitivity of {self.sensitivity}.",
-                cure="Each client's noise has a deviation of at least 3, and the sensitivity is above 0.",
+                cure="Each client's noise has a deviation of at least 3, and the sensitivity is at least 1.",
             )
         if self.honest < 1:
             raise ConfigError(f"A sum of {self.honest} honest clients.", cure="At least one adds noise.")
@@ -235,7 +235,7 @@ def _event_of(facts: Any) -> Event:
             "sampling_prob": q,
             **rest,
         } if not rest:
-            return DistributedGaussian(float(deviation), int(honest), float(sensitivity), float(q))
+            return DistributedGaussian(float(deviation), int(honest), int(sensitivity), float(q))
         case {"kind": "composed", "events": parts, **rest} if not rest:
             return Composed(tuple(_event_of(part) for part in parts))
         case {"kind": "repeated", "event": inner, "count": count, **rest} if not rest:

@@ -1,198 +1,254 @@
-"""Distributed noise: each client rounds its contribution to integers and adds a share of the noise of the sum.
+"""Distributed discrete Gaussian mechanism: real vectors to noised integers whose sum is taken modulo ``2^bits``.
 
-The distributed discrete Gaussian mechanism (Kairouz et al. 2021, arXiv:2102.06387). A contribution is rotated, scaled
-by ``scale``, rounded at random, and gets noise of the discrete Gaussian with variance ``client_deviation^2``. The sum
-over the clients has the privacy of one Gaussian mechanism:
+Kairouz, Liu and Steinke 2021 (arXiv:2102.06387). Each client rotates its contribution, multiplies it by ``scale``,
+rounds it with random coins, and adds discrete Gaussian noise. The server learns the sum modulo ``2^bits`` and nothing
+else. Neighbours differ in one unit's data; which clients take part is public, and a client without data adds noise
+only.
 
-1. **Rounding.** A coordinate is ``floor(a + u)`` with a secret uniform ``u`` that does not depend on the data. Two
-   neighbouring sums differ by D (in L2, scaled). With the same ``u``, the rounded ones differ by integers whose squared
-   norm has a mean of at most ``D^2 + d / 4``; by Hoeffding's inequality it is at most
-   ``D^2 + d / 4 + sqrt(ln(1 / beta) / 2) (2 D + sqrt(d))`` except with probability beta = 2^-64. Privacy loss is
-   jointly convex, so a bound for each ``u`` is one for the mechanism. Where a whole contribution is protected, rounding
-   is repeated until its norm is within this bound, so that the bound always holds.
-2. **Sum.** The sum of m discrete Gaussians of deviation 3 or more is one of variance ``m client_deviation^2``, up to a
-   factor of 1 +- 1e-37 in every probability (Kairouz et al. 2021, Theorem 1).
-3. **Gaussian.** Add a continuous Gaussian of variance V - 4 to an integer, and round at random with a discrete Gaussian
-   of variance 4 around the result: this is the discrete Gaussian of variance V, up to a factor of 1 +- 1e-33 (Poisson
-   summation). It is post-processing of a Gaussian mechanism, so it is at least as private.
+**Sensitivity.** Contributions at L2 distance C lie at distance D = scale * C after scaling. With the same coins, the
+rounded vectors differ in coordinate j by the integer part k of the difference a, or by k + 1 with the probability of
+its fraction. The squared distance has a mean of at most ``D^2 + d/4``, and its terms have ranges of at most
+``2|a| + 1``, so by Hoeffding it exceeds ``D^2 + d/4 + sqrt(ln(1/b)/2) (2 D + sqrt(d))`` with probability at most
+``b = 2^-64`` (the paper's Theorem 1 bounds the norm by the same expression). The coins do not depend on data, so by
+joint convexity this is the sensitivity, and b is added to delta. Where the whole contribution is within C, its rounding
+is repeated until the norm itself keeps the bound (``bounded``); a client without data rounds 0 to 0.
 
-The noise multiplier is thus ``sqrt(m client_deviation^2 - 4) / sensitivity``, with the m honest clients that surely
-contribute; the error terms, 2^-64 included, are far below what the accountant resolves.
+**Noise.** The sum of ``honest`` discrete Gaussians of deviation t >= 3 has, up to a factor ``1 +- 10^-37`` in each
+coordinate, the probabilities of one discrete Gaussian of variance S = honest * t^2 (the paper's tau). That one
+is, up to a factor ``1 +- 10^-33``, a Gaussian of variance S - 4 followed by randomised rounding with a discrete
+Gaussian of variance 4 around its value: the convolution of both densities is a Gaussian of variance S, and by Poisson
+summation the normalisation of the rounding depends on the value by a factor ``1 +- 2 exp(-8 pi^2)`` only. Rounding and
+wrapping see no data. So the sum is as private as the Gaussian mechanism with the noise multiplier
+``sqrt(S - 4) / Delta``, also on Poisson samples. All errors together stay below 10^-17 in epsilon and delta; the
+accountant's tolerance is 10^-12.
+
+**Ring.** A coordinate of the sum is sub-Gaussian over signs, coins and noise, which are independent. Their variances
+add up: ``(scale * total_norm)^2 / d``, 1/4 and t^2 for each participant. The width makes the probability that any
+coordinate wraps less than 2^-30.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 
 import numpy as np
 import numpy.typing as npt
 
 from fedvit.errors import ConfigError, UpdateRejectedError
 from fedvit.privacy.events import GAUSSIAN_ROUNDING, DistributedGaussian
+from fedvit.privacy.mechanism import ROUNDING
 from fedvit.privacy.randomness import SecretStream
 from fedvit.secagg.discrete_gaussian import LARGEST_DEVIATION, discrete_gaussian
-from fedvit.secagg.rotation import Vector, rotate, rotate_back
+from fedvit.secagg.rotation import padded_length, rotate, rotate_back
 
-Ring = npt.NDArray[np.uint32]
-# Share of the noise's variance by which rounding may raise it.
-_ROUNDING_COST = 0.01
-_LOG_BETA = 64 * math.log(2)
-_WRAPS = 1e-9
+Vector = npt.NDArray[np.float64]
+RingVector = npt.NDArray[np.uint32]
+
+MOST_BITS = 32
+# Natural logarithm of 2 as a literal: logarithms may differ in the last bit between machines, and plans must not.
+_LN2 = 0.6931471805599453
+_COIN_BITS = 32
+_BETA_BITS = 64
+"""The sensitivity holds except with probability 2^-64."""
+_WRAP_BITS = 30
+"""The whole sum wraps with probability below 2^-30."""
+_LOSSES = (1.005, 1.02)
+"""Delta^2 / D^2, tried in turn: how much variance rounding may cost. The second needs a ring narrower by one bit."""
+_DIGITS = 4
+"""Significant digits of deviations: rounds of similar cohorts share tables, for at most 0.2% more variance."""
 _LEAST_DEVIATION = 3.0
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 2**6, 2**24
-_MOST_TRIES = 100
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the contributions to one sum become integers. Every value is public, and equal for all participants.
+    """Quantisation and noise of one sum: public, and bit-equal on every machine.
 
     Attributes:
-        length: of a contribution.
-        padded: length of the ring vector, a multiple of ``block``.
-        block: the rotation is over blocks of so many coordinates.
-        scale: ring units per unit of a contribution.
-        bits: the ring is that of the integers modulo ``2^bits``; a wrap has a probability below 1e-9.
-        client_deviation: standard deviation of one client's noise, in ring units.
-        sensitivity: in ring units, L2; of the rounded sum to one protected unit.
-        honest: so many honest clients surely contribute.
-        bounded: whether the protected unit is the whole contribution, so that its norm is checked after rounding.
-        rotation: seed of the rotation's signs.
+        length: number of values d.
+        padded: length of the ring vector.
+        scale: integer units per unit of a contribution.
+        bits: width of the ring.
+        client_deviation: of one client's integer noise.
+        sensitivity: Delta, the L2 distance in integer units by which one unit of privacy moves the sum.
+        honest: fewest clients whose noise is in the sum and secret.
+        largest_norm: bound on the L2 norm of one contribution.
+        bounded: one whole contribution is within the sensitivity, so that its rounding is conditional.
+        rotation: public seed of the signs.
     """
 
     length: int
     padded: int
-    block: int
     scale: float
     bits: int
     client_deviation: float
-    sensitivity: float
+    sensitivity: int
     honest: int
+    largest_norm: float
     bounded: bool
     rotation: bytes
+
+    def variance(self, survivors: int) -> float:
+        """Variance of the noise in each value of a decoded sum of so many contributions, without rounding."""
+        return survivors * (self.client_deviation / self.scale) ** 2
 
 
 def plan_for(
     *,
     length: int,
     sensitivity: float,
+    largest_norm: float,
     total_norm: float,
     participants: int,
     honest: int,
     noise_multiplier: float,
     max_bits: int,
     rotation: bytes,
-    bounded: bool,
 ) -> Plan:
-    """The plan with the fewest bytes on the wire; equal arguments give an equal plan on every machine.
+    """Scale, noise and ring for one sum; equal arguments give equal plans.
 
     Args:
-        length: of a contribution.
-        sensitivity: L2, of the sum to one protected unit.
-        total_norm: bound on the L2 norm of the sum of all contributions.
-        participants: most clients that may contribute.
-        honest: fewest honest clients whose contributions are in a revealed sum.
-        noise_multiplier: of the sum.
-        max_bits: the widest ring.
-        rotation: public seed.
-        bounded: see :class:`Plan`.
+        length: number of values of a contribution.
+        sensitivity: C, the L2 distance by which one unit of privacy moves the sum.
+        largest_norm: bound on the L2 norm of one contribution.
+        total_norm: bound on the L2 norm of the sum of any contributions.
+        participants: clients that may be in the sum.
+        honest: fewest of them whose noise is in the sum and secret.
+        noise_multiplier: standard deviation of the noise that they add together, over C.
+        max_bits: largest width of the ring.
+        rotation: public seed of the rotation, fresh for each sum.
 
     Raises:
-        ConfigError: no ring is wide enough; the width needed is named.
+        ConfigError: an argument is out of range, or the ring would be wider than ``max_bits``.
     """
-    if not (length >= 1 and 1 <= honest <= participants and 0 < sensitivity <= total_norm and noise_multiplier > 0):
-        raise ValueError("a plan without contributions, honest clients, or noise")
-    plans = []
-    block = _SMALLEST_BLOCK
-    while block <= _LARGEST_BLOCK and (block < 2 * length or block == _SMALLEST_BLOCK):
-        padded = -(-length // block) * block
-        scale, rounded = _scale(padded, sensitivity, honest, noise_multiplier)
-        deviation = _four_digits(math.sqrt(((noise_multiplier * rounded) ** 2 + GAUSSIAN_ROUNDING) / honest))
-        # Of the rotated sum (random signs) and of the noise, each coordinate is sub-Gaussian.
-        spread = math.sqrt(2 * math.log(4 * padded / _WRAPS))
-        signal = scale * total_norm * min(1.0, spread / math.sqrt(block))
-        largest = signal + deviation * math.sqrt(participants) * spread + participants
-        bits = math.ceil(math.log2(largest + 1)) + 1
-        plans.append(Plan(length, padded, block, scale, bits, deviation, rounded, honest, bounded, rotation))
-        block *= 2
-    best = min(plans, key=lambda plan: (plan.bits > max_bits, plan.bits * plan.padded, plan.block))
-    if best.bits > max_bits:
-        least = min(plan.bits for plan in plans)
-        raise ConfigError(
-            f"A sum of {participants} contributions with this noise needs a ring of {least} bits; "
-            f"secure_aggregation.bits allows {max_bits}.",
-            cure="Raise secure_aggregation.bits, draw smaller cohorts, or lower the noise multiplier.",
-            bits=least,
+    _check(length, participants, honest, sensitivity, largest_norm, total_norm, noise_multiplier)
+    padded, bits, deviation, cause = padded_length(length), 0, 0.0, ""
+    for loss in _LOSSES:
+        distance = _distance(padded, loss, honest, noise_multiplier)
+        # What float arithmetic may add to the distance of two encoded vectors.
+        scale = (distance - 2**-21 * math.sqrt(padded)) / (sensitivity + 2**-38 * largest_norm)
+        delta = _integer_sensitivity(padded, distance)
+        deviation = _deviation(noise_multiplier * delta, honest)
+        signal, noise = (scale * total_norm) ** 2 / padded, participants * (deviation**2 + 0.25)
+        bits = _ring_bits(padded, signal + noise)
+        if bits <= min(max_bits, MOST_BITS) and deviation <= LARGEST_DEVIATION:
+            bounded = largest_norm <= sensitivity
+            return Plan(length, padded, scale, bits, deviation, delta, honest, largest_norm, bounded, rotation)
+        cause = (
+            f"its norm, up to {total_norm / sensitivity:.6g} times its sensitivity"
+            if signal > noise
+            else f"the noise multiplier {noise_multiplier:g} of {participants} clients of whom {honest} suffice"
         )
-    if best.client_deviation > LARGEST_DEVIATION:
+    if bits > min(max_bits, MOST_BITS):
         raise ConfigError(
-            f"The noise of one client has a standard deviation of {best.client_deviation:g} ring units.",
-            cure=f"At most {LARGEST_DEVIATION:g} are sampled: raise min_survivors, or lower the noise multiplier.",
+            f"The sum of {participants} contributions of {length} values needs a ring of {bits} bits, more than "
+            f"secure_aggregation.bits = {max_bits}.",
+            cure=f"Raise secure_aggregation.bits (at most {MOST_BITS}), or lower what takes most of the ring: {cause}.",
+            bits=bits,
         )
-    return best
-
-
-def encode(plan: Plan, contribution: Vector, stream: SecretStream) -> Ring:
-    """One client's contribution as integers with its share of the noise, modulo ``2^bits``.
-
-    Args:
-        contribution: [length].
-        stream: secret, of this client and this output only.
-
-    Returns:
-        [padded], below ``2^bits``.
-
-    Raises:
-        UpdateRejectedError: the contribution is not finite, or larger than the plan's sensitivity allows.
-    """
-    rotated = rotate(contribution, plan.rotation, plan.block, plan.padded)
-    rotated *= plan.scale
-    if not (math.isfinite(norm := float(rotated @ rotated)) and norm < 2.0**100):
-        raise UpdateRejectedError("A contribution to a secure sum is not finite.", cure="Lower the learning rate.")
-    noised = _rounded(plan, rotated, stream)
-    noised += discrete_gaussian(plan.client_deviation).sample(stream, plan.padded)
-    # Two's complement: the lower bits of a negative integer are those of its residue.
-    return np.asarray(noised.astype(np.uint32) & np.uint32(2**plan.bits - 1), np.uint32)
-
-
-def decode(plan: Plan, total: Ring) -> Vector:
-    """The sum of contributions, noise included, of the sum of their integers modulo ``2^bits``: [length]."""
-    half = 2 ** (plan.bits - 1)
-    values = ((total.astype(np.int64) + half) & (2**plan.bits - 1)) - half
-    return rotate_back(values / plan.scale, plan.rotation, plan.block, plan.length)
-
-
-def event_of(plan: Plan, sampling_prob: float = 1.0) -> DistributedGaussian:
-    """The privacy event of a sum under this plan."""
-    return DistributedGaussian(plan.client_deviation, plan.honest, plan.sensitivity, sampling_prob)
-
-
-def _rounded(plan: Plan, rotated: Vector, stream: SecretStream) -> npt.NDArray[np.int64]:
-    for _ in range(_MOST_TRIES):
-        rounded = np.floor(rotated + stream.uniform(plan.padded))
-        if not plan.bounded or float(rounded @ rounded) <= plan.sensitivity**2:
-            return rounded.astype(np.int64)
-    raise UpdateRejectedError(
-        "A contribution to a secure sum is larger than the clipping norm that its noise is made for."
+    raise ConfigError(
+        f"Each client would add noise of deviation {deviation:g} in integer units, more than {LARGEST_DEVIATION:g}.",
+        cure="Lower the noise multiplier, or raise secure_aggregation.min_survivors.",
     )
 
 
-def _scale(padded: int, sensitivity: float, honest: int, noise_multiplier: float) -> tuple[float, float]:
-    """The scale, and the sensitivity after rounding, in ring units.
+def event_of(plan: Plan, sampling_prob: float = 1.0) -> DistributedGaussian:
+    """Privacy event of one sum, for a unit that is in it with ``sampling_prob``."""
+    return DistributedGaussian(plan.client_deviation, plan.honest, plan.sensitivity, sampling_prob)
 
-    The scale is the smallest at which rounding costs little, and at which a client's noise is wide enough to be smooth.
+
+def encode(plan: Plan, contribution: Vector, stream: SecretStream) -> RingVector:
+    """One client's noised integers [padded], modulo ``2^bits``.
+
+    Args:
+        plan: of the sum.
+        contribution: float64 [length], of norm at most ``plan.largest_norm``.
+        stream: secret, used for nothing else; gives the coins of rounding and the noise.
+
+    Raises:
+        UpdateRejectedError: the contribution has another length or a larger norm.
     """
-    root, tail = math.sqrt(padded), math.sqrt(_LOG_BETA / 2)
-    # (d / 4 + tail (2 D + sqrt(d))) = cost * D^2, solved for D.
-    quarter = padded / 4 + tail * root
-    before = (tail + math.sqrt(tail**2 + _ROUNDING_COST * quarter)) / _ROUNDING_COST
-    before = max(before, _LEAST_DEVIATION * math.sqrt(honest) / noise_multiplier)
-    after = math.sqrt(before**2 + quarter + 2 * tail * before)
-    return before / sensitivity, after
+    norm = float(np.linalg.norm(contribution))
+    if contribution.shape != (plan.length,) or not norm <= plan.largest_norm * (1 + ROUNDING):
+        raise UpdateRejectedError(
+            f"A contribution of shape {contribution.shape} and norm {norm:.6g}.",
+            cure=f"This secure sum takes {plan.length} values of norm {plan.largest_norm:.6g} at most.",
+        )
+    # Clipped vectors exceed the bound by rounding errors only, and the guarantee does not.
+    factor = plan.scale * min(1.0, plan.largest_norm / norm) if norm > 0 else plan.scale
+    rotated = rotate(np.asarray(contribution, dtype=np.float64), plan.rotation, factor)
+    rounded = np.empty_like(rotated)
+    while _round(rotated, rounded, stream) > plan.sensitivity**2 and plan.bounded:
+        pass
+    vector, noise = np.empty(plan.padded, dtype=np.uint32), discrete_gaussian(plan.client_deviation)
+    for start in range(0, plan.padded, _PIECE):
+        piece = rounded[start : start + _PIECE].astype(np.int64)
+        piece += noise.sample(stream, len(piece))
+        piece &= (1 << plan.bits) - 1
+        vector[start : start + _PIECE] = piece
+    return vector
 
 
-def _four_digits(deviation: float) -> float:
-    """Rounded up to four significant digits, so that equal tables serve many rounds."""
-    step = 10.0 ** (math.floor(math.log10(deviation)) - 3)
-    return math.ceil(deviation / step * (1 - 1e-12)) * step
+def decode(plan: Plan, total: RingVector) -> Vector:
+    """The noised sum, float64 [length], of contributions whose vectors add up to ``total`` [padded], mod ``2^bits``."""
+    modulus = 1 << plan.bits
+    centred = total.astype(np.float64)
+    centred[total >= modulus // 2] -= modulus
+    return rotate_back(centred, plan.rotation, plan.length, 1 / plan.scale)
+
+
+def _check(length: int, participants: int, honest: int, *bounds: float) -> None:
+    if not all(math.isfinite(bound) and bound > 0 for bound in bounds):
+        raise ConfigError(
+            f"Norms and noise multiplier of a secure sum are {bounds}.", cure="They must be finite and above 0."
+        )
+    if not 1 <= honest <= participants or length < 1:
+        raise ConfigError(
+            f"A secure sum of {length} values with {honest} honest survivors of {participants} participants.",
+            cure="At least one value, and at least one of the participants must survive and be honest.",
+        )
+
+
+def _round(values: Vector, rounded: Vector, stream: SecretStream) -> float:
+    """Write ``floor(values + coin)`` into ``rounded``; return its squared norm."""
+    squares = 0.0
+    for start in range(0, values.size, _PIECE):
+        piece = rounded[start : start + _PIECE]
+        coins = stream.words(-(-len(piece) // 2)).view("<u4")[: len(piece)]
+        np.multiply(coins, 2.0**-_COIN_BITS, out=piece)
+        piece += values[start : start + _PIECE]
+        np.floor(piece, out=piece)
+        squares += float(piece @ piece)
+    return squares
+
+
+def _hoeffding(padded: int) -> float:
+    """Factor of ``2 D + sqrt(d)``: ``sqrt(ln(1/b) / 2)``, and the means' error by coins of 32 bits."""
+    return math.sqrt(_BETA_BITS * _LN2 / 2) + 2.0 ** (1 - _COIN_BITS) * math.sqrt(padded)
+
+
+def _integer_sensitivity(padded: int, distance: float) -> int:
+    """Delta: bound on the distance after rounding of vectors at ``distance`` before it."""
+    root = math.sqrt(padded)
+    return math.ceil(math.sqrt(distance**2 + padded / 4 + _hoeffding(padded) * (2 * distance + root)))
+
+
+def _distance(padded: int, loss: float, honest: int, noise_multiplier: float) -> float:
+    """D, the smallest distance after scaling whose Delta^2 is at most ``loss * D^2``, with noise enough per client."""
+    root, factor, share = math.sqrt(padded), _hoeffding(padded), loss - 1
+    distance = (factor + math.sqrt(factor**2 + share * (padded / 4 + factor * root))) / share
+    return max(distance, _LEAST_DEVIATION * math.sqrt(honest) / noise_multiplier)
+
+
+def _deviation(total: float, honest: int) -> float:
+    """Deviation of one client's noise, so that ``honest`` of them give ``sqrt(honest * deviation^2 - 4) >= total``."""
+    exact = math.sqrt((total**2 + GAUSSIAN_ROUNDING) / honest) * (1 + 1e-12)
+    return float(Context(prec=_DIGITS, rounding=ROUND_CEILING).create_decimal_from_float(exact))
+
+
+def _ring_bits(padded: int, variance: float) -> int:
+    """Smallest width with ``2 d exp(-h^2 / (2 variance)) <= 2^-30`` for ``h = 2^(bits - 1)``."""
+    half_squared = 2 * variance * _LN2 * (_WRAP_BITS + 1 + padded.bit_length())
+    return next(bits for bits in range(2, 1025) if 4.0 ** (bits - 1) >= half_squared)

@@ -15,7 +15,7 @@ from fedvit.privacy.events import Event, Gaussian, event_from_json, event_to_jso
 from fedvit.privacy.randomness import SecretStream
 from fedvit.secagg.discrete_gaussian import DiscreteGaussian
 from fedvit.secagg.noise import Plan, decode, encode, event_of, plan_for
-from fedvit.secagg.rotation import Vector, rotate, rotate_back
+from fedvit.secagg.rotation import Vector, padded_length, rotate, rotate_back
 
 FULL = os.environ.get("SECAGG") == "full"
 SEED = b"r" * 32
@@ -29,13 +29,13 @@ def plan_of(clients: int = 30, honest: int = 27, *, length: int = 1_000, max_bit
     return plan_for(
         length=length,
         sensitivity=2.0,
+        largest_norm=2.0,
         total_norm=2.0 * clients,
         participants=clients,
         honest=honest,
         noise_multiplier=z,
         max_bits=max_bits,
         rotation=SEED,
-        bounded=True,
     )
 
 
@@ -58,14 +58,20 @@ def test_the_sampler_is_exact(deviation: float) -> None:
     assert stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-4
 
 
-def test_the_rotation_keeps_distances_and_can_be_undone() -> None:
-    rng = np.random.default_rng(0)
-    one, other = rng.normal(size=(2, 1_000))
-    for block in (64, 512, 1024):
-        padded = -(-1_000 // block) * block
-        turned = rotate(one, SEED, block, padded), rotate(other, SEED, block, padded)
-        assert np.linalg.norm(turned[0] - turned[1]) == pytest.approx(np.linalg.norm(one - other))
-        np.testing.assert_allclose(rotate_back(turned[0], SEED, block, 1_000), one, atol=1e-12)
+@pytest.mark.parametrize("length", [1, 2, 3, 12, 13, 1_000, 1_025, 5_000])
+def test_the_rotation_is_orthonormal_and_flat_and_can_be_undone(length: int) -> None:
+    rng = np.random.default_rng(length)
+    one, other = rng.normal(size=(2, length))
+    turned = rotate(one, SEED), rotate(other, SEED)
+    assert turned[0].shape == (padded_length(length),)
+    assert turned[0] @ turned[1] == pytest.approx(one @ other)
+    np.testing.assert_allclose(rotate_back(turned[0], SEED, length), one, atol=1e-12)
+    assert np.allclose(np.abs(rotate(np.eye(length)[length // 2], SEED)), padded_length(length) ** -0.5)
+
+
+def test_padding_costs_little() -> None:
+    assert padded_length(5_500_000) == 84 << 16
+    assert max(padded_length(length) / length for length in range(1_000, 70_000)) < 1.12
 
 
 @pytest.mark.parametrize("clients", [30, 100, 1_000] if FULL else [30, 100])
@@ -101,7 +107,7 @@ def test_rounding_moves_a_neighbour_no_further_than_the_sensitivity() -> None:
     for trial in range(20):
         change = clipped(rng, 500)
         other = clipped(rng, 500) * 50
-        a, b = (rotate(x, SEED, plan.block, plan.padded) * plan.scale for x in (other, other + change))
+        a, b = (rotate(x, SEED, plan.scale) for x in (other, other + change))
         coins = stream_of(trial).uniform(plan.padded)
         moved = np.linalg.norm(np.floor(b + coins) - np.floor(a + coins))
         assert plan.scale * 2.0 * 0.9 < moved <= plan.sensitivity
@@ -116,7 +122,9 @@ def test_what_is_larger_than_its_bound_is_not_encoded() -> None:
 
 
 def test_a_ring_that_is_too_narrow_is_refused_with_the_width_needed() -> None:
-    needed = plan_of().bits
     with pytest.raises(ConfigError) as refused:
+        plan_of(max_bits=2)
+    needed = refused.value.details["bits"]
+    assert plan_of(max_bits=needed).bits == needed
+    with pytest.raises(ConfigError):
         plan_of(max_bits=needed - 1)
-    assert refused.value.details["bits"] == needed
