@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test test-campaigns test-secagg fuzz fuzz-updates chaos chaos-ledger attack audit-mutants drill lint fmt \
-	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep model-families health-check emergency-backup diagnostics \
+	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep bench-distributed-noise model-families health-check emergency-backup diagnostics \
 	logs monitoring monitoring-day wheel hashes cluster-configs test-cluster test-readme
 
 help:  ## List the targets
@@ -166,6 +166,9 @@ bench-robust: setup  ## Compare aggregation rules while a fifth of the clients a
 
 bench-drift: setup  ## Measure power and false alarms of private histograms, on GTSRB_ZIP=path/to/GTSRB.zip
 	$(BIN)/python -m tests.benchmarks.drift
+
+bench-distributed-noise: setup  ## Compare the error of sums with distributed, central and local noise (3 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.distributed_noise
 
 bench-sweep: setup  ## Sweep 24 trials over noise and staleness, killed in the middle (GTSRB_ZIP=path/to/GTSRB.zip is optional)
 	$(BIN)/python -m tests.benchmarks.sweep
