@@ -14,9 +14,9 @@ from typing import TypeVar
 from fedvit.api.choices import ImmediateAction
 from fedvit.config import Settings
 from fedvit.errors import ConflictError, FedvitError, PlacementError
-from fedvit.incidents.forensics import bundle_path, write_bundle
+from fedvit.incidents.forensics import NOT_TOLD_APART, bundle_path, write_bundle
 from fedvit.ports import AggregatorPort
-from fedvit.registry.contributions import last_release_without
+from fedvit.registry.contributions import last_release_without, versions_of_secure_sums
 from fedvit.store.store import Store
 from fedvit.types import LedgerFreeze, RunStatus
 
@@ -197,7 +197,9 @@ class BreachResponse:
         self._bundle_sha256 = self._in_time(
             1.0, lambda: write_bundle(self._store, self._settings, self._bundle, incident)
         )
-        return f"Audit trail, ledger, lineage, clients, tokens and settings are in {self._bundle}."
+        detail = f"Audit trail, ledger, lineage, clients, tokens and settings are in {self._bundle}."
+        secure = len(versions_of_secure_sums(self._store))
+        return f"{detail} {secure} versions were {NOT_TOLD_APART}" if secure else detail
 
     def _in_time(self, share: float, call: Callable[[], _Result]) -> _Result:
         """The result of ``call``, within a share of the time limit.

@@ -16,10 +16,14 @@ from typing import Any
 from fedvit.atomic_write import draft_in
 from fedvit.config import Settings
 from fedvit.errors import IntegrityError
-from fedvit.registry.contributions import contributions
+from fedvit.registry.contributions import contributions, versions_of_secure_sums
 from fedvit.store.store import Store
 
 MANIFEST = "manifest.json"
+NOT_TOLD_APART = (
+    "trained with secure aggregation. Their lineage names the clients in each sum; what a single client contributed "
+    "was never seen, and contributions cannot be told apart."
+)
 _Parts = Mapping[str, Callable[[], Iterable[Mapping[str, Any]]]]
 
 
@@ -72,10 +76,7 @@ def _parts(store: Store, settings: Settings, incident: Mapping[str, Any]) -> _Pa
         "runs.jsonl": lambda: map(asdict, store.runs.all()),
         "versions.jsonl": lambda: map(asdict, store.versions.all()),
         "releases.jsonl": lambda: map(asdict, store.releases.all()),
-        "contributions.jsonl": lambda: (
-            {"version": version, "affected_clients": sorted(client_ids)}
-            for version, client_ids in contributions(store.versions.all(), set(affected)).items()
-        ),
+        "contributions.jsonl": lambda: _contributions(store, set(affected)),
         "clients.jsonl": lambda: map(asdict, store.clients.all()),
         "tokens.jsonl": lambda: (
             {name: value for name, value in asdict(token).items() if name != "secret_hash"}
@@ -83,6 +84,14 @@ def _parts(store: Store, settings: Settings, incident: Mapping[str, Any]) -> _Pa
         ),
         "settings.jsonl": lambda: [settings.model_dump(mode="json")],
     }
+
+
+def _contributions(store: Store, affected: set[str]) -> Iterator[dict[str, Any]]:
+    """For each version, the affected clients that contributed, and whether single contributions can be told apart."""
+    secure = versions_of_secure_sums(store)
+    for version, client_ids in contributions(store.versions.all(), affected).items():
+        line = {"version": version, "affected_clients": sorted(client_ids), "secure_aggregation": version in secure}
+        yield line | ({"note": NOT_TOLD_APART} if version in secure else {})
 
 
 def _verifications(store: Store) -> Iterator[dict[str, Any]]:

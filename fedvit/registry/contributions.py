@@ -33,6 +33,20 @@ def contributions(versions: Iterable[ModelVersion], client_ids: Collection[str])
     return by_version
 
 
+def versions_of_secure_sums(store: Store) -> frozenset[str]:
+    """The versions that contain sums of secure aggregation: their lineage says who was in a sum, not who gave what."""
+    secure_runs = {
+        run.run_id for run in store.runs.all() if run.config.get("privacy", {}).get("noise_at") == "distributed"
+    }
+    found: set[str] = set()
+    for version in reversed(store.versions.all()):
+        # A derived version is numbered with the latest run, which need not be its own.
+        own = version.run_id in secure_runs and version.derived_from is None
+        if own or found.intersection((version.derived_from, version.lineage.get("base_version"))):
+            found.add(version.version)
+    return frozenset(found)
+
+
 def last_release_without(store: Store, client_ids: Collection[str]) -> Release | None:
     """The newest release to which none of these clients contributed, or None."""
     contributors = contributions(store.versions.all(), client_ids)

@@ -20,11 +20,10 @@ from incident_site import BREACH, WAIT_S, JsonObject, LateFleet, Site
 from fedvit.access.identity import Scope
 from fedvit.access.tokens import create_token
 from fedvit.errors import LedgerFrozenError, PlacementError
+from fedvit.incidents.forensics import NOT_TOLD_APART
 from fedvit.ports import Charge
-from fedvit.registry.contributions import contributions
-from fedvit.store.records import Derivation, RoundCommit, Token
-from fedvit.store.store import Store
-from fedvit.types import ClientOutcome, Cohort, RunStatus, utc_now
+from fedvit.store.records import Token
+from fedvit.types import RunStatus, utc_now
 
 LITERAL = "PB-$(date +%Y%m%d-%H%M%S)"
 
@@ -270,50 +269,21 @@ def test_a_second_incident_does_not_bring_back_what_the_first_withdrew(site: Sit
     )
 
 
-def commit(store: Store, run_id: str, round_index: int, clients: list[str], base: str | None = None) -> str:
-    store.rounds.open(run_id, round_index, Cohort(round_index, tuple(clients)))
-    return store.rounds.commit(
-        run_id,
-        round_index,
-        RoundCommit(
-            weights_digest=f"{round_index}" * 64,
-            frozen_digest="f" * 64,
-            epsilon=1.0,
-            loss=None,
-            accuracy=None,
-            metrics={},
-            lineage={"clients": clients, "base_version": base},
-            outcomes=tuple(ClientOutcome(client, 10) for client in clients),
-            duration_s=1.0,
-        ),
-    ).version
-
-
-def test_contributions_follow_rounds_runs_and_derivations(tmp_path: Path) -> None:
-    with Store.open(tmp_path) as store:
-
-        def begin() -> str:
-            facts: Any = {"rounds_total": 9, "noise_multiplier": 1.0, "config": {}, "data_digest": "d"}
-            return store.runs.create(**facts, config_digest="c").run_id
-
-        first = begin()
-        commit(store, first, 1, ["a"])
-        commit(store, first, 2, ["b"])
-        commit(store, first, 3, ["c"])
-        store.runs.set_status(first, RunStatus.COMPLETED)
-        derived = store.versions.derive(Derivation("v1.1.2", {"rollback_of": "v1.1.2"}, {}))
-        store.releases.add(derived.version, {"standard": "x"}, {}, "back", while_frozen=True)
-        tuned = begin()
-        commit(store, tuned, 1, ["d"], base="v1.1.4")
-        commit(store, tuned, 2, ["a"], base="v1.1.4")
-        store.runs.set_status(tuned, RunStatus.COMPLETED)
-        commit(store, begin(), 1, ["b"])
-        results = {name: "".join(sorted(who)) for name, who in contributions(store.versions.all(), "abcd").items()}
-        assert results == {
-            **{"v1.1.1": "a", "v1.1.2": "ab", "v1.1.3": "abc", "v1.1.4": "ab"},
-            **{"v1.2.1": "abd", "v1.2.2": "abd", "v1.3.1": "b"},
-        }
-        assert contributions(store.versions.all(), ["c"])["v1.1.3"] == {"c"}
+def test_of_secure_sums_it_is_said_that_contributions_cannot_be_told_apart(site: Site) -> None:
+    site.trained()
+    (run,) = site.store.runs.all()
+    plain = site.breach("vehicle-0000")
+    assert not any(line["secure_aggregation"] for line in bundle(plain)["contributions.jsonl"])
+    site.stand_down("PB-1")
+    site.store.runs.set_config(run.run_id, {**run.config, "privacy": {"noise_at": "distributed"}})
+    secure = site.breach("vehicle-0001", incident="PB-2")
+    lines = {line["version"]: line for line in bundle(secure)["contributions.jsonl"]}
+    assert len(lines) == 4
+    assert all(line["secure_aggregation"] and line["note"] == NOT_TOLD_APART for line in lines.values())
+    # Who was in a sum is known nevertheless.
+    assert (lines["v1.1.2"]["affected_clients"], lines["v1.1.4"]["affected_clients"]) == ([], ["vehicle-0001"])
+    assert NOT_TOLD_APART in action(secure, "forensic_bundle")["detail"]
+    assert NOT_TOLD_APART not in action(plain, "forensic_bundle")["detail"]
 
 
 # --- quarantine and its end ------------------------------------------------------------------------------------------
