@@ -12,8 +12,9 @@ from scipy.stats import chi2
 
 from fedvit.errors import ConfigError, UpdateRejectedError
 from fedvit.privacy.epsilon import epsilon_pld
-from fedvit.privacy.events import Event, Gaussian, event_from_json, event_to_json
+from fedvit.privacy.events import Composed, DistributedGaussian, Event, Gaussian, event_from_json, event_to_json
 from fedvit.privacy.randomness import SecretStream
+from fedvit.privacy.round_cost import charge_of, spend_of
 from fedvit.secagg.noise import Plan, decode, encode, event_of, plan_for
 from fedvit.secagg.rotation import Vector, padded_length, rotate, rotate_back
 
@@ -175,6 +176,35 @@ def test_the_event_is_a_gaussian_with_the_noise_multiplier_asked_for() -> None:
     assert event_from_json(event_to_json(event)) == event
 
 
+def test_a_charge_shows_the_noise_and_gives_the_event_back() -> None:
+    event = event_of(plan_of(z=1.3), 0.2)
+    for one, joint in ((event, event.noise_multiplier), (Composed((event, event)), event.noise_multiplier / 2**0.5)):
+        charge = charge_of(one, run_id="r", round_index=1, unit_id="u", output_id="o", unit="record")
+        assert charge.noise_multiplier == pytest.approx(joint)
+        assert spend_of(charge) == (one, 1)
+    charge = charge_of(event, run_id="r", round_index=1, unit_id="u", output_id="o", unit="record")
+    assert charge.sampling_prob == 0.2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"client_deviation": 2.9},
+        {"client_deviation": math.inf},
+        {"client_deviation": math.nan},
+        {"honest": 0},
+        {"sensitivity": 0},
+        {"sampling_prob": 0.0},
+        {"sampling_prob": 1.1},
+    ],
+)
+def test_an_event_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    facts: dict[str, Any] = {"client_deviation": 3.0, "honest": 1, "sensitivity": 1, "sampling_prob": 1.0}
+    assert DistributedGaussian(**facts).noise_multiplier == pytest.approx(math.sqrt(5))
+    with pytest.raises(ConfigError):
+        DistributedGaussian(**facts | wrong)
+
+
 def test_rounding_moves_a_neighbour_no_further_than_the_sensitivity() -> None:
     """Two contributions that differ by one protected unit, rounded with the same coins."""
     plan, rng = plan_of(length=500), np.random.default_rng(5)
@@ -202,3 +232,9 @@ def test_a_ring_that_is_too_narrow_is_refused_with_the_width_needed() -> None:
     assert plan_of(max_bits=needed).bits == needed
     with pytest.raises(ConfigError):
         plan_of(max_bits=needed - 1)
+
+
+def test_noise_that_no_table_holds_is_refused() -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan_of(1, 1, length=5_500_000, z=40.0, max_bits=32)
+    assert "bits" not in refused.value.details
