@@ -67,6 +67,11 @@ class SecureClient:
     ) -> None:
         if client_id not in parameters.index:
             raise SecureAggregationError(f"{client_id} does not take part in this session.")
+        if unknown := sorted(parameters.index.keys() - peers.keys() - {client_id}):
+            raise SecureAggregationError(
+                f"{unknown[0]} takes part in this session, and {client_id} knows no identity key of it.",
+                cure="Name its key in the policy of the vehicle's owner.",
+            )
         self.parameters, self.client_id = parameters, client_id
         self._identity, self._peers, self._entropy = identity, peers, entropy
         self._neighbours = parameters.neighbours_of(client_id)
@@ -75,6 +80,7 @@ class SecureClient:
         # By phase: the SHA-256 of the request, and the answer.
         self._answered: dict[str, tuple[str, bytes]] = {}
         self._keys: dict[str, Keys] = {}
+        self._ciphers: dict[str, AESGCM] = {}
         self._shares: dict[str, tuple[bytes, bytes]] = {}
         self._survivors: tuple[str, ...] | None = None
         self._masked: tuple[str, str] | None = None
@@ -186,7 +192,7 @@ class SecureClient:
         of_key = split(self._mask_private, threshold, places, self._entropy)
         of_seed = split(self._seed, threshold, places, self._entropy)
         self._shares = {self.client_id: (of_key[place[self.client_id]], of_seed[place[self.client_id]])}
-        sealed = {c: self._seal(c, of_key[place[c]] + of_seed[place[c]]).hex() for c in self._keys}
+        sealed = {c: messages.written(self._seal(c, of_key[place[c]] + of_seed[place[c]])) for c in self._keys}
         return messages.encode("shares", sealed)
 
     def _seal(self, receiver: str, content: bytes) -> bytes:
@@ -202,11 +208,14 @@ class SecureClient:
         return opened[: messages.SHARE_BYTES], opened[messages.SHARE_BYTES :]
 
     def _cipher(self, other: str) -> AESGCM:
-        try:
-            secret = agreed_secret(self._share_private, self._keys[other].share_key)
-        except ValueError:
-            raise SecureAggregationError(f"The keys of {other} are of no use: they have a small order.") from None
-        return AESGCM(derived_key(secret, f"{pair_purpose(self.parameters, self.client_id, other)}/shares"))
+        if other not in self._ciphers:
+            try:
+                secret = agreed_secret(self._share_private, self._keys[other].share_key)
+            except ValueError:
+                raise SecureAggregationError(f"The keys of {other} are of no use: they have a small order.") from None
+            purpose = f"{pair_purpose(self.parameters, self.client_id, other)}/shares"
+            self._ciphers[other] = AESGCM(derived_key(secret, purpose))
+        return self._ciphers[other]
 
     def _binding(self, sender: str, receiver: str) -> bytes:
         return f"{self.parameters.digest}/{sender}/{receiver}".encode()
@@ -233,9 +242,11 @@ class SecureClient:
                 f"A sum of {len(survivors)} vectors, {'with' if self.client_id in survivors else 'without'} that of "
                 f"{self.client_id}, is not revealed: it has to have {self.parameters.min_survivors}, and this one."
             )
+        if invented := [n for n in self._neighbours if n in survivors and n not in self._shares]:
+            raise SecureAggregationError(f"{invented[0]} is said to have survived, and has shared no secrets.")
         self._survivors = survivors
         signature = self._identity.sign(messages.confirmed(self.parameters, self.client_id, survivors))
-        return messages.encode("signature", signature.hex())
+        return messages.encode("signature", messages.written(signature))
 
     def _unmask(self, request: bytes) -> bytes:
         survivors = self._survivors
@@ -255,7 +266,7 @@ class SecureClient:
                 f"{self.parameters.threshold} are needed."
             )
         kept = frozenset(survivors)
-        given = {c: (of_seed if c in kept else of_key).hex() for c, (of_key, of_seed) in self._shares.items()}
+        given = {c: messages.written(of_seed if c in kept else of_key) for c, (of_key, of_seed) in self._shares.items()}
         return messages.encode("shares", given)
 
     def _once(self, phase: str, request: bytes, answer: Callable[[bytes], bytes]) -> bytes:

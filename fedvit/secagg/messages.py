@@ -1,8 +1,10 @@
-"""Messages of the protocol: canonical JSON with hexadecimal values, read with bounds before anything is built of it."""
+"""Messages of the protocol: JSON with values in base 64, read with bounds before anything is built of it."""
 
 from __future__ import annotations
 
+import binascii
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +38,7 @@ class Keys:
         return b"/".join((*of, self.mask_key, self.share_key, self.commitment))
 
     def to_json(self) -> list[str]:
-        return [value.hex() for value in (self.mask_key, self.share_key, self.commitment, self.signature)]
+        return [written(value) for value in (self.mask_key, self.share_key, self.commitment, self.signature)]
 
     @classmethod
     def from_json(cls, value: Any) -> Keys:
@@ -45,6 +47,11 @@ class Keys:
             raise ValueError("it has no four values")
         sizes = (KEY_BYTES, KEY_BYTES, KEY_BYTES, SIGNATURE_BYTES)
         return cls(*(_bytes(part, size) for part, size in zip(value, sizes, strict=True)))
+
+
+def written(content: bytes) -> str:
+    """Bytes as a value of a message."""
+    return b64encode(content).decode()
 
 
 def encode(field: str, value: Any) -> bytes:
@@ -80,7 +87,7 @@ def by_client(value: Any, parse: Callable[[Any], Any], allowed: Sequence[str]) -
 
 
 def of_size(size: int) -> Callable[[Any], bytes]:
-    """Reads hexadecimal text of so many bytes; ValueError for anything else."""
+    """The inverse of :func:`written` for so many bytes; ValueError for anything else."""
     return lambda value: _bytes(value, size)
 
 
@@ -120,7 +127,10 @@ def is_signed(peers: Mapping[str, Ed25519PublicKey], client_id: str, signature: 
 
 
 def _bytes(value: Any, size: int) -> bytes:
-    content = bytes.fromhex(text(value, 2 * size))
-    if len(content) != size:
-        raise ValueError(f"a value has {len(content)} bytes instead of {size}")
+    try:
+        content = b64decode(text(value, 2 * size + 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError(str(error)) from None
+    if len(content) != size or written(content) != value:
+        raise ValueError(f"a value is not {size} bytes in base 64")
     return content

@@ -25,7 +25,7 @@ _MAX_BYTES = 1_000_000
 # The server draws the session, and with it the graph: it may try 2^40 of them, and each fails with 2^-40 at most.
 _SECURITY = 2.0**-80
 # How often an honest round may fail although no more clients drop out than expected.
-_CORRECTNESS = 2.0**-20
+_CORRECTNESS = 2.0**-10
 _FIELDS = ("session", "participants", "neighbours", "threshold", "min_survivors", "bits", "length")
 
 
@@ -131,7 +131,7 @@ def parameters_for(
     """Parameters with the smallest degree that is secure and that tolerates the dropouts.
 
     With probability 2^-40 at most, for any of 2^40 graphs: as many neighbours of a client collude as could confirm two
-    survivor sets or rebuild a secret, or removing colluding and dropped clients parts the graph. With probability 2^-20
+    survivor sets or rebuild a secret, or removing colluding and dropped clients parts the graph. With probability 2^-10
     at most, a client keeps fewer neighbours than the threshold. Small cohorts use the complete graph.
 
     Args:

@@ -5,9 +5,9 @@ Every phase may lose clients. Where too few are left the session fails, and noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from itertools import combinations, islice
+from functools import partial
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -19,9 +19,6 @@ from fedvit.secagg.masks import Ring, agreed_secret, apply_masks, derived_key, p
 from fedvit.secagg.messages import Keys
 from fedvit.secagg.parameters import Parameters
 from fedvit.secagg.shamir import combine
-
-# Sets of shares that are tried where some shares are wrong.
-_MOST_TRIES = 10_000
 
 
 class Phase(StrEnum):
@@ -61,6 +58,7 @@ class SecureServer:
         self._sealed: dict[str, dict[str, str]] = {}
         self._given: dict[str, dict[str, bytes]] = {}
         self._confirmations: dict[str, str] = {}
+        self._wrong: set[str] = set()
         self._sum = np.zeros(parameters.length, np.uint32)
         self._summed: set[str] = set()
         self._total: Ring | None = None
@@ -182,7 +180,7 @@ class SecureServer:
         sealed = messages.by_client(value, messages.of_size(messages.SEALED_BYTES), receivers)
         if len(sealed) < len(receivers):
             raise UpdateRejectedError(f"{client_id} has shared its secrets with {len(sealed)} of {len(receivers)}.")
-        self._sealed[client_id] = {receiver: content.hex() for receiver, content in sealed.items()}
+        self._sealed[client_id] = {receiver: messages.written(content) for receiver, content in sealed.items()}
 
     def _take_confirmation(self, client_id: str, response: bytes) -> None:
         value = messages.decode(response, "signature", self.parameters)
@@ -191,7 +189,7 @@ class SecureServer:
         content = messages.confirmed(self.parameters, client_id, self.survivors)
         if not messages.is_signed(self._peers, client_id, signature, content):
             raise UpdateRejectedError(f"{client_id} has confirmed another set of survivors.")
-        self._confirmations[client_id] = signature.hex()
+        self._confirmations[client_id] = messages.written(signature)
 
     def _take_unmasking(self, client_id: str, response: bytes) -> None:
         owners = [c for c in (client_id, *self.parameters.neighbours_of(client_id)) if c in self._sealed]
@@ -203,7 +201,7 @@ class SecureServer:
     def _unmask(self) -> None:
         parameters, keys = self.parameters, list[tuple[bytes, int]]()
         for client_id in self.survivors:
-            seed = self._secret_of(client_id, lambda s, c=client_id: commitment_to(parameters, c, s), "commitment")
+            seed = self._secret_of(client_id, partial(commitment_to, parameters, client_id), "commitment")
             keys.append((derived_key(seed, own_purpose(parameters, client_id)), -1))
         for client_id in sorted(self._sealed.keys() - self._summed):
             left = [n for n in parameters.neighbours_of(client_id) if n in self._summed]
@@ -218,19 +216,33 @@ class SecureServer:
         apply_masks(self._sum, parameters.bits, keys)
         self._total = self._sum
 
-    def _secret_of(self, owner: str, public: object, attribute: str) -> bytes:
-        """A client's secret, rebuilt from shares and compared with what the client advertised."""
+    def _secret_of(self, owner: str, public: Callable[[bytes], bytes], advertised: str) -> bytes:
+        """A client's secret, rebuilt from shares and compared with what the client advertised.
+
+        Where shares are wrong, other ones are tried, and the clients that gave wrong ones are out.
+        """
         given, threshold = self._given.get(owner, {}), self.parameters.threshold
-        by_place = {self.parameters.index[holder] + 1: share for holder, share in given.items()}
-        if len(by_place) < threshold:
-            raise self._failed(f"{len(by_place)} clients gave a share of a secret of {owner}, and {threshold} have to")
-        for places in islice(combinations(sorted(by_place), threshold), _MOST_TRIES):
+        # Clients that gave wrong shares before are asked last.
+        holders = sorted(given, key=lambda holder: (holder in self._wrong, holder))
+        if len(holders) < threshold:
+            raise self._failed(f"{len(holders)} clients gave a share of a secret of {owner}, and {threshold} have to")
+
+        def rebuilt(some: Sequence[str]) -> bytes | None:
             try:
-                secret = combine({place: by_place[place] for place in places})
-                if public(secret) == getattr(self._keys[owner], attribute):  # type: ignore[operator]
-                    return secret
+                secret = combine({self.parameters.index[holder] + 1: given[holder] for holder in some})
+                return secret if public(secret) == getattr(self._keys[owner], advertised) else None
             except ValueError:
-                continue
+                return None
+
+        for start in range(len(holders) - threshold + 1):
+            used = holders[start : start + threshold]
+            secret = rebuilt(used)
+            if secret is not None:
+                for holder in holders[:start]:
+                    if rebuilt([holder, *used[1:]]) is None:
+                        self._wrong.add(holder)
+                        self.dropped.setdefault(holder, f"it gave a wrong share of a secret of {owner}")
+                return secret
         raise self._failed(f"the shares of a secret of {owner} do not combine")
 
     def _out(self, client_id: str, reason: str) -> UpdateRejectedError:

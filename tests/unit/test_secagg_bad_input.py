@@ -74,10 +74,11 @@ def test_a_wrong_share_is_found_and_the_others_rebuild_the_sum() -> None:
         answer = site.clients[client_id].unmask(request)
         if client_id == ONE:
             shares = messages.decode(answer, "shares", site.parameters)
-            answer = messages.encode("shares", dict.fromkeys(shares, "07" * 32))
+            answer = messages.encode("shares", dict.fromkeys(shares, messages.written(b"\7" * 32)))
         site.server.receive(client_id, answer)
     site.server.advance()
     np.testing.assert_array_equal(site.server.total(), site.plain_sum())
+    assert list(site.server.dropped) == [ONE]
 
 
 def test_shares_that_do_not_combine_fail_closed() -> None:
@@ -85,7 +86,7 @@ def test_shares_that_do_not_combine_fail_closed() -> None:
     site.run(*BEFORE_SUM, Phase.MASK, Phase.CONFIRM)
     for client_id, request in site.server.requests().items():
         shares = messages.decode(site.clients[client_id].unmask(request), "shares", site.parameters)
-        site.server.receive(client_id, messages.encode("shares", dict.fromkeys(shares, "07" * 32)))
+        site.server.receive(client_id, messages.encode("shares", dict.fromkeys(shares, messages.written(b"\7" * 32))))
     with pytest.raises(SecureAggregationError):
         site.server.advance()
     assert site.server.phase is Phase.FAILED
@@ -110,6 +111,24 @@ def test_too_few_survivors_are_not_confirmed() -> None:
     two = messages.survivors_to_json(site.parameters, [ONE, TWO])
     with pytest.raises(SecureAggregationError):
         site.clients[ONE].confirm(messages.encode("survivors", two))
+
+
+def test_a_survivor_that_shared_nothing_is_not_confirmed() -> None:
+    """The server would count it among those whose noise protects the sum."""
+    site = site_of(5)
+    site.exchange(Phase.ADVERTISE)
+    site.exchange(Phase.SHARE, lambda client_id: client_id == TWO)
+    site.exchange(Phase.MASK)
+    everybody = messages.survivors_to_json(site.parameters, site.parameters.participants)
+    with pytest.raises(SecureAggregationError):
+        site.clients[ONE].confirm(messages.encode("survivors", everybody))
+
+
+def test_a_participant_without_a_known_identity_is_refused() -> None:
+    site = site_of(5)
+    known = {c: key for c, key in site.peers.items() if c != TWO}
+    with pytest.raises(SecureAggregationError):
+        SecureClient(site.parameters, ONE, site.identities[ONE], known)
 
 
 def test_a_client_masks_one_vector_of_a_session() -> None:
