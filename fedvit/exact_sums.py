@@ -8,7 +8,9 @@ however many addends it has and however large they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,11 +45,32 @@ def largest(numbers: Iterable[float]) -> float:
     return top
 
 
-def subtract(local: npt.ArrayLike, base: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> float:
-    """Write ``local - base`` to ``out`` and return its peak, piece by piece in the processor's cache.
+def zeros(shapes: Mapping[str, tuple[int, ...]], dtype: npt.DTypeLike = np.float64) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of zeros by name, in one piece of memory.
+
+    The system maps a large piece in huge pages. Mapping small pages one by one would take longer than the sum itself.
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    parts = np.split(np.zeros(sum(sizes), dtype), np.cumsum(sizes)[:-1]) if sizes else []
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def blocks(size: int) -> Iterator[slice]:
+    """Slices that divide so many numbers into pieces for the processor's cache."""
+    return (slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK))
+
+
+def subtract(
+    local: npt.ArrayLike, base: npt.NDArray[np.float32], out: npt.NDArray[np.float32], *, squares: bool = False
+) -> tuple[float, float]:
+    """Write ``local - base`` to ``out``, piece by piece in the processor's cache.
 
     Args:
         out: C-contiguous; ``local`` and ``base`` may have any order.
+        squares: whether their sum is wanted.
+
+    Returns:
+        The peak of ``out``, and its :func:`squared_norm`, or 0 where that is not wanted.
 
     Raises:
         ValueError: ``out`` is not C-contiguous, so that a flat view of it would be a copy.
@@ -55,17 +78,23 @@ def subtract(local: npt.ArrayLike, base: npt.NDArray[np.float32], out: npt.NDArr
     if not out.flags.c_contiguous:
         raise ValueError("out is not C-contiguous")
     one, other, target = np.asarray(local).reshape(-1), base.reshape(-1), out.reshape(-1)
-    extremes = list[float]()
-    for start in range(0, target.size, _BLOCK):
-        at = slice(start, start + _BLOCK)
+    extremes, sums, buffer = list[float](), list[float](), np.empty(min(_BLOCK, target.size) if squares else 0)
+    for at in blocks(target.size):
         piece = np.subtract(one[at], other[at], out=target[at], casting="same_kind")
         extremes += [float(piece.max()), -float(piece.min())]
-    return largest(extremes)
+        if squares:
+            sums.append(_sum_of_squares(piece, buffer[: piece.size]))
+    return largest(extremes), sum(sums)
 
 
 def squared_norm(array: npt.NDArray[np.floating]) -> float:
     """The sum of an array's squares, in float64; NaN and infinity stay what they are."""
-    return sum(float(np.square(piece, out=piece).sum()) for piece, _ in _blocks(array))
+    flat, buffer = array.reshape(-1), np.empty(min(_BLOCK, array.size))
+    return sum(_sum_of_squares(flat[at], buffer[: at.stop - at.start]) for at in blocks(flat.size))
+
+
+def _sum_of_squares(piece: npt.NDArray[np.floating], buffer: npt.NDArray[np.float64]) -> float:
+    return float(np.square(_float64(piece, buffer), out=buffer).sum())
 
 
 class ExactSums:
@@ -78,7 +107,7 @@ class ExactSums:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._low: Sums = {name: np.zeros(shape) for name, shape in shapes.items()}
+        self._low: Sums = zeros(shapes)
         self._high: Sums | None = None
         self._used = 0.0
 
@@ -94,10 +123,12 @@ class ExactSums:
             self._carry()
         coarse = self._used + peak + QUANTUM > ROOM
         self._used += (_COARSE / 2 if coarse else peak) + QUANTUM
+        buffer = np.empty(min(_BLOCK, max((array.size for array in update.values()), default=0)))
         for name, array in update.items():
             high = self._upper(name) if coarse else None
-            for addend, at in _blocks(array):
-                _add_block(addend, weight, self._low[name].reshape(-1)[at], None if high is None else high[at])
+            flat, low = array.reshape(-1), self._low[name].reshape(-1)
+            for at in blocks(flat.size):
+                _add_block(flat[at], weight, low[at], None if high is None else high[at], buffer[: at.stop - at.start])
 
     def parts(self) -> tuple[Sums, Sums]:
         """Two arrays for each name, whose sum is exact; the second ones are empty where nothing was carried.
@@ -121,29 +152,33 @@ class ExactSums:
 
     def _upper(self, name: str) -> npt.NDArray[np.float64]:
         if self._high is None:
-            self._high = {name: np.zeros(low.shape) for name, low in self._low.items()}
+            self._high = zeros({name: low.shape for name, low in self._low.items()})
         return self._high[name].reshape(-1)
 
 
-def _blocks(array: npt.NDArray[np.floating]) -> Iterator[tuple[npt.NDArray[np.float64], slice]]:
-    """Pieces of an array as float64, in one buffer that each piece overwrites, and their slices."""
-    flat, buffer = array.reshape(-1), np.empty(min(_BLOCK, array.size))
-    for start in range(0, flat.size, _BLOCK):
-        at = slice(start, min(start + _BLOCK, flat.size))
-        addend = buffer[: at.stop - start]
-        addend[...] = flat[at]
-        yield addend, at
+def _float64(piece: npt.NDArray[np.floating], buffer: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A piece as float64: itself, or a copy in the buffer."""
+    if piece.dtype == np.float64:
+        return piece.astype(np.float64, copy=False)
+    buffer[...] = piece
+    return buffer
 
 
 def _add_block(
-    addend: npt.NDArray[np.float64], weight: float, low: npt.NDArray[np.float64], high: npt.NDArray[np.float64] | None
+    piece: npt.NDArray[np.floating],
+    weight: float,
+    low: npt.NDArray[np.float64],
+    high: npt.NDArray[np.float64] | None,
+    buffer: npt.NDArray[np.float64],
 ) -> None:
+    """Add ``weight * piece`` to ``low`` and ``high``."""
+    addend = _float64(piece, buffer)
     if weight != 1.0:
-        addend *= weight
+        addend = np.multiply(addend, weight, out=buffer)
     if high is not None:
         moved = (addend + _ROUND_COARSE) - _ROUND_COARSE
         high += moved
-        addend -= moved
-    addend += _ROUND
-    addend -= _ROUND
-    low += addend
+        addend = np.subtract(addend, moved, out=buffer)
+    np.add(addend, _ROUND, out=buffer)
+    buffer -= _ROUND
+    low += buffer

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from fedvit.aggregation.update_bounds import NO_EFFECT, CorrectionEffect
 from fedvit.config import TrainingConfig
 from fedvit.errors import AggregationError, UpdateRejectedError
-from fedvit.exact_sums import ExactSums, peak_of
+from fedvit.exact_sums import ExactSums, peak_of, zeros
 from fedvit.types import FloatArray, TrainTask, Weights
 from fedvit.updates import WeightedUpdate
 
@@ -208,11 +208,10 @@ def singles(updates: Updates) -> list[dict[str, Array]]:
 
 def moved(base: Weights, delta: Mapping[str, Array], rate: float = 1.0) -> dict[str, FloatArray]:
     """``base + rate * delta``, float32."""
-    moved_weights = {}
+    moved_weights = zeros({name: array.shape for name, array in base.items()}, np.float32)
     for name, array in base.items():
         step = delta[name] if rate == 1.0 else rate * delta[name]
-        out = np.empty(array.shape, np.float32)
-        moved_weights[name] = np.add(array, step, out=out, dtype=np.float64, casting="same_kind")
+        np.add(array, step, out=moved_weights[name], dtype=np.float64, casting="same_kind")
     return moved_weights
 
 

@@ -16,7 +16,7 @@ from fedvit.aggregation.rule import Rule
 from fedvit.aggregation.update_bounds import MechanismBounds
 from fedvit.config import Settings
 from fedvit.errors import UpdateRejectedError
-from fedvit.exact_sums import peak_of
+from fedvit.exact_sums import largest, peak_of
 from fedvit.privacy.mechanism import ROUNDING, l2_norm
 from fedvit.types import ClientOutcome, TrainTask, Weights
 from fedvit.updates import ClientFailures, ClientUpdate, EncodedUpdate, WeightedUpdate
@@ -128,9 +128,12 @@ class UpdateValidator:
             return None
         if self.single and len(contributors) > 1:
             return f"it sums {len(contributors)} clients, and the rule takes single updates"
+        if fault := self._fault_of_names(update) or self._fault_of_arrays(update):
+            return fault
+        if peak is None:
+            peak = largest(peak_of(sums) for sums in update.addends)
         return (
-            self._fault_of_names(update)
-            or self._fault_of_arrays(update, peak)
+            self._fault_of_numbers(update, peak)
             or self._fault_of_weight(update, contributors)
             or self._fault_of_norm(update, scale, peak)
         )
@@ -156,14 +159,19 @@ class UpdateValidator:
                 return f"it holds {unknown[0]!r}, which is no parameter of this model"
         return None
 
-    def _fault_of_arrays(self, update: WeightedUpdate, peak: float | None) -> str | None:
-        finite = peak is not None and math.isfinite(peak)
+    def _fault_of_arrays(self, update: WeightedUpdate) -> str | None:
         for name, array in (entry for sums in update.addends for entry in sorted(sums.items())):
             if array.dtype not in (np.float32, np.float64):
                 return f"its parameter {name!r} is {array.dtype}"
             if array.shape != self.shapes[name]:
                 return f"its parameter {name!r} has the shape {list(array.shape)}, not {list(self.shapes[name])}"
-            if not finite and not math.isfinite(peak_of({name: array})):
+        return None
+
+    def _fault_of_numbers(self, update: WeightedUpdate, peak: float) -> str | None:
+        if math.isfinite(peak):
+            return None
+        for name, array in (entry for sums in update.addends for entry in sorted(sums.items())):
+            if not math.isfinite(peak_of({name: array})):
                 return f"its parameter {name!r} holds a value that is not finite"
         return None
 
@@ -185,10 +193,10 @@ class UpdateValidator:
             return 1
         return min(outcome.num_examples, self.max_weights.get(round_index, outcome.num_examples))
 
-    def _fault_of_norm(self, update: WeightedUpdate, scale: float, peak: float | None) -> str | None:
+    def _fault_of_norm(self, update: WeightedUpdate, scale: float, peak: float) -> str | None:
         weight = update.total_weight
         unbounded = self.max_update_norm is None and self.bounds is None
-        if unbounded and peak is not None and scale * peak < _NO_OVERFLOW:
+        if unbounded and scale * peak < _NO_OVERFLOW:
             return None
         with np.errstate(over="ignore"):
             norm = scale * l2_norm(update.total())

@@ -6,6 +6,7 @@ This module does not import torch; a workload imports what it needs.
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -210,9 +211,9 @@ class WorkloadHost:
         if not num_examples:
             raise DataError(f"{client_id} has no examples today.")
         outcome = ClientOutcome(client_id, num_examples)
-        delta, peak = self._difference(local, base)
+        delta, peak, norm = self._difference(local, base, with_norm=task.privacy_unit == "client")
         if task.privacy_unit == "client":
-            (scale, within), weight = clip_factor(delta, task.l2_clip_norm), 1.0
+            (scale, within), weight = clip_factor(norm, task.l2_clip_norm), 1.0
         else:
             scale = weight = float(validator.weight_of(outcome, task.round_index))
             within = False
@@ -235,9 +236,14 @@ class WorkloadHost:
             self._lent[name] = mine
         return dict(self._lent)
 
-    def _difference(self, local: Weights, base: Weights) -> tuple[dict[str, FloatArray], float]:
-        """``local - base`` in arrays that the next client overwrites, and the largest magnitude in it."""
-        peaks = list[float]()
+    def _difference(
+        self, local: Weights, base: Weights, *, with_norm: bool
+    ) -> tuple[dict[str, FloatArray], float, float]:
+        """``local - base`` in arrays that the next client overwrites, the largest magnitude in it, and its L2 norm.
+
+        The norm is 0 without ``with_norm``.
+        """
+        found = dict[str, tuple[float, float]]()
         if faults := sorted(n for n in local.keys() | base.keys() if n not in local or n not in base):
             raise UpdateRejectedError(f"fit returned the parameters {sorted(local)[:5]}; {faults[0]!r} is amiss.")
         for name, array in base.items():
@@ -245,8 +251,10 @@ class WorkloadHost:
                 raise UpdateRejectedError(f"fit returned {name!r} with the shape {list(np.shape(local[name]))}.")
             if name not in self._scratch:
                 self._scratch[name] = np.empty(array.shape, np.float32)
-            peaks.append(subtract(local[name], array, out=self._scratch[name]))
-        return dict(self._scratch), largest(peaks)
+            found[name] = subtract(local[name], array, out=self._scratch[name], squares=with_norm)
+        # In the order of the arrays, on which the last bit of the norm depends.
+        norm = math.sqrt(sum(found[name][1] for name in self._scratch))
+        return dict(self._scratch), largest(peak for peak, _ in found.values()), norm
 
     def _seed(self, task: TrainTask, client_id: str) -> int:
         # The number of examples is not known before ``fit`` returns it.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedvit.errors import UpdateRejectedError
-from fedvit.exact_sums import Arrays, ExactSums, Sums, squared_norm
+from fedvit.exact_sums import Arrays, ExactSums, Sums, blocks, squared_norm
 from fedvit.privacy.randomness import SecretStream
 from fedvit.types import Weights
 from fedvit.updates import WeightedUpdate
@@ -30,13 +30,12 @@ def l2_norm(update: Arrays) -> float:
     return math.sqrt(sum(squared_norm(a) for a in update.values()))
 
 
-def clip_factor(update: Arrays, l2_clip_norm: float) -> tuple[float, bool]:
-    """``min(1, l2_clip_norm / norm)``, and whether the update is already within the bound, as a zero update is.
+def clip_factor(norm: float, l2_clip_norm: float) -> tuple[float, bool]:
+    """``min(1, l2_clip_norm / norm)``, and whether an update of this norm is within the bound, as a zero update is.
 
     Raises:
         UpdateRejectedError: the update has no finite norm.
     """
-    norm = l2_norm(update)
     if not math.isfinite(norm):
         raise UpdateRejectedError(
             f"The update has the norm {norm}.", cure="Lower the learning rate; nothing of it was added up."
@@ -47,7 +46,7 @@ def clip_factor(update: Arrays, l2_clip_norm: float) -> tuple[float, bool]:
 
 def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
     """The update times its :func:`clip_factor`, float64, and whether it was already within the bound."""
-    scale, within = clip_factor(update, l2_clip_norm)
+    scale, within = clip_factor(l2_norm(update), l2_clip_norm)
     return {name: np.asarray(scale * array.astype(np.float64)) for name, array in update.items()}, within
 
 
@@ -101,10 +100,10 @@ def size_of(arrays: Arrays) -> int:
 
 
 def noised_mean(sums: Sums, noise: Vector, *, divisor: float) -> Sums:
-    """``(sums + noise) / divisor``, float64.
+    """``(sums + noise) / divisor``, float64, in the memory of ``sums``.
 
     Args:
-        sums: sums of the clipped updates, by name.
+        sums: sums of the clipped updates, by name; they are overwritten.
         noise: [size], scaled; assigned to the arrays in the order of their names.
         divisor: a constant of the run, never the size of the cohort, which is private.
 
@@ -115,7 +114,11 @@ def noised_mean(sums: Sums, noise: Vector, *, divisor: float) -> Sums:
         raise ValueError(f"noise of shape {noise.shape} and divisor {divisor} for {size_of(sums)} numbers")
     means, start = {}, 0
     for name in sorted(sums):
-        part = noise[start : start + sums[name].size].reshape(sums[name].shape)
-        start += sums[name].size
-        means[name] = np.asarray((sums[name] + part) / divisor)
+        flat = sums[name].reshape(-1)
+        part = noise[start : start + flat.size]
+        start += flat.size
+        for at in blocks(flat.size):
+            flat[at] += part[at]
+            flat[at] /= divisor
+        means[name] = flat.reshape(sums[name].shape)
     return {name: means[name] for name in sums}

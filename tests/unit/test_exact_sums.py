@@ -16,7 +16,7 @@ from fedvit.aggregation.staleness import discounted
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.partial_aggregator import PartialAggregator
 from fedvit.config import StalenessConfig
-from fedvit.exact_sums import QUANTUM, ROOM, ExactSums, peak_of, squared_norm
+from fedvit.exact_sums import QUANTUM, ROOM, ExactSums, peak_of, squared_norm, subtract, zeros
 from fedvit.privacy import mechanism
 from fedvit.types import ClientOutcome, TrainTask
 from fedvit.updates import ClientFailures, ClientUpdate, WeightedUpdate
@@ -138,3 +138,37 @@ def test_peak_and_norm_of_arrays_that_take_several_blocks() -> None:
     sums = ExactSums({"x": array.shape})
     sums.add({"x": array}, 3.0)
     np.testing.assert_allclose(sums.totals()["x"], 3.0 * array.astype(np.float64), atol=QUANTUM)
+
+
+def test_a_difference_comes_with_its_peak_and_its_norm() -> None:
+    draw = np.random.default_rng(2)
+    local, base, out = (draw.standard_normal((300, 301), dtype=np.float32) for _ in range(3))
+    assert subtract(local, base, out=out, squares=True) == (np.abs(local - base).max(), squared_norm(local - base))
+    np.testing.assert_array_equal(out, local - base)
+    assert subtract(local, base, out=out) == (np.abs(local - base).max(), 0.0)
+    out[0, 0] = local[0, 0] = np.nan
+    assert not np.isfinite(subtract(local, base, out=out, squares=True)).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("weight", "size"), [(1.0, 1.0), (3.0, 1.0), (1.0, ROOM), (3.0, ROOM)])
+def test_addends_stay_as_they_are(dtype: type[np.floating], weight: float, size: float) -> None:
+    addend = {"x": (size * np.random.default_rng(3).standard_normal(70_000)).astype(dtype)}
+    before = addend["x"].copy()
+    sums = ExactSums({"x": (70_000,)})
+    for _ in range(3):
+        sums.add(addend, weight)
+    np.testing.assert_array_equal(addend["x"], before)
+    np.testing.assert_allclose(sums.totals()["x"], 3 * weight * before.astype(np.float64), atol=3 * QUANTUM)
+
+
+@pytest.mark.parametrize("shapes", [{}, {"a": ()}, {"a": (2, 3), "none": (0, 4), "b": (5,)}])
+def test_arrays_in_one_piece_of_memory_do_not_overlap(shapes: dict[str, tuple[int, ...]]) -> None:
+    arrays = zeros(shapes, np.float32)
+    assert {name: array.shape for name, array in arrays.items()} == shapes
+    for number, array in enumerate(arrays.values()):
+        assert (array.dtype, array.any()) == (np.dtype(np.float32), False)
+        array += number + 1
+    assert [float(array.sum()) for array in arrays.values()] == [
+        array.size * (number + 1) for number, array in enumerate(arrays.values())
+    ]
