@@ -44,6 +44,11 @@ MAX_INTERVAL_S = 86_400.0
 """The longest interval between two polls of a client, in seconds."""
 
 
+def default_noise_place(privacy_unit: str) -> str:
+    """Where noise is added unless ``privacy.noise_at`` says otherwise."""
+    return "client" if privacy_unit == "record" else "server"
+
+
 def utc_now() -> datetime:
     """The present moment, timezone-aware."""
     return datetime.now(UTC)
@@ -236,8 +241,10 @@ class TrainTask:
 
     ``base_digest`` is the SHA-256 of the weights that the round starts from, ``data_digest`` that of the data manifest,
     ``context_digest`` that of :meth:`fedvit.config.Settings.context_digest`; empty in tests of parts without settings.
-    With the ``privacy_unit`` client, the client adds no noise: it clips its whole update to ``l2_clip_norm``, and
-    ``sampling_prob`` only says how much of its data a step reads.
+    With the ``privacy_unit`` client, the client clips its whole update to ``l2_clip_norm``, and ``sampling_prob`` only
+    says how much of its data a step reads. ``noise_at`` is where noise is added; empty stands for the default of the
+    unit. With distributed noise, ``attempt`` counts the sessions of the round that began before, ``participants`` is
+    the size of the cohort and ``sum_weight`` the largest weight of its sum; otherwise they are 0.
     """
 
     run_id: str
@@ -251,6 +258,15 @@ class TrainTask:
     learning_rate: float
     privacy_unit: str = "record"
     context_digest: str = ""
+    noise_at: str = ""
+    attempt: int = 0
+    participants: int = 0
+    sum_weight: float = 0.0
+
+    @property
+    def noise_place(self) -> str:
+        """Where noise is added: at the ``client``, ``distributed`` over the clients, or at the ``server``."""
+        return self.noise_at or default_noise_place(self.privacy_unit)
 
 
 @dataclass(frozen=True, slots=True)

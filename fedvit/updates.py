@@ -106,11 +106,28 @@ class PartialSum:
         return {name: array + self.carried_sum[name] for name, array in self.weighted_sum.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class RingSum:
+    """The sum of clients' contributions as integers, with the outcomes of all of them; see :mod:`fedvit.secagg.noise`.
+
+    ``vector`` is uint32, [padded]: the sum modulo ``2^bits``, masked where secure aggregation masks contributions.
+    ``total_weight`` is the sum of the contributors' weights.
+    """
+
+    round_index: int
+    outcomes: tuple[ClientOutcome, ...]
+    vector: npt.NDArray[np.uint32]
+    total_weight: float
+    attempt: int = 0
+
+
 ClientAnswer: TypeAlias = ClientFailures | ClientUpdate
 """What one client makes of a task, before it is encoded or added up."""
 WeightedUpdate: TypeAlias = ClientUpdate | PartialSum
 """A message with arrays that an aggregation rule can add up."""
-DecodedUpdate: TypeAlias = ClientFailures | WeightedUpdate
+Summand: TypeAlias = WeightedUpdate | RingSum
+"""A message that a round adds up."""
+DecodedUpdate: TypeAlias = ClientFailures | Summand
 SingleMessage: TypeAlias = DecodedUpdate | EncodedUpdate
 
 

@@ -79,7 +79,7 @@ class VehiclePolicy(_Part):
         Raises:
             ForbiddenError: it may not.
         """
-        if task.privacy_unit != "record":
+        if task.privacy_unit != "record" or task.noise_place != "client":
             raise ForbiddenError("This vehicle releases nothing without noise of its own.")
         self._check(Purpose.UPDATE, task.noise_multiplier)
         if task.local_steps > self.max_local_steps:

@@ -28,6 +28,7 @@ from fedvit.wire.histograms import HistogramRequest
 from fedvit.wire.tensors import largest_task_weights, weights_digest
 
 _SECTIONS = {"model", "training", "privacy"}
+_SECURE = "secure_aggregation"
 RunKey = tuple[Mapping[str, Any], int, tuple[str, ...]]
 
 
@@ -42,7 +43,7 @@ def run_settings(view: TaskView, *, home: Path, checkpoint: Path | None, policy:
     Raises:
         ConfigError: a section is missing or unknown, or a setting is unknown or out of range.
     """
-    if view.settings.keys() != _SECTIONS:
+    if view.settings.keys() - {_SECURE} != _SECTIONS:
         named = ", ".join(sorted(view.settings)) or "none"
         raise ConfigError(
             f"The task came with the sections {named[:200]} of settings.", cure="It needs model, training and privacy."
@@ -102,7 +103,7 @@ class RunTrainer:
         training, privacy = self.settings.training, self.settings.privacy
         of_task = (task.local_steps, task.learning_rate, task.sampling_prob, task.privacy_unit, task.l2_clip_norm)
         of_run = (training.local_steps, training.learning_rate, privacy.sampling_prob, privacy.privacy_unit)
-        if of_task != (*of_run, privacy.l2_clip_norm):
+        if (*of_task, task.noise_place) != (*of_run, privacy.l2_clip_norm, privacy.noise_place):
             raise IntegrityError("The task is not of the run whose settings came with it.")
         if output_id(task, self.client_id, self.num_examples) != view.output_id:
             raise IntegrityError("The task is not the one that was charged.")

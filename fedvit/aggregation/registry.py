@@ -40,33 +40,35 @@ def rule_names() -> list[str]:
     return [*SHIPPED, *sorted(offered - SHIPPED.keys())]
 
 
-def rule_for(settings: Settings, *, secure_aggregation: bool = False) -> Rule:
+def rule_for(settings: Settings) -> Rule:
     """The rule that the settings name, with its options, if it goes with the rest of them.
 
     Raises:
         ConfigError: there is no such rule, an option is unknown or out of range, or the rule does not go with the
-            privacy unit or with secure aggregation.
+            privacy unit or with the place of the noise.
     """
-    rule = create_rule(settings.training)
-    if settings.privacy.privacy_unit == "client" and rule.client_level is not None:
+    rule, privacy = create_rule(settings.training), settings.privacy
+    if rule.client_level is not None and (privacy.privacy_unit == "client" or privacy.noise_place != "client"):
+        by_unit = privacy.privacy_unit == "client"
+        other = "privacy.privacy_unit 'client'" if by_unit else f"privacy.noise_at {privacy.noise_place!r}"
         raise ConfigError(
-            f"training.aggregation {rule.name!r} does not go with privacy.privacy_unit 'client': {rule.client_level}.",
-            cure=rule.instead,
-        )
-    if secure_aggregation and rule.needs == "single_updates":
-        raise ConfigError(
-            f"training.aggregation {rule.name!r} does not go with secure aggregation: it looks at single updates.",
-            cure="Use a rule that takes partial sums, such as fedavg.",
+            f"training.aggregation {rule.name!r} does not go with {other}: {rule.client_level}.", cure=rule.instead
         )
     return rule
 
 
-def check_mode(rule: Rule, mode: Literal["synchronous", "asynchronous"]) -> None:
+def check_mode(rule: Rule, mode: Literal["synchronous", "asynchronous"], settings: Settings) -> None:
     """Whether rounds may be of this mode.
 
     Raises:
-        ConflictError: updates that begin at different versions would meet, and the rule cannot compare them.
+        ConflictError: updates that begin at different versions would meet, and the rule cannot compare them, or secure
+            aggregation cannot add them up.
     """
+    if mode == "asynchronous" and settings.privacy.noise_place == "distributed":
+        raise ConflictError(
+            "privacy.noise_at 'distributed' does not go with asynchronous rounds: a secure sum is of one round.",
+            cure="Keep synchronous rounds.",
+        )
     if mode == "asynchronous" and rule.needs_one_base:
         raise ConflictError(
             f"training.aggregation {rule.name!r} does not go with asynchronous rounds: its updates must all start from "

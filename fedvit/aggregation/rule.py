@@ -124,7 +124,7 @@ class Rule(ABC):
     weighting: ClassVar[Literal["examples", "uniform"]] = "examples"
     needs_one_base: ClassVar[bool] = False
     client_level: ClassVar[str | None] = "the aggregator may look at nothing but one noised sum"
-    """Why the rule does not go with ``privacy_unit: client``; None where it does."""
+    """Why the rule does not go with ``privacy_unit: client``, or with noise on sums alone; None where it does."""
     instead: ClassVar[str] = "Use fedavg, fedavgm, fedprox, fedadam, fedyogi, fedadagrad or ditto."
     """The cure in that error."""
     client: ClientHalf = ClientHalf()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedvit.config import StalenessConfig
-from fedvit.updates import ClientUpdate, WeightedUpdate
+from fedvit.updates import ClientUpdate, RingSum, Summand
 
 DEFAULT = StalenessConfig()
 
@@ -31,11 +31,17 @@ def staleness_weight(staleness: int, config: StalenessConfig = DEFAULT) -> float
     return 1.0
 
 
-def discounted(update: WeightedUpdate, staleness: int, config: StalenessConfig = DEFAULT) -> WeightedUpdate:
-    """An update multiplied by its staleness weight; its ``total_weight`` stays."""
+def discounted(update: Summand, staleness: int, config: StalenessConfig = DEFAULT) -> Summand:
+    """An update multiplied by its staleness weight; its ``total_weight`` stays.
+
+    Raises:
+        ValueError: a sum of integers is late.
+    """
     weight = staleness_weight(staleness, config)
     if weight == 1:
         return update
+    if isinstance(update, RingSum):
+        raise ValueError("a secure sum cannot be discounted")
     sums = [{n: np.multiply(a, weight, dtype=np.float64) for n, a in addend.items()} for addend in update.addends]
     if isinstance(update, ClientUpdate):
         return replace(update, weighted_sum=sums[0])

@@ -29,7 +29,7 @@ from fedvit.types import TrainTask, Weights
 from fedvit.updates import ClientUpdate
 
 TAIL = 1e-6
-_SLACK = 1e-3
+FLOAT32_SLACK = 1e-3
 """Relative allowance for float32 weights and random rounding to 8 or 16 bits, which add far less than this."""
 _HALVINGS = 60
 
@@ -71,7 +71,7 @@ class UpdateBound:
         """Largest L2 norm of ``s + z``: ``<s, z>`` is one Gaussian, whose deviation is ``||s|| * deviation``."""
         length = self.deviation * (math.sqrt(self.size) + self.spread)
         cross = 2 * self.signal * self.deviation * self.spread
-        return (1 + _SLACK) * math.sqrt(self.signal**2 + cross + length**2)
+        return (1 + FLOAT32_SLACK) * math.sqrt(self.signal**2 + cross + length**2)
 
     def excess(self, update: Arrays) -> float:
         """Least norm of ``s`` that explains the spectral norms of an update, by name; at most ``signal`` if honest."""
@@ -79,7 +79,9 @@ class UpdateBound:
 
     def edge(self, rows: int, columns: int) -> float:
         """Largest spectral norm of the noise in a matrix of this shape; a vector's is its length."""
-        return (1 + _SLACK) * self.deviation * (sum(math.sqrt(n) for n in (rows, columns) if n > 1) + self.spread)
+        return (
+            (1 + FLOAT32_SLACK) * self.deviation * (sum(math.sqrt(n) for n in (rows, columns) if n > 1) + self.spread)
+        )
 
     def _excess_of(self, array: npt.NDArray[np.floating]) -> float:
         matrix = as_matrix(array)
@@ -111,7 +113,7 @@ class MechanismBounds:
         rate = task.learning_rate * task.l2_clip_norm / (task.sampling_prob * num_examples)
         deviation = self._effect.noise * step_deviation(task, num_examples)
         spread = math.sqrt(2 * self._log_tail)
-        return UpdateBound((1 + _SLACK) * self._effect.signal * rate * most, deviation, self._size, spread)
+        return UpdateBound((1 + FLOAT32_SLACK) * self._effect.signal * rate * most, deviation, self._size, spread)
 
     def without_shift(self, update: ClientUpdate) -> Arrays:
         """The update itself, not multiplied by its weight, without the part that is known to everybody."""

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedvit.aggregation.rule import Rule
-from fedvit.aggregation.update_bounds import MechanismBounds
+from fedvit.aggregation.update_bounds import FLOAT32_SLACK, MechanismBounds
 from fedvit.config import Settings
 from fedvit.errors import UpdateRejectedError
 from fedvit.exact_sums import largest, peak_of
-from fedvit.privacy.mechanism import ROUNDING, l2_norm
+from fedvit.privacy.mechanism import ROUNDING, l2_norm, sensitivity
+from fedvit.secagg.noise import Plan
 from fedvit.types import ClientOutcome, TrainTask, Weights
-from fedvit.updates import ClientFailures, ClientUpdate, EncodedUpdate, WeightedUpdate
+from fedvit.updates import ClientFailures, ClientUpdate, EncodedUpdate, RingSum, Summand, WeightedUpdate
 from fedvit.wire.updates import decode_claim
 
 _NO_OVERFLOW = 1e100
@@ -39,6 +40,8 @@ class UpdateValidator:
         max_weights: the largest weight of one client, by the round that the update is for; without it, any.
         num_examples: how many each client is registered with, where that is known.
         max_update_bytes: of an encoded update.
+        ring: the plan of integer contributions, where updates must be such.
+        attempt: of the round, with ``ring``.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -49,6 +52,8 @@ class UpdateValidator:
     max_weights: Mapping[int, int] = field(default_factory=dict)
     num_examples: Mapping[str, int] | None = None
     max_update_bytes: int = 2**40
+    ring: Plan | None = None
+    attempt: int = 0
 
     @classmethod
     def of(
@@ -61,29 +66,36 @@ class UpdateValidator:
         task: TrainTask | None = None,
         broadcast: Weights | None = None,
         max_weights: Mapping[int, int] | None = None,
+        ring: Plan | None = None,
     ) -> UpdateValidator:
         """The validator of a run with these settings, this rule and these trainable weights.
 
         Args:
             task: of the round; without it, the bounds of DP-SGD are not checked.
             broadcast: the rule's broadcast state in that round.
+            ring: the plan of integer contributions, where the updates to validate are such.
         """
-        record = settings.privacy.privacy_unit == "record"
+        record, noised = settings.privacy.privacy_unit == "record", settings.privacy.noise_place == "client"
         shapes = {name: array.shape for name, array in weights.items()}
         # The local steps of a workload are its own, and so is the way in which it protects records.
         by_dpsgd = record and settings.simulation.private and settings.workload.clients_class is None
-        bounds = None
-        if task is not None and by_dpsgd:
+        bounds, max_update_norm = None, settings.training.validation.max_update_norm
+        if task is not None and by_dpsgd and not noised:
+            # Holds for all records and coins, so that a rejection says nothing about them.
+            max_update_norm = (1 + FLOAT32_SLACK) * sensitivity(task)
+        elif task is not None and by_dpsgd:
             bounds = MechanismBounds(task, shapes, rule.client.effect(task, broadcast or {}))
         return cls(
             shapes=shapes,
             by_examples=record and rule.weighting == "examples",
             single=rule.needs == "single_updates",
-            max_update_norm=settings.training.validation.max_update_norm,
+            max_update_norm=max_update_norm,
             bounds=bounds,
             max_weights=max_weights or {},
             num_examples=num_examples,
             max_update_bytes=settings.training.validation.max_update_bytes,
+            ring=ring,
+            attempt=0 if task is None else task.attempt,
         )
 
     def decoded(self, update: EncodedUpdate) -> ClientUpdate | ClientFailures:
@@ -116,7 +128,7 @@ class UpdateValidator:
         sums = {name: factor * array for name, array in update.weighted_sum.items()}
         return replace(update, weighted_sum=sums, total_weight=float(weight))
 
-    def fault_of(self, update: WeightedUpdate, scale: float = 1.0, *, peak: float | None = None) -> str | None:
+    def fault_of(self, update: Summand, scale: float = 1.0, *, peak: float | None = None) -> str | None:
         """The first fault of an update, as the end of a sentence about it; None if it is valid.
 
         Args:
@@ -128,6 +140,10 @@ class UpdateValidator:
             return None
         if self.single and len(contributors) > 1:
             return f"it sums {len(contributors)} clients, and the rule takes single updates"
+        if isinstance(update, RingSum):
+            return self._fault_of_ring(update) or self._fault_of_weight(update, contributors)
+        if self.ring is not None:
+            return "it is no vector of integers, as secure aggregation adds up"
         if fault := self._fault_of_names(update) or self._fault_of_arrays(update):
             return fault
         if peak is None:
@@ -150,6 +166,18 @@ class UpdateValidator:
         if excess <= bound.signal:
             return None
         return f"its matrices exceed their noise by {excess:.6g}; training can explain {bound.signal:.6g}"
+
+    def _fault_of_ring(self, update: RingSum) -> str | None:
+        vector, plan = update.vector, self.ring
+        if plan is None:
+            return "it is a vector of integers, and this run has no secure aggregation"
+        if update.attempt != self.attempt:
+            return f"it is of attempt {update.attempt}, and this is attempt {self.attempt}"
+        if vector.dtype != np.uint32 or vector.shape != (plan.padded,):
+            return f"it is {vector.dtype}{list(vector.shape)}, not uint32[{plan.padded}]"
+        if int(vector.max(initial=0)) >= 2**plan.bits:
+            return f"it holds a number beyond the ring of {plan.bits} bits"
+        return None
 
     def _fault_of_names(self, update: WeightedUpdate) -> str | None:
         for sums in update.addends:
@@ -175,7 +203,7 @@ class UpdateValidator:
                 return f"its parameter {name!r} holds a value that is not finite"
         return None
 
-    def _fault_of_weight(self, update: WeightedUpdate, contributors: Sequence[ClientOutcome]) -> str | None:
+    def _fault_of_weight(self, update: Summand, contributors: Sequence[ClientOutcome]) -> str | None:
         for outcome in contributors:
             if outcome.num_examples < 1 and self.bounds is not None:
                 return f"{outcome.client_id} claims to have no examples"

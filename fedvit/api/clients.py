@@ -164,6 +164,10 @@ class TaskView(View):
     learning_rate: Factor
     privacy_unit: PrivacyUnit
     context_digest: Digest
+    noise_at: Literal["", "client", "distributed", "server"] = ""
+    attempt: ImageCount = 0
+    participants: ImageCount = 0
+    sum_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     num_examples: ImageCount
     output_id: Digest
     encoding: Encoding

@@ -14,6 +14,7 @@ from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import BROADCAST, GradientCorrection
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.client_state import ClientState
+from fedvit.clients.contributions import RingAggregator, RingEncoder, with_own_noise
 from fedvit.clients.local import LocalTrainer, PlainTrainer, Trainer
 from fedvit.clients.partial_aggregator import PartialAggregator, check_base, failed
 from fedvit.clients.update_encoder import UpdateEncoder
@@ -29,7 +30,16 @@ from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret, output_id
 from fedvit.types import ClientOutcome, Encoding, FloatArray, TrainTask, Weights
-from fedvit.updates import ClientAnswer, ClientUpdate, EncodedUpdate, SingleMessage, UpdateBundle, UpdateMessage
+from fedvit.updates import (
+    ClientAnswer,
+    ClientFailures,
+    ClientUpdate,
+    EncodedUpdate,
+    RingSum,
+    SingleMessage,
+    UpdateBundle,
+    UpdateMessage,
+)
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 from fedvit.wire.tensors import weights_digest
 
@@ -98,6 +108,11 @@ class _Round:
     broadcast: Weights
     validator: UpdateValidator
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the trainable parameters, by name."""
+        return self.validator.shapes
+
 
 class ClientHost:
     """Trains clients one after another; implements :class:`fedvit.ports.ClientHostPort`.
@@ -143,7 +158,7 @@ class ClientHost:
         max_weight: int | None = None,
         num_examples: Mapping[str, int] | None = None,
     ) -> UpdateMessage:
-        """The sum of the clients' updates, or a bundle where the rule needs single updates.
+        """The sum of the clients' updates, in integers where noise is distributed, or a bundle of single updates.
 
         Updates are weighted as the rule says. Where the client is the privacy unit, each one is clipped before it is
         summed and has weight 1. An update that fails validation counts as a failure of its client.
@@ -154,6 +169,8 @@ class ClientHost:
             num_examples: that the clients are registered with.
         """
         this_round = self._begin(task, weights, max_weight, num_examples)
+        if task.noise_place == "distributed":
+            return self._ring_sum(this_round, client_ids)
         answers = (self._monitored_answer(this_round, client_id) for client_id in sorted(client_ids))
         if self._rule.needs == "single_updates":
             return UpdateBundle(task.round_index, tuple(self._encoded(this_round, answer) for answer in answers))
@@ -161,6 +178,16 @@ class ClientHost:
         for answer in answers:
             aggregator.add(answer)
         return aggregator.message()
+
+    def contribution(self, task: TrainTask, weights: Weights, client_id: str) -> RingSum | ClientFailures:
+        """Train one client; its contribution as integers with its share of the noise, before it is masked.
+
+        Raises:
+            IntegrityError: the task is for other weights.
+            ConfigError, SecureAggregationError: there is no plan for such contributions.
+        """
+        this_round = self._begin(task, weights)
+        return self._encoded_in_ring(this_round, client_id, RingEncoder(task, self._settings, this_round.shapes))
 
     def train_encoded(self, task: TrainTask, weights: Weights, client_id: str, encoding: Encoding) -> EncodedUpdate:
         """Train one client and encode its answer, whatever the rule needs.
@@ -196,6 +223,22 @@ class ClientHost:
         if self._histograms is None:
             raise DataError(f"Client {client_id} has no histograms.")
         return self._histograms.output_digest(request, client_id)
+
+    def _ring_sum(self, this_round: _Round, client_ids: Sequence[str]) -> RingSum:
+        encoder = RingEncoder(this_round.task, self._settings, this_round.shapes)
+        aggregator = RingAggregator(this_round.task, encoder.plan)
+        for client_id in sorted(client_ids):
+            aggregator.add(self._encoded_in_ring(this_round, client_id, encoder))
+        return aggregator.message()
+
+    def _encoded_in_ring(self, this_round: _Round, client_id: str, encoder: RingEncoder) -> RingSum | ClientFailures:
+        answer = self._monitored_answer(this_round, client_id)
+        if isinstance(answer, ClientFailures):
+            return answer
+        try:
+            return encoder.encode(answer, derive_secret(self._root_secret, client_id))
+        except Exception as error:
+            return failed(this_round.task, client_id, error)
 
     def _begin(
         self,
@@ -248,6 +291,8 @@ class ClientHost:
         correction = half.before_training(base, broadcast, state)
         delta = self._trainer.train(task, base, data.features, data.labels, secret, client_id, correction)
         update = _weighted_update(this_round, ClientOutcome(client_id, len(data.labels)), delta)
+        if task.privacy_unit == "client" and task.noise_place == "client":
+            update = with_own_noise(task, update, secret)
         if fault := this_round.validator.fault_of(update):
             raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
         if half.keeps_state:

@@ -134,7 +134,7 @@ class LocalTrainer(BodyTrainer):
         return SecretDPOptimizer(
             list(self.parameters.values()),
             learning_rate=task.learning_rate,
-            noise_multiplier=task.noise_multiplier,
+            noise_multiplier=task.noise_multiplier if task.noise_place == "client" else 0.0,
             l2_clip_norm=task.l2_clip_norm,
             expected_batch=task.sampling_prob * num_examples,
             noise_for_step=lambda step: _stream(secret, "noise", output, step),

@@ -18,16 +18,17 @@ import numpy as np
 from fedvit.aggregation.registry import rule_for
 from fedvit.aggregation.rule import ClientHalf
 from fedvit.aggregation.validation import UpdateValidator
+from fedvit.clients.contributions import RingAggregator, RingEncoder, with_own_noise
 from fedvit.clients.partial_aggregator import PartialAggregator, check_base, failed
 from fedvit.clients.workload_checks import checked_clients, checked_evaluation, checked_fit, checked_weights
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, DataError, ModelError, UpdateRejectedError
-from fedvit.exact_sums import Sums, largest, subtract
+from fedvit.exact_sums import Sums, largest, peak_of, subtract
 from fedvit.ports import ClientHostPort, ExportedModel, ModelBenchmark, ServerModelPort
 from fedvit.privacy.mechanism import clip_factor
 from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret, output_id
 from fedvit.types import Client, ClientOutcome, Evaluation, FloatArray, TrainTask, Variant, Weights
-from fedvit.updates import ClientAnswer, ClientUpdate, UpdateBundle, UpdateMessage
+from fedvit.updates import ClientAnswer, ClientFailures, ClientUpdate, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
 
 _SEED_BYTES = 8
@@ -45,7 +46,7 @@ class VirtualClients(ABC):
 
     Attributes:
         protects_records: whether :meth:`fit` clips and adds noise as the task says. It is not needed with
-            ``privacy_unit: client``: the host clips, and the aggregator adds the noise.
+            ``privacy_unit: client``: the host clips, and the noise is added where ``privacy.noise_at`` says.
         public_client: id of a client of made-up or public data, which :meth:`fit` trains for one step before a run
             begins; :meth:`clients` need not yield it. Without one, :meth:`fit` is tried on one of the first clients;
             its result is discarded, and an error of it is shown.
@@ -186,6 +187,8 @@ class WorkloadHost:
         check_base(task, weights)
         max_weights = {} if max_weight is None else {task.round_index: max_weight}
         validator = UpdateValidator.of(self._settings, self._rule, weights, num_examples, max_weights=max_weights)
+        if task.noise_place == "distributed":
+            return self._ring_sum(task, weights, validator, client_ids)
         # Lazy: the arrays of an answer are overwritten by the next client's.
         answers = (self._answer(task, weights, validator, client_id) for client_id in sorted(client_ids))
         if self._rule.needs == "single_updates":
@@ -193,6 +196,23 @@ class WorkloadHost:
         aggregator = PartialAggregator(task, validator.shapes)
         for answer, scale, peak in answers:
             aggregator.add(answer, scale, peak=peak)
+        return aggregator.message()
+
+    def _ring_sum(
+        self, task: TrainTask, weights: Weights, validator: UpdateValidator, client_ids: Sequence[str]
+    ) -> UpdateMessage:
+        encoder = RingEncoder(task, self._settings, validator.shapes)
+        aggregator = RingAggregator(task, encoder.plan)
+        for client_id in sorted(client_ids):
+            answer, scale, _ = self._answer(task, weights, validator, client_id)
+            own = _weighted(answer, scale)
+            if isinstance(own, ClientFailures):
+                aggregator.add(own)
+                continue
+            try:
+                aggregator.add(encoder.encode(own, derive_secret(self._root_secret, client_id)))
+            except Exception as error:
+                aggregator.add(failed(task, client_id, error))
         return aggregator.message()
 
     def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
@@ -221,6 +241,10 @@ class WorkloadHost:
         update = ClientUpdate(task.round_index, outcome, cast("Sums", delta), weight, int(within))
         if fault := validator.fault_of(update, scale, peak=peak):
             raise UpdateRejectedError(f"The update of {client_id} is refused: {fault}.")
+        if task.privacy_unit == "client" and task.noise_place == "client":
+            own = cast("ClientUpdate", _weighted(update, scale))
+            own = with_own_noise(task, own, derive_secret(self._root_secret, client_id))
+            return own, 1.0, peak_of(own.weighted_sum)
         return update, scale, peak
 
     def _lend(self, base: Weights) -> dict[str, FloatArray]:

@@ -3,7 +3,7 @@
 from fedvit.config.base import LEAST_NOISE_MULTIPLIER
 from fedvit.config.model import DataConfig, HybridConfig, ModelConfig, PartitionConfig
 from fedvit.config.operation import AccessConfig, BackupConfig, FleetConfig, OidcConfig, RemediationConfig
-from fedvit.config.privacy import PrivacyConfig
+from fedvit.config.privacy import PrivacyConfig, SecureAggregationConfig
 from fedvit.config.root import Settings
 from fedvit.config.tools import DelayConfig, FaultConfig, FaultKind, FinetuneConfig, RangeConfig, SweepConfig
 from fedvit.config.training import CohortConfig, CompressionConfig, StalenessConfig, TrainingConfig
@@ -27,6 +27,7 @@ __all__ = [
     "PrivacyConfig",
     "RangeConfig",
     "RemediationConfig",
+    "SecureAggregationConfig",
     "Settings",
     "StalenessConfig",
     "SweepConfig",

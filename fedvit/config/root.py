@@ -23,9 +23,10 @@ from fedvit.config.operation import (
     RemediationConfig,
     ServingConfig,
 )
-from fedvit.config.privacy import HistogramConfig, PrivacyConfig
+from fedvit.config.privacy import HistogramConfig, PrivacyConfig, SecureAggregationConfig
 from fedvit.config.tools import DrillConfig, FinetuneConfig, SimulationConfig, SweepConfig
 from fedvit.config.training import CohortConfig, TrainingConfig, ValidationConfig
+from fedvit.types import default_noise_place
 
 _NOISED_BODY = 0.1
 _LEAST_DIRECTIONS = 8
@@ -40,6 +41,9 @@ class Settings(Section):
     workload: WorkloadConfig = Field(WorkloadConfig(), description="Model and clients of your own.")
     training: TrainingConfig = Field(TrainingConfig(), description="Rounds and aggregation.")
     privacy: PrivacyConfig = Field(PrivacyConfig(), description="Differential privacy.")
+    secure_aggregation: SecureAggregationConfig = Field(
+        SecureAggregationConfig(), description="Secure aggregation, with privacy.noise_at 'distributed'."
+    )
     histograms: HistogramConfig = Field(HistogramConfig(), description="Private data-quality histograms.")
     release: ReleaseConfig = Field(ReleaseConfig(), description="Model releases.")
     serving: ServingConfig = Field(ServingConfig(), description="HTTP API and inference.")
@@ -62,6 +66,8 @@ class Settings(Section):
                 "simulation.private false needs privacy.privacy_unit 'record': otherwise the aggregator "
                 "clips and adds noise in a run that is not private"
             )
+        if not self.simulation.private and self.privacy.noise_place != "client":
+            raise ValueError("simulation.private false needs privacy.noise_at 'client': no noise is added at all")
         return self
 
     @model_validator(mode="after")
@@ -70,6 +76,54 @@ class Settings(Section):
             self.privacy.privacy_unit != "record" or self.workload.clients_class is not None
         ):
             raise ValueError("training.ranks above 1 needs privacy.privacy_unit 'record' and no workload.clients_class")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_where_it_can_be(self) -> Settings:
+        training, privacy, place = self.training, self.privacy, self.privacy.noise_place
+        named = f"privacy.noise_at {place!r}"
+        if place == "client":
+            if privacy.privacy_unit == "client" and training.cohort.selection == "poisson":
+                raise ValueError(
+                    f"{named} shows who takes part: training.cohort.selection 'poisson' does not go with it"
+                )
+            return self
+        if privacy.privacy_unit == "record":
+            if training.local_steps > 1:
+                raise ValueError(f"{named} needs training.local_steps 1: one record may change all of several steps")
+            if training.ranks > 1 or self.workload.clients_class is not None:
+                raise ValueError(
+                    f"{named} with privacy.privacy_unit 'record' needs training.ranks 1 and no workload.clients_class, "
+                    "which add noise themselves"
+                )
+            if training.validation.max_update_norm is not None:
+                raise ValueError(
+                    f"training.validation.max_update_norm does not go with {named}: updates have no noise yet"
+                )
+            if training.compression.encodings:
+                raise ValueError(
+                    f"training.compression.encodings do not go with {named}: they may change an update by more than "
+                    "the noise is made for"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _secure_aggregation_fits(self) -> Settings:
+        if self.privacy.noise_place != "distributed":
+            return self
+        named, cohort = "privacy.noise_at 'distributed'", self.training.cohort
+        if cohort.selection == "poisson":
+            raise ValueError(
+                f"training.cohort.selection 'poisson' does not go with {named}, which shows who takes part"
+            )
+        if cohort.over_selection:
+            raise ValueError(f"training.cohort.over_selection does not go with {named}, whose sum holds all who answer")
+        for key, mode in (("training.initial_mode", self.training.initial_mode), ("simulation", self.simulation)):
+            if mode.mode == "asynchronous":
+                raise ValueError(f"{key}.mode 'asynchronous' does not go with {named}: a sum is of one round")
+        least, size = self.secure_aggregation.min_survivors, cohort.size
+        if least is not None and cohort.selection == "uniform" and size is not None and size < least:
+            raise ValueError("secure_aggregation.min_survivors must not be above training.cohort.size")
         return self
 
     @model_validator(mode="after")
@@ -121,9 +175,14 @@ class Settings(Section):
         """
         identity = self.model_dump(
             mode="json",
-            include={"model", "training", "privacy", *(("workload",) if self.workload.clients_class else ())},
+            include={
+                *("model", "training", "privacy"),
+                *(("workload",) if self.workload.clients_class else ()),
+                *(("secure_aggregation",) if self.privacy.noise_place == "distributed" else ()),
+            },
             exclude={
                 "privacy": {"require_second_approver"},
+                "secure_aggregation": {"phase_timeout_s"},
                 "training": {
                     "validation": {"quarantine_after_rejections", "max_update_bytes"},
                     "evaluate_every_rounds": True,
@@ -133,6 +192,8 @@ class Settings(Section):
         )
         training = identity["training"]
         _drop_defaults(identity["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
+        if self.privacy.noise_place == default_noise_place(self.privacy.privacy_unit):
+            del identity["privacy"]["noise_at"]
         _drop_defaults(
             training,
             TrainingConfig,

@@ -16,11 +16,13 @@ import numpy.typing as npt
 from fedvit.errors import UpdateRejectedError
 from fedvit.exact_sums import Arrays, ExactSums, Sums, blocks, squared_norm
 from fedvit.privacy.randomness import SecretStream
-from fedvit.types import Weights
+from fedvit.types import TrainTask, Weights
 from fedvit.updates import WeightedUpdate
 
 Vector = npt.NDArray[np.float64]
 
+_NOISE_SPREAD = 6.0
+"""Standard deviations beyond which the length of a Gaussian vector does not lie, except with probability 2e-8."""
 ROUNDING = 1e-6
 """Relative error that float arithmetic may add to a norm."""
 
@@ -50,13 +52,30 @@ def clip_update(update: Arrays, l2_clip_norm: float) -> tuple[Sums, bool]:
     return {name: np.asarray(scale * array.astype(np.float64)) for name, array in update.items()}, within
 
 
-def fault_of(update: WeightedUpdate, l2_clip_norm: float) -> str | None:
+def sensitivity(task: TrainTask) -> float:
+    """L2 sensitivity of a round's sum of weighted updates to one unit, where these have no noise yet.
+
+    A client's clipped update has weight 1. A record changes a client's sum of clipped gradients by ``l2_clip_norm`` at
+    most; one step turns it into ``learning_rate / (sampling_prob * n)`` of that, and the weight is n at most.
+    """
+    if task.privacy_unit == "client":
+        return task.l2_clip_norm
+    return task.learning_rate * task.l2_clip_norm / task.sampling_prob
+
+
+def fault_of(update: WeightedUpdate, l2_clip_norm: float, noise_multiplier: float = 0.0) -> str | None:
     """Why a partial sum cannot be the sum of its contributors' clipped updates, or None.
 
     ``contributors * l2_clip_norm`` bounds its norm, and each contributor has a weight of 1.
+
+    Args:
+        noise_multiplier: of the noise that each contributor has added; its length is added to the bound.
     """
     contributors = sum(outcome.error is None for outcome in update.outcomes)
     norm, allowed = l2_norm(update.total()), contributors * l2_clip_norm
+    if noise_multiplier:
+        length = math.sqrt(size_of(update.total())) + _NOISE_SPREAD
+        allowed += noise_multiplier * l2_clip_norm * math.sqrt(contributors) * length
     if not norm <= allowed * (1 + ROUNDING):
         return f"its partial sum has the norm {norm:.6g}, and {contributors} clipped updates allow {allowed:.6g}"
     if update.total_weight != contributors:
@@ -105,7 +124,7 @@ def noised_mean(sums: Sums, noise: Vector, *, divisor: float) -> Sums:
     Args:
         sums: sums of the clipped updates, by name; they are overwritten.
         noise: [size], scaled; assigned to the arrays in the order of their names.
-        divisor: a constant of the run, never the size of the cohort, which is private.
+        divisor: a public number; with clients as the privacy unit, never the size of a cohort, which is private.
 
     Raises:
         ValueError: the noise has another size than the sums, or the divisor is not above 0.

@@ -39,6 +39,8 @@ from fedvit.types import TrainTask
 SECRET_BYTES = 32
 _TWO_POW_MINUS_53 = 2.0**-53
 _PAIRS_AT_ONCE = 1 << 14
+_LEFT_OUT = ("noise_at", "attempt", "participants", "sum_weight")
+"""Fields of a task that are left out at their default: an output from before they existed keeps its identity."""
 
 
 def load_or_create_root_secret(home: Path, create: Callable[[int], bytes] = secrets.token_bytes) -> bytes:
@@ -84,7 +86,8 @@ def output_id(task: TrainTask, client_id: str, num_examples: int) -> str:
 
 @lru_cache(maxsize=8)
 def _canonical(task: TrainTask) -> str:
-    return json.dumps(asdict(task), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    facts = {name: value for name, value in asdict(task).items() if value or name not in _LEFT_OUT}
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 class SecretStream:

@@ -12,7 +12,7 @@ from fedvit.aggregation.rule import Rule, State
 from fedvit.config import Settings
 from fedvit.ports import AccountantPort, ClockPort, FleetPort, ServerModelPort
 from fedvit.store.store import Store
-from fedvit.types import TrainTask, Weights
+from fedvit.types import TrainTask, Weights, default_noise_place
 from fedvit.wire.tensors import weights_digest
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def train_task(
     context_digest: str,
 ) -> TrainTask:
     """The task of a round under these settings; ``context_digest`` is theirs, see :meth:`Settings.context_digest`."""
-    training, privacy = settings.training, settings.privacy
+    training, privacy, place = settings.training, settings.privacy, settings.privacy.noise_place
     return TrainTask(
         run_id=run_id,
         round_index=round_index,
@@ -90,4 +90,5 @@ def train_task(
         learning_rate=training.learning_rate,
         privacy_unit=privacy.privacy_unit,
         context_digest=context_digest,
+        noise_at="" if place == default_noise_place(privacy.privacy_unit) else place,
     )

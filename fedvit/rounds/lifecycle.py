@@ -70,7 +70,7 @@ class RunLifecycle:
                 cure="Validate or register clients, or lower min_clients: POST /api/training/config.",
             )
         self.start_weights(request)
-        check_mode(self._protection.rule, aggregation_settings(self._store).mode)
+        check_mode(self._protection.rule, aggregation_settings(self._store).mode, self._settings)
         self.check_fleet()
         try:
             self._protection.run_facts(count)
@@ -110,7 +110,7 @@ class RunLifecycle:
         identity, digest = run_identity(self._settings, request)
         latest = self._store.runs.latest()
         check_units(self._settings, *self._store.clients.count_units())
-        check_mode(self._protection.rule, aggregation_settings(self._store).mode)
+        check_mode(self._protection.rule, aggregation_settings(self._store).mode, self._settings)
         if latest is not None and latest.config_digest == digest:
             return self.with_present_facts(latest)
         if latest is not None and self._continues(latest, identity):

@@ -19,7 +19,7 @@ from fedvit.errors import FedvitError, ModelError, WorkloadError
 from fedvit.ports import ClientHostPort
 from fedvit.rounds.context import RoundBase, train_task
 from fedvit.types import Client, ClientKind, ClientOutcome, TrainTask, Weights
-from fedvit.updates import ClientFailures, EncodedUpdate, UpdateBundle, UpdateMessage, WeightedUpdate
+from fedvit.updates import ClientFailures, EncodedUpdate, RingSum, UpdateBundle, UpdateMessage, WeightedUpdate
 from fedvit.wire.tensors import weights_digest
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class _Check:
         validator = UpdateValidator.of(self.settings, rule, base.weights, task=task, broadcast=broadcast)
         for part in message.parts if isinstance(message, UpdateBundle) else (message,):
             update = validator.decoded(part) if isinstance(part, EncodedUpdate) else part
-            if not isinstance(update, ClientFailures):
+            if not isinstance(update, ClientFailures | RingSum):
                 yield update
 
     def _task(self, base: RoundBase) -> TrainTask:
@@ -142,7 +142,9 @@ class _Check:
             context_digest="",
         )
         # Every record is drawn: a step without records would not differentiate anything.
-        return replace(task, local_steps=1, sampling_prob=1.0)
+        task = replace(task, local_steps=1, sampling_prob=1.0)
+        # Nothing leaves this process, and one client makes no secure sum.
+        return replace(task, noise_at="server") if task.noise_place == "distributed" else task
 
 
 def _sentence(error: str, text: str) -> str:

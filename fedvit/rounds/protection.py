@@ -1,7 +1,7 @@
-"""Privacy protection of a round, by the privacy unit: its charges, its checks, and how updates are folded.
+"""Privacy protection of a round: its charges, its checks, and how updates are folded.
 
-Single records are protected by each client, and the aggregator averages noised updates. Whole clients are protected
-here: the aggregator adds up clipped updates, adds noise once, and divides by a constant.
+The privacy unit says what is charged and by what a sum is divided. The place of the noise (``privacy.noise_at``) says
+whether the aggregator adds noise to the sum, or the updates bring it along.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fedvit.aggregation.registry import rule_for
-from fedvit.aggregation.rule import MeanRule, RoundFacts, State, Updates, checked_fold
+from fedvit.aggregation.rule import Fold, MeanRule, RoundFacts, State, checked_fold
 from fedvit.config import Settings
 from fedvit.errors import ConfigError
+from fedvit.exact_sums import Sums
 from fedvit.ports import POPULATION, Charge
 from fedvit.privacy import mechanism
 from fedvit.privacy.adaptive_clip import next_norm, noised_share, sum_noise_multiplier
@@ -25,8 +28,8 @@ from fedvit.privacy.randomness import SecretStream, derive_secret, load_or_creat
 from fedvit.privacy.round_cost import charge_of, round_event
 from fedvit.rounds.context import RoundBase
 from fedvit.store.store import Store
-from fedvit.types import FloatArray, Run, TrainTask
-from fedvit.updates import WeightedUpdate
+from fedvit.types import FloatArray, Run, TrainTask, Weights
+from fedvit.updates import RingSum, Summand
 
 FACTS = "client_level"
 """Lineage key of what the mechanism did, for the rounds after it."""
@@ -55,6 +58,8 @@ class Protection(ABC):
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings, self._store, self.rule = settings, store, rule_for(settings)
+        self._place = settings.privacy.noise_place
+        self._server = ServerNoise(settings, store) if self._place == "server" else None
 
     @abstractmethod
     def run_facts(self, eligible: int) -> dict[str, Any]:
@@ -83,13 +88,12 @@ class Protection(ABC):
             for unit_id, size in self._charged_units(client_ids)
         ]
 
-    def fault_of(self, update: WeightedUpdate, run_id: str) -> str | None:
+    def fault_of(self, update: Summand, run_id: str) -> str | None:
         """Why an update must not be folded, as the end of a sentence about it; or None."""
         return None
 
-    @abstractmethod
-    def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Updates, facts: RoundFacts) -> Folded:
-        """The weights after the round.
+    def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Sequence[Summand], facts: RoundFacts) -> Folded:
+        """The weights after the round: the rule's step along the noised mean, if it does not take noised updates.
 
         Args:
             updates: in the order of summation, each discounted for its staleness.
@@ -98,10 +102,52 @@ class Protection(ABC):
             UpdateRejectedError: too few updates for the rule.
             AggregationError: the rule returned what no round can start from.
         """
+        mean, mechanism_facts = self._noised_mean(run, task, base, updates, self._divisor(run, updates, facts))
+        # Post-processing of the noised mean costs no privacy.
+        fold = checked_fold(self.rule, base.weights, self._step(base.weights, mean, base.rule_state, facts))
+        return Folded(fold.weights, mechanism_facts, fold.state)
 
     @abstractmethod
     def _charged_units(self, client_ids: Sequence[str]) -> Iterable[tuple[str, int]]:
         """The units that are charged, each with its size."""
+
+    @abstractmethod
+    def _divisor(self, run: Run, updates: Sequence[Summand], facts: RoundFacts) -> float:
+        """The public divisor of the round's sum."""
+
+    def _noised_mean(
+        self, run: Run, task: TrainTask, base: RoundBase, updates: Sequence[Summand], divisor: float
+    ) -> tuple[Sums, Mapping[str, Any]]:
+        """The mean update with its noise, and facts for the version's lineage."""
+        norm = task.l2_clip_norm
+        addends = [update for update in updates if not isinstance(update, RingSum)]
+        clipped_to = ((update, self.l2_clip_norm(run.run_id, update.round_index)) for update in addends)
+        sums = mechanism.total(base.weights, clipped_to, norm)
+        size = mechanism.size_of(sums)
+        if self._server is None:
+            return mechanism.noised_mean(sums, np.zeros(size), divisor=divisor), {}
+        within = sum(update.within_clip for update in addends)
+        accepted = sum(outcome.error is None for update in addends for outcome in update.outcomes)
+        key = self._server.key(task, [mechanism.digest(sums), within, accepted])
+        noise = self._sum_noise_multiplier(run) * mechanism.sensitivity(task) * self._server.noise(run, task, size, key)
+        mean = mechanism.noised_mean(sums, noise, divisor=divisor)
+        return mean, self._mechanism_facts(run, task, key, within, accepted)
+
+    def _sum_noise_multiplier(self, run: Run) -> float:
+        return run.noise_multiplier
+
+    def _mechanism_facts(self, run: Run, task: TrainTask, key: str, within: int, accepted: int) -> Mapping[str, Any]:
+        return {FACTS: {"noise_key": key, "l2_clip_norm": task.l2_clip_norm}}
+
+    def _step(self, base: Weights, mean: Sums, state: State, facts: RoundFacts) -> Fold:
+        assert isinstance(self.rule, MeanRule)
+        return self.rule.step(base, mean, state, facts)
+
+    def _check_takes_means(self) -> None:
+        if not isinstance(self.rule, MeanRule):
+            raise ConfigError(
+                f"training.aggregation {self.rule.name!r} cannot fold a noised mean.", cure=self.rule.instead
+            )
 
     def _cohort_size(self, wanted: int | None, eligible: int) -> int:
         everybody = wanted is None or self._settings.training.cohort.selection == "all"
@@ -114,11 +160,18 @@ def protection_for(settings: Settings, store: Store) -> Protection:
     Raises:
         ConfigError: see :func:`fedvit.aggregation.registry.rule_for`.
     """
+    if settings.privacy.noise_place == "distributed":
+        raise ConfigError("privacy.noise_at 'distributed' is not available yet.", cure="Use 'client' or 'server'.")
     return (RecordLevel if settings.privacy.privacy_unit == "record" else ClientLevel)(settings, store)
 
 
 class RecordLevel(Protection):
-    """Each client protects its records and is charged by itself. Noised updates have no bound."""
+    """Records are protected, and each client is charged by itself. A sum is divided by the sum of its weights."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        super().__init__(settings, store)
+        if self._place != "client":
+            self._check_takes_means()
 
     def run_facts(self, eligible: int) -> dict[str, Any]:
         size = self._cohort_size(self._settings.training.cohort.size, eligible)
@@ -129,36 +182,31 @@ class RecordLevel(Protection):
             )
         return {POPULATION_SIZE: eligible}
 
-    def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Updates, facts: RoundFacts) -> Folded:
-        fold = checked_fold(self.rule, base.weights, self.rule.fold(base.weights, updates, base.rule_state, facts))
+    def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Sequence[Summand], facts: RoundFacts) -> Folded:
+        if self._place != "client":
+            return super().fold(run, task, base, updates, facts)
+        noised = [update for update in updates if not isinstance(update, RingSum)]
+        fold = checked_fold(self.rule, base.weights, self.rule.fold(base.weights, noised, base.rule_state, facts))
         return Folded(fold.weights, state=fold.state)
 
     def _charged_units(self, client_ids: Sequence[str]) -> Iterable[tuple[str, int]]:
         sizes = self._store.clients.num_examples(client_ids)
         return ((client_id, sizes[client_id]) for client_id in client_ids)
 
+    def _divisor(self, run: Run, updates: Sequence[Summand], facts: RoundFacts) -> float:
+        """The weights follow from numbers of examples, which are public."""
+        return max(sum(update.total_weight for update in updates), facts.least_divisor)
+
 
 class ClientLevel(Protection):
-    """The aggregator protects whole clients; see :mod:`fedvit.privacy.mechanism`.
-
-    The noise is derived from the output's identity and from the sum that it protects: a repeated round repeats it, and
-    a round with another sum draws other noise. What later rounds need is in the version's lineage, as a keyed hash,
-    because a plain hash of the sum would confirm a guess.
-    """
+    """Whole clients are protected; see :mod:`fedvit.privacy.mechanism`. A sum is divided by a constant."""
 
     follows_fleet = True
 
     def __init__(self, settings: Settings, store: Store) -> None:
         super().__init__(settings, store)
-        self._secret = derive_secret(load_or_create_root_secret(store.home), "client-level-noise")
         self._clip = settings.privacy.adaptive_clip
-        if not isinstance(self.rule, MeanRule):
-            raise ConfigError(
-                f"training.aggregation {self.rule.name!r} cannot fold a noised mean.", cure=self.rule.instead
-            )
-        self._step = self.rule.step
-        self._history: tuple[str, list[Mapping[str, Any]]] = ("", [])
-        self._banded: tuple[str, BandedNoise] | None = None
+        self._check_takes_means()
         self.sampled = settings.training.cohort.selection == "poisson"
 
     def run_facts(self, eligible: int) -> dict[str, Any]:
@@ -178,66 +226,80 @@ class ClientLevel(Protection):
 
     def l2_clip_norm(self, run_id: str, round_index: int) -> float:
         """The clipping norm of a whole update: as set, or as adapted by earlier rounds."""
-        if self._clip is None:
+        if self._clip is None or self._server is None:
             return self._settings.privacy.l2_clip_norm
-        earlier = self._facts(run_id)[: round_index - 1]
+        earlier = self._server.facts(run_id)[: round_index - 1]
         return float(earlier[-1]["next_l2_clip_norm"]) if earlier else self._settings.privacy.l2_clip_norm
+
+    def fault_of(self, update: Summand, run_id: str) -> str | None:
+        """A norm above what that number of clipped updates allows, with the noise that they have."""
+        if isinstance(update, RingSum):
+            return None
+        own_noise = self._noise_multiplier_of(run_id) if self._place == "client" else 0.0
+        return mechanism.fault_of(update, self.l2_clip_norm(run_id, update.round_index), own_noise)
 
     def _charged_units(self, client_ids: Sequence[str]) -> Iterable[tuple[str, int]]:
         """The population where the cohort is a secret sample, otherwise each client."""
         return ((unit_id, 1) for unit_id in ([POPULATION] if self.sampled else client_ids))
 
-    def fault_of(self, update: WeightedUpdate, run_id: str) -> str | None:
-        """A norm above what that number of clipped updates allows."""
-        return mechanism.fault_of(update, self.l2_clip_norm(run_id, update.round_index))
+    def _divisor(self, run: Run, updates: Sequence[Summand], facts: RoundFacts) -> float:
+        return float(run.config[EXPECTED_COHORT])
 
-    def fold(self, run: Run, task: TrainTask, base: RoundBase, updates: Updates, facts: RoundFacts) -> Folded:
-        """The rule's step along ``(sum of clipped updates + noise) / expected cohort``."""
-        norm = task.l2_clip_norm
-        clipped_to = ((update, self.l2_clip_norm(run.run_id, update.round_index)) for update in updates)
-        sums = mechanism.total(base.weights, clipped_to, norm)
-        within = sum(update.within_clip for update in updates)
-        accepted = sum(outcome.error is None for update in updates for outcome in update.outcomes)
-        key = self._key(task, [mechanism.digest(sums), within, accepted])
-        noise = self._sum_noise_multiplier(run) * norm * self._noise(run, task, mechanism.size_of(sums), key)
-        mean = mechanism.noised_mean(sums, noise, divisor=float(run.config[EXPECTED_COHORT]))
-        # Post-processing of the noised mean costs no privacy.
-        fold = checked_fold(self.rule, base.weights, self._step(base.weights, mean, base.rule_state, facts))
-        mechanism_facts = {"noise_key": key, "l2_clip_norm": norm, **self._next_norm(run, task, key, within, accepted)}
-        return Folded(fold.weights, {FACTS: mechanism_facts}, fold.state)
+    def _noise_multiplier_of(self, run_id: str) -> float:
+        return self._store.runs.get(run_id).noise_multiplier
 
     def _sum_noise_multiplier(self, run: Run) -> float:
         return sum_noise_multiplier(self._clip, run.noise_multiplier) if self._clip else run.noise_multiplier
 
+    def _mechanism_facts(self, run: Run, task: TrainTask, key: str, within: int, accepted: int) -> Mapping[str, Any]:
+        own = {"noise_key": key, "l2_clip_norm": task.l2_clip_norm}
+        return {FACTS: {**own, **self._next_norm(run, task, key, within, accepted)}}
+
     def _next_norm(self, run: Run, task: TrainTask, key: str, within: int, contributors: int) -> dict[str, float]:
-        if self._clip is None:
+        if self._clip is None or self._server is None:
             return {}
-        noise = float(self._stream("count", run.run_id, task.round_index, key).normal(1)[0])
+        noise = float(self._server.stream("count", run.run_id, task.round_index, key).normal(1)[0])
         share = noised_share(self._clip, within, contributors, noise, float(run.config[EXPECTED_COHORT]))
         return {"noised_share": share, "next_l2_clip_norm": next_norm(self._clip, task.l2_clip_norm, share)}
 
-    def _noise(self, run: Run, task: TrainTask, size: int, key: str) -> Vector:
-        """Noise of standard deviation 1 a coordinate, correlated between rounds where the settings say so."""
 
-        def draw(round_index: int, noise_key: str) -> Vector:
-            return mechanism.fresh_noise(self._stream("sum", run.run_id, round_index, noise_key), size)
+class ServerNoise:
+    """Noise that the aggregator adds to a round's sum.
 
-        bands = self._settings.privacy.bands
-        if bands is None:
-            return draw(task.round_index, key)
-        if self._banded is None or self._banded[0] != run.run_id:
-            self._banded = run.run_id, BandedNoise(bands, draw)
-        earlier = [str(facts["noise_key"]) for facts in self._facts(run.run_id)[: task.round_index - 1]]
-        return self._banded[1].at([*earlier, key])
+    It is derived from the output's identity and from the sum that it protects: a repeated round repeats it, and a round
+    with another sum draws other noise. What later rounds need is in the version's lineage, as a keyed hash, because a
+    plain hash of the sum would confirm a guess.
+    """
 
-    def _stream(self, purpose: str, run_id: str, round_index: int, key: str) -> SecretStream:
-        return SecretStream(self._secret, purpose, {"run_id": run_id, "round_index": round_index, "key": key})
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._bands, self._store = settings.privacy.bands, store
+        self._secret = derive_secret(load_or_create_root_secret(store.home), "client-level-noise")
+        self._history: tuple[str, list[Mapping[str, Any]]] = ("", [])
+        self._banded: tuple[str, BandedNoise] | None = None
 
-    def _key(self, task: TrainTask, protected: list[Any]) -> str:
+    def key(self, task: TrainTask, protected: list[Any]) -> str:
+        """A keyed hash of the output's identity and of what is protected, JSON types."""
         text = json.dumps([output_id(task, POPULATION, 1), *protected])
         return hmac.new(self._secret, text.encode(), "sha256").hexdigest()
 
-    def _facts(self, run_id: str) -> list[Mapping[str, Any]]:
+    def noise(self, run: Run, task: TrainTask, size: int, key: str) -> Vector:
+        """Noise of standard deviation 1 a coordinate, correlated between rounds where the settings say so."""
+
+        def draw(round_index: int, noise_key: str) -> Vector:
+            return mechanism.fresh_noise(self.stream("sum", run.run_id, round_index, noise_key), size)
+
+        if self._bands is None:
+            return draw(task.round_index, key)
+        if self._banded is None or self._banded[0] != run.run_id:
+            self._banded = run.run_id, BandedNoise(self._bands, draw)
+        earlier = [str(facts["noise_key"]) for facts in self.facts(run.run_id)[: task.round_index - 1]]
+        return self._banded[1].at([*earlier, key])
+
+    def stream(self, purpose: str, run_id: str, round_index: int, key: str) -> SecretStream:
+        """The secret stream of a purpose, for the key of one output."""
+        return SecretStream(self._secret, purpose, {"run_id": run_id, "round_index": round_index, "key": key})
+
+    def facts(self, run_id: str) -> list[Mapping[str, Any]]:
         """What the mechanism did in each committed round of the run, from the first on."""
         known = self._history[1] if self._history[0] == run_id else []
         committed = [record for record in self._store.rounds.of_run(run_id) if record.version is not None]

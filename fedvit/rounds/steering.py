@@ -19,7 +19,7 @@ from fedvit.store.store import Store
 _REQUEST_KEY = "run_request"
 _ROUND_KEY = "round_settings"
 _AGGREGATION_KEY = "aggregation_settings"
-_SECTIONS = ("model", "training", "privacy", "workload", "order")
+_SECTIONS = ("model", "training", "privacy", "secure_aggregation", "workload", "order")
 STALENESS_TOLERANCE = 5
 _Changeable = TypeVar("_Changeable", "RoundSettings", "AggregationSettings")
 

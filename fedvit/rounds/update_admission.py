@@ -26,9 +26,9 @@ from fedvit.updates import (
     DecodedUpdate,
     EncodedUpdate,
     SingleMessage,
+    Summand,
     UpdateBundle,
     UpdateMessage,
-    WeightedUpdate,
 )
 from fedvit.wire.untrusted import MAX_REASON, errors_as_rejection
 
@@ -157,7 +157,7 @@ class RoundUpdates:
         """How many clients' updates count."""
         return sum(outcome.error is None for outcome in self.outcomes)
 
-    def updates(self) -> list[WeightedUpdate]:
+    def updates(self) -> list[Summand]:
         """What is folded, discounted for its staleness, in an order that does not depend on the order of arrival."""
         updates = [answer for answer in self.answers if not isinstance(answer, ClientFailures)]
         updates.sort(key=lambda update: min(o.client_id for o in update.outcomes))
@@ -204,7 +204,7 @@ class UpdateAdmission:
         validator: UpdateValidator,
         awaited: Callable[[int], tuple[Collection[str], Collection[str]]],
         *,
-        fault_of: Callable[[WeightedUpdate], str | None] = lambda update: None,
+        fault_of: Callable[[Summand], str | None] = lambda update: None,
         observe: Callable[[ClientUpdate], ClientUpdate] = lambda update: update,
         carried_over: Iterable[ValidAnswer] = (),
         staleness: StalenessConfig = DEFAULT,

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 
 from fedvit.errors import UpdateRejectedError
 from fedvit.types import MAX_EXAMPLES, MAX_ROUND, ClientOutcome, Encoding
-from fedvit.updates import ClientFailures, DecodedUpdate, PartialSum
+from fedvit.updates import ClientFailures, PartialSum, WeightedUpdate
 from fedvit.wire.encoding import Arrays, Shapes, Uniforms, decode_arrays, encode_arrays, names_of
 from fedvit.wire.tensors import LENGTH_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, TensorFile, read_tensors
 from fedvit.wire.untrusted import fields_of, integer, number, one_line, parse_json, text
@@ -30,13 +30,15 @@ _BYTES_OF_A_VALUE = 8
 _SPARE_ARRAYS = 4
 
 
-def encode_update(update: DecodedUpdate) -> bytes:
+def encode_update(update: ClientFailures | WeightedUpdate) -> bytes:
     """An answer as bytes; the staleness, which only the receiver knows, is left out."""
     sums = {} if isinstance(update, ClientFailures) else update.total()
     return save(dict(sorted(sums.items())), metadata=_metadata(update, {}))
 
 
-def encode_smaller(update: DecodedUpdate, encoding: Encoding, uniforms: Uniforms, top_k_fraction: float) -> bytes:
+def encode_smaller(
+    update: ClientFailures | WeightedUpdate, encoding: Encoding, uniforms: Uniforms, top_k_fraction: float
+) -> bytes:
     """An answer as bytes, its mean update in a smaller form; of a failure, the outcome alone.
 
     Args:
@@ -119,7 +121,7 @@ def _largest_header(shapes: Shapes) -> int:
     return min(MAX_HEADER_BYTES, 2 * _MAX_FACTS_BYTES + _ENTRY_BYTES + _ARRAYS_OF_A_PARAMETER * entries)
 
 
-def _metadata(update: DecodedUpdate, more: dict[str, Any]) -> dict[str, str]:
+def _metadata(update: ClientFailures | WeightedUpdate, more: dict[str, Any]) -> dict[str, str]:
     weight, within_clip = (0.0, 0) if isinstance(update, ClientFailures) else (update.total_weight, update.within_clip)
     facts = {
         "round_index": update.round_index,

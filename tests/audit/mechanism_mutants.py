@@ -28,7 +28,7 @@ MECHANISM_MUTANTS = (
         "noise of a round by the norm squared",
         "rounds/protection.py",
         NOISE,
-        (("self._sum_noise_multiplier(run) * norm *", "self._sum_noise_multiplier(run) * norm**2 *"),),
+        (("(run) * mechanism.sensitivity(task) *", "(run) * mechanism.sensitivity(task) ** 2 *"),),
     ),
     Mutant(
         "records clipped to the norm squared",
@@ -258,7 +258,7 @@ MECHANISM_MUTANTS = (
         "noise that does not depend on the weights",
         "privacy/randomness.py",
         KEYS,
-        (("json.dumps(asdict(task), sort_keys", 'json.dumps({**asdict(task), "base_digest": ""}, sort_keys'),),
+        (("json.dumps(facts, sort_keys", 'json.dumps({**facts, "base_digest": ""}, sort_keys'),),
     ),
     Mutant(
         "noise that does not depend on the records",

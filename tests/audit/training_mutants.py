@@ -31,7 +31,7 @@ TRAINING_MUTANTS = (
         "half the noise, by a trainer that passes half on",
         "clients/local.py",
         NOISE,
-        (("noise_multiplier=task.noise_multiplier,", "noise_multiplier=task.noise_multiplier / 2,"),),
+        (("noise_multiplier=task.noise_multiplier if", "noise_multiplier=task.noise_multiplier / 2 if"),),
     ),
     Mutant(
         "no clipping of records",
@@ -101,7 +101,12 @@ TRAINING_MUTANTS = (
         "division by the clients that answered",
         "rounds/protection.py",
         CLIENTS,
-        (("divisor=float(run.config[EXPECTED_COHORT]))", "divisor=float(max(1, accepted)))"),),
+        (
+            (
+                "return float(run.config[EXPECTED_COHORT])",
+                "return float(max(1, sum(o.error is None for u in updates for o in u.outcomes)))",
+            ),
+        ),
     ),
     Mutant(
         "division by the records that were drawn",

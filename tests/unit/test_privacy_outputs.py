@@ -25,6 +25,10 @@ CHANGES: dict[str, Any] = {
     "l2_clip_norm": 1.1,
     "local_steps": 2,
     "learning_rate": 0.2,
+    "noise_at": "server",
+    "attempt": 1,
+    "participants": 10,
+    "sum_weight": 400.0,
 }
 
 
@@ -36,6 +40,10 @@ def test_the_same_release_has_the_same_identity() -> None:
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainTask)])
 def test_every_field_of_the_task_counts(name: str) -> None:
     assert output_id(dataclasses.replace(TASK, **{name: CHANGES[name]}), "car-1", 40) != output_id(TASK, "car-1", 40)
+
+
+def test_fields_that_are_newer_than_a_run_leave_its_outputs_alone() -> None:
+    assert output_id(TASK, "car-1", 40) == "13cc91e4a25f0a56959699763facdaa378b2346a99fa9d63caf4e23df38ac641"
 
 
 def test_the_client_and_its_number_of_examples_count() -> None:

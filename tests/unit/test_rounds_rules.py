@@ -389,9 +389,10 @@ def test_server_optimisers_step_along_the_noised_mean_of_whole_clients(
 
 
 def test_secure_aggregation_will_not_go_with_single_updates() -> None:
-    config = load_settings(environ={}, overrides={"training": {"aggregation": "median"}})
+    overrides = {"training": {"aggregation": "median"}, "privacy": {"noise_at": "distributed"}}
+    config = load_settings(environ={}, overrides=overrides)
     with pytest.raises(ConfigError):
-        rule_for(config, secure_aggregation=True)
+        rule_for(config)
 
 
 def test_a_rule_that_needs_one_base_refuses_asynchronous_rounds_before_a_run_begins(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from fedvit.tools.audit.observe import Release, flat_arrays
 from fedvit.tools.audit.records import ROUNDING
 from fedvit.tools.audit.runs import AuditRun, Update, client_task, host_of, run_settings, write_key, zero_updates
 from fedvit.types import TrainTask, Weights
-from fedvit.updates import PartialSum, UpdateMessage
+from fedvit.updates import PartialSum, RingSum, UpdateMessage
 from fedvit.wire.tensors import encode_weights
 
 CHECK, LATE_CHECK = "neighbouring clients", "late updates"
@@ -132,7 +132,8 @@ def _weight_faults(scope: Scope, config: StalenessConfig) -> Iterator[str]:
             )
             admission.admit(late)
             updates, _ = admission.close(room=None)
-            clipped = [(late, scope.l2_clip_norm) for late in updates.updates()]
+            late_updates = [late for late in updates.updates() if not isinstance(late, RingSum)]
+            clipped = [(late, scope.l2_clip_norm) for late in late_updates]
             sums = mechanism.total(base, clipped, scope.l2_clip_norm)
             weights.append(float(np.linalg.norm(flat_arrays(sums))) / scope.l2_clip_norm)
     if abs(weights[0] - 1) > ROUNDING:

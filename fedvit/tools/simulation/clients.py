@@ -21,6 +21,7 @@ from fedvit.updates import (
     ClientUpdate,
     EncodedUpdate,
     PartialSum,
+    RingSum,
     SingleMessage,
     UpdateBundle,
 )
@@ -63,13 +64,15 @@ class SimulatedClients:
     def __init__(
         self, settings: Settings, faults: Faults, data: ClientDataSource, records: VirtualFleet, model: VisionModel
     ) -> None:
-        self._faults = faults
+        self._faults, self._in_ring = faults, settings.privacy.noise_place == "distributed"
         batch = settings.training.physical_batch_size
         self._host = vision_host(
             settings,
             records=records,
             model=model,
             data=MislabelledData(data, faults, model.num_classes),
+            # A contribution in integers cannot be altered any more.
+            alter_answer=faults.alter if self._in_ring else None,
             trainer=None if settings.simulation.private else PlainTrainer(model, physical_batch_size=batch),
         )
 
@@ -77,7 +80,7 @@ class SimulatedClients:
         """One client's answer as the server receives it."""
         message = self._host.train(task, weights, [client_id])
         answer = message.parts[0] if isinstance(message, UpdateBundle) else message
-        if isinstance(answer, EncodedUpdate):
+        if isinstance(answer, EncodedUpdate | RingSum):
             return answer
         if isinstance(answer, PartialSum):
             answer = _single(answer)

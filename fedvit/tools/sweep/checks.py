@@ -19,9 +19,9 @@ def check_rules(plans: Sequence[TrialPlan]) -> None:
     """
     for settings in _distinct(
         [plan.settings for plan in plans],
-        lambda one: (repr(one.training), one.privacy.privacy_unit, one.simulation.mode),
+        lambda one: (repr(one.training), one.privacy.privacy_unit, one.privacy.noise_place, one.simulation.mode),
     ):
-        check_mode(rule_for(settings), settings.simulation.mode)
+        check_mode(rule_for(settings), settings.simulation.mode, settings)
 
 
 def check_trials(plans: Sequence[TrialPlan]) -> None:

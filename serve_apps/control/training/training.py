@@ -152,7 +152,7 @@ def _add_aggregation_mode(api: FastAPI, services: Services) -> None:
                 "The cohorts are Poisson samples, which amplifies privacy: no drawn client may answer late.",
                 cure="Train with training.cohort.selection 'uniform' or 'all' and a cap on participations.",
             )
-        check_mode(create_rule(services.settings.training), request.mode)
+        check_mode(create_rule(services.settings.training), request.mode, services.settings)
         note.before = asdict(aggregation_settings(store))
         changed = change_aggregation_settings(
             store, lambda now: replace(now, **_changes(request)), expected_revisions=_revisions(if_match)
