@@ -8,10 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedvit.aggregation.registry import rule_for
+from fedvit.clients.contributions import RingEncoder
 from fedvit.config import Settings
+from fedvit.privacy.mechanism import clip_update
+from fedvit.privacy.randomness import derive_secret
 from fedvit.tools.simulation.faults import Faults
 from fedvit.types import Client, ClientKind, ClientOutcome, Evaluation, TrainTask, Weights
-from fedvit.updates import ClientAnswer, ClientUpdate
+from fedvit.updates import ClientAnswer, ClientUpdate, RingSum
 
 CLASSES = 4
 CENTRES = 2.0 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
@@ -62,10 +65,11 @@ class ToyWorld:
 
 class _ToyClients:
     def __init__(self, world: ToyWorld, settings: Settings, faults: Faults) -> None:
-        self._world, self._faults = world, faults
-        self._by_examples = rule_for(settings).weighting == "examples"
+        self._world, self._faults, self._settings = world, faults, settings
+        by_client = settings.privacy.privacy_unit == "client"
+        self._by_examples = not by_client and rule_for(settings).weighting == "examples"
 
-    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> ClientAnswer:
+    def answer(self, task: TrainTask, weights: Weights, client_id: str) -> ClientAnswer | RingSum:
         self._world.trained.append((task.round_index, client_id))
         points, labels = self._world._held[client_id]
         labels = self._faults.labels(client_id, labels, CLASSES)
@@ -76,8 +80,14 @@ class _ToyClients:
             here["weight"] -= task.learning_rate * points.T @ wrong / len(points)
         weight = float(len(labels)) if self._by_examples else 1.0
         sums = {name: weight * (array - weights[name]) for name, array in here.items()}
+        if task.privacy_unit == "client":
+            sums, _ = clip_update(sums, task.l2_clip_norm)
         own = ClientUpdate(task.round_index, ClientOutcome(client_id, len(labels)), sums, weight)
-        return self._faults.alter(client_id, own)
+        answer = self._faults.alter(client_id, own)
+        if task.noise_place != "distributed" or not isinstance(answer, ClientUpdate):
+            return answer
+        shapes = {name: array.shape for name, array in weights.items()}
+        return RingEncoder(task, self._settings, shapes).encode(answer, derive_secret(bytes(32), client_id))
 
 
 def _points(draw: np.random.Generator, shares: Points, count: int) -> tuple[Points, Labels]:

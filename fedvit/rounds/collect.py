@@ -16,6 +16,7 @@ from fedvit.rounds.context import RoundContext
 from fedvit.rounds.machine import TrainRound
 from fedvit.rounds.steering import AggregationSettings, aggregation_settings
 from fedvit.rounds.update_admission import AdmissionPolicy, RoundUpdates, UpdateAdmission, ValidAnswer
+from fedvit.secagg.noise import Plan
 from fedvit.types import TrainTask, Weights
 from fedvit.updates import ClientUpdate
 
@@ -62,6 +63,7 @@ class Collector:
         head: Head | None,
         *,
         timeout_s: float,
+        ring: Plan | None = None,
     ) -> RoundUpdates:
         """The updates of the round.
 
@@ -69,6 +71,7 @@ class Collector:
             base: the trainable weights, which define the names and shapes of an update.
             sent: what goes to the clients: the weights and the rule's broadcast state.
             head: what limits single updates of the head, if anything does.
+            ring: the plan of integer contributions, where noise is distributed.
         """
         in_flight = self.in_flight()
         # After a failed attempt at this very round, some of the cohort may still work on it.
@@ -84,7 +87,7 @@ class Collector:
         messages = self._fleet.train(task, sent, cohort, timeout_s=timeout_s)
         # The first step sends the task out, so that clients train while the validation is prepared.
         first = next(messages, None)
-        admission = self._admission(effect, task, base, sent, sizes, share, head)
+        admission = self._admission(effect, task, base, sent, sizes, share, head, ring)
         for message in chain((first,), messages):
             if message is not None:
                 admission.admit(message)
@@ -108,6 +111,8 @@ class Collector:
         """The limit on the influence of one client, by the numbers of examples that the clients are admitted with."""
         if self._settings.privacy.privacy_unit == "client":
             return NO_LIMIT  # every update is clipped, and the divisor is a constant
+        if self._settings.privacy.noise_place == "distributed":
+            return NO_LIMIT  # a client weighs its own contribution, before anybody sees it
         updates = min(self._policy(effect, len(sizes)).enough or len(sizes), len(sizes))
         share = ShareLimit.of(self._settings.training.validation.max_client_share, list(sizes.values()), updates)
         round_index = effect.cohort.round_index
@@ -126,6 +131,7 @@ class Collector:
         sizes: Mapping[str, int],
         share: ShareLimit,
         head: Head | None,
+        ring: Plan | None,
     ) -> UpdateAdmission:
         validator = UpdateValidator.of(
             self._settings,
@@ -135,6 +141,7 @@ class Collector:
             task=task,
             broadcast={name: array for name, array in sent.items() if name.startswith(BROADCAST)},
             max_weights=self._max_weights,
+            ring=ring,
         )
         bounds = validator.bounds
 

@@ -23,7 +23,10 @@ _Array = TypeVar("_Array", bound="np.ndarray[Any, Any]")
 
 @dataclass(frozen=True, slots=True)
 class RoundContext:
-    """The settings, the store and the ports of a training loop, and the protection that the settings ask for."""
+    """The settings, the store and the ports of a training loop, and the protection that the settings ask for.
+
+    ``simulated`` clients may leave the masks of secure aggregation out.
+    """
 
     settings: Settings
     store: Store
@@ -32,6 +35,7 @@ class RoundContext:
     model: ServerModelPort
     clock: ClockPort
     protection: Protection
+    simulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,10 @@ class Coordinator:
         on_progress: called after every event, from the thread that runs the loop.
         clock: a simulation's is virtual.
         on_health: called with the scores of the data's quality and drift, after rounds in which they were measured.
+        simulated: see :class:`fedvit.rounds.context.RoundContext`.
+
+    Raises:
+        ConfigError: the settings ask for what a real or a simulated system does not do.
 
     Attributes:
         lifecycle: checks and opens runs.
@@ -106,8 +110,10 @@ class Coordinator:
         on_progress: Callable[[TrainingProgress], None] = lambda _: None,
         clock: ClockPort = SYSTEM_CLOCK,
         on_health: Callable[[float | None, float | None], None] = lambda quality, drift: None,
+        simulated: bool = False,
     ) -> None:
-        context = RoundContext(settings, store, accountant, fleet, model, clock, protection_for(settings, store))
+        protection = protection_for(settings, store)
+        context = RoundContext(settings, store, accountant, fleet, model, clock, protection, simulated)
         self._context, self._store, self._stopping = context, store, threading.Event()
         self._progress = ProgressReporter(context, on_progress)
         self.lifecycle = RunLifecycle(context)

@@ -11,7 +11,12 @@ from fedvit.aggregation.head import Head
 from fedvit.aggregation.rule import RoundFacts
 from fedvit.aggregation.staleness import staleness_weight
 from fedvit.clients.tracebacks import location_in
-from fedvit.errors import BudgetExhaustedError, LedgerFrozenError, ReleaseRefusedError
+from fedvit.errors import (
+    BudgetExhaustedError,
+    LedgerFrozenError,
+    ReleaseRefusedError,
+    SecureAggregationError,
+)
 from fedvit.metrics.training import RoundMetrics
 from fedvit.registry.publisher import Publisher
 from fedvit.rounds import machine
@@ -22,8 +27,10 @@ from fedvit.rounds.failures import Failure, record_failure
 from fedvit.rounds.histogram_collection import HistogramCollection
 from fedvit.rounds.lifecycle import RunLifecycle
 from fedvit.rounds.protection import POPULATION_SIZE, Folded
+from fedvit.rounds.secure_sums import RoundSums
 from fedvit.rounds.steering import round_settings
 from fedvit.rounds.update_admission import RoundUpdates
+from fedvit.secagg.noise import Plan
 from fedvit.store.records import RoundCommit
 from fedvit.store.versions import RULE_STATE
 from fedvit.types import ClientOutcome, Cohort, Evaluation, RoundRecord, Run, TrainTask, Weights
@@ -79,11 +86,13 @@ class RoundExecution:
         self._model, self._protection, self._clock = context.model, context.protection, context.clock
         self._lifecycle, self._stopping, self._on_committed = lifecycle, stopping, on_committed
         self._collector, self._histograms = Collector(context), HistogramCollection(context)
+        self._sums = RoundSums(context)
         self._data_health = DataHealthMonitor(context.store, on_health, context.clock)
         self.publisher = Publisher(context.store, context.settings)
         # Weights are written while they are evaluated.
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
         self._open: _OpenRun | None = None
+        self._charged: tuple[TrainTask, Plan | None] | None = None
         self._trained: _TrainedRound | None = None
 
     @property
@@ -121,6 +130,8 @@ class RoundExecution:
         sampled = self._protection.sampled
         if sampled:
             self._collector.give_up("a sampled round waits for nobody")
+        if self._sums.secure:
+            self._collector.give_up("a secure sum is of one attempt of one round")
         if self._protection.follows_fleet:
             self._current.run = self._lifecycle.with_present_facts(self.run)
         in_flight, quarantined = self._collector.in_flight(), set(self._store.clients.quarantined())
@@ -129,7 +140,9 @@ class RoundExecution:
         cohorts = self._lifecycle.cohorts
         config = cohorts.config()
         try:
-            cohort = cohorts.draw(self._task(round_index), config, in_flight)
+            # An attempt that was charged is made use of, even if no other one would be affordable.
+            recorded = self._sums.recorded_cohort(self.run.run_id, round_index)
+            cohort = recorded or cohorts.draw(self._task(round_index), config, in_flight)
         except BudgetExhaustedError as error:
             return machine.ChargeRefused(str(error))
         if sampled and (count := cohorts.count(config, min_clients)) < min_clients:
@@ -137,25 +150,40 @@ class RoundExecution:
         record = self._store.rounds.open(self.run.run_id, round_index, cohort)
         # A retry gets the recorded cohort, but an incident since then keeps its clients out.
         cohort = Cohort(round_index, tuple(c for c in record.cohort if c not in quarantined))
+        min_clients = max(min_clients, self._sums.least_clients(cohort))
         return machine.CohortDrawn(cohort, min_clients, len(in_flight.difference(cohort.client_ids)))
 
     def _charge(self, cohort: Cohort) -> machine.Event:
+        task, plan = self._sums.task_of(self._task(cohort.round_index), cohort, self._current.base.weights)
         try:
-            self._accountant.charge(self._protection.charges(self._task(cohort.round_index), cohort.client_ids))
+            self._accountant.charge(self._protection.charges(task, cohort.client_ids, plan))
         except BudgetExhaustedError as error:
             return machine.ChargeRefused(str(error))
+        self._charged = task, plan
         return machine.Charged()
 
     # --- train -------------------------------------------------------------------------------------------------------
 
     def _train(self, effect: machine.TrainRound) -> machine.Event:
-        started_s, timeout_s = self._clock.monotonic(), round_settings(self._store, self._settings).wait_timeout_s
-        run, base, task = self.run, self._current.base, self._task(effect.cohort.round_index)
+        while True:
+            try:
+                return self._train_once(effect)
+            except SecureAggregationError:
+                if not self._sums.may_repeat(self._charged_task[0]):
+                    raise
+            # Another attempt has other outputs.
+            charged = self._charge(effect.cohort)
+            if isinstance(charged, machine.ChargeRefused):
+                return machine.Failed(charged.reason)
+
+    def _train_once(self, effect: machine.TrainRound) -> machine.Event:
+        started_s = self._clock.monotonic()
+        run, base, task = self.run, self._current.base, self._charged_task[0]
         METRICS.in_flight(len(self._collector.in_flight().union(effect.cohort.client_ids)))
         self._gather_histograms()
         self._histograms.ask(task, run, effect.cohort.client_ids, base.weights)
         head = self._head(task.round_index)
-        updates = self._collector.collect(effect, task, base.weights, base.sent, head, timeout_s=timeout_s)
+        updates = self._collected(effect, head)
         METRICS.in_flight(len(self._collector.in_flight()))
         limit = self._settings.training.validation.quarantine_after_rejections
         count_invalid_updates(self._store, task.run_id, task.round_index, updates.outcomes, limit, self._clock)
@@ -170,6 +198,15 @@ class RoundExecution:
                 folded = replace(folded, weights=head.step(base.weights, folded.weights))
             self._trained = _TrainedRound(folded, updates, started_s)
         return machine.Trained(updates.accepted, len(errors), errors[0] if errors else None)
+
+    def _collected(self, effect: machine.TrainRound, head: Head | None) -> RoundUpdates:
+        base, (task, plan) = self._current.base, self._charged_task
+        timeout_s = round_settings(self._store, self._settings).wait_timeout_s
+        with self._sums.session(task, plan, effect.cohort) as session:
+            effect, sent = replace(effect, cohort=session.cohort), base.sent
+            return session.reveal(
+                self._collector.collect(effect, task, base.weights, sent, head, timeout_s=timeout_s, ring=plan)
+            )
 
     def _errors(self, round_index: int, outcomes: Sequence[ClientOutcome]) -> list[str]:
         """The errors of clients; the first traceback is recorded."""
@@ -291,6 +328,12 @@ class RoundExecution:
             return machine.ReleaseRefused()
         self._data_health.invalidate()
         return machine.Released()
+
+    @property
+    def _charged_task(self) -> tuple[TrainTask, Plan | None]:
+        if self._charged is None:
+            raise machine.ImpossibleEventError("a round is trained that was not charged")
+        return self._charged
 
     @property
     def _current(self) -> _OpenRun:

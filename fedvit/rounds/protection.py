@@ -27,6 +27,8 @@ from fedvit.privacy.correlated import BandedNoise, Vector
 from fedvit.privacy.randomness import SecretStream, derive_secret, load_or_create_root_secret, output_id
 from fedvit.privacy.round_cost import charge_of, round_event
 from fedvit.rounds.context import RoundBase
+from fedvit.secagg.noise import Plan, decode, event_of
+from fedvit.secagg.task_plan import plan_of, unflat
 from fedvit.store.store import Store
 from fedvit.types import FloatArray, Run, TrainTask, Weights
 from fedvit.updates import RingSum, Summand
@@ -73,9 +75,23 @@ class Protection(ABC):
         """The clipping norm of the round."""
         return self._settings.privacy.l2_clip_norm
 
-    def charges(self, task: TrainTask, client_ids: Sequence[str]) -> list[Charge]:
-        """The charges of the round if these clients take part."""
+    def plan(self, task: TrainTask, weights: Weights) -> Plan | None:
+        """The plan of the round's integer contributions, where noise is distributed.
+
+        Raises:
+            ConfigError, SecureAggregationError: see :func:`fedvit.secagg.task_plan.plan_of`.
+        """
+        return plan_of(task, self._settings, mechanism.size_of(weights)) if self._place == "distributed" else None
+
+    def charges(self, task: TrainTask, client_ids: Sequence[str], plan: Plan | None = None) -> list[Charge]:
+        """The charges of the round if these clients take part.
+
+        Args:
+            plan: of the round, where noise is distributed; without it, the charges are estimates for the draw.
+        """
         event = round_event(self._settings, task.noise_multiplier)
+        if plan is not None:
+            event = event_of(plan, self._settings.privacy.sampling_prob if task.privacy_unit == "record" else 1.0)
         return [
             charge_of(
                 event,
@@ -119,6 +135,8 @@ class Protection(ABC):
         self, run: Run, task: TrainTask, base: RoundBase, updates: Sequence[Summand], divisor: float
     ) -> tuple[Sums, Mapping[str, Any]]:
         """The mean update with its noise, and facts for the version's lineage."""
+        if (plan := self.plan(task, base.weights)) is not None:
+            return self._decoded_mean(plan, base, updates, divisor), {}
         norm = task.l2_clip_norm
         addends = [update for update in updates if not isinstance(update, RingSum)]
         clipped_to = ((update, self.l2_clip_norm(run.run_id, update.round_index)) for update in addends)
@@ -132,6 +150,14 @@ class Protection(ABC):
         noise = self._sum_noise_multiplier(run) * mechanism.sensitivity(task) * self._server.noise(run, task, size, key)
         mean = mechanism.noised_mean(sums, noise, divisor=divisor)
         return mean, self._mechanism_facts(run, task, key, within, accepted)
+
+    def _decoded_mean(self, plan: Plan, base: RoundBase, updates: Sequence[Summand], divisor: float) -> Sums:
+        total = np.zeros(plan.padded, np.uint32)
+        for update in updates:
+            assert isinstance(update, RingSum), "validation takes nothing else where noise is distributed"
+            total += update.vector
+        vector = decode(plan, total & np.uint32(2**plan.bits - 1))
+        return unflat(vector / divisor, base.weights)
 
     def _sum_noise_multiplier(self, run: Run) -> float:
         return run.noise_multiplier
@@ -160,8 +186,6 @@ def protection_for(settings: Settings, store: Store) -> Protection:
     Raises:
         ConfigError: see :func:`fedvit.aggregation.registry.rule_for`.
     """
-    if settings.privacy.noise_place == "distributed":
-        raise ConfigError("privacy.noise_at 'distributed' is not available yet.", cure="Use 'client' or 'server'.")
     return (RecordLevel if settings.privacy.privacy_unit == "record" else ClientLevel)(settings, store)
 
 

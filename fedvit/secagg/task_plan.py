@@ -31,7 +31,7 @@ def plan_of(task: TrainTask, settings: Settings, length: int) -> Plan:
         ConfigError: no ring is wide enough; see :func:`fedvit.secagg.noise.plan_for`.
     """
     secure, largest = settings.secure_aggregation, sensitivity(task)
-    survivors, by_client = secure.survivors(task.participants), task.privacy_unit == "client"
+    survivors = secure.survivors(task.participants)
     honest = survivors - secure.max_colluding
     if task.participants < survivors or honest < 1:
         raise SecureAggregationError(
@@ -39,16 +39,18 @@ def plan_of(task: TrainTask, settings: Settings, length: int) -> Plan:
             f"{secure.max_colluding} of them may collude.",
             cure="Draw a larger cohort, or lower secure_aggregation.min_survivors or max_colluding.",
         )
+    by_client = task.privacy_unit == "client"
+    total_norm = largest * (task.participants if by_client else max(2.0, task.sum_weight))
     return plan_for(
         length=length,
         sensitivity=largest,
-        total_norm=largest * (task.participants if by_client else max(1.0, task.sum_weight)),
+        largest_norm=largest if by_client else total_norm,
+        total_norm=total_norm,
         participants=task.participants,
         honest=honest,
         noise_multiplier=task.noise_multiplier,
         max_bits=secure.bits,
         rotation=hashlib.sha256(f"rotation/{output_id(task, POPULATION, 1)}".encode()).digest(),
-        bounded=by_client,
     )
 
 

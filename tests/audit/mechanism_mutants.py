@@ -109,7 +109,7 @@ MECHANISM_MUTANTS = (
             (
                 CHARGE,
                 "wanted = cohort.client_ids[: self._settings.training.cohort.size]\n"
-                "            self._accountant.charge(self._protection.charges(self._task(cohort.round_index), wanted))",
+                "            self._accountant.charge(self._protection.charges(task, wanted, plan))",
             ),
         ),
     ),

@@ -10,7 +10,7 @@ _OF_THE_WHOLE = """
             sums = recorder.weighted_sums(torch.isfinite(recorder.norms()).float())
             norm = torch.stack([each.norm() for each in sums.values()]).norm()
             return {name: each * (l2_clip_norm / norm).clamp(max=1.0) for name, each in sums.items()}"""
-CHARGE = "self._accountant.charge(self._protection.charges(self._task(cohort.round_index), cohort.client_ids))"
+CHARGE = "self._accountant.charge(self._protection.charges(task, cohort.client_ids, plan))"
 _TRAINED = """trained, run = self._trained, self.run
         if trained is None:"""
 
@@ -138,7 +138,10 @@ TRAINING_MUTANTS = (
         CHARGING,
         (
             (f"            {CHARGE}", "            self._charged_later = cohort"),
-            (_TRAINED, f"cohort = self._charged_later\n        {CHARGE}\n        {_TRAINED}"),
+            (
+                _TRAINED,
+                f"cohort, (task, plan) = self._charged_later, self._charged_task\n        {CHARGE}\n        {_TRAINED}",
+            ),
         ),
     ),
     Mutant(

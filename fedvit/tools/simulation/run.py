@@ -137,6 +137,7 @@ def _simulated(settings: Settings, store: Store, world: World, name: str, observ
         model=SimulatedServer(world.server, clock.monotonic, simulation.evaluate_every_s, observer.evaluated),
         on_progress=(recorder := _VersionRecorder(settings, store, clock, observer.version_committed)),
         clock=clock,
+        simulated=True,
     )
     recorder.stop = loop.request_stop
     run = loop.run()

@@ -1,0 +1,236 @@
+"""Sessions in which the contributions of a round become one sum, where noise is distributed over the clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from fedvit.config import Settings
+from fedvit.errors import ConfigError, NotFoundError, SecureAggregationError
+from fedvit.rounds.context import RoundContext
+from fedvit.rounds.update_admission import RoundUpdates
+from fedvit.secagg.noise import Plan
+from fedvit.store.store import Store
+from fedvit.types import Cohort, TrainTask, Weights
+from fedvit.updates import DecodedUpdate, RingSum
+
+_ATTEMPTS_KEY = "secure_attempts"
+"""Metadata key: the round that began a session last, and how many it has begun."""
+
+
+class SumSession(Protocol):
+    """One attempt of a round. Its ``cohort`` is sent the task."""
+
+    @property
+    def cohort(self) -> Cohort:
+        """The clients that take part, with what each needs to mask its contribution."""
+
+    def reveal(self, updates: RoundUpdates) -> RoundUpdates:
+        """The updates with one :class:`RingSum` that has no masks, and with the outcomes of all clients.
+
+        Raises:
+            SecureAggregationError: too few clients contributed; nothing is revealed.
+        """
+
+    def end(self) -> None:
+        """The session is over, however it ended."""
+
+
+class SecureSums(Protocol):
+    """Begins the sessions of rounds."""
+
+    def attempt(self, run_id: str, round_index: int) -> int:
+        """How many sessions of the round have begun: the number of the next attempt, from 0."""
+
+    def begin(self, task: TrainTask, cohort: Cohort, plan: Plan, min_survivors: int) -> SumSession:
+        """Begin the session of this attempt, which is durably used up from then on.
+
+        Raises:
+            SecureAggregationError: too few clients take part.
+        """
+
+    def may_repeat(self, task: TrainTask) -> bool:
+        """Whether a round whose attempt failed is to be tried again at once."""
+
+
+class Attempts:
+    """Durable count of the sessions that a round has begun.
+
+    A session's noise is never used again: after it has begun, a repeated round is another attempt, which has other
+    outputs and is charged again. A process that ends before repeats the same attempt.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def number(self, run_id: str, round_index: int) -> int:
+        """How many sessions of the round have begun."""
+        stored = self._store.metadata.get(_ATTEMPTS_KEY) or {}
+        here = (stored.get("run_id"), stored.get("round_index")) == (run_id, round_index)
+        return int(stored["begun"]) if here else 0
+
+    def begin(self, task: TrainTask) -> None:
+        """Note that the session of the task's attempt begins; durable when it returns."""
+        place = {"run_id": task.run_id, "round_index": task.round_index, "begun": task.attempt + 1}
+        self._store.metadata.set(_ATTEMPTS_KEY, place)
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainSession:
+    """A round whose sum is not secure."""
+
+    cohort: Cohort
+
+    def reveal(self, updates: RoundUpdates) -> RoundUpdates:
+        return updates
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class _UnmaskedSession:
+    """A session without masks: the aggregator sees every contribution, as integers with its share of the noise."""
+
+    cohort: Cohort
+    plan: Plan
+    min_survivors: int
+
+    def reveal(self, updates: RoundUpdates) -> RoundUpdates:
+        sums = [answer for answer in updates.answers if isinstance(answer, RingSum)]
+        others: list[DecodedUpdate] = [answer for answer in updates.answers if not isinstance(answer, RingSum)]
+        if updates.accepted < self.min_survivors:
+            raise too_few(updates.round_index, updates.accepted, self.min_survivors)
+        vector = np.zeros(self.plan.padded, np.uint32)
+        for message in sums:
+            vector += message.vector
+        outcomes = tuple(outcome for message in sums for outcome in message.outcomes)
+        weight = sum(message.total_weight for message in sums)
+        whole = RingSum(
+            updates.round_index, outcomes, vector & np.uint32(2**self.plan.bits - 1), weight, sums[0].attempt
+        )
+        return replace(updates, answers=(*others, whole))
+
+    def end(self) -> None:
+        pass
+
+
+class UnmaskedSums:
+    """Sums without masks, for simulations; implements :class:`SecureSums`."""
+
+    def __init__(self, store: Store) -> None:
+        self._attempts = Attempts(store)
+
+    def attempt(self, run_id: str, round_index: int) -> int:
+        return self._attempts.number(run_id, round_index)
+
+    def begin(self, task: TrainTask, cohort: Cohort, plan: Plan, min_survivors: int) -> SumSession:
+        self._attempts.begin(task)
+        return _UnmaskedSession(cohort, plan, min_survivors)
+
+    def may_repeat(self, task: TrainTask) -> bool:
+        return False
+
+
+def too_few(round_index: int, survivors: int, min_survivors: int) -> SecureAggregationError:
+    """The error of a session with too few contributions."""
+    return SecureAggregationError(
+        f"Round {round_index} has {survivors} contributions, and a sum of fewer than {min_survivors} is not revealed.",
+        cure="Draw larger cohorts, or lower secure_aggregation.min_survivors.",
+    )
+
+
+def check_masks(settings: Settings, *, simulated: bool = False) -> None:
+    """Check that masks are left out in simulations, and only there.
+
+    Raises:
+        ConfigError: they are, elsewhere; or they are not.
+    """
+    if settings.privacy.noise_place != "distributed":
+        return
+    if simulated and settings.secure_aggregation.masks:
+        raise ConfigError(
+            "A simulation leaves the masks of secure aggregation out; secure_aggregation.masks is true.",
+            cure="Set secure_aggregation.masks to false: quantisation and noise stay.",
+        )
+    if not simulated and not settings.secure_aggregation.masks:
+        raise ConfigError(
+            "secure_aggregation.masks false shows the aggregator every contribution, whose noise does not protect it.",
+            cure="Leave it at true; only `fedvit simulate` and `fedvit sweep` leave the masks out.",
+        )
+    if not simulated:
+        raise ConfigError(
+            "privacy.noise_at 'distributed' is available in `fedvit simulate` and `fedvit sweep` only.",
+            cure="Use 'client' or 'server'.",
+        )
+
+
+class RoundSums:
+    """The sums of a run's rounds, secure ones and others.
+
+    Attributes:
+        secure: whether noise is distributed over the clients.
+
+    Raises:
+        ConfigError: see :func:`check_masks`.
+    """
+
+    def __init__(self, context: RoundContext) -> None:
+        self._settings, self._store, self._protection = context.settings, context.store, context.protection
+        check_masks(context.settings, simulated=context.simulated)
+        self.secure = context.settings.privacy.noise_place == "distributed"
+        self._sums: SecureSums | None = UnmaskedSums(context.store) if self.secure else None
+
+    def recorded_cohort(self, run_id: str, round_index: int) -> Cohort | None:
+        """The cohort of a round whose sum is secure, if an earlier attempt has recorded one."""
+        if not self.secure:
+            return None
+        try:
+            client_ids = self._store.rounds.get(run_id, round_index).cohort
+        except NotFoundError:
+            return None
+        return Cohort(round_index, client_ids) if client_ids else None
+
+    def least_clients(self, cohort: Cohort) -> int:
+        """Fewest clients of the cohort whose sum is revealed."""
+        return self._settings.secure_aggregation.survivors(len(cohort.client_ids)) if self.secure else 0
+
+    def task_of(self, task: TrainTask, cohort: Cohort, weights: Weights) -> tuple[TrainTask, Plan | None]:
+        """The task of the cohort's next attempt, and where noise is distributed the plan of its contributions.
+
+        Raises:
+            ConfigError, SecureAggregationError: see :func:`fedvit.secagg.task_plan.plan_of`.
+        """
+        if self._sums is None:
+            return task, None
+        sizes = self._store.clients.num_examples(cohort.client_ids)
+        task = replace(
+            task,
+            attempt=self._sums.attempt(task.run_id, task.round_index),
+            participants=len(cohort.client_ids),
+            sum_weight=float(sum(sizes[client_id] for client_id in cohort.client_ids)),
+        )
+        return task, self._protection.plan(task, weights)
+
+    @contextmanager
+    def session(self, task: TrainTask, plan: Plan | None, cohort: Cohort) -> Iterator[SumSession]:
+        """The session of this attempt; it is over when the block is left.
+
+        Raises:
+            SecureAggregationError: too few clients take part.
+        """
+        session: SumSession = _PlainSession(cohort)
+        if self._sums is not None and plan is not None:
+            session = self._sums.begin(task, cohort, plan, self.least_clients(cohort))
+        try:
+            yield session
+        finally:
+            session.end()
+
+    def may_repeat(self, task: TrainTask) -> bool:
+        """Whether a round whose attempt failed is to be tried again at once."""
+        return self._sums is not None and self._sums.may_repeat(task)
