@@ -24,7 +24,8 @@ def with_own_noise(task: TrainTask, update: ClientUpdate, secret: bytes) -> Clie
     """
     stream = _stream(task, update, secret, "client-noise")
     noise = task.noise_multiplier * task.l2_clip_norm * stream.normal(size_of(update.weighted_sum))
-    return replace(update, weighted_sum=noised_mean(dict(update.weighted_sum), noise, divisor=1.0), within_clip=0)
+    clipped = {name: array.astype(np.float64) for name, array in update.weighted_sum.items()}
+    return replace(update, weighted_sum=noised_mean(clipped, noise, divisor=1.0), within_clip=0)
 
 
 class RingEncoder:
