@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test test-campaigns test-secagg fuzz fuzz-updates chaos chaos-ledger attack audit-mutants drill lint fmt \
-	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep bench-distributed-noise model-families health-check emergency-backup diagnostics \
+	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep bench-distributed-noise bench-secagg model-families health-check emergency-backup diagnostics \
 	logs monitoring monitoring-day wheel hashes cluster-configs test-cluster test-readme
 
 help:  ## List the targets
@@ -169,6 +169,9 @@ bench-drift: setup  ## Measure power and false alarms of private histograms, on 
 
 bench-distributed-noise: setup  ## Compare the error of sums with distributed, central and local noise (3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.distributed_noise
+
+bench-secagg: setup $(PEERS)/flower/.installed  ## Measure secure aggregation beside plain uploads and Flower's SecAgg+ (6 minutes)
+	OMP_NUM_THREADS=1 BENCH_PEERS=$(PEERS) $(BIN)/python -m tests.benchmarks.secagg
 
 bench-sweep: setup  ## Sweep 24 trials over noise and staleness, killed in the middle (GTSRB_ZIP=path/to/GTSRB.zip is optional)
 	$(BIN)/python -m tests.benchmarks.sweep
