@@ -19,7 +19,14 @@ from fedvit.store.backup_keys import KEYS, load_or_create_backup_key
 from fedvit.store.locks import system_lock
 from fedvit.tools.monitoring_stack import server_target
 from fedvit.tools.simulation.rehearsal import check_rehearsal
-from serve_apps.startup.checks import await_free_ports, check_budget, check_ports, check_tls_key, check_training
+from serve_apps.startup.checks import (
+    await_free_ports,
+    check_budget,
+    check_ports,
+    check_secure_aggregation,
+    check_tls_key,
+    check_training,
+)
 from serve_apps.startup.cluster import ShutdownWatch, start_actors, start_ray
 from serve_apps.startup.serving import follower_token, start_edge, start_serve
 
@@ -60,6 +67,7 @@ class RaySystem:
             check_exposure(settings)
             check_tls_key(settings)
             check_rehearsal(settings)
+            check_secure_aggregation(settings)
             check_budget(settings)
             if (self._home / ANNOUNCEMENT).exists():
                 # The last one was killed: what Ray started for it ends by itself, a few seconds later.

@@ -129,11 +129,11 @@ def _run_simulations(planned: Sequence[tuple[str, Settings]]) -> list[Simulated]
 
 
 def _show_simulation(summary: dict[str, Any], folder: Path) -> None:
-    from fedvit.tools.report.simulation import COLUMNS, NOT_PRIVATE, run_rows
+    from fedvit.tools.report.simulation import COLUMNS, run_rows, warning_of
 
     show_table(COLUMNS, (map(escape, row) for row in run_rows(summary)))
-    if not summary["private"]:
-        console.print(f"[bold yellow]{NOT_PRIVATE}[/]")
+    if (warning := warning_of(summary)) is not None:
+        console.print(f"[bold yellow]{warning}[/]")
     console.print(f"Report: {escape(str(folder / 'index.html'))}", soft_wrap=True)
 
 
@@ -215,12 +215,15 @@ def _show_plan(trials: list[tuple[str, dict[str, Any], float]], rungs: tuple[int
 
 
 def _show_sweep(summary: dict[str, Any], folder: Path) -> None:
+    from fedvit.tools.report.simulation import warning_of
     from fedvit.tools.report.sweep import COLUMNS, trial_rows
     from fedvit.tools.sweep.outcome import FAILED
 
     show_table(COLUMNS, (map(escape, row) for row in trial_rows(summary)))
     for sentence in summary["cost"]["sentences"]:
         console.print(escape(sentence))
+    if (warning := warning_of(summary)) is not None:
+        console.print(f"[bold yellow]{warning}[/]")
     console.print(f"Report: {escape(str(folder / 'index.html'))}", soft_wrap=True)
     failed = sum(one["status"] == FAILED for one in summary["trials"])
     if failed:

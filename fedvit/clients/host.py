@@ -23,7 +23,7 @@ from fedvit.config import Settings
 from fedvit.data.partition import VirtualFleet
 from fedvit.data.records import ImageSource, Record, load_images
 from fedvit.drift.client import HistogramClient
-from fedvit.errors import DataError, UpdateRejectedError
+from fedvit.errors import DataError, ForbiddenError, UpdateRejectedError
 from fedvit.models.build import build_model
 from fedvit.models.trainable import frozen_weights, head_name, trainable_weights
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
@@ -194,7 +194,10 @@ class ClientHost:
 
         Raises:
             IntegrityError: the task is for other weights.
+            ForbiddenError: the update would have no noise, or too little by itself.
         """
+        if task.noise_at in ("server", "distributed"):
+            raise ForbiddenError(f"With noise_at {task.noise_at!r}, an update by itself has not the noise it needs.")
         this_round = self._begin(task, weights)
         return self._encoder.encode(task, self._answer(this_round, client_id), encoding, this_round.validator)
 

@@ -85,6 +85,13 @@ def check_budget(settings: Settings) -> None:
         )
 
 
+def check_secure_aggregation(settings: Settings) -> None:
+    """Refuse settings of secure aggregation that are for simulations; raises ConfigError, which names the setting."""
+    from fedvit.rounds.secure_sums import check_masks
+
+    check_masks(settings)
+
+
 def check_training(settings: Settings, on_step: Callable[[str], None]) -> Callable[[], None]:
     """Check the data, the clients and the model; return what writes the result into the state.
 

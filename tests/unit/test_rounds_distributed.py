@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.contributions import RingAggregator, RingEncoder, with_own_noise
+from fedvit.clients.host import ClientData, ClientHost
 from fedvit.config import Settings
-from fedvit.errors import ConfigError, SecureAggregationError, UpdateRejectedError
+from fedvit.errors import ConfigError, ForbiddenError, SecureAggregationError, UpdateRejectedError
 from fedvit.privacy import mechanism
 from fedvit.privacy.accountant import PrivacyAccountant
 from fedvit.privacy.events import DistributedGaussian
@@ -29,8 +31,11 @@ from fedvit.secagg.task_plan import plan_of
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.testing.doubles import FakeFleet, PointModel, seeded_fleet
-from fedvit.tools.simulation.run import simulate
-from fedvit.types import ClientOutcome, RunStatus, TrainTask, Weights
+from fedvit.tools.report.simulation import NO_MASKS, summary_of, warning_of
+from fedvit.tools.report.sweep import best_yaml
+from fedvit.tools.simulation.run import Simulated, simulate
+from fedvit.tools.sweep.space import TrialPlan
+from fedvit.types import ClientOutcome, Encoding, RunStatus, TrainTask, Weights
 from fedvit.updates import ClientAnswer, ClientFailures, ClientUpdate, RingSum, UpdateMessage
 from tests.toy_world import ToyWorld
 from tests.unit.test_rounds_noise_at import task_of
@@ -54,6 +59,16 @@ def settings_of(
             "release": {"every_rounds": 10},
         },
     )
+
+
+class NoData:
+    def load(self, client_id: str) -> ClientData:
+        raise AssertionError("nothing is to be trained")
+
+
+class NoTraining:
+    def train(self, *_: Any) -> Weights:
+        raise AssertionError("nothing is to be trained")
 
 
 class RingFleet(FakeFleet):
@@ -316,6 +331,28 @@ def test_masks_are_left_out_in_simulations_and_nowhere_else(
     with pytest.raises(ConfigError) as caught:
         check_masks(settings, simulated=simulated)
     assert "secure_aggregation.masks" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["server", "distributed"])
+def test_an_update_without_enough_noise_is_not_encoded_by_itself(place: str, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, "record", place)
+    host = ClientHost(settings, data=NoData(), trainer=NoTraining(), root_secret=ROOT)
+    with pytest.raises(ForbiddenError):
+        host.train_encoded(task_of(settings), {}, "a", Encoding.FLOAT32)
+
+
+def test_reports_say_that_masks_were_left_out(tmp_path: Path) -> None:
+    warnings = []
+    for place in ("server", "distributed"):
+        run = Simulated("run", settings_of(tmp_path, place=place), RunStatus.COMPLETED, None, (), {}, {}, 1.0)
+        warnings.append(warning_of(summary_of([run], None)))
+    assert warnings == [None, NO_MASKS]
+
+
+def test_the_choice_of_a_sweep_is_run_with_masks(tmp_path: Path) -> None:
+    plan = TrialPlan("trial-1", {}, settings_of(tmp_path))
+    chosen = load_settings(environ={}, overrides=yaml.safe_load(best_yaml(plan, ())))
+    assert (chosen.privacy.noise_at, chosen.secure_aggregation.masks) == ("distributed", True)
 
 
 def test_a_simulated_federation_learns_with_distributed_noise(tmp_path: Path) -> None:

@@ -16,15 +16,21 @@ from fedvit.tools.report.simulation_charts import accuracy_chart, outcomes_chart
 from fedvit.tools.report.summary import write_summary
 
 if TYPE_CHECKING:
+    from fedvit.config import Settings
     from fedvit.tools.simulation.run import Simulated
 
 NOT_PRIVATE = (
     "Not private: clients trained by plain SGD, and nothing was clipped, noised or charged. "
     "Its result says nothing about a private run."
 )
+NO_MASKS = (
+    "The masks of secure aggregation were left out: quantisation, noise and charges are those of a real run, but the "
+    "simulated aggregator sees every contribution."
+)
 SIMULATED_KEYS = (
     "Simulated: the clients' delays, drop-outs and faults, and time itself. Real: data, training, loop, rules."
 )
+_SECTIONS = {"data", "model", "training", "privacy", "secure_aggregation", "simulation"}
 COLUMNS = ("Run", "Seed", "Versions", "Updates", "Virtual hours", "Accuracy", "Hours to target", "Epsilon", "End")
 
 
@@ -32,13 +38,14 @@ def summary_of(runs: Sequence[Simulated], target_accuracy: float | None) -> dict
     """The contents of ``summary.json``; ``epsilon`` is None without privacy."""
     return {
         "private": all(run.settings.simulation.private for run in runs),
+        "masks_left_out": any(leaves_masks_out(run.settings) for run in runs),
         "target_accuracy": target_accuracy,
         "runs": [_run_summary(run, target_accuracy) for run in runs],
     }
 
 
 def _run_summary(run: Simulated, target_accuracy: float | None) -> dict[str, Any]:
-    settings = run.settings.model_dump(mode="json", include={"data", "model", "training", "privacy", "simulation"})
+    settings = run.settings.model_dump(mode="json", include=_SECTIONS)
     return {
         "name": run.name,
         "seed": run.settings.simulation.seed,
@@ -69,7 +76,7 @@ def write_report(folder: Path, runs: Sequence[Simulated], target_accuracy: float
         "simulation.html",
         title="fedvit: a simulation",
         subtitle=SIMULATED_KEYS,
-        warning=None if summary["private"] else NOT_PRIVATE,
+        warning=warning_of(summary),
         accuracy=accuracy_chart(runs, target=target_accuracy),
         outcomes=outcomes_chart(_by_name(runs, "outcomes")),
         staleness=staleness_chart(_by_name(runs, "staleness")),
@@ -77,6 +84,18 @@ def write_report(folder: Path, runs: Sequence[Simulated], target_accuracy: float
         rows=run_rows(summary),
         settings=[(run.name, _settings_yaml(run)) for run in first_runs],
     )
+
+
+def leaves_masks_out(settings: Settings) -> bool:
+    """Whether a run with these settings has the noise of secure aggregation, and none of its masks."""
+    return settings.privacy.noise_place == "distributed" and not settings.secure_aggregation.masks
+
+
+def warning_of(summary: Mapping[str, Any]) -> str | None:
+    """What a reader of the report has to know first."""
+    if not summary["private"]:
+        return NOT_PRIVATE
+    return NO_MASKS if summary["masks_left_out"] else None
 
 
 def run_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:

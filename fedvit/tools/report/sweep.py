@@ -16,7 +16,7 @@ from fedvit.atomic_write import write_atomically
 from fedvit.config import Settings
 from fedvit.errors import UsageError
 from fedvit.tools.report.html import write_html
-from fedvit.tools.report.simulation import NOT_PRIVATE, SIMULATED_KEYS, cell
+from fedvit.tools.report.simulation import SIMULATED_KEYS, cell, leaves_masks_out, warning_of
 from fedvit.tools.report.summary import JsonObject, write_summary
 from fedvit.tools.report.sweep_charts import heat_chart, parallel_chart, pareto_chart, varied
 from fedvit.tools.sweep.cost import cost_sentences, sweep_cost
@@ -45,6 +45,7 @@ def write_report(
     summary: JsonObject = {
         "planned": len(plans),
         "private": settings.simulation.private,
+        "masks_left_out": any(leaves_masks_out(plan.settings) for plan in plans),
         "privacy_unit": settings.privacy.privacy_unit,
         "rungs": list(rungs_of(settings)),
         "chosen": None if chosen is None else _configuration(chosen) | {"command": shlex.join(command)},
@@ -92,9 +93,10 @@ def best_yaml(plan: TrialPlan, remarks: Sequence[str]) -> str:
         update={
             "training": own.training.model_copy(update={"initial_mode": initial_mode}),
             "data": own.data.model_copy(update={"path": path}),
+            "secure_aggregation": own.secure_aggregation.model_copy(update={"masks": True}),
         }
     )
-    sections = {"data", "model", "training", "privacy", "release"}
+    sections = {"data", "model", "training", "privacy", "secure_aggregation", "release"}
     tree = real.model_dump(mode="json", include=sections, exclude_defaults=True)
     head = "".join(f"# {line}\n" for line in (f"Trial {plan.trial_id}: {_text(plan.parameters)}.", *remarks))
     return head + yaml.safe_dump(tree, sort_keys=False)
@@ -169,7 +171,7 @@ def _page(
     return {
         "title": f"fedvit: a sweep of {summary['planned']} trials on {settings.data.source}",
         "subtitle": SIMULATED_KEYS,
-        "warning": None if summary["private"] else NOT_PRIVATE,
+        "warning": warning_of(summary),
         "figures": _figures(summary),
         "pareto": pareto_chart(results, front, chosen) if summary["private"] and results else None,
         "heat_title": " × ".join(pair).replace("_", " ").capitalize() if show_heat else "Two parameters",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from fedvit.aggregation.registry import check_mode, rule_for
 from fedvit.config import Settings
 from fedvit.data.partition import VirtualFleet
+from fedvit.rounds.secure_sums import check_masks
 from fedvit.tools.sweep.space import TrialPlan
 
 
@@ -14,7 +15,8 @@ def check_rules(plans: Sequence[TrialPlan]) -> None:
     """Load the aggregation rule of every trial and check that it goes with the trial's settings.
 
     Raises:
-        ConfigError: a rule is unknown, cannot be loaded, has bad options, or does not go with the privacy unit.
+        ConfigError: a rule is unknown, cannot be loaded, has bad options, or does not go with the privacy unit or the
+            place of the noise; or the masks of secure aggregation are not left out.
         ConflictError: it does not go with the mode of the rounds.
     """
     for settings in _distinct(
@@ -22,6 +24,10 @@ def check_rules(plans: Sequence[TrialPlan]) -> None:
         lambda one: (repr(one.training), one.privacy.privacy_unit, one.privacy.noise_place, one.simulation.mode),
     ):
         check_mode(rule_for(settings), settings.simulation.mode, settings)
+    for settings in _distinct(
+        [plan.settings for plan in plans], lambda one: (one.privacy.noise_place, one.secure_aggregation.masks)
+    ):
+        check_masks(settings, simulated=True)
 
 
 def check_trials(plans: Sequence[TrialPlan]) -> None:
