@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -14,6 +14,7 @@ from actors.proxy_calls import ProxyCall, ProxyCalls
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import FedvitError
 from fedvit.ports import ClockPort, ProxyReport
+from fedvit.secure_session import ADVERTISE, SecureAnswer, SecureSession
 from fedvit.types import Cohort, TrainTask, Weights
 from fedvit.updates import ClientFailures, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
@@ -76,6 +77,8 @@ class RayFleet:
         self._affinity = ClientAffinity(len(self._proxies))
         self._calls = ProxyCalls(self._start)
         self._histogram_calls: list[Any] = []
+        # The proxy that has the keys of a client in the present session.
+        self._keys_at: dict[str, int] = {}
 
     @classmethod
     def connect(cls, namespace: str, proxies: int, *, timeout_s: float) -> RayFleet:
@@ -107,6 +110,36 @@ class RayFleet:
     def give_up(self, reason: str) -> list[ClientFailures]:
         return [call.failed(reason) for call in self._calls.clear()]
 
+    def exchange(
+        self, session: SecureSession, phase: str, requests: Mapping[str, bytes], *, timeout_s: float
+    ) -> Iterator[SecureAnswer | None]:
+        """One call a proxy and phase. A client whose proxy ended is out of the session: its keys are lost."""
+        if phase == ADVERTISE:
+            groups = self._affinity.assign(sorted(requests), Counter())
+            self._keys_at = {client_id: index for index, group in groups.items() for client_id in group}
+        groups = self._at_their_keys(requests)
+        calls = {
+            # Not repeated by Ray: the process that is started anew has no keys.
+            self._proxies[index]
+            .exchange.options(max_task_retries=0)
+            .remote(session, phase, {c: requests[c] for c in group}): group
+            for index, group in groups.items()
+        }
+        ends_s = self._clock.monotonic() + timeout_s
+        while calls:
+            left_s = ends_s - self._clock.monotonic()
+            ready, _ = ray.wait(list(calls), num_returns=1, timeout=max(0.0, min(WAIT_S, left_s)))
+            if ready:
+                yield from _answers_of(ready[0], calls.pop(ready[0]))
+            elif left_s <= 0:
+                return
+            else:
+                yield None
+
+    def end_session(self, session: SecureSession) -> None:
+        """Proxies drop the keys when the next session begins."""
+        self._keys_at = {}
+
     def proxies_alive(self) -> ProxyReport:
         """Ask every proxy at once; one that is silent for :data:`PING_TIMEOUT_S` counts as dead."""
         pings = [proxy.ping.options(concurrency_group=PING, max_task_retries=0).remote() for proxy in self._proxies]
@@ -137,15 +170,27 @@ class RayFleet:
         load = Counter[int]()
         for call in self._calls.all():
             load[call.proxy] += len(call.client_ids)
-        for index, client_ids in self._affinity.assign(cohort.client_ids, load).items():
-            known = cohort.num_examples
+        known, secure = cohort.num_examples, cohort.secure
+        groups = (
+            self._affinity.assign(cohort.client_ids, load) if secure is None else self._at_their_keys(cohort.client_ids)
+        )
+        for index, client_ids in groups.items():
             sizes = None if known is None else {c: known[c] for c in client_ids if c in known}
-            self._calls.add(ProxyCall(index, task, argument, tuple(client_ids), cohort.max_weight, sizes))
+            masks = None if secure is None else {c: secure[c] for c in client_ids}
+            self._calls.add(ProxyCall(index, task, argument, tuple(client_ids), cohort.max_weight, sizes, masks))
+
+    def _at_their_keys(self, client_ids: Iterable[str]) -> dict[int, list[str]]:
+        """These clients by the proxy that has their keys; one that was never asked for keys goes to the first."""
+        groups = defaultdict[int, list[str]](list)
+        for client_id in sorted(client_ids):
+            groups[self._keys_at.get(client_id, 0)].append(client_id)
+        return groups
 
     def _start(self, call: ProxyCall) -> Any:
         # Not repeated by Ray, which would not find out which client ends the process.
         train = self._proxies[call.proxy].train.options(max_task_retries=0)
-        return train.remote(call.task, call.weights, list(call.client_ids), call.max_weight, call.num_examples)
+        limits = call.max_weight, call.num_examples, call.secure_of_its_clients
+        return train.remote(call.task, call.weights, list(call.client_ids), *limits)
 
     def _answer(self, reference: Any) -> UpdateMessage | None:
         try:
@@ -159,6 +204,16 @@ class RayFleet:
             return self._calls.answered(reference).failed(str(error).strip().splitlines()[-1])
         self._calls.answered(reference)
         return answer
+
+
+def _answers_of(reference: Any, client_ids: Sequence[str]) -> list[SecureAnswer]:
+    """The answers of one proxy; where its call failed, that is the error of each of its clients."""
+    try:
+        answers: list[SecureAnswer] = fetch(reference)
+    except (RayError, FedvitError) as error:
+        reason = one_line(str(error).strip().splitlines()[0])
+        return [SecureAnswer(client_id, error=reason) for client_id in client_ids]
+    return answers
 
 
 def _detail(error: RayActorError) -> str:

@@ -33,8 +33,14 @@ class ProxyCall:
     client_ids: tuple[str, ...]
     max_weight: int | None = None
     num_examples: Mapping[str, int] | None = None
+    secure: Mapping[str, bytes] | None = None
     alone: bool = False
     crashes: int = 0
+
+    @property
+    def secure_of_its_clients(self) -> dict[str, bytes] | None:
+        """The requests of the phase ``mask`` of this call's clients."""
+        return None if self.secure is None else {c: self.secure[c] for c in self.client_ids}
 
     def failed(self, reason: str, *, counted: bool = False) -> ClientFailures:
         """The answer of all its clients, if there is no other."""

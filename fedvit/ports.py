@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fedvit.secure_session import SecureAnswer, SecureSession
 from fedvit.types import (
     BudgetReport,
     Cohort,
@@ -144,6 +145,19 @@ class FleetPort(Protocol):
     def give_up(self, reason: str) -> list[ClientFailures]:
         """Stop waiting: a client in flight becomes an outcome with the error ``reason``, and its answer is lost."""
 
+    def exchange(
+        self, session: SecureSession, phase: str, requests: Mapping[str, bytes], *, timeout_s: float
+    ) -> Iterator[SecureAnswer | None]:
+        """Send one phase of a session, other than ``mask``, to these clients; yield their answers as they arrive.
+
+        Ends when all have answered, or after ``timeout_s`` in all; a client that has not answered then is out of the
+        session. Until then it also yields None, from time to time. The phase ``mask`` is :meth:`train` with
+        ``Cohort.secure``, in the session that was exchanged last.
+        """
+
+    def end_session(self, session: SecureSession) -> None:
+        """The session is over, however it ended: its messages are deleted, and no answer to it is taken any more."""
+
     def proxies_alive(self) -> ProxyReport:
         """Which client proxies answer now, also during training; takes a few seconds at most."""
 
@@ -187,15 +201,24 @@ class ClientHostPort(Protocol):
         client_ids: Sequence[str],
         max_weight: int | None = None,
         num_examples: Mapping[str, int] | None = None,
+        secure: Mapping[str, bytes] | None = None,
     ) -> UpdateMessage:
         """Train these clients from ``weights``; return one message. A repeated call returns the same message.
 
         A client that fails is an outcome with an error, not an exception. Where weights are numbers of examples, none
         is above ``max_weight``. A client with more examples than ``num_examples``, with which it is registered, is
-        rejected alone: the aggregator would have to reject the whole sum.
+        rejected alone: the aggregator would have to reject the whole sum. With ``secure``, each client's request of
+        the phase ``mask``, the message is the sum of their masked vectors.
 
         Raises:
             IntegrityError: the task names other weights.
+        """
+
+    def exchange(self, session: SecureSession, phase: str, requests: Mapping[str, bytes]) -> list[SecureAnswer]:
+        """The answers of these clients to one phase, other than ``mask``, of a secure aggregation session.
+
+        A client takes part in one session at a time. One whose keys are lost, because the process was restarted, has
+        an error: its keys are not made again.
         """
 
     def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:

@@ -222,13 +222,15 @@ class Cohort:
     """The clients drawn for one round, in the fixed order in which their updates are summed.
 
     ``max_weight`` is the largest weight of one client in the sum; None is no limit. ``num_examples`` are the numbers of
-    examples that clients are registered with, by id; None where they are not known.
+    examples that clients are registered with, by id; None where they are not known. ``secure`` has each client's
+    request of the phase ``mask`` under secure aggregation.
     """
 
     round_index: int
     client_ids: tuple[str, ...]
     max_weight: int | None = None
     num_examples: Mapping[str, int] | None = None
+    secure: Mapping[str, bytes] | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.client_ids)) != len(self.client_ids):

@@ -46,6 +46,10 @@ Edge = Annotated[float, Field(allow_inf_nan=False)]
 RiskVote = Annotated[int, Field(ge=-RISK_VOTES, le=RISK_VOTES)]
 
 MAX_CAPABILITIES = 4096
+MAX_PARTICIPANTS = 10_000
+"""The most participants of a secure aggregation session with vehicles."""
+MAX_MESSAGE = 4 * 2**20
+"""The most characters of a message to a participant."""
 
 
 class RegisterClient(RequestBody):
@@ -205,13 +209,66 @@ class HistogramRequestView(View):
     order: HistogramOrderView
 
 
+class ReceiptStatus(StrEnum):
+    """What became of an update."""
+
+    RECEIVED = "received"
+    """It waits for the round."""
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    """Update validation failed."""
+    DUPLICATE = "duplicate"
+    """This client answered this round before with other content; this update changes nothing."""
+    REJECTED = "rejected"
+    """No round waits for it: the client was not asked, or the round went on without it."""
+
+
+SecurePhase = Literal["advertise", "share", "mask", "confirm", "unmask"]
+
+
+class PhaseRequestView(View):
+    """What the client shall answer in the present phase of its session.
+
+    ``request`` is base64; ``parameters`` is JSON of :class:`fedvit.secagg.parameters.Parameters`. ``identities`` are
+    the participants' Ed25519 public keys, hex. ``task`` is that of the session's round and attempt; its weights are at
+    ``task/weights`` in the phase ``mask``.
+    """
+
+    request: Annotated[str, Field(max_length=MAX_MESSAGE)]
+    parameters: Annotated[str, Field(max_length=MAX_MESSAGE)]
+    identities: Annotated[Mapping[ClientId, Digest], Field(max_length=MAX_PARTICIPANTS)]
+    task: TaskView
+
+
+class SecureSessionView(View):
+    """The client's secure aggregation session: its present phase, and the request, null once it is answered."""
+
+    session: Digest
+    phase: SecurePhase
+    asked: PhaseRequestView | None
+
+
+class PhaseReceiptView(View):
+    """What became of an answer to a phase; ``reason`` says why it does not count."""
+
+    client_id: str
+    session: str
+    phase: str
+    status: ReceiptStatus
+    reason: str | None
+
+
 class RemoteTaskView(View):
-    """The client's task and histogram, if there are any; the client asks again after ``poll_after_s``."""
+    """The client's task, histogram and secure aggregation session, if there are any.
+
+    The client asks again after ``poll_after_s``.
+    """
 
     client_id: ClientId
     poll_after_s: Annotated[float, Field(gt=0, le=MAX_INTERVAL_S, allow_inf_nan=False)]
     task: TaskView | None
     histogram: HistogramRequestView | None
+    secure: SecureSessionView | None = None
 
 
 def _whole(given: object) -> object:
@@ -237,20 +294,6 @@ class HistogramReceipt(View):
     run_id: str
     round_index: int
     kept: bool
-
-
-class ReceiptStatus(StrEnum):
-    """What became of an update."""
-
-    RECEIVED = "received"
-    """It waits for the round."""
-    ACCEPTED = "accepted"
-    REFUSED = "refused"
-    """Update validation failed."""
-    DUPLICATE = "duplicate"
-    """This client answered this round before with other content; this update changes nothing."""
-    REJECTED = "rejected"
-    """No round waits for it: the client was not asked, or the round went on without it."""
 
 
 class ReceiptView(View):

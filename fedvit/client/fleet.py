@@ -13,8 +13,10 @@ from fedvit.api.clients import (
     ConnectivityView,
     HeartbeatView,
     HistogramReceipt,
+    PhaseReceiptView,
     ReceiptView,
     RemoteTaskView,
+    SecurePhase,
 )
 from fedvit.api.data_health import DriftView, QualityView
 from fedvit.client.caller import PAGE, Group, given, pages, segment
@@ -89,6 +91,11 @@ class Clients(Group):
         """Bring what a client learned in a round; repeating it does nothing."""
         path = f"/api/clients/{segment(client_id)}/updates/{segment(run_id)}/{round_index}"
         return self._caller.parsed(ReceiptView, self._caller.put(path, update))
+
+    def answer(self, client_id: str, session: str, phase: SecurePhase, update: bytes) -> PhaseReceiptView:
+        """Bring a client's answer to one phase of its secure aggregation session; repeating it does nothing."""
+        path = f"/api/clients/{segment(client_id)}/sessions/{segment(session)}/{phase}"
+        return self._caller.parsed(PhaseReceiptView, self._caller.put(path, update))
 
     def histogram(self, client_id: str, run_id: str, round_index: int, counts: Sequence[int]) -> HistogramReceipt:
         """Bring a client's noised counts; repeating it does nothing."""

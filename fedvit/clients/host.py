@@ -17,6 +17,7 @@ from fedvit.clients.client_state import ClientState
 from fedvit.clients.contributions import RingAggregator, RingEncoder, with_own_noise
 from fedvit.clients.local import LocalTrainer, PlainTrainer, Trainer
 from fedvit.clients.partial_aggregator import PartialAggregator, check_base, failed
+from fedvit.clients.secure import SecureClients
 from fedvit.clients.update_encoder import UpdateEncoder
 from fedvit.clients.update_statistics import UpdateStatisticsMonitor
 from fedvit.config import Settings
@@ -29,6 +30,7 @@ from fedvit.models.trainable import frozen_weights, head_name, trainable_weights
 from fedvit.models.vision import FEATURE_BATCH, VisionModel
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret, output_id
+from fedvit.secure_session import SecureAnswer, SecureSession
 from fedvit.types import ClientOutcome, Encoding, FloatArray, TrainTask, Weights
 from fedvit.updates import (
     ClientAnswer,
@@ -146,7 +148,7 @@ class ClientHost:
         self.data, self._monitor, self.context_digest = data, monitor, context_digest
         self._settings, self._trainer, self._root_secret = settings, trainer, root_secret
         self._personal_trainer, self._histograms, self._alter_answer = personal_trainer, histograms, alter_answer
-        self._rule = rule_for(settings)
+        self._rule, self._secure = rule_for(settings), SecureClients(root_secret)
         self._states = ClientState(settings.home, self._rule.name)
         self._encoder = UpdateEncoder(settings.home, root_secret, settings.training.compression.top_k_fraction)
 
@@ -157,6 +159,7 @@ class ClientHost:
         client_ids: Sequence[str],
         max_weight: int | None = None,
         num_examples: Mapping[str, int] | None = None,
+        secure: Mapping[str, bytes] | None = None,
     ) -> UpdateMessage:
         """The sum of the clients' updates, in integers where noise is distributed, or a bundle of single updates.
 
@@ -213,6 +216,9 @@ class ClientHost:
         if encoding is Encoding.TOP_K:
             facts.append(self._encoder.state_digest(task, client_id))
         return hashlib.sha256("/".join(facts).encode()).hexdigest()
+
+    def exchange(self, session: SecureSession, phase: str, requests: Mapping[str, bytes]) -> list[SecureAnswer]:
+        return self._secure.exchange(session, phase, requests)
 
     def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
         return self._histograms.histograms(request, client_ids) if self._histograms else []

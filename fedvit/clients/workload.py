@@ -20,6 +20,7 @@ from fedvit.aggregation.rule import ClientHalf
 from fedvit.aggregation.validation import UpdateValidator
 from fedvit.clients.contributions import RingAggregator, RingEncoder, with_own_noise
 from fedvit.clients.partial_aggregator import PartialAggregator, check_base, failed
+from fedvit.clients.secure import SecureClients
 from fedvit.clients.workload_checks import checked_clients, checked_evaluation, checked_fit, checked_weights
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, DataError, ModelError, UpdateRejectedError
@@ -27,6 +28,7 @@ from fedvit.exact_sums import Sums, largest, peak_of, subtract
 from fedvit.ports import ClientHostPort, ExportedModel, ModelBenchmark, ServerModelPort
 from fedvit.privacy.mechanism import clip_factor
 from fedvit.privacy.randomness import derive_secret, load_or_create_root_secret, output_id
+from fedvit.secure_session import SecureAnswer, SecureSession
 from fedvit.types import Client, ClientOutcome, Evaluation, FloatArray, TrainTask, Variant, Weights
 from fedvit.updates import ClientAnswer, ClientFailures, ClientUpdate, UpdateBundle, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest, HistogramSpec
@@ -173,6 +175,7 @@ class WorkloadHost:
                 cure="Use a rule without a client half.",
             )
         self._root_secret = load_or_create_root_secret(settings.home)
+        self._secure = SecureClients(self._root_secret)
         self._scratch: dict[str, FloatArray] = {}
         self._lent: dict[str, FloatArray] = {}
 
@@ -183,6 +186,7 @@ class WorkloadHost:
         client_ids: Sequence[str],
         max_weight: int | None = None,
         num_examples: Mapping[str, int] | None = None,
+        secure: Mapping[str, bytes] | None = None,
     ) -> UpdateMessage:
         check_base(task, weights)
         max_weights = {} if max_weight is None else {task.round_index: max_weight}
@@ -214,6 +218,9 @@ class WorkloadHost:
             except Exception as error:
                 aggregator.add(failed(task, client_id, error))
         return aggregator.message()
+
+    def exchange(self, session: SecureSession, phase: str, requests: Mapping[str, bytes]) -> list[SecureAnswer]:
+        return self._secure.exchange(session, phase, requests)
 
     def histograms(self, request: HistogramRequest, client_ids: Sequence[str]) -> list[ClientHistogram]:
         return []  # a workload's examples are not known here

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.config import Settings
 from fedvit.ports import ClockPort, FleetPort, ProxyReport
 from fedvit.rounds.remote import Offer, RemoteWork
+from fedvit.rounds.remote_sessions import PhaseRequest, RemoteSessions
+from fedvit.secure_session import ADVERTISE, SecureAnswer, SecureSession
 from fedvit.store.store import Store
 from fedvit.types import Client, Cohort, TrainTask, Weights
 from fedvit.updates import ClientFailures, EncodedUpdate, UpdateMessage
@@ -17,6 +19,7 @@ from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 from fedvit.wire.tensors import encode_weights
 
 POLL_S = 0.25
+LATE = "no answer to the phase {phase} in {timeout_s:g} s"
 UNCHARGED = "it was not asked: what it holds is not what was charged"
 
 
@@ -39,6 +42,7 @@ class MixedFleet:
     ) -> None:
         self._settings, self._store, self._virtual = settings, store, virtual
         self._work = RemoteWork(settings, store)
+        self._sessions = RemoteSessions(store)
         self._clock, self._pause = clock, pause
         self._asked: dict[str, Offer] = {}
 
@@ -79,6 +83,38 @@ class MixedFleet:
         self._asked.clear()
         return given_up
 
+    def exchange(
+        self, session: SecureSession, phase: str, requests: Mapping[str, bytes], *, timeout_s: float
+    ) -> Iterator[SecureAnswer | None]:
+        """A remote client gets the request with its next poll; an answer after the time is refused."""
+        ends_s = self._clock.monotonic() + timeout_s
+        remote = self._remote(list(requests))
+        if phase == ADVERTISE:
+            self._sessions.begin(session)
+        waiting = {}
+        for client_id, client in remote.items():
+            if self._work.is_charged(session.task, client):
+                waiting[client_id] = self._sessions.leave(session, phase, requests[client_id], client)
+            else:
+                yield SecureAnswer(client_id, error=UNCHARGED)
+        virtual = {client_id: request for client_id, request in requests.items() if client_id not in remote}
+        for answer in self._virtual.exchange(session, phase, virtual, timeout_s=timeout_s) if virtual else ():
+            yield answer
+            yield from self._phase_answers(waiting)
+        while waiting:
+            yield from self._phase_answers(waiting)
+            if self._clock.monotonic() >= ends_s:
+                for left in waiting.values():
+                    self._sessions.close(left, LATE.format(phase=phase, timeout_s=timeout_s))
+                return
+            if waiting:
+                yield None
+                self._pause(POLL_S)
+
+    def end_session(self, session: SecureSession) -> None:
+        self._sessions.end(session)
+        self._virtual.end_session(session)
+
     def proxies_alive(self) -> ProxyReport:
         """Those of the virtual clients; remote clients send heartbeats."""
         return self._virtual.proxies_alive()
@@ -110,6 +146,13 @@ class MixedFleet:
             else:
                 self._asked[client.client_id] = offer
         return ClientFailures.of(task.round_index, uncharged, UNCHARGED)
+
+    def _phase_answers(self, waiting: dict[str, PhaseRequest]) -> Iterator[SecureAnswer]:
+        for client_id, left in sorted(waiting.items()):
+            answer = self._sessions.answer(left)
+            if answer is not None:
+                del waiting[client_id]
+                yield answer
 
     def _arrived(self) -> Iterator[EncodedUpdate | ClientFailures]:
         for client_id, offer in sorted(self._asked.items()):

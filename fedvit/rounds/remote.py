@@ -176,7 +176,7 @@ class RemoteWork:
         None where the ledger does not hold the charge of the client's output: its data has changed since.
         """
         offer = Offer(client.client_id, task, client.num_examples, encoding_for(client, self._settings))
-        if not self._is_charged(offer):
+        if not self.is_charged(task, client):
             return None
         # Before old answers are deleted: without them, the old task would seem to be unanswered.
         self._store.metadata.set(_TASK_KEY + client.client_id, offer.to_json())
@@ -185,6 +185,13 @@ class RemoteWork:
             if path != keep:
                 path.unlink(missing_ok=True)
         return offer
+
+    def is_charged(self, task: TrainTask, client: Client) -> bool:
+        """Whether the ledger holds the charge of what the client would release for the task."""
+        by_record = task.privacy_unit == "record"
+        units = {client.client_id: client.num_examples} if by_record else {client.client_id: 1, POPULATION: 1}
+        outputs = ((unit, output_id(task, unit, size)) for unit, size in units.items())
+        return any(self._store.ledger.is_charged(task.run_id, task.round_index, *output) for output in outputs)
 
     def leave_histogram_request(self, request: HistogramRequest, client: Client) -> None:
         """Request a histogram that is charged; it replaces an earlier request without an answer."""
@@ -311,13 +318,6 @@ class RemoteWork:
             reason = self._why_not(*of) if offer is None else "it has not answered yet"
             return Receipt(*of, ReceiptStatus.REJECTED, reason)
         return Receipt(*of, ReceiptStatus.REFUSED if stored.fault else ReceiptStatus.RECEIVED, stored.fault)
-
-    def _is_charged(self, offer: Offer) -> bool:
-        task = offer.task
-        by_record = task.privacy_unit == "record"
-        units = {offer.client_id: offer.num_examples} if by_record else {offer.client_id: 1, POPULATION: 1}
-        outputs = ((unit, output_id(task, unit, size)) for unit, size in units.items())
-        return any(self._store.ledger.is_charged(task.run_id, task.round_index, *output) for output in outputs)
 
     def _compared(self, known: Receipt, content: bytes) -> Receipt:
         offer = self._offer(known.client_id)

@@ -6,7 +6,7 @@ The conformance tests run on them, too.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedvit.aggregation.rule import Rule
+from fedvit.clients.secure import SecureClients
 from fedvit.errors import NotFoundError
 from fedvit.ports import Charge, ExportedModel, LedgerEntry, ModelBenchmark, ProxyReport
 from fedvit.privacy.mechanism import clip_update
 from fedvit.privacy.randomness import SecretStream
+from fedvit.secure_session import SecureAnswer, SecureSession
 from fedvit.types import (
     BudgetReport,
     Client,
@@ -186,9 +188,11 @@ class FakeFleet:
         crash_in_round: a round in which ``train`` raises KeyboardInterrupt once, as if the process ended.
         groups: the number of messages of a round, as if from so many proxies.
         rule: the aggregation rule that the messages are for; without it they hold sums weighted by examples.
+        root_secret: the clients' identity keys for secure aggregation are derived from it.
 
     Attributes:
         tamper: by client, a function that changes its update, also within its group's sum.
+        secure: their sessions of secure aggregation.
         held: clients that do not answer, nor do the others in their groups; a test adds and removes them.
         histogram_requests: requested histograms, with the clients asked.
         counts_of: the counts of a client's histogram.
@@ -203,8 +207,9 @@ class FakeFleet:
         groups: int = 2,
         on_silence: Callable[[], None] = lambda: None,
         rule: Rule | None = None,
+        root_secret: bytes = bytes(32),
     ) -> None:
-        self._target = target
+        self._target, self.secure = target, SecureClients(root_secret)
         self.failing = frozenset(failing)
         self.crash_in_round = crash_in_round
         self._groups = groups
@@ -251,6 +256,16 @@ class FakeFleet:
         ]
         self._pending.clear()
         return failures
+
+    def exchange(
+        self, session: SecureSession, phase: str, requests: Mapping[str, bytes], *, timeout_s: float
+    ) -> Iterator[SecureAnswer | None]:
+        """All answer at once; held clients do not answer."""
+        asked = {client_id: request for client_id, request in requests.items() if client_id not in self.held}
+        yield from self.secure.exchange(session, phase, asked)
+
+    def end_session(self, session: SecureSession) -> None:
+        """The next session ends it."""
 
     def _next(self) -> UpdateMessage | None:
         free = (a for a in self._pending if self.held.isdisjoint(o.client_id for o in a.outcomes))

@@ -53,6 +53,8 @@ class Clients:
 
 
 class TestSimulatedFleet(FleetOfSix):
+    has_keys = False
+
     @pytest.fixture
     def fleet(self) -> FleetPort:
         delays = Delays(DelayConfig(kind="constant", median_s=10.0, dropout_prob=0.0), 0)

@@ -22,6 +22,7 @@ from actors.spawn import Actors, spawn_actors
 from fedvit.clients.workload import load_workload, server_model
 from fedvit.config import Settings
 from fedvit.ports import AccountantPort, AggregatorPort, ClientHostPort, FleetPort
+from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.settings import load_settings
 from fedvit.store.store import Store
 from fedvit.types import Cohort, TrainTask, Weights
@@ -69,6 +70,10 @@ def weights(system: System) -> Weights:
 
 class TestRayFleet(FleetContract):
     clients = CLIENTS
+
+    @pytest.fixture(autouse=True)
+    def _root_secret(self, system: System) -> None:
+        self.root_secret = load_or_create_root_secret(system.settings.home)
 
     @pytest.fixture
     def fleet(self, system: System) -> FleetPort:

@@ -27,6 +27,7 @@ FOR_MACHINES = {
     "GET /api/clients/{client_id}/task",
     "GET /api/clients/{client_id}/task/weights",
     "PUT /api/clients/{client_id}/histograms/{run_id}/{round_index}",
+    "PUT /api/clients/{client_id}/sessions/{session}/{phase}",
     "PUT /api/clients/{client_id}/updates/{run_id}/{round_index}",
     "GET /healthz",
     "POST /api/incidents/alerts",

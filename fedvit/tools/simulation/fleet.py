@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
 
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.ports import ProxyReport
+from fedvit.secure_session import SecureAnswer, SecureSession
 from fedvit.tools.simulation.delays import Delays
 from fedvit.types import Cohort, TrainTask, Weights
 from fedvit.updates import ClientFailures, SingleMessage
@@ -18,6 +19,7 @@ from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 
 SILENT = "it fell silent"
 """The error of a client that does not answer."""
+NO_MASKS = "a simulation leaves the masks of secure aggregation out"
 
 
 class VirtualClock:
@@ -126,6 +128,15 @@ class SimulatedFleet:
         self._pending.clear()
         self.counts["given_up"] += len(given_up)
         return given_up
+
+    def exchange(
+        self, session: SecureSession, phase: str, requests: Mapping[str, bytes], *, timeout_s: float
+    ) -> Iterator[SecureAnswer | None]:
+        """A simulation leaves the masks out: no client has keys."""
+        return iter([SecureAnswer(client_id, error=NO_MASKS) for client_id in sorted(requests)])
+
+    def end_session(self, session: SecureSession) -> None:
+        """Nothing was begun."""
 
     def proxies_alive(self) -> ProxyReport:
         return ProxyReport({"simulation": True})

@@ -25,6 +25,7 @@ from fedvit.api.clients import (
 from fedvit.errors import FedvitError, NotFoundError, RateLimitedError
 from fedvit.operations.mailbox import Mailbox, MailboxState
 from fedvit.rounds.remote import RemoteWork
+from fedvit.rounds.remote_sessions import RemoteSessions
 from fedvit.store.records import ClientValidation, RegistrationQuota
 from fedvit.types import Client, ClientKind
 from serve_apps.control.fleet.heartbeats import Heartbeats
@@ -138,6 +139,7 @@ def _add_changes(api: FastAPI, services: Services, liveness: Liveness) -> None:
         note.before = _facts(store.clients.get(client_id))
         removed = store.clients.update(client_id, active=False)
         RemoteWork(services.settings, store).forget(client_id)
+        RemoteSessions(store).forget(client_id)
         return changed(removed, note)
 
     # Behind the lists: their paths would be taken for a client's.

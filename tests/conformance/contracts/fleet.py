@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
+
+from fedvit.clients.secure import identity_of, public_hex, public_keys
 from fedvit.ports import FleetPort
+from fedvit.secagg.parameters import parameters_for
+from fedvit.secagg.server import Phase, SecureServer
+from fedvit.secure_session import SecureAnswer, SecureSession
 from fedvit.types import Cohort, TrainTask, Weights
 from fedvit.updates import UpdateMessage
 from fedvit.wire.tensors import weights_digest
@@ -27,10 +34,32 @@ def asked(messages: Iterable[UpdateMessage | None]) -> Counter[tuple[int, str]]:
     return Counter((message.round_index, outcome.client_id) for message in answered for outcome in message.outcomes)
 
 
+def session_of(clients: tuple[str, ...], root_secret: bytes) -> tuple[SecureSession, SecureServer]:
+    """A new session of these virtual clients, and its server."""
+    keys = {client_id: public_hex(identity_of(root_secret, client_id)) for client_id in clients}
+    task, session = task_for({"point": np.zeros(2, np.float32)}, next(ROUNDS)), secrets.token_hex(32)
+    parameters = parameters_for(session, clients, min_survivors=4, max_colluding=0, dropout_rate=0.3, bits=16, length=2)
+    return SecureSession(session, task, parameters.to_json(), keys), SecureServer(parameters, public_keys(keys))
+
+
+def exchanged(
+    fleet: FleetPort, session: SecureSession, phase: Phase, requests: Mapping[str, bytes]
+) -> dict[str, SecureAnswer]:
+    """The answers to a phase, by client; none answers twice."""
+    answers = [a for a in fleet.exchange(session, phase.value, requests, timeout_s=TIMEOUT_S) if a is not None]
+    assert len({answer.client_id for answer in answers}) == len(answers)
+    return {answer.client_id: answer for answer in answers}
+
+
 class FleetContract:
-    """Needs the fixtures ``fleet`` and ``weights``, and six ``clients``, which do not answer in one message."""
+    """Needs the fixtures ``fleet`` and ``weights``, and six ``clients``, which do not answer in one message.
+
+    ``root_secret`` is that of the clients; ``has_keys`` is false where they take part in no secure aggregation.
+    """
 
     clients: tuple[str, ...]
+    root_secret = bytes(32)
+    has_keys = True
 
     def test_every_client_answers_once(self, fleet: FleetPort, weights: Weights) -> None:
         cohort = Cohort(next(ROUNDS), self.clients)
@@ -72,6 +101,27 @@ class FleetContract:
 
     def test_histograms_that_nobody_requested_do_not_arrive(self, fleet: FleetPort) -> None:
         assert fleet.histograms() == []
+
+    def test_a_phase_is_answered_once_by_every_client_that_has_keys(self, fleet: FleetPort) -> None:
+        session, server = session_of(self.clients, self.root_secret)
+        for phase in (Phase.ADVERTISE, Phase.SHARE):
+            answers = exchanged(fleet, session, phase, server.requests())
+            assert sorted(answers) == sorted(self.clients)
+            if not self.has_keys:
+                assert all(answer.error for answer in answers.values())
+                return
+            for client_id, answer in answers.items():
+                assert answer.error is None, answer
+                server.receive(client_id, answer.content)
+            assert exchanged(fleet, session, phase, server.requests()) == answers
+            server.advance()
+        fleet.end_session(session)
+
+    def test_a_client_has_no_keys_of_a_session_that_it_was_not_in_from_the_beginning(self, fleet: FleetPort) -> None:
+        session, server = session_of(self.clients, self.root_secret)
+        answers = exchanged(fleet, session, Phase.SHARE, server.requests())
+        assert sorted(answers) == sorted(self.clients)
+        assert all(answer.error for answer in answers.values())
 
     def begun(self, fleet: FleetPort, weights: Weights, cohort: Cohort) -> Counter[tuple[int, str]]:
         """Send a task and leave after the first message or None; who answered."""
