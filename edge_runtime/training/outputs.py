@@ -31,21 +31,23 @@ class Output:
     Attributes:
         charge: its cost; ``charge.output_id`` is what the server charged.
         digest: SHA-256, hex, of all that determines the output, also of what only the vehicle knows.
+        attempt: of the round, under secure aggregation: each one is charged, and has its own noise.
     """
 
     purpose: Purpose
     charge: Charge
     digest: str
+    attempt: int = 0
 
     @property
     def key(self) -> str:
         """Metadata key of its record."""
-        return record_key(self.purpose, self.charge.run_id, self.charge.round_index)
+        return record_key(self.purpose, self.charge.run_id, self.charge.round_index, self.attempt)
 
 
-def record_key(purpose: Purpose, run_id: str, round_index: int) -> str:
-    """Metadata key of the record of the one output for a run, a round and a purpose."""
-    return f"{_KEY}/{purpose.value}/{run_id}/{round_index}"
+def record_key(purpose: Purpose, run_id: str, round_index: int, attempt: int = 0) -> str:
+    """Metadata key of the record of the one output for a run, a round, an attempt of it and a purpose."""
+    return f"{_KEY}/{purpose.value}/{run_id}/{round_index}" + (f"/{attempt}" if attempt else "")
 
 
 class OutputLedger:
@@ -61,15 +63,16 @@ class OutputLedger:
         self._settings = load_settings(environ={}, overrides={"home": store.home, "privacy": limits})
         self._accountant = PrivacyAccountant(store, self._settings)
 
-    def check(self, purpose: Purpose, run_id: str, round_index: int, output_id: str) -> None:
+    def check(self, purpose: Purpose, run_id: str, round_index: int, output_id: str, attempt: int = 0) -> None:
         """Check that no other output was charged for this run, round and purpose; nothing has to be computed for it.
 
         Raises:
             ConflictError: there is another one.
         """
-        record = self._store.metadata.get(record_key(purpose, run_id, round_index))
+        key = record_key(purpose, run_id, round_index, attempt)
+        record = self._store.metadata.get(key)
         if record is not None and record["output_id"] != output_id:
-            raise self._refused(record_key(purpose, run_id, round_index), output_id)
+            raise self._refused(key, output_id)
 
     def charge(self, output: Output) -> None:
         """Charge and record an output; a repetition of the same one is charged once.
@@ -144,5 +147,5 @@ class _OtherOutputError(Exception):
 
 
 def _place(key: str) -> str:
-    _, purpose, run_id, round_index = key.split("/")
-    return f"{purpose} {round_index} of {run_id}"
+    _, purpose, run_id, round_index, *attempt = key.split("/")
+    return f"{purpose} {round_index} of {run_id}" + (f", attempt {attempt[0]}" if attempt else "")

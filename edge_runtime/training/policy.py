@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedvit.config import LEAST_NOISE_MULTIPLIER, Settings
 from fedvit.errors import ConfigError, ForbiddenError, IntegrityError, UsageError
-from fedvit.types import DIGEST, MAX_FACTOR, MAX_STEPS, TrainTask
+from fedvit.types import CLIENT_ID, DIGEST, MAX_EXAMPLES, MAX_FACTOR, MAX_STEPS, TrainTask
 from fedvit.wire.histograms import HistogramRequest
 from fedvit.wire.signatures import sign_document, verify_document
 
@@ -68,6 +68,23 @@ class VehiclePolicy(_Part):
     target_delta: float = Field(1e-5, gt=0, le=0.1, description="Delta at which epsilon is stated.")
     max_local_steps: int = Field(100, ge=1, le=MAX_STEPS, description="Most steps of an update.")
     max_sampling_prob: float = Field(1.0, gt=0, le=1, description="Largest sampling probability of an update.")
+    noise_at: tuple[Literal["client", "distributed"], ...] = Field(
+        ("client",),
+        min_length=1,
+        description="Where the noise of updates may be added: client, all of it by this vehicle; distributed, a share "
+        "of it by each client under secure aggregation, so that one update alone has too little noise.",
+    )
+    min_honest_survivors: int = Field(
+        2,
+        ge=1,
+        le=MAX_EXAMPLES,
+        description="With distributed noise: fewest clients that must survive a round and not collude with the server.",
+    )
+    participants: dict[Annotated[str, Field(pattern=CLIENT_ID)], Annotated[str, Field(pattern=DIGEST)]] | None = Field(
+        None,
+        description="Public identity keys, hex, of the clients that may be in a session of secure aggregation with "
+        "this vehicle, by client id; null accepts the first key that is seen of each.",
+    )
 
     def check_update(self, task: TrainTask, settings: Settings, frozen_digest: str) -> None:
         """Check that the vehicle may compute this update.
@@ -79,8 +96,10 @@ class VehiclePolicy(_Part):
         Raises:
             ForbiddenError: it may not.
         """
-        if task.privacy_unit != "record" or task.noise_place != "client":
+        if task.privacy_unit != "record" or task.noise_place == "server":
             raise ForbiddenError("This vehicle releases nothing without noise of its own.")
+        if task.noise_place not in self.noise_at:
+            raise _forbidden(f"noise at {task.noise_place!r}", f"noise at {', '.join(self.noise_at)}")
         self._check(Purpose.UPDATE, task.noise_multiplier)
         if task.local_steps > self.max_local_steps:
             raise _forbidden(f"{task.local_steps} local steps", f"at most {self.max_local_steps}")
@@ -93,6 +112,11 @@ class VehiclePolicy(_Part):
             raise _forbidden(f"the model {name!r}", names)
         if not any(model.frozen_digests is None or frozen_digest in model.frozen_digests for model in allowed):
             raise _forbidden(f"the frozen weights {frozen_digest} of {name!r}", "those that it lists")
+
+    def check_survivors(self, honest: int) -> None:
+        """Check the number of honest survivors that distributed noise counts on; raises ForbiddenError."""
+        if honest < self.min_honest_survivors:
+            raise _forbidden(f"{honest} honest survivors", f"at least {self.min_honest_survivors}")
 
     def check_histogram(self, request: HistogramRequest) -> None:
         """Check that the vehicle may compute this histogram; raises ForbiddenError if it may not."""

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from edge_runtime.training.outputs import Output, OutputLedger
 from edge_runtime.training.policy import Purpose, VehiclePolicy
 from edge_runtime.training.records import OwnRecords
@@ -22,8 +25,12 @@ from fedvit.ports import Charge
 from fedvit.privacy.events import Event, Gaussian
 from fedvit.privacy.randomness import output_id
 from fedvit.privacy.round_cost import charge_of, round_event
+from fedvit.secagg.noise import Plan, event_of
+from fedvit.secagg.parameters import Parameters, parameters_for
+from fedvit.secagg.task_plan import plan_of
 from fedvit.settings import load_settings
 from fedvit.types import TrainTask, Weights
+from fedvit.updates import ClientFailures
 from fedvit.wire.histograms import HistogramRequest
 from fedvit.wire.tensors import largest_task_weights, weights_digest
 
@@ -62,6 +69,7 @@ class RunTrainer:
         key: see :func:`run_key`.
         frozen_digest: SHA-256, hex, of the weights that never travel, as this vehicle built them.
         max_weights_bytes: the most that a task's weights may have.
+        num_parameters: of the trained part of the model.
     """
 
     key: RunKey
@@ -71,6 +79,7 @@ class RunTrainer:
     host: ClientHost
     frozen_digest: str
     max_weights_bytes: int
+    num_parameters: int
     outputs: OutputLedger
 
     @classmethod
@@ -83,8 +92,9 @@ class RunTrainer:
         records = OwnRecords.open(data, view.classes)
         model = build_model(settings.model, len(view.classes), view.image_size)
         host, digest = vision_host(settings, records=records, model=model), weights_digest(frozen_weights(model))
-        max_bytes = largest_task_weights(trainable_weights(model))
-        return cls(run_key(view), settings, client_id, records, host, digest, max_bytes, outputs)
+        trainable = trainable_weights(model)
+        size, max_bytes = sum(array.size for array in trainable.values()), largest_task_weights(trainable)
+        return cls(run_key(view), settings, client_id, records, host, digest, max_bytes, size, outputs)
 
     @property
     def num_examples(self) -> int:
@@ -128,6 +138,47 @@ class RunTrainer:
         if update.outcome.error is None:
             self.outputs.release(output, update.content)
         return update.content
+
+    def check_session(self, task: TrainTask, parameters: Parameters) -> Plan:
+        """Check that a session's parameters are those of its task and settings; the plan of its contributions.
+
+        Raises:
+            IntegrityError: they are others.
+            ConfigError, SecureAggregationError: no session fits the task and the settings.
+        """
+        plan, secure = plan_of(task, self.settings, self.num_parameters), self.settings.secure_aggregation
+        expected = parameters_for(
+            parameters.session,
+            parameters.participants,
+            min_survivors=secure.survivors(task.participants),
+            max_colluding=secure.max_colluding,
+            dropout_rate=secure.dropout_rate,
+            bits=plan.bits,
+            length=plan.padded,
+        )
+        if parameters != expected or len(parameters.participants) > task.participants:
+            raise IntegrityError("The parameters of the session do not follow from its task and settings.")
+        return plan
+
+    def contribution(self, task: TrainTask, weights: Weights, view: TaskView) -> npt.NDArray[np.uint32]:
+        """The ring vector of a session's task, [padded], after it is charged to the vehicle's own ledger.
+
+        Raises:
+            ConflictError, BudgetExhaustedError, IntegrityError: see :class:`OutputLedger`.
+            IntegrityError: the weights are not those of the task.
+            DataError: the contribution cannot be computed.
+        """
+        check_base(task, weights)
+        digest = self.host.output_digest(task, self.client_id, view.encoding)
+        plan = plan_of(task, self.settings, self.num_parameters)
+        charge = self._charge(event_of(plan, task.sampling_prob), task, view.output_id)
+        output = Output(Purpose.UPDATE, charge, digest, task.attempt)
+        self.outputs.charge(output)
+        own = self.host.contribution(task, weights, self.client_id)
+        if isinstance(own, ClientFailures):
+            raise DataError(str(own.outcomes[0].error))
+        self.outputs.release(output, own.vector.tobytes())
+        return own.vector
 
     def histogram(self, request: HistogramRequest, view: HistogramRequestView) -> tuple[int, ...]:
         """The requested counts with noise, after they are charged to the vehicle's own ledger.

@@ -13,12 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from edge_runtime.mailbox import MailboxSender
 from edge_runtime.training.outputs import OutputLedger
 from edge_runtime.training.policy import Purpose, VehiclePolicy
 from edge_runtime.training.records import count_images
 from edge_runtime.training.run_trainer import RunTrainer, run_key, run_settings
-from fedvit.api.clients import HistogramRequestView, TaskView
+from edge_runtime.training.secure import SecureParticipant, Work
+from fedvit.api.clients import HistogramRequestView, PhaseRequestView, SecureSessionView, TaskView
 from fedvit.client import FedvitClient
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.errors import (
@@ -27,14 +31,17 @@ from fedvit.errors import (
     ControlUnreachableError,
     DataError,
     FedvitError,
+    ForbiddenError,
     IntegrityError,
     OverloadedError,
     RateLimitedError,
     UpdateRejectedError,
 )
 from fedvit.ports import ClockPort
+from fedvit.secagg.parameters import Parameters
+from fedvit.secure_session import UNMASK
 from fedvit.store.store import Store
-from fedvit.types import Encoding, TrainTask
+from fedvit.types import Encoding, TrainTask, Weights
 from fedvit.updates import ClientFailures
 from fedvit.wire.histograms import HistogramRequest
 from fedvit.wire.tensors import decode_weights
@@ -42,6 +49,7 @@ from fedvit.wire.updates import encode_update
 
 _LOG = logging.getLogger(__name__)
 RETRY_S = 5.0
+DISTRIBUTED, REFUSED = "distributed", "refused"
 _TEMPORARY = (ControlUnreachableError, ControlApiError, OverloadedError, RateLimitedError)
 _MAX_REASON = 500
 _TASK_FIELDS = tuple(field.name for field in fields(TrainTask))
@@ -87,6 +95,7 @@ class Vehicle:
         self._policy, self._checkpoint, self._mailbox = policy or VehiclePolicy(), checkpoint, mailbox
         self._store = Store.open(home, clock=clock)
         self._outputs = OutputLedger(self._store, self._policy, clock)
+        self._secure = SecureParticipant(client_id, home, self._store, self._policy)
         self._trainer: RunTrainer | None = None
         self._latest: tuple[TaskView, bytes] | None = None
         self._refused_histogram: str | None = None
@@ -100,8 +109,10 @@ class Vehicle:
         count = count_images(self._data)
         if not count:
             raise DataError(f"{self._data} holds no image.", cure="A vehicle without data has nothing to train on.")
-        capabilities = {"training": {"encodings": [encoding.value for encoding in Encoding]}}
-        self._client.clients.register(self._client_id, num_examples=count, capabilities=capabilities)
+        training: dict[str, object] = {"encodings": [encoding.value for encoding in Encoding]}
+        if DISTRIBUTED in self._policy.noise_at:
+            training["identity"] = self._secure.public_key
+        self._client.clients.register(self._client_id, num_examples=count, capabilities={"training": training})
 
     def run(self, stop: threading.Event, on_round: Callable[[PollResult], None], rounds: int | None = None) -> None:
         """Take part until ``stop`` is set, or in the given number of rounds; errors are logged, and it goes on."""
@@ -125,6 +136,9 @@ class Vehicle:
             FedvitError: the server does not answer, or its answer is not valid.
         """
         response = self._client.clients.task(self._client_id)
+        self._secure.keep_only(None if response.secure is None else response.secure.session)
+        if response.secure is not None:
+            return self._answer_phase(response.secure, response.poll_after_s)
         task = response.task
         if task is None:
             self._answer_histogram(response.histogram)
@@ -168,7 +182,49 @@ class Vehicle:
             _LOG.error("no histogram is sent: %s", _reason(error))
             self._refused_histogram = view.output_id
 
+    def _answer_phase(self, view: SecureSessionView, poll_after_s: float) -> PollResult:
+        """Answer the present phase of a session; the last one, a refusal and a rejection end the vehicle's round."""
+        asked, refusal = view.asked, None
+        if asked is None:
+            return PollResult(poll_after_s)
+        try:
+            content = self._secure.answer(view, asked, Work(self._check_session, self._contribution))
+        except _TEMPORARY:
+            raise
+        except Exception as error:
+            refusal = _reason(error)
+            _LOG.error("phase %s of round %d: %s", view.phase, asked.task.round_index, refusal)
+            content = self._secure.refusal(refusal)
+        try:
+            receipt = self._client.clients.answer(self._client_id, view.session, view.phase, content)
+        except (ConflictError, UpdateRejectedError) as error:
+            return PollResult(poll_after_s, asked.task.round_index, error.code, error.message)
+        if refusal is None and view.phase != UNMASK:
+            return PollResult(poll_after_s)
+        status = receipt.status if refusal is None else REFUSED
+        return PollResult(poll_after_s, asked.task.round_index, status, refusal)
+
+    def _check_session(self, asked: PhaseRequestView, parameters: Parameters) -> None:
+        task, trainer = self._prepared(asked.task)
+        self._policy.check_survivors(trainer.check_session(task, parameters).honest)
+
+    def _contribution(self, asked: PhaseRequestView, parameters: Parameters) -> npt.NDArray[np.uint32]:
+        task, trainer = self._prepared(asked.task)
+        trainer.check_session(task, parameters)
+        return trainer.contribution(task, self._weights(trainer), asked.task)
+
     def _update(self, view: TaskView) -> bytes:
+        task, trainer = self._prepared(view)
+        if task.noise_place == DISTRIBUTED:
+            raise ForbiddenError("This vehicle releases no share of distributed noise but under secure aggregation.")
+        return trainer.update(task, self._weights(trainer), view)
+
+    def _weights(self, trainer: RunTrainer) -> Weights:
+        max_bytes = trainer.max_weights_bytes
+        return decode_weights(self._client.clients.task_weights(self._client_id, max_bytes), max_bytes=max_bytes)
+
+    def _prepared(self, view: TaskView) -> tuple[TrainTask, RunTrainer]:
+        """The task, checked against what this vehicle has and may do, and its trainer."""
         task = TrainTask(**{name: getattr(view, name) for name in _TASK_FIELDS})
         settings = run_settings(view, home=self._home, checkpoint=self._checkpoint, policy=self._policy)
         self._policy.check_update(task, settings, view.frozen_digest)
@@ -176,13 +232,11 @@ class Vehicle:
             raise IntegrityError(
                 "The settings, image size, classes or frozen weights that came with the task were not charged."
             )
-        self._outputs.check(Purpose.UPDATE, task.run_id, task.round_index, view.output_id)
+        self._outputs.check(Purpose.UPDATE, task.run_id, task.round_index, view.output_id, task.attempt)
         if self._trainer is None or self._trainer.key != run_key(view):
             self._trainer = RunTrainer.build(view, settings, self._client_id, self._data, self._outputs)
         self._trainer.check(task, view)
-        max_bytes = self._trainer.max_weights_bytes
-        content = self._client.clients.task_weights(self._client_id, max_bytes)
-        return self._trainer.update(task, decode_weights(content, max_bytes=max_bytes), view)
+        return task, self._trainer
 
     def _send(self, view: TaskView, content: bytes) -> tuple[str, str | None]:
         try:

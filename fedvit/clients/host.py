@@ -170,10 +170,11 @@ class ClientHost:
             weights: the round's weights, and the rule's broadcast state.
             max_weight: of one client, where the weights are numbers of examples.
             num_examples: that the clients are registered with.
+            secure: each client's request of the phase ``mask``; without it, contributions are not masked.
         """
         this_round = self._begin(task, weights, max_weight, num_examples)
         if task.noise_place == "distributed":
-            return self._ring_sum(this_round, client_ids)
+            return self._ring_sum(this_round, client_ids, secure)
         answers = (self._monitored_answer(this_round, client_id) for client_id in sorted(client_ids))
         if self._rule.needs == "single_updates":
             return UpdateBundle(task.round_index, tuple(self._encoded(this_round, answer) for answer in answers))
@@ -233,11 +234,12 @@ class ClientHost:
             raise DataError(f"Client {client_id} has no histograms.")
         return self._histograms.output_digest(request, client_id)
 
-    def _ring_sum(self, this_round: _Round, client_ids: Sequence[str]) -> RingSum:
+    def _ring_sum(self, this_round: _Round, client_ids: Sequence[str], secure: Mapping[str, bytes] | None) -> RingSum:
         encoder = RingEncoder(this_round.task, self._settings, this_round.shapes)
         aggregator = RingAggregator(this_round.task, encoder.plan)
         for client_id in sorted(client_ids):
-            aggregator.add(self._encoded_in_ring(this_round, client_id, encoder))
+            own = self._encoded_in_ring(this_round, client_id, encoder)
+            aggregator.add(own if secure is None else self._secure.under_masks(this_round.task, own, secure))
         return aggregator.message()
 
     def _encoded_in_ring(self, this_round: _Round, client_id: str, encoder: RingEncoder) -> RingSum | ClientFailures:

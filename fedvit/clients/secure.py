@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedvit.errors import FedvitError, SecureAggregationError
@@ -14,6 +13,7 @@ from fedvit.secagg.client import SecureClient
 from fedvit.secagg.parameters import Parameters
 from fedvit.secure_session import ADVERTISE, CONFIRM, SHARE, UNMASK, SecureAnswer, SecureSession
 from fedvit.types import TrainTask
+from fedvit.updates import ClientFailures, RingSum
 
 NO_KEYS = "it has no keys of this session: the process that held them was restarted, or another session began"
 
@@ -71,18 +71,20 @@ class SecureClients:
         clients = self._clients if here else {}
         return [_answer(c, clients.get(c), phase, request) for c, request in sorted(requests.items())]
 
-    def masked(
-        self, task: TrainTask, client_id: str, request: bytes, vector: npt.NDArray[np.uint32]
-    ) -> npt.NDArray[np.uint32]:
-        """The client's vector of ring integers, of the session's length, under its masks.
-
-        Raises:
-            SecureAggregationError: the client has no keys of a session for this task, or refuses the request.
-        """
-        client = self._clients.get(client_id)
-        if client is None or self._session is None or self._session.task != task:
-            raise SecureAggregationError(f"{client_id} cannot mask its contribution: {NO_KEYS}.")
-        return client.mask(request, vector)
+    def under_masks(
+        self, task: TrainTask, own: RingSum | ClientFailures, requests: Mapping[str, bytes]
+    ) -> RingSum | ClientFailures:
+        """One client's contribution under its masks; a failure where it has no keys of a session for this task."""
+        if isinstance(own, ClientFailures):
+            return own
+        (outcome,) = own.outcomes
+        client, request = self._clients.get(outcome.client_id), requests.get(outcome.client_id)
+        if client is None or request is None or self._session is None or self._session.task != task:
+            return ClientFailures.of(task.round_index, [outcome.client_id], NO_KEYS)
+        try:
+            return replace(own, vector=client.mask(request, own.vector))
+        except FedvitError as error:
+            return ClientFailures.of(task.round_index, [outcome.client_id], error.message)
 
     def _begin(self, session: SecureSession, requests: Mapping[str, bytes]) -> None:
         if self._session is None or self._session.session != session.session:

@@ -192,7 +192,7 @@ class WorkloadHost:
         max_weights = {} if max_weight is None else {task.round_index: max_weight}
         validator = UpdateValidator.of(self._settings, self._rule, weights, num_examples, max_weights=max_weights)
         if task.noise_place == "distributed":
-            return self._ring_sum(task, weights, validator, client_ids)
+            return self._ring_sum(task, weights, validator, client_ids, secure)
         # Lazy: the arrays of an answer are overwritten by the next client's.
         answers = (self._answer(task, weights, validator, client_id) for client_id in sorted(client_ids))
         if self._rule.needs == "single_updates":
@@ -203,7 +203,12 @@ class WorkloadHost:
         return aggregator.message()
 
     def _ring_sum(
-        self, task: TrainTask, weights: Weights, validator: UpdateValidator, client_ids: Sequence[str]
+        self,
+        task: TrainTask,
+        weights: Weights,
+        validator: UpdateValidator,
+        client_ids: Sequence[str],
+        secure: Mapping[str, bytes] | None,
     ) -> UpdateMessage:
         encoder = RingEncoder(task, self._settings, validator.shapes)
         aggregator = RingAggregator(task, encoder.plan)
@@ -214,9 +219,11 @@ class WorkloadHost:
                 aggregator.add(own)
                 continue
             try:
-                aggregator.add(encoder.encode(own, derive_secret(self._root_secret, client_id)))
+                ring = encoder.encode(own, derive_secret(self._root_secret, client_id))
             except Exception as error:
                 aggregator.add(failed(task, client_id, error))
+                continue
+            aggregator.add(ring if secure is None else self._secure.under_masks(task, ring, secure))
         return aggregator.message()
 
     def exchange(self, session: SecureSession, phase: str, requests: Mapping[str, bytes]) -> list[SecureAnswer]:

@@ -57,6 +57,7 @@ class EligibleClients:
     Args:
         charges: what the participation of these clients costs; None where one charge stands for the whole population.
         heard_since: a remote client that was silent for longer is not eligible.
+        identified: nor is one without an identity key, which secure aggregation needs.
     """
 
     def __init__(
@@ -69,10 +70,11 @@ class EligibleClients:
         *,
         charges: Callable[[Sequence[str]], Sequence[Charge]] | None,
         heard_since: datetime,
+        identified: bool = False,
     ) -> None:
         self._store, self._accountant, self._config = store, accountant, config
         self._run_id, self._round_index = run_id, round_index
-        self._charges, self._heard_since = charges, heard_since
+        self._charges, self._heard_since, self._identified = charges, heard_since, identified
         self._size = store.clients.population()
         self._ignore_budget = False
         self._eligible = self._not_capped = self._affordable = self._over_budget = 0
@@ -83,7 +85,10 @@ class EligibleClients:
     def eligible_at(self, positions: Sequence[int]) -> Mapping[int, str]:
         validated_only = self._config.client_selection == "validated_only"
         clients = self._store.clients.eligible_at(
-            positions, validated_only=validated_only, heard_since=self._heard_since
+            positions,
+            validated_only=validated_only,
+            heard_since=self._heard_since,
+            identified=self._identified,
         )
         rested, not_capped = self._rested(list(clients.values()))
         within = rested

@@ -18,6 +18,7 @@ class CohortSelector:
 
     def __init__(self, context: RoundContext) -> None:
         self._context, self._store = context, context.store
+        self._identified = context.settings.privacy.noise_place == "distributed"
         self._secret = derive_secret(load_or_create_root_secret(context.store.home), "cohort")
 
     def config(self, client_selection: str | None = None) -> CohortConfig:
@@ -32,6 +33,7 @@ class CohortSelector:
         return self._store.clients.count_eligible(
             validated_only=config.client_selection == "validated_only",
             heard_since=self._heard_since(),
+            identified=self._identified,
             at_most=at_most,
         )
 
@@ -55,7 +57,14 @@ class CohortSelector:
         charges = None if protection.sampled else lambda ids: protection.charges(task, ids)
         heard_since = self._heard_since()
         return EligibleClients(
-            self._store, accountant, config, task.run_id, task.round_index, charges=charges, heard_since=heard_since
+            self._store,
+            accountant,
+            config,
+            task.run_id,
+            task.round_index,
+            charges=charges,
+            heard_since=heard_since,
+            identified=self._identified,
         )
 
     def _heard_since(self) -> datetime:

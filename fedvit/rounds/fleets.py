@@ -6,20 +6,22 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from fedvit.aggregation.registry import rule_for
 from fedvit.clock import SYSTEM_CLOCK
 from fedvit.config import Settings
 from fedvit.ports import ClockPort, FleetPort, ProxyReport
 from fedvit.rounds.remote import Offer, RemoteWork
 from fedvit.rounds.remote_sessions import PhaseRequest, RemoteSessions
-from fedvit.secure_session import ADVERTISE, SecureAnswer, SecureSession
+from fedvit.secure_session import ADVERTISE, MASK, SecureAnswer, SecureSession
 from fedvit.store.store import Store
 from fedvit.types import Client, Cohort, TrainTask, Weights
-from fedvit.updates import ClientFailures, EncodedUpdate, UpdateMessage
+from fedvit.updates import ClientFailures, EncodedUpdate, RingSum, UpdateMessage
 from fedvit.wire.histograms import ClientHistogram, HistogramRequest
 from fedvit.wire.tensors import encode_weights
 
 POLL_S = 0.25
 LATE = "no answer to the phase {phase} in {timeout_s:g} s"
+NO_SESSION = "it is in no secure aggregation session"
 UNCHARGED = "it was not asked: what it holds is not what was charged"
 
 
@@ -43,8 +45,10 @@ class MixedFleet:
         self._settings, self._store, self._virtual = settings, store, virtual
         self._work = RemoteWork(settings, store)
         self._sessions = RemoteSessions(store)
+        self._by_examples = settings.privacy.privacy_unit == "record" and rule_for(settings).weighting == "examples"
         self._clock, self._pause = clock, pause
-        self._asked: dict[str, Offer] = {}
+        self._asked: dict[str, Offer | PhaseRequest] = {}
+        self._session: SecureSession | None = None
 
     def train(
         self, task: TrainTask, weights: Weights, cohort: Cohort, *, timeout_s: float | None = None
@@ -52,7 +56,10 @@ class MixedFleet:
         patience_s = self._settings.training.round_timeout_s if timeout_s is None else timeout_s
         remote = self._remote(cohort.client_ids)
         virtual = replace(cohort, client_ids=tuple(c for c in cohort.client_ids if c not in remote))
-        uncharged = self._ask(task, weights, remote.values())
+        if cohort.secure is None:
+            uncharged = self._ask(task, weights, remote.values())
+        else:
+            uncharged = self._ask_masked(task, weights, remote, cohort.secure)
         if uncharged.outcomes:
             yield uncharged
         heard_s = self._clock.monotonic()
@@ -78,7 +85,10 @@ class MixedFleet:
         """A remote client that answers later gets the reason."""
         given_up = self._virtual.give_up(reason)
         for client_id, offer in self._asked.items():
-            self._work.close(offer, reason)
+            if isinstance(offer, PhaseRequest):
+                self._sessions.close(offer, reason)
+            else:
+                self._work.close(offer, reason)
             given_up.append(ClientFailures.of(offer.task.round_index, [client_id], reason))
         self._asked.clear()
         return given_up
@@ -90,6 +100,7 @@ class MixedFleet:
         ends_s = self._clock.monotonic() + timeout_s
         remote = self._remote(list(requests))
         if phase == ADVERTISE:
+            self._session = session
             self._sessions.begin(session)
         waiting = {}
         for client_id, client in remote.items():
@@ -112,6 +123,7 @@ class MixedFleet:
                 self._pause(POLL_S)
 
     def end_session(self, session: SecureSession) -> None:
+        self._session = None
         self._sessions.end(session)
         self._virtual.end_session(session)
 
@@ -147,6 +159,21 @@ class MixedFleet:
                 self._asked[client.client_id] = offer
         return ClientFailures.of(task.round_index, uncharged, UNCHARGED)
 
+    def _ask_masked(
+        self, task: TrainTask, weights: Weights, clients: Mapping[str, Client], requests: Mapping[str, bytes]
+    ) -> ClientFailures:
+        """Leave the phase ``mask`` for each client in the present session; the clients that could not be asked."""
+        if clients:
+            self._store.blobs.put(encode_weights(weights))
+        asked = {c: client for c, client in clients.items() if c in requests} if self._session is not None else {}
+        for client_id, client in asked.items():
+            assert self._session is not None
+            self._asked[client_id] = self._sessions.leave(self._session, MASK, requests[client_id], client)
+        return ClientFailures.of(task.round_index, sorted(clients.keys() - asked.keys()), NO_SESSION)
+
+    def _weight_of(self, left: PhaseRequest) -> float:
+        return float(left.num_examples) if self._by_examples else 1.0
+
     def _phase_answers(self, waiting: dict[str, PhaseRequest]) -> Iterator[SecureAnswer]:
         for client_id, left in sorted(waiting.items()):
             answer = self._sessions.answer(left)
@@ -154,9 +181,14 @@ class MixedFleet:
                 del waiting[client_id]
                 yield answer
 
-    def _arrived(self) -> Iterator[EncodedUpdate | ClientFailures]:
+    def _arrived(self) -> Iterator[EncodedUpdate | RingSum | ClientFailures]:
         for client_id, offer in sorted(self._asked.items()):
-            answer = self._work.answer(offer)
+            if isinstance(offer, PhaseRequest):
+                answer: EncodedUpdate | RingSum | ClientFailures | None = self._sessions.masked(
+                    offer, self._weight_of(offer)
+                )
+            else:
+                answer = self._work.answer(offer)
             if answer is not None:
                 # Before the yield: the caller may not resume this generator.
                 del self._asked[client_id]

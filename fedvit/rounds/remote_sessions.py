@@ -21,7 +21,8 @@ from fedvit.errors import ConflictError, UpdateRejectedError
 from fedvit.secagg.parameters import Parameters
 from fedvit.secure_session import MASK, PHASES, SecureAnswer, SecureSession
 from fedvit.store.store import Store
-from fedvit.types import Client, RunStatus, TrainTask
+from fedvit.types import Client, ClientOutcome, RunStatus, TrainTask
+from fedvit.updates import ClientFailures, RingSum
 from fedvit.wire.ring import packed_bytes, unpack_ring
 from fedvit.wire.untrusted import MAX_REASON
 
@@ -122,6 +123,22 @@ class RemoteSessions:
         except OSError as error:
             return SecureAnswer(left.client_id, error=f"its stored answer cannot be read: {error}")
         return SecureAnswer.from_bytes(left.client_id, sent)
+
+    def masked(self, left: PhaseRequest, weight: float) -> RingSum | ClientFailures | None:
+        """The client's answer to the phase ``mask`` as a message of the round, if there is one."""
+        answer, parameters = self.answer(left), left.parameters
+        if answer is None:
+            return None
+        outcome = ClientOutcome(left.client_id, left.num_examples)
+        try:
+            if answer.error is None:
+                vector = unpack_ring(answer.content, parameters.length, parameters.bits)
+                outcome = replace(outcome, sent_bytes=len(answer.content), encoding="ring")
+                return RingSum(left.task.round_index, (outcome,), vector, weight, left.task.attempt)
+            outcome = replace(outcome, error=answer.error)
+        except UpdateRejectedError as error:
+            outcome = replace(outcome, error=f"its update is refused: {error.message}", counted_against_client=True)
+        return ClientFailures(left.task.round_index, (outcome,))
 
     def close(self, left: PhaseRequest, reason: str) -> None:
         """Stop waiting for this answer."""

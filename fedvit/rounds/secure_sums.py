@@ -11,15 +11,14 @@ import numpy as np
 
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, NotFoundError, SecureAggregationError
+from fedvit.rounds.attempts import Attempts
 from fedvit.rounds.context import RoundContext
+from fedvit.rounds.secure import MaskedSums
 from fedvit.rounds.update_admission import RoundUpdates
 from fedvit.secagg.noise import Plan
 from fedvit.store.store import Store
 from fedvit.types import Cohort, TrainTask, Weights
 from fedvit.updates import DecodedUpdate, RingSum
-
-_ATTEMPTS_KEY = "secure_attempts"
-"""Metadata key: the round that began a session last, and how many it has begun."""
 
 
 class SumSession(Protocol):
@@ -55,28 +54,6 @@ class SecureSums(Protocol):
 
     def may_repeat(self, task: TrainTask) -> bool:
         """Whether a round whose attempt failed is to be tried again at once."""
-
-
-class Attempts:
-    """Durable count of the sessions that a round has begun.
-
-    A session's noise is never used again: after it has begun, a repeated round is another attempt, which has other
-    outputs and is charged again. A process that ends before repeats the same attempt.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def number(self, run_id: str, round_index: int) -> int:
-        """How many sessions of the round have begun."""
-        stored = self._store.metadata.get(_ATTEMPTS_KEY) or {}
-        here = (stored.get("run_id"), stored.get("round_index")) == (run_id, round_index)
-        return int(stored["begun"]) if here else 0
-
-    def begin(self, task: TrainTask) -> None:
-        """Note that the session of the task's attempt begins; durable when it returns."""
-        place = {"run_id": task.run_id, "round_index": task.round_index, "begun": task.attempt + 1}
-        self._store.metadata.set(_ATTEMPTS_KEY, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +139,6 @@ def check_masks(settings: Settings, *, simulated: bool = False) -> None:
             "secure_aggregation.masks false shows the aggregator every contribution, whose noise does not protect it.",
             cure="Leave it at true; only `fedvit simulate` and `fedvit sweep` leave the masks out.",
         )
-    if not simulated:
-        raise ConfigError(
-            "privacy.noise_at 'distributed' is available in `fedvit simulate` and `fedvit sweep` only.",
-            cure="Use 'client' or 'server'.",
-        )
 
 
 class RoundSums:
@@ -183,7 +155,10 @@ class RoundSums:
         self._settings, self._store, self._protection = context.settings, context.store, context.protection
         check_masks(context.settings, simulated=context.simulated)
         self.secure = context.settings.privacy.noise_place == "distributed"
-        self._sums: SecureSums | None = UnmaskedSums(context.store) if self.secure else None
+        self._sums: SecureSums | None = None
+        if self.secure:
+            masks = context.settings.secure_aggregation.masks
+            self._sums = MaskedSums(context) if masks else UnmaskedSums(context.store)
 
     def recorded_cohort(self, run_id: str, round_index: int) -> Cohort | None:
         """The cohort of a round whose sum is secure, if an earlier attempt has recorded one."""

@@ -164,24 +164,36 @@ class Clients(Repository):
             return dict(session.execute(query).tuples().all())
 
     def eligible_at(
-        self, positions: Sequence[int], *, validated_only: bool = False, heard_since: datetime | None = None
+        self,
+        positions: Sequence[int],
+        *,
+        validated_only: bool = False,
+        heard_since: datetime | None = None,
+        identified: bool = False,
     ) -> dict[int, str]:
         """Those of the clients at these positions that may be selected, by position.
 
         They are active and admitted, have data, are not in quarantine, and are validated where ``validated_only`` asks
         for it. A
         client that is not virtual has a trainer and was heard since ``heard_since``: one that cannot answer is neither
-        selected nor charged.
+        selected nor charged. Where ``identified`` asks for it, it has registered an identity key, too.
         """
         query = select(ClientRow.position, ClientRow.client_id).where(among(ClientRow.position, positions))
         with self._read() as session:
-            return dict(session.execute(query.where(*_eligibility(validated_only, heard_since))).tuples().all())
+            eligibility = _eligibility(validated_only, heard_since, identified)
+            return dict(session.execute(query.where(*eligibility)).tuples().all())
 
     def count_eligible(
-        self, *, validated_only: bool = False, heard_since: datetime | None = None, at_most: int | None = None
+        self,
+        *,
+        validated_only: bool = False,
+        heard_since: datetime | None = None,
+        identified: bool = False,
+        at_most: int | None = None,
     ) -> int:
         """How many clients may be selected; no more than ``at_most`` are counted."""
-        eligible = select(ClientRow.position).where(*_eligibility(validated_only, heard_since)).limit(at_most)
+        eligible = select(ClientRow.position).where(*_eligibility(validated_only, heard_since, identified))
+        eligible = eligible.limit(at_most)
         return self._count(select(func.count()).select_from(eligible.subquery()))
 
     def metrics_addresses(self) -> dict[str, str]:
@@ -328,11 +340,15 @@ def _has(row: ClientRow, columns: Mapping[str, Any]) -> bool:
     return all(getattr(row, name) == value for name, value in columns.items())
 
 
-def _eligibility(validated_only: bool, heard_since: datetime | None) -> list[ColumnElement[bool]]:
+def _eligibility(
+    validated_only: bool, heard_since: datetime | None, identified: bool = False
+) -> list[ColumnElement[bool]]:
     reachable: ColumnElement[bool] = _IS_VIRTUAL
     if heard_since is not None:
         trains = func.json_type(ClientRow.capabilities, "$.training") == "object"
-        reachable = or_(reachable, and_(trains, ClientRow.last_seen_at >= heard_since))
+        has_key = func.json_type(ClientRow.capabilities, "$.training.identity") == "text"
+        there = and_(trains, ClientRow.last_seen_at >= heard_since)
+        reachable = or_(reachable, and_(there, has_key) if identified else there)
     always = [ClientRow.active.is_(True), ClientRow.num_examples > 0, _IS_ADMITTED, ~_IN_QUARANTINE, reachable]
     return [*always, ClientRow.validated.is_(True)] if validated_only else always
 
