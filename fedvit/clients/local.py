@@ -98,6 +98,9 @@ class BodyTrainer(ABC):
             drawn = drawn_records(task, labels, secret, output, step)
             with _corrected(correction, self.parameters, task.learning_rate):
                 take_step(features, labels, drawn)
+        return self._update(task, base)
+
+    def _update(self, task: TrainTask, base: Weights) -> dict[str, FloatArray]:
         return {
             name: parameter.detach().cpu().numpy() - base[name].astype("float32", copy=False)
             for name, parameter in self.parameters.items()
@@ -124,6 +127,8 @@ class LocalTrainer(BodyTrainer):
     def __init__(
         self, model: VisionModel, *, physical_batch_size: int, gradients: PerExampleGradients | None = None
     ) -> None:
+        # Of the latest step, where it has no noise.
+        self._mean_gradient: dict[str, Tensor] = {}
         self.gradients = gradients or per_example_gradients(model.body, "body.", _public_features(model))
         super().__init__(self.gradients.parameters, physical_batch_size)
 
@@ -149,7 +154,16 @@ class LocalTrainer(BodyTrainer):
             self._clip(features, labels, part, optimizer.max_grad_norm)
             optimizer.signal_skip_step(do_skip=position < len(parts))
             optimizer.step()
+            if position == len(parts) and not optimizer.noise_multiplier:
+                self._mean_gradient = {name: _known(p.grad) for name, p in self.parameters.items()}
             optimizer.zero_grad(set_to_none=True)
+
+    def _update(self, task: TrainTask, base: Weights) -> dict[str, FloatArray]:
+        if task.noise_place == "client":
+            return super()._update(task, base)
+        # Of the one step itself. The difference of rounded weights would add rounding errors that depend on the records
+        # and that the noise, which comes later, is not made for.
+        return {name: (-task.learning_rate * mean).cpu().numpy() for name, mean in self._mean_gradient.items()}
 
     def _begin(self, task: TrainTask, num_examples: int, secret: bytes, output: str) -> Step:
         self.gradients.clear()
@@ -211,6 +225,11 @@ def _correction_gradient(correction: GradientCorrection, name: str, parameter: T
         gradient += correction.pull * (parameter - _tensor(anchor[name]))
     if name in shift:
         gradient += _tensor(shift[name])
+    return gradient
+
+
+def _known(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None, "every step of DP-SGD sets all gradients"
     return gradient
 
 

@@ -150,3 +150,30 @@ def test_weights_of_another_model_are_refused(model: VisionModel, records: tuple
 def test_a_physical_batch_of_nothing_is_refused(model: VisionModel) -> None:
     with raises_naming(ValueError, "physical_batch_size"):
         LocalTrainer(model, physical_batch_size=0)
+
+
+@pytest.mark.parametrize("place", ["server", "distributed"])
+def test_where_noise_is_added_later_the_update_is_the_step_without_noise(
+    model: VisionModel, records: tuple[Tensor, Tensor], place: str
+) -> None:
+    trainer = LocalTrainer(model, physical_batch_size=4)
+    # Every record is drawn: coins depend on the task, and the place of the noise is a part of it.
+    step = {"sampling_prob": 1.0, "local_steps": 1}
+    without = deltas(trainer, model, records, noise_multiplier=0.0, **step)
+    update = deltas(trainer, model, records, noise_at=place, **step)
+    noised = deltas(trainer, model, records, **step)
+    for name, values in without.items():
+        np.testing.assert_allclose(update[name], values, rtol=1e-4, atol=1e-6)
+        assert update[name].dtype == np.float32
+    # 12 records, each clipped to 1, over an expected batch of 12.
+    length = np.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in update.values()))
+    assert 0 < length <= 0.5 * (1 + 1e-6)
+    assert any(np.abs(noised[name] - values).max() > 0.01 for name, values in update.items())
+
+
+def test_a_step_without_noise_that_draws_no_record_changes_nothing(
+    model: VisionModel, records: tuple[Tensor, Tensor]
+) -> None:
+    trainer = LocalTrainer(model, physical_batch_size=4)
+    update = deltas(trainer, model, records, noise_at="server", sampling_prob=1e-9, local_steps=1)
+    assert not any(values.any() for values in update.values())
