@@ -202,11 +202,12 @@ class RoundExecution:
     def _collected(self, effect: machine.TrainRound, head: Head | None) -> RoundUpdates:
         base, (task, plan) = self._current.base, self._charged_task
         timeout_s = round_settings(self._store, self._settings).wait_timeout_s
-        with self._sums.session(task, plan, effect.cohort) as session:
-            effect, sent = replace(effect, cohort=session.cohort), base.sent
-            return session.reveal(
-                self._collector.collect(effect, task, base.weights, sent, head, timeout_s=timeout_s, ring=plan)
-            )
+
+        def collect(cohort: Cohort) -> RoundUpdates:
+            asked = replace(effect, cohort=cohort)
+            return self._collector.collect(asked, task, base.weights, base.sent, head, timeout_s=timeout_s, ring=plan)
+
+        return self._sums.collected(task, plan, effect.cohort, collect)
 
     def _errors(self, round_index: int, outcomes: Sequence[ClientOutcome]) -> list[str]:
         """The errors of clients; the first traceback is recorded."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from fedvit.config import Settings
 from fedvit.errors import ConfigError, NotFoundError, SecureAggregationError
+from fedvit.metrics.training import SecureAggregationMetrics
 from fedvit.rounds.attempts import Attempts
 from fedvit.rounds.context import RoundContext
 from fedvit.rounds.secure import MaskedSums
@@ -19,6 +19,9 @@ from fedvit.secagg.noise import Plan
 from fedvit.store.store import Store
 from fedvit.types import Cohort, TrainTask, Weights
 from fedvit.updates import DecodedUpdate, RingSum
+
+# One in the process, for all loops.
+METRICS = SecureAggregationMetrics()
 
 
 class SumSession(Protocol):
@@ -54,19 +57,6 @@ class SecureSums(Protocol):
 
     def may_repeat(self, task: TrainTask) -> bool:
         """Whether a round whose attempt failed is to be tried again at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class _PlainSession:
-    """A round whose sum is not secure."""
-
-    cohort: Cohort
-
-    def reveal(self, updates: RoundUpdates) -> RoundUpdates:
-        return updates
-
-    def end(self) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,20 +181,31 @@ class RoundSums:
         )
         return task, self._protection.plan(task, weights)
 
-    @contextmanager
-    def session(self, task: TrainTask, plan: Plan | None, cohort: Cohort) -> Iterator[SumSession]:
-        """The session of this attempt; it is over when the block is left.
+    def collected(
+        self, task: TrainTask, plan: Plan | None, cohort: Cohort, collect: Callable[[Cohort], RoundUpdates]
+    ) -> RoundUpdates:
+        """The updates of this attempt; where noise is distributed, one sum of those who contributed.
+
+        Args:
+            collect: sends the task to a cohort and collects its updates.
 
         Raises:
-            SecureAggregationError: too few clients take part.
+            SecureAggregationError: too few clients take part or contribute.
         """
-        session: SumSession = _PlainSession(cohort)
-        if self._sums is not None and plan is not None:
-            session = self._sums.begin(task, cohort, plan, self.least_clients(cohort))
+        if self._sums is None or plan is None:
+            return collect(cohort)
+        survivors, least = 0, self.least_clients(cohort)
+        METRICS.began(participants=task.participants, min_survivors=least, ring_bits=plan.bits)
         try:
-            yield session
+            session = self._sums.begin(task, cohort, plan, least)
+            try:
+                updates = session.reveal(collect(session.cohort))
+            finally:
+                session.end()
+            survivors = updates.accepted
         finally:
-            session.end()
+            METRICS.ended(survivors)
+        return updates
 
     def may_repeat(self, task: TrainTask) -> bool:
         """Whether a round whose attempt failed is to be tried again at once."""
