@@ -177,7 +177,7 @@ class RoundSums:
             task,
             attempt=self._sums.attempt(task.run_id, task.round_index),
             participants=len(cohort.client_ids),
-            sum_weight=float(sum(sizes[client_id] for client_id in cohort.client_ids)),
+            sum_weight=float(sum(sizes.values())),
         )
         return task, self._protection.plan(task, weights)
 
