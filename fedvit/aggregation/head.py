@@ -21,6 +21,8 @@ from fedvit.types import FloatArray, Weights
 from fedvit.updates import ClientUpdate
 
 _TIMES_THE_PACE = 2.0
+_DEVIATIONS = 2.0
+"""Of the noise, which a single number of an update keeps. Of a small signal, erf(2 / sqrt(2)) = 95% remain."""
 _INPUTS_PER_DIRECTION = 4
 """Fewer inputs say little about their directions."""
 
@@ -32,7 +34,8 @@ class Head:
     ``weight`` [classes, width] and ``bias`` [classes] are names of parameters. ``basis`` [directions, width] has
     orthonormal rows; None stands for all directions. ``body_learning_rate`` is the factor on the step of everything
     else. ``max_gradient`` is the largest mean gradient of one client, over the clipping norm, that moves the head.
-    ``pace`` is the spectral norm of what all rounds so far moved the weight, over their number; None before the first.
+    ``pace`` is the spectral norm of what all rounds so far moved the weight, over their number, and ``fastest`` the
+    largest magnitude in it, in the coordinates of the basis; both are None before the first round.
     """
 
     weight: str
@@ -41,6 +44,7 @@ class Head:
     body_learning_rate: float = 1.0
     max_gradient: float = 1.0
     pace: float | None = None
+    fastest: float | None = None
 
     @classmethod
     def of(
@@ -64,10 +68,11 @@ class Head:
         if weight is None:
             return None
         bias = weight.removesuffix("weight") + "bias"
-        pace = None
+        pace = fastest = None
         if initial is not None and rounds:
-            pace = spectral_norm(as_matrix(base[weight].astype(np.float64) - initial)) / rounds
-        return cls(weight, bias if bias in base else None, basis, body_learning_rate, max_gradient, pace)
+            step = as_matrix(base[weight].astype(np.float64) - initial) / rounds
+            pace, fastest = spectral_norm(step), float(np.abs(step if basis is None else step @ basis.T).max())
+        return cls(weight, bias if bias in base else None, basis, body_learning_rate, max_gradient, pace, fastest)
 
     def largest(self, bound: UpdateBound, shape: tuple[int, ...]) -> float:
         """The largest singular value that an update keeps in a head of this shape."""
@@ -75,6 +80,11 @@ class Head:
         if self.pace is not None:
             signal = min(signal, _TIMES_THE_PACE * self.pace)
         return max(bound.deviation * sum(math.sqrt(n) for n in shape), signal)
+
+    def largest_number(self, bound: UpdateBound) -> float:
+        """The largest magnitude that a single number of an update keeps, in the coordinates of the basis."""
+        signal = self.max_gradient * bound.signal if self.fastest is None else self.fastest
+        return max(_DEVIATIONS * bound.deviation, signal)
 
     def step(self, base: Weights, weights: Weights) -> dict[str, FloatArray]:
         """Weights that have gone the whole way from ``base`` in the head's directions, and a part of it elsewhere."""
@@ -88,11 +98,13 @@ class Head:
         return moved(base, steps)
 
     def clipped(self, bounds: MechanismBounds, update: ClientUpdate) -> ClientUpdate:
-        """The update with smaller singular values in the head, weight and bias together.
+        """The update with smaller singular values and smaller numbers in the head, weight and bias together.
 
         A singular value keeps what noise explains on average, ``deviation * (sqrt(r) + sqrt(c))``. Where little noise
-        is ordered, it keeps as much as ``max_gradient`` allows, or twice the pace of the fleet. So an honest update
-        loses nearly nothing, while none moves the head much further than it moves anyway.
+        is ordered, it keeps as much as ``max_gradient`` allows, or twice the pace of the fleet. Afterwards each number,
+        in the coordinates of the basis, keeps two deviations of the noise, or what the fleet's fastest number moves a
+        round. Without that, all of a singular value could lie in the bias of one class, and in its weight along the
+        mean input, and raise that class on every image. An honest update loses little.
 
         Args:
             bounds: on updates to the round's task.
@@ -103,11 +115,11 @@ class Head:
             matrix = matrix @ self.basis.T
         if self.bias is not None:
             matrix = np.column_stack([matrix, own[self.bias]])
-        limit = self.largest(bound, matrix.shape)
-        if spectral_norm(matrix) <= limit:
+        limit, most = self.largest(bound, matrix.shape), self.largest_number(bound)
+        if np.abs(matrix).max() <= most and spectral_norm(matrix) <= limit:
             return update
         left, values, right = np.linalg.svd(matrix, full_matrices=False)
-        excess = (left * np.maximum(values - limit, 0.0)) @ right
+        excess = matrix - np.clip((left * np.minimum(values, limit)) @ right, -most, most)
         kept = dict(update.weighted_sum)
         if self.bias is not None:
             kept[self.bias] = kept[self.bias] - update.total_weight * excess[:, -1]

@@ -85,7 +85,8 @@ class ValidationConfig(Section):
         0.25,
         description="Largest mean gradient, as a share of privacy.l2_clip_norm, by which a single update may move the "
         "linear head, where noise alone would not move it as far; after the first round also at most twice what the "
-        "fleet moves it a round. The rest is clipped. Used with privacy_unit 'record'.",
+        "fleet moves it a round. Single numbers of the head keep two deviations of the noise, or what the fleet's "
+        "fastest number moves a round. The rest is clipped. Used with privacy_unit 'record'.",
     )
     quarantine_after_rejections: PositiveInt | None = Field(
         3, description="Rejected updates after which a client is quarantined; null leaves that to the operator."

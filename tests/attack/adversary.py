@@ -23,7 +23,7 @@ from fedvit.updates import PartialSum
 from tests.attack.federation import Attack, Update, World, features, triggered
 
 Gradient = dict[str, Tensor]
-_STEPS = 30
+_STEPS, _ROUNDS = 30, 80
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,36 @@ def _noise_like(direction: Gradient, bound: UpdateBound, head: Head) -> Gradient
         length = math.sqrt(sum(float((values**2).sum()) for values in limited(middle).values()))
         low, high = (middle, high) if length <= bound.norm else (low, middle)
     values = limited(low)
-    found = {name: (part[0] * values[name]) @ part[2] for name, part in parts.items()}
-    of_layer = found.pop("head")
+    found = {name: (part[0] * values[name]) @ part[2] for name, part in parts.items() if name != "head"}
+    of_layer = _towards(matrices["head"], limit, head.largest_number(bound), float(torch.linalg.norm(values["head"])))
     found |= {head.weight: of_layer[:, :-1] @ basis.double(), layer[1]: of_layer[:, -1]}
     return {name: matrix.reshape(direction[name].shape).float() for name, matrix in found.items()}
+
+
+def _towards(direction: Tensor, largest: float, number: float, length: float) -> Tensor:
+    """The matrix with about the largest inner product with ``direction`` under the limits on the head.
+
+    Both limits together have no closed form; see Boyd et al. 2011, section 7.3, for the consensus of projections.
+
+    Args:
+        largest: limit on singular values.
+        number: limit on the magnitude of each number.
+        length: limit on the Frobenius norm.
+    """
+
+    def within(matrix: Tensor) -> Tensor:
+        left, values, right = torch.linalg.svd(matrix, False)
+        product: Tensor = (left * values.clamp(max=largest)) @ right
+        return product
+
+    projections = [within, lambda matrix: matrix.clamp(-number, number)]
+    pull = 3 * largest * direction / max(float(torch.linalg.norm(direction)), 1e-30)
+    found = direction
+    places, prices = [torch.zeros_like(direction)] * 2, [torch.zeros_like(direction)] * 2
+    for _ in range(_ROUNDS):
+        found = sum((place - price for place, price in zip(places, prices, strict=True)), pull * 2) / 2
+        places = [project(found + price) for project, price in zip(projections, prices, strict=True)]
+        prices = [price + found - place for place, price in zip(places, prices, strict=True)]
+    for project in projections * 3:
+        found = project(found)
+    return found * min(1.0, length / max(float(torch.linalg.norm(found)), 1e-30))

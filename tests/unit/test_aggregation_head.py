@@ -50,7 +50,8 @@ def test_an_update_moves_the_head_no_further_than_noise_and_a_share_of_the_gradi
     weights = pointed[:, :-1] if basis is None else pointed[:, :-1] @ basis
     update = update_of(gaussian(0.1) | {"head.weight": weights, "head.bias": pointed[:, -1]}, weight)
     clipped = head(basis).clipped(bounds, update)
-    np.testing.assert_allclose(seen(clipped, basis), pointed / 3, rtol=1e-5)
+    most = head(basis).largest_number(own)
+    np.testing.assert_allclose(seen(clipped, basis), np.clip(pointed / 3, -most, most), rtol=1e-5)
     assert clipped.weighted_sum["embed"] is update.weighted_sum["embed"]
     assert (clipped.total_weight, clipped.outcome) == (weight, update.outcome)
 
@@ -64,6 +65,35 @@ def test_noise_is_hardly_clipped(basis: Any) -> None:
         lost.append(float(np.linalg.norm(before - after) / np.linalg.norm(before)))
     assert np.mean(lost) <= 0.05
     assert max(lost) <= 0.2
+
+
+@pytest.mark.parametrize("basis", [None, BASIS])
+def test_no_class_is_raised_further_than_two_deviations_or_the_fastest_number_of_the_fleet(basis: Any) -> None:
+    bounds = MechanismBounds(TASK, SHAPES)
+    deviation = bounds.of(39).deviation
+    arrays = gaussian(0.0)
+    arrays["head.bias"][2], arrays["head.bias"][3] = 4 * deviation, -deviation
+    arrays["head.weight"][1] = -4 * deviation * (np.eye(96) if basis is None else BASIS)[0]
+    for fastest, most in ((0.0, 2 * deviation), (3 * deviation, 3 * deviation)):
+        clipped = seen(head(basis, pace=0.0, fastest=fastest).clipped(bounds, update_of(arrays, 39.0)), basis)
+        expected = np.zeros_like(clipped)
+        expected[2, -1], expected[3, -1], expected[1, 0] = most, -deviation, -most
+        np.testing.assert_allclose(clipped, expected, atol=1e-5 * deviation)
+
+
+def test_most_of_a_small_signal_remains() -> None:
+    bounds, kept = MechanismBounds(TASK, SHAPES), list[float]()
+    deviation = bounds.of(39).deviation
+    signal = 0.3 * deviation * np.random.default_rng(1).normal(size=(4, 9))
+    for seed in range(200):
+        update = update_of(gaussian(deviation, seed))
+        for sign in (1, -1):
+            arrays = dict(update.weighted_sum)
+            arrays["head.weight"] = arrays["head.weight"] + sign * signal[:, :-1] @ BASIS
+            arrays["head.bias"] = arrays["head.bias"] + sign * signal[:, -1]
+            clipped = head(BASIS, pace=0.0, fastest=0.0).clipped(bounds, update_of(arrays))
+            kept.append(sign * float(np.sum(seen(clipped, BASIS) * signal) / np.sum(signal**2)))
+    assert np.mean(kept) >= 0.9
 
 
 def test_what_every_client_adds_is_not_clipped() -> None:
@@ -138,6 +168,9 @@ def test_an_update_of_many_records_keeps_twice_the_pace_of_the_fleet() -> None:
     assert first.largest(many, shape) == pytest.approx(0.25 * many.signal)
     pace = 0.01 * math.sqrt(4 * 96) / 5
     assert later.largest(many, shape) == pytest.approx(2 * pace, rel=1e-5)
+    assert first.largest_number(many) == pytest.approx(0.25 * many.signal)
+    assert later.largest_number(many) == pytest.approx(0.01 / 5, rel=1e-5)
     # What noise explains, an update keeps in any case.
     few = bounds.of(39)
     assert later.largest(few, shape) == pytest.approx(few.deviation * (2 + math.sqrt(97)))
+    assert later.largest_number(few) == pytest.approx(2 * few.deviation)
