@@ -151,7 +151,7 @@ MECHANISM_MUTANTS = (
         "a task for records that were not charged",
         "rounds/remote.py",
         CHARGING,
-        (("if not self._is_charged(offer):", "if offer.num_examples < 1:"),),
+        (("if not self.is_charged(task, client):", "if client.num_examples < 1:"),),
     ),
     Mutant(
         "a sum noised as if the count of adaptive clipping were free",
