@@ -132,6 +132,23 @@ def selection_cost(
     show(asdict(cost_of(run_spend(settings), mean_trials=trials, delta=delta, shape=shape)), options.as_json)
 
 
+@local_command(app, "noise", options=("config", "assignments", "as_json"))
+def noise(
+    options: Options,
+    clients: Annotated[int, Option("--clients", min=2, max=10_000, help="Clients of a cohort.")] = 30,
+    images: Annotated[int, Option("--images", min=1, help="Training images of these clients together.")] = 3_000,
+    numbers: Annotated[int, Option("--parameters", min=1, max=2**28, help="Trained parameters.")] = 100_000,
+) -> None:
+    """Where noise is added with these settings, whom that trusts, and how large the noise on a sum is.
+
+    With privacy.noise_at distributed also the least honest survivors, neighbours, threshold and ring width.
+    """
+    from fedvit.secagg.outlook import noise_outlook
+
+    settings = options.settings()
+    show(noise_outlook(settings, clients=clients, images=images, numbers=numbers), options.as_json)
+
+
 @local_command(app, "audit", options=("config", "assignments", "as_json"))
 def audit(
     options: Options,

@@ -61,6 +61,7 @@ class TestSummary:
             "epsilon": 7.97,
             "delta": 1e-5,
             "privacy_unit": "record",
+            "noise_at": "client",
             "noise_multiplier": 1.56,
             "run_id": "run-1",
             "rounds": 5,
@@ -223,6 +224,17 @@ class TestPage:
         assert "DP-SGD inside each client" in text
         assert "ε = 7.970 of 8 at δ = 1e-05" in text
         assert "2 test images are exact copies of training images" in text
+
+    @pytest.mark.parametrize(
+        ("place", "says"), [("client", "by each client"), ("distributed", "secure aggregation"), ("server", "trusted")]
+    )
+    @pytest.mark.parametrize("unit", ["record", "client"])
+    def test_it_says_where_the_noise_was_added(self, tmp_path: Path, unit: str, place: str, says: str) -> None:
+        text = page_of(tmp_path, summary_of(privacy_unit=unit, noise_at=place)).text
+        assert f"Privacy unit: one {unit}" in text
+        assert says in text
+        others = {"by each client", "secure aggregation", "trusted"} - {says}
+        assert not [other for other in others if other in text]
 
     def test_it_is_honest_about_the_smallest_class(self, page: Page) -> None:
         text = " ".join(page.text.split())

@@ -16,18 +16,23 @@ from fedvit.types import RoundRecord
 
 # Beyond this many classes the matrix takes the page's width and small letters.
 _MANY_CLASSES = 8
-_MECHANISMS = {
+_UNITS = {
     "record": (
         "Privacy unit: one record, that is one training image. Mechanism: DP-SGD inside each client. Images are drawn "
-        "by Poisson sampling, each image's gradient is clipped to a fixed norm, and Gaussian noise is added before "
-        "anything leaves the client. The guarantee is for each single image; for everything that one vehicle recorded, "
-        "or several pictures of one scene, it is weaker."
+        "by Poisson sampling, and each image's gradient is clipped to a fixed norm. {noise} The guarantee is for each "
+        "single image; for everything that one vehicle recorded, or several pictures of one scene, it is weaker."
     ),
     "client": (
-        "Privacy unit: one client, with everything that it recorded. Mechanism: each client's whole update is clipped, "
-        "and Gaussian noise is added once a round, at the aggregator, which has to be trusted with the "
-        "clipped updates. The guarantee is against anybody who sees the models."
+        "Privacy unit: one client, with everything that it recorded. Mechanism: each client's whole update is clipped. "
+        "{noise}"
     ),
+}
+_NOISE = {
+    "client": "Gaussian noise is added by each client before anything leaves it. The guarantee is against everybody.",
+    "distributed": "Each client adds a share of discrete Gaussian noise, and secure aggregation shows the aggregator "
+    "nothing but the sum. The guarantee is against everybody, as long as enough other clients are honest.",
+    "server": "Gaussian noise is added once a round, at the aggregator, which has to be trusted with the clipped "
+    "updates. The guarantee is against anybody who sees the models.",
 }
 
 
@@ -106,7 +111,7 @@ def _story(summary: Mapping[str, Any], manifest: DataManifest, target_epsilon: f
         f"A Vision Transformer was trained over {summary['rounds']} rounds on {manifest.num_train:,} images of "
         f"{len(manifest.classes)} classes ({manifest.name}) held by its clients, and is evaluated on "
         f"{manifest.num_test:,} held-out images of the server. {duplicates}",
-        _MECHANISMS.get(unit, f"Privacy unit: one {unit}."),
+        _UNITS[unit].format(noise=_NOISE[summary["noise_at"]]),
         f"The noise multiplier was {summary['noise_multiplier']:.4g}; the privacy ledger stands at "
         f"ε = {summary['epsilon']:.3f} of {target_epsilon:g} at δ = {summary['delta']:g}, counted for the "
         f"most exposed {unit}. Loss and accuracy are measured on the held-out images, which this guarantee "

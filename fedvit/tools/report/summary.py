@@ -12,7 +12,7 @@ from rich.table import Table
 from fedvit.atomic_write import write_atomically
 from fedvit.data.manifest import DataManifest
 from fedvit.tools.report.probe import TargetSummary
-from fedvit.types import BudgetReport, Evaluation, Run
+from fedvit.types import BudgetReport, Evaluation, Run, default_noise_place
 
 JsonObject = dict[str, Any]
 
@@ -34,6 +34,7 @@ def build_summary(
         "epsilon": budget.epsilon_spent,
         "delta": budget.target_delta,
         "privacy_unit": budget.privacy_unit,
+        "noise_at": run.config.get("privacy", {}).get("noise_at") or default_noise_place(budget.privacy_unit),
         "noise_multiplier": run.noise_multiplier,
         "run_id": run.run_id,
         "rounds": run.rounds_done,
@@ -74,7 +75,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Test accuracy", f"{summary['test_accuracy']:.4f}"),
         ("Recall by class", recall),
         ("Privacy", privacy_line(summary)),
-        ("Noise multiplier", f"{summary['noise_multiplier']:.4g}"),
+        ("Noise", f"multiplier {summary['noise_multiplier']:.4g}, added at: {summary['noise_at']}"),
         ("Rounds", f"{summary['rounds']} of {summary['run_id']}"),
         ("Model version", str(summary["model_version"])),
         ("Data", f"{data['name']}: {data['num_train']:,} training and {data['num_test']:,} test images"),
