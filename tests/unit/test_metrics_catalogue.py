@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from fedvit.metrics import catalogue, exposition
 from fedvit.metrics.catalogue import CATALOGUE, OTHER, Label
 from fedvit.rounds.machine import Phase
+from fedvit.secure_session import PHASES
 
 ROOT = Path(__file__).parents[2]
 # Phases in which no work is done.
@@ -46,6 +47,10 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
 
 def test_phases_are_those_of_the_loop() -> None:
     assert set(catalogue.PHASES) == {phase.value for phase in Phase} - {phase.value for phase in QUIET}
+
+
+def test_phases_of_secure_aggregation_are_those_of_a_session() -> None:
+    assert catalogue.SECURE_PHASES == PHASES
 
 
 def test_text_from_outside_becomes_no_label() -> None:
