@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 
 from fedvit.clients.secure import identity_of, public_hex, public_keys
 from fedvit.errors import SecureAggregationError, UpdateRejectedError
-from fedvit.ports import FleetPort
+from fedvit.metrics.training import SecureAggregationMetrics
+from fedvit.ports import ClockPort, FleetPort
 from fedvit.privacy.randomness import load_or_create_root_secret
 from fedvit.rounds.attempts import Attempts
 from fedvit.rounds.context import RoundContext
@@ -31,6 +32,7 @@ from fedvit.types import Client, Cohort, TrainTask
 from fedvit.updates import ClientFailures, DecodedUpdate, RingSum
 
 _LOG = logging.getLogger(__name__)
+METRICS = SecureAggregationMetrics()
 MOST_ATTEMPTS = 3
 """So often a round is tried by one process before the run fails."""
 NO_IDENTITY = "it has registered no identity key for secure aggregation"
@@ -85,7 +87,8 @@ class MaskedSums:
         # Before a key is asked for: whatever happens afterwards, this attempt is not begun again.
         self._attempts.begin(task)
         facts = SecureSession(session, task, parameters.to_json(), identities)
-        secure = SecureRound(self._context.fleet, facts, parameters, cohort, config.phase_timeout_s, without)
+        fleet, clock = self._context.fleet, self._context.clock
+        secure = SecureRound(fleet, facts, parameters, cohort, config.phase_timeout_s, without, clock)
         try:
             secure.agree()
         except SecureAggregationError:
@@ -128,11 +131,13 @@ class SecureRound:
         cohort: Cohort,
         timeout_s: float,
         dropped: Mapping[str, str],
+        clock: ClockPort,
     ) -> None:
         self._fleet, self._session, self._timeout_s = fleet, session, timeout_s
         self._server = SecureServer(parameters, public_keys(session.identities))
         self.cohort, self.dropped = cohort, dict(dropped)
         self.silent: dict[str, dict[str, str]] = {}
+        self._clock, self._phase_began_s, self._lost = clock, clock.monotonic(), 0
 
     def agree(self) -> None:
         """The phases ``advertise`` and ``share``.
@@ -197,7 +202,13 @@ class SecureRound:
         return _Silence(phase, reasons)
 
     def _advance(self) -> None:
-        self._server.advance()
+        phase, began_s = self._server.phase, self._phase_began_s
+        try:
+            self._server.advance()
+        finally:
+            self._phase_began_s, before = self._clock.monotonic(), self._lost
+            self._lost = len(self._server.dropped)
+            METRICS.phase_ended(phase.value, self._phase_began_s - began_s, self._lost - before)
 
 
 def _session_id(task: TrainTask) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from secure_world import POLICY, VEHICLES, VIRTUAL, SecureWorld
 
 from edge_runtime.training.policy import VehiclePolicy
@@ -50,6 +51,11 @@ def charged(home: Path) -> list[tuple[int, str, str]]:
         return [(e.charge.round_index, e.charge.unit_id, e.charge.output_id) for e in store.ledger.entries()]
 
 
+def dropouts() -> dict[str, float]:
+    name = "fed_vit_autorl_secure_dropouts_total"
+    return {phase: REGISTRY.get_sample_value(name, {"phase": phase}) or 0.0 for phase in PHASES}
+
+
 def test_a_vehicle_cut_off_in_each_phase_and_one_killed_after_its_upload(make: Callable[..., SecureWorld]) -> None:
     world = make(rounds=len(PHASES) + 1)
     cut: set[int] = set()
@@ -68,10 +74,11 @@ def test_a_vehicle_cut_off_in_each_phase_and_one_killed_after_its_upload(make: C
         if asked is None or asked[0] not in cut:
             world.poll(THIRD)
 
-    world.act = act
+    world.act, before = act, dropouts()
     run = world.loop().run()
     assert (run.status, run.reason) == (RunStatus.COMPLETED, None)
     assert cut == {1, 2, 3, 4, 5}
+    assert dropouts() == {phase: before[phase] + 1 for phase in PHASES}
     assert killed == [6]
     # Cut off before its vector had arrived, the vehicle is not in the sum; afterwards it is.
     counts = [len(contributors(world, index)) for index in range(1, 7)]
