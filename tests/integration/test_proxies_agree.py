@@ -32,6 +32,11 @@ STRAGGLERS = {1: ["vehicle-03"], 2: ["vehicle-00", "vehicle-05"], 4: ["vehicle-0
 PRIVACY: dict[str, dict[str, Any]] = {
     "record": {"privacy": {"privacy_unit": "record"}, "cohort": {"selection": "uniform", "size": 6}},
     "client": {"privacy": {"privacy_unit": "client"}, "cohort": {"selection": "poisson", "sampling_prob": 0.7}},
+    # Masks cancel to the last bit, whichever clients are in one proxy's sum.
+    "masked": {
+        "privacy": {"privacy_unit": "client", "noise_at": "distributed"},
+        "cohort": {"selection": "uniform", "size": 6, "max_participations": ROUNDS},
+    },
 }
 
 
@@ -89,7 +94,7 @@ def _settings(home: Path, unit: str) -> Settings:
     return load_settings(environ={}, overrides=overrides)
 
 
-@pytest.mark.parametrize("unit", ["record", "client"])
+@pytest.mark.parametrize("unit", list(PRIVACY))
 def test_one_two_and_four_proxies_train_the_same_model(tmp_path: Path, unit: str) -> None:
     results = [trained(tmp_path / str(proxies), unit, proxies) for proxies in (1, 2, 4)]
     assert results[0] == results[1] == results[2]
