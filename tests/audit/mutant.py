@@ -18,4 +18,5 @@ class Mutant:
 RECORDS, CLIENTS, LATE, RANKS = "neighbouring records", "neighbouring clients", "late updates", "ranks"
 NOISE, CHARGED_NOISE, KEYS, SAMPLING = "fresh noise", "noise as charged", "key derivation", "Poisson sampling"
 CHARGING, PARTICIPATIONS, FINETUNING = "charging", "participations", "fine-tuning"
+DISTRIBUTED_NOISE, SECURE_AGGREGATION = "distributed noise", "secure aggregation"
 HISTOGRAMS, STEP, ROUND = "histograms", "released step", "released round"

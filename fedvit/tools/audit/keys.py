@@ -245,7 +245,10 @@ def _changed_tasks(task: TrainTask) -> Iterator[tuple[str, TrainTask]]:
         if field.name not in ("base_digest", "privacy_unit"):
             # Half of a probability is one, and no batch is whole.
             changed = f"{value}0" if isinstance(value, str) else value / 2 if isinstance(value, float) else 2 * value
-            changes: dict[str, Any] = {field.name: changed}
+            if field.name == "noise_at":
+                # Named, it is the same place in another task.
+                changed = task.noise_place
+            changes: dict[str, Any] = {field.name: changed or 1}
             yield field.name, replace(task, **changes)
 
 

@@ -48,12 +48,12 @@ Draw = Callable[[bool, int, int], Scores]
 def check_step(scope: Scope) -> Iterator[Finding]:
     """One step of DP-SGD, every record drawn."""
     draw = _StepReleases(scope)
-    yield _finding(RECORD_CHECK, scope, draw.batched if scope.quick else draw.one_by_one)
+    yield release_finding(RECORD_CHECK, scope, draw.batched if scope.quick else draw.one_by_one)
 
 
 def check_ranks(scope: Scope) -> Iterator[Finding]:
     """The same step, its records and its noise shared by two ranks."""
-    yield _finding(RANKS_CHECK, scope, _RankedReleases(scope).batched)
+    yield release_finding(RANKS_CHECK, scope, _RankedReleases(scope).batched)
 
 
 def check_round(scope: Scope) -> Iterator[Finding]:
@@ -61,7 +61,7 @@ def check_round(scope: Scope) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as home, Store.open(Path(home)) as store:
         write_key(Path(home))
         releases = _RoundReleases(scope, Folding(run_settings(Path(home), scope), store, expected=1.0))
-        yield _finding(CLIENT_CHECK, scope, releases.draw)
+        yield release_finding(CLIENT_CHECK, scope, releases.draw)
 
 
 def draws_for(noise_multiplier: float) -> int:
@@ -69,7 +69,8 @@ def draws_for(noise_multiplier: float) -> int:
     return min(_MOST_DRAWS, math.ceil(DRAWS * max(1.0, noise_multiplier**2)))
 
 
-def _finding(check: str, scope: Scope, draw: Draw) -> Finding:
+def release_finding(check: str, scope: Scope, draw: Draw) -> Finding:
+    """A lower bound on epsilon from releases of a Gaussian mechanism without sampling."""
     draws = draws_for(scope.noise_multiplier)
     spent: dict[Event, int] = {Gaussian(scope.noise_multiplier): 1}
     claimed = epsilon_pld(spent, scope.target_delta)

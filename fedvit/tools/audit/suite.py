@@ -20,6 +20,7 @@ from fedvit.tools.audit import (
     ranks,
     records,
     released,
+    secure,
 )
 from fedvit.tools.audit.findings import Finding, Scope
 
@@ -40,6 +41,9 @@ CHECKS: dict[str, Callable[[Scope], Iterator[Finding]]] = {
     released.RANKS_CHECK: released.check_ranks,
     released.CLIENT_CHECK: released.check_round,
     one_run.CHECK: one_run.check,
+    secure.NOISE_CHECK: secure.check_noise,
+    secure.PROTOCOL_CHECK: secure.check_protocol,
+    secure.RELEASED_CHECK: secure.check_released,
 }
 
 
