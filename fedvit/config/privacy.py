@@ -105,7 +105,7 @@ class SecureAggregationConfig(Section):
         0.3, description="Largest share of a cohort that is expected to drop out of a round."
     )
     bits: Annotated[int, Field(ge=8, le=32)] = Field(
-        20, description="Widest ring, in bits a number. The width used follows from cohort and noise."
+        24, description="Widest ring, in bits a number. The width used follows from cohort and noise, and is shown."
     )
     masks: bool = Field(
         True,
