@@ -10,7 +10,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test test-campaigns test-secagg fuzz fuzz-updates chaos chaos-ledger attack audit-mutants drill lint fmt \
 	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep bench-distributed-noise bench-secagg model-families health-check emergency-backup diagnostics \
-	logs monitoring monitoring-day wheel hashes cluster-configs test-cluster test-readme
+	logs monitoring monitoring-day wheel hashes cluster-configs test-cluster test-secagg-vehicles test-readme
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -118,7 +118,10 @@ test-readme: setup  ## Type the README and the tutorial in fresh clones, as prin
 	$(BIN)/python -m pytest tests/readme -s $(ARGS)
 
 test-cluster: setup  ## Run the main job on two network namespaces, cut the network, lose a host; needs root (9 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -s -rs $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster/test_two_hosts.py -s -rs $(ARGS)
+
+test-secagg-vehicles: setup  ## Run masked rounds of three vehicles in network namespaces, cut one off in each phase; needs root (6 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster/test_secure_vehicles.py -s -rs $(ARGS)
 
 # DRILLS=short runs the drills of CI; DRILLS="partition high-loss" runs these two. Without DRILLS, all drills run, and
 # docs/reference/drills.md is written.
