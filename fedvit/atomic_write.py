@@ -96,3 +96,12 @@ def fsync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a file's name is valid Unicode; the name of one with other bytes, such as Latin-1, is not."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -448,12 +448,3 @@ class Operation:
     result: Mapping[str, Any] | None = None
     error: Mapping[str, Any] | None = None
     cancel_requested: bool = False
-
-
-def is_unicode(name: str) -> bool:
-    """Whether a file's name is valid Unicode; the name of one with other bytes, such as Latin-1, is not."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

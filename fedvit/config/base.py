@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from fedvit.types import MAX_FACTOR, is_unicode
+from fedvit.atomic_write import is_unicode
+from fedvit.types import MAX_FACTOR
 
 LEAST_NOISE_MULTIPLIER = 0.3
 """Smallest noise multiplier accepted: below it the accountants have no reliable answer and protection is negligible."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedvit.atomic_write import is_unicode
 from fedvit.errors import DataError
-from fedvit.types import is_unicode
 from fedvit.wire.images import IMAGE_SUFFIXES
 
 SYSTEM_FOLDERS = frozenset(

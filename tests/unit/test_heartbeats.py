@@ -215,5 +215,7 @@ def test_the_document_says_that_telemetry_and_uploads_are_not_audited(garage: Ga
     unaudited = [path for path, verbs in paths.items() for facts in verbs.values() if facts.get("x-audited") is False]
     upload = "/api/clients/{client_id}/updates/{run_id}/{round_index}"
     histograms = "/api/clients/{client_id}/histograms/{run_id}/{round_index}"
-    assert set(unaudited) == {"/api/clients/{client_id}/heartbeat", upload, histograms, "/api/incidents/alerts"}
+    phases = "/api/clients/{client_id}/sessions/{session}/{phase}"
+    heartbeat, alerts = "/api/clients/{client_id}/heartbeat", "/api/incidents/alerts"
+    assert set(unaudited) == {heartbeat, upload, histograms, phases, alerts}
     assert paths["/api/clients/{client_id}/heartbeat"]["post"]["x-scope"] == [Scope.DEVICE, Scope.OPERATOR]
