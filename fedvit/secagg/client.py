@@ -244,6 +244,11 @@ class SecureClient:
             )
         if invented := [n for n in self._neighbours if n in survivors and n not in self._shares]:
             raise SecureAggregationError(f"{invented[0]} is said to have survived, and has shared no secrets.")
+        if self.parameters.is_parted(survivors):
+            raise SecureAggregationError(
+                "So many clients in a row on the graph are said to have dropped out that a part of the sum could be "
+                "unmasked alone."
+            )
         self._survivors = survivors
         signature = self._identity.sign(messages.confirmed(self.parameters, self.client_id, survivors))
         return messages.encode("signature", messages.written(signature))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -104,6 +104,22 @@ class Parameters:
         """The participants in the order of a public permutation, and each one's place in it."""
         order = sorted(self.participants, key=lambda c: hashlib.sha256(f"{self.digest}/{c}".encode()).digest())
         return order, {client_id: place for place, client_id in enumerate(order)}
+
+    def is_parted(self, survivors: Collection[str]) -> bool:
+        """Whether the graph of these clients may fall apart: ``neighbours / 2`` places of the ring in a row lack them.
+
+        Otherwise each survivor has the next one as a neighbour, so that no part of the sum can be unmasked alone. It is
+        never parted where the graph is complete.
+        """
+        order, _ = self._ring
+        if self.neighbours == len(order) - 1:
+            return False
+        kept = frozenset(survivors)
+        places = [place for place, client_id in enumerate(order) if client_id in kept]
+        if not places:
+            return True
+        following = [*places[1:], places[0] + len(order)]
+        return any(b - a > self.neighbours // 2 for a, b in zip(places, following, strict=True))
 
     def neighbours_of(self, client_id: str) -> tuple[str, ...]:
         """The neighbours of a client, sorted: those at most ``neighbours / 2`` places away on a permuted ring.

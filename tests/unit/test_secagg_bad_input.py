@@ -12,7 +12,7 @@ from fedvit.secagg.client import SecureClient
 from fedvit.secagg.parameters import Parameters, parameters_for
 from fedvit.secagg.server import Phase
 from fedvit.secagg.shamir import combine, random_secret, split
-from tests.secure_site import BEFORE_SUM, parameters_of, site_of
+from tests.secure_site import BEFORE_SUM, Site, parameters_of, site_of
 
 ONE, TWO = "vehicle-000", "vehicle-001"
 
@@ -122,6 +122,28 @@ def test_a_survivor_that_shared_nothing_is_not_confirmed() -> None:
     everybody = messages.survivors_to_json(site.parameters, site.parameters.participants)
     with pytest.raises(SecureAggregationError):
         site.clients[ONE].confirm(messages.encode("survivors", everybody))
+
+
+def test_dropouts_that_would_cut_clients_off_are_not_confirmed() -> None:
+    """Two gaps of half the neighbours would leave the masks of the clients between them to the server."""
+    names = tuple(f"vehicle-{i:03d}" for i in range(60))
+    parameters = Parameters("ab" * 32, names, 8, 5, 42, 20, 8)
+    site = Site(parameters, np.random.default_rng(1))
+    # From one client of the ring on: each next one is a neighbour that shares all but one neighbour with it.
+    ring = [ONE]
+    while len(ring) < len(names):
+        here = ring[-1]
+        left = [n for n in parameters.neighbours_of(here) if n not in ring]
+        common = {n: len(set(parameters.neighbours_of(n)) & set(parameters.neighbours_of(here))) for n in left}
+        ring.append(max(left, key=lambda n: common[n]))
+    gap = {*ring[5:9], *ring[-4:]}
+    site.run(*BEFORE_SUM)
+    site.exchange(Phase.MASK, lambda client_id: client_id in gap)
+    assert len(site.server.survivors) == 52
+    request = site.server.requests()[ONE]
+    for client_id in site.server.survivors:
+        with pytest.raises(SecureAggregationError):
+            site.clients[client_id].confirm(request)
 
 
 def test_a_participant_without_a_known_identity_is_refused() -> None:
