@@ -81,7 +81,7 @@ def main() -> None:
         figures[f"{name}: secure"] = secure(parameters, plan, 0.0)
         figures[f"{name}: secure, 30% drop out"] = secure(parameters, plan, DROPOUT_RATE)
         for dropped, what in ((0, ""), (int(DROPOUT_RATE * clients), ", 30% drop out")):
-            # With a thousand clients it takes a quarter of an hour, most of it to combine shares.
+            # With a thousand clients it had not ended after ten minutes beside other work.
             measured = flower(clients, length, parameters, dropped) if clients <= 50 else None
             if measured is not None:
                 figures[f"{name}: Flower{what}"] = measured
@@ -97,12 +97,12 @@ def main() -> None:
         "secagg",
         title="Secure aggregation beside plain uploads and Flower's SecAgg+",
         what=(
-            "CPU seconds on one thread: of one client in all phases (the median), of the server for the whole sum. A "
-            "plain upload is a float32 update, encoded, decoded and added up. The secure one is rotated, rounded, "
-            "noised and masked in a ring of at most 20 bits, with as many neighbours as the bounds demand where 30% "
-            "may drop out. Flower's functions run on the same vector with as many neighbours; it adds no noise, and "
-            "only its masked vector is counted as traffic. MB are those of all phases, both ways, without the weights "
-            "that a round starts from."
+            "CPU seconds on one thread: of one client in all phases (the median; of Flower one client, measured "
+            "once), of the server for the whole sum. A plain upload is a float32 update, encoded, decoded and "
+            "added up. The secure one is rotated, rounded, noised and masked in a ring of at most 20 bits, with "
+            "as many neighbours as the bounds demand where 30% may drop out. Flower's functions run on the same "
+            "vector with as many neighbours; it adds no noise, and only its masked vector is counted as traffic. "
+            "MB are those of all phases, both ways, without the weights that a round starts from."
         ),
         command="make bench-secagg",
         figures=figures,
