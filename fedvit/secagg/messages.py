@@ -106,6 +106,8 @@ def survivors_of(parameters: Parameters, value: Any) -> tuple[str, ...]:
         marked = int(text(value, len(parameters.participants)), 16)
         if marked < 0 or marked >> len(parameters.participants):
             raise ValueError("it names clients that do not take part")
+        if f"{marked:x}" != value:
+            raise ValueError("it is not in its shortest form")
     except ValueError as error:
         raise UpdateRejectedError(f"A set of survivors cannot be read: {error}.") from None
     return tuple(client_id for client_id, i in parameters.index.items() if marked >> i & 1)

@@ -19,11 +19,11 @@ ONE, TWO = "vehicle-000", "vehicle-001"
 
 def test_a_key_signed_by_nobody_known_is_refused_on_both_sides() -> None:
     site = site_of(5)
-    stranger = SecureClient(site.parameters, ONE, Ed25519PrivateKey.generate(), site.peers)
+    unregistered = SecureClient(site.parameters, ONE, Ed25519PrivateKey.generate(), site.peers)
     with pytest.raises(UpdateRejectedError):
-        site.server.receive(ONE, stranger.advertise())
+        site.server.receive(ONE, unregistered.advertise())
     assert ONE in site.server.dropped
-    invented = messages.encode("keys", {ONE: messages.decode(stranger.advertise(), "keys", site.parameters)})
+    invented = messages.encode("keys", {ONE: messages.decode(unregistered.advertise(), "keys", site.parameters)})
     with pytest.raises(SecureAggregationError):
         site.clients[TWO].share(invented)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from fedvit.errors import SecureAggregationError
+from fedvit.errors import SecureAggregationError, UpdateRejectedError
 from fedvit.secagg import messages
 from fedvit.secagg.masks import Ring
 from fedvit.secagg.server import Phase
@@ -54,12 +55,14 @@ def test_masked_vectors_are_uniform() -> None:
     assert _is_uniform(masked)
     biased = np.where(np.random.default_rng(0).random(length) < (0.01 if FULL else 0.08), masked >> 1, masked)
     assert not _is_uniform(biased.astype(np.uint32))
+    assert not _is_uniform(np.where(biased == masked, masked & ~np.uint32(1), masked))
 
 
 def _is_uniform(vector: Ring) -> bool:
-    cells = np.bincount(vector >> 12, minlength=256)
+    # The upper, the middle and the lower bits of 20.
+    cells = [np.bincount(vector >> shift & 255, minlength=256) for shift in (12, 6, 0)]
     spread = stats.kstest((vector + 0.5) / 2**20, "uniform").pvalue
-    return bool(stats.chisquare(cells).pvalue > 1e-6 and spread > 1e-6)
+    return bool(min(stats.chisquare(each).pvalue for each in cells) > 1e-6 and spread > 1e-6)
 
 
 def test_a_seed_of_32_bits_would_be_found() -> None:
@@ -83,26 +86,47 @@ def _looks_plain(vector: Ring) -> bool:
 
 
 def test_no_pair_of_secrets_of_a_client_is_given() -> None:
-    """Whatever set of survivors the server names, a client gives one share of each secret holder."""
-    rng = np.random.default_rng(3)
+    """Whatever sets of survivors the server names and forwards, all shares of an owner are of one secret."""
+    rng, given = np.random.default_rng(3), 0
     for schedule in range(50 if FULL else 10):
         site = Site(parameters_of(int(rng.integers(8, 20)), session=f"{schedule:064x}", min_survivors=2), rng)
-        try:
+        with suppress(SecureAggregationError):
             _run(site, _sometimes(rng, 0.1), *BEFORE_SUM, Phase.MASK)
-        except SecureAggregationError:
-            continue
-        everybody, survivors = list(site.parameters.participants), list(site.server.survivors)
-        sets = [survivors, survivors[1:], everybody]
-        confirmed: dict[str, str] = {}
+        survivors = list(site.server.survivors)
+        sets = [survivors, survivors[1:], survivors[:-1], list(site.parameters.participants)]
+        transcript = {client_id: _confirmations(site, client_id, sets, rng) for client_id in survivors}
+        secrets: dict[str, set[str]] = {}
         for client_id in survivors:
-            for position in rng.permutation(3):
-                text = messages.survivors_to_json(site.parameters, sets[position])
-                try:
-                    site.clients[client_id].confirm(messages.encode("survivors", text))
-                except SecureAggregationError:
-                    continue
-                # A second set is never confirmed, so only one of a client's two secrets is ever shared.
-                assert confirmed.setdefault(client_id, text) == text
+            for number in rng.permutation(len(sets)):
+                for owner in _shares(site, client_id, transcript, int(number)):
+                    given += 1
+                    secrets.setdefault(owner, set()).add("seed" if owner in sets[number] else "key")
+        assert [owner for owner, kinds in secrets.items() if len(kinds) > 1] == []
+    assert given
+
+
+def _confirmations(site: Site, client_id: str, sets: list[list[str]], rng: np.random.Generator) -> dict[int, str]:
+    """The client's signatures, by the set: the server asks for all sets, most often for the first one first."""
+    order, signed = list(range(len(sets))), dict[int, str]()
+    if rng.random() < 0.2:
+        rng.shuffle(order)
+    for number in order:
+        request = messages.encode("survivors", messages.survivors_to_json(site.parameters, sets[number]))
+        with suppress(SecureAggregationError):
+            answer = site.clients[client_id].confirm(request)
+            signed[number] = messages.decode(answer, "signature", site.parameters)
+    return signed
+
+
+def _shares(site: Site, client_id: str, transcript: dict[str, dict[int, str]], number: int) -> list[str]:
+    """Whose shares the client gives for what the server knows of confirmations of this set."""
+    near = (client_id, *site.parameters.neighbours_of(client_id))
+    signed = {c: transcript[c][number] for c in near if number in transcript.get(c, {})}
+    try:
+        answer = site.clients[client_id].unmask(messages.encode("confirmations", signed))
+    except (SecureAggregationError, UpdateRejectedError):
+        return []
+    return list(messages.decode(answer, "shares", site.parameters))
 
 
 def test_another_set_is_not_unmasked() -> None:

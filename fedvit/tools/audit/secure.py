@@ -141,11 +141,11 @@ def _noise_faults(scope: Scope) -> tuple[list[str], str]:
 
 def _key_faults() -> Iterator[str]:
     one = _Session("a" * 64)
-    stranger = SecureClient(one.parameters, "a", Ed25519PrivateKey.generate(), one.peers)
+    unregistered = SecureClient(one.parameters, "a", Ed25519PrivateKey.generate(), one.peers)
     with suppress(FedvitError):
-        one.server.receive("a", stranger.advertise())
+        one.server.receive("a", unregistered.advertise())
         yield "the server takes keys that no known identity signed"
-    value = messages.decode(stranger.advertise(), "keys", one.parameters)
+    value = messages.decode(unregistered.advertise(), "keys", one.parameters)
     with suppress(FedvitError):
         one.clients["b"].share(messages.encode("keys", {"a": value, **one.keys_of("c", "d", "e")}))
         yield "a client takes keys that no known identity signed"
