@@ -129,7 +129,7 @@ class SecureClient:
         """One share of each neighbour: of its own mask if it survived, of its key if it did not.
 
         Args:
-            request: the confirmations of the same set by this client and its neighbours.
+            request: confirmations of the same set by :attr:`Parameters.confirmers`.
         """
         return self._once("unmask", request, self._unmask)
 
@@ -244,11 +244,6 @@ class SecureClient:
             )
         if invented := [n for n in self._neighbours if n in survivors and n not in self._shares]:
             raise SecureAggregationError(f"{invented[0]} is said to have survived, and has shared no secrets.")
-        if self.parameters.is_parted(survivors):
-            raise SecureAggregationError(
-                "So many clients in a row on the graph are said to have dropped out that a part of the sum could be "
-                "unmasked alone."
-            )
         self._survivors = survivors
         signature = self._identity.sign(messages.confirmed(self.parameters, self.client_id, survivors))
         return messages.encode("signature", messages.written(signature))
@@ -258,19 +253,18 @@ class SecureClient:
         if survivors is None:
             raise SecureAggregationError(f"{self.client_id} has confirmed no set of survivors.")
         value = messages.decode(request, "confirmations", self.parameters)
-        circle = [c for c in (self.client_id, *self._neighbours) if c in survivors]
-        signatures = messages.by_client(value, messages.of_size(messages.SIGNATURE_BYTES), circle)
+        kept = frozenset(survivors)
+        confirmers = [c for c in self.parameters.confirmers if c in kept]
+        signatures = messages.by_client(value, messages.of_size(messages.SIGNATURE_BYTES), confirmers)
+        peers = {**self._peers, self.client_id: self._identity.public_key()}
         for client_id, signature in signatures.items():
             content = messages.confirmed(self.parameters, client_id, survivors)
-            peers = {**self._peers, self.client_id: self._identity.public_key()}
             if not messages.is_signed(peers, client_id, signature, content):
                 raise SecureAggregationError(f"{client_id} has not confirmed the same set of survivors.")
         if len(signatures) < self.parameters.threshold:
             raise SecureAggregationError(
-                f"{len(signatures)} clients near {self.client_id} have confirmed the set of survivors; "
-                f"{self.parameters.threshold} are needed."
+                f"{len(signatures)} clients have confirmed the survivors; {self.parameters.threshold} are needed."
             )
-        kept = frozenset(survivors)
         given = {c: messages.written(of_seed if c in kept else of_key) for c, (of_key, of_seed) in self._shares.items()}
         return messages.encode("shares", given)
 

@@ -1,7 +1,8 @@
 """Public parameters of one secure sum: who takes part, the graph of neighbours, the threshold, the ring.
 
 A client shares its secrets with the neighbours of a k-regular graph instead of all participants (SecAgg+, Bell et al.
-2020, eprint 2020/704). Degree and threshold follow from exact hypergeometric tails.
+2020, eprint 2020/704). Degree and threshold follow from exact hypergeometric tails. That no part of a sum can be
+unmasked alone is proved in docs/explanation/secure-aggregation.md.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -37,8 +38,8 @@ class Parameters:
         session: 64 hex digits, of one attempt of one round only.
         participants: client ids, sorted.
         neighbours: so many other clients hold shares of a client's secrets.
-        threshold: so many of a client and its neighbours rebuild one of its secrets, and have to confirm a set of
-            survivors.
+        threshold: so many of a client and its neighbours rebuild one of its secrets; so many of the confirmers have to
+            confirm a set of survivors.
         min_survivors: a sum of fewer vectors is not revealed.
         bits: the ring is that of the integers modulo ``2^bits``.
         length: of the vectors.
@@ -63,9 +64,13 @@ class Parameters:
         complete = self.neighbours == count - 1
         if not (complete or (2 <= self.neighbours < count - 1 and self.neighbours % 2 == 0)):
             raise ValueError(f"no graph of {count} clients has {self.neighbours} neighbours each")
-        # Fewer than a majority could confirm two different survivor sets.
-        if not (self.neighbours + 1) // 2 < self.threshold <= self.neighbours + 1:
-            raise ValueError(f"a threshold of {self.threshold} is no majority of {self.neighbours + 1} clients")
+        # With a lower one the server could have two sets of survivors confirmed, or unmask a part of the sum alone.
+        least = _least_threshold(count, self.neighbours, 0)
+        if not least <= self.threshold <= self.neighbours + 1:
+            raise ValueError(
+                f"a threshold of {self.threshold} is not between {least} and {self.neighbours + 1}, with "
+                f"{self.neighbours} neighbours"
+            )
         if not 2 <= self.min_survivors <= count:
             raise ValueError(f"min_survivors is {self.min_survivors}, and {count} clients take part")
         if not 2 <= self.bits <= MAX_BITS or not 1 <= self.length <= MAX_LENGTH:
@@ -100,38 +105,34 @@ class Parameters:
         return {client_id: position for position, client_id in enumerate(self.participants)}
 
     @cached_property
-    def _ring(self) -> tuple[list[str], dict[str, int]]:
-        """The participants in the order of a public permutation, and each one's place in it."""
+    def ring(self) -> tuple[str, ...]:
+        """The participants in the order of a public permutation; the last one stands before the first."""
         order = sorted(self.participants, key=lambda c: hashlib.sha256(f"{self.digest}/{c}".encode()).digest())
-        return order, {client_id: place for place, client_id in enumerate(order)}
+        return tuple(order)
 
-    def is_parted(self, survivors: Collection[str]) -> bool:
-        """Whether the graph of these clients may fall apart: ``neighbours / 2`` places of the ring in a row lack them.
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        return {client_id: place for place, client_id in enumerate(self.ring)}
 
-        Otherwise each survivor has the next one as a neighbour, so that no part of the sum can be unmasked alone. It is
-        never parted where the graph is complete.
+    @cached_property
+    def confirmers(self) -> tuple[str, ...]:
+        """The clients that confirm the set of survivors for all, sorted: the first one on the ring and its neighbours.
+
+        They are the same for everybody, so that no two sets are confirmed.
         """
-        order, _ = self._ring
-        if self.neighbours == len(order) - 1:
-            return False
-        kept = frozenset(survivors)
-        places = [place for place, client_id in enumerate(order) if client_id in kept]
-        if not places:
-            return True
-        following = [*places[1:], places[0] + len(order)]
-        return any(b - a > self.neighbours // 2 for a, b in zip(places, following, strict=True))
+        return tuple(sorted((self.ring[0], *self.neighbours_of(self.ring[0]))))
 
     def neighbours_of(self, client_id: str) -> tuple[str, ...]:
-        """The neighbours of a client, sorted: those at most ``neighbours / 2`` places away on a permuted ring.
+        """The neighbours of a client, sorted: those at most ``neighbours / 2`` places away on the ring.
 
         It is a Harary graph, as connected as a graph of this degree can be.
         """
-        order, place_of = self._ring
-        if self.neighbours == len(order) - 1:
+        count = len(self.participants)
+        if self.neighbours == count - 1:
             return tuple(c for c in self.participants if c != client_id)
-        place, half = place_of[client_id], self.neighbours // 2
+        place, half = self._place[client_id], self.neighbours // 2
         offsets = (*range(-half, 0), *range(1, half + 1))
-        return tuple(sorted(order[(place + offset) % len(order)] for offset in offsets))
+        return tuple(sorted(self.ring[(place + offset) % count] for offset in offsets))
 
 
 def parameters_for(
@@ -146,9 +147,9 @@ def parameters_for(
 ) -> Parameters:
     """Parameters with the smallest degree that is secure and that tolerates the dropouts.
 
-    With probability 2^-40 at most, for any of 2^40 graphs: as many neighbours of a client collude as could confirm two
-    survivor sets or rebuild a secret, or removing colluding and dropped clients parts the graph. With probability 2^-10
-    at most, a client keeps fewer neighbours than the threshold. Small cohorts use the complete graph.
+    The threshold exceeds its least value by the most colluding clients that stand in ``neighbours / 2`` places of the
+    ring in a row; with probability 2^-40 at most it is exceeded in any of 2^40 graphs. With probability 2^-10 at most,
+    too few neighbours of a client are left to rebuild its secret. Small cohorts use the complete graph.
 
     Args:
         session: see :class:`Parameters`.
@@ -172,18 +173,19 @@ def parameters_for(
 
 @lru_cache(maxsize=64)
 def _degree_and_threshold(count: int, colluding: int, dropped: int) -> tuple[int, int]:
+    from scipy.stats import hypergeom
+
+    left = count - dropped
     for degree in (*range(4, count - 1, 2), count - 1):
-        threshold = _threshold(count, degree, colluding)
-        complete = degree == count - 1
-        if threshold > degree + 1 or (not complete and _parted(count, degree, colluding + dropped) > _SECURITY):
-            continue
-        # A client that is left counts itself.
-        stays = (
-            count - 1 - dropped >= threshold - 1
-            if complete
-            else (count * _at_most(threshold - 2, count - 1, count - 1 - dropped, degree) <= _CORRECTNESS)
-        )
-        if stays:
+        threshold = _least_threshold(count, degree, _most_in_a_row(count, degree, colluding))
+        if degree == count - 1:
+            rebuilt = left >= threshold
+        else:
+            # A client that is left holds a share of its own secret; one that dropped out does not.
+            fails = left * float(hypergeom.cdf(threshold - 2, count - 1, left - 1, degree))
+            fails += dropped * float(hypergeom.cdf(threshold - 1, count - 1, left, degree))
+            rebuilt = fails <= _CORRECTNESS
+        if rebuilt and threshold <= degree + 1:
             return degree, threshold
     raise ConfigError(
         f"Of {count} clients, {colluding} may collude and {dropped} may drop out: no threshold allows for both.",
@@ -191,25 +193,22 @@ def _degree_and_threshold(count: int, colluding: int, dropped: int) -> tuple[int
     )
 
 
-def _threshold(count: int, degree: int, colluding: int) -> int:
-    """The smallest threshold at which two survivor sets cannot both be confirmed: ``2 t > degree + 1 + colluders``."""
-    most = min(colluding, degree)
-    if degree < count - 1:
-        while most and count * (1 - _at_most(most - 1, count - 1, colluding, degree)) <= _SECURITY:
-            most -= 1
-    return (degree + 1 + most) // 2 + 1
+def _least_threshold(count: int, degree: int, colluding: int) -> int:
+    """The smallest secure threshold.
+
+    Args:
+        colluding: number of colluding clients: of all in a complete graph, else of ``degree / 2`` in a row on the ring.
+    """
+    return (count + colluding) // 2 + 1 if degree == count - 1 else degree // 2 + 2 + colluding
 
 
-def _parted(count: int, degree: int, removed: int) -> float:
-    """Bound on the probability that the ring is cut: some ``degree / 2`` clients in a row are all removed."""
-    half, probability = degree // 2, float(count)
-    for step in range(half):
-        probability *= max(0, removed - step) / (count - step)
-    return probability
-
-
-def _at_most(most: int, population: int, marked: int, drawn: int) -> float:
-    """Probability of at most ``most`` marked ones among ``drawn`` of a population: the hypergeometric distribution."""
+def _most_in_a_row(count: int, degree: int, colluding: int) -> int:
+    """How many of the colluding clients :func:`_least_threshold` has to count."""
+    if degree == count - 1:
+        return colluding
     from scipy.stats import hypergeom
 
-    return float(hypergeom.cdf(most, population, marked, drawn))
+    most = min(colluding, degree // 2)
+    while most and count * hypergeom.sf(most - 1, count, colluding, degree // 2) <= _SECURITY:
+        most -= 1
+    return most

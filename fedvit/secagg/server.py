@@ -87,11 +87,8 @@ class SecureServer:
                 request = messages.encode("survivors", messages.survivors_to_json(self.parameters, self.survivors))
                 return dict.fromkeys(expected, request)
             case Phase.UNMASK:
-                signed = self._confirmations
-                return {
-                    c: messages.encode("confirmations", {n: signed[n] for n in (c, *near(c)) if n in signed})
-                    for c in expected
-                }
+                signed = {c: self._confirmations[c] for c in self.parameters.confirmers if c in self._confirmations}
+                return dict.fromkeys(expected, messages.encode("confirmations", signed))
         return {}
 
     def receive(self, client_id: str, response: bytes) -> None:

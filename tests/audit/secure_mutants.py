@@ -60,8 +60,10 @@ SECURE_MUTANTS = (
         "secagg/parameters.py",
         SECURE_AGGREGATION,
         (
-            ("return (degree + 1 + most) // 2 + 1", "return (degree + 1 + most) // 2"),
-            ("(self.neighbours + 1) // 2 < self.threshold <=", "(self.neighbours + 1) // 2 <= self.threshold <="),
+            (
+                "return (count + colluding) // 2 + 1 if degree == count - 1",
+                "return (count + colluding) // 2 if degree == count - 1",
+            ),
         ),
     ),
     Mutant(

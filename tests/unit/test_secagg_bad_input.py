@@ -12,7 +12,7 @@ from fedvit.secagg.client import SecureClient
 from fedvit.secagg.parameters import Parameters, parameters_for
 from fedvit.secagg.server import Phase
 from fedvit.secagg.shamir import combine, random_secret, split
-from tests.secure_site import BEFORE_SUM, Site, parameters_of, site_of
+from tests.secure_site import BEFORE_SUM, parameters_of, site_of
 
 ONE, TWO = "vehicle-000", "vehicle-001"
 
@@ -124,28 +124,6 @@ def test_a_survivor_that_shared_nothing_is_not_confirmed() -> None:
         site.clients[ONE].confirm(messages.encode("survivors", everybody))
 
 
-def test_dropouts_that_would_cut_clients_off_are_not_confirmed() -> None:
-    """Two gaps of half the neighbours would leave the masks of the clients between them to the server."""
-    names = tuple(f"vehicle-{i:03d}" for i in range(60))
-    parameters = Parameters("ab" * 32, names, 8, 5, 42, 20, 8)
-    site = Site(parameters, np.random.default_rng(1))
-    # From one client of the ring on: each next one is a neighbour that shares all but one neighbour with it.
-    ring = [ONE]
-    while len(ring) < len(names):
-        here = ring[-1]
-        left = [n for n in parameters.neighbours_of(here) if n not in ring]
-        common = {n: len(set(parameters.neighbours_of(n)) & set(parameters.neighbours_of(here))) for n in left}
-        ring.append(max(left, key=lambda n: common[n]))
-    gap = {*ring[5:9], *ring[-4:]}
-    site.run(*BEFORE_SUM)
-    site.exchange(Phase.MASK, lambda client_id: client_id in gap)
-    assert len(site.server.survivors) == 52
-    request = site.server.requests()[ONE]
-    for client_id in site.server.survivors:
-        with pytest.raises(SecureAggregationError):
-            site.clients[client_id].confirm(request)
-
-
 def test_a_participant_without_a_known_identity_is_refused() -> None:
     site = site_of(5)
     known = {c: key for c, key in site.peers.items() if c != TWO}
@@ -195,9 +173,7 @@ def test_the_threshold_leaves_no_room_for_two_sets() -> None:
     """Not even with the help of all who may collude."""
     for count, colluding in ((3, 0), (5, 1), (30, 3), (100, 5), (1_000, 20)):
         parameters = parameters_of(count, max_colluding=colluding, dropout_rate=0.1, min_survivors=2)
-        assert 2 * parameters.threshold > parameters.neighbours + 1 + min(colluding, parameters.neighbours) * (
-            parameters.neighbours == count - 1
-        )
+        assert 2 * parameters.threshold > parameters.neighbours + 1 + colluding * (parameters.neighbours == count - 1)
         assert all(
             c in parameters.neighbours_of(n) for c in parameters.participants for n in parameters.neighbours_of(c)
         )

@@ -120,8 +120,8 @@ def _confirmations(site: Site, client_id: str, sets: list[list[str]], rng: np.ra
 
 def _shares(site: Site, client_id: str, transcript: dict[str, dict[int, str]], number: int) -> list[str]:
     """Whose shares the client gives for what the server knows of confirmations of this set."""
-    near = (client_id, *site.parameters.neighbours_of(client_id))
-    signed = {c: transcript[c][number] for c in near if number in transcript.get(c, {})}
+    confirmers = site.parameters.confirmers
+    signed = {c: transcript[c][number] for c in confirmers if number in transcript.get(c, {})}
     try:
         answer = site.clients[client_id].unmask(messages.encode("confirmations", signed))
     except (SecureAggregationError, UpdateRejectedError):

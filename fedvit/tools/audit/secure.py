@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from scipy.stats import chi2
+from scipy.stats import chi2, hypergeom
 
 from fedvit.errors import FedvitError
 from fedvit.privacy.randomness import SecretStream
@@ -45,6 +45,7 @@ def check_protocol(scope: Scope) -> Iterator[Finding]:
     """Keys, thresholds and shares, with a server that cheats."""
     yield Finding.of(PROTOCOL_CHECK, "keys", list(_key_faults()), "signed, fresh and of 256 bits")
     yield Finding.of(PROTOCOL_CHECK, "thresholds", list(_threshold_faults()), "two sets are never confirmed")
+    yield Finding.of(PROTOCOL_CHECK, "parts of a sum", list(_part_faults()), "are never unmasked alone")
     yield Finding.of(PROTOCOL_CHECK, "shares", list(_share_faults()), "one of each secret holder")
 
 
@@ -161,11 +162,15 @@ def _key_faults() -> Iterator[str]:
 
 
 def _threshold_faults() -> Iterator[str]:
-    for count, colluding in ((3, 0), (5, 0), (6, 1), (40, 4)):
+    for count, colluding in ((3, 0), (5, 0), (6, 1), (40, 0), (40, 4), (300, 10)):
         parameters = _parameters("c" * 64, count, colluding)
-        if not 2 * parameters.threshold > parameters.neighbours + 1 + colluding:
-            of = f"{parameters.threshold} of {parameters.neighbours + 1} clients"
-            yield f"{of} confirm a set, and {colluding} collude"
+        near, half = parameters.neighbours, parameters.neighbours // 2
+        counted = 2 * parameters.threshold - 1 - count if near == count - 1 else parameters.threshold - half - 2
+        # So many of a few clients drawn by a server that may try 2^40 graphs.
+        in_a_row = colluding if near == count - 1 else int(hypergeom.isf(2.0**-80 / count, count, colluding, half))
+        if counted < in_a_row:
+            of = f"{parameters.threshold} of {near + 1} clients"
+            yield f"{of} allow for {counted} colluding ones in a row, and {in_a_row} may be there"
     session = _Session("d" * 64)
     session.run(Phase.CONFIRM)
     request = session.server.requests()["a"]
@@ -174,6 +179,27 @@ def _threshold_faults() -> Iterator[str]:
     with suppress(FedvitError):
         session.clients["a"].unmask(messages.encode("confirmations", few))
         yield f"a client gives shares when {len(few)} of {session.parameters.threshold} have confirmed the survivors"
+
+
+def _part_faults() -> Iterator[str]:
+    session = _Session("f" * 64, count=40)
+    ring, half = session.parameters.ring, session.parameters.neighbours // 2
+    gap = {*ring[15 : 15 + half], *ring[20 + half : 20 + 2 * half]}
+    with suppress(FedvitError):
+        session.run(Phase.UNMASK, silent=gap)
+        yield "clients between two gaps on the ring are left to the server: it has all keys of the clients in the gaps"
+    session = _Session("9" * 64, count=40)
+    session.run(Phase.MASK)
+    parameters, everybody = session.parameters, session.server.survivors
+    unmasking = []
+    for part in (parameters.ring[:20], parameters.ring[20:]):
+        shown = sorted({*everybody} - {part[8], part[10]})
+        request = messages.encode("survivors", messages.survivors_to_json(parameters, shown))
+        answers = {c: session.clients[c].confirm(request) for c in part if c in shown}
+        signed = {c: messages.decode(answer, "signature", parameters) for c, answer in answers.items()}
+        unmasking.append(sum(session.unmasks(c, signed) for c in signed))
+    if all(unmasking):
+        yield "two parts of the ring unmask two sets of survivors: the sum has fewer clients than either set"
 
 
 def _share_faults() -> Iterator[str]:
@@ -192,10 +218,10 @@ def _share_faults() -> Iterator[str]:
 
 
 class _Session:
-    """Five clients and a server."""
+    """Clients and a server."""
 
-    def __init__(self, session: str, identities: dict[str, Ed25519PrivateKey] | None = None) -> None:
-        self.parameters = _parameters(session, 5, 0)
+    def __init__(self, session: str, identities: dict[str, Ed25519PrivateKey] | None = None, *, count: int = 5) -> None:
+        self.parameters = _parameters(session, count, 0)
         self.identities = identities or {c: Ed25519PrivateKey.generate() for c in self.parameters.participants}
         self.peers = {c: key.public_key() for c, key in self.identities.items()}
         self.clients = {c: SecureClient(self.parameters, c, self.identities[c], self.peers) for c in self.identities}
@@ -204,14 +230,28 @@ class _Session:
     def keys_of(self, *client_ids: str) -> dict[str, Any]:
         return {c: messages.decode(self.clients[c].advertise(), "keys", self.parameters) for c in client_ids}
 
-    def run(self, last: Phase) -> None:
-        """All phases up to and with this one."""
+    def run(self, last: Phase, silent: Collection[str] = ()) -> None:
+        """All phases up to and with this one.
+
+        Args:
+            silent: clients that drop out after they have shared their secrets.
+        """
         done = False
         while not done:
             done = self.server.phase is last
             for client_id, request in self.server.requests().items():
-                self._answer(client_id, request)
+                if client_id not in silent or self.server.phase in (Phase.ADVERTISE, Phase.SHARE):
+                    self._answer(client_id, request)
             self.server.advance()
+
+    def unmasks(self, client_id: str, signed: Mapping[str, Any]) -> bool:
+        """Whether the client gives shares for these confirmations, of all or of those near it."""
+        for some in (self.parameters.confirmers, (client_id, *self.parameters.neighbours_of(client_id))):
+            forwarded = {c: signed[c] for c in some if c in signed}
+            with suppress(FedvitError):
+                self.clients[client_id].unmask(messages.encode("confirmations", forwarded))
+                return True
+        return False
 
     def masked(self, client_id: str) -> npt.NDArray[np.uint32]:
         """The masked vector of zeros of a client."""
@@ -236,7 +276,7 @@ def _parameters(session: str, count: int, colluding: int) -> Parameters:
     return parameters_for(
         session,
         names,
-        min_survivors=max(2, math.ceil(0.8 * count)),
+        min_survivors=max(2, math.ceil((0.8 if count < 10 else 0.5) * count)),
         max_colluding=colluding,
         dropout_rate=0.1,
         bits=16,
