@@ -1,7 +1,8 @@
-"""Check that each configured mechanism on whole clients adds the noise that it is charged for."""
+"""Check that each configured mechanism adds the noise that it is charged for, at the place where it is configured."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,21 +14,26 @@ import numpy as np
 
 from fedvit.ports import Charge
 from fedvit.privacy.events import simplified
+from fedvit.privacy.mechanism import sensitivity
 from fedvit.privacy.round_cost import spend_of
 from fedvit.rounds.protection import FACTS
 from fedvit.store.store import Store
 from fedvit.tools.audit.findings import OTHER_NORMS, Finding, Scope
-from fedvit.tools.audit.observe import Release, Vector, shared_round_randomness
+from fedvit.tools.audit.observe import Release, Vector, flat_arrays, shared_round_randomness
 from fedvit.tools.audit.randomness import DEVIATIONS, noise_faults
-from fedvit.tools.audit.runs import AuditRun, Folding, client_task, run_settings, write_key, zero_updates
+from fedvit.tools.audit.runs import AuditRun, Folding, client_task, host_of, run_settings, write_key, zero_updates
+from fedvit.updates import PartialSum
+from fedvit.wire.tensors import weights_digest
 
 CHECK = "noise as charged"
 _SIZE, _BANDS, _COUNTS = 2300, 3, 400
+# All records are drawn: the charge is that of a Gaussian mechanism without sampling.
+_SERVER_NOISE = {"noise_at": "server", "sampling_prob": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A mechanism on whole clients. ``bands`` is that of its noise, ``stop_after`` the round after which it stops."""
+    """A mechanism. ``bands`` is that of its noise, ``stop_after`` the round after which it stops."""
 
     name: str
     cohort: Mapping[str, Any]
@@ -35,6 +41,7 @@ class Case:
     rounds: int = 3
     bands: int = 1
     stop_after: int | None = None
+    unit: str = "client"
 
 
 def check(scope: Scope) -> Iterator[Finding]:
@@ -49,10 +56,13 @@ def check(scope: Scope) -> Iterator[Finding]:
         Case("banded noise, with a restart", separated, banded, rounds=8, bands=_BANDS, stop_after=4),
         Case("adaptive clipping", capped, clip),
         Case("adaptive clipping, Poisson cohorts", poisson, clip),
+        Case("records, noise at the server", {"selection": "all"}, _SERVER_NOISE, unit="record"),
     ):
         faults = list(_sum_faults(scope, case))
         detail = f"{case.rounds} times {_SIZE + 1} numbers, of the charged deviation, unrelated"
         yield Finding.of(CHECK, f"sums, {case.name}", faults, detail)
+    detail = f"2 rounds and 2 clients, {_SIZE + 1} numbers each, of the charged deviation, unrelated"
+    yield Finding.of(CHECK, "whole clients, their own noise", list(_own_noise_faults(scope)), detail)
     detail = f"{_COUNTS} counts, of the charged deviation over their sensitivity"
     yield Finding.of(CHECK, "counts of adaptive clipping", list(_count_faults(scope)), detail)
 
@@ -86,15 +96,32 @@ def _sum_faults(scope: Scope, case: Case) -> Iterator[str]:
 
 
 def _noise_and_charges(scope: Scope, case: Case, stop_after: int | None) -> tuple[list[Vector], list[Charge]]:
-    """The noise of each round over its clipping norm, and the charges of the run."""
+    """The noise of each round over its sensitivity, and the charges of the run."""
     with tempfile.TemporaryDirectory() as home:
         write_key(Path(home))
-        settings = run_settings(Path(home), scope, rounds=case.rounds, cohort=case.cohort, privacy=case.privacy)
+        settings = run_settings(
+            Path(home), scope, unit=case.unit, rounds=case.rounds, cohort=case.cohort, privacy=case.privacy
+        )
         with AuditRun(settings, zero_updates(2 * case.bands, _SIZE)) as run:
             releases = run.released(stop_after)
-            norms = {task.round_index: task.l2_clip_norm for task in run.tasks()}
+            norms = {task.round_index: sensitivity(task) for task in run.tasks()}
             charges = [entry.charge for entry in run.store.ledger.entries()]
     return [release.noise / norms[index] for index, release in enumerate(releases, start=1)], charges
+
+
+def _own_noise_faults(scope: Scope) -> Iterator[str]:
+    """Updates of zeros, as they leave the real host, over their sensitivity."""
+    capped = {"selection": "all", "max_participations": 9}
+    updates, noise = zero_updates(2, _SIZE), list[Release]()
+    base = {name: np.zeros_like(array) for name, array in updates["vehicle-0000"].items()}
+    with tempfile.TemporaryDirectory() as home:
+        host = host_of(run_settings(Path(home), scope, cohort=capped, privacy={"noise_at": "client"}), updates)
+        for round_index, client_id in itertools.product((1, 2), updates):
+            task = replace(client_task(scope, round_index), base_digest=weights_digest(base), noise_at="client")
+            answer = host.train(task, base, [client_id])
+            assert isinstance(answer, PartialSum)
+            noise.append(Release(np.zeros(0), flat_arrays(answer.total()) / task.l2_clip_norm, 1.0))
+    yield from noise_faults(noise, scope.noise_multiplier)
 
 
 def _charged_multiplier(charge: Charge) -> float:
