@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from metric_labels import sample_labels
 from prometheus_client import CollectorRegistry
 
+from fedvit.api.clients import SecurePhase
 from fedvit.metrics import catalogue, exposition
 from fedvit.metrics.catalogue import CATALOGUE, OTHER, Label
 from fedvit.rounds.machine import Phase
@@ -50,7 +52,7 @@ def test_phases_are_those_of_the_loop() -> None:
 
 
 def test_phases_of_secure_aggregation_are_those_of_a_session() -> None:
-    assert catalogue.SECURE_PHASES == PHASES
+    assert catalogue.SECURE_PHASES == PHASES == get_args(SecurePhase)
 
 
 def test_text_from_outside_becomes_no_label() -> None:
