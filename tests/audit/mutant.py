@@ -20,3 +20,4 @@ NOISE, CHARGED_NOISE, KEYS, SAMPLING = "fresh noise", "noise as charged", "key d
 CHARGING, PARTICIPATIONS, FINETUNING = "charging", "participations", "fine-tuning"
 DISTRIBUTED_NOISE, SECURE_AGGREGATION = "distributed noise", "secure aggregation"
 HISTOGRAMS, STEP, ROUND = "histograms", "released step", "released round"
+RELEASED_SUM = "released secure sum"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.audit.mutant import DISTRIBUTED_NOISE, SECURE_AGGREGATION, Mutant
+from tests.audit.mutant import CHARGED_NOISE, DISTRIBUTED_NOISE, KEYS, RELEASED_SUM, SECURE_AGGREGATION, Mutant
 
 CLIENT, SERVER, NOISE = "secagg/client.py", "secagg/server.py", "secagg/noise.py"
 
@@ -17,6 +17,12 @@ SECURE_MUTANTS = (
                 "_deviation(noise_multiplier * delta, participants)",
             ),
         ),
+    ),
+    Mutant(
+        "a sum with half of its noise",
+        NOISE,
+        RELEASED_SUM,
+        (("_deviation(noise_multiplier * delta, honest)", "_deviation(noise_multiplier * delta, 4 * honest)"),),
     ),
     Mutant(
         "a sensitivity without the rounding",
@@ -63,6 +69,34 @@ SECURE_MUTANTS = (
             (
                 "return (count + colluding) // 2 + 1 if degree == count - 1",
                 "return (count + colluding) // 2 if degree == count - 1",
+            ),
+        ),
+    ),
+    Mutant(
+        "a threshold at which a part of the sum is unmasked",
+        "secagg/parameters.py",
+        SECURE_AGGREGATION,
+        (("else degree // 2 + 2 + colluding", "else degree // 2 + 1 + colluding"),),
+    ),
+    Mutant(
+        "a threshold that counts no colluding clients",
+        "secagg/parameters.py",
+        SECURE_AGGREGATION,
+        (
+            (
+                "_least_threshold(count, degree, _most_in_a_row(count, degree, colluding))",
+                "_least_threshold(count, degree, 0)",
+            ),
+        ),
+    ),
+    Mutant(
+        "each client waits for its neighbours' confirmations",
+        CLIENT,
+        SECURE_AGGREGATION,
+        (
+            (
+                "for c in self.parameters.confirmers if c in kept]",
+                "for c in (self.client_id, *self._neighbours) if c in kept]",
             ),
         ),
     ),
@@ -117,5 +151,23 @@ SECURE_MUTANTS = (
         CLIENT,
         SECURE_AGGREGATION,
         (("or len(survivors) < self.parameters.min_survivors:", "or not survivors:"),),
+    ),
+    Mutant(
+        "an attempt with the noise of the one before",
+        "privacy/randomness.py",
+        KEYS,
+        (("if value or name not in _LEFT_OUT}", 'if name != "attempt" and (value or name not in _LEFT_OUT)}'),),
+    ),
+    Mutant(
+        "records whose noise the server leaves out",
+        "rounds/protection.py",
+        CHARGED_NOISE,
+        (('if self._place == "server" else None', 'if self._place == "server" and self.follows_fleet else None'),),
+    ),
+    Mutant(
+        "whole clients without their own noise",
+        "clients/host.py",
+        CHARGED_NOISE,
+        (('if task.privacy_unit == "client" and task.noise_place == "client":', "if False:"),),
     ),
 )
