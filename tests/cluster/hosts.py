@@ -60,6 +60,9 @@ def missing() -> str | None:
         return "not root"
     if lacking := [name for name in PROGRAMS if shutil.which(name) is None]:
         return f"{', '.join(lacking)} not installed"
+    for place in (sys.prefix, str(Path(__file__).parents[2])):
+        if place.startswith("/tmp/"):
+            return f"a host has a /tmp of its own, and would not find {place}"
     tried = _run("unshare", "--net", "--mount", "--pid", "--fork", "true", check=False)
     return None if tried.returncode == 0 else "this machine allows no namespaces"
 

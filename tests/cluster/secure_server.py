@@ -50,7 +50,7 @@ def settings_of(home: Path, data: Path, rounds: int) -> Settings:
 
 
 def main(home: Path, data: Path, address: str, port: int, rounds: int) -> None:
-    """Serve, wait for the vehicles to register, and train."""
+    """Serve, wait until the vehicles have registered and asked for a task, and train."""
     settings = settings_of(home, data, rounds)
 
     def nobody() -> NoReturn:
@@ -67,7 +67,7 @@ def main(home: Path, data: Path, address: str, port: int, rounds: int) -> None:
         while not server.started:
             time.sleep(0.05)
         (home / READY).touch()
-        while len(store.clients.remote(VEHICLES)) < len(VEHICLES):
+        while sum(client.last_seen_at is not None for client in store.clients.remote(VEHICLES)) < len(VEHICLES):
             time.sleep(0.2)
         loop = Coordinator(
             settings=settings,

@@ -58,6 +58,8 @@ class Fleet:
         arguments = (str(SHARED / "home"), str(SHARED / "server"), self.server.address, str(PORT), str(ROUNDS))
         self.processes["server"] = self.python("server", "tests.cluster.secure_server", *arguments)
         until(lambda: (self.home / READY).exists() or self.processes["server"].poll() is not None, 300)
+        if self.processes["server"].poll() is not None:
+            raise AssertionError(f"the server ended: {self.processes['server'].communicate()[1][-2000:]}")
         with Store.open(self.home) as store:
             for name in VEHICLES:
                 token = create_token(store, name, ["device"], now=utc_now(), client_id=name).text
