@@ -55,6 +55,11 @@ class HybridConfig(Section):
         3, description="Horizontal bands of the image whose tokens are averaged separately before the head."
     )
     layer_scale_init: Factor = Field(1e-3, description="Initial LayerScale of each residual branch.")
+    linear_path: bool = Field(
+        False,
+        description="Whether the head also reads the stem's features themselves, whitened by public photographs. With "
+        "trainable 'head' and few large private steps this is the most accurate; see docs/explanation/private-step.md.",
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> HybridConfig:
@@ -63,11 +68,14 @@ class HybridConfig(Section):
         return self
 
 
+HYBRID_NAME = "hybrid_lite0"
+
+
 class ModelConfig(Section):
     """The Vision Transformer, and which of its parameters are trained."""
 
     name: Annotated[str, Field(max_length=200)] = Field(
-        "hybrid_lite0", description="'hybrid_lite0', or the name of any ViT in timm."
+        HYBRID_NAME, description="'hybrid_lite0', or the name of any ViT in timm."
     )
     pretrained: bool = Field(True, description="Start from pretrained weights, which timm downloads where necessary.")
     checkpoint: Path | None = Field(
@@ -81,6 +89,11 @@ class ModelConfig(Section):
     )
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(0, description="Seed of the initial weights.")
     hybrid: HybridConfig = Field(HybridConfig(), description="Architecture of 'hybrid_lite0'.")
+
+    @property
+    def has_linear_path(self) -> bool:
+        """Whether this is a hybrid with a linear path."""
+        return self.name == HYBRID_NAME and self.hybrid.linear_path
 
 
 class WorkloadConfig(Section):

@@ -164,7 +164,8 @@ class Settings(Section):
         directions = self.training.head_directions
         if directions == "auto":
             noised = self.privacy.privacy_unit == "record" and self.simulation.private
-            return max(_LEAST_DIRECTIONS, classes) if noised else None
+            # What is whitened has no few directions that hold most of it.
+            return max(_LEAST_DIRECTIONS, classes) if noised and not self.model.has_linear_path else None
         return None if directions == "all" else directions
 
     def training_identity(self) -> dict[str, Any]:
@@ -190,7 +191,9 @@ class Settings(Section):
                 },
             },
         )
-        training = identity["training"]
+        training, hybrid = identity["training"], identity["model"]["hybrid"]
+        if not hybrid["linear_path"]:
+            del hybrid["linear_path"]
         _drop_defaults(identity["privacy"], PrivacyConfig, "noise", "bands", "adaptive_clip")
         if self.privacy.noise_place == default_noise_place(self.privacy.privacy_unit):
             del identity["privacy"]["noise_at"]

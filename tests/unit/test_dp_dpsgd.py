@@ -34,6 +34,8 @@ MODELS = [
     ("hybrid_lite0", "all"),
     ("hybrid_lite0", "adapters"),
     ("hybrid_lite0", "head"),
+    ("linear path", "head"),
+    ("linear path", "all"),
     ("test_vit", "all"),
     ("test_vit2", "all"),
     ("test_vit2", "adapters"),
@@ -42,7 +44,9 @@ MODELS = [
 
 def build(name: str = "hybrid_lite0", trainable: str = "all") -> VisionModel:
     """A model whose every trainable weight matters: fresh heads and adapters of zeros would hide faults."""
-    options = {"pretrained": False, "trainable": trainable, "hybrid": HybridConfig(width=16, heads=2)}
+    hybrid = HybridConfig(width=16, heads=2, linear_path=name == "linear path")
+    name = "hybrid_lite0" if hybrid.linear_path else name
+    options = {"pretrained": False, "trainable": trainable, "hybrid": hybrid}
     model = build_model(ModelConfig(name=name, **options), 3, 32)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
