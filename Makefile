@@ -9,7 +9,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down reset test test-campaigns test-secagg fuzz fuzz-updates chaos chaos-ledger attack audit-mutants drill lint fmt \
-	bench bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep bench-distributed-noise bench-secagg model-families health-check emergency-backup diagnostics \
+	bench results bench-edge bench-control bench-dp bench-train bench-rounds bench-peers bench-async bench-robust bench-drift bench-sweep bench-distributed-noise bench-secagg model-families health-check emergency-backup diagnostics \
 	logs monitoring monitoring-day wheel hashes cluster-configs test-cluster test-secagg-vehicles test-readme
 
 help:  ## List the targets
@@ -163,6 +163,9 @@ bench-peers: setup $(PEERS)/flower/.installed $(PEERS)/pfl/.installed  ## Measur
 
 bench-async: setup  ## Compare asynchronous with synchronous rounds in virtual time, on GTSRB_ZIP=path/to/GTSRB.zip
 	$(BIN)/python -m tests.benchmarks.async_gtsrb
+
+results: setup  ## Measure accuracy at several privacy budgets on GTSRB_ZIP=path/to/GTSRB.zip; write docs/results.md (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.gtsrb_accuracy
 
 bench-robust: setup  ## Compare aggregation rules while a fifth of the clients attacks, on GTSRB_ZIP=path/to/GTSRB.zip
 	$(BIN)/python -m tests.benchmarks.robust_gtsrb

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "cluster_configs").rglob("*.md")])
 DIRECTORIES = {"tutorials", "how-to", "reference", "explanation", "adr"}
 """The kinds of documentation; every page of docs/ is in one of them, or is one of the pages named below."""
-AT_THE_TOP = {"README", "architecture", "benchmarks", "glossary", "runbook", "security", "threat-model"}
+AT_THE_TOP = {"README", "architecture", "benchmarks", "glossary", "results", "runbook", "security", "threat-model"}
 
 
 def anchors(page: Path) -> set[str]:
