@@ -58,7 +58,8 @@ class HybridConfig(Section):
     linear_path: bool = Field(
         False,
         description="Whether the head also reads the stem's features themselves, whitened by public photographs. With "
-        "trainable 'head' and few large private steps this is the most accurate; see docs/explanation/private-step.md.",
+        "trainable 'head' and few large private steps this is the most accurate, and less robust against a hostile "
+        "vehicle; see docs/explanation/private-step.md.",
     )
 
     @model_validator(mode="after")

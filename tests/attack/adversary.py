@@ -166,12 +166,12 @@ def _noise_like(direction: Gradient, bound: UpdateBound, head: Head) -> Gradient
 
     Its matrices have the singular vectors of the direction's. Their singular values are as large as noise may have
     them, and share what gradients may add; of small ones there is less, so that the whole is not longer than noise.
-    Those of the head, weight and bias together, are as large as the aggregator leaves them.
+    Those of the head, weight and bias (if it has one) together, are as large as the aggregator leaves them.
     """
-    layer = (head.weight, head.bias or "")
+    layer = (head.weight,) if head.bias is None else (head.weight, head.bias)
     matrices = {name: torch.from_numpy(as_matrix(a.numpy())) for name, a in direction.items() if name not in layer}
     basis = torch.eye(direction[head.weight].shape[1]) if head.basis is None else torch.from_numpy(head.basis)
-    columns = [direction[head.weight] @ basis.T, direction[layer[1]][:, None]]
+    columns = [direction[head.weight] @ basis.T, *(direction[name][:, None] for name in layer[1:])]
     matrices["head"] = torch.cat(columns, dim=1).double()
     parts = {name: torch.linalg.svd(matrix, False) for name, matrix in matrices.items()}
     limit = head.largest(bound, tuple(matrices["head"].shape))
@@ -194,7 +194,8 @@ def _noise_like(direction: Gradient, bound: UpdateBound, head: Head) -> Gradient
     values = limited(low)
     found = {name: (part[0] * values[name]) @ part[2] for name, part in parts.items() if name != "head"}
     of_layer = _towards(matrices["head"], limit, head.largest_number(bound), float(torch.linalg.norm(values["head"])))
-    found |= {head.weight: of_layer[:, :-1] @ basis.double(), layer[1]: of_layer[:, -1]}
+    found[head.weight] = of_layer[:, : len(basis)] @ basis.double()
+    found |= dict.fromkeys(layer[1:], of_layer[:, -1])
     return {name: matrix.reshape(direction[name].shape).float() for name, matrix in found.items()}
 
 

@@ -237,6 +237,19 @@ def real_settings(home: Path, data: Mapping[str, Any]) -> Settings:
     return _with_noise(load_settings(environ={}, overrides={"home": home, "data": data}))
 
 
+def whitened(settings: Settings) -> Settings:
+    """Settings like these for a head on whitened features, as in examples/demo_distributed.yaml, with own noise."""
+    hybrid = settings.model.hybrid.model_copy(update={"linear_path": True})
+    changes = {
+        "model": settings.model.model_copy(update={"trainable": "head", "hybrid": hybrid}),
+        "training": settings.training.model_copy(update={"learning_rate": 100.0}),
+        "privacy": settings.privacy.model_copy(
+            update={"sampling_prob": 1.0, "l2_clip_norm": 0.2, "noise_multiplier": None}
+        ),
+    }
+    return _with_noise(settings.model_copy(update=changes))
+
+
 def _with_noise(settings: Settings) -> Settings:
     """The settings with the noise of a run of the default length."""
     noise = {"privacy": settings.privacy.model_copy(update={"noise_multiplier": round_noise_multiplier(settings)})}

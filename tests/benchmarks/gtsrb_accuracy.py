@@ -211,7 +211,7 @@ def _opacus_weight(
 ) -> torch.Tensor:
     torch.manual_seed(seed)
     head = GradSampleModule(torch.nn.Linear(inputs.shape[1], 43, bias=False))
-    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head._module.weight)
     noise = get_noise_multiplier(
         target_epsilon=epsilon, target_delta=DELTA, sample_rate=1.0, steps=ROUNDS, accountant="rdp"
     )
@@ -226,7 +226,7 @@ def _opacus_weight(
             optimizer.signal_skip_step(do_skip=position < len(parts))
             optimizer.step()
             optimizer.zero_grad()
-    return head.weight.detach()
+    return head._module.weight.detach()
 
 
 def _write(results: list[Result]) -> None:
