@@ -22,3 +22,8 @@ def test_a_mean_is_shown_with_the_least_and_the_largest() -> None:
     one = [run for run in stored() if run.name == ROWS[0].name and run.target_epsilon == 8.0]
     figures = [run.accuracy for run in one if run.table == ROWS[0].table]
     assert f"{statistics.mean(figures):.3f} ({min(figures):.3f} to {max(figures):.3f})" in PAGE.read_text()
+
+
+def test_no_run_counts_twice() -> None:
+    runs = [(run.table, run.name, run.target_epsilon, run.seed) for run in stored()]
+    assert len(set(runs)) == len(runs)
