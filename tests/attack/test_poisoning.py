@@ -120,6 +120,16 @@ def points(gains: Sequence[float]) -> str:
     return f"{100 * gains[0]:+.1f} points, {100 * gains[1]:+.1f} after honest rounds"
 
 
+def accuracy_recovers(outcome: Outcome, kind: str, target: int, attack: str, table: AttackTable) -> None:
+    """The updates of a backdoor were taken, and after honest rounds the accuracy is nearly that of the clean model."""
+    assert outcome.statuses == {202}
+    (attacked, later), start = outcome.accuracy(), outcome.start
+    achieved = f"{points(outcome.gains(kind, target))}; accuracy {attacked:.3f}, {later:.3f} after honest rounds"
+    bound = "accuracy within 3 points after honest rounds"
+    table.add(SUBJECT, f"{start.name}: {attack}", achieved=achieved, bound=bound)
+    assert later >= start.world.accuracy(start.clean[1]) - 0.03
+
+
 def once_a_round(attack: Attack) -> Attack:
     """An attack that is computed once, for all vehicles that send it."""
     updates = dict[int, Update]()
@@ -178,14 +188,9 @@ def test_on_whitened_features_a_trigger_may_work_and_the_accuracy_stays(
     whitened_start: Start, tmp_path: Path, kind: str, target: int, attack_table: AttackTable
 ) -> None:
     """Fine patterns count as much as large shapes there, which nothing here prevents; it is measured."""
-    start = whitened_start
-    outcome = start.play(tmp_path / "home", {TRUCK: Adversary(start.world, kind, target)})
-    assert outcome.statuses == {202}
-    attacked, later = outcome.accuracy()
-    assert later >= start.world.accuracy(start.clean[1]) - 0.03
-    attack = f"{start.name}: backdoor {kind} to class {target}, without noise, as far as validation lets it"
-    achieved = f"{points(outcome.gains(kind, target))}; accuracy {attacked:.3f}, {later:.3f} after honest rounds"
-    attack_table.add(SUBJECT, attack, achieved=achieved, bound="accuracy within 3 points after honest rounds")
+    outcome = whitened_start.play(tmp_path / "home", {TRUCK: Adversary(whitened_start.world, kind, target)})
+    attack = f"backdoor {kind} to class {target}, without noise, as far as validation lets it"
+    accuracy_recovers(outcome, kind, target, attack, attack_table)
 
 
 @pytest.mark.parametrize(("kind", "target"), TRIGGERS[:2])
@@ -197,12 +202,8 @@ def test_a_fifth_of_the_fleet_in_collusion_loses_its_hold_of_the_accuracy(
     count = round(COLLUDING / (1 - COLLUDING) * others)
     together = once_a_round(Adversary(start.world, kind, target, vehicles=count))
     outcome = start.play(tmp_path / "home", {f"truck-{i}": together for i in range(count)}, vehicles=count)
-    assert outcome.statuses == {202}
-    attacked, later = outcome.accuracy()
-    assert later >= start.world.accuracy(start.clean[1]) - 0.03
-    attack = f"{start.name}: {count} of {count + others} vehicles collude for one round, {kind} to class {target}"
-    achieved = f"{points(outcome.gains(kind, target))}; accuracy {attacked:.3f}, {later:.3f} after honest rounds"
-    attack_table.add(SUBJECT, attack, achieved=achieved, bound="accuracy within 3 points after honest rounds")
+    attack = f"{count} of {count + others} vehicles collude for one round, {kind} to class {target}"
+    accuracy_recovers(outcome, kind, target, attack, attack_table)
 
 
 def test_poisoned_images_with_honest_steps_hardly_work(

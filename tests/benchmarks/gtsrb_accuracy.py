@@ -22,6 +22,7 @@ from opacus.optimizers import DPOptimizer
 from torch.nn import functional
 
 from fedvit.config import Settings
+from fedvit.privacy.round_cost import round_noise_multiplier
 from fedvit.settings import load_settings
 from fedvit.tools.simulation.world import ImageWorld
 from tests.benchmarks.simulations import ROOT, gtsrb, run_all
@@ -50,13 +51,15 @@ _MASKS = {"secure_aggregation": {"masks": False}}
 class Row:
     """A row of a table: a name, the budgets, and what differs from examples/gtsrb.yaml.
 
-    ``rates`` are the learning rates by epsilon; None stands for a run without privacy.
+    ``rates`` are the learning rates by epsilon; None stands for a run without privacy. ``images`` are protected
+    together: the noise is so many times that for one.
     """
 
     table: str
     name: str
     rates: Mapping[float | None, float]
     changes: Mapping[str, Any]
+    images: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,7 @@ ROWS = (
     Row(_BY_NOISE, "at the server, once", RATES, {"privacy": {"noise_at": "server"}}),
     Row(_BY_NOISE, "at each vehicle, all of it", OWN_RATES, {"privacy": {"noise_at": "client"}}),
     Row(_BY_NOISE, "without privacy, 10 steps a round", {None: 175.0}, _WITHOUT_PRIVACY),
-    Row(
-        _TRACKS, "noise for ten times the sensitivity", {8.0: 200.0}, _distributed(privacy={"noise_multiplier": 33.55})
-    ),
+    Row(_TRACKS, "noise for ten times the sensitivity", {8.0: 200.0}, _distributed(), images=10),
     Row(_BY_FLEET, "100 vehicles", _TWO, _distributed(100)),
     Row(_BY_FLEET, "300 vehicles", _TWO, _distributed(300)),
     Row(
@@ -185,7 +186,11 @@ def _changes(row: Row, epsilon: float | None, seed: int) -> dict[str, Any]:
     budget = {"privacy": {} if epsilon is None else {"target_epsilon": epsilon}}
     budget["training"] = {"learning_rate": row.rates[epsilon]}
     once = {"training": {"evaluate_every_rounds": ROUNDS}, "simulation": {"seed": seed}, "data": {"path": gtsrb()}}
-    return _merged(_WAITING, row.changes, budget, once)
+    changes = _merged(_WAITING, row.changes, budget, once)
+    if row.images == 1:
+        return changes
+    noise = row.images * round_noise_multiplier(settings_of(changes))
+    return _merged(changes, {"privacy": {"noise_multiplier": noise}})
 
 
 def _by_opacus(known: Set[tuple[float | None, int]]) -> Iterable[Result]:
@@ -209,13 +214,13 @@ def _opacus_weight(
     settings: Settings, inputs: torch.Tensor, labels: torch.Tensor, epsilon: float, seed: int
 ) -> torch.Tensor:
     torch.manual_seed(seed)
-    head = GradSampleModule(torch.nn.Linear(inputs.shape[1], 43, bias=False))
+    head = GradSampleModule(torch.nn.Linear(inputs.shape[1], int(labels.max()) + 1, bias=False))
     torch.nn.init.zeros_(head._module.weight)
     noise = get_noise_multiplier(
         target_epsilon=epsilon, target_delta=DELTA, sample_rate=1.0, steps=ROUNDS, accountant="rdp"
     )
-    plain = torch.optim.SGD(head.parameters(), lr=RATES[epsilon], momentum=0.5)
-    clip = settings.privacy.l2_clip_norm
+    momentum, clip = settings.training.aggregation_options["momentum"], settings.privacy.l2_clip_norm
+    plain = torch.optim.SGD(head.parameters(), lr=RATES[epsilon], momentum=momentum)
     optimizer = DPOptimizer(plain, noise_multiplier=noise, max_grad_norm=clip, expected_batch_size=len(labels))
     for _ in range(ROUNDS):
         # In parts, so that the gradients of all images need not be in memory at once.

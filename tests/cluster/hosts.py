@@ -7,6 +7,7 @@ process that each host hangs on, and no process is ended by its name.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ SHARED = Path("/srv/fedvit")
 HOME = Path("/srv/home")
 PACKAGES = Path("/srv/packages")
 
-# Run as the first process of a host. What lies in /tmp, /srv and /dev/shm is the host's own from here on.
+OWN_FOLDERS = ("/tmp", "/srv", "/run", "/dev/shm")
+# Run as the first process of a host. What lies in these folders is the host's own from here on.
 _INIT = """
 set -eu
 files=$1 name=$2 shared=$3 packages=$4
@@ -60,9 +62,9 @@ def missing() -> str | None:
         return "not root"
     if lacking := [name for name in PROGRAMS if shutil.which(name) is None]:
         return f"{', '.join(lacking)} not installed"
-    for place in (sys.prefix, str(Path(__file__).parents[2])):
-        if place.startswith("/tmp/"):
-            return f"a host has a /tmp of its own, and would not find {place}"
+    for place, own in itertools.product((Path(sys.prefix), Path(__file__).parents[2]), OWN_FOLDERS):
+        if place.resolve().is_relative_to(own):
+            return f"a host has {own} to itself, and would not find {place}"
     tried = _run("unshare", "--net", "--mount", "--pid", "--fork", "true", check=False)
     return None if tried.returncode == 0 else "this machine allows no namespaces"
 
